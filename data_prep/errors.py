@@ -1,0 +1,20 @@
+"""Errors meant for people: one sentence on the screen and exit status 2, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input. The message names the field or file, what was found, and what was expected."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's ``main`` and exit: 2 with one sentence for a :class:`UserError`."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(status or 0)
