@@ -1,0 +1,221 @@
+"""Every setting of a training run. Dataclasses are the only schema; see :func:`load_run_config`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.config_files import ConfigError, load_config, setting, to_yaml
+
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "two_stage")
+DECAYS = ("linear", "sqrt", "exponential")
+
+
+@dataclass
+class DataSource:
+    """One prepared directory of a blend; weight is its share of the samples."""
+
+    path: str
+    weight: float = setting(1.0, above=0)
+
+
+@dataclass
+class DataConfig:
+    """path: a directory that data_prep made, whose sources are blended by the weights in its
+    manifest; or blend: several such directories with weights of their own."""
+
+    path: str | None = None
+    blend: list[DataSource] = field(default_factory=list)
+
+
+@dataclass
+class MLPConfig:
+    """The width is ``ratio`` times hidden_size, rounded up to ``multiple_of``, unless given."""
+
+    kind: str = setting("swiglu", choices=("swiglu", "gelu", "none"))
+    ratio: float = setting(8 / 3, above=0)
+    multiple_of: int = setting(16, minimum=1)
+    intermediate_size: int | None = setting(None, minimum=1)
+
+    def width(self, hidden_size: int) -> int:
+        """The number of inner channels."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return -int(-self.ratio * hidden_size // self.multiple_of) * self.multiple_of
+
+
+@dataclass
+class ModelConfig:
+    """pattern: the blocks, see pretrain/models/pattern.py; mixers: settings by name, only what
+    differs from a mixer's own defaults (an entry with ``kind: NAME`` makes a variant of mixer NAME
+    under a name of its own); vocab_size: null = the tokenizer's, rounded up to a multiple of 128;
+    depth_scaled_init: output projections start smaller by sqrt(2 x blocks)."""
+
+    hidden_size: int = setting(minimum=1)
+    pattern: str
+    mixers: dict[str, Any] = field(default_factory=dict)
+    mlp: MLPConfig = field(default_factory=MLPConfig)
+    vocab_size: int | None = setting(None, minimum=1)
+    tie_embeddings: bool = True
+    norm_eps: float = setting(1e-6, above=0)
+    init_std: float = setting(0.02, above=0)
+    depth_scaled_init: bool = True
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW; weight decay acts on matrices only. clip_grad: global norm, 0 = off."""
+
+    lr: float = setting(1e-3, above=0)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = setting(1e-8, above=0)
+    weight_decay: float = setting(0.1, minimum=0)
+    clip_grad: float = setting(1.0, minimum=0)
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over steps; see pretrain/schedule.py.
+
+    warmup_steps: linear from 0; decay_fraction: share of all steps in which ``wsd`` decays, or
+    after which share ``two_stage`` drops; decay: shape of the wsd decay; final_ratio: last learning
+    rate as a share of the peak.
+    """
+
+    kind: str = setting("cosine", choices=SCHEDULES)
+    warmup_steps: int = setting(100, minimum=0)
+    decay: str = setting("linear", choices=DECAYS)
+    decay_fraction: float = setting(0.2, above=0, maximum=1)
+    final_ratio: float = setting(0.1, minimum=0, maximum=1)
+
+
+@dataclass
+class TrainConfig:
+    """steps or tokens: the budget, exactly one of them; global_batch_tokens: tokens per optimizer
+    step over all processes; micro_batch_size: sequences per forward pass and process.
+
+    nonfinite: what a loss or gradient that is not finite does, ``stop`` or ``skip`` the step.
+    activation_checkpointing: ``block`` keeps only each block's input and recomputes the rest.
+    """
+
+    steps: int | None = setting(None, minimum=1)
+    tokens: int | None = setting(None, minimum=1)
+    seq_len: int = setting(512, minimum=2)
+    global_batch_tokens: int = setting(8192, minimum=1)
+    micro_batch_size: int = setting(8, minimum=1)
+    precision: str = setting("float32", choices=("float32", "bf16"))
+    activation_checkpointing: str = setting("none", choices=("none", "block"))
+    nonfinite: str = setting("stop", choices=("stop", "skip"))
+    threads: int | None = setting(None, minimum=1)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.steps is not None:
+            return self.steps
+        return -(-(self.tokens or 0) // self.global_batch_tokens)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.global_batch_tokens // self.seq_len
+
+
+@dataclass
+class ValidationConfig:
+    """every: steps between validations, 0 = only at the end; tokens: how many, from the start of
+    the validation shards, always the same ones."""
+
+    every: int = setting(100, minimum=0)
+    tokens: int = setting(65_536, minimum=1)
+
+
+@dataclass
+class CheckpointConfig:
+    """every: steps between saves (the last step is always saved); keep_last: older ones are
+    removed, except multiples of milestone_every (0 = no milestones); verify: check the sha256 of
+    every file before loading, or only the sizes."""
+
+    every: int = setting(200, minimum=1)
+    keep_last: int = setting(2, minimum=1)
+    milestone_every: int = setting(0, minimum=0)
+    verify: str = setting("sha256", choices=("sha256", "size"))
+
+
+@dataclass
+class LoggingConfig:
+    """every: steps between lines; wandb: mirror metrics to Weights & Biases."""
+
+    every: int = setting(10, minimum=1)
+    wandb: str = setting("disabled", choices=("disabled", "offline", "online"))
+    wandb_project: str = "pretrain"
+
+
+@dataclass
+class SampleConfig:
+    """Text generated when the run ends; tokens = 0 for none."""
+
+    prompt: str = ""
+    tokens: int = setting(128, minimum=0)
+    temperature: float = setting(0.8, minimum=0)
+
+
+@dataclass
+class RunConfig:
+    """A training run. directory: null = runs/NAME."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    directory: str | None = None
+    seed: int = setting(0, minimum=0)
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.directory or Path("runs") / self.name)
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, extend, override and check a run's settings. Raises ConfigError."""
+    config = load_config(RunConfig, path, overrides)
+    check_run_config(config, str(path))
+    return config
+
+
+def check_run_config(config: RunConfig, where: str) -> None:
+    """What one field alone cannot tell. Raises ConfigError naming the field."""
+    train, optimizer = config.train, config.optimizer
+    if not config.name or "/" in config.name:
+        raise ConfigError(f"{where}: name is '{config.name}', expected a plain name for a folder")
+    if (train.steps is None) == (train.tokens is None):
+        raise ConfigError(
+            f"{where}: train.steps is {train.steps} and train.tokens {train.tokens}, "
+            "expected exactly one of them to be set"
+        )
+    if train.global_batch_tokens % (train.seq_len * train.micro_batch_size):
+        raise ConfigError(
+            f"{where}: train.global_batch_tokens is {train.global_batch_tokens}, expected a "
+            f"multiple of seq_len x micro_batch_size = {train.seq_len * train.micro_batch_size}"
+        )
+    if (config.data.path is None) == (not config.data.blend):
+        raise ConfigError(f"{where}: expected either data.path or data.blend to be set")
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ConfigError(
+            f"{where}: optimizer.betas is {optimizer.betas}, expected two numbers in [0, 1)"
+        )
+    if config.schedule.warmup_steps > train.num_steps:
+        raise ConfigError(
+            f"{where}: schedule.warmup_steps is {config.schedule.warmup_steps}, more than the "
+            f"{train.num_steps} steps of the run"
+        )
+
+
+__all__ = ["ConfigError", "RunConfig", "check_run_config", "load_run_config", "to_yaml"]

@@ -1,0 +1,154 @@
+"""Softmax attention with grouped key/value heads, rotary positions, optional sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_prep.config_files import setting
+from pretrain.models.mixers.base import LayerContext, Mixer, State, heads, register
+from pretrain.models.norm import rms_norm
+from pretrain.ops import apply_rotary, attention, rotary_embedding
+from pretrain.ops.packing import rows_as_sequences, sequence_lengths, token_positions
+from pretrain.parallel.layers import (
+    column_input,
+    column_linear,
+    constant,
+    head_shared,
+    replicated_parameter,
+    row_linear,
+)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """num_kv_heads: null = num_heads; head_dim: null = hidden_size / num_heads; rope_theta: null =
+    no positions (NoPE); window: tokens seen back, itself included, null = all; qk_norm: RMS norm of
+    queries and keys per head."""
+
+    num_heads: int = setting(8, minimum=1)
+    num_kv_heads: int | None = setting(None, minimum=1)
+    head_dim: int | None = setting(None, minimum=1)
+    rope_theta: float | None = setting(10_000.0, above=0)
+    window: int | None = setting(None, minimum=1)
+    qk_norm: bool = False
+    norm_eps: float = setting(1e-6, above=0)
+
+    def shape(self, hidden_size: int) -> tuple[int, int, int]:
+        """(num_heads, num_kv_heads, head_dim) with the nulls filled in."""
+        head_dim = self.head_dim or hidden_size // self.num_heads
+        return self.num_heads, self.num_kv_heads or self.num_heads, head_dim
+
+
+@register("attn")
+class Attention(Mixer):
+    """State: all keys and values so far, packed ``[S, Hkv, D]``, and the sequences' lengths."""
+
+    config_class = AttentionConfig
+
+    def __init__(self, config: AttentionConfig, context: LayerContext):
+        super().__init__(config, context)
+        self.config, self.parallel = config, context.parallel
+        d = context.hidden_size
+        num_heads, num_kv_heads, self.head_dim = config.shape(d)
+        self.num_heads = self.parallel.local(num_heads, "num_heads")
+        self.num_kv_heads = self.parallel.local(num_kv_heads, "num_kv_heads")
+        q_dim, kv_dim = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.q_proj = column_linear(self.parallel, d, q_dim, context.std)
+        self.k_proj = column_linear(self.parallel, d, kv_dim, context.std)
+        self.v_proj = column_linear(self.parallel, d, kv_dim, context.std)
+        self.o_proj = row_linear(self.parallel, q_dim, d, context.output_std)
+        if config.qk_norm:
+            self.q_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
+            self.k_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        x = column_input(x, self.parallel)
+        q = heads(self.q_proj(x)[0], self.num_heads)
+        k = heads(self.k_proj(x)[0], self.num_kv_heads)
+        v = heads(self.v_proj(x)[0], self.num_kv_heads)
+        if self.config.qk_norm:
+            q = rms_norm(q, head_shared(self.q_norm), self.config.norm_eps)
+            k = rms_norm(k, head_shared(self.k_norm), self.config.norm_eps)
+        batch_size, length = q.shape[:2]
+        if cu_seqlens is None:
+            cu_seqlens = rows_as_sequences(batch_size, length, q.device)
+            q, k, v = (t.reshape(1, batch_size * length, *t.shape[2:]) for t in (q, k, v))
+        positions = token_positions(cu_seqlens)
+        if state is not None:
+            past = state["lengths"]
+            positions = positions + torch.repeat_interleave(past, cu_seqlens.diff())
+        if self.config.rope_theta is not None:
+            cos, sin = rotary_embedding(positions, self.head_dim, self.config.rope_theta)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        k, v, cu_seqlens_k = _append(state, k[0], v[0], cu_seqlens)
+        y = attention(
+            q, k[None], v[None],
+            window=self.config.window, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
+        )  # fmt: skip
+        y = y.reshape(batch_size, length, -1).transpose(0, 1)
+        new_state = {"k": k, "v": v, "lengths": cu_seqlens_k.diff()}
+        return self.o_proj(y)[0], new_state
+
+    def init_state(self, batch_size: int) -> State:
+        device, dtype = self.parallel.device, self.parallel.dtype
+        empty = torch.zeros(0, self.num_kv_heads, self.head_dim, dtype=dtype, device=device)
+        lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return {"k": empty, "v": empty, "lengths": lengths}
+
+    @staticmethod
+    def check(config: AttentionConfig, hidden_size: int) -> None:
+        if config.head_dim is None and hidden_size % config.num_heads:
+            raise ValueError(
+                f"num_heads is {config.num_heads}, which does not divide hidden_size {hidden_size}"
+                "; choose another or set head_dim"
+            )
+        num_heads, num_kv_heads, head_dim = config.shape(hidden_size)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {num_kv_heads}, which does not divide num_heads {num_heads}"
+            )
+        if config.rope_theta is not None and head_dim % 2:
+            raise ValueError(
+                f"head_dim is {head_dim}, expected an even number for rotary positions"
+            )
+
+    @staticmethod
+    def num_parameters(config: AttentionConfig, hidden_size: int) -> int:
+        num_heads, num_kv_heads, head_dim = config.shape(hidden_size)
+        projections = 2 * hidden_size * head_dim * (num_heads + num_kv_heads)
+        return projections + 2 * head_dim * config.qk_norm
+
+    @staticmethod
+    def flops_per_token(config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
+        num_heads, num_kv_heads, head_dim = config.shape(hidden_size)
+        projections = 4 * hidden_size * head_dim * (num_heads + num_kv_heads)
+        window = min(config.window or seq_len, seq_len)
+        # Keys seen by all queries of a sequence: 1, 2, ..., window, window, ...
+        seen = window * (window + 1) // 2 + (seq_len - window) * window
+        return projections + 4 * num_heads * head_dim * seen // seq_len
+
+    @staticmethod
+    def state_bytes(config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
+        _, num_kv_heads, head_dim = config.shape(hidden_size)
+        return 4 * num_kv_heads * head_dim * min(config.window or seq_len, seq_len)
+
+
+def _append(
+    state: State | None, k: Tensor, v: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each sequence's new keys and values after its old ones; and where the sequences lie."""
+    if state is None:
+        return k, v, cu_seqlens
+    new = sequence_lengths(cu_seqlens)
+    old = state["lengths"].tolist()
+    parts = [
+        torch.cat([torch.cat(pair) for pair in zip(a.split(old), b.split(new), strict=True)])
+        for a, b in ((state["k"], k), (state["v"], v))
+    ]
+    ends = torch.tensor([0, *(a + b for a, b in zip(old, new, strict=True))], device=k.device)
+    return parts[0], parts[1], ends.cumsum(0)

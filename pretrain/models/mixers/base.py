@@ -1,0 +1,117 @@
+"""What every sequence mixer is, and the registry that pattern strings name them from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.parallel.layers import ParallelContext
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a mixer is built into.
+
+    std, output_std: Gaussian initialisation of the inner and of the output projections
+    """
+
+    hidden_size: int
+    std: float
+    output_std: float
+    parallel: ParallelContext
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes information along the sequence; activations are sequence-first, ``[T, B, d]``.
+
+    ``config_class`` is a frozen dataclass of the mixer's own settings. The static methods count
+    without building anything; they speak of the whole layer, not of one process's share.
+    """
+
+    config_class: ClassVar[type]
+
+    @abstractmethod
+    def __init__(self, config: Any, context: LayerContext):
+        super().__init__()
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """x ``[T, B, d]`` to y of the same shape, and the state after each sequence's last token.
+
+        With ``cu_seqlens`` ``[N + 1]`` B is 1 and N sequences are packed along T.
+        """
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token for each of B sequences, ``[B, d]``."""
+        y, state = self(x[None], state=state)
+        return y[0], state
+
+    @abstractmethod
+    def init_state(self, batch_size: int) -> State:
+        """The state before any token."""
+
+    @staticmethod
+    def check(config: Any, hidden_size: int) -> None:
+        """Raise ValueError where the settings do not fit each other or ``hidden_size``."""
+
+    @staticmethod
+    @abstractmethod
+    def num_parameters(config: Any, hidden_size: int) -> int:
+        """Parameters of the layer, norms inside it included."""
+
+    @staticmethod
+    @abstractmethod
+    def flops_per_token(config: Any, hidden_size: int, seq_len: int) -> int:
+        """Matrix-multiply FLOPs of one token's forward pass in sequences of ``seq_len``."""
+
+    @staticmethod
+    @abstractmethod
+    def state_bytes(config: Any, hidden_size: int, seq_len: int) -> int:
+        """Bytes of one sequence's state after ``seq_len`` tokens, activations in bfloat16."""
+
+
+M = TypeVar("M", bound=type[Mixer])
+_REGISTRY: dict[str, type[Mixer]] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: make a mixer known to pattern strings as ``name``."""
+
+    def add(mixer: M) -> M:
+        if name in _REGISTRY:
+            raise ValueError(f"two mixers are called '{name}'")
+        _REGISTRY[name] = mixer
+        return mixer
+
+    return add
+
+
+def registry() -> dict[str, type[Mixer]]:
+    """All mixers by name."""
+    return dict(_REGISTRY)
+
+
+def heads(x: Tensor, num_heads: int) -> Tensor:
+    """``[T, B, H * D]`` to batch-first ``[B, T, H, D]``."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(0, 1)
+
+
+def whole(value: float, what: str) -> int:
+    """``value`` as an int. Raises ValueError naming ``what`` if it is not whole."""
+    if value != int(value):
+        raise ValueError(f"{what} is {value}, expected a whole number")
+    return int(value)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or wider where the model is."""
+    return torch.promote_types(dtype, torch.float32)

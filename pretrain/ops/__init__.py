@@ -1,0 +1,12 @@
+"""The recurrences as plain functions: what they compute, then how it is made fast.
+
+Every function takes tensors laid out ``[B, T, H, D]``, keeps its recurrent state in float32 or
+wider, and resets that state at the sequence starts that ``cu_seqlens`` names.
+"""
+
+from pretrain.ops.attention import attention
+from pretrain.ops.delta_rule import delta_rule
+from pretrain.ops.rotary import apply_rotary, rotary_embedding
+from pretrain.ops.short_convolution import short_convolution
+
+__all__ = ["apply_rotary", "attention", "delta_rule", "rotary_embedding", "short_convolution"]

@@ -1,0 +1,134 @@
+"""Causal softmax attention over packed sequences, with grouped heads and a sliding window."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.ops.packing import max_length, rows_as_sequences, sequence_lengths
+
+BACKENDS = ("auto", "sdpa", "flash")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """q ``[B, T, H, D]``; k, v ``[B, S, Hkv, D]`` with H a multiple of Hkv; output as q.
+
+    The queries of a sequence are its last ones: query t of T sees keys up to S - T + t, and with
+    ``window`` only the last ``window`` of those. ``cu_seqlens`` packs N sequences in a batch of 1,
+    ``cu_seqlens_k`` says where their keys lie when there are more keys than queries.
+
+    backend: ``sdpa`` (torch) anywhere; ``flash`` (flash-attn) on CUDA in bf16 or fp16; ``auto``
+    takes flash where it can. Raises ValueError for shapes that do not fit or a backend that this
+    machine lacks.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: backend is '{backend}', expected one of {BACKENDS}")
+    if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
+        )
+    if cu_seqlens is None:
+        cu_seqlens = rows_as_sequences(q.shape[0], q.shape[1], q.device)
+        cu_seqlens_k = rows_as_sequences(k.shape[0], k.shape[1], k.device)
+    elif cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    if backend == "auto":
+        backend = "flash" if _flash_fits(q) else "sdpa"
+    run = _flash if backend == "flash" else _sdpa
+    output = run(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens_k, scale, window
+    )
+    return output.view(q.shape)
+
+
+def _flash_fits(q: Tensor) -> bool:
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] <= 256
+        and importlib.util.find_spec("flash_attn") is not None
+    )
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        raise ValueError(
+            "attention: backend 'flash' needs flash-attn and CUDA, which are not here"
+        ) from None
+    return flash_attn_varlen_func(
+        q, k, v, cu_q.int(), cu_k.int(), max_length(cu_q), max_length(cu_k),
+        softmax_scale=scale, causal=True, window_size=(-1 if window is None else window - 1, 0),
+    )  # fmt: skip
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Sequences of equal length share one call; none ever sees another's keys."""
+    lengths = list(zip(sequence_lengths(cu_q), sequence_lengths(cu_k), strict=True))
+    if len(set(lengths)) == 1:
+        n = len(lengths)
+        return _sdpa_rows(_rows(q, n), _rows(k, n), _rows(v, n), scale, window).flatten(0, 1)
+    queries = q.split([n for n, _ in lengths])
+    keys, values = (x.split([m for _, m in lengths]) for x in (k, v))
+    outputs: list[Tensor] = [q[:0]] * len(lengths)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, pair in enumerate(lengths):
+        groups.setdefault(pair, []).append(index)
+    for members in groups.values():
+        a, b, c = (torch.stack([x[i] for i in members]) for x in (queries, keys, values))
+        for i, output in zip(members, _sdpa_rows(a, b, c, scale, window), strict=True):
+            outputs[i] = output
+    return torch.cat(outputs) if outputs else torch.empty_like(q)
+
+
+def _rows(x: Tensor, count: int) -> Tensor:
+    return x.view(count, -1, *x.shape[1:])
+
+
+def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    if num_queries == 0:
+        return torch.empty_like(q)
+    mask = None
+    causal = num_queries == num_keys and (window is None or window >= num_keys)
+    if not causal and (num_queries > 1 or (window is not None and window < num_keys)):
+        last = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
+        keys = torch.arange(num_keys, device=q.device)
+        mask = keys <= last
+        if window is not None:
+            mask = mask & (keys > last - window)
+    output = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+    )  # fmt: skip
+    return output.transpose(1, 2)

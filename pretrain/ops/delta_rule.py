@@ -1,0 +1,158 @@
+"""The delta rule: DeltaNet, Gated DeltaNet and (Gated) DeltaProduct.
+
+    S_t = a_t S_{t-1};  then for each of the n Householder steps j of token t:
+    S_t <- S_t + k_j^T b_j (v_j - k_j S_t);         o_t = scale * q_t S_t
+
+Sources: DeltaNet arXiv 2406.06484, Gated DeltaNet arXiv 2412.06464, DeltaProduct arXiv 2502.10297.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from pretrain.ops.delta_rule_chunked import chunked_delta_rule
+from pretrain.ops.packing import rows_as_sequences, sequence_lengths
+
+BACKENDS = ("auto", "recurrent", "chunked")
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    num_householder: int = 1,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Delta-rule recurrence over a matrix state.
+
+    q: ``[B, T, H, K]``; k: ``[B, n T, H, K]``; v: ``[B, n T, H, V]``; beta: ``[B, n T, H]``, where
+    n is ``num_householder`` and the n sub-steps of a token follow each other in time; log_decay:
+    ``[B, T, H]``, at most 0, applied before the first sub-step of its token. Keys are expected to
+    have norm at most 1 when beta may exceed 1. ``scale`` defaults to K^-1/2.
+
+    With ``cu_seqlens`` (``[N + 1]``, in tokens) B must be 1 and N sequences are packed along T;
+    ``initial_state`` is then ``[N, H, K, V]``, otherwise ``[B, H, K, V]``.
+
+    backend: ``recurrent`` is the definition, a plain loop; ``chunked`` is parallel over chunks of
+    ``chunk_size`` sub-steps; ``auto`` takes ``chunked`` unless every sequence is a single token.
+
+    Returns the output ``[B, T, H, V]`` in q's dtype and the final state, float32 or wider.
+    Raises ValueError for shapes that do not fit and for an unknown backend.
+    """
+    _check(q, k, v, beta, log_decay, num_householder, cu_seqlens, backend, chunk_size)
+    batch_size, length, num_heads, head_dim = q.shape
+    value_dim = v.shape[-1]
+    if cu_seqlens is None:
+        cu_seqlens = rows_as_sequences(batch_size, length, q.device)
+    lengths = sequence_lengths(cu_seqlens)
+    if sum(lengths) != batch_size * length:
+        raise ValueError(f"cu_seqlens ends at {sum(lengths)}, but there are {length} tokens")
+
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    state_shape = (len(lengths), num_heads, head_dim, value_dim)
+    if initial_state is None:
+        initial_state = q.new_zeros(state_shape, dtype=dtype)
+    elif tuple(initial_state.shape) != state_shape:
+        raise ValueError(
+            f"initial_state is {tuple(initial_state.shape)}, expected {state_shape} "
+            "(sequences, heads, key dim, value dim)"
+        )
+    tokens = batch_size * length
+    arguments = (
+        q.reshape(tokens, num_heads, head_dim).to(dtype) * (scale or head_dim**-0.5),
+        k.reshape(tokens, num_householder, num_heads, head_dim).to(dtype),
+        v.reshape(tokens, num_householder, num_heads, value_dim).to(dtype),
+        beta.reshape(tokens, num_householder, num_heads).to(dtype),
+        None if log_decay is None else log_decay.reshape(tokens, num_heads).to(dtype),
+        initial_state.to(dtype),
+    )
+    if backend == "auto":
+        backend = "chunked" if max(lengths, default=0) > 1 else "recurrent"
+    if backend == "recurrent":
+        output, state = recurrent_delta_rule(*arguments, lengths)
+    else:
+        output, state = chunked_delta_rule(*arguments, cu_seqlens, chunk_size)
+    return output.to(q.dtype).view(batch_size, length, num_heads, value_dim), state
+
+
+def recurrent_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor,
+    lengths: list[int],
+) -> tuple[Tensor, Tensor]:
+    """The definition: one token after another. q ``[T, H, K]`` scaled, k ``[T, n, H, K]``."""
+    num_heads, value_dim = q.shape[1], v.shape[-1]
+    # Unbinding once keeps the backward pass linear in T: indexing would add a full-size gradient
+    # for every token.
+    queries, keys, values, betas = q.unbind(0), k.unbind(0), v.unbind(0), beta.unbind(0)
+    decays = None if log_decay is None else log_decay.exp().unbind(0)
+    outputs, states = [], []
+    for rows, state in zip(_rows(lengths), initial_state, strict=True):
+        for t in rows:
+            if decays is not None:
+                state = state * decays[t][:, None, None]
+            for key, value, b in zip(keys[t], values[t], betas[t], strict=True):
+                read = torch.einsum("hk,hkv->hv", key, state)
+                write = b[:, None] * (value - read)
+                state = state + key[:, :, None] * write[:, None, :]
+            outputs.append(torch.einsum("hk,hkv->hv", queries[t], state))
+        states.append(state)
+    output = torch.stack(outputs) if outputs else q.new_zeros(0, num_heads, value_dim)
+    return output, torch.stack(states) if states else initial_state
+
+
+def _rows(lengths: list[int]) -> list[range]:
+    ends = itertools.accumulate(lengths, initial=0)
+    return [range(a, b) for a, b in itertools.pairwise(ends)]
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    num_householder: int,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    chunk_size: int,
+) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"delta_rule: backend is '{backend}', expected one of {BACKENDS}")
+    if num_householder < 1 or chunk_size < num_householder:
+        raise ValueError(
+            f"delta_rule: num_householder is {num_householder} and chunk_size {chunk_size}, "
+            "expected 1 <= num_householder <= chunk_size"
+        )
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"delta_rule: q is {tuple(q.shape)} and v {tuple(v.shape)}, expected [B, T, H, dim]"
+        )
+    batch_size, length, num_heads, head_dim = q.shape
+    steps = (batch_size, num_householder * length, num_heads)
+    expected = {
+        "k": (k, (*steps, head_dim)),
+        "v": (v, (*steps, v.shape[-1])),
+        "beta": (beta, steps),
+    }
+    if log_decay is not None:
+        expected["log_decay"] = (log_decay, (batch_size, length, num_heads))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"delta_rule: {name} is {tuple(tensor.shape)}, expected {shape}")
+    if cu_seqlens is not None and batch_size != 1:
+        raise ValueError(f"delta_rule: with cu_seqlens the batch must be 1, found {batch_size}")

@@ -1,0 +1,130 @@
+"""Where sequences begin and end in a packed row of tokens, and how to cut them into chunks.
+
+``cu_seqlens`` is an int32 or int64 tensor ``[N + 1]``: 0, then the running sum of the lengths of
+the N sequences packed one after another. What the layers derive from it is computed once per tensor
+and remembered while that tensor lives, so a ``cu_seqlens`` must not be changed in place.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+R = TypeVar("R")
+
+
+def _remember(function: Callable[..., R]) -> Callable[..., R]:
+    """Cache a function's results on its first argument, a tensor, by identity."""
+    results: Any = WeakIdKeyDictionary()
+
+    @wraps(function)
+    def wrapper(cu_seqlens: Tensor, *arguments: Any) -> R:
+        known = results.setdefault(cu_seqlens, {})
+        if arguments not in known:
+            known[arguments] = function(cu_seqlens, *arguments)
+        return known[arguments]
+
+    return wrapper
+
+
+@_remember
+def sequence_lengths(cu_seqlens: Tensor) -> list[int]:
+    """The lengths of the packed sequences, on the host. Raises ValueError for a bad tensor."""
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens must be a vector of integers [N + 1], found {tuple(cu_seqlens.shape)} "
+            f"{cu_seqlens.dtype}"
+        )
+    ends = cu_seqlens.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(ends)]
+    if ends[0] != 0 or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens must start at 0 and never fall, found {ends[:20]}")
+    return lengths
+
+
+@_remember
+def max_length(cu_seqlens: Tensor) -> int:
+    """The longest packed sequence."""
+    return max(sequence_lengths(cu_seqlens), default=0)
+
+
+@_remember
+def sequence_ids(cu_seqlens: Tensor) -> Tensor:
+    """``[T]`` int64: the sequence that each token belongs to."""
+    lengths = cu_seqlens.diff().long()
+    return torch.repeat_interleave(lengths, output_size=sum(sequence_lengths(cu_seqlens)))
+
+
+@_remember
+def token_positions(cu_seqlens: Tensor) -> Tensor:
+    """``[T]`` int64: each token's position within its own sequence, from 0."""
+    ids = sequence_ids(cu_seqlens)
+    return torch.arange(len(ids), device=ids.device) - cu_seqlens.long()[ids]
+
+
+def rows_as_sequences(batch_size: int, length: int, device: torch.device) -> Tensor:
+    """``cu_seqlens`` of ``batch_size`` rows of equal length laid one after another."""
+    return torch.arange(batch_size + 1, device=device, dtype=torch.int64) * length
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Sequences cut into chunks, ordered so that step j holds the j-th chunk of each sequence.
+
+    Every sequence starts a chunk of its own, so a chunk never straddles two sequences and a
+    sequence's arithmetic does not depend on its neighbours. Longer sequences come first: the
+    sequences that still run at step j are a prefix, as in ``torch.nn.utils.rnn.PackedSequence``.
+
+    token_index:  [num_chunks, chunk_size] int64, index of the token, or T at padding
+    steps:        for each step, (first chunk, number of chunks)
+    order:        [N] int64, the sequences, longest first
+    token_slot:   [T] int64, position of each token in the flattened chunks
+    padded:       whether any chunk has padding
+    """
+
+    token_index: Tensor
+    steps: list[tuple[int, int]]
+    order: Tensor
+    token_slot: Tensor
+    padded: bool
+
+
+@_remember
+def chunk_layout(cu_seqlens: Tensor, chunk_size: int) -> ChunkLayout:
+    """The :class:`ChunkLayout` of packed sequences; empty sequences have no chunk."""
+    lengths = sequence_lengths(cu_seqlens)
+    device, total = cu_seqlens.device, sum(lengths)
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    counts = (sizes + chunk_size - 1) // chunk_size
+    order = torch.argsort(counts, descending=True, stable=True)
+    ordered = counts[order]
+    num_steps = int(ordered[0]) if len(lengths) else 0
+    alive = (ordered[None, :] > torch.arange(num_steps)[:, None]).sum(1)
+    firsts = torch.cumsum(alive, 0) - alive
+    steps = list(zip(firsts.tolist(), alive.tolist(), strict=True))
+
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    step_of = torch.repeat_interleave(torch.arange(num_steps), alive)
+    sequence_of = order[torch.arange(len(step_of)) - firsts[step_of]]
+    offsets = step_of[:, None] * chunk_size + torch.arange(chunk_size)
+    starts = torch.cumsum(sizes, 0) - sizes
+    index = starts[sequence_of][:, None] + offsets
+    index = index.masked_fill(offsets >= sizes[sequence_of][:, None], total)
+
+    slot = torch.empty(total + 1, dtype=torch.int64)
+    slot[index.reshape(-1)] = torch.arange(index.numel())
+    return ChunkLayout(
+        token_index=index.to(device),
+        steps=steps,
+        order=order.to(device),
+        token_slot=slot[:total].to(device),
+        padded=index.numel() != total,
+    )

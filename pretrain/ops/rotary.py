@@ -1,0 +1,21 @@
+"""Rotary position embedding (arXiv 2104.09864), halves rotated as in Llama."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_embedding(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin ``[*positions.shape, dim / 2]`` in float32 for integer positions."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+    angles = positions[..., None] * theta**-exponents
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x ``[..., H, D]`` by cos, sin ``[..., D / 2]``; computed in float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    first, second = x.to(dtype).chunk(2, -1)
+    cos, sin = cos[..., None, :].to(dtype), sin[..., None, :].to(dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

@@ -1,0 +1,59 @@
+"""Process groups and devices: NCCL where CUDA is present, gloo elsewhere."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+def local_device() -> torch.device:
+    """This process's device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def start_processes(timeout_minutes: float = 30) -> None:
+    """Join the process group that torchrun set up, or make a group of one; then megatron-core's.
+
+    Does nothing where megatron-core's groups exist already.
+    """
+    if not dist.is_initialized():
+        device = local_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+
+
+def stop_processes() -> None:
+    """Leave all process groups."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes the small files."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is set on any process; every process must call."""
+    if dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=local_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
