@@ -1,0 +1,67 @@
+"""``python -m data_prep CONFIG [key=value ...]``, and ``inspect`` and ``verify`` for the result."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from types import FrameType
+
+from data_prep.errors import run_command
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that everything is closed on the way out."""
+
+
+def main() -> int:
+    """Run the command of ``sys.argv``; the exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _main(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except Terminated:
+        status = 128 + signal.SIGTERM
+    print(
+        "interrupted: whole shards are kept, run the same command again to go on from there",
+        file=sys.stderr,
+    )
+    return status
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep",
+        description="Turn text into shards of tokens for pretraining.",
+        epilog="python -m data_prep inspect DIR shows what a data set holds; "
+        "python -m data_prep verify DIR checks it against its hashes.",
+    )
+    if arguments and arguments[0] in ("inspect", "verify"):
+        parser.add_argument("command")
+        parser.add_argument("directory", help="a data set made by this program")
+        options = parser.parse_args(arguments)
+        from data_prep import inspection
+
+        getattr(inspection, options.command)(options.directory)
+        return 0
+    parser.add_argument("config", help="a YAML file, such as configs/data/stdlib.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as output=data/x")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what the output folder holds"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    from data_prep.config import load_data_config
+    from data_prep.prepare import prepare
+
+    prepare(load_data_config(options.config, options.overrides), options.overwrite)
+    print("next: python -m pretrain configs/runs/demo.yaml")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

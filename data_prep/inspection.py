@@ -1,0 +1,76 @@
+"""Look into a finished data set, and check that it is undamaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from data_prep.errors import UserError
+from data_prep.manifest import Manifest
+from data_prep.screen import print_counts
+from data_prep.shards import file_hash, indexed_dataset
+from data_prep.tokenizer import Tokenizer
+
+_BAR = 40
+_SAMPLES = 3
+_SAMPLE_TOKENS = 200
+
+
+def verify(directory: str | Path) -> None:
+    """Compare every file with the manifest's hashes; :class:`UserError` names the damaged ones."""
+    directory = Path(directory)
+    manifest = Manifest.load(directory)
+    expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
+    for shard in manifest.shards:
+        expected |= {f"{shard.name}.{suffix}": value for suffix, value in shard.sha256.items()}
+    damaged = []
+    for name, sha256 in expected.items():
+        path = directory / name
+        if not path.is_file():
+            damaged.append(f"{path} is missing")
+        elif file_hash(path) != sha256:
+            damaged.append(f"{path} is damaged (its hash differs from the manifest's)")
+    if damaged:
+        raise UserError("; ".join(damaged))
+    print(f"{directory}: {len(expected)} files as the manifest says")
+
+
+def inspect(directory: str | Path) -> None:
+    """Print counts, a histogram of document lengths, and the beginnings of some documents."""
+    directory = Path(directory)
+    manifest = Manifest.load(directory)
+    manifest.verify_sizes(directory)
+    tokenizer = Tokenizer.load(directory / manifest.tokenizer.file)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    print_counts(manifest, str(directory), console)
+    lengths = []
+    for shard in manifest.shards:
+        dataset = indexed_dataset().IndexedDataset(str(directory / shard.name))
+        lengths.append(np.asarray(dataset.sequence_lengths))
+    console.print("\nlength of documents, in tokens")
+    for line in histogram(np.concatenate(lengths)):
+        console.print(line)
+    # One from the middle of each of the first shards: they differ more than neighbours do.
+    for shard in manifest.shards[:_SAMPLES]:
+        dataset = indexed_dataset().IndexedDataset(str(directory / shard.name))
+        index = shard.documents // 2
+        tokens = dataset.get(
+            index, length=min(_SAMPLE_TOKENS, int(dataset.sequence_lengths[index]))
+        )
+        total = int(dataset.sequence_lengths[index])
+        console.rule(f"{shard.name}, document {index}: {len(tokens)} of its {total:,} tokens")
+        console.print(tokenizer.decode(tokens))
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """Lines of a histogram whose classes are powers of two."""
+    classes = np.floor(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(classes)
+    first = int(np.flatnonzero(counts)[0]) if len(lengths) else 0
+    lines = []
+    for power in range(first, len(counts)):
+        bar = "█" * round(_BAR * counts[power] / counts.max())
+        lines.append(f"{2**power:>11,} - {2 ** (power + 1) - 1:<11,} {counts[power]:>10,} {bar}")
+    return lines

@@ -1,0 +1,280 @@
+"""From a config to a finished data set: start, resume, or see that nothing is to be done."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_prep.config import DataPrepConfig
+from data_prep.errors import UserError
+from data_prep.manifest import (
+    FORMAT,
+    ByteEntropy,
+    Manifest,
+    SourceEntry,
+    TokenizerEntry,
+    content_hash,
+    settings_hash,
+    write_bytes,
+)
+from data_prep.manifest import NAME as MANIFEST
+from data_prep.progress import NAME as PROGRESS
+from data_prep.progress import Progress, shard_files
+from data_prep.screen import ProgressDisplay, print_summary
+from data_prep.shards import file_hash, indexed_dataset, write_shards
+from data_prep.sources import Source, open_source
+from data_prep.tokenizer import FILE_NAMES, Tokenizer
+from data_prep.tokenizer_training import train_tokenizer
+from data_prep.workers import SPLITS, WorkerPool
+
+
+def prepare(config: DataPrepConfig, overwrite: bool = False) -> Manifest:
+    """Make the data set that ``config`` describes, or what of it is missing.
+
+    Raises :class:`UserError` for bad input, a full disk, or an output built from other settings
+    (unless ``overwrite``).
+    """
+    output = Path(config.output)
+    try:
+        sources = [open_source(source) for source in config.sources]
+        settings = _settings(config)
+        fingerprints = {source.config.name: source.fingerprint for source in sources}
+        if not overwrite and (output / MANIFEST).exists():
+            manifest = Manifest.load(output)
+            found = {source.name: source.fingerprint for source in manifest.sources}
+            _same_input(output, manifest.settings, found, settings, fingerprints)
+            manifest.verify_sizes(output)
+            print(f"{output} is complete and unchanged: nothing to do")
+            return manifest
+        for source in sources:
+            _check_holds_text(source)
+        with _locked(output):
+            progress = _start(output, settings, fingerprints, overwrite)
+            manifest = _run(config, sources, progress, output)
+            write_manifest(manifest, output)
+        return manifest
+    except OSError as error:
+        raise UserError(_explain(error, output)) from error
+
+
+def write_manifest(manifest: Manifest, output: Path) -> None:
+    """Declare the data set finished."""
+    manifest.save(output)
+    shutil.rmtree(output / ".partial")
+
+
+def _run(
+    config: DataPrepConfig, sources: list[Source], progress: Progress, output: Path
+) -> Manifest:
+    start = time.monotonic()
+    before = sum(shard.bytes for shard in progress.shards)
+    processes = config.processes or os.cpu_count() or 1
+    with ProgressDisplay() as display, WorkerPool(processes) as pool:
+        if progress.shards:
+            display.say(f"resuming after {len(progress.shards)} whole shard files")
+        tokenizer = _tokenizer(config, progress, output, pool, display)
+        write_shards(
+            sources,
+            tokenizer,
+            progress,
+            output,
+            pool,
+            config.shard_bytes,
+            config.validation_fraction,
+            display,
+        )
+    manifest = _manifest(config, progress, tokenizer)
+    seconds = time.monotonic() - start
+    made = sum(shard.bytes for shard in progress.shards) - before
+    print_summary(manifest, str(output), seconds, made)
+    return manifest
+
+
+def _tokenizer(
+    config: DataPrepConfig,
+    progress: Progress,
+    output: Path,
+    pool: WorkerPool,
+    display: ProgressDisplay,
+) -> Tokenizer:
+    """The data set's tokenizer: from an earlier start, an existing file, or trained now."""
+    existing = config.tokenizer.path
+    original = Tokenizer.load(existing).path if existing else None
+    path = output / FILE_NAMES[original is not None and original.suffix == ".json"]
+    if path.is_file() and file_hash(path) == progress.tokenizer_sha256:
+        return Tokenizer.load(path)
+    if original is not None:
+        content = original.read_bytes()
+    else:
+        display.say(
+            f"training the tokenizer: {config.tokenizer.kind}, "
+            f"{config.tokenizer.vocab_size:,} pieces"
+        )
+        # In a worker, so that its memory is freed and a signal need not wait for the C++ code.
+        future = pool.submit(train_tokenizer, config)
+        indexed_dataset()  # meanwhile: importing it takes as long
+        content = pool.result(future)
+    if progress.shards:
+        raise UserError(
+            f"{path} is missing or changed, but shards were made with it: start over with "
+            "--overwrite"
+        )
+    write_bytes(path, content)
+    tokenizer = Tokenizer.load(path)
+    progress.tokenizer_sha256 = tokenizer.sha256
+    progress.save()
+    return tokenizer
+
+
+def _settings(config: DataPrepConfig) -> dict[str, Any]:
+    """What decides the content of the shards; neither where they lie nor how many make them."""
+    settings = dataclasses.asdict(config)
+    del settings["output"], settings["processes"]
+    if config.tokenizer.path:
+        settings["tokenizer"] = {"sha256": Tokenizer.load(config.tokenizer.path).sha256}
+    return settings
+
+
+def _same_input(
+    output: Path,
+    old_settings: dict[str, Any],
+    old_fingerprints: dict[str, str],
+    settings: dict[str, Any],
+    fingerprints: dict[str, str],
+) -> None:
+    """Raise :class:`UserError` when ``output`` was made from something else than is given now."""
+    advice = "choose another output, or replace it with --overwrite"
+    changed = [
+        f"{key} was {old_settings.get(key)}, now is {settings.get(key)}"
+        for key in sorted({*old_settings, *settings})
+        if old_settings.get(key) != settings.get(key)
+    ]
+    if changed:
+        raise UserError(f"{output} was made from other settings ({'; '.join(changed)}): {advice}")
+    for name, fingerprint in fingerprints.items():
+        if old_fingerprints.get(name) != fingerprint:
+            raise UserError(f"source '{name}' has changed since {output} was made: {advice}")
+
+
+def _check_holds_text(source: Source) -> None:
+    """Raise :class:`UserError` for a source in which no document has any text."""
+    for file in range(source.file_count):
+        for document in source.read(file):
+            try:
+                if document.content.decode():
+                    return
+            except UnicodeDecodeError:
+                continue
+    raise UserError(
+        f"source '{source.config.name}' holds no text: all its documents are empty or not UTF-8"
+    )
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep a second run from writing to the same place."""
+    partial = output / ".partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {output}: wait for it to end") from None
+        yield
+
+
+def _start(
+    output: Path, settings: dict[str, Any], fingerprints: dict[str, str], overwrite: bool
+) -> Progress:
+    """The progress to go on from; everything in ``output`` that it does not list is removed."""
+    path = output / ".partial" / PROGRESS
+    progress = None if overwrite else Progress.load(path)
+    if progress is None and not overwrite and (foreign := shard_files(output)):
+        raise UserError(
+            f"{output} holds shards of unknown origin ({foreign[0].name}): choose another output, "
+            "or remove them with --overwrite"
+        )
+    if progress is not None and progress.shards:
+        _same_input(output, progress.settings, progress.fingerprints, settings, fingerprints)
+    else:
+        (output / MANIFEST).unlink(missing_ok=True)  # first: from here on nothing is vouched for
+        progress = Progress(settings, fingerprints, path=str(path))
+        progress.save()
+        for name in FILE_NAMES:
+            (output / name).unlink(missing_ok=True)
+    listed = {f"{shard.name}.{suffix}" for shard in progress.shards for suffix in shard.size}
+    for file in shard_files(output):
+        if file.name not in listed:
+            file.unlink()
+    for file in (output / ".partial").iterdir():
+        if file.name not in (PROGRESS, "lock"):
+            file.unlink()
+    return progress
+
+
+def _manifest(config: DataPrepConfig, progress: Progress, tokenizer: Tokenizer) -> Manifest:
+    sources = []
+    for source in config.sources:
+        splits = {split: progress.counts(source.name, split) for split in SPLITS}
+        sources.append(
+            SourceEntry(
+                name=source.name,
+                kind=source.kind,
+                weight=source.weight,
+                fingerprint=progress.fingerprints[source.name],
+                documents=sum(counts.documents for counts in splits.values()),
+                bytes=sum(counts.bytes for counts in splits.values()),
+                skipped=progress.skipped.get(source.name, {}),
+                splits=splits,
+            )
+        )
+    warnings = []
+    if config.validation_fraction > 0 and not any(s.splits["valid"].documents for s in sources):
+        warnings.append(
+            "no document fell into the validation split: add documents or raise validation_fraction"
+        )
+    if not any(source.splits["train"].documents for source in sources):
+        warnings.append(
+            "no document fell into the training split: add documents or lower validation_fraction"
+        )
+    if not tokenizer.lossless:
+        warnings.append("this tokenizer does not give text back byte for byte")
+    return Manifest(
+        format=FORMAT,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        settings=progress.settings,
+        settings_sha256=settings_hash(progress.settings),
+        content_sha256=content_hash(progress.shards, tokenizer.sha256),
+        tokenizer=TokenizerEntry(
+            file=tokenizer.path.name,
+            kind=tokenizer.kind,
+            vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eod_id,
+            sha256=tokenizer.sha256,
+            lossless=tokenizer.lossless,
+        ),
+        dtype=tokenizer.dtype.name,
+        byte_entropy=ByteEntropy(*progress.entropies()),
+        sources=sources,
+        shards=progress.shards,
+        warnings=warnings,
+    )
+
+
+def _explain(error: OSError, output: Path) -> str:
+    where = error.filename or output
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk that holds {output.resolve()} is full: whole shards are kept, free some "
+            "space and run the same command again to go on from there"
+        )
+    return f"{where}: {error.strerror or error}"

@@ -1,0 +1,119 @@
+"""``.partial/progress.json``: how far an unfinished data set has come."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import re
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.config_files import ConfigError, build_config
+from data_prep.errors import UserError
+from data_prep.manifest import Counts, ShardEntry, write_json
+from data_prep.workers import TokenizedBatch
+
+NAME = "progress.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Up to where the sources have been read."""
+
+    source: int = 0
+    file: int = 0
+    documents: int = 0  # read of the file
+    total: int = 0  # read of the source
+
+
+@dataclass
+class Progress:
+    """Whole shards, and what has been counted while making them."""
+
+    settings: dict[str, Any]
+    fingerprints: dict[str, str]  # by source
+    tokenizer_sha256: str | None = None
+    position: Position = field(default_factory=Position)
+    shards: list[ShardEntry] = field(default_factory=list)
+    skipped: dict[str, dict[str, int]] = field(default_factory=dict)  # by source
+    bigrams: str = ""  # [256 + 65536] int64, compressed: single bytes, then pairs
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        self._counts = (
+            np.frombuffer(zlib.decompress(base64.b64decode(self.bigrams)), dtype=np.int64).copy()
+            if self.bigrams
+            else np.zeros(256 + 65_536, dtype=np.int64)
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Progress | None:
+        """The progress saved at ``path``, None when there is none."""
+        try:
+            progress = build_config(cls, json.loads(path.read_bytes()), str(path))
+        except FileNotFoundError:
+            return None
+        except (ValueError, ConfigError) as error:
+            raise UserError(f"{path}: damaged ({error}); start over with --overwrite") from None
+        return progress
+
+    def save(self) -> None:
+        """Write, whole or not at all."""
+        packed = zlib.compress(self._counts.tobytes())
+        self.bigrams = base64.b64encode(packed).decode()
+        write_json(Path(self.path), dataclasses.asdict(self))
+
+    def count(self, source: str, batch: TokenizedBatch) -> None:
+        """Add what a batch skipped, and its bytes."""
+        skipped = self.skipped.setdefault(source, dict.fromkeys(batch.skipped, 0))
+        for why, number in batch.skipped.items():
+            skipped[why] += number
+        self._counts[:256] += batch.unigrams
+        self._counts[256:] += batch.bigrams
+
+    def add(self, shards: list[ShardEntry], position: Position) -> None:
+        """List whole shards; everything up to ``position`` is in them. Saved at once."""
+        self.shards.extend(shards)
+        self.position = position
+        self.save()
+
+    def next_index(self, source: str) -> int:
+        """The index of the next shard of ``source``."""
+        indices = (int(s.name.rpartition("-")[2]) for s in self.shards if s.source == source)
+        return max(indices, default=-1) + 1
+
+    def counts(self, source: str, split: str) -> Counts:
+        """Of the whole shards of a source's split."""
+        total = Counts()
+        for shard in self.shards:
+            if (shard.source, shard.split) == (source, split):
+                total.add(Counts(shard.documents, shard.tokens, shard.bytes))
+        return total
+
+    def entropies(self) -> tuple[float, float]:
+        """Bits per byte: of single bytes, and of a byte given the one before."""
+        pairs = self._counts[256:].reshape(256, 256)
+        return _bits(self._counts[:256]), _bits(pairs.ravel()) - _bits(pairs.sum(axis=1))
+
+
+def _bits(counts: npt.NDArray[np.int64]) -> float:
+    """Entropy in bits of the distribution that ``counts`` describe."""
+    total = counts.sum()
+    if total == 0:
+        return 0.0
+    shares = counts[counts > 0] / total
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def shard_files(output: Path) -> list[Path]:
+    """Files in ``output`` with the names of shards."""
+    if not output.is_dir():
+        return []
+    pattern = re.compile(r"(train|valid)-.+-\d{5,}\.(bin|idx)")
+    return sorted(path for path in output.iterdir() if pattern.fullmatch(path.name))
