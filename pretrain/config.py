@@ -53,8 +53,8 @@ class ModelConfig:
     under a name of its own); vocab_size: null = the tokenizer's, rounded up to a multiple of 128;
     depth_scaled_init: output projections start smaller by sqrt(2 x blocks)."""
 
-    hidden_size: int = setting(minimum=1)
     pattern: str
+    hidden_size: int = setting(minimum=1)
     mixers: dict[str, Any] = field(default_factory=dict)
     mlp: MLPConfig = field(default_factory=MLPConfig)
     vocab_size: int | None = setting(None, minimum=1)
@@ -210,6 +210,11 @@ def check_run_config(config: RunConfig, where: str) -> None:
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(
             f"{where}: optimizer.betas is {optimizer.betas}, expected two numbers in [0, 1)"
+        )
+    if config.schedule.decay == "exponential" and config.schedule.final_ratio == 0:
+        raise ConfigError(
+            f"{where}: schedule.final_ratio is 0, which an exponential decay never reaches; "
+            "expected more than 0"
         )
     if config.schedule.warmup_steps > train.num_steps:
         raise ConfigError(
