@@ -135,12 +135,14 @@ class ValidationConfig:
 class CheckpointConfig:
     """every: steps between saves (the last step is always saved); keep_last: older ones are
     removed, except multiples of milestone_every (0 = no milestones); verify: check the sha256 of
-    every file before loading, or only the sizes."""
+    every file before loading, or only the sizes; resume: the name of a checkpoint of this run to go
+    on from instead of the latest."""
 
     every: int = setting(200, minimum=1)
     keep_last: int = setting(2, minimum=1)
     milestone_every: int = setting(0, minimum=0)
     verify: str = setting("sha256", choices=("sha256", "size"))
+    resume: str | None = None
 
 
 @dataclass
