@@ -23,11 +23,13 @@ def main() -> int:
         status = 128 + signal.SIGINT
     except Terminated:
         status = 128 + signal.SIGTERM
-    print(
-        "interrupted: whole shards are kept, run the same command again to go on from there",
-        file=sys.stderr,
-    )
+    words = "interrupted: whole shards are kept, run the same command again to go on from there"
+    print("interrupted" if _only_reads(sys.argv[1:]) else words, file=sys.stderr)
     return status
+
+
+def _only_reads(arguments: list[str]) -> bool:
+    return bool(arguments) and arguments[0] in ("inspect", "verify")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -41,7 +43,7 @@ def _main(arguments: list[str]) -> int:
         epilog="python -m data_prep inspect DIR shows what a data set holds; "
         "python -m data_prep verify DIR checks it against its hashes.",
     )
-    if arguments and arguments[0] in ("inspect", "verify"):
+    if _only_reads(arguments):
         parser.add_argument("command")
         parser.add_argument("directory", help="a data set made by this program")
         options = parser.parse_args(arguments)

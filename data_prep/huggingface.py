@@ -30,7 +30,7 @@ class HuggingFace(Source):
         folder = Path(str(config.dataset))
         saved = (folder / "state.json", folder / "dataset_dict.json")
         self._saved = folder if any(path.is_file() for path in saved) else None
-        self._builder = None if self._saved else self._guard(self._open_builder)
+        self._builder: Any = None if self._saved else self._guard(self._open_builder)
 
     def _open_builder(self) -> Any:
         config = self.config
@@ -65,10 +65,8 @@ class HuggingFace(Source):
             if isinstance(rows, self._library.DatasetDict):
                 rows = rows[config.split]
         elif config.streaming:
-            assert self._builder is not None
             rows = self._builder.as_streaming_dataset(split=config.split)
         else:
-            assert self._builder is not None
             self._builder.download_and_prepare()
             rows = self._builder.as_dataset(split=config.split)
         if rows.column_names is None:

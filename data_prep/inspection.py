@@ -48,20 +48,19 @@ def inspect(directory: str | Path) -> None:
     lengths = []
     for shard in manifest.shards:
         dataset = indexed_dataset().IndexedDataset(str(directory / shard.name))
-        lengths.append(np.asarray(dataset.sequence_lengths))
+        # A copy: the lengths are a view of a file that is unmapped along with the data set.
+        lengths.append(np.array(dataset.sequence_lengths))
     console.print("\nlength of documents, in tokens")
     for line in histogram(np.concatenate(lengths)):
         console.print(line)
     # One from the middle of each of the first shards: they differ more than neighbours do.
-    for shard in manifest.shards[:_SAMPLES]:
+    for shard, sizes in list(zip(manifest.shards, lengths, strict=True))[:_SAMPLES]:
         dataset = indexed_dataset().IndexedDataset(str(directory / shard.name))
         index = shard.documents // 2
-        tokens = dataset.get(
-            index, length=min(_SAMPLE_TOKENS, int(dataset.sequence_lengths[index]))
-        )
-        total = int(dataset.sequence_lengths[index])
-        console.rule(f"{shard.name}, document {index}: {len(tokens)} of its {total:,} tokens")
-        console.print(tokenizer.decode(tokens))
+        size = int(sizes[index])
+        shown = min(_SAMPLE_TOKENS, size)
+        console.rule(f"{shard.name}, document {index}: {shown} of its {size:,} tokens")
+        console.print(tokenizer.decode(dataset.get(index, length=shown)))
 
 
 def histogram(lengths: np.ndarray) -> list[str]:

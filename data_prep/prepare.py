@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,19 @@ def prepare(config: DataPrepConfig, overwrite: bool = False) -> Manifest:
             _check_holds_text(source)
         with _locked(output):
             progress = _start(output, settings, fingerprints, overwrite)
-            manifest = _run(config, sources, progress, output)
-            write_manifest(manifest, output)
+            try:
+                manifest = _run(config, sources, progress, output)
+            except UserError:
+                if progress.tokenizer_sha256 is None:  # nothing made yet: leave no trace
+                    shutil.rmtree(output / ".partial")
+                    with suppress(OSError):  # the folder may hold other files
+                        output.rmdir()
+                raise
+            manifest.save(output)
+            shutil.rmtree(output / ".partial")
         return manifest
     except OSError as error:
         raise UserError(_explain(error, output)) from error
-
-
-def write_manifest(manifest: Manifest, output: Path) -> None:
-    """Declare the data set finished."""
-    manifest.save(output)
-    shutil.rmtree(output / ".partial")
 
 
 def _run(

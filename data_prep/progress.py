@@ -61,6 +61,7 @@ class Progress:
             return None
         except (ValueError, ConfigError) as error:
             raise UserError(f"{path}: damaged ({error}); start over with --overwrite") from None
+        progress.path = str(path)
         return progress
 
     def save(self) -> None:

@@ -184,7 +184,7 @@ def _read_jsonl(path: Path, field: str, skip: int) -> Iterator[Document]:
         except UnicodeDecodeError:
             yield Document(line, consumed)  # the workers will count it as undecodable
             continue
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
