@@ -21,7 +21,6 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -58,8 +57,14 @@ class Engine:
             use_distributed_optimizer=True,
         )  # fmt: skip
         # Weight decay on matrices only; biases, norms, gates and convolutions are left alone.
-        keep = ParamPredicate(name="no_decay", fn=lambda p: not p.decay)
-        overrides = {ParamKey(predicate=keep): ParamGroupOverride(wd_mult=0.0)}
+        no_decay = ParamPredicate(name="no_decay", fn=lambda p: not p.decay)
+        # The distributed optimizer's checkpoints mix up a group that holds parameters of two dtypes
+        # (the float32 gates of a bf16 model): a mark that it keeps groups apart by, unused by us.
+        wide = ParamPredicate(name="wide", fn=lambda p: p.dtype != model.context.dtype)
+        overrides: dict[ParamKey, Any] = {
+            ParamKey(predicate=no_decay): {"wd_mult": 0.0},
+            ParamKey(predicate=wide): {"is_decoupled_lr": True},
+        }
         with device_scope():
             self.wrapped = DistributedDataParallel(
                 model.config,
@@ -112,18 +117,26 @@ class Engine:
             )
 
     @torch.no_grad()
-    def validate(self, batches: list[Batch]) -> tuple[float, int]:
-        """(mean loss in nats, counted targets) over all processes' batches."""
+    def validate(
+        self, batches: list[Batch], bytes_per_token: Tensor | None = None
+    ) -> tuple[float, int, int]:
+        """(mean loss in nats, counted targets, bytes of text they stand for) of all processes.
+
+        ``bytes_per_token`` is ``[vocab]``; without it the bytes are 0.
+        """
         self.model.eval()
         total, count = 0.0, 0.0
         if batches:
             with device_scope():
-                sums = self._sums(batches, forward_only=True)
-            total, count = sums.tolist()
-        pair = torch.tensor([total, count], dtype=torch.float64, device=local_device())
-        dist.all_reduce(pair, group=parallel_state.get_data_parallel_group())
+                total, count = self._sums(batches, forward_only=True).tolist()
+        text_bytes = 0.0
+        if bytes_per_token is not None:
+            for batch in batches:
+                text_bytes += float((bytes_per_token[batch.targets] * batch.loss_mask).sum())
+        sums = torch.tensor([total, count, text_bytes], dtype=torch.float64, device=local_device())
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         self.model.train()
-        return float(pair[0] / pair[1].clamp_min(1)), int(pair[1])
+        return float(sums[0] / sums[1].clamp_min(1)), int(sums[1]), int(sums[2])
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> float:
         sums = self._sums(batches, forward_only=forward_only)

@@ -1,0 +1,41 @@
+"""``python -m pretrain CONFIG [key=value ...]``: train, or go on where the run left off."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from data_prep.errors import run_command
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain",
+        description="Train a model, or go on where the run left off.",
+        epilog="Exit status: 0 done, 2 bad input, 3 a loss that is not finite, "
+        "75 stopped by a signal and saved: run the same command again.",
+    )
+    parser.add_argument("config", help="a run's YAML file, such as configs/runs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", help="dotted settings, such as optimizer.lr=3e-4")
+    arguments, extra = parser.parse_known_args()
+
+    from pretrain.config import load_run_config
+
+    config = load_run_config(arguments.config, [*arguments.overrides, *extra])
+
+    from pretrain.models.blocks import block_specs
+
+    block_specs(config.model, arguments.config)  # refuse a bad model before anything is started
+
+    from pretrain.parallel.processes import stop_processes
+    from pretrain.train import train
+
+    try:
+        return train(config, arguments.config)
+    finally:
+        if sys.exc_info()[0] is None:
+            stop_processes()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,336 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.config_files import load_config
+from data_prep.errors import UserError
+from data_prep.manifest import write_bytes, write_json
+from pretrain.checkpoint import (
+    CheckpointState,
+    check_files,
+    check_same_model,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from pretrain.config import RunConfig, to_yaml
+from pretrain.data import Batch, PreparedData, TrainingBatches, open_data, validation_batches
+from pretrain.environment import describe_environment
+from pretrain.generation import generate
+from pretrain.metrics import RunLog, peak_flops, peak_memory_bytes, plot_loss_curve
+from pretrain.models.blocks import count_model
+from pretrain.models.language_model import build_model, padded_vocab_size
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.processes import any_process, is_main_process, start_processes
+from pretrain.schedule import learning_rate
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+EXIT_DONE, EXIT_NONFINITE, EXIT_STOPPED = 0, 3, 75  # 75: EX_TEMPFAIL, "try again later"
+
+
+def train(config: RunConfig, config_path: str) -> int:
+    """Run, or go on with, a training run. Returns the exit status.
+
+    0: the budget is done; 75: a signal stopped it, saved, start again to go on; 3: a loss or
+    gradient was not finite and ``train.nonfinite`` is ``stop``.
+    """
+    start_processes()
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    directory, settings = config.run_directory, config.train
+    data = open_data(config.data)
+    batches = TrainingBatches(data, settings, config.seed)
+    valid = validation_batches(data, settings, config.validation.tokens)
+    vocab_size = padded_vocab_size(config.model, data.tokenizer.vocab_size)
+    if vocab_size < data.tokenizer.vocab_size:
+        raise UserError(
+            f"{config_path}: model.vocab_size is {vocab_size}, fewer than the "
+            f"{data.tokenizer.vocab_size} ids of the tokenizer; leave it out to fit"
+        )
+    counts = count_model(config.model, vocab_size, settings.seq_len)
+
+    found = _checkpoint_to_resume(config, data, vocab_size)
+    model = build_model(
+        config.model, vocab_size, seed=config.seed, dtype=DTYPES[settings.precision],
+        activation_checkpointing=settings.activation_checkpointing,
+    )  # fmt: skip
+    engine = Engine(model, config.optimizer)
+    rank, size = engine.data_parallel
+    if settings.sequences_per_step % (settings.micro_batch_size * size):
+        raise UserError(
+            f"{config_path}: train.global_batch_tokens is {settings.global_batch_tokens}, expected "
+            f"a multiple of seq_len x micro_batch_size x data parallel size = "
+            f"{settings.seq_len * settings.micro_batch_size * size}"
+        )
+    state = CheckpointState(
+        step=0, tokens=0, seed=config.seed, skipped=0, vocab_size=vocab_size,
+        precision=settings.precision, tokenizer_sha256=data.tokenizer.sha256, data=data.sources,
+        model=dataclasses.asdict(config.model),
+    )  # fmt: skip
+    if found is not None:
+        load_checkpoint(found, engine)
+        saved = read_state(found)
+        state.step, state.tokens, state.skipped = saved.step, saved.tokens, saved.skipped
+    if is_main_process():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_bytes(directory / "config.yaml", to_yaml(config).encode())
+        write_json(directory / "environment.json", describe_environment())
+
+    log = RunLog(
+        directory, config.logging, active=is_main_process(), num_steps=settings.num_steps,
+        step=state.step,
+    )  # fmt: skip
+    try:
+        log.say(
+            f"{config.name}: {counts.parameters:,} parameters "
+            f"({counts.embedding_parameters:,} in embeddings), "
+            f"{3 * counts.flops_per_token / 1e6:,.1f} MFLOP per token, "
+            f"{settings.num_steps:,} steps of {settings.global_batch_tokens:,} tokens, "
+            f"{settings.precision}, {size} process{'es' * (size > 1)} on "
+            f"{'GPU' if torch.cuda.is_available() else 'CPU'}"
+        )
+        if found is not None:
+            log.say(f"resumed from {found}")
+        with StopSignals() as stop:
+            return _loop(config, engine, batches, valid, data, state, counts, log, stop, rank, size)
+    finally:
+        log.close()
+
+
+def _loop(
+    config: RunConfig,
+    engine: Engine,
+    batches: TrainingBatches,
+    valid: list[Batch],
+    data: PreparedData,
+    state: CheckpointState,
+    counts: Any,
+    log: RunLog,
+    stop: StopSignals,
+    rank: int,
+    size: int,
+) -> int:
+    settings, directory = config.train, config.run_directory
+    checkpoints, num_steps = directory / "checkpoints", settings.num_steps
+    bytes_per_token = _bytes_per_token(data, log)
+    peak = peak_flops(settings.precision)
+    interval = Interval()
+    validated = False
+
+    while state.step < num_steps:
+        step = state.step
+        seed_step(config.seed, step)
+        lr = learning_rate(config.schedule, config.optimizer.lr, step, num_steps)
+        result = engine.train_step(batches.micro_batches(step, rank, size), lr)
+        state.step += 1
+        state.tokens += settings.global_batch_tokens
+        interval.count(settings.global_batch_tokens)
+        if not result.applied:
+            state.skipped += 1
+            log.record({"step": state.step, "tokens": state.tokens, "skipped": state.skipped})
+            if settings.nonfinite == "stop":
+                log.say(
+                    f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: not "
+                    f"finite, stopped without updating (train.nonfinite=skip goes on past it); "
+                    f"{_last_checkpoint(checkpoints)}"
+                )
+                return EXIT_NONFINITE
+            log.say(f"step {state.step}: not finite, skipped ({state.skipped} so far)")
+        elif state.step % config.logging.every == 0 or state.step == num_steps:
+            speed = interval.tokens_per_second()
+            log.step(
+                {
+                    "step": state.step, "tokens": state.tokens, "loss": result.loss, "lr": lr,
+                    "grad_norm": result.grad_norm, "tokens_per_second": speed,
+                    "mfu": peak and 3 * counts.flops_per_token * speed / (peak * size),
+                    "memory": peak_memory_bytes(), "skipped": state.skipped,
+                    "epochs": max(batches.epochs(state.step)), "seconds": log_seconds(),
+                },
+                seconds_left=(num_steps - state.step) * settings.global_batch_tokens / speed,
+            )  # fmt: skip
+
+        stopping = any_process(stop.received)
+        due = config.validation.every and state.step % config.validation.every == 0
+        if (due and not stopping) or state.step == num_steps:
+            with interval.paused():
+                _validate(engine, valid[rank::size], bytes_per_token, state, log)
+            validated = True
+        if state.step % config.checkpoint.every == 0 or stopping or state.step == num_steps:
+            with interval.paused():
+                saved = save_checkpoint(checkpoints, engine, config, state)
+        if stopping and state.step < num_steps:
+            log.say(f"stopped by {stop.name} after step {state.step}, saved {saved}; run the same "
+                    "command again to go on")  # fmt: skip
+            return EXIT_STOPPED
+
+    if not validated:
+        log.say(f"nothing to do: all {num_steps} steps are done")
+    _finish(config, engine, data, log)
+    return EXIT_DONE
+
+
+def _finish(config: RunConfig, engine: Engine, data: PreparedData, log: RunLog) -> None:
+    """The loss curve, a sample, and where to go from here."""
+    directory = config.run_directory
+    if not is_main_process():
+        return
+    curve = plot_loss_curve(directory, config.name, data.bigram_entropy)
+    if config.sample.tokens:
+        prompt = [data.tokenizer.eod_id, *data.tokenizer.encode(config.sample.prompt)]
+        ids = generate(
+            engine.model, prompt, max_tokens=config.sample.tokens,
+            temperature=config.sample.temperature, seed=config.seed,
+            vocab_size=data.tokenizer.vocab_size, stop_id=data.tokenizer.eod_id,
+        )  # fmt: skip
+        text = data.tokenizer.decode([*prompt, *ids])
+        log.say("a sample of what it writes:\n" + "\n".join(f"  | {x}" for x in text.splitlines()))
+    latest = list_checkpoints(directory / "checkpoints")[0]
+    log.say(f"loss curve   {curve}")
+    log.say(f"checkpoint   {latest}")
+    log.say(f"resume       the same command; with train.steps={2 * config.train.num_steps} it goes "
+            "on for as long again")  # fmt: skip
+    log.say("next         " + "\n             ".join([
+        f"python -m evals {directory}",
+        f"python -m data_prep inspect {config.data.path or config.data.blend[0].path}",
+        f"cat {directory / 'metrics.jsonl'}",
+    ]))  # fmt: skip
+
+
+def _validate(
+    engine: Engine, batches: list[Batch], bytes_per_token: Any, state: CheckpointState, log: RunLog
+) -> None:
+    loss, count, text_bytes = engine.validate(batches, bytes_per_token)
+    bits = loss * count / math.log(2) / text_bytes if text_bytes else None
+    log.record({"step": state.step, "tokens": state.tokens, "valid_loss": loss,
+                "valid_tokens": count, "valid_bits_per_byte": bits})  # fmt: skip
+    shown = "" if bits is None else f", {bits:.4f} bits per byte"
+    log.say(f"step {state.step}: validation loss {loss:.4f} nats per token{shown}")
+
+
+def _bytes_per_token(data: PreparedData, log: RunLog) -> torch.Tensor | None:
+    try:
+        return torch.from_numpy(data.tokenizer.bytes_per_token())
+    except UserError as error:
+        log.say(f"no bits per byte: {error}")
+        return None
+
+
+def _checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int) -> Path | None:
+    """The checkpoint to go on from, checked in every way, or None for a new run."""
+    directory = config.run_directory
+    checkpoints = directory / "checkpoints"
+    if config.checkpoint.resume is None and not list_checkpoints(checkpoints):
+        return None
+    found = find_checkpoint(
+        checkpoints / config.checkpoint.resume if config.checkpoint.resume else directory
+    )
+    check_files(found, config.checkpoint.verify)
+    state = read_state(found)
+    check_same_model(state, config.model, vocab_size, found)
+    if state.tokenizer_sha256 != data.tokenizer.sha256:
+        raise UserError(
+            f"{found} was trained with another tokenizer ({state.tokenizer_sha256[:12]}...) than "
+            f"the shards of {data.sources[0]} ({data.tokenizer.sha256[:12]}...)"
+        )
+    before = load_config(RunConfig, found / "config.yaml")
+    for name, was, now in (
+        ("seed", before.seed, config.seed),
+        ("train.seq_len", before.train.seq_len, config.train.seq_len),
+        (
+            "train.global_batch_tokens",
+            before.train.global_batch_tokens,
+            config.train.global_batch_tokens,
+        ),
+        ("train.precision", before.train.precision, config.train.precision),
+        ("data sources", state.data, data.sources),
+    ):
+        if was != now:
+            raise UserError(
+                f"{directory} was trained with {name} {was}, the config says {now}: going on would "
+                "repeat or leave out data; choose another name for a new run"
+            )
+    return found
+
+
+def _last_checkpoint(directory: Path) -> str:
+    found = list_checkpoints(directory)
+    return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Random numbers of a step depend on (seed, step) alone, so there is no state to save."""
+    digest = hashlib.sha256(json.dumps([seed, step]).encode()).digest()
+    value = int.from_bytes(digest[:4], "little")
+    torch.manual_seed(value)
+    np.random.seed(value)
+
+
+_START = time.monotonic()
+
+
+def log_seconds() -> float:
+    """Seconds since this process began."""
+    return round(time.monotonic() - _START, 3)
+
+
+class Interval:
+    """Tokens per second of training since the last reading, pauses left out."""
+
+    def __init__(self) -> None:
+        self._tokens, self._start = 0, time.monotonic()
+
+    def count(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def tokens_per_second(self) -> float:
+        now = time.monotonic()
+        speed = self._tokens / max(now - self._start, 1e-9)
+        self._tokens, self._start = 0, now
+        return speed
+
+    def paused(self) -> Interval:
+        return self
+
+    def __enter__(self) -> None:
+        self._pause = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._start += time.monotonic() - self._pause
+
+
+class StopSignals:
+    """Remembers SIGTERM, SIGINT or SIGUSR2 until the step is done; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received, self.name = False, "another process's signal"
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            self.__exit__()
+            signal.raise_signal(number)
+        self.received, self.name = True, signal.Signals(number).name
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
