@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,15 @@ class Batch:
                 for x in (self.tokens, self.targets, self.loss_mask, self.cu_seqlens)
             )
         )
+
+
+def open_shard(prefix: Path) -> Any:
+    """One shard as megatron-core's IndexedDataset; item i is document i, its ids in an array."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    import pretrain.parallel  # noqa: F401  (adapts torch for megatron-core first)
+
+    return IndexedDataset(str(prefix))
 
 
 class TokenStream:

@@ -1,0 +1,57 @@
+"""From a checkpoint to a model and the tokenizer it was trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_prep.config_files import load_config
+from data_prep.errors import UserError
+from data_prep.tokenizer import Tokenizer
+from pretrain.checkpoint import (
+    CheckpointState,
+    check_files,
+    find_checkpoint,
+    load_weights,
+    read_state,
+)
+from pretrain.config import RunConfig
+from pretrain.models.language_model import LanguageModel, build_model
+from pretrain.parallel.processes import start_processes
+
+
+@dataclass
+class LoadedModel:
+    """run: the settings it was trained with; checkpoint: the folder it came from."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    run: RunConfig
+    state: CheckpointState
+    checkpoint: Path
+
+    @property
+    def evals_directory(self) -> Path:
+        """Where this run's results belong: ``runs/NAME/evals``."""
+        return self.checkpoint.parent.parent / "evals"
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A checkpoint, or the latest of a run directory. Raises UserError naming what is wrong."""
+    checkpoint = find_checkpoint(Path(path))
+    check_files(checkpoint)
+    state = read_state(checkpoint)
+    run = load_config(RunConfig, checkpoint / "config.yaml")
+    directory = run.data.path or run.data.blend[0].path
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.sha256 != state.tokenizer_sha256:
+        raise UserError(
+            f"{checkpoint} was trained with another tokenizer ({state.tokenizer_sha256[:12]}...) "
+            f"than the one in {directory} ({tokenizer.sha256[:12]}...)"
+        )
+    start_processes()
+    model = build_model(state.model_config, state.vocab_size, seed=0, dtype=dtype)
+    load_weights(checkpoint, model)
+    return LoadedModel(model.eval(), tokenizer, run, state, checkpoint)

@@ -1,0 +1,162 @@
+"""Perplexity and bits per byte of held-out documents, by sliding windows.
+
+Every document is scored alone. It is opened by the end-of-document token, as in training (the BOS
+rule), and its own end-of-document token is the last target. Windows of ``window`` tokens move on by
+``stride``; each target is scored once, with at least ``window - stride`` tokens of context where
+the document has them. Windows are packed without padding, so no state ever sees a padding token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.errors import UserError
+from data_prep.manifest import Manifest
+from evals.model_loading import LoadedModel
+from pretrain.data import open_shard
+from pretrain.models.language_model import LanguageModel
+
+
+@dataclass
+class Window:
+    """inputs, targets: ``[n]`` ids; the last ``scored`` targets count."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    scored: int
+
+
+def windows(document: np.ndarray, eod_id: int, window: int, stride: int) -> Iterator[Window]:
+    """Windows over ``document`` (its ids, the final end-of-document id included)."""
+    inputs = np.concatenate([[eod_id], document[:-1]])
+    done = 0
+    while done < len(document):
+        end = min(len(document), window if done == 0 else done + stride)
+        start = max(0, end - window)
+        yield Window(inputs[start:end], document[start:end], end - done)
+        done = end
+
+
+@torch.no_grad()
+def score(model: LanguageModel, batch: list[Window]) -> list[np.ndarray]:
+    """The negative log-likelihood in nats of each window's scored targets, float64."""
+    device = next(model.parameters()).device
+    lengths = [len(w.inputs) for w in batch]
+    inputs = torch.from_numpy(np.concatenate([w.inputs for w in batch])[None]).to(device)
+    targets = torch.from_numpy(np.concatenate([w.targets for w in batch])[None]).to(device)
+    ends = torch.tensor([0, *accumulate(lengths)], device=device)
+    losses = model(inputs, targets, cu_seqlens=ends)[0].double().cpu().numpy()
+    parts = np.split(losses, np.cumsum(lengths)[:-1])
+    return [part[-w.scored :] for part, w in zip(parts, batch, strict=True)]
+
+
+def evaluate_perplexity(
+    loaded: LoadedModel,
+    *,
+    data: str | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    tokens_per_pass: int = 8192,
+) -> dict[str, Any]:
+    """Score the validation split of a prepared directory (the run's own by default).
+
+    window defaults to the training length, stride to half of it; ``max_tokens`` stops after the
+    document in which that many are scored. Returns the figures and every setting they depend on.
+    Raises UserError for settings that do not fit or data of another tokenizer.
+    """
+    window = window or loaded.run.train.seq_len
+    stride = stride or window // 2
+    if not 1 <= stride <= window:
+        raise UserError(f"stride is {stride}, expected 1 to the window of {window}")
+    directories = [data] if data else [
+        loaded.run.data.path, *(source.path for source in loaded.run.data.blend)
+    ]  # fmt: skip
+    directories = [d for d in directories if d is not None]
+    bytes_per_token = loaded.tokenizer.bytes_per_token()
+    totals = Totals()
+    entropies = {}
+    for directory in directories:
+        manifest = Manifest.load(directory)
+        if manifest.tokenizer.sha256 != loaded.tokenizer.sha256:
+            raise UserError(
+                f"{directory} was made with another tokenizer ({manifest.tokenizer.sha256[:12]}...)"
+                f" than the model's ({loaded.tokenizer.sha256[:12]}...)"
+            )
+        entropies[directory] = asdict(manifest.byte_entropy)
+        waiting: list[Window] = []
+        for document in _validation_documents(Path(directory), manifest):
+            if max_tokens is not None and totals.tokens >= max_tokens:
+                break
+            totals.count_document(document, bytes_per_token)
+            waiting += windows(document, loaded.tokenizer.eod_id, window, stride)
+            while sum(len(w.inputs) for w in waiting) >= tokens_per_pass:
+                waiting = _score_some(loaded.model, waiting, totals, tokens_per_pass)
+        while waiting:
+            waiting = _score_some(loaded.model, waiting, totals, tokens_per_pass)
+    if totals.bytes == 0:
+        raise UserError(f"{', '.join(directories)}: no validation documents to score")
+    return {
+        "task": "perplexity",
+        "bits_per_byte": totals.nats / math.log(2) / totals.bytes,
+        "nats_per_token": totals.nats / totals.tokens,
+        "perplexity": math.exp(totals.nats / totals.tokens),
+        "documents": totals.documents,
+        "tokens": totals.tokens,
+        "bytes": totals.bytes,
+        "window": window,
+        "stride": stride,
+        "bos_rule": "each document is opened by the end-of-document token; its own is scored",
+        "tokenizer_sha256": loaded.tokenizer.sha256,
+        "data": directories,
+        "byte_entropy": entropies,
+        "checkpoint": str(loaded.checkpoint),
+        "step": loaded.state.step,
+        "tokens_trained": loaded.state.tokens,
+    }
+
+
+@dataclass
+class Totals:
+    """What has been scored so far; ``tokens`` and ``bytes`` count whole documents."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+    documents: int = 0
+
+    def count_document(self, document: np.ndarray, bytes_per_token: np.ndarray) -> None:
+        self.documents += 1
+        self.tokens += len(document)
+        self.bytes += int(bytes_per_token[document].sum())
+
+
+def _score_some(
+    model: LanguageModel, waiting: list[Window], totals: Totals, tokens_per_pass: int
+) -> list[Window]:
+    """Score the first windows that fit one pass; return the others."""
+    size = count = 0
+    for w in waiting:
+        size += len(w.inputs)
+        if count and size > tokens_per_pass:
+            break
+        count += 1
+    totals.nats += sum(float(part.sum()) for part in score(model, waiting[:count]))
+    return waiting[count:]
+
+
+def _validation_documents(directory: Path, manifest: Manifest) -> Iterator[np.ndarray]:
+    manifest.verify_sizes(directory)
+    for shard in manifest.shards:
+        if shard.split == "valid":
+            dataset = open_shard(directory / shard.name)
+            for index in range(len(dataset)):
+                yield dataset[index].astype(np.int64)
