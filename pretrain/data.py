@@ -55,8 +55,6 @@ def open_shard(prefix: Path) -> Any:
     """One shard as megatron-core's IndexedDataset; item i is document i, its ids in an array."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    import pretrain.parallel  # noqa: F401  (adapts torch for megatron-core first)
-
     return IndexedDataset(str(prefix))
 
 
@@ -64,11 +62,7 @@ class TokenStream:
     """The tokens of some shards, one after another, read through megatron-core's IndexedDataset."""
 
     def __init__(self, prefixes: Sequence[Path]):
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        import pretrain.parallel  # noqa: F401  (before megatron-core)
-
-        self._shards = [IndexedDataset(str(prefix)) for prefix in prefixes]
+        self._shards = [open_shard(prefix) for prefix in prefixes]
         sizes = [int(shard.sequence_lengths.sum()) for shard in self._shards]
         self._ends = np.cumsum(sizes)
         self._dtype = self._shards[0].index.dtype if self._shards else np.uint16

@@ -1,0 +1,46 @@
+"""Shared by all tests: one process group of one process, and few threads."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """megatron-core's groups on a single process."""
+    from pretrain.parallel.processes import start_processes
+
+    start_processes()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small prepared data directory: 40 documents, a 300-piece tokenizer."""
+    from data_prep.config import load_data_config
+    from data_prep.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        lines = [f"def function_{i}_{j}(x, y):\n\treturn x * {j} + y - {i}\n" for j in range(12)]
+        (folder / f"{i:02d}.py").write_text("\n".join(lines))
+    (folder / "data.yaml").write_text(
+        f"output: {folder / 'data'}\n"
+        f"sources: [{{name: code, kind: files, paths: ['{folder}/*.py']}}]\n"
+        "tokenizer: {vocab_size: 300}\nvalidation_fraction: 0.2\nprocesses: 1\n"
+    )
+    prepare(load_data_config(folder / "data.yaml"))
+    return folder / "data"

@@ -1,0 +1,13 @@
+"""How far two tensors are apart."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||; NaN where either has one."""
+    assert found.shape == expected.shape
+    found, expected = found.detach().double(), expected.detach().double()
+    size, difference = expected.norm(), (found - expected).norm()
+    return float(difference / size) if size > 0 else float(difference)
