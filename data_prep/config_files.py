@@ -62,7 +62,7 @@ def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()
 
     Raises :class:`ConfigError` naming the file or field, what was found, and what was expected.
     """
-    merged = OmegaConf.merge(_read(Path(path), ()), _read_overrides(overrides))
+    merged = _override(_read(Path(path), ()), overrides)
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -125,15 +125,19 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(*parents, values))
 
 
-def _read_overrides(overrides: Sequence[str]) -> DictConfig:
+def _override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     for item in overrides:
-        key, separator, _ = item.lstrip("-").partition("=")
+        assignment = item.lstrip("-")
+        key, separator, _ = assignment.partition("=")
         if not separator or not key:
             raise ConfigError(f"override '{item}': expected key=value, such as seed=1")
-    try:
-        return OmegaConf.from_dotlist([item.lstrip("-") for item in overrides])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"overrides {list(overrides)}: {_one_line(error)}") from None
+        try:
+            value = OmegaConf.select(OmegaConf.from_dotlist([assignment]), key)
+            # Not a merge of two configs, which knows no index into a list (sources.0.weight=2).
+            OmegaConf.update(config, key, value)
+        except (yaml.YAMLError, OmegaConfBaseException, IndexError, TypeError) as error:
+            raise ConfigError(f"override '{item}': {_one_line(error)}") from None
+    return config
 
 
 def _convert(kind: Any, value: Any, name: str, where: str) -> Any:

@@ -156,15 +156,24 @@ def _same_input(
     """Raise :class:`UserError` when ``output`` was made from something else than is given now."""
     advice = "choose another output, or replace it with --overwrite"
     changed = [
-        f"{key} was {old_settings.get(key)}, now is {settings.get(key)}"
-        for key in sorted({*old_settings, *settings})
-        if old_settings.get(key) != settings.get(key)
+        f"{name} was {old}, now is {new}" for name, old, new in _differences(old_settings, settings)
     ]
     if changed:
         raise UserError(f"{output} was made from other settings ({'; '.join(changed)}): {advice}")
     for name, fingerprint in fingerprints.items():
         if old_fingerprints.get(name) != fingerprint:
             raise UserError(f"source '{name}' has changed since {output} was made: {advice}")
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, old and new value of the settings that differ."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(key for key in old if key not in new)]:
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    elif old != new:
+        yield name, old, new
 
 
 def _check_holds_text(source: Source) -> None:

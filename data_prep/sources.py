@@ -255,7 +255,7 @@ def _read_parquet(path: Path, field: str, skip: int) -> Iterator[Document]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({_first_line(error)})") from None
     with file:

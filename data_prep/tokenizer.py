@@ -123,14 +123,14 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         self.path = path
+        content = path.read_bytes()
         try:
-            # From memory: the library's own file reading explains itself on stderr in C++.
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{path}: not a SentencePiece model ({error})") from None
+            if not content:  # the library would take it for a model without pieces
+                raise RuntimeError
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError:
+            raise UserError(f"{path}: not a SentencePiece model") from None
         self.vocab_size = int(self._model.get_piece_size())
-        if self.vocab_size == 0:
-            raise UserError(f"{path}: not a SentencePiece model (no pieces in it)")
         self.eod_id = int(self._model.eos_id())
         if self.eod_id < 0:
             raise UserError(
@@ -260,7 +260,8 @@ def chunks(text: str, size: int) -> Iterator[str]:
             end = text.find("\n", start + size, limit) + 1 or min(limit, len(text))
         yield text[start:end]
         start = end
-    yield text[start:]
+    if start < len(text):
+        yield text[start:]
 
 
 def _byte_level(spec: dict[str, Any]) -> bool:

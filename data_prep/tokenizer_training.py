@@ -47,9 +47,10 @@ def _sample_source(source: Source, budget: int, config: DataPrepConfig) -> Itera
             if share <= 0:
                 break
             if not is_validation(document.content, config.validation_fraction):
-                yield document.content[:share]
-                share -= len(document.content)
-                budget -= min(len(document.content), budget)
+                taken = document.content[:share]
+                yield taken
+                share -= len(taken)
+                budget -= len(taken)
 
 
 def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> bytes:
@@ -57,9 +58,18 @@ def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
+    failures: list[UserError] = []  # of reading; the library would make them its own RuntimeError
+
+    def lines() -> Iterator[str]:
+        try:
+            yield from _lines(texts)
+        except UserError as error:
+            failures.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=lines(),
             model_writer=model,
             model_type=config.kind,
             vocab_size=config.vocab_size,
@@ -82,7 +92,7 @@ def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(_explain(str(error), config)) from None
+        raise (failures or [UserError(_explain(str(error), config))])[0] from None
     return model.getvalue()
 
 
@@ -100,5 +110,8 @@ def _explain(message: str, config: TokenizerConfig) -> str:
     if match := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return f"{size}, but the characters of the sample need at least {match[1]}"
     if "sentences_.empty()" in message:
-        return "the sample holds no text to train a tokenizer on"
+        return (
+            "no text to train a tokenizer on: every document fell into the validation split, "
+            "add documents or lower validation_fraction"
+        )
     return f"SentencePiece cannot train on this sample: {message}"
