@@ -22,7 +22,7 @@ def parse_pattern(pattern: str, known: Collection[str]) -> list[str]:
     Raises ValueError, saying where, for an unknown name, a count of 0 or a bracket out of place.
     """
     names, position = _parse(pattern, 0, sorted(known), depth=0)
-    if position < len(pattern):
+    if position < len(pattern.rstrip()):
         raise ValueError(f"pattern '{pattern}': ')' without '(' at character {position + 1}")
     return names
 

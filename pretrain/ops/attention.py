@@ -97,7 +97,8 @@ def _sdpa(
     lengths = list(zip(sequence_lengths(cu_q), sequence_lengths(cu_k), strict=True))
     if len(set(lengths)) == 1:
         n = len(lengths)
-        return _sdpa_rows(_rows(q, n), _rows(k, n), _rows(v, n), scale, window).flatten(0, 1)
+        a, b, c = (x.view(n, len(x) // n, *x.shape[1:]) for x in (q, k, v))
+        return _sdpa_rows(a, b, c, scale, window).flatten(0, 1)
     queries = q.split([n for n, _ in lengths])
     keys, values = (x.split([m for _, m in lengths]) for x in (k, v))
     outputs: list[Tensor] = [q[:0]] * len(lengths)
@@ -109,10 +110,6 @@ def _sdpa(
         for i, output in zip(members, _sdpa_rows(a, b, c, scale, window), strict=True):
             outputs[i] = output
     return torch.cat(outputs) if outputs else torch.empty_like(q)
-
-
-def _rows(x: Tensor, count: int) -> Tensor:
-    return x.view(count, -1, *x.shape[1:])
 
 
 def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,6 +33,11 @@ class ParallelContext:
 
     megatron: TransformerConfig
     dtype: torch.dtype
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The tensor-parallel process group."""
+        return parallel_state.get_tensor_model_parallel_group()
 
     @property
     def tensor_size(self) -> int:
@@ -74,7 +80,7 @@ def column_linear(context: ParallelContext, d_in: int, d_out: int, std: float) -
     """Linear without bias whose outputs are divided; its input comes from :func:`column_input`."""
     layer = tensor_parallel.ColumnParallelLinear(
         d_in, d_out, config=context.megatron, init_method=None, bias=False, gather_output=False,
-        disable_grad_reduce=True,
+        disable_grad_reduce=True, tp_group=context.group,
     )  # fmt: skip
     layer.sequence_parallel = False  # column_input has gathered already, once for all projections
     set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
@@ -86,7 +92,7 @@ def row_linear(context: ParallelContext, d_in: int, d_out: int, std: float) -> n
     """Linear without bias whose inputs are divided; the output is whole (or sequence-divided)."""
     layer = tensor_parallel.RowParallelLinear(
         d_in, d_out, config=context.megatron, init_method=None, bias=False, input_is_parallel=True,
-        skip_bias_add=False,
+        skip_bias_add=False, tp_group=context.group,
     )  # fmt: skip
     set_tensor_model_parallel_attributes(layer.weight, True, 1, 1)
     with_init(layer.weight, normal(std))
@@ -97,7 +103,7 @@ def vocab_embedding(context: ParallelContext, vocab_size: int, dim: int, std: fl
     """Token embedding divided over the vocabulary."""
     layer = tensor_parallel.VocabParallelEmbedding(
         vocab_size, dim, init_method=None, config=context.megatron,
-        reduce_scatter_embeddings=context.megatron.sequence_parallel,
+        reduce_scatter_embeddings=context.megatron.sequence_parallel, tp_group=context.group,
     )  # fmt: skip
     set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
     with_init(layer.weight, normal(std))
@@ -107,13 +113,13 @@ def vocab_embedding(context: ParallelContext, vocab_size: int, dim: int, std: fl
 def column_input(x: Tensor, context: ParallelContext) -> Tensor:
     """Prepare ``[T, B, d]`` for several :func:`column_linear`: one collective for all of them."""
     if context.megatron.sequence_parallel:
-        return tensor_parallel.gather_from_sequence_parallel_region(x)
-    return tensor_parallel.copy_to_tensor_model_parallel_region(x)
+        return tensor_parallel.gather_from_sequence_parallel_region(x, group=context.group)
+    return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=context.group)
 
 
-def head_shared(parameter: Tensor) -> Tensor:
+def head_shared(parameter: Tensor, context: ParallelContext) -> Tensor:
     """A replicated parameter used by divided heads: its gradient is summed over their processes."""
-    return tensor_parallel.copy_to_tensor_model_parallel_region(parameter)
+    return tensor_parallel.copy_to_tensor_model_parallel_region(parameter, group=context.group)
 
 
 def divided_parameter(

@@ -39,15 +39,22 @@ def test_packed_equals_each_sequence_alone(lengths, past, groups, kv_heads, wind
         for _ in range(2)
     )
     found = attention(
-        q, k, v, window=window, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        q,
+        k,
+        v,
+        window=window,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         cu_seqlens_k=torch.tensor([0, *key_lengths]).cumsum(0),
-    )  # fmt: skip
+    )
     parts = zip(q[0].split(lengths), k[0].split(key_lengths), v[0].split(key_lengths), strict=True)
     expected = torch.cat([written_out(*part, window) for part in parts])[None]
     assert relative_error(found, expected) < 1e-12
     probe = torch.randn_like(found)
-    for a, b in zip(torch.autograd.grad((found * probe).sum(), (q, k, v)),
-                    torch.autograd.grad((expected * probe).sum(), (q, k, v)), strict=True):  # fmt: skip
+    for a, b in zip(
+        torch.autograd.grad((found * probe).sum(), (q, k, v)),
+        torch.autograd.grad((expected * probe).sum(), (q, k, v)),
+        strict=True,
+    ):
         # absolute where a gradient is nothing but rounding (a sequence of one token)
         assert relative_error(a, b) < 1e-10 or (a - b).abs().max() < 1e-12
 
@@ -56,8 +63,10 @@ def test_rotary_scores_depend_on_distance_alone():
     q, k = torch.randn(1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 8, dtype=torch.float64)
 
     def score(i, j):
-        rotated = (apply_rotary(x, *rotary_embedding(torch.tensor([p]), 8, 1e4))
-                   for x, p in ((q, i), (k, j)))  # fmt: skip
+        rotated = (
+            apply_rotary(x, *rotary_embedding(torch.tensor([p]), 8, 1e4))
+            for x, p in ((q, i), (k, j))
+        )
         return float((next(rotated) * next(rotated)).sum())
 
     assert score(5, 3) == pytest.approx(score(105, 103), rel=1e-5)

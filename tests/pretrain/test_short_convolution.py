@@ -21,8 +21,11 @@ def test_equals_torch_on_rows(width):
     found, expected = short_convolution(x, weight)[0], torch_convolution(x, weight)
     assert relative_error(found, expected) < 1e-14
     probe = torch.randn_like(x)
-    for a, b in zip(torch.autograd.grad((found * probe).sum(), (x, weight)),
-                    torch.autograd.grad((expected * probe).sum(), (x, weight)), strict=True):  # fmt: skip
+    for a, b in zip(
+        torch.autograd.grad((found * probe).sum(), (x, weight)),
+        torch.autograd.grad((expected * probe).sum(), (x, weight)),
+        strict=True,
+    ):
         assert relative_error(a, b) < 1e-14
 
 

@@ -72,8 +72,8 @@ class Attention(Mixer):
         k = heads(self.k_proj(x)[0], self.num_kv_heads)
         v = heads(self.v_proj(x)[0], self.num_kv_heads)
         if self.config.qk_norm:
-            q = rms_norm(q, head_shared(self.q_norm), self.config.norm_eps)
-            k = rms_norm(k, head_shared(self.k_norm), self.config.norm_eps)
+            q = rms_norm(q, head_shared(self.q_norm, self.parallel), self.config.norm_eps)
+            k = rms_norm(k, head_shared(self.k_norm, self.parallel), self.config.norm_eps)
         batch_size, length = q.shape[:2]
         if cu_seqlens is None:
             cu_seqlens = rows_as_sequences(batch_size, length, q.device)
@@ -90,7 +90,7 @@ class Attention(Mixer):
             q, k[None], v[None],
             window=self.config.window, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
         )  # fmt: skip
-        y = y.reshape(batch_size, length, -1).transpose(0, 1)
+        y = y.view(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
         new_state = {"k": k, "v": v, "lengths": cu_seqlens_k.diff()}
         return self.o_proj(y)[0], new_state
 

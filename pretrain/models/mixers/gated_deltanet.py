@@ -110,7 +110,7 @@ class GatedDeltaNet(Mixer):
             chunk_size=self.config.chunk_size,
         )  # fmt: skip
         gate = heads(self.g_proj(x)[0], self.num_heads)
-        y = rms_norm(y, head_shared(self.norm), self.config.norm_eps) * F.silu(gate)
+        y = rms_norm(y, head_shared(self.norm, self.parallel), self.config.norm_eps) * F.silu(gate)
         return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
 
     def init_state(self, batch_size: int) -> State:

@@ -1,0 +1,195 @@
+"""What every mixer of the registry must do. A new mixer is tested by being registered."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.models.language_model import parallel_context
+from pretrain.models.mixers import LayerContext, registry
+from pretrain.parallel.layers import initialize_parameters
+from tests.relative_error import relative_error
+
+HIDDEN = 24
+# Settings small enough for float64 on a CPU; a mixer without an entry is built with its defaults.
+SMALL = {
+    "attn": [
+        {"num_heads": 4, "num_kv_heads": 2},
+        {"num_heads": 2, "window": 5, "qk_norm": True},
+        {"num_heads": 2, "rope_theta": None},
+    ],
+    "gdn": [
+        {"num_heads": 2, "head_dim": 4, "chunk_size": 8},
+        {"num_heads": 3, "head_dim": 4, "expand_v": 1, "allow_neg_eigval": True},
+    ],
+}
+CASES = [
+    pytest.param(name, settings, id=f"{name}-{i}")
+    for name in registry()
+    for i, settings in enumerate(SMALL.get(name, [{}]))
+]
+pytestmark = pytest.mark.usefixtures("processes")
+
+
+def build(name, settings, dtype=torch.float64):
+    mixer = registry()[name]
+    config = mixer.config_class(**settings)
+    mixer.check(config, HIDDEN)
+    layer = mixer(config, LayerContext(HIDDEN, 0.3, 0.3, parallel_context(dtype)))
+    initialize_parameters(layer, seed=1)
+    return layer
+
+
+def close(found, expected):
+    for key in expected:
+        assert relative_error(found[key], expected[key]) < 1e-10, key
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+@pytest.mark.parametrize("length", [1, 2, 37])
+def test_one_pass_equals_two_halves_and_single_steps(name, settings, length):
+    layer = build(name, settings)
+    x = torch.randn(length, 3, HIDDEN, dtype=torch.float64)
+    whole, final = layer(x)
+    cut = length // 2
+    first, state = layer(x[:cut])
+    second, last = layer(x[cut:], state=state)
+    assert relative_error(torch.cat([first, second]), whole) < 1e-10
+    close(last, final)
+    state, steps = layer.init_state(3), []
+    for token in x:
+        y, state = layer.step(token, state)
+        steps.append(y)
+    assert relative_error(torch.stack(steps), whole) < 1e-10
+    close(state, final)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_packed_sequences_equal_each_alone(name, settings):
+    layer = build(name, settings)
+    lengths = [5, 1, 19, 12]
+    x = torch.randn(sum(lengths), 1, HIDDEN, dtype=torch.float64, requires_grad=True)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    y, _ = layer(x, cu_seqlens=cu_seqlens)
+    alone = torch.cat([layer(part)[0] for part in x.split(lengths)])
+    assert relative_error(y, alone) < 1e-10
+    parameters = [x, *layer.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(y.square().sum(), parameters),
+        torch.autograd.grad(alone.square().sum(), parameters),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-9
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_a_document_never_feels_its_neighbour(name, settings):
+    layer = build(name, settings, torch.float32)
+    cu_seqlens = torch.tensor([0, 11, 30, 34])
+    x = torch.randn(34, 1, HIDDEN)
+    changed = x.clone()
+    changed[:11] = torch.randn(11, 1, HIDDEN)
+    changed[30:] *= -2
+    outputs, gradients = [], []
+    for case in (x, changed):
+        case = case.clone().requires_grad_()
+        y, _ = layer(case, cu_seqlens=cu_seqlens)
+        outputs.append(y[11:30])
+        (gradient,) = torch.autograd.grad(y[11:30].square().sum(), case)
+        gradients.append(gradient[11:30])
+        assert bool((gradient[:11] == 0).all())
+        assert bool((gradient[30:] == 0).all())
+    assert torch.equal(*outputs)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_the_future_is_not_seen(name, settings):
+    layer = build(name, settings)
+    x = torch.randn(20, 2, HIDDEN, dtype=torch.float64)
+    changed = x.clone()
+    changed[13:] += 1
+    assert relative_error(layer(changed)[0][:13], layer(x)[0][:13]) < 1e-12
+    assert relative_error(layer(changed)[0][13:], layer(x)[0][13:]) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_parameters_declared_equal_counted(name, settings):
+    layer = build(name, settings)
+    declared = layer.num_parameters(layer.config, HIDDEN)
+    assert declared == sum(p.numel() for p in layer.parameters())
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_flops_declared_equal_counted(name, settings):
+    """torch counts matrix products; it does not count SDPA's on a CPU, so attention's own part is
+    compared with the keys that its mask lets through."""
+    layer = build(name, settings)
+    length = 4 * getattr(layer.config, "chunk_size", 16)
+    x = torch.randn(length, 1, HIDDEN, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    declared = layer.flops_per_token(layer.config, HIDDEN, length) * length
+    if name == "attn":
+        window = layer.config.window or length
+        seen = sum(min(t + 1, window) for t in range(length))
+        declared -= 4 * layer.num_heads * layer.head_dim * seen
+        # whole numbers per token: at most one FLOP per token is lost to rounding
+        assert abs(declared - counter.get_total_flops()) <= length
+    else:
+        assert declared == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_state_bytes_declared_equal_counted(name, settings):
+    layer = build(name, settings, torch.bfloat16)
+    length = 4
+    _, state = layer(torch.randn(length, 1, HIDDEN, dtype=torch.bfloat16))
+    counted = sum(t.numel() * t.element_size() for k, t in state.items() if k != "lengths")
+    assert counted == layer.state_bytes(layer.config, HIDDEN, length)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_bf16_is_close_to_float32(name, settings):
+    narrow = build(name, settings, torch.bfloat16)
+    wide = build(name, settings, torch.float32)
+    with torch.no_grad():
+        for a, b in zip(wide.parameters(), narrow.parameters(), strict=True):
+            a.copy_(b)
+    x = torch.randn(50, 2, HIDDEN).bfloat16()
+    y, _ = narrow(x)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, wide(x.float())[0]) < 4e-2
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_no_tokens(name, settings):
+    layer = build(name, settings)
+    y, _ = layer(torch.zeros(0, 2, HIDDEN, dtype=torch.float64))
+    assert y.shape == (0, 2, HIDDEN)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_long_rows_stay_finite(name, settings):
+    layer = build(name, settings, torch.float32)
+    y, _ = layer(100 * torch.randn(4096, 1, HIDDEN))
+    assert math.isfinite(y.detach().square().mean().item())
+
+
+def test_gated_deltanet_recurrent_and_chunked_layers_agree():
+    """The layer through the op's definition: the fast path changes nothing but speed."""
+    from pretrain.models.mixers import gated_deltanet
+
+    layer = build("gdn", SMALL["gdn"][0])
+    x = torch.randn(41, 2, HIDDEN, dtype=torch.float64)
+    fast, _ = layer(x)
+    original = gated_deltanet.delta_rule
+    try:
+        gated_deltanet.delta_rule = lambda *a, **k: original(*a, **k, backend="recurrent")
+        slow, _ = layer(x)
+    finally:
+        gated_deltanet.delta_rule = original
+    assert relative_error(fast, slow) < 1e-10
