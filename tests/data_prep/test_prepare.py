@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import command, digests, files_config, run_command, write_config
-from test_workers import wait_until_gone
 
 from data_prep import shards
 from data_prep.config import DataPrepConfig, TokenizerConfig
@@ -21,6 +19,14 @@ from data_prep.manifest import Manifest
 from data_prep.prepare import prepare
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_training import is_validation
+from tests.data_prep.helpers import (
+    command,
+    digests,
+    files_config,
+    run_command,
+    wait_until_gone,
+    write_config,
+)
 
 
 def documents_of(directory, split):

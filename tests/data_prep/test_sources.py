@@ -7,7 +7,7 @@ import zstandard
 
 from data_prep.config import SourceConfig
 from data_prep.errors import UserError
-from data_prep.sources import find_files, open_source
+from data_prep.sources import StandardLibrary, find_files, open_source
 
 TEXTS = ["one", "two\nlines", "", "drei é 🙂", "x" * 300_000, "last"]
 
@@ -175,7 +175,7 @@ def test_the_fingerprint_follows_the_files(tmp_path):
 
 
 def test_the_standard_library_is_its_sources_without_tests():
-    source = open_source(SourceConfig(name="stdlib", kind="stdlib"))
+    source = StandardLibrary(SourceConfig(name="stdlib", kind="stdlib"))
     names = [path.relative_to(source.root).as_posix() for path in source.paths]
     assert {"abc.py", "json/decoder.py", "asyncio/events.py"} <= set(names)
     assert names == sorted(names)

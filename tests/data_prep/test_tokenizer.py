@@ -113,16 +113,14 @@ def test_end_of_document_is_dropped_in_decoding(any_tokenizer):
     assert any_tokenizer.decode(np.array(ids)) == "ab"
 
 
-def test_dtype_follows_megatron(tokenizer):
+def test_dtype_follows_megatron(model_file):
     from megatron.core.datasets.indexed_dataset import DType
 
-    class Sized(type(tokenizer)):
-        def __init__(self, size):
-            self.vocab_size = size
-
-    for size in (1000, 65_499, 65_500, 65_536, 200_000):
-        assert Sized(size).dtype == np.dtype(DType.optimal_dtype(size))
+    tokenizer = Tokenizer.load(model_file)
     assert tokenizer.encode_to_array("abc").dtype == np.uint16
+    for size in (1000, 65_499, 65_500, 65_536, 200_000):
+        tokenizer.vocab_size = size
+        assert tokenizer.dtype == np.dtype(DType.optimal_dtype(size))
 
 
 def test_a_folder_can_be_named(model_file, byte_level_file):

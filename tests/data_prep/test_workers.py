@@ -4,7 +4,6 @@ import signal
 import time
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from data_prep.errors import UserError
 from data_prep.tokenizer_training import is_validation
 from data_prep.workers import WorkerPool, count_bytes, tokenize
+from tests.data_prep.helpers import wait_until_gone
 
 
 @given(st.lists(st.binary(min_size=1, max_size=20), max_size=10), st.integers(1, 8))
@@ -86,18 +86,3 @@ def test_workers_leave_signals_to_the_parent_and_go_with_an_error():
         fail()
     wait_until_gone([int(str(error.value))])
     assert time.monotonic() - start < 20
-
-
-def wait_until_gone(processes, seconds=10):
-    limit = time.monotonic() + seconds
-    while any(alive(process) for process in processes):
-        assert time.monotonic() < limit, "processes were left behind"
-        time.sleep(0.05)
-
-
-def alive(process):
-    try:
-        status = Path(f"/proc/{process}/stat").read_text()
-        return status.rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
