@@ -52,7 +52,10 @@ class Batch:
 
 
 def open_shard(prefix: Path) -> Any:
-    """One shard as megatron-core's IndexedDataset; item i is document i, its ids in an array."""
+    """One shard as megatron-core's IndexedDataset; item i is document i, its ids in an array.
+
+    The arrays are views of the mapped file: copy what has to outlive the dataset.
+    """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     return IndexedDataset(str(prefix))

@@ -89,14 +89,13 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """tokens, targets ``[B, T]`` int64; with ``cu_seqlens`` B is 1 and sequences are packed.
 
-        Returns each target's cross entropy ``[B, T]`` in nats, float32 or wider; without targets,
+        Returns each target's cross entropy ``[B, T]`` in nats, float32; without targets,
         the logits ``[B, T, vocab]`` (this process's part of the vocabulary).
         """
         logits, _ = self._logits(tokens, cu_seqlens, None)
         if targets is None:
             return logits.transpose(0, 1)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = tensor_parallel.vocab_parallel_cross_entropy(wide, targets.t().contiguous())
+        loss = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), targets.t().contiguous())
         return loss.t()
 
     def forward_with_state(
