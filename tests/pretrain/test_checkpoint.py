@@ -141,16 +141,16 @@ def test_latest_may_be_older_than_the_newest_or_lost(tmp_path):
 def test_another_model_is_refused(tmp_path):
     path = tmp_path / "step-00000002"
     check_same_model(STATE, settings(), VOCAB, path)
-    with pytest.raises(UserError, match="model.hidden_size is 24 there and 48 here"):
+    with pytest.raises(UserError, match=r"model.hidden_size is 24 there and 48 here"):
         check_same_model(STATE, settings(hidden_size=48), VOCAB, path)
-    with pytest.raises(UserError, match="model.vocab_size is 50 there and 99 here"):
+    with pytest.raises(UserError, match=r"model.vocab_size is 50 there and 99 here"):
         check_same_model(STATE, settings(), 99, path)
 
 
 def test_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="expected a run directory or one of its checkpoints"):
         find_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint at .*step-00000009"):
+    with pytest.raises(UserError, match=r"no checkpoint at .*step-00000009"):
         find_checkpoint(tmp_path / "step-00000009")
 
 

@@ -1,0 +1,223 @@
+"""``python -m pretrain`` as real processes: killed, stopped, resumed, and given bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STEPS = 16
+CONFIG = """
+name: tiny
+model:
+  hidden_size: 24
+  pattern: gdn attn
+  mixers: {{gdn: {{num_heads: 2, head_dim: 4, chunk_size: 8}}, attn: {{num_heads: 4}}}}
+data: {{path: {data}}}
+optimizer: {{lr: 1e-2}}
+schedule: {{warmup_steps: 2}}
+train: {{steps: {steps}, seq_len: 32, global_batch_tokens: 128, micro_batch_size: 2}}
+validation: {{every: 5, tokens: 128}}
+checkpoint: {{every: 3}}
+logging: {{every: 1}}
+sample: {{tokens: 8}}
+directory: {directory}
+"""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ROOT = Path(__file__).parents[2]
+
+
+class Run:
+    """A run directory, its config, and processes on it."""
+
+    def __init__(self, folder, corpus, name, **changes):
+        self.directory = folder / name
+        self.config = folder / f"{name}.yaml"
+        values = {"data": corpus, "steps": STEPS, "directory": self.directory, **changes}
+        self.config.write_text(CONFIG.format(**values))
+
+    def start(self, *overrides):
+        return subprocess.Popen(
+            [sys.executable, "-m", "pretrain", str(self.config), *overrides],
+            cwd=ROOT, env=ENVIRONMENT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def finish(self, *overrides):
+        process = self.start(*overrides)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    @property
+    def metrics(self):
+        path = self.directory / "metrics.jsonl"
+        return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def losses(self):
+        """What must not depend on interruptions: everything measured but time and memory."""
+        keys = ("step", "tokens", "loss", "lr", "grad_norm", "valid_loss", "valid_bits_per_byte")
+        return [{k: row[k] for k in keys if k in row} for row in self.metrics]
+
+    def wait_until(self, process, happens):
+        end = time.monotonic() + 60
+        while not happens() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder, corpus):
+    run = Run(folder, corpus, "uninterrupted")
+    status, output = run.finish()
+    assert status == 0, output
+    return run, output
+
+
+@pytest.mark.slow
+def test_a_whole_run_leaves_what_a_user_expects(uninterrupted):
+    run, output = uninterrupted
+    assert [row["step"] for row in run.metrics if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in run.metrics if "valid_loss" in row] == [5, 10, 15, 16]
+    losses = [row["loss"] for row in run.metrics if "loss" in row]
+    assert losses[-1] < losses[0] - 0.5
+    for name in ("config.yaml", "environment.json", "log.txt", "plots/loss.png",
+                 "checkpoints/latest", "checkpoints/step-00000016/files.json"):  # fmt: skip
+        assert (run.directory / name).stat().st_size > 0, name
+    for part in ("parameters", "a sample of what it writes", "python -m evals", "step 16/16"):
+        assert part in output
+    assert "Warning" not in output
+    status, output = run.finish()
+    assert (status, "nothing to do: all 16 steps are done" in output) == (0, True)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(uninterrupted, folder, corpus):
+    """kill -9 after random steps and, twice, while a checkpoint is being written."""
+    expected, _ = uninterrupted
+    run = Run(folder, corpus, "killed")
+    checkpoints, chance = run.directory / "checkpoints", random.Random(0)
+
+    def steps_done(count):
+        return lambda: sum("loss" in row for row in _whole_lines(run)) >= count
+
+    def saving(step):
+        return lambda: any(
+            list(p.iterdir()) for p in checkpoints.glob(f".writing-step-{step:08d}*")
+        )
+
+    for moment in (
+        steps_done(1),
+        steps_done(chance.randint(4, 6)),
+        saving(6),
+        steps_done(chance.randint(8, 9)),
+        saving(12),
+        steps_done(chance.randint(13, 14)),
+    ):
+        process = run.start()
+        run.wait_until(process, moment)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+        if (checkpoints / "latest").exists():
+            assert (checkpoints / (checkpoints / "latest").read_text() / "files.json").exists()
+    status, output = run.finish()
+    assert status == 0, output
+    assert "resumed from" in output
+    assert run.losses == expected.losses
+
+
+def _whole_lines(run):
+    path = run.directory / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_saves_and_exits_with_its_own_status(uninterrupted, folder, corpus, number):
+    expected, _ = uninterrupted
+    run = Run(folder, corpus, f"signal-{number.name}")
+    process = run.start()
+    run.wait_until(process, lambda: len(_whole_lines(run)) >= 4)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert f"stopped by {number.name}" in output
+    stopped = run.metrics[-1]["step"]
+    assert (run.directory / f"checkpoints/step-{stopped:08d}/files.json").exists()
+    if number == signal.SIGUSR2:
+        assert run.finish()[0] == 0
+        assert [x for x in run.losses if "loss" in x] == [x for x in expected.losses if "loss" in x]
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_sentence_and_status_2(uninterrupted, folder, corpus, tmp_path):
+    run, _ = uninterrupted
+    before = sorted(p.relative_to(run.directory) for p in run.directory.rglob("*"))
+    other_data = tmp_path / "data"
+    shutil.copytree(corpus, other_data)
+    manifest = json.loads((other_data / "manifest.json").read_text())
+    model = other_data / manifest["tokenizer"]["file"]
+    for overrides, message in (
+        (["optimizer.lrr=1"], "unknown setting 'optimizer.lrr' (did you mean 'lr'?)"),
+        (["model.hidden_size=48"], "holds another model: model.hidden_size is 24 there and 48"),
+        (["train.seq_len=16"], "was trained with train.seq_len 32, the config says 16"),
+        ([f"data.path={tmp_path}/nothing"], "holds no manifest.json: run python -m data_prep"),
+        (["checkpoint.resume=step-00000099"], "no checkpoint at"),
+        (["model.vocab_size=10"], "model.vocab_size is 10, fewer than the 300 ids"),
+    ):
+        status, output = run.finish(*overrides)
+        assert status == 2, output
+        (line,) = [x for x in output.splitlines() if x.strip()]
+        assert line.startswith("error: ")
+        assert message in line
+    model.write_bytes(model.read_bytes() + b"\0")
+    status, output = run.finish(f"data.path={other_data}")
+    assert status == 2
+    assert output.count("\n") == 1
+    assert sorted(p.relative_to(run.directory) for p in run.directory.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_used_on_request(
+    uninterrupted, folder, corpus
+):
+    expected, _ = uninterrupted
+    run = Run(folder, corpus, "damaged")
+    shutil.copytree(expected.directory, run.directory)
+    newest = run.directory / "checkpoints" / "step-00000016"
+    victim = next(newest.glob("*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    status, output = run.finish()
+    assert status == 2
+    assert "step-00000016 is damaged" in output
+    assert "checkpoint.resume=step-00000015" in output
+    status, output = run.finish("checkpoint.resume=step-00000015")
+    assert status == 0, output
+    assert run.losses == expected.losses
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_or_is_skipped(folder, corpus):
+    huge = ["optimizer.lr=1e30", "optimizer.clip_grad=0", "schedule.warmup_steps=0"]
+    run = Run(folder, corpus, "stops")
+    status, output = run.finish(*huge)
+    assert status == 3, output
+    assert "not finite, stopped without updating" in output
+    run = Run(folder, corpus, "skips")
+    status, output = run.finish(*huge, "train.nonfinite=skip", "sample.tokens=0")
+    assert status == 0, output
+    assert run.metrics[-2]["skipped"] > 1
