@@ -95,8 +95,8 @@ class LanguageModel(nn.Module):
         logits, _ = self._logits(tokens, cu_seqlens, None)
         if targets is None:
             return logits.transpose(0, 1)
-        loss = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), targets.t().contiguous())
-        return loss.t()
+        wanted = targets.t().contiguous()
+        return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), wanted).t()
 
     def forward_with_state(
         self, tokens: Tensor, states: list[State] | None, *, cu_seqlens: Tensor | None = None

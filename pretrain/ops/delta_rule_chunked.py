@@ -47,7 +47,7 @@ def chunked_delta_rule(
     output, state = _ChunkedDeltaRule.apply(
         q, k, v, beta, log_decay, initial_state[layout.order], layout.steps
     )
-    output = output.transpose(1, 2).flatten(0, 1)[layout.token_slot]
+    output = _FromChunks.apply(output, layout)
     return output, state[torch.argsort(layout.order)]
 
 
@@ -56,9 +56,43 @@ def _to_chunks(x: Tensor, layout: ChunkLayout, *, head_axis: int) -> Tensor:
 
     ``head_axis`` is the place of H once the token axis has become (chunks, tokens per chunk).
     """
+    return _ToChunks.apply(x, layout, head_axis)
+
+
+def _gather(x: Tensor, layout: ChunkLayout) -> Tensor:
+    """``[T, ...]`` to ``[chunks, tokens per chunk, ...]``, zeros at padding."""
     if layout.padded:
         x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-    return x[layout.token_index].movedim(head_axis, 1).contiguous()
+    return x[layout.token_index]
+
+
+class _ToChunks(torch.autograd.Function):
+    """Every token has one place, so the way back is a gather too, not a slow scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: ChunkLayout, head_axis: int) -> Tensor:
+        ctx.layout, ctx.head_axis = layout, head_axis
+        return _gather(x, layout).movedim(head_axis, 1).contiguous()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_chunks: Tensor) -> tuple[Tensor, None, None]:
+        flat = d_chunks.movedim(1, ctx.head_axis).flatten(0, 1)
+        return flat[ctx.layout.token_slot], None, None
+
+
+class _FromChunks(torch.autograd.Function):
+    """``[chunks, H, tokens per chunk, V]`` to ``[T, H, V]``."""
+
+    @staticmethod
+    def forward(ctx: Any, chunks: Tensor, layout: ChunkLayout) -> Tensor:
+        ctx.layout = layout
+        return chunks.transpose(1, 2).flatten(0, 1)[layout.token_slot]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None]:
+        return _gather(d_output, ctx.layout).transpose(1, 2).contiguous(), None
 
 
 class _Decay:
@@ -94,12 +128,14 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         steps: list[tuple[int, int]],
     ) -> tuple[Tensor, Tensor]:
         decay = _Decay(log_decay, k.shape[2] // max(q.shape[2], 1))
-        beta_k = beta[..., None] * k
-        a = (beta_k @ k.mT).mul_(decay.pairs)  # the solver reads below the diagonal only
+        # Rows and columns are scaled in the C x C matrices, which are smaller than k and v.
+        # The solver reads below the diagonal only.
+        a = (k @ k.mT).mul_(decay.pairs).mul_(beta[..., None])
         identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
         t = torch.linalg.solve_triangular(a, identity, upper=False, unitriangular=True)
-        w = t @ (decay.to_step * beta_k)
-        written = t @ (beta[..., None] * v)
+        t_beta = t * beta[..., None, :]
+        written = t_beta @ v
+        w = t_beta.mul_(decay.to_step.mT) @ k
         k_end = decay.to_end * k
 
         state = initial_state.clone()
@@ -123,7 +159,6 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         q, k, v, beta, log_decay, t, w, written, states, pairs = ctx.saved_tensors
         decay = _Decay(log_decay, k.shape[2] // max(q.shape[2], 1))
         beta = beta[..., None]
-        beta_k = beta * k
         k_end = decay.to_end * k
 
         d_written = pairs.mT @ d_output
@@ -143,7 +178,8 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         row = d_a @ k - decay.to_step * (x @ states.mT)  # where k stands on the later side
         dq = d_pairs @ k + decay.to_query * (d_output @ states.mT)
         dk_end = decay.to_end * (written @ d_next.mT)
-        earlier = d_pairs.mT @ q + d_a.mT @ beta_k + dk_end  # where k stands on the earlier side
+        d_a *= beta
+        earlier = d_pairs.mT @ q + d_a.mT @ k + dk_end  # where k stands on the earlier side
         dk = earlier + beta * row
         dv = beta * x
         d_beta = (x * v).sum(-1) + (row * k).sum(-1)
