@@ -31,6 +31,7 @@ def test_equal_samples_give_equal_models_that_lose_nothing(tmp_path, stdlib_docu
     tokenizer = Tokenizer.load(path)
     assert tokenizer.vocab_size == 500
     assert tokenizer.eod_id == 1
+    assert tokenizer.encode("\n\t") == [2, 3]
     sizes = tokenizer.bytes_per_token()
     for document in stdlib_documents[5:60]:
         ids = tokenizer.encode(document)

@@ -78,7 +78,10 @@ def test_workers_leave_signals_to_the_parent_and_go_with_an_error():
             for number in (signal.SIGINT, signal.SIGTERM):
                 os.kill(worker, number)
             assert pool.result(pool.submit(os.getpid)) == worker
-            pool.submit(time.sleep, 60)
+            busy = pool.submit(time.sleep, 60)
+            while not busy.running():
+                time.sleep(0.01)
+            time.sleep(0.5)
             raise RuntimeError(str(worker))
 
     start = time.monotonic()
