@@ -124,8 +124,8 @@ class TrainConfig:
 
 @dataclass
 class ValidationConfig:
-    """every: steps between validations, 0 = only at the end; tokens: how many, from the start of
-    the validation shards, always the same ones."""
+    """every: steps between validations, 0 = only at the end; tokens: how many, spread evenly
+    over the validation shards, always the same ones."""
 
     every: int = setting(100, minimum=0)
     tokens: int = setting(65_536, minimum=1)

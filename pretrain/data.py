@@ -244,14 +244,15 @@ def pack_rows(rows: np.ndarray, eod_id: int) -> Batch:
 
 
 def validation_batches(data: PreparedData, config: TrainConfig, tokens: int) -> list[Batch]:
-    """About ``tokens`` tokens from the start of every source's validation split, by weight."""
+    """About ``tokens`` tokens, evenly spread over every source's validation split, by weight."""
     batches: list[Batch] = []
     total = sum(data.weights)
     for stream, weight in zip(data.valid, data.weights, strict=True):
         available = (len(stream) - 1) // config.seq_len
         wanted = max(round(tokens * weight / total / config.seq_len), 1)
         count = min(available, wanted)
-        rows = [stream.read(i * config.seq_len, config.seq_len + 1) for i in range(count)]
+        samples = [i * available // count for i in range(count)]
+        rows = [stream.read(i * config.seq_len, config.seq_len + 1) for i in samples]
         for start in range(0, count, config.micro_batch_size):
             chunk = rows[start : start + config.micro_batch_size]
             batches.append(pack_rows(np.stack(chunk), data.tokenizer.eod_id))
