@@ -71,7 +71,7 @@ def test_one_window_per_document_is_the_plain_likelihood(corpus):
         for i in range(len(dataset)):
             ids = torch.tensor([eod, *dataset[i].tolist()])[None]
             logits = subject.model(ids[:, :-1])[0]
-            nats += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
             count += ids.shape[1] - 1
             text_bytes += len(subject.tokenizer.decode(ids[0].tolist()).encode())
     assert (result["tokens"], result["bytes"]) == (count, text_bytes)
