@@ -67,13 +67,19 @@ def test_the_manifest_adds_up(small_data, corpus):
         assert sum(shard.bytes for shard in listed) == counts.bytes
         assert sum(shard.tokens for shard in listed) == counts.tokens
         assert sum(shard.size["bin"] for shard in listed) == 2 * counts.tokens
-    indices = sorted({shard.name[-5:] for shard in manifest.shards})
-    sizes = [sum(s.bytes for s in manifest.shards if s.name.endswith(i)) for i in indices]
-    assert len(sizes) > 3
-    assert all(100_000 <= size < 250_000 for size in sizes[:-1])
     expected = {f"{shard.name}.{suffix}" for shard in manifest.shards for suffix in ("bin", "idx")}
     found = {path.name for path in small_data.iterdir()}
     assert found == expected | {"manifest.json", "tokenizer.model"}
+
+
+def test_shards_end_soon_after_their_size(tmp_path, corpus, model_file, monkeypatch):
+    monkeypatch.setattr(shards, "BATCH_BYTES", 5_000)
+    manifest = prepare(files_config(tmp_path / "out", [corpus], model_file))
+    indices = sorted({shard.name[-5:] for shard in manifest.shards})
+    sizes = [sum(s.bytes for s in manifest.shards if s.name.endswith(i)) for i in indices]
+    largest = max(path.stat().st_size for path in corpus.iterdir())
+    assert len(sizes) > 3
+    assert all(100_000 <= size < 105_000 + largest for size in sizes[:-1])
 
 
 def test_entropies_are_those_of_the_text(small_data, corpus):
