@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("processes")
 def test_every_target_is_scored_once_with_its_context(length, window, stride):
     stride = min(stride, window)
     document = np.arange(1, length + 1)
-    scored = []
+    scored: list[int] = []
     for w in windows(document, eod_id=0, window=window, stride=stride):
         assert len(w.inputs) <= window
         assert np.array_equal(w.inputs + 1, w.targets)  # inputs are the targets' predecessors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.relative_error import relative_error
 
 HIDDEN = 24
 # Settings small enough for float64 on a CPU; a mixer without an entry is built with its defaults.
-SMALL = {
+SMALL: dict[str, list[dict[str, Any]]] = {
     "attn": [
         {"num_heads": 4, "num_kv_heads": 2},
         {"num_heads": 2, "window": 5, "qk_norm": True},
