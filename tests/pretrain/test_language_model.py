@@ -140,6 +140,8 @@ def test_initialisation_depends_on_seed_and_name_alone():
     for name, parameter in a.named_parameters():
         if name in shorter and "o_proj" not in name and "down_proj" not in name:
             assert torch.equal(parameter, shorter[name]), name
+    mixer = a.blocks[0].mixer
+    assert not torch.equal(mixer.q_proj.weight, mixer.k_proj.weight)
     drawn = [n for n, p in a.named_parameters() if p.std() > 0]
     other = dict(c.named_parameters())
     assert drawn
