@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import queue
 import shutil
 import uuid
@@ -28,6 +29,7 @@ from megatron.core.utils import (
     make_tp_sharded_tensor_for_checkpoint,
 )
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.config_files import build_config
 from data_prep.errors import UserError
@@ -37,6 +39,8 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.megatron_on_cpu import device_scope
 from pretrain.parallel.processes import is_main_process
 
+# What fails there is raised as well, and told in one sentence below.
+logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 _OPTIMIZER_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -82,6 +86,21 @@ def save_checkpoint(
             shutil.rmtree(left_over, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
+    try:
+        _write(writing, engine, config, state)
+    except (CheckpointException, OSError) as error:
+        refusal = _not_written(final, error)
+        shutil.rmtree(writing, ignore_errors=True)
+        raise refusal from None
+    if is_main_process():
+        _replace_folder(writing, final)
+        write_bytes(directory / "latest", final.name.encode())
+        _remove_old(directory, config)
+    dist.barrier()
+    return final
+
+
+def _write(writing: Path, engine: Engine, config: RunConfig, state: CheckpointState) -> None:
     # The writers' results come back to this process: no need for the queue server that
     # megatron-core would start, which imports the whole program once more.
     filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
@@ -96,11 +115,16 @@ def save_checkpoint(
     if is_main_process():
         write_json(writing / "files.json", hashes)
         sync(writing)
-        _replace_folder(writing, final)
-        write_bytes(directory / "latest", final.name.encode())
-        _remove_old(directory, config)
-    dist.barrier()
-    return final
+
+
+def _not_written(final: Path, error: BaseException) -> UserError:
+    earlier = list_checkpoints(final.parent)
+    free = shutil.disk_usage(final.parent).free / 1e6
+    reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
+    return UserError(
+        f"cannot write checkpoint {final}: {reason} ({free:,.0f} MB free there); "
+        + (f"the last whole one is {earlier[0].name}" if earlier else "there is no earlier one")
+    )
 
 
 def _hash_own_share(folder: Path) -> dict[str, dict[str, Any]]:

@@ -144,8 +144,9 @@ def _start_wandb(config: LoggingConfig, directory: Path) -> Any:
         raise UserError(
             f"logging.wandb is '{config.wandb}', but wandb is not installed: pip install wandb"
         ) from None
+    mode: Any = config.wandb
     return wandb.init(
-        project=config.wandb_project, name=directory.name, dir=str(directory), mode=config.wandb,
+        project=config.wandb_project, name=directory.name, dir=str(directory), mode=mode,
         id=directory.name, resume="allow",
     )  # fmt: skip
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -36,7 +38,13 @@ from pretrain.metrics import RunLog, peak_flops, peak_memory_bytes, plot_loss_cu
 from pretrain.models.blocks import count_model
 from pretrain.models.language_model import build_model, padded_vocab_size
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.processes import any_process, is_main_process, start_processes
+from pretrain.parallel.processes import (
+    any_process,
+    data_parallel_place,
+    is_main_process,
+    on_main_process,
+    start_processes,
+)
 from pretrain.schedule import learning_rate
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -64,19 +72,21 @@ def train(config: RunConfig, config_path: str) -> int:
         )
     counts = count_model(config.model, vocab_size, settings.seq_len)
 
-    found = _checkpoint_to_resume(config, data, vocab_size)
-    model = build_model(
-        config.model, vocab_size, seed=config.seed, dtype=DTYPES[settings.precision],
-        activation_checkpointing=settings.activation_checkpointing,
-    )  # fmt: skip
-    engine = Engine(model, config.optimizer)
-    rank, size = engine.data_parallel
+    rank, size = data_parallel_place()
     if settings.sequences_per_step % (settings.micro_batch_size * size):
         raise UserError(
             f"{config_path}: train.global_batch_tokens is {settings.global_batch_tokens}, expected "
             f"a multiple of seq_len x micro_batch_size x data parallel size = "
             f"{settings.seq_len * settings.micro_batch_size * size}"
         )
+    lock = RunLock(directory)
+    on_main_process(lock.take)
+    found = on_main_process(lambda: _checkpoint_to_resume(config, data, vocab_size))
+    model = build_model(
+        config.model, vocab_size, seed=config.seed, dtype=DTYPES[settings.precision],
+        activation_checkpointing=settings.activation_checkpointing,
+    )  # fmt: skip
+    engine = Engine(model, config.optimizer)
     state = CheckpointState(
         step=0, tokens=0, seed=config.seed, skipped=0, vocab_size=vocab_size,
         precision=settings.precision, tokenizer_sha256=data.tokenizer.sha256, data=data.sources,
@@ -87,7 +97,6 @@ def train(config: RunConfig, config_path: str) -> int:
         saved = read_state(found)
         state.step, state.tokens, state.skipped = saved.step, saved.tokens, saved.skipped
     if is_main_process():
-        directory.mkdir(parents=True, exist_ok=True)
         write_bytes(directory / "config.yaml", to_yaml(config).encode())
         write_json(directory / "environment.json", describe_environment())
 
@@ -106,10 +115,15 @@ def train(config: RunConfig, config_path: str) -> int:
         )
         if found is not None:
             log.say(f"resumed from {found}")
+        if not valid:
+            log.say(
+                f"no validation: no source has {settings.seq_len + 1} tokens of validation text"
+            )
         with StopSignals() as stop:
             return _loop(config, engine, batches, valid, data, state, counts, log, stop, rank, size)
     finally:
         log.close()
+        lock.release()
 
 
 def _loop(
@@ -130,7 +144,7 @@ def _loop(
     bytes_per_token = _bytes_per_token(data, log)
     peak = peak_flops(settings.precision)
     interval = Interval()
-    validated = False
+    first_step = state.step
 
     while state.step < num_steps:
         step = state.step
@@ -166,10 +180,9 @@ def _loop(
 
         stopping = any_process(stop.received)
         due = config.validation.every and state.step % config.validation.every == 0
-        if (due and not stopping) or state.step == num_steps:
+        if valid and ((due and not stopping) or state.step == num_steps):
             with interval.paused():
                 _validate(engine, valid[rank::size], bytes_per_token, state, log)
-            validated = True
         if state.step % config.checkpoint.every == 0 or stopping or state.step == num_steps:
             with interval.paused():
                 saved = save_checkpoint(checkpoints, engine, config, state)
@@ -178,7 +191,7 @@ def _loop(
                     "command again to go on")  # fmt: skip
             return EXIT_STOPPED
 
-    if not validated:
+    if first_step >= num_steps:
         log.say(f"nothing to do: all {num_steps} steps are done")
     _finish(config, engine, data, log)
     return EXIT_DONE
@@ -265,6 +278,34 @@ def _checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int
                 "repeat or leave out data; choose another name for a new run"
             )
     return found
+
+
+class RunLock:
+    """One process group per run directory; the system lets go when the process ends, however."""
+
+    def __init__(self, directory: Path):
+        self.directory, self._handle = directory, -1
+
+    def take(self) -> None:
+        """Make the directory and hold it. Raises UserError where that cannot be."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run directory {self.directory}: {error.strerror}"
+            ) from None
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {self.directory}: wait for it, or choose another "
+                "name"
+            ) from None
+
+    def release(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
 
 
 def _last_checkpoint(directory: Path) -> str:

@@ -29,7 +29,7 @@ from pretrain.data import Batch
 from pretrain.models.language_model import LanguageModel
 from pretrain.parallel import adamw
 from pretrain.parallel.megatron_on_cpu import device_scope, model_scope
-from pretrain.parallel.processes import local_device
+from pretrain.parallel.processes import data_parallel_place, local_device
 
 
 @dataclass
@@ -70,22 +70,16 @@ class Engine:
                 model.config,
                 DistributedDataParallelConfig(
                     grad_reduce_in_fp32=True, use_distributed_optimizer=True,
-                    overlap_grad_reduce=torch.cuda.is_available(),
+                    overlap_grad_reduce=data_parallel_place()[1] > 1,
                 ),
                 model,
             )  # fmt: skip
             self.optimizer = get_megatron_optimizer(
                 settings, [self.wrapped], config_overrides=overrides
             )
+        # Gradients are reduced once, behind the last micro-batch's backward pass.
+        model.config.no_sync_func = self.wrapped.no_sync
         self._forward_backward = get_forward_backward_func()
-
-    @property
-    def data_parallel(self) -> tuple[int, int]:
-        """(rank, size) among the data-parallel processes."""
-        return (
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-        )
 
     def train_step(self, batches: list[Batch], lr: float) -> StepResult:
         """Forward, backward and update over this process's micro-batches of the global batch.

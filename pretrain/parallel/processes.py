@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+
+from data_prep.errors import UserError
+
+T = TypeVar("T")
 
 
 def local_device() -> torch.device:
@@ -48,6 +54,29 @@ def stop_processes() -> None:
 def is_main_process() -> bool:
     """Whether this process is the one that prints and writes the small files."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def data_parallel_place() -> tuple[int, int]:
+    """(rank, size) of this process among the data-parallel ones."""
+    return (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """``function``'s result from the main process, on every process; so is its UserError."""
+    outcome: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = error
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def any_process(flag: bool) -> bool:

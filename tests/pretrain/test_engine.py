@@ -138,19 +138,21 @@ def test_validation_counts_tokens_and_bytes():
     assert count == 4 * 32
     assert text_bytes == sum(int(b.targets.sum()) for b in parts)
     mean = torch.cat([model(b.tokens, b.targets, cu_seqlens=b.cu_seqlens) for b in parts], 1).mean()
-    assert loss == pytest.approx(float(mean), rel=1e-6)
+    assert loss == pytest.approx(mean.item(), rel=1e-6)
 
 
 _TWO_PROCESSES = """
 import json, sys
-from pretrain.parallel.processes import is_main_process, start_processes
+from pretrain.parallel.processes import data_parallel_place, is_main_process, start_processes
 start_processes()
 from tests.pretrain.test_engine import OPTIMIZER, STEPS, batches, make
 from pretrain.parallel.engine import Engine
 engine = Engine(make(), OPTIMIZER)
-rank, size = engine.data_parallel
+rank, size = data_parallel_place()
 assert size == 2
-results = [engine.train_step(batches(step)[rank::size], 1e-3) for step in range(STEPS)]
+results = [
+    engine.train_step(batches(step, micro_batch_size=1)[rank::size], 1e-3) for step in range(STEPS)
+]
 if is_main_process():
     print("RESULT", json.dumps([(r.loss, r.grad_norm) for r in results]))
 """

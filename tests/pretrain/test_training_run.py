@@ -192,6 +192,41 @@ def test_bad_input_is_one_sentence_and_status_2(uninterrupted, folder, corpus, t
 
 
 @pytest.mark.slow
+def test_one_run_directory_has_one_run(folder, corpus):
+    run = Run(folder, corpus, "twice")
+    first = run.start("train.steps=2000", "checkpoint.every=2000")
+    run.wait_until(first, lambda: len(_whole_lines(run)) >= 1)
+    status, output = run.finish()
+    first.kill()
+    first.communicate()
+    assert status == 2
+    assert "another process is training in" in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_is_one_sentence_and_loses_nothing(folder, corpus, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this system lets no tmpfs be mounted")
+    try:
+        run = Run(folder, corpus, "full", directory=disk / "run")
+        status, output = run.finish("model.hidden_size=96", "sample.tokens=0", "checkpoint.every=1")
+        assert status == 2, output
+        assert "cannot write checkpoint" in output.splitlines()[-1]
+        assert "Traceback" not in output
+        for whole in (disk / "run" / "checkpoints").glob("step-*"):
+            assert (whole / "files.json").exists()
+        assert not list((disk / "run" / "checkpoints").glob(".writing*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used_on_request(
     uninterrupted, folder, corpus
 ):
