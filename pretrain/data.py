@@ -89,7 +89,10 @@ class TokenStream:
 
 @dataclass
 class PreparedData:
-    """The data of a run: its tokenizer, and per source its name, weight, and streams by split."""
+    """The data of a run: its tokenizer, and per source its name, weight, and streams by split.
+
+    A source's name is ``NAME@HASH`` of its content: where the folder lies does not matter.
+    """
 
     tokenizer: Tokenizer
     sources: list[str]
@@ -132,7 +135,7 @@ def open_data(config: DataConfig) -> PreparedData:
                         if s.source == source.name and s.split == split]
                 for split in ("train", "valid")
             }  # fmt: skip
-            data.sources.append(f"{path}/{source.name}")
+            data.sources.append(f"{source.name}@{manifest.content_sha256[:16]}")
             data.weights.append(share * source.weight / total)
             data.train.append(TokenStream(prefixes["train"]))
             data.valid.append(TokenStream(prefixes["valid"]))

@@ -35,7 +35,7 @@ from pretrain.data import Batch, PreparedData, TrainingBatches, open_data, valid
 from pretrain.environment import describe_environment
 from pretrain.generation import generate
 from pretrain.metrics import RunLog, peak_flops, peak_memory_bytes, plot_loss_curve
-from pretrain.models.blocks import count_model
+from pretrain.models.blocks import ModelCounts, count_model
 from pretrain.models.language_model import build_model, padded_vocab_size
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import (
@@ -133,7 +133,7 @@ def _loop(
     valid: list[Batch],
     data: PreparedData,
     state: CheckpointState,
-    counts: Any,
+    counts: ModelCounts,
     log: RunLog,
     stop: StopSignals,
     rank: int,
@@ -258,7 +258,7 @@ def _checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int
     if state.tokenizer_sha256 != data.tokenizer.sha256:
         raise UserError(
             f"{found} was trained with another tokenizer ({state.tokenizer_sha256[:12]}...) than "
-            f"the shards of {data.sources[0]} ({data.tokenizer.sha256[:12]}...)"
+            f"the shards of the config ({data.tokenizer.sha256[:12]}...)"
         )
     before = load_config(RunConfig, found / "config.yaml")
     for name, was, now in (
@@ -270,7 +270,7 @@ def _checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int
             config.train.global_batch_tokens,
         ),
         ("train.precision", before.train.precision, config.train.precision),
-        ("data sources", state.data, data.sources),
+        ("data", ", ".join(state.data), ", ".join(data.sources)),
     ):
         if was != now:
             raise UserError(

@@ -70,6 +70,15 @@ def test_batches_depend_on_seed_and_step_alone(corpus):
     assert not torch.equal(tokens_of(TrainingBatches(data, CONFIG, 6).micro_batches(7)), later)
 
 
+def test_batches_do_not_depend_on_where_the_data_lies(corpus, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(corpus, moved)
+    here, there = (
+        TrainingBatches(open_data(DataConfig(path=str(p))), CONFIG, 0) for p in (corpus, moved)
+    )
+    assert torch.equal(tokens_of(here.micro_batches(2)), tokens_of(there.micro_batches(2)))
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_batches_do_not_depend_on_the_number_of_processes(corpus, size):
     data = open_data(DataConfig(path=str(corpus)))

@@ -184,6 +184,12 @@ def test_bad_input_is_one_sentence_and_status_2(uninterrupted, folder, corpus, t
         (line,) = [x for x in output.splitlines() if x.strip()]
         assert line.startswith("error: ")
         assert message in line
+    changed = manifest | {"content_sha256": "0" * 64}
+    (other_data / "manifest.json").write_text(json.dumps(changed))
+    status, output = run.finish(f"data.path={other_data}")
+    assert status == 2
+    assert "was trained with data code@" in output
+    assert "the config says code@0000000000000000" in output
     model.write_bytes(model.read_bytes() + b"\0")
     status, output = run.finish(f"data.path={other_data}")
     assert status == 2
