@@ -74,7 +74,7 @@ def evaluate_perplexity(
     Raises UserError for settings that do not fit or data of another tokenizer.
     """
     window = window or loaded.run.train.seq_len
-    stride = stride or window // 2
+    stride = stride or max(window // 2, 1)
     if not 1 <= stride <= window:
         raise UserError(f"stride is {stride}, expected 1 to the window of {window}")
     directories = [data] if data else [

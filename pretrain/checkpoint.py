@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import queue
+import re
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from data_prep.manifest import sync, write_bytes, write_json
 from pretrain.config import ModelConfig, RunConfig, to_yaml
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.megatron_on_cpu import device_scope
-from pretrain.parallel.processes import is_main_process
+from pretrain.parallel.processes import is_main_process, on_main_process
 
 # What fails there is raised as well, and told in one sentence below.
 logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
@@ -70,7 +71,8 @@ def checkpoint_name(step: int) -> str:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """The whole checkpoints of a run, newest first."""
-    return sorted((p for p in directory.glob("step-*") if p.is_dir()), reverse=True)
+    named = (p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+    return sorted((p for p in named if p.is_dir()), reverse=True)
 
 
 def save_checkpoint(
@@ -81,11 +83,16 @@ def save_checkpoint(
     name = [f".writing-{final.name}-{uuid.uuid4().hex[:8]}"]
     dist.broadcast_object_list(name)
     writing = directory / name[0]
-    if is_main_process():
+
+    def begin() -> None:
         for left_over in directory.glob(".writing-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        writing.mkdir(parents=True)
-    dist.barrier()
+        try:
+            writing.mkdir(parents=True)
+        except OSError as error:
+            raise _not_written(final, error) from None
+
+    on_main_process(begin)
     try:
         _write(writing, engine, config, state)
     except (CheckpointException, OSError) as error:
@@ -95,7 +102,7 @@ def save_checkpoint(
     if is_main_process():
         _replace_folder(writing, final)
         write_bytes(directory / "latest", final.name.encode())
-        _remove_old(directory, config)
+        _remove_old(final, config)
     dist.barrier()
     return final
 
@@ -119,7 +126,8 @@ def _write(writing: Path, engine: Engine, config: RunConfig, state: CheckpointSt
 
 def _not_written(final: Path, error: BaseException) -> UserError:
     earlier = list_checkpoints(final.parent)
-    free = shutil.disk_usage(final.parent).free / 1e6
+    place = next(p for p in final.parents if p.is_dir())
+    free = shutil.disk_usage(place).free / 1e6
     reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
     return UserError(
         f"cannot write checkpoint {final}: {reason} ({free:,.0f} MB free there); "
@@ -159,9 +167,11 @@ def _replace_folder(writing: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def _remove_old(directory: Path, config: RunConfig) -> None:
+def _remove_old(newest: Path, config: RunConfig) -> None:
+    """Later steps than ``newest``, left from before a resume from an earlier one, do not count."""
     milestone = config.checkpoint.milestone_every
-    for path in list_checkpoints(directory)[config.checkpoint.keep_last :]:
+    done = [p for p in list_checkpoints(newest.parent) if p.name <= newest.name]
+    for path in done[config.checkpoint.keep_last :]:
         step = int(path.name.removeprefix("step-"))
         if not (milestone and step % milestone == 0):
             hidden = path.with_name(f".writing-removed-{path.name}")
@@ -172,17 +182,20 @@ def _remove_old(directory: Path, config: RunConfig) -> None:
 def check_files(checkpoint: Path, how: str = "sha256") -> None:
     """Raise UserError naming the first file that is missing, cut short or altered."""
     try:
-        expected = json.loads((checkpoint / "files.json").read_bytes())
-    except (OSError, ValueError):
+        listed = json.loads((checkpoint / "files.json").read_bytes())
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         raise _damaged(checkpoint, "files.json is missing or unreadable") from None
-    for name, entry in expected.items():
+    if not {".metadata", "common.pt", "state.json", "config.yaml"} <= expected.keys():
+        raise _damaged(checkpoint, "files.json does not list what a checkpoint is made of")
+    for name, (size, sha256) in expected.items():
         path = checkpoint / name
         found = path.stat().st_size if path.is_file() else None
         if found is None:
             raise _damaged(checkpoint, f"{name} is missing")
-        if found != entry["size"]:
-            raise _damaged(checkpoint, f"{name} has {found} bytes, expected {entry['size']}")
-        if how == "sha256" and _sha256(path) != entry["sha256"]:
+        if found != size:
+            raise _damaged(checkpoint, f"{name} has {found} bytes, expected {size}")
+        if how == "sha256" and _sha256(path) != sha256:
             raise _damaged(checkpoint, f"{name} has changed since it was written (sha256)")
 
 

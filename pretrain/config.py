@@ -108,7 +108,7 @@ class TrainConfig:
     precision: str = setting("float32", choices=("float32", "bf16"))
     activation_checkpointing: str = setting("none", choices=("none", "block"))
     nonfinite: str = setting("stop", choices=("stop", "skip"))
-    threads: int | None = setting(None, minimum=1)
+    threads: int | None = setting(None, minimum=1, maximum=1024)
 
     @property
     def num_steps(self) -> int:

@@ -78,12 +78,9 @@ class RunLog:
         if not self._metrics.exists():
             return
         kept = []
-        for line in self._metrics.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
+        for row in read_metrics(self.directory):
+            if row["step"] <= step:
+                kept.append(json.dumps(row) + "\n")
         write_bytes(self._metrics, "".join(kept).encode())
 
     def say(self, message: str) -> None:
@@ -158,13 +155,15 @@ def _duration(seconds: float) -> str:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics.jsonl."""
+    """The lines of a run's metrics.jsonl that are whole and tell their step and tokens."""
     rows = []
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
+    for line in (directory / "metrics.jsonl").read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and all(isinstance(row.get(k), int) for k in ("step", "tokens")):
+            rows.append(row)
     return rows
 
 

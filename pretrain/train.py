@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -193,11 +194,13 @@ def _loop(
 
     if first_step >= num_steps:
         log.say(f"nothing to do: all {num_steps} steps are done")
-    _finish(config, engine, data, log)
+    _finish(config, engine, data, log, stop)
     return EXIT_DONE
 
 
-def _finish(config: RunConfig, engine: Engine, data: PreparedData, log: RunLog) -> None:
+def _finish(
+    config: RunConfig, engine: Engine, data: PreparedData, log: RunLog, stop: StopSignals
+) -> None:
     """The loss curve, a sample, and where to go from here."""
     directory = config.run_directory
     if not is_main_process():
@@ -210,11 +213,11 @@ def _finish(config: RunConfig, engine: Engine, data: PreparedData, log: RunLog) 
             temperature=config.sample.temperature, seed=config.seed,
             vocab_size=data.tokenizer.vocab_size, stop_id=data.tokenizer.eod_id,
         )  # fmt: skip
-        text = data.tokenizer.decode([*prompt, *ids])
+        written = itertools.takewhile(lambda _: not stop.received, ids)
+        text = data.tokenizer.decode([*prompt, *written])
         log.say("a sample of what it writes:\n" + "\n".join(f"  | {x}" for x in text.splitlines()))
-    latest = list_checkpoints(directory / "checkpoints")[0]
     log.say(f"loss curve   {curve}")
-    log.say(f"checkpoint   {latest}")
+    log.say(f"checkpoint   {find_checkpoint(directory)}")
     log.say(f"resume       the same command; with train.steps={2 * config.train.num_steps} it goes "
             "on for as long again")  # fmt: skip
     log.say("next         " + "\n             ".join([
@@ -309,8 +312,9 @@ class RunLock:
 
 
 def _last_checkpoint(directory: Path) -> str:
-    found = list_checkpoints(directory)
-    return f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
+    if not list_checkpoints(directory):
+        return "there is no checkpoint yet"
+    return f"the last checkpoint is {find_checkpoint(directory)}"
 
 
 def seed_step(seed: int, step: int) -> None:

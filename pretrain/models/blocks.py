@@ -31,7 +31,7 @@ def block_specs(config: ModelConfig, where: str = "config") -> list[BlockSpec]:
             raise ConfigError(f"{where}: model.mixers.{name} is {values!r}, expected a mapping")
         values = dict(values)
         kind = values.pop("kind", name)
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise ConfigError(
                 f"{where}: model.mixers.{name}: unknown mixer '{kind}'"
                 f"{nearest(str(kind), list(known))}; known: {', '.join(known)}"

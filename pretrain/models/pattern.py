@@ -14,6 +14,7 @@ from data_prep.config_files import nearest
 
 _TOKEN = re.compile(r"\s*(?:(?P<count>\d+)\s*\*|(?P<name>[A-Za-z_]\w*)|(?P<mark>[()]))")
 _MAX_BLOCKS = 10_000
+_MAX_DEPTH = 20
 
 
 def parse_pattern(pattern: str, known: Collection[str]) -> list[str]:
@@ -34,6 +35,8 @@ def _parse(pattern: str, position: int, known: list[str], depth: int) -> tuple[l
         token = _TOKEN.match(pattern, position)
         if token and token["count"]:
             count, position = int(token["count"]), token.end()
+            if count > _MAX_BLOCKS:
+                raise ValueError(f"pattern '{pattern}': more than {_MAX_BLOCKS} blocks")
             if count == 0:
                 raise ValueError(f"pattern '{pattern}': a count of 0 at character {start + 1}")
             token = _TOKEN.match(pattern, position)
@@ -45,6 +48,8 @@ def _parse(pattern: str, position: int, known: list[str], depth: int) -> tuple[l
         if token["mark"] == ")":
             break
         if token["mark"] == "(":
+            if depth == _MAX_DEPTH:
+                raise ValueError(f"pattern '{pattern}': brackets more than {_MAX_DEPTH} deep")
             inner, position = _parse(pattern, token.end(), known, depth + 1)
             closing = _TOKEN.match(pattern, position)
             if closing is None or closing["mark"] != ")":

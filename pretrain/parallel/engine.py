@@ -88,6 +88,8 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            # Also after a checkpoint, whose groups carry the settings of its own run.
+            group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
         with device_scope():
             self.wrapped.zero_grad_buffer()

@@ -80,6 +80,35 @@ def test_old_ones_go_and_milestones_stay(tmp_path):
     assert read_state(find_checkpoint(tmp_path)).step == 8
 
 
+def test_folders_and_steps_that_are_not_this_run_s_past_are_left_alone(tmp_path):
+    """A copy that someone made, and later steps than the one resumed from."""
+    engine = trained()
+    for step in (2, 4, 6):
+        save(tmp_path, engine, step, keep_last=2)
+    (tmp_path / "step-00000004-backup").mkdir()
+    save(tmp_path, engine, 5, keep_last=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == [
+        "step-00000006", "step-00000005", "step-00000004",
+    ]  # fmt: skip
+    assert find_checkpoint(tmp_path).name == "step-00000005"
+    assert (tmp_path / "step-00000004-backup").exists()
+
+
+def test_settings_of_the_optimizer_are_the_config_s_after_loading(tmp_path):
+    path = save(tmp_path, trained())
+    engine = Engine(make(), dataclasses.replace(OPTIMIZER, betas=[0.5, 0.6], eps=1e-3))
+    load_checkpoint(path, engine)
+    engine.train_step(batches(2), 1e-2)
+    for group in engine.optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["lr"]) == ((0.5, 0.6), 1e-3, 1e-2)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write checkpoint .*: Not a directory"):
+        save(tmp_path / "file", trained())
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     engine = trained()
     save(tmp_path, engine)
@@ -91,7 +120,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert torch.equal(model.embedding.weight, engine.model.embedding.weight)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no list"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no list", "empty list"])
 def test_damage_is_refused_by_name_and_the_one_before_is_offered(tmp_path, damage):
     engine = trained()
     save(tmp_path, engine, 2)
@@ -108,8 +137,11 @@ def test_damage_is_refused_by_name_and_the_one_before_is_offered(tmp_path, damag
     elif damage == "remove":
         victim.unlink()
         message = f"{victim.name} is missing"
+    elif damage == "empty list":
+        (path / "files.json").write_text("{}")
+        message = "files.json does not list what a checkpoint is made of"
     else:
-        (path / "files.json").write_text("{")
+        (path / "files.json").write_text("[1]")
         message = "files.json is missing or unreadable"
     with pytest.raises(UserError, match=message) as error:
         check_files(path)

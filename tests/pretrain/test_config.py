@@ -86,6 +86,7 @@ def test_wrong_settings_are_named(base, override, message):
         ("model.mixers.gdn.heads=3", r"unknown setting 'heads'.*known in the top: num_heads"),
         ("model.mixers.gdn.expand_v=0.3", "head_dim . expand_v is 2.4, expected a whole number"),
         ("model.mixers.gnd.heads=3", r"unknown mixer 'gnd' \(did you mean 'gdn'\?\)"),
+        ("model.mixers.swa={kind: [1]}", r"model.mixers.swa: unknown mixer '\[1\]'"),
         ("model.mixers.attn=3", "model.mixers.attn is 3, expected a mapping"),
     ],
 )

@@ -34,6 +34,8 @@ def test_patterns(pattern, expected):
         ("gdn, attn", "at character 4"),
         ("", "nothing at character 1"),
         ("()", "nothing at character 2"),
+        ("99999999999999999999*gdn", "more than 10000 blocks"),
+        (50 * "(", "brackets more than 20 deep"),
         ("100000*gdn", "more than 10000 blocks"),
     ],
 )
