@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from typing import Any
 
 from rich.console import Console
@@ -37,7 +38,10 @@ def main() -> int:
         loaded, data=arguments.data, window=arguments.window, stride=arguments.stride,
         max_tokens=arguments.max_tokens,
     )  # fmt: skip
-    path = loaded.evals_directory / f"perplexity-{loaded.checkpoint.name}.json"
+    # Scores under other settings than the default ones get a file of their own.
+    given = (arguments.data, arguments.window, arguments.stride, arguments.max_tokens)
+    mark = "" if not any(given) else "-" + hashlib.sha256(repr(given).encode()).hexdigest()[:8]
+    path = loaded.evals_directory / f"perplexity-{loaded.checkpoint.name}{mark}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
     _show(result, str(path))

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from data_prep.config_files import load_config
-from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
 from pretrain.checkpoint import (
     CheckpointState,
@@ -40,17 +39,11 @@ class LoadedModel:
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """A checkpoint, or the latest of a run directory. Raises UserError naming what is wrong."""
-    checkpoint = find_checkpoint(Path(path))
+    checkpoint = find_checkpoint(Path(path)).resolve()
     check_files(checkpoint)
     state = read_state(checkpoint)
     run = load_config(RunConfig, checkpoint / "config.yaml")
-    directory = run.data.path or run.data.blend[0].path
-    tokenizer = Tokenizer.load(directory)
-    if tokenizer.sha256 != state.tokenizer_sha256:
-        raise UserError(
-            f"{checkpoint} was trained with another tokenizer ({state.tokenizer_sha256[:12]}...) "
-            f"than the one in {directory} ({tokenizer.sha256[:12]}...)"
-        )
+    tokenizer = Tokenizer.load(checkpoint)
     start_processes()
     model = build_model(state.model_config, state.vocab_size, seed=0, dtype=dtype)
     load_weights(checkpoint, model)

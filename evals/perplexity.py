@@ -69,8 +69,9 @@ def evaluate_perplexity(
 ) -> dict[str, Any]:
     """Score the validation split of a prepared directory (the run's own by default).
 
-    window defaults to the training length, stride to half of it; ``max_tokens`` stops after the
-    document in which that many are scored. Returns the figures and every setting they depend on.
+    window defaults to the training length, stride to half of it; ``max_tokens``, shared evenly by
+    the run's directories, stops after the document in which that many are scored. Returns the
+    figures and every setting they depend on.
     Raises UserError for settings that do not fit or data of another tokenizer.
     """
     window = window or loaded.run.train.seq_len
@@ -84,7 +85,9 @@ def evaluate_perplexity(
     bytes_per_token = loaded.tokenizer.bytes_per_token()
     totals = Totals()
     entropies = {}
+    budget = None if max_tokens is None else max_tokens / len(directories)
     for directory in directories:
+        before = totals.tokens
         manifest = Manifest.load(directory)
         if manifest.tokenizer.sha256 != loaded.tokenizer.sha256:
             raise UserError(
@@ -94,7 +97,7 @@ def evaluate_perplexity(
         entropies[directory] = asdict(manifest.byte_entropy)
         waiting: list[Window] = []
         for document in _validation_documents(Path(directory), manifest):
-            if max_tokens is not None and totals.tokens >= max_tokens:
+            if budget is not None and totals.tokens - before >= budget:
                 break
             totals.count_document(document, bytes_per_token)
             waiting += windows(document, loaded.tokenizer.eod_id, window, stride)
@@ -114,6 +117,8 @@ def evaluate_perplexity(
         "bytes": totals.bytes,
         "window": window,
         "stride": stride,
+        "max_tokens": max_tokens,
+        "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "bos_rule": "each document is opened by the end-of-document token; its own is scored",
         "tokenizer_sha256": loaded.tokenizer.sha256,
         "data": directories,

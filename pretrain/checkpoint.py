@@ -76,9 +76,16 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    directory: Path, engine: Engine, config: RunConfig, state: CheckpointState
+    directory: Path,
+    engine: Engine,
+    config: RunConfig,
+    state: CheckpointState,
+    tokenizer: Path | None = None,
 ) -> Path:
-    """Write ``directory/step-N`` from all processes, then remove what keep_last lets go."""
+    """Write ``directory/step-N`` from all processes, then remove what keep_last lets go.
+
+    The ``tokenizer``'s file is copied along, so that a checkpoint can be used wherever it lies.
+    """
     final = directory / checkpoint_name(state.step)
     name = [f".writing-{final.name}-{uuid.uuid4().hex[:8]}"]
     dist.broadcast_object_list(name)
@@ -94,7 +101,7 @@ def save_checkpoint(
 
     on_main_process(begin)
     try:
-        _write(writing, engine, config, state)
+        _write(writing, engine, config, state, tokenizer)
     except (CheckpointException, OSError) as error:
         refusal = _not_written(final, error)
         shutil.rmtree(writing, ignore_errors=True)
@@ -107,7 +114,13 @@ def save_checkpoint(
     return final
 
 
-def _write(writing: Path, engine: Engine, config: RunConfig, state: CheckpointState) -> None:
+def _write(
+    writing: Path,
+    engine: Engine,
+    config: RunConfig,
+    state: CheckpointState,
+    tokenizer: Path | None,
+) -> None:
     # The writers' results come back to this process: no need for the queue server that
     # megatron-core would start, which imports the whole program once more.
     filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
@@ -117,6 +130,8 @@ def _write(writing: Path, engine: Engine, config: RunConfig, state: CheckpointSt
     if is_main_process():
         write_json(writing / "state.json", dataclasses.asdict(state))
         write_bytes(writing / "config.yaml", to_yaml(config).encode())
+        if tokenizer is not None:
+            write_bytes(writing / tokenizer.name, tokenizer.read_bytes())
     dist.barrier()
     hashes = _hash_own_share(writing)
     if is_main_process():
@@ -165,6 +180,14 @@ def _replace_folder(writing: Path, final: Path) -> None:
     else:
         writing.rename(final)
     sync(final.parent)
+
+
+def recover_replaced(directory: Path) -> None:
+    """Bring back a checkpoint whose replacement was cut off between the two renames."""
+    for old in directory.glob(".writing-old-step-*"):
+        final = old.with_name(old.name.removeprefix(".writing-old-"))
+        if not final.exists():
+            old.rename(final)
 
 
 def _remove_old(newest: Path, config: RunConfig) -> None:

@@ -80,8 +80,8 @@ class ScheduleConfig:
     """Learning rate over steps; see pretrain/schedule.py.
 
     warmup_steps: linear from 0; decay_fraction: share of all steps in which ``wsd`` decays, or
-    after which share ``two_stage`` drops; decay: shape of the wsd decay; final_ratio: last learning
-    rate as a share of the peak.
+    after which share ``two_stage`` drops; decay: shape of the wsd decay; final_ratio: learning rate
+    as a share of the peak where the decay ends, one step behind the last.
     """
 
     kind: str = setting("cosine", choices=SCHEDULES)
@@ -195,7 +195,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 def check_run_config(config: RunConfig, where: str) -> None:
     """What one field alone cannot tell. Raises ConfigError naming the field."""
     train, optimizer = config.train, config.optimizer
-    if not config.name or "/" in config.name:
+    if config.name in ("", ".", "..") or "/" in config.name:
         raise ConfigError(f"{where}: name is '{config.name}', expected a plain name for a folder")
     if (train.steps is None) == (train.tokens is None):
         raise ConfigError(
@@ -217,6 +217,12 @@ def check_run_config(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: schedule.final_ratio is 0, which an exponential decay never reaches; "
             "expected more than 0"
+        )
+    flat = train.num_steps * (1 - config.schedule.decay_fraction)
+    if config.schedule.kind in ("wsd", "two_stage") and config.schedule.warmup_steps > flat:
+        raise ConfigError(
+            f"{where}: schedule.warmup_steps is {config.schedule.warmup_steps}, but the decay "
+            f"begins after {flat:g} of the {train.num_steps} steps"
         )
     if config.schedule.warmup_steps > train.num_steps:
         raise ConfigError(

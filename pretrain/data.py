@@ -2,9 +2,9 @@
 
 The shards of one source form one stream of tokens, cut into samples of ``seq_len`` tokens (and the
 one after, as the last target). Sample i of the run belongs to one source, chosen so that after any
-number of samples every source has its share to within one sample per source; within a source the
-samples come in a pseudorandom order that is a new one every epoch. Nothing is stored: the loader's
-state is the number of the step.
+number of samples every source has its share to within as many samples as there are sources; within
+a source the samples come in a pseudorandom order that is a new one every epoch. Nothing is stored:
+the loader's state is the number of the step.
 
 The end-of-document token opens the next document: it is the first input of every document, so each
 token of a document is predicted once, from that document alone.
@@ -100,6 +100,11 @@ class PreparedData:
     train: list[TokenStream]
     valid: list[TokenStream]
     bigram_entropy: float
+
+    @property
+    def identity(self) -> list[str]:
+        """What the order of samples depends on besides the seed."""
+        return [f"{n} x {w:.6g}" for n, w in zip(self.sources, self.weights, strict=True)]
 
 
 def open_data(config: DataConfig) -> PreparedData:
@@ -197,7 +202,7 @@ def blend(index: int, weights: Sequence[Fraction]) -> tuple[int, int]:
     """(source, position within it) of sample ``index``; ``weights`` sum to 1.
 
     The first source takes sample i whenever floor(w (i + 1)) > floor(w i), the others share the
-    rest in the same way: exact for any prefix to within one sample per source, and stateless.
+    rest in the same way: for any prefix, every share is exact to within len(weights) samples.
     """
     rest = Fraction(1)
     for source, weight in enumerate(weights[:-1]):

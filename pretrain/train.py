@@ -29,6 +29,7 @@ from pretrain.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     read_state,
+    recover_replaced,
     save_checkpoint,
 )
 from pretrain.config import RunConfig, to_yaml
@@ -49,6 +50,7 @@ from pretrain.parallel.processes import (
 from pretrain.schedule import learning_rate
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+_REPEAT_SECONDS, _MAX_SKIPS = 5.0, 20
 EXIT_DONE, EXIT_NONFINITE, EXIT_STOPPED = 0, 3, 75  # 75: EX_TEMPFAIL, "try again later"
 
 
@@ -90,7 +92,7 @@ def train(config: RunConfig, config_path: str) -> int:
     engine = Engine(model, config.optimizer)
     state = CheckpointState(
         step=0, tokens=0, seed=config.seed, skipped=0, vocab_size=vocab_size,
-        precision=settings.precision, tokenizer_sha256=data.tokenizer.sha256, data=data.sources,
+        precision=settings.precision, tokenizer_sha256=data.tokenizer.sha256, data=data.identity,
         model=dataclasses.asdict(config.model),
     )  # fmt: skip
     if found is not None:
@@ -145,7 +147,7 @@ def _loop(
     bytes_per_token = _bytes_per_token(data, log)
     peak = peak_flops(settings.precision)
     interval = Interval()
-    first_step = state.step
+    first_step, skips_in_a_row = state.step, 0
 
     while state.step < num_steps:
         step = state.step
@@ -155,7 +157,9 @@ def _loop(
         state.step += 1
         state.tokens += settings.global_batch_tokens
         interval.count(settings.global_batch_tokens)
-        if not result.applied:
+        if result.applied:
+            skips_in_a_row = 0
+        else:
             state.skipped += 1
             log.record({"step": state.step, "tokens": state.tokens, "skipped": state.skipped})
             if settings.nonfinite == "stop":
@@ -166,7 +170,12 @@ def _loop(
                 )
                 return EXIT_NONFINITE
             log.say(f"step {state.step}: not finite, skipped ({state.skipped} so far)")
-        elif state.step % config.logging.every == 0 or state.step == num_steps:
+            skips_in_a_row += 1
+            if skips_in_a_row == _MAX_SKIPS:
+                log.say(f"{_MAX_SKIPS} steps in a row were not finite, stopped; "
+                        f"{_last_checkpoint(checkpoints)}")  # fmt: skip
+                return EXIT_NONFINITE
+        if result.applied and (state.step % config.logging.every == 0 or state.step == num_steps):
             speed = interval.tokens_per_second()
             log.step(
                 {
@@ -186,7 +195,7 @@ def _loop(
                 _validate(engine, valid[rank::size], bytes_per_token, state, log)
         if state.step % config.checkpoint.every == 0 or stopping or state.step == num_steps:
             with interval.paused():
-                saved = save_checkpoint(checkpoints, engine, config, state)
+                saved = save_checkpoint(checkpoints, engine, config, state, data.tokenizer.path)
         if stopping and state.step < num_steps:
             log.say(f"stopped by {stop.name} after step {state.step}, saved {saved}; run the same "
                     "command again to go on")  # fmt: skip
@@ -218,8 +227,9 @@ def _finish(
         log.say("a sample of what it writes:\n" + "\n".join(f"  | {x}" for x in text.splitlines()))
     log.say(f"loss curve   {curve}")
     log.say(f"checkpoint   {find_checkpoint(directory)}")
-    log.say(f"resume       the same command; with train.steps={2 * config.train.num_steps} it goes "
-            "on for as long again")  # fmt: skip
+    budget = {"steps": config.train.steps, "tokens": config.train.tokens}
+    twice = next(f"train.{unit}={2 * amount}" for unit, amount in budget.items() if amount)
+    log.say(f"resume       the same command; with {twice} it goes on for as long again")
     log.say("next         " + "\n             ".join([
         f"python -m evals {directory}",
         f"python -m data_prep inspect {config.data.path or config.data.blend[0].path}",
@@ -250,11 +260,17 @@ def _checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int
     """The checkpoint to go on from, checked in every way, or None for a new run."""
     directory = config.run_directory
     checkpoints = directory / "checkpoints"
+    recover_replaced(checkpoints)
     if config.checkpoint.resume is None and not list_checkpoints(checkpoints):
         return None
     found = find_checkpoint(
         checkpoints / config.checkpoint.resume if config.checkpoint.resume else directory
     )
+    if config.checkpoint.resume:
+        # The same command again goes on from what it has done since, not from there once more.
+        latest = find_checkpoint(directory)
+        if load_config(RunConfig, latest / "config.yaml").checkpoint.resume == found.name:
+            found = latest
     check_files(found, config.checkpoint.verify)
     state = read_state(found)
     check_same_model(state, config.model, vocab_size, found)
@@ -273,7 +289,7 @@ def _checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int
             config.train.global_batch_tokens,
         ),
         ("train.precision", before.train.precision, config.train.precision),
-        ("data", ", ".join(state.data), ", ".join(data.sources)),
+        ("data", ", ".join(state.data), ", ".join(data.identity)),
     ):
         if was != now:
             raise UserError(
@@ -305,6 +321,8 @@ class RunLock:
                 f"another process is training in {self.directory}: wait for it, or choose another "
                 "name"
             ) from None
+        except OSError:  # a file system without locks: nothing to hold
+            return
 
     def release(self) -> None:
         if self._handle >= 0:
@@ -359,11 +377,16 @@ class Interval:
 
 
 class StopSignals:
-    """Remembers SIGTERM, SIGINT or SIGUSR2 until the step is done; a second one acts at once."""
+    """Remembers SIGTERM, SIGINT or SIGUSR2 until the step is done.
+
+    Launchers pass a signal on to processes that have it already, so a repeat is ignored; only a
+    second Ctrl-C some seconds later acts at once.
+    """
 
     def __init__(self) -> None:
         self.received, self.name = False, "another process's signal"
         self._before: dict[int, Any] = {}
+        self._first = 0.0
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
@@ -371,10 +394,13 @@ class StopSignals:
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.received:
-            self.__exit__()
-            signal.raise_signal(number)
-        self.received, self.name = True, signal.Signals(number).name
+            if number == signal.SIGINT and now - self._first > _REPEAT_SECONDS:
+                self.__exit__()
+                signal.raise_signal(number)
+            return
+        self.received, self.name, self._first = True, signal.Signals(number).name, now
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.ops.packing import ChunkLayout, chunk_layout
+from pretrain.ops.packing import ChunkLayout, chunk_layout, max_length
 
 
 def chunked_delta_rule(
@@ -37,7 +37,8 @@ def chunked_delta_rule(
     log_decay ``[T, H]``, initial_state ``[N, H, K, V]``; ``chunk_size`` in sub-steps.
     Returns output ``[T, H, V]`` and final state ``[N, H, K, V]``.
     """
-    layout = chunk_layout(cu_seqlens, chunk_size // k.shape[1])
+    tokens = min(chunk_size // k.shape[1], max(max_length(cu_seqlens), 1))
+    layout = chunk_layout(cu_seqlens, tokens)
     q = _to_chunks(q, layout, head_axis=2)
     k, v, beta = (_to_chunks(x, layout, head_axis=3).flatten(2, 3) for x in (k, v, beta))
     if log_decay is None:

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 R = TypeVar("R")
 
 
-def _remember(function: Callable[..., R]) -> Callable[..., R]:
+def remember(function: Callable[..., R]) -> Callable[..., R]:
     """Cache a function's results on its first argument, a tensor, by identity."""
     results: Any = WeakIdKeyDictionary()
 
@@ -34,7 +34,7 @@ def _remember(function: Callable[..., R]) -> Callable[..., R]:
     return wrapper
 
 
-@_remember
+@remember
 def sequence_lengths(cu_seqlens: Tensor) -> list[int]:
     """The lengths of the packed sequences, on the host. Raises ValueError for a bad tensor."""
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
@@ -49,20 +49,20 @@ def sequence_lengths(cu_seqlens: Tensor) -> list[int]:
     return lengths
 
 
-@_remember
+@remember
 def max_length(cu_seqlens: Tensor) -> int:
     """The longest packed sequence."""
     return max(sequence_lengths(cu_seqlens), default=0)
 
 
-@_remember
+@remember
 def sequence_ids(cu_seqlens: Tensor) -> Tensor:
     """``[T]`` int64: the sequence that each token belongs to."""
     lengths = cu_seqlens.diff().long()
     return torch.repeat_interleave(lengths, output_size=sum(sequence_lengths(cu_seqlens)))
 
 
-@_remember
+@remember
 def token_positions(cu_seqlens: Tensor) -> Tensor:
     """``[T]`` int64: each token's position within its own sequence, from 0."""
     ids = sequence_ids(cu_seqlens)
@@ -96,7 +96,7 @@ class ChunkLayout:
     padded: bool
 
 
-@_remember
+@remember
 def chunk_layout(cu_seqlens: Tensor, chunk_size: int) -> ChunkLayout:
     """The :class:`ChunkLayout` of packed sequences; empty sequences have no chunk."""
     lengths = sequence_lengths(cu_seqlens)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.ops.packing import sequence_ids, sequence_lengths
+from pretrain.ops.packing import remember, sequence_ids, sequence_lengths
 
 
 def short_convolution(
@@ -57,6 +57,7 @@ def short_convolution(
     return (y if bias is None else y + bias), state
 
 
+@remember
 def _packed_index(cu_seqlens: Tensor, history: int) -> tuple[Tensor, Tensor, Tensor]:
     """How to lay each sequence after its own history.
 

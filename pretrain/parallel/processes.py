@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from data_prep.errors import UserError
-
 T = TypeVar("T")
 
 
@@ -65,12 +63,12 @@ def data_parallel_place() -> tuple[int, int]:
 
 
 def on_main_process(function: Callable[[], T]) -> T:
-    """``function``'s result from the main process, on every process; so is its UserError."""
+    """``function``'s result from the main process, on every process; so is what it raises."""
     outcome: list[Any] = [None, None]
     if is_main_process():
         try:
             outcome[0] = function()
-        except UserError as error:
+        except Exception as error:
             outcome[1] = error
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(outcome)

@@ -18,6 +18,7 @@ from pretrain.checkpoint import (
     load_checkpoint,
     load_weights,
     read_state,
+    recover_replaced,
     save_checkpoint,
 )
 from pretrain.config import CheckpointConfig, RunConfig
@@ -159,6 +160,13 @@ def test_left_overs_of_a_killed_save_are_never_seen(tmp_path):
     assert find_checkpoint(tmp_path).name == "step-00000002"
     save(tmp_path, engine, 4)
     assert not half.exists()
+
+
+def test_a_replacement_cut_off_between_its_renames_is_undone(tmp_path):
+    save(tmp_path, trained(), 2)
+    (tmp_path / "step-00000002").rename(tmp_path / ".writing-old-step-00000002")
+    recover_replaced(tmp_path)
+    check_files(find_checkpoint(tmp_path))
 
 
 def test_latest_may_be_older_than_the_newest_or_lost(tmp_path):

@@ -68,6 +68,8 @@ def test_tokens_are_a_budget_too(base):
         ("schedule.warmup_steps=11", "warmup_steps is 11, more than the 10 steps of the run"),
         ("schedule.kind=cosin", r"'cosin' \(did you mean 'cosine'\?\)"),
         ("data.path=null", "expected either data.path or data.blend to be set"),
+        ("name=..", "expected a plain name for a folder"),
+        ("schedule={kind: wsd, warmup_steps: 9}", "but the decay begins after 8 of the 10 steps"),
         ("name=a/b", "expected a plain name for a folder"),
         ("steps", "expected key=value"),
     ],

@@ -147,10 +147,11 @@ def test_flops_declared_equal_counted(name, settings):
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_state_bytes_declared_equal_counted(name, settings):
     layer = build(name, settings, torch.bfloat16)
-    length = 4
-    _, state = layer(torch.randn(length, 1, HIDDEN, dtype=torch.bfloat16))
-    counted = sum(t.numel() * t.element_size() for k, t in state.items() if k != "lengths")
-    assert counted == layer.state_bytes(layer.config, HIDDEN, length)
+    for length in (4, 40):
+        _, state = layer(torch.randn(length, 1, HIDDEN, dtype=torch.bfloat16))
+        counts = ("lengths", "seen")
+        counted = sum(t.numel() * t.element_size() for k, t in state.items() if k not in counts)
+        assert counted == layer.state_bytes(layer.config, HIDDEN, length)
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)

@@ -11,7 +11,13 @@ from data_prep.config_files import setting
 from pretrain.models.mixers.base import LayerContext, Mixer, State, heads, register
 from pretrain.models.norm import rms_norm
 from pretrain.ops import apply_rotary, attention, rotary_embedding
-from pretrain.ops.packing import rows_as_sequences, sequence_lengths, token_positions
+from pretrain.ops.packing import (
+    max_length,
+    rows_as_sequences,
+    sequence_ids,
+    sequence_lengths,
+    token_positions,
+)
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -44,7 +50,8 @@ class AttentionConfig:
 
 @register("attn")
 class Attention(Mixer):
-    """State: all keys and values so far, packed ``[S, Hkv, D]``, and the sequences' lengths."""
+    """State: keys and values so far (with a window, the last ``window``), packed ``[S, Hkv, D]``;
+    how many of them each sequence has, and how many tokens it has seen."""
 
     config_class = AttentionConfig
 
@@ -80,8 +87,7 @@ class Attention(Mixer):
             q, k, v = (t.reshape(1, batch_size * length, *t.shape[2:]) for t in (q, k, v))
         positions = token_positions(cu_seqlens)
         if state is not None:
-            past = state["lengths"]
-            positions = positions + torch.repeat_interleave(past, cu_seqlens.diff())
+            positions = positions + torch.repeat_interleave(state["seen"], cu_seqlens.diff())
         if self.config.rope_theta is not None:
             cos, sin = rotary_embedding(positions, self.head_dim, self.config.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
@@ -91,14 +97,23 @@ class Attention(Mixer):
             window=self.config.window, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
         )  # fmt: skip
         y = y.view(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
-        new_state = {"k": k, "v": v, "lengths": cu_seqlens_k.diff()}
-        return self.o_proj(y)[0], new_state
+        seen = cu_seqlens.diff() + (0 if state is None else state["seen"])
+        return self.o_proj(y)[0], {**self._visible(k, v, cu_seqlens_k), "seen": seen}
+
+    def _visible(self, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> State:
+        """What later tokens can still see."""
+        lengths, window = cu_seqlens.diff(), self.config.window
+        if window is not None and max_length(cu_seqlens) > window:
+            ids, positions = sequence_ids(cu_seqlens), token_positions(cu_seqlens)
+            kept = positions >= lengths[ids] - window
+            k, v, lengths = k[kept], v[kept], lengths.clamp_max(window)
+        return {"k": k, "v": v, "lengths": lengths}
 
     def init_state(self, batch_size: int) -> State:
         device, dtype = self.parallel.device, self.parallel.dtype
         empty = torch.zeros(0, self.num_kv_heads, self.head_dim, dtype=dtype, device=device)
         lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return {"k": empty, "v": empty, "lengths": lengths}
+        return {"k": empty, "v": empty, "lengths": lengths, "seen": lengths}
 
     @staticmethod
     def check(config: AttentionConfig, hidden_size: int) -> None:
