@@ -1,5 +1,6 @@
 """Running the command, and what tests ask of its results."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ def command(*arguments, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs, CI's perhaps, with SIGINT ignored; a person's is not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         **options,
     )
 
