@@ -67,9 +67,10 @@ def delta_rule(
             f"initial_state is {tuple(initial_state.shape)}, expected {state_shape} "
             "(sequences, heads, key dim, value dim)"
         )
+    scale = head_dim**-0.5 if scale is None else scale
     tokens = batch_size * length
     arguments = (
-        q.reshape(tokens, num_heads, head_dim).to(dtype) * (scale or head_dim**-0.5),
+        q.reshape(tokens, num_heads, head_dim).to(dtype) * scale,
         k.reshape(tokens, num_householder, num_heads, head_dim).to(dtype),
         v.reshape(tokens, num_householder, num_heads, value_dim).to(dtype),
         beta.reshape(tokens, num_householder, num_heads).to(dtype),

@@ -170,3 +170,10 @@ def test_wrong_arguments_are_named(change, message):
     options = {"backend": "chunked", **change}
     with pytest.raises(ValueError, match=message):
         run(tensors, **options)
+
+
+def test_the_scale_is_taken_as_given():
+    tensors = inputs(1, 9, 1, 4, 4, 1)
+    output, _ = run(tensors, "chunked")
+    assert relative_error(run(tensors, "chunked", scale=1.0)[0], 2 * output) < 1e-14  # K^-1/2
+    assert bool((run(tensors, "chunked", scale=0.0)[0] == 0).all())
