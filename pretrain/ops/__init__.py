@@ -6,7 +6,19 @@ wider, and resets that state at the sequence starts that ``cu_seqlens`` names.
 
 from pretrain.ops.attention import attention
 from pretrain.ops.delta_rule import delta_rule
+from pretrain.ops.linear_attention import linear_attention
+from pretrain.ops.m2rnn import m2rnn
+from pretrain.ops.rnn import rnn
 from pretrain.ops.rotary import apply_rotary, rotary_embedding
 from pretrain.ops.short_convolution import short_convolution
 
-__all__ = ["apply_rotary", "attention", "delta_rule", "rotary_embedding", "short_convolution"]
+__all__ = [
+    "apply_rotary",
+    "attention",
+    "delta_rule",
+    "linear_attention",
+    "m2rnn",
+    "rnn",
+    "rotary_embedding",
+    "short_convolution",
+]

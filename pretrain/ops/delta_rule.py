@@ -1,20 +1,28 @@
-"""The delta rule: DeltaNet, Gated DeltaNet and (Gated) DeltaProduct.
+"""The delta rule: DeltaNet, Gated DeltaNet, Kimi delta attention and (Gated) DeltaProduct.
 
     S_t = a_t S_{t-1};  then for each of the n Householder steps j of token t:
     S_t <- S_t + k_j^T b_j (v_j - k_j S_t);         o_t = scale * q_t S_t
 
-Sources: DeltaNet arXiv 2406.06484, Gated DeltaNet arXiv 2412.06464, DeltaProduct arXiv 2502.10297.
+The decay a_t is one number per head, or one per key channel (a diagonal matrix). Sources: DeltaNet
+arXiv 2406.06484, Gated DeltaNet arXiv 2412.06464, Kimi Linear arXiv 2510.26692, DeltaProduct
+arXiv 2502.10297.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
+from pretrain.ops.arguments import (
+    check_backend,
+    check_heads,
+    check_shapes,
+    decay_shape,
+    resolve_sequences,
+    resolve_state,
+    sequence_rows,
+)
 from pretrain.ops.delta_rule_chunked import chunked_delta_rule
-from pretrain.ops.packing import rows_as_sequences, sequence_lengths
 
 BACKENDS = ("auto", "recurrent", "chunked")
 
@@ -37,7 +45,7 @@ def delta_rule(
 
     q: ``[B, T, H, K]``; k: ``[B, n T, H, K]``; v: ``[B, n T, H, V]``; beta: ``[B, n T, H]``, where
     n is ``num_householder`` and the n sub-steps of a token follow each other in time; log_decay:
-    ``[B, T, H]``, at most 0, applied before the first sub-step of its token. Keys are expected to
+    ``[B, T, H]`` or ``[B, T, H, K]``, at most 0, applied before the first sub-step of its token. Keys are expected to
     have norm at most 1 when beta may exceed 1. ``scale`` defaults to K^-1/2.
 
     With ``cu_seqlens`` (``[N + 1]``, in tokens) B must be 1 and N sequences are packed along T;
@@ -49,24 +57,17 @@ def delta_rule(
     Returns the output ``[B, T, H, V]`` in q's dtype and the final state, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
-    _check(q, k, v, beta, log_decay, num_householder, cu_seqlens, backend, chunk_size)
+    _check(q, k, v, beta, log_decay, num_householder, backend, chunk_size)
     batch_size, length, num_heads, head_dim = q.shape
     value_dim = v.shape[-1]
-    if cu_seqlens is None:
-        cu_seqlens = rows_as_sequences(batch_size, length, q.device)
-    lengths = sequence_lengths(cu_seqlens)
-    if sum(lengths) != batch_size * length:
-        raise ValueError(f"cu_seqlens ends at {sum(lengths)}, but there are {length} tokens")
-
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    state_shape = (len(lengths), num_heads, head_dim, value_dim)
-    if initial_state is None:
-        initial_state = q.new_zeros(state_shape, dtype=dtype)
-    elif tuple(initial_state.shape) != state_shape:
-        raise ValueError(
-            f"initial_state is {tuple(initial_state.shape)}, expected {state_shape} "
-            "(sequences, heads, key dim, value dim)"
-        )
+    cu_seqlens, lengths = resolve_sequences(
+        "delta_rule", batch_size, length, cu_seqlens, q.device
+    )
+    initial_state = resolve_state(
+        "delta_rule", initial_state, (len(lengths), num_heads, head_dim, value_dim), q,
+        "sequences, heads, key dim, value dim",
+    )  # fmt: skip
+    dtype = initial_state.dtype
     scale = head_dim**-0.5 if scale is None else scale
     tokens = batch_size * length
     arguments = (
@@ -74,8 +75,8 @@ def delta_rule(
         k.reshape(tokens, num_householder, num_heads, head_dim).to(dtype),
         v.reshape(tokens, num_householder, num_heads, value_dim).to(dtype),
         beta.reshape(tokens, num_householder, num_heads).to(dtype),
-        None if log_decay is None else log_decay.reshape(tokens, num_heads).to(dtype),
-        initial_state.to(dtype),
+        None if log_decay is None else log_decay.flatten(0, 1).to(dtype),
+        initial_state,
     )
     if backend == "auto":
         backend = "chunked" if max(lengths, default=0) > 1 else "recurrent"
@@ -100,12 +101,14 @@ def recurrent_delta_rule(
     # Unbinding once keeps the backward pass linear in T: indexing would add a full-size gradient
     # for every token.
     queries, keys, values, betas = q.unbind(0), k.unbind(0), v.unbind(0), beta.unbind(0)
-    decays = None if log_decay is None else log_decay.exp().unbind(0)
+    decays = None
+    if log_decay is not None:
+        decays = (log_decay[..., None] if log_decay.ndim == 2 else log_decay).exp().unbind(0)
     outputs, states = [], []
-    for rows, state in zip(_rows(lengths), initial_state, strict=True):
+    for rows, state in zip(sequence_rows(lengths), initial_state, strict=True):
         for t in rows:
             if decays is not None:
-                state = state * decays[t][:, None, None]
+                state = state * decays[t][..., None]
             for key, value, b in zip(keys[t], values[t], betas[t], strict=True):
                 read = torch.einsum("hk,hkv->hv", key, state)
                 write = b[:, None] * (value - read)
@@ -116,11 +119,6 @@ def recurrent_delta_rule(
     return output, torch.stack(states) if states else initial_state
 
 
-def _rows(lengths: list[int]) -> list[range]:
-    ends = itertools.accumulate(lengths, initial=0)
-    return [range(a, b) for a, b in itertools.pairwise(ends)]
-
-
 def _check(
     q: Tensor,
     k: Tensor,
@@ -128,32 +126,24 @@ def _check(
     beta: Tensor,
     log_decay: Tensor | None,
     num_householder: int,
-    cu_seqlens: Tensor | None,
     backend: str,
     chunk_size: int,
 ) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"delta_rule: backend is '{backend}', expected one of {BACKENDS}")
+    check_backend("delta_rule", backend, BACKENDS)
     if num_householder < 1 or chunk_size < num_householder:
         raise ValueError(
             f"delta_rule: num_householder is {num_householder} and chunk_size {chunk_size}, "
             "expected 1 <= num_householder <= chunk_size"
         )
-    if q.ndim != 4 or v.ndim != 4:
-        raise ValueError(
-            f"delta_rule: q is {tuple(q.shape)} and v {tuple(v.shape)}, expected [B, T, H, dim]"
-        )
+    check_heads("delta_rule", q, v)
     batch_size, length, num_heads, head_dim = q.shape
     steps = (batch_size, num_householder * length, num_heads)
-    expected = {
-        "k": (k, (*steps, head_dim)),
-        "v": (v, (*steps, v.shape[-1])),
-        "beta": (beta, steps),
-    }
-    if log_decay is not None:
-        expected["log_decay"] = (log_decay, (batch_size, length, num_heads))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"delta_rule: {name} is {tuple(tensor.shape)}, expected {shape}")
-    if cu_seqlens is not None and batch_size != 1:
-        raise ValueError(f"delta_rule: with cu_seqlens the batch must be 1, found {batch_size}")
+    check_shapes(
+        "delta_rule",
+        {
+            "k": (k, (*steps, head_dim)),
+            "v": (v, (*steps, v.shape[-1])),
+            "beta": (beta, steps),
+            "log_decay": (log_decay, decay_shape(q, log_decay)),
+        },
+    )

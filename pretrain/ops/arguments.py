@@ -1,0 +1,82 @@
+"""Checks and defaults shared by the recurrences."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pretrain.ops.packing import rows_as_sequences, sequence_lengths
+
+
+def check_backend(op: str, backend: str, known: Sequence[str]) -> None:
+    """Raises ValueError for a backend that ``op`` does not have."""
+    if backend not in known:
+        raise ValueError(f"{op}: backend is '{backend}', expected one of {tuple(known)}")
+
+
+def check_shapes(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:
+    """Raises ValueError naming the first tensor that has not its expected shape."""
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{op}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)}"
+            )
+
+
+def check_heads(op: str, q: Tensor, v: Tensor) -> None:
+    """Raises ValueError unless q and v have the four axes ``[B, T, H, dim]``."""
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"{op}: q is {tuple(q.shape)} and v {tuple(v.shape)}, expected [B, T, H, dim]"
+        )
+
+
+def decay_shape(q: Tensor, log_decay: Tensor | None) -> tuple[int, ...]:
+    """What log_decay should be: ``[B, T, H]``, or ``[B, T, H, K]`` where it has four axes."""
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    return tuple(q.shape if per_channel else q.shape[:3])
+
+
+def resolve_sequences(
+    op: str, batch_size: int, length: int, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, list[int]]:
+    """``cu_seqlens`` of the rows where none is given, and the lengths of the sequences.
+
+    Raises ValueError where they do not fit the ``batch_size`` rows of ``length`` tokens.
+    """
+    if cu_seqlens is None:
+        cu_seqlens = rows_as_sequences(batch_size, length, device)
+    elif batch_size != 1:
+        raise ValueError(f"{op}: with cu_seqlens the batch must be 1, found {batch_size}")
+    lengths = sequence_lengths(cu_seqlens)
+    if sum(lengths) != batch_size * length:
+        raise ValueError(
+            f"{op}: cu_seqlens ends at {sum(lengths)}, but there are {batch_size * length} tokens"
+        )
+    return cu_seqlens, lengths
+
+
+def resolve_state(
+    op: str, initial_state: Tensor | None, shape: tuple[int, ...], like: Tensor, axes: str
+) -> Tensor:
+    """The state to start from, zeros by default, in float32 or wider.
+
+    ``axes`` names the axes of ``shape``. Raises ValueError for another shape.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if initial_state is None:
+        return like.new_zeros(shape, dtype=dtype)
+    if tuple(initial_state.shape) != shape:
+        raise ValueError(
+            f"{op}: initial_state is {tuple(initial_state.shape)}, expected {shape} ({axes})"
+        )
+    return initial_state.to(dtype)
+
+
+def sequence_rows(lengths: Sequence[int]) -> list[range]:
+    """The token indices of each packed sequence."""
+    ends = itertools.accumulate(lengths, initial=0)
+    return [range(a, b) for a, b in itertools.pairwise(ends)]
