@@ -8,16 +8,22 @@ from pretrain.ops.attention import attention
 from pretrain.ops.delta_rule import delta_rule
 from pretrain.ops.linear_attention import linear_attention
 from pretrain.ops.m2rnn import m2rnn
+from pretrain.ops.newton import NewtonReport, newton_recurrence
+from pretrain.ops.para_rnn import para_gru, para_lstm
 from pretrain.ops.rnn import rnn
 from pretrain.ops.rotary import apply_rotary, rotary_embedding
 from pretrain.ops.short_convolution import short_convolution
 
 __all__ = [
+    "NewtonReport",
     "apply_rotary",
     "attention",
     "delta_rule",
     "linear_attention",
     "m2rnn",
+    "newton_recurrence",
+    "para_gru",
+    "para_lstm",
     "rnn",
     "rotary_embedding",
     "short_convolution",

@@ -1,0 +1,354 @@
+"""Elementwise non-linear recurrences, parallel over time by Newton's method (ParaRNN, 2510.21450).
+
+The states h_1..h_T of h_l = f(h_{l-1}, x_l) are one system of equations. A Newton step linearises f
+at every position at once and solves the resulting linear recurrence by a scan; convergence is
+quadratic. The backward pass is a single such solve in reverse. It works for every f whose Jacobian
+df/dh couples at most the S states of one channel.
+
+Long sequences are worked off tile by tile, each tile's start being exact before it begins. Every
+sequence that has not converged is computed again step by step, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.ops.arguments import check_backend, check_shapes, resolve_sequences, resolve_state
+from pretrain.ops.block_scan import solve_backward, solve_forward
+from pretrain.ops.packing import chunk_layout, max_length, remember, sequence_ids
+
+BACKENDS = ("auto", "sequential", "newton")
+Linear = tuple[Tensor, Tensor, Any]
+
+
+@dataclass
+class NewtonReport:
+    """What the solver did since the report was made or reset.
+
+    residual: largest |f(h_{l-1}, x_l) - h_l| after the last Newton step, before any fallback;
+    fallbacks: sequences that had not converged and were computed step by step; sequences: of how
+    many; iterations: Newton steps per call.
+    """
+
+    residual: float = 0.0
+    fallbacks: int = 0
+    sequences: int = 0
+    iterations: int = 0
+
+    def add(self, residual: float, fallbacks: int, sequences: int, iterations: int) -> None:
+        # A residual that is not a number is the largest of all.
+        self.residual = residual if residual != residual else max(self.residual, residual)
+        self.fallbacks += fallbacks
+        self.sequences += sequences
+        self.iterations = iterations
+
+
+class ElementwiseCell:
+    """A cell ``step(h [S, ..., D], x [G, ..., D], parameters [P, D]) -> h' [S, ..., D]``, elementwise
+    over everything but S, G and P; derivatives by ``torch.func`` unless a subclass knows better."""
+
+    def __init__(self, step: Callable[[Tensor, Tensor, Tensor], Tensor], num_states: int = 1):
+        self.step, self.num_states = step, num_states
+
+    def linearize(self, h: Tensor, x: Tensor, parameters: Tensor) -> Linear:
+        """f, its Jacobian ``[S, S, ..., D]`` (to, from), and what :meth:`vjp` wants to be told."""
+        columns = []
+        for s in range(self.num_states):
+            tangent = torch.zeros_like(h)
+            tangent[s] = 1
+            value, column = torch.func.jvp(lambda t: self.step(t, x, parameters), (h,), (tangent,))
+            columns.append(column)
+        return value, torch.stack(columns, 1), (h, x)
+
+    def vjp(self, known: Any, parameters: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of x and the parameters where f's is ``cotangent``."""
+        h, x = known
+        _, back = torch.func.vjp(lambda a, p: self.step(h, a, p), x, parameters)
+        return back(cotangent)
+
+
+def newton_recurrence(
+    step: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    parameters: Tensor,
+    *,
+    num_states: int = 1,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    iterations: int | None = None,
+    tolerance: float | None = None,
+    report: NewtonReport | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Any elementwise recurrence ``step(h, x, parameters) -> h``, in parallel over time.
+
+    ``step`` sees h ``[S, ..., D]``, x ``[G, ..., D]`` and parameters ``[P, D]`` and must treat the
+    axes between the first and last elementwise, and the channels too: h'[:, d] may depend on
+    h[:, d] alone. x: ``[B, T, G, D]``; parameters ``[P, D]``; S is ``num_states``. Returns all
+    states ``[B, T, S, D]`` in x's dtype and the last ``[N, S, D]``, float32 or wider. The other
+    arguments are those of :func:`pretrain.ops.para_gru`.
+    """
+    return elementwise_recurrence(
+        "newton_recurrence", ElementwiseCell(step, num_states), x, parameters,
+        initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend,
+        iterations=iterations, tolerance=tolerance, report=report,
+    )  # fmt: skip
+
+
+def elementwise_recurrence(
+    op: str,
+    cell: ElementwiseCell,
+    x: Tensor,
+    parameters: Tensor,
+    *,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    iterations: int | None,
+    tolerance: float | None,
+    report: NewtonReport | None,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`newton_recurrence`, ``para_gru`` and ``para_lstm`` share."""
+    check_backend(op, backend, BACKENDS)
+    if x.ndim != 4:
+        raise ValueError(f"{op}: the input is {tuple(x.shape)}, expected [B, T, gates, D]")
+    batch_size, length, gates, dim = x.shape
+    check_shapes(op, {"parameters": (parameters, (parameters.shape[0], dim))})
+    if iterations is not None and iterations < 1:
+        raise ValueError(f"{op}: iterations is {iterations}, expected at least 1")
+    cu_seqlens, lengths = resolve_sequences(op, batch_size, length, cu_seqlens, x.device)
+    state = resolve_state(
+        op, initial_state, (len(lengths), cell.num_states, dim), x, "sequences, states, channels"
+    )
+    dtype = state.dtype
+    rows, parameters = x.flatten(0, 1).to(dtype), parameters.to(dtype)
+    if backend == "auto":
+        backend = "newton" if max(lengths, default=0) > 1 else "sequential"
+    if backend == "sequential":
+        states, state = _sequential(cell, rows, parameters, state, cu_seqlens)
+    else:
+        double = dtype == torch.float64
+        states, state = _Newton.apply(
+            rows, parameters, state, cell, cu_seqlens,
+            iterations or (5 if double else 3),
+            (1e-11 if double else 1e-4) if tolerance is None else tolerance,
+            report,
+        )  # fmt: skip
+    return states.to(x.dtype).view(batch_size, length, cell.num_states, dim), state
+
+
+def _sequential(
+    cell: ElementwiseCell, x: Tensor, parameters: Tensor, state: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The definition, step after step, all sequences side by side. x ``[T, G, D]``, state
+    ``[N, S, D]``; returns all states ``[T, S, D]`` and the last."""
+    layout = chunk_layout(cu_seqlens, 1)
+    counts = [count for _, count in layout.steps]
+    inputs = x[layout.token_index[:, 0]].transpose(0, 1).split(counts, 1)
+    h = state[layout.order].transpose(0, 1)
+    states, ended = [], []
+    for inner, count in zip(inputs, counts, strict=True):
+        if count < h.shape[1]:
+            ended.append(h[:, count:])
+            h = h[:, :count]
+        h = cell.step(h, inner, parameters)
+        states.append(h)
+    last = torch.cat([h, *reversed(ended)], 1).transpose(0, 1)[torch.argsort(layout.order)]
+    if not states:
+        return x.new_zeros(0, *state.shape[1:]), last
+    return torch.cat(states, 1).transpose(0, 1)[layout.token_slot], last
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Where tokens lie in ``[positions, chunks]``, and which chunks make a tile.
+
+    place: ``[m * n]`` token of each place (0 at padding); padding: places without a token; slot:
+    ``[T]`` place of each token; tiles: (first chunk, counts of chunks per step); before: ``[n]`` the
+    chunk before each within its tile, or, in a tile's first step, the sequence's rank; ends: place
+    of each sequence's last token, or -1; order: sequences by rank; sequence: ``[n]`` of each chunk
+    """
+
+    positions: int
+    chunks: int
+    place: Tensor
+    padding: Tensor
+    slot: Tensor
+    tiles: list[tuple[int, list[int]]]
+    before: list[Tensor | None]
+    ends: Tensor
+    order: Tensor
+    sequence: Tensor
+
+
+@remember
+def _tiles(cu_seqlens: Tensor, dim: int, device_type: str) -> _Tiles:
+    lengths = cu_seqlens.diff()
+    longest, num_sequences = max_length(cu_seqlens), len(lengths)
+    # A tile's few arrays should stay in a CPU's cache; a GPU prefers to do all at once.
+    elements = 2**18 if device_type == "cpu" else 2**26
+    tile_length = max(64, min(longest, elements // max(1, num_sequences * dim)))
+    m = max(1, min(longest, round((tile_length / 2) ** 0.5)))
+    steps_per_tile = max(1, round(tile_length / m))
+    layout = chunk_layout(cu_seqlens, m)
+    n, total = len(layout.token_index), len(layout.token_slot)
+    index = layout.token_index.t().reshape(-1)
+    padding = (index == total).nonzero()[:, 0]
+    slot = layout.token_slot % m * n + layout.token_slot // m
+    counts = [count for _, count in layout.steps]
+    tiles, before, ranks = [], [], []
+    for i in range(0, len(counts), steps_per_tile):
+        inner = counts[i : i + steps_per_tile]
+        tiles.append((layout.steps[i][0], inner))
+        ranks += [torch.arange(count) for count in inner]
+        if inner[-1] == inner[0]:
+            before.append(None)  # shifting by a whole step is enough
+        else:
+            first = [0, *torch.tensor(inner).cumsum(0).tolist()]
+            places = [torch.arange(a, a + c) for a, c in zip(first, inner[1:], strict=False)]
+            before.append(torch.cat(places).to(cu_seqlens.device))
+    order = layout.order
+    rank = torch.cat(ranks).to(order.device) if ranks else order[:0]
+    last = cu_seqlens[1:].long() - 1
+    ends = torch.where(lengths > 0, slot[last.clamp_min(0)] if total else last, -1)
+    return _Tiles(
+        m, n, index.clamp_max(max(total - 1, 0)), padding, slot, tiles, before, ends, order,
+        order[rank],
+    )  # fmt: skip
+
+
+def _previous(h: Tensor, start: Tensor, counts: list[int], before: Tensor | None) -> Tensor:
+    """The states before those of a tile: h ``[S, m, n, D]``, start ``[S, N, D]`` by rank."""
+    previous = torch.empty_like(h)
+    previous[:, 1:] = h[:, :-1]
+    previous[:, 0, : counts[0]] = start[:, : counts[0]]
+    if before is None:
+        previous[:, 0, counts[0] :] = h[:, -1, : h.shape[2] - counts[0]]
+    else:
+        previous[:, 0, counts[0] :] = h[:, -1].index_select(1, before)
+    return previous
+
+
+class _Newton(torch.autograd.Function):
+    """x [T, G, D], parameters [P, D], initial_state [N, S, D] to all states [T, S, D] and the last."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        parameters: Tensor,
+        initial_state: Tensor,
+        cell: ElementwiseCell,
+        cu_seqlens: Tensor,
+        iterations: int,
+        tolerance: float,
+        report: NewtonReport | None,
+    ) -> tuple[Tensor, Tensor]:
+        tiles = _tiles(cu_seqlens, x.shape[-1], x.device.type)
+        inner = _arrange(x, tiles)
+        size, dim = cell.num_states, x.shape[-1]
+        states = x.new_empty(size, tiles.positions, tiles.chunks, dim)
+        start = initial_state[tiles.order].transpose(0, 1).contiguous()
+        residuals = []
+        for (first, counts), before in zip(tiles.tiles, tiles.before, strict=True):
+            part = slice(first, first + sum(counts))
+            xs = inner[:, :, part]
+            h = cell.step(x.new_zeros(size, *xs.shape[1:]), xs, parameters)
+            for _ in range(iterations):
+                value, jacobian, _ = cell.linearize(
+                    _previous(h, start, counts, before), xs, parameters
+                )
+                value -= h
+                solve_forward(jacobian, value, counts)
+                h += value
+            check = cell.step(_previous(h, start, counts, before), xs, parameters)
+            residuals.append(check.sub_(h).abs_().amax((0, 1, 3)))
+            states[:, :, part] = h
+            start = h[:, -1, -counts[-1] :]
+        residual = torch.cat(residuals) if residuals else x.new_zeros(0)
+        worst = residual.new_zeros(len(cu_seqlens) - 1)
+        # amax keeps NaN, so a sequence that blew up is not taken for a converged one.
+        worst = worst.scatter_reduce(0, tiles.sequence, residual, "amax")
+        failed = ~(worst <= tolerance)
+        num_failed = int(failed.sum())
+        if report is not None:
+            report.add(float(worst.max()) if len(worst) else 0.0, num_failed, len(worst), iterations)
+        if num_failed:
+            _solve_again(cell, x, parameters, initial_state, cu_seqlens, failed, states, tiles)
+        flat = states.flatten(1, 2)
+        final = initial_state.clone()
+        ended = tiles.ends >= 0
+        final[ended] = flat[:, tiles.ends[ended]].transpose(0, 1)
+        ctx.save_for_backward(inner, parameters, initial_state, states)
+        ctx.cell, ctx.tiles = cell, tiles
+        return flat[:, tiles.slot].transpose(0, 1), final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_states: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        inner, parameters, initial_state, states = ctx.saved_tensors
+        cell, tiles = ctx.cell, ctx.tiles
+        g = torch.zeros_like(states)
+        flat = g.flatten(1, 2)
+        flat[:, tiles.slot] = d_states.transpose(0, 1)
+        ended = tiles.ends >= 0
+        flat[:, tiles.ends[ended]] += d_final[ended].transpose(0, 1)
+        d_inner, d_parameters = torch.empty_like(inner), torch.zeros_like(parameters)
+        ordered = initial_state[tiles.order].transpose(0, 1)
+        incoming = g.new_zeros(ordered.shape)  # gradient of what each tile starts from, by rank
+        d_initial = torch.where(ended[:, None, None], 0, d_final)
+        for i in reversed(range(len(tiles.tiles))):
+            first, counts = tiles.tiles[i]
+            part = slice(first, first + sum(counts))
+            if i:
+                begins = first - tiles.tiles[i - 1][1][-1]
+                start = states[:, -1, begins:first]
+            else:
+                start = ordered
+            xs = inner[:, :, part]
+            previous = _previous(states[:, :, part], start, counts, tiles.before[i])
+            _, jacobian, known = cell.linearize(previous, xs, parameters)
+            cotangent = g[:, :, part]
+            incoming[:, : counts[0]] = solve_backward(
+                jacobian, cotangent, counts, incoming[:, : counts[-1]]
+            )
+            d_inner[:, :, part], d_p = cell.vjp(known, parameters, cotangent)
+            d_parameters += d_p
+        started = tiles.tiles[0][1][0] if tiles.tiles else 0
+        d_initial[tiles.order[:started]] += incoming[:, :started].transpose(0, 1)
+        d_x = d_inner.flatten(1, 2)[:, tiles.slot].transpose(0, 1)
+        return d_x, d_parameters, d_initial, None, None, None, None, None
+
+
+def _arrange(x: Tensor, tiles: _Tiles) -> Tensor:
+    """``[T, G, D]`` to ``[G, m, n, D]``, zeros at padding."""
+    if not len(x):
+        return x.new_zeros(x.shape[1], tiles.positions, 0, x.shape[2])
+    inner = x.transpose(0, 1)[:, tiles.place]
+    if len(tiles.padding):
+        inner[:, tiles.padding] = 0
+    return inner.unflatten(1, (tiles.positions, tiles.chunks))
+
+
+def _solve_again(
+    cell: ElementwiseCell,
+    x: Tensor,
+    parameters: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor,
+    failed: Tensor,
+    states: Tensor,
+    tiles: _Tiles,
+) -> None:
+    """Step by step, the sequences that have not converged."""
+    tokens = failed[sequence_ids(cu_seqlens)]
+    lengths = torch.cat([cu_seqlens.new_zeros(1), cu_seqlens.diff()[failed]]).cumsum(0)
+    right, _ = _sequential(cell, x[tokens], parameters, initial_state[failed], lengths)
+    # Padding of these sequences may hold anything, NaN included: backward would spread it.
+    states[:, :, failed[tiles.sequence]] = 0
+    states.flatten(1, 2)[:, tiles.slot[tokens]] = right.transpose(0, 1)
