@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from pretrain.parallel.layers import ParallelContext, constant, replicated_parameter
@@ -14,6 +15,20 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = F.rms_norm(x.to(dtype), x.shape[-1:], eps=eps)
     return (y if weight is None else y * weight).to(x.dtype)
+
+
+def divided_rms_norm(x: Tensor, weight: Tensor, eps: float, context: ParallelContext) -> Tensor:
+    """:func:`rms_norm` of a width that is divided over the tensor-parallel processes: x and
+    ``weight`` are this process's part, the mean of squares is that of all."""
+    if context.tensor_size == 1:
+        return rms_norm(x, weight, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    squares = wide.square().sum(-1, keepdim=True)
+    # All-reduced on the way forward, and its gradient again on the way back.
+    squares = tensor_parallel.reduce_from_tensor_model_parallel_region(squares, context.group)
+    squares = tensor_parallel.copy_to_tensor_model_parallel_region(squares, context.group)
+    mean = squares / (x.shape[-1] * context.tensor_size)
+    return (wide * torch.rsqrt(mean + eps) * weight).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -11,10 +13,27 @@ from torch import Tensor
 from pretrain.ops.packing import rows_as_sequences, sequence_lengths
 
 
-def check_backend(op: str, backend: str, known: Sequence[str]) -> None:
-    """Raises ValueError for a backend that ``op`` does not have."""
+_definitions_only: ContextVar[bool] = ContextVar("_definitions_only", default=False)
+
+
+@contextmanager
+def definitions() -> Iterator[None]:
+    """While open, ``backend="auto"`` means each op's definition: slow, plain, and what every faster
+    form is tested against. For telling whether a fast form is to blame."""
+    token = _definitions_only.set(True)
+    try:
+        yield
+    finally:
+        _definitions_only.reset(token)
+
+
+def choose_backend(op: str, backend: str, known: Sequence[str], definition: str, fast: str) -> str:
+    """What ``auto`` stands for. Raises ValueError for a backend that ``op`` does not have."""
     if backend not in known:
         raise ValueError(f"{op}: backend is '{backend}', expected one of {tuple(known)}")
+    if backend != "auto":
+        return backend
+    return definition if _definitions_only.get() else fast
 
 
 def check_shapes(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:

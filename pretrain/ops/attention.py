@@ -8,9 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.ops.packing import max_length, rows_as_sequences, sequence_lengths
+from pretrain.ops.arguments import choose_backend
+from pretrain.ops.packing import (
+    max_length,
+    rows_as_sequences,
+    sequence_ids,
+    sequence_lengths,
+    token_positions,
+)
 
-BACKENDS = ("auto", "sdpa", "flash")
+BACKENDS = ("auto", "explicit", "sdpa", "flash")
 
 
 def attention(
@@ -30,12 +37,12 @@ def attention(
     ``window`` only the last ``window`` of those. ``cu_seqlens`` packs N sequences in a batch of 1,
     ``cu_seqlens_k`` says where their keys lie when there are more keys than queries.
 
-    backend: ``sdpa`` (torch) anywhere; ``flash`` (flash-attn) on CUDA in bf16 or fp16; ``auto``
+    backend: ``explicit`` is the definition, every weight written out; ``sdpa`` (torch) anywhere; ``flash`` (flash-attn) on CUDA in bf16 or fp16; ``auto``
     takes flash where it can. Raises ValueError for shapes that do not fit or a backend that this
     machine lacks.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"attention: backend is '{backend}', expected one of {BACKENDS}")
+    fast = "flash" if _flash_fits(q) else "sdpa"
+    backend = choose_backend("attention", backend, BACKENDS, "explicit", fast)
     if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[2] % k.shape[2]:
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
@@ -45,9 +52,7 @@ def attention(
         cu_seqlens_k = rows_as_sequences(k.shape[0], k.shape[1], k.device)
     elif cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
-    if backend == "auto":
-        backend = "flash" if _flash_fits(q) else "sdpa"
-    run = _flash if backend == "flash" else _sdpa
+    run = {"explicit": _explicit, "sdpa": _sdpa, "flash": _flash}[backend]
     output = run(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens_k, scale, window
     )
@@ -82,6 +87,32 @@ def _flash(
         q, k, v, cu_q.int(), cu_k.int(), max_length(cu_q), max_length(cu_k),
         softmax_scale=scale, causal=True, window_size=(-1 if window is None else window - 1, 0),
     )  # fmt: skip
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """All pairs of tokens, in float32 or wider; those that must not meet have weight 0."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v))
+    ids_q, ids_k = sequence_ids(cu_q), sequence_ids(cu_k)
+    place_k = token_positions(cu_k)
+    place_q = token_positions(cu_q) + (cu_k.diff() - cu_q.diff())[ids_q]
+    distance = place_q[:, None] - place_k[None, :]
+    seen = (ids_q[:, None] == ids_k[None, :]) & (distance >= 0)
+    if window is not None:
+        seen &= distance < window
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("thd,shd->hts", q.to(dtype), k) * scale
+    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, v).to(q.dtype)
 
 
 def _sdpa(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pretrain.ops.arguments import (
-    check_backend,
     check_heads,
     check_shapes,
+    choose_backend,
     decay_shape,
     resolve_sequences,
     resolve_state,
@@ -57,7 +57,7 @@ def delta_rule(
     Returns the output ``[B, T, H, V]`` in q's dtype and the final state, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
-    _check(q, k, v, beta, log_decay, num_householder, backend, chunk_size)
+    _check(q, k, v, beta, log_decay, num_householder, chunk_size)
     batch_size, length, num_heads, head_dim = q.shape
     value_dim = v.shape[-1]
     cu_seqlens, lengths = resolve_sequences(
@@ -78,8 +78,8 @@ def delta_rule(
         None if log_decay is None else log_decay.flatten(0, 1).to(dtype),
         initial_state,
     )
-    if backend == "auto":
-        backend = "chunked" if max(lengths, default=0) > 1 else "recurrent"
+    fast = "chunked" if max(lengths, default=0) > 1 else "recurrent"
+    backend = choose_backend("delta_rule", backend, BACKENDS, "recurrent", fast)
     if backend == "recurrent":
         output, state = recurrent_delta_rule(*arguments, lengths)
     else:
@@ -126,10 +126,8 @@ def _check(
     beta: Tensor,
     log_decay: Tensor | None,
     num_householder: int,
-    backend: str,
     chunk_size: int,
 ) -> None:
-    check_backend("delta_rule", backend, BACKENDS)
     if num_householder < 1 or chunk_size < num_householder:
         raise ValueError(
             f"delta_rule: num_householder is {num_householder} and chunk_size {chunk_size}, "

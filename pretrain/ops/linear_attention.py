@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pretrain.ops.arguments import (
-    check_backend,
     check_heads,
     check_shapes,
+    choose_backend,
     decay_shape,
     resolve_sequences,
     resolve_state,
@@ -56,7 +56,6 @@ def linear_attention(
     Returns the output ``[B, T, H, V]`` in q's dtype and the final state, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
-    check_backend("linear_attention", backend, BACKENDS)
     check_heads("linear_attention", q, v)
     batch_size, length, num_heads, head_dim = q.shape
     value_dim = v.shape[-1]
@@ -83,8 +82,8 @@ def linear_attention(
         None if log_decay is None else log_decay.flatten(0, 1).to(dtype),
         initial_state,
     )
-    if backend == "auto":
-        backend = "chunked" if max(lengths, default=0) > 1 else "recurrent"
+    fast = "chunked" if max(lengths, default=0) > 1 else "recurrent"
+    backend = choose_backend("linear_attention", backend, BACKENDS, "recurrent", fast)
     if backend == "recurrent":
         output, state = recurrent_linear_attention(*arguments, lengths)
     else:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pretrain.ops.arguments import (
-    check_backend,
     check_heads,
     check_shapes,
+    choose_backend,
     resolve_sequences,
     resolve_state,
     sequence_rows,
@@ -57,7 +57,7 @@ def m2rnn(
     Returns y ``[B, T, H, V]`` in v's dtype and the final state, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
-    check_backend("m2rnn", backend, BACKENDS)
+    backend = choose_backend("m2rnn", backend, BACKENDS, "recurrent", "checkpointed")
     check_heads("m2rnn", q, v)
     batch_size, length, num_heads, value_dim = v.shape
     key_dim = q.shape[-1]

@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.ops.arguments import check_backend, check_shapes, resolve_sequences, resolve_state
+from pretrain.ops.arguments import (
+    check_shapes,
+    choose_backend,
+    resolve_sequences,
+    resolve_state,
+)
 from pretrain.ops.block_scan import solve_backward, solve_forward
 from pretrain.ops.packing import chunk_layout, max_length, remember, sequence_ids
 
@@ -114,7 +119,6 @@ def elementwise_recurrence(
     report: NewtonReport | None,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`newton_recurrence`, ``para_gru`` and ``para_lstm`` share."""
-    check_backend(op, backend, BACKENDS)
     if x.ndim != 4:
         raise ValueError(f"{op}: the input is {tuple(x.shape)}, expected [B, T, gates, D]")
     batch_size, length, gates, dim = x.shape
@@ -127,8 +131,8 @@ def elementwise_recurrence(
     )
     dtype = state.dtype
     rows, parameters = x.flatten(0, 1).to(dtype), parameters.to(dtype)
-    if backend == "auto":
-        backend = "newton" if max(lengths, default=0) > 1 else "sequential"
+    fast = "newton" if max(lengths, default=0) > 1 else "sequential"
+    backend = choose_backend(op, backend, BACKENDS, "sequential", fast)
     if backend == "sequential":
         states, state = _sequential(cell, rows, parameters, state, cu_seqlens)
     else:

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.ops.arguments import (
-    check_backend,
     check_shapes,
+    choose_backend,
     resolve_sequences,
     sequence_rows,
 )
@@ -119,7 +119,7 @@ def rnn(
     """
     if cell not in CELLS:
         raise ValueError(f"rnn: cell is '{cell}', expected one of {tuple(CELLS)}")
-    check_backend("rnn", backend, BACKENDS)
+    backend = choose_backend("rnn", backend, BACKENDS, "recurrent", "checkpointed")
     kind = CELLS[cell]
     if x.ndim != 5:
         raise ValueError(f"rnn: x is {tuple(x.shape)}, expected [B, T, gates, H, D]")

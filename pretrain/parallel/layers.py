@@ -88,6 +88,35 @@ def column_linear(context: ParallelContext, d_in: int, d_out: int, std: float) -
     return layer
 
 
+class SharedLinear(nn.Module):
+    """Linear without bias that every tensor-parallel process computes whole, for divided heads."""
+
+    def __init__(self, context: ParallelContext, d_in: int, d_out: int, std: float):
+        super().__init__()
+        self.weight = replicated_parameter(context, (d_out, d_in), normal(std))
+        self._context = context
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """``[..., d_in]`` from :func:`column_input` to ``[..., d_out]``."""
+        return nn.functional.linear(x, head_shared(self.weight, self._context)), None
+
+
+def group_linear(
+    context: ParallelContext, d_in: int, num_groups: int, group_dim: int, std: float, what: str
+) -> nn.Module:
+    """Linear to ``num_groups`` heads that several heads of a mixer share: divided where every
+    process has whole groups, whole on each where there is one group. Raises ValueError otherwise.
+    """
+    if num_groups % context.tensor_size == 0:
+        return column_linear(context, d_in, num_groups * group_dim, std)
+    if num_groups == 1:
+        return SharedLinear(context, d_in, group_dim, std)
+    raise ValueError(
+        f"{what} is {num_groups}, expected 1 or a multiple of tensor parallel size "
+        f"{context.tensor_size}"
+    )
+
+
 def row_linear(context: ParallelContext, d_in: int, d_out: int, std: float) -> nn.Module:
     """Linear without bias whose inputs are divided; the output is whole (or sequence-divided)."""
     layer = tensor_parallel.RowParallelLinear(
