@@ -168,11 +168,11 @@ def divided_parameter(
 
 
 def replicated_parameter(
-    context: ParallelContext, shape: tuple[int, ...], init: Initializer
+    context: ParallelContext, shape: tuple[int, ...], init: Initializer, *, decay: bool = True
 ) -> nn.Parameter:
     """A parameter that every tensor-parallel process holds whole."""
     parameter = nn.Parameter(torch.empty(shape, dtype=context.dtype, device=context.device))
-    return with_init(parameter, init)
+    return with_init(parameter, init, decay=decay)
 
 
 @torch.no_grad()

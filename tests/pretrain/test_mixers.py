@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.models.language_model import parallel_context
 from pretrain.models.mixers import LayerContext, registry
+from pretrain.ops import definitions
 from pretrain.parallel.layers import initialize_parameters
 from tests.relative_error import relative_error
 
@@ -19,13 +23,41 @@ HIDDEN = 24
 SMALL: dict[str, list[dict[str, Any]]] = {
     "attn": [
         {"num_heads": 4, "num_kv_heads": 2},
-        {"num_heads": 2, "window": 5, "qk_norm": True},
-        {"num_heads": 2, "rope_theta": None},
+        {"num_heads": 2, "qk_norm": True, "rope_theta": None},
     ],
+    "swa": [{"num_heads": 2, "window": 5}],
+    "linear_attn": [
+        {"num_heads": 2, "chunk_size": 8},
+        {"num_heads": 2, "feature_map": "elu", "normalize": True, "expand_v": 0.5},
+    ],
+    "retnet": [{"num_heads": 2, "chunk_size": 8}, {"num_heads": 3, "rope_theta": None}],
+    "gla": [{"num_heads": 2, "gate_rank": 3, "chunk_size": 16}],
+    "hgrn2": [{"head_dim": 4, "chunk_size": 8}, {"num_heads": 3, "head_dim": 5}],
+    "mamba2": [
+        {"head_dim": 8, "state_size": 6, "chunk_size": 16},
+        {"head_dim": 4, "state_size": 5, "num_groups": 3},
+    ],
+    "deltanet": [{"num_heads": 2, "head_dim": 4, "allow_neg_eigval": True}],
     "gdn": [
         {"num_heads": 2, "head_dim": 4, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 4, "expand_v": 1, "allow_neg_eigval": True},
     ],
+    "kda": [{"num_heads": 2, "head_dim": 4, "chunk_size": 8}],
+    "delta_product": [
+        {"num_heads": 2, "head_dim": 4, "chunk_size": 16},
+        {"num_heads": 2, "head_dim": 4, "num_householder": 3, "use_decay": False, "chunk_size": 12},
+    ],
+    "m2rnn": [
+        {"num_heads": 4, "head_dim": 5, "value_dim": 3},
+        {"num_heads": 4, "num_qk_heads": 2, "head_dim": 3, "value_dim": 4, "state_grad_clip": 0.01},
+    ],
+    "para_gru": [{"num_heads": 2}, {"num_heads": 3, "head_dim": 4, "conv_size": 0}],
+    "para_lstm": [{"num_heads": 2}],
+    "lstm": [{"num_heads": 2}],
+    "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
+    "slstm": [{"num_heads": 2}],
+    "elman": [{"num_heads": 3}],
+    "rat": [{"num_heads": 4, "chunk_size": 8}, {"num_heads": 2, "head_dim": 4, "chunk_size": 3}],
 }
 CASES = [
     pytest.param(name, settings, id=f"{name}-{i}")
@@ -47,6 +79,39 @@ def build(name, settings, dtype=torch.float64):
 def close(found, expected):
     for key in expected:
         assert relative_error(found[key], expected[key]) < 1e-10, key
+
+
+def gradients_of(layer, x, cu_seqlens):
+    """Output, final state and all gradients of a weighted sum of both."""
+    x = x.clone().requires_grad_()
+    y, state = layer(x, cu_seqlens=cu_seqlens)
+    floating = {k: t for k, t in state.items() if t.is_floating_point()}
+    generator = torch.Generator().manual_seed(5)
+    total = sum(
+        (t.masked_fill(t.isinf(), 0) * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
+        for t in [y, *floating.values()]
+    )
+    inputs = {"input": x, **dict(layer.named_parameters())}
+    found = torch.autograd.grad(total, inputs.values(), allow_unused=True, materialize_grads=True)
+    return {"output": y, **state, **dict(zip(inputs, found, strict=True))}
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+@settings_of_hypothesis(max_examples=5)
+@example([700], 0)
+@example([1], 0)
+@example([0, 3, 0], 0)
+@given(st.lists(st.integers(0, 175), min_size=1, max_size=4), st.integers(0, 1000))
+def test_fast_form_equals_definition(name, settings, lengths, seed):
+    layer = build(name, settings)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(lengths), 1, HIDDEN, dtype=torch.float64, generator=generator)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    found = gradients_of(layer, x, cu_seqlens)
+    with definitions():
+        expected = gradients_of(layer, x, cu_seqlens)
+    for key, value in expected.items():
+        assert relative_error(found[key], value) < 1e-10, key
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
@@ -134,7 +199,7 @@ def test_flops_declared_equal_counted(name, settings):
     with FlopCounterMode(display=False) as counter:
         layer(x)
     declared = layer.flops_per_token(layer.config, HIDDEN, length) * length
-    if name == "attn":
+    if name in ("attn", "swa"):
         window = layer.config.window or length
         seen = sum(min(t + 1, window) for t in range(length))
         declared -= 4 * layer.num_heads * layer.head_dim * seen
@@ -179,19 +244,3 @@ def test_long_rows_stay_finite(name, settings):
     layer = build(name, settings, torch.float32)
     y, _ = layer(100 * torch.randn(4096, 1, HIDDEN))
     assert math.isfinite(y.detach().square().mean().item())
-
-
-def test_gated_deltanet_recurrent_and_chunked_layers_agree():
-    """The layer through the op's definition: the fast path changes nothing but speed."""
-    from pretrain.models.mixers import gated_deltanet
-
-    layer = build("gdn", SMALL["gdn"][0])
-    x = torch.randn(41, 2, HIDDEN, dtype=torch.float64)
-    fast, _ = layer(x)
-    original = gated_deltanet.delta_rule
-    try:
-        gated_deltanet.delta_rule = lambda *a, **k: original(*a, **k, backend="recurrent")
-        slow, _ = layer(x)
-    finally:
-        gated_deltanet.delta_rule = original
-    assert relative_error(fast, slow) < 1e-10

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_prep.config_files import setting
-from pretrain.models.mixers.base import LayerContext, Mixer, State, heads, register
+from pretrain.models.mixers.base import Facts, LayerContext, Mixer, State, heads, register
 from pretrain.models.norm import rms_norm
 from pretrain.ops import apply_rotary, attention, rotary_embedding
 from pretrain.ops.packing import (
@@ -54,6 +54,11 @@ class Attention(Mixer):
     how many of them each sequence has, and how many tokens it has seen."""
 
     config_class = AttentionConfig
+    facts = Facts(
+        "softmax attention", "o_t = sum_j softmax_j(q_t k_j / sqrt D) v_j",
+        "keys and values of all tokens", "flash or scaled-dot-product attention",
+        "arXiv 1706.03762; GQA 2305.13245; RoPE 2104.09864",
+    )  # fmt: skip
 
     def __init__(self, config: AttentionConfig, context: LayerContext):
         super().__init__(config, context)
@@ -96,7 +101,7 @@ class Attention(Mixer):
             q, k[None], v[None],
             window=self.config.window, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
         )  # fmt: skip
-        y = y.view(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
+        y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
         seen = cu_seqlens.diff() + (0 if state is None else state["seen"])
         return self.o_proj(y)[0], {**self._visible(k, v, cu_seqlens_k), "seen": seen}
 
@@ -115,8 +120,8 @@ class Attention(Mixer):
         lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return {"k": empty, "v": empty, "lengths": lengths, "seen": lengths}
 
-    @staticmethod
-    def check(config: AttentionConfig, hidden_size: int) -> None:
+    @classmethod
+    def check(cls, config: AttentionConfig, hidden_size: int) -> None:
         if config.head_dim is None and hidden_size % config.num_heads:
             raise ValueError(
                 f"num_heads is {config.num_heads}, which does not divide hidden_size {hidden_size}"
@@ -132,14 +137,14 @@ class Attention(Mixer):
                 f"head_dim is {head_dim}, expected an even number for rotary positions"
             )
 
-    @staticmethod
-    def num_parameters(config: AttentionConfig, hidden_size: int) -> int:
+    @classmethod
+    def num_parameters(cls, config: AttentionConfig, hidden_size: int) -> int:
         num_heads, num_kv_heads, head_dim = config.shape(hidden_size)
         projections = 2 * hidden_size * head_dim * (num_heads + num_kv_heads)
         return projections + 2 * head_dim * config.qk_norm
 
-    @staticmethod
-    def flops_per_token(config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
+    @classmethod
+    def flops_per_token(cls, config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
         num_heads, num_kv_heads, head_dim = config.shape(hidden_size)
         projections = 4 * hidden_size * head_dim * (num_heads + num_kv_heads)
         window = min(config.window or seq_len, seq_len)
@@ -147,8 +152,8 @@ class Attention(Mixer):
         seen = window * (window + 1) // 2 + (seq_len - window) * window
         return projections + 4 * num_heads * head_dim * seen // seq_len
 
-    @staticmethod
-    def state_bytes(config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
+    @classmethod
+    def state_bytes(cls, config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
         _, num_kv_heads, head_dim = config.shape(hidden_size)
         return 4 * num_kv_heads * head_dim * min(config.window or seq_len, seq_len)
 

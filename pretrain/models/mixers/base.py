@@ -20,22 +20,40 @@ class LayerContext:
     """What a mixer is built into.
 
     std, output_std: Gaussian initialisation of the inner and of the output projections
+    index, count: which of the model's blocks this is, from 0, and how many there are
     """
 
     hidden_size: int
     std: float
     output_std: float
     parallel: ParallelContext
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A mixer in a line of docs/layers.md. equation: one head's recurrence; state: what it carries
+    from token to token; parallel: how it is computed over time; source: paper."""
+
+    name: str
+    equation: str
+    state: str
+    parallel: str
+    source: str
 
 
 class Mixer(nn.Module, ABC):
     """Mixes information along the sequence; activations are sequence-first, ``[T, B, d]``.
 
-    ``config_class`` is a frozen dataclass of the mixer's own settings. The static methods count
-    without building anything; they speak of the whole layer, not of one process's share.
+    ``config_class`` is a frozen dataclass of the mixer's own settings; ``facts`` go into
+    docs/layers.md. The class methods count without building anything; they speak of the whole
+    layer, not of one process's share.
     """
 
     config_class: ClassVar[type]
+    facts: ClassVar[Facts]
+    parallel: ParallelContext
 
     @abstractmethod
     def __init__(self, config: Any, context: LayerContext):
@@ -59,23 +77,30 @@ class Mixer(nn.Module, ABC):
     def init_state(self, batch_size: int) -> State:
         """The state before any token."""
 
-    @staticmethod
-    def check(config: Any, hidden_size: int) -> None:
+    def metrics(self) -> dict[str, float]:
+        """What the layer has to tell of the passes since the last call; each call starts anew.
+
+        A key ending in ``_max`` is reduced by the largest over layers and processes, others by sum.
+        """
+        return {}
+
+    @classmethod
+    def check(cls, config: Any, hidden_size: int) -> None:
         """Raise ValueError where the settings do not fit each other or ``hidden_size``."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def num_parameters(config: Any, hidden_size: int) -> int:
+    def num_parameters(cls, config: Any, hidden_size: int) -> int:
         """Parameters of the layer, norms inside it included."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def flops_per_token(config: Any, hidden_size: int, seq_len: int) -> int:
+    def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
         """Matrix-multiply FLOPs of one token's forward pass in sequences of ``seq_len``."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def state_bytes(config: Any, hidden_size: int, seq_len: int) -> int:
+    def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
         """Bytes of one sequence's state after ``seq_len`` tokens, activations in bfloat16."""
 
 
