@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pretrain.ops.packing import rows_as_sequences, sequence_lengths
 
-
 _definitions_only: ContextVar[bool] = ContextVar("_definitions_only", default=False)
 
 
@@ -40,9 +39,7 @@ def check_shapes(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[i
     """Raises ValueError naming the first tensor that has not its expected shape."""
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != tuple(shape):
-            raise ValueError(
-                f"{op}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)}"
-            )
+            raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
 def check_heads(op: str, q: Tensor, v: Tensor) -> None:

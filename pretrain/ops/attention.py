@@ -37,9 +37,9 @@ def attention(
     ``window`` only the last ``window`` of those. ``cu_seqlens`` packs N sequences in a batch of 1,
     ``cu_seqlens_k`` says where their keys lie when there are more keys than queries.
 
-    backend: ``explicit`` is the definition, every weight written out; ``sdpa`` (torch) anywhere; ``flash`` (flash-attn) on CUDA in bf16 or fp16; ``auto``
-    takes flash where it can. Raises ValueError for shapes that do not fit or a backend that this
-    machine lacks.
+    backend: ``explicit`` is the definition, every weight written out; ``sdpa`` (torch) anywhere;
+    ``flash`` (flash-attn) on CUDA in bf16 or fp16; ``auto`` takes flash where it can. Raises
+    ValueError for shapes that do not fit or a backend that this machine lacks.
     """
     fast = "flash" if _flash_fits(q) else "sdpa"
     backend = choose_backend("attention", backend, BACKENDS, "explicit", fast)

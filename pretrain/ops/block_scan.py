@@ -40,9 +40,7 @@ def solve_forward(jacobian: Tensor, r: Tensor, counts: Sequence[int]) -> None:
         r.addcmul_(jacobian[:, s], entering[s])
 
 
-def solve_backward(
-    jacobian: Tensor, g: Tensor, counts: Sequence[int], incoming: Tensor
-) -> Tensor:
+def solve_backward(jacobian: Tensor, g: Tensor, counts: Sequence[int], incoming: Tensor) -> Tensor:
     """Overwrite ``g`` with the solution of x_l = g_l + J_{l+1}^T x_{l+1}; ``jacobian`` is used up.
 
     ``incoming`` ``[S, n_last, D]`` is what follows the last step's chunks. Returns

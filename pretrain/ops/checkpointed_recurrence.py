@@ -22,8 +22,8 @@ States = tuple[Tensor, ...]
 
 
 class Recurrence(Protocol):
-    """A block of time steps, forward and backward. Rows are ``[R, ...]``; states ``[N, ...]`` of the
-    sequences that run at the block's first step; ``parameters`` are shared by all steps."""
+    """A block of time steps, forward and backward. Rows are ``[R, ...]``; states ``[N, ...]``, of
+    the sequences that run at the block's first step; all steps share ``parameters``."""
 
     def forward(
         self, rows: Sequence[Tensor], parameters: Sequence[Tensor], states: States, steps: Steps

@@ -45,14 +45,15 @@ def delta_rule(
 
     q: ``[B, T, H, K]``; k: ``[B, n T, H, K]``; v: ``[B, n T, H, V]``; beta: ``[B, n T, H]``, where
     n is ``num_householder`` and the n sub-steps of a token follow each other in time; log_decay:
-    ``[B, T, H]`` or ``[B, T, H, K]``, at most 0, applied before the first sub-step of its token. Keys are expected to
-    have norm at most 1 when beta may exceed 1. ``scale`` defaults to K^-1/2.
+    ``[B, T, H]`` or ``[B, T, H, K]``, at most 0, applied before the first sub-step of its token.
+    Keys should have norm at most 1 where beta may exceed 1. ``scale`` defaults to K^-1/2.
 
     With ``cu_seqlens`` (``[N + 1]``, in tokens) B must be 1 and N sequences are packed along T;
     ``initial_state`` is then ``[N, H, K, V]``, otherwise ``[B, H, K, V]``.
 
     backend: ``recurrent`` is the definition, a plain loop; ``chunked`` is parallel over chunks of
-    ``chunk_size`` sub-steps; ``auto`` takes ``chunked`` unless every sequence is a single token.
+    ``chunk_size`` sub-steps (rounded up to a power of two tokens where decays are per channel);
+    ``auto`` takes ``chunked`` unless every sequence is a single token.
 
     Returns the output ``[B, T, H, V]`` in q's dtype and the final state, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
@@ -60,9 +61,7 @@ def delta_rule(
     _check(q, k, v, beta, log_decay, num_householder, chunk_size)
     batch_size, length, num_heads, head_dim = q.shape
     value_dim = v.shape[-1]
-    cu_seqlens, lengths = resolve_sequences(
-        "delta_rule", batch_size, length, cu_seqlens, q.device
-    )
+    cu_seqlens, lengths = resolve_sequences("delta_rule", batch_size, length, cu_seqlens, q.device)
     initial_state = resolve_state(
         "delta_rule", initial_state, (len(lengths), num_heads, head_dim, value_dim), q,
         "sequences, heads, key dim, value dim",

@@ -36,7 +36,8 @@ def chunked_delta_rule(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """q ``[T, H, K]`` scaled, k ``[T, n, H, K]``, v ``[T, n, H, V]``, beta ``[T, n, H]``,
-    log_decay ``[T, H]`` or ``[T, H, K]``, initial_state ``[N, H, K, V]``; ``chunk_size`` in sub-steps.
+    log_decay ``[T, H]`` or ``[T, H, K]``, initial_state ``[N, H, K, V]``; ``chunk_size`` in
+    sub-steps.
     Returns output ``[T, H, V]`` and final state ``[N, H, K, V]``.
     """
     per_channel = log_decay is not None and log_decay.ndim == 3
@@ -57,7 +58,8 @@ def chunked_delta_rule(
 
 class _ChunkedDeltaRule(torch.autograd.Function):
     """Shapes: q [n, H, Cq, K], k [n, H, C, K], v [n, H, C, V], beta [n, H, C], log_decay
-    [n, H, Cq] or [n, H, Cq, K], initial_state [N, H, K, V] in the layout's order; n chunks of C = Cq * substeps."""
+    [n, H, Cq] or [n, H, Cq, K], initial_state [N, H, K, V] in the layout's order; n chunks of
+    C = Cq * substeps."""
 
     @staticmethod
     def forward(

@@ -11,6 +11,7 @@ sequence that has not converged is computed again step by step, and counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,15 +48,16 @@ class NewtonReport:
 
     def add(self, residual: float, fallbacks: int, sequences: int, iterations: int) -> None:
         # A residual that is not a number is the largest of all.
-        self.residual = residual if residual != residual else max(self.residual, residual)
+        self.residual = residual if math.isnan(residual) else max(self.residual, residual)
         self.fallbacks += fallbacks
         self.sequences += sequences
         self.iterations = iterations
 
 
 class ElementwiseCell:
-    """A cell ``step(h [S, ..., D], x [G, ..., D], parameters [P, D]) -> h' [S, ..., D]``, elementwise
-    over everything but S, G and P; derivatives by ``torch.func`` unless a subclass knows better."""
+    """A cell ``step(h [S, ..., D], x [G, ..., D], parameters [P, D]) -> h' [S, ..., D]``,
+    elementwise over everything but S, G and P; derivatives by ``torch.func`` unless a subclass
+    knows better."""
 
     def __init__(self, step: Callable[[Tensor, Tensor, Tensor], Tensor], num_states: int = 1):
         self.step, self.num_states = step, num_states
@@ -66,15 +68,17 @@ class ElementwiseCell:
         for s in range(self.num_states):
             tangent = torch.zeros_like(h)
             tangent[s] = 1
-            value, column = torch.func.jvp(lambda t: self.step(t, x, parameters), (h,), (tangent,))
+            pair: Any = torch.func.jvp(lambda t: self.step(t, x, parameters), (h,), (tangent,))
+            value, column = pair
             columns.append(column)
         return value, torch.stack(columns, 1), (h, x)
 
     def vjp(self, known: Any, parameters: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of x and the parameters where f's is ``cotangent``."""
         h, x = known
-        _, back = torch.func.vjp(lambda a, p: self.step(h, a, p), x, parameters)
-        return back(cotangent)
+        pair: Any = torch.func.vjp(lambda a, p: self.step(h, a, p), x, parameters)
+        d_x, d_parameters = pair[1](cotangent)
+        return d_x, d_parameters
 
 
 def newton_recurrence(
@@ -121,7 +125,7 @@ def elementwise_recurrence(
     """What :func:`newton_recurrence`, ``para_gru`` and ``para_lstm`` share."""
     if x.ndim != 4:
         raise ValueError(f"{op}: the input is {tuple(x.shape)}, expected [B, T, gates, D]")
-    batch_size, length, gates, dim = x.shape
+    batch_size, length, _, dim = x.shape
     check_shapes(op, {"parameters": (parameters, (parameters.shape[0], dim))})
     if iterations is not None and iterations < 1:
         raise ValueError(f"{op}: iterations is {iterations}, expected at least 1")
@@ -172,10 +176,11 @@ def _sequential(
 class _Tiles:
     """Where tokens lie in ``[positions, chunks]``, and which chunks make a tile.
 
-    place: ``[m * n]`` token of each place (0 at padding); padding: places without a token; slot:
-    ``[T]`` place of each token; tiles: (first chunk, counts of chunks per step); before: ``[n]`` the
-    chunk before each within its tile, or, in a tile's first step, the sequence's rank; ends: place
-    of each sequence's last token, or -1; order: sequences by rank; sequence: ``[n]`` of each chunk
+    place: ``[m * n]`` token of each place (any at padding); padding: places without a token; slot:
+    ``[T]`` place of each token; tiles: (first chunk, counts of chunks per step); before: for each
+    tile the chunk before each of its chunks behind the first step, or None where that is simply as
+    many back as the step has; ends: place of each sequence's last token, or -1; order: sequences by
+    rank; sequence: ``[n]`` of each chunk
     """
 
     positions: int
@@ -205,7 +210,8 @@ def _tiles(cu_seqlens: Tensor, dim: int, device_type: str) -> _Tiles:
     padding = (index == total).nonzero()[:, 0]
     slot = layout.token_slot % m * n + layout.token_slot // m
     counts = [count for _, count in layout.steps]
-    tiles, before, ranks = [], [], []
+    tiles, ranks = [], []
+    before: list[Tensor | None] = []
     for i in range(0, len(counts), steps_per_tile):
         inner = counts[i : i + steps_per_tile]
         tiles.append((layout.steps[i][0], inner))
@@ -239,7 +245,7 @@ def _previous(h: Tensor, start: Tensor, counts: list[int], before: Tensor | None
 
 
 class _Newton(torch.autograd.Function):
-    """x [T, G, D], parameters [P, D], initial_state [N, S, D] to all states [T, S, D] and the last."""
+    """x [T, G, D], parameters [P, D], initial_state [N, S, D] to states [T, S, D] and the last."""
 
     @staticmethod
     def forward(
@@ -281,7 +287,9 @@ class _Newton(torch.autograd.Function):
         failed = ~(worst <= tolerance)
         num_failed = int(failed.sum())
         if report is not None:
-            report.add(float(worst.max()) if len(worst) else 0.0, num_failed, len(worst), iterations)
+            report.add(
+                float(worst.max()) if len(worst) else 0.0, num_failed, len(worst), iterations
+            )
         if num_failed:
             _solve_again(cell, x, parameters, initial_state, cu_seqlens, failed, states, tiles)
         flat = states.flatten(1, 2)

@@ -1,9 +1,9 @@
 """ParaGRU and ParaLSTM: gated cells with diagonal recurrent weights (ParaRNN, arXiv 2510.21450).
 
-    para_gru    z = sigmoid(a_z h + u_z), r = sigmoid(a_r h + u_r), c = tanh(a_c r h + u_c),
-                h' = (1 - z) h + z c
-    para_lstm   f = sigmoid(a_f h + c_f s + u_f), z = tanh(a_z h + u_z), s' = f s + (1 - f) z,
-                o = sigmoid(a_o h + c_o s' + u_o), h' = o tanh(s')                (s: the cell state)
+para_gru    z = sigmoid(a_z h + u_z), r = sigmoid(a_r h + u_r), c = tanh(a_c r h + u_c),
+            h' = (1 - z) h + z c
+para_lstm   f = sigmoid(a_f h + c_f s + u_f), z = tanh(a_z h + u_z), s' = f s + (1 - f) z,
+            o = sigmoid(a_o h + c_o s' + u_o), h' = o tanh(s')           (s: the cell state)
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ def _recurrent(
     old = (state.seen // chunk_size).tolist()
     outputs, keys, values = [], list(state.keys.split(old)), list(state.values.split(old))
     key, value = list(state.key), list(state.value)
-    for n, (tokens, seen) in enumerate(zip(sequence_rows(lengths), state.seen.tolist(), strict=True)):
+    pairs = zip(sequence_rows(lengths), state.seen.tolist(), strict=True)
+    for n, (tokens, seen) in enumerate(pairs):
         for i, t in enumerate(tokens):
             chunk, place = divmod(seen + i, chunk_size)
             if place == 0:

@@ -87,13 +87,15 @@ def gradients_of(layer, x, cu_seqlens):
     y, state = layer(x, cu_seqlens=cu_seqlens)
     floating = {k: t for k, t in state.items() if t.is_floating_point()}
     generator = torch.Generator().manual_seed(5)
-    total = sum(
-        (t.masked_fill(t.isinf(), 0) * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
-        for t in [y, *floating.values()]
+    total = torch.zeros((), dtype=x.dtype)
+    for t in [y, *floating.values()]:
+        weights = torch.randn(t.shape, generator=generator, dtype=t.dtype)
+        total = total + (t.masked_fill(t.isinf(), 0) * weights).sum()
+    names = ["input", *(name for name, _ in layer.named_parameters())]
+    found = torch.autograd.grad(
+        total, [x, *layer.parameters()], allow_unused=True, materialize_grads=True
     )
-    inputs = {"input": x, **dict(layer.named_parameters())}
-    found = torch.autograd.grad(total, inputs.values(), allow_unused=True, materialize_grads=True)
-    return {"output": y, **state, **dict(zip(inputs, found, strict=True))}
+    return {"output": y, **state, **dict(zip(names, found, strict=True))}
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)

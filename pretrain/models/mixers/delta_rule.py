@@ -101,7 +101,9 @@ class DeltaRuleMixer(Mixer):
         )
         q, k, v = heads_of(q, self.num_heads, 1), self._steps(k), self._steps(v)
         beta = self._steps(self.b_proj(x)[0].transpose(0, 1))[..., 0]
-        beta = beta.to(accumulation_dtype(self.parallel.dtype)).sigmoid() * (1 + self.config.allow_neg_eigval)
+        beta = beta.to(accumulation_dtype(self.parallel.dtype)).sigmoid() * (
+            1 + self.config.allow_neg_eigval
+        )
         log_decay = None
         if self.decays(self.config):
             log_decay = softplus_decay(self.a_proj(x)[0], self.A_log, self.dt_bias).transpose(0, 1)

@@ -74,7 +74,10 @@ class KimiDeltaAttention(Mixer):
         super().__init__(config, context)
         self.config, self.parallel = config, context.parallel
         d, parallel, dim = context.hidden_size, context.parallel, config.head_dim
-        self.num_heads, width = parallel.local(config.num_heads, "num_heads"), config.num_heads * dim
+        self.num_heads, width = (
+            parallel.local(config.num_heads, "num_heads"),
+            config.num_heads * dim,
+        )
         for name in "qkv":
             setattr(self, f"{name}_proj", column_linear(parallel, d, width, context.std))
         for name in "ag":
@@ -99,7 +102,9 @@ class KimiDeltaAttention(Mixer):
             for name in "qkv"
         )  # fmt: skip
         decay, gate = (
-            heads(getattr(self, f"{name}_up")(getattr(self, f"{name}_down")(x)[0])[0], self.num_heads)
+            heads(
+                getattr(self, f"{name}_up")(getattr(self, f"{name}_down")(x)[0])[0], self.num_heads
+            )
             for name in "ag"
         )
         log_decay = softplus_decay(

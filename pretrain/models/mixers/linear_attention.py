@@ -95,7 +95,9 @@ class LinearAttention(Mixer):
             head_shared(getattr(self, name), self.parallel)
             for name in (f"{name}_map", f"{name}_map_bias")
         )
-        first, second = torch.baddbmm(bias, x.reshape(1, -1, self.key_dim).expand(2, -1, -1), weight)
+        first, second = torch.baddbmm(
+            bias, x.reshape(1, -1, self.key_dim).expand(2, -1, -1), weight
+        )
         return (first * second).view(x.shape)
 
     def forward(

@@ -87,9 +87,7 @@ class Mamba2(Mixer):
         size = self.groups * config.state_size
         widths = {"x": local, "b": size, "c": size}
         shared = "bc" if config.num_groups < parallel.tensor_size else ""
-        add_short_convolutions(
-            self, parallel, widths, config.conv_size, bias=True, shared=shared
-        )
+        add_short_convolutions(self, parallel, widths, config.conv_size, bias=True, shared=shared)
         self.A_log = gate_parameter(parallel, (self.num_heads,), decay_rate_init(1))
         self.dt_bias = gate_parameter(parallel, (self.num_heads,), time_step_init)
         self.D = gate_parameter(parallel, (self.num_heads,), constant(1.0))

@@ -80,9 +80,7 @@ class ParaRNNMixer(Mixer):
         self.gates = divided_parameter(
             parallel, (self.num_heads, self.head_dim, 3 * self.head_dim), _xavier
         )
-        self.bias = gate_parameter(
-            parallel, (self.num_heads, 3, self.head_dim), self._bias_init
-        )
+        self.bias = gate_parameter(parallel, (self.num_heads, 3, self.head_dim), self._bias_init)
         self.recurrent = gate_parameter(
             parallel, (self.num_heads, self.recurrent_rows, self.head_dim),
             normal(2 / (5 * width) ** 0.5),
@@ -167,5 +165,3 @@ def _xavier(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform as Xavier's for each head and gate ``[D, D]``."""
     limit = (6 / (2 * shape[1])) ** 0.5
     return (torch.rand(shape, generator=generator) * 2 - 1) * limit
-
-

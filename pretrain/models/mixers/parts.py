@@ -33,6 +33,7 @@ def conv_init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def decay_rate_init(low: float = 0.0, high: float = 16.0) -> Initializer:
     """A_log with A uniform in (low, high)."""
+
     def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         rate = torch.rand(shape, generator=generator) * (high - low) + low
         return rate.clamp_min(1e-4).log()

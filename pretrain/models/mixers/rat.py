@@ -60,8 +60,9 @@ class RAT(Mixer):
         self.head_dim = config.dim(d)
         self.num_heads = parallel.local(config.num_heads, "num_heads")
         width = config.num_heads * self.head_dim
-        for name in "zvg":
-            setattr(self, f"{name}_proj", column_linear(parallel, d, width, context.std))
+        self.z_proj = column_linear(parallel, d, width, context.std)
+        self.v_proj = column_linear(parallel, d, width, context.std)
+        self.g_proj = column_linear(parallel, d, width, context.std)
         for name in "qk":
             projection = group_linear(
                 parallel, d, config.num_qk_groups, self.head_dim, context.std, "num_qk_groups"

@@ -27,7 +27,7 @@ class SlidingWindowAttention(Attention):
     )  # fmt: skip
 
     @classmethod
-    def check(cls, config: SlidingWindowConfig, hidden_size: int) -> None:
+    def check(cls, config: AttentionConfig, hidden_size: int) -> None:
         if config.window is None:
             raise ValueError("window is null, expected a number; 'attn' is the mixer without one")
         super().check(config, hidden_size)
