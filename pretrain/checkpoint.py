@@ -36,6 +36,7 @@ from data_prep.config_files import build_config
 from data_prep.errors import UserError
 from data_prep.manifest import sync, write_bytes, write_json
 from pretrain.config import ModelConfig, RunConfig, to_yaml
+from pretrain.models.blocks import block_specs
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.megatron_on_cpu import device_scope
 from pretrain.parallel.processes import is_main_process, on_main_process
@@ -264,7 +265,8 @@ def check_same_model(
     state: CheckpointState, model: ModelConfig, vocab_size: int, checkpoint: Path
 ) -> None:
     """Raise UserError naming each setting in which the checkpoint's model is another one."""
-    saved, wanted = _flat(state.model), _flat(dataclasses.asdict(model))
+    # Defaults spelled out and defaults left out are the same model.
+    saved, wanted = (_model_settings(m) for m in (state.model_config, model))
     saved["vocab_size"], wanted["vocab_size"] = state.vocab_size, vocab_size
     differences = [
         f"model.{key} is {saved.get(key)} there and {wanted.get(key)} here"
@@ -273,6 +275,17 @@ def check_same_model(
     ]
     if differences:
         raise UserError(f"{checkpoint} holds another model: {'; '.join(differences)}")
+
+
+def _model_settings(model: ModelConfig) -> dict[str, Any]:
+    """Every setting of a model by its dotted name, those of the mixers it uses filled in."""
+    settings = dataclasses.asdict(model)
+    specs = {spec.name: spec for spec in block_specs(model)}
+    settings["mixers"] = {
+        name: {"mixer": spec.mixer.__name__, **dataclasses.asdict(spec.config)}
+        for name, spec in specs.items()
+    }
+    return _flat(settings)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

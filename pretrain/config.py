@@ -47,11 +47,61 @@ class MLPConfig:
 
 
 @dataclass
+class RecursionConfig:
+    """The pattern's blocks between ``prelude`` and ``coda`` form a loop, gone through ``times``.
+
+    Looped blocks (arXiv 2410.20672): lora_rank: rank of a low-rank difference that every linear
+    layer of the loop has at each pass, 0 = none.
+
+    Recurrent depth (arXiv 2502.05171): sampling: ``poisson`` draws the number of passes anew for
+    each training micro-batch, log-normal Poisson with mean ``times`` (plus one); backprop_last:
+    passes that gradients go through, null = all; adapter: every pass starts from a linear layer of
+    (state, the prelude's output); state_init: what the first pass starts from, the prelude's output
+    or (with an adapter) ``random`` or ``zeros``; state_std: of ``random``, cut at 3 of them;
+    normalize_state: the final norm also before the coda.
+
+    Universal Transformer (arXiv 1807.03819): step_signal: added to the state before each pass;
+    halting: adaptive computation time (arXiv 1603.08983), each token stops once its probabilities
+    add up to ``halting_threshold`` and its output is their mean of the states; ponder_weight: of
+    the number of passes in the training loss.
+    """
+
+    prelude: int = setting(0, minimum=0)
+    coda: int = setting(0, minimum=0)
+    times: int = setting(2, minimum=1)
+    lora_rank: int = setting(0, minimum=0)
+    sampling: str = setting("fixed", choices=("fixed", "poisson"))
+    backprop_last: int | None = setting(None, minimum=1)
+    adapter: bool = False
+    state_init: str = setting("input", choices=("input", "random", "zeros"))
+    state_std: float = setting(0.632, above=0)
+    normalize_state: bool = False
+    step_signal: str = setting("none", choices=("none", "sinusoidal", "learned"))
+    halting: bool = False
+    halting_threshold: float = setting(0.99, above=0, maximum=1)
+    ponder_weight: float = setting(0.01, minimum=0)
+
+
+@dataclass
+class InitializeConfig:
+    """Start from another run's weights. checkpoint: a run directory or one of its checkpoints;
+    method: which of its blocks become the loop of a recursive model: ``stepwise`` (equally spaced,
+    first and last among them), ``average`` or ``lower`` (the first ones); lora: ``svd`` starts the
+    low-rank differences from what the loop lost, ``zero`` from nothing."""
+
+    checkpoint: str
+    method: str = setting("stepwise", choices=("stepwise", "average", "lower"))
+    lora: str = setting("svd", choices=("svd", "zero"))
+
+
+@dataclass
 class ModelConfig:
     """pattern: the blocks, see pretrain/models/pattern.py; mixers: settings by name, only what
     differs from a mixer's own defaults (an entry with ``kind: NAME`` makes a variant of mixer NAME
     under a name of its own); vocab_size: null = the tokenizer's, rounded up to a multiple of 128;
-    depth_scaled_init: output projections start smaller by sqrt(2 x blocks)."""
+    depth_scaled_init: output projections start smaller by sqrt(2 x blocks passed); block_norm:
+    ``pre``, or ``sandwich``, which also normalises the stream behind mixer and MLP;
+    scale_embeddings: multiply embeddings by sqrt(hidden_size); recursion: see RecursionConfig."""
 
     pattern: str
     hidden_size: int = setting(minimum=1)
@@ -62,6 +112,9 @@ class ModelConfig:
     norm_eps: float = setting(1e-6, above=0)
     init_std: float = setting(0.02, above=0)
     depth_scaled_init: bool = True
+    block_norm: str = setting("pre", choices=("pre", "sandwich"))
+    scale_embeddings: bool = False
+    recursion: RecursionConfig | None = None
 
 
 @dataclass
@@ -165,7 +218,7 @@ class SampleConfig:
 
 @dataclass
 class RunConfig:
-    """A training run. directory: null = runs/NAME."""
+    """A training run. directory: null = runs/NAME; initialize: null = random weights."""
 
     name: str
     model: ModelConfig
@@ -177,6 +230,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    initialize: InitializeConfig | None = None
     directory: str | None = None
     seed: int = setting(0, minimum=0)
 

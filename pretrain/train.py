@@ -38,6 +38,7 @@ from pretrain.environment import describe_environment
 from pretrain.generation import generate
 from pretrain.metrics import RunLog, peak_flops, peak_memory_bytes, plot_loss_curve
 from pretrain.models.blocks import ModelCounts, count_model
+from pretrain.models.initialization import initialize_from
 from pretrain.models.language_model import build_model, padded_vocab_size
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import (
@@ -45,6 +46,7 @@ from pretrain.parallel.processes import (
     data_parallel_place,
     is_main_process,
     on_main_process,
+    over_processes,
     start_processes,
 )
 from pretrain.schedule import learning_rate
@@ -89,6 +91,8 @@ def train(config: RunConfig, config_path: str) -> int:
         config.model, vocab_size, seed=config.seed, dtype=DTYPES[settings.precision],
         activation_checkpointing=settings.activation_checkpointing,
     )  # fmt: skip
+    if config.initialize is not None and found is None:
+        initialize_from(model, config.initialize)
     engine = Engine(model, config.optimizer)
     state = CheckpointState(
         step=0, tokens=0, seed=config.seed, skipped=0, vocab_size=vocab_size,
@@ -111,7 +115,7 @@ def train(config: RunConfig, config_path: str) -> int:
         log.say(
             f"{config.name}: {counts.parameters:,} parameters "
             f"({counts.embedding_parameters:,} in embeddings), "
-            f"{3 * counts.flops_per_token / 1e6:,.1f} MFLOP per token, "
+            f"{counts.training_flops() / 1e6:,.1f} MFLOP per token, "
             f"{settings.num_steps:,} steps of {settings.global_batch_tokens:,} tokens, "
             f"{settings.precision}, {size} process{'es' * (size > 1)} on "
             f"{'GPU' if torch.cuda.is_available() else 'CPU'}"
@@ -152,6 +156,8 @@ def _loop(
     while state.step < num_steps:
         step = state.step
         seed_step(config.seed, step)
+        if engine.model.recursion is not None:
+            engine.model.recursion.begin_step(config.seed, step, rank)
         lr = learning_rate(config.schedule, config.optimizer.lr, step, num_steps)
         result = engine.train_step(batches.micro_batches(step, rank, size), lr)
         state.step += 1
@@ -177,13 +183,18 @@ def _loop(
                 return EXIT_NONFINITE
         if result.applied and (state.step % config.logging.every == 0 or state.step == num_steps):
             speed = interval.tokens_per_second()
+            recursion = engine.model.recursion
+            times = None if recursion is None else recursion.mean_passes()
+            flops = counts.training_flops(times)
             log.step(
                 {
                     "step": state.step, "tokens": state.tokens, "loss": result.loss, "lr": lr,
                     "grad_norm": result.grad_norm, "tokens_per_second": speed,
-                    "mfu": peak and 3 * counts.flops_per_token * speed / (peak * size),
+                    "mfu": peak and flops * speed / (peak * size),
                     "memory": peak_memory_bytes(), "skipped": state.skipped,
                     "epochs": max(batches.epochs(state.step)), "seconds": log_seconds(),
+                    **({} if times is None else {"recurrences": times}),
+                    **over_processes(engine.model.metrics()),
                 },
                 seconds_left=(num_steps - state.step) * settings.global_batch_tokens / speed,
             )  # fmt: skip

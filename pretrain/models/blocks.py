@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.config_files import ConfigError, build_config, nearest
-from pretrain.config import ModelConfig
-from pretrain.models.mixers import Mixer, registry
+from pretrain.config import ModelConfig, RecursionConfig
+from pretrain.models.mixers import LayerContext, Mixer, registry
 from pretrain.models.mlp import mlp_parameters
 from pretrain.models.pattern import parse_pattern
 
@@ -51,30 +51,119 @@ def block_specs(config: ModelConfig, where: str = "config") -> list[BlockSpec]:
             except ValueError as error:
                 raise ConfigError(f"{place}: {error}") from None
         specs[name] = BlockSpec(name, kinds[name], mixer_config)
+    if config.recursion is not None:
+        _check_recursion(config.recursion, len(names), f"{where}: model.recursion")
     return [specs[name] for name in names]
+
+
+def _check_recursion(recursion: RecursionConfig, num_blocks: int, where: str) -> None:
+    if recursion.prelude + recursion.coda >= num_blocks:
+        raise ConfigError(
+            f"{where}: prelude {recursion.prelude} and coda {recursion.coda} leave nothing to loop "
+            f"over of the pattern's {num_blocks} blocks"
+        )
+    if recursion.state_init != "input" and not recursion.adapter:
+        raise ConfigError(
+            f"{where}.state_init is {recursion.state_init}, which needs adapter=true: the loop "
+            "would never see its input"
+        )
+    if recursion.sampling != "fixed":
+        for name, value in (
+            ("lora_rank", recursion.lora_rank > 0),
+            ("step_signal", recursion.step_signal == "learned"),
+            ("halting", recursion.halting),
+        ):
+            if value:
+                raise ConfigError(
+                    f"{where}.{name} needs a fixed number of passes, found sampling "
+                    f"{recursion.sampling}"
+                )
+    if recursion.halting and recursion.backprop_last is not None:
+        raise ConfigError(
+            f"{where}.backprop_last is {recursion.backprop_last}; with halting every pass is part "
+            "of the output, expected null"
+        )
+
+
+def passes(config: ModelConfig) -> list[int]:
+    """How often each block of the pattern is gone through (the mean, where it is sampled)."""
+    num_blocks, recursion = len(block_specs(config)), config.recursion
+    if recursion is None:
+        return [1] * num_blocks
+    looped = num_blocks - recursion.prelude - recursion.coda
+    return [1] * recursion.prelude + [recursion.times] * looped + [1] * recursion.coda
+
+
+def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
+    """Parameters of one pass's low-rank differences: rank (d_in + d_out) for every linear layer of
+    the loop. The layers' shapes are read off blocks that are built without memory."""
+    recursion = config.recursion
+    if recursion is None or recursion.lora_rank == 0:
+        return 0
+    import torch
+
+    from pretrain.models.depth_lora import linear_shapes
+    from pretrain.models.language_model import Block, parallel_context
+    from pretrain.parallel.processes import start_processes
+
+    start_processes()
+    total = 0
+    with torch.device("meta"):
+        layer = LayerContext(config.hidden_size, 0.0, 0.0, parallel_context(torch.float32))
+        for spec in specs[recursion.prelude : len(specs) - recursion.coda]:
+            total += sum(map(sum, linear_shapes(Block(spec, config, layer))))
+    return recursion.lora_rank * total
 
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """parameters; forward matrix-multiply FLOPs per token; recurrent or cached state in bytes."""
+    """parameters; forward matrix-multiply FLOPs per token; of them those of one pass through the
+    loop of a recursive model; recurrent or cached state in bytes."""
 
     parameters: int
     embedding_parameters: int
     flops_per_token: int
     state_bytes: int
+    loop_flops: int = 0
+    times: int = 1
+    backprop_last: int | None = None
+
+    def training_flops(self, times: float | None = None) -> float:
+        """Forward and backward FLOPs per token, with ``times`` passes through the loop instead of
+        the configured ones. Backward is twice forward, over the passes that gradients go through.
+        """
+        times = self.times if times is None else times
+        through = times if self.backprop_last is None else min(times, self.backprop_last)
+        outside = self.flops_per_token - self.times * self.loop_flops
+        return 3 * outside + self.loop_flops * (times + 2 * through)
 
 
 def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCounts:
     """Count a model from its settings alone, for sequences of ``seq_len`` tokens."""
-    d, specs = config.hidden_size, block_specs(config)
+    d, specs, recursion = config.hidden_size, block_specs(config), config.recursion
     mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
-    norms = d * (1 if config.mlp.kind == "none" else 2)
+    norms = d * (1 if config.mlp.kind == "none" else 2) * (1 + (config.block_norm == "sandwich"))
     embedding = vocab_size * d * (1 if config.tie_embeddings else 2)
-    counts = [(s.mixer, s.config) for s in specs]
+    parameters = (
+        embedding + d + sum(s.mixer.num_parameters(s.config, d) + mlp + norms for s in specs)
+    )
+    flops = [s.mixer.flops_per_token(s.config, d, seq_len) + 2 * mlp for s in specs]
+    states = [s.mixer.state_bytes(s.config, d, seq_len) for s in specs]
+    repeats, loop_flops, total = passes(config), 0, sum(flops)
+    if recursion is not None:
+        adapter = 2 * d * d * recursion.adapter
+        lora = lora_parameters(config, specs)
+        learned = recursion.times * d * (recursion.step_signal == "learned")
+        parameters += adapter + recursion.times * lora + learned + (d + 1) * recursion.halting
+        inside = slice(recursion.prelude, len(specs) - recursion.coda)
+        loop_flops = sum(flops[inside]) + 2 * (adapter + lora + d * recursion.halting)
+        total += recursion.times * loop_flops - sum(flops[inside])
     return ModelCounts(
-        parameters=embedding + d + sum(m.num_parameters(c, d) + mlp + norms for m, c in counts),
+        parameters=parameters,
         embedding_parameters=embedding,
-        flops_per_token=2 * vocab_size * d
-        + sum(m.flops_per_token(c, d, seq_len) + 2 * mlp for m, c in counts),
-        state_bytes=sum(m.state_bytes(c, d, seq_len) for m, c in counts),
+        flops_per_token=2 * vocab_size * d + total,
+        state_bytes=sum(n * b for n, b in zip(repeats, states, strict=True)),
+        loop_flops=loop_flops,
+        times=1 if recursion is None else recursion.times,
+        backprop_last=None if recursion is None else recursion.backprop_last,
     )

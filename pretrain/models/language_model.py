@@ -12,10 +12,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
-from pretrain.models.blocks import BlockSpec, block_specs
+from pretrain.models.blocks import BlockSpec, block_specs, passes
+from pretrain.models.depth_lora import add_depth_lora, set_depth
 from pretrain.models.mixers import LayerContext, State
 from pretrain.models.mlp import MLP
 from pretrain.models.norm import RMSNorm
+from pretrain.models.recursive import Recursion
 from pretrain.parallel.layers import (
     ParallelContext,
     column_input,
@@ -26,7 +28,8 @@ from pretrain.parallel.layers import (
 
 
 class Block(nn.Module):
-    """Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` unless the MLP kind is none."""
+    """Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` unless the MLP kind is none.
+    Sandwich: the same, and each sum is normalised."""
 
     def __init__(self, spec: BlockSpec, config: ModelConfig, context: LayerContext):
         super().__init__()
@@ -37,14 +40,23 @@ class Block(nn.Module):
         if config.mlp.kind != "none":
             self.mlp_norm = RMSNorm(d, config.norm_eps, parallel)
             self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
+        self.sandwich = config.block_norm == "sandwich"
+        if self.sandwich:
+            self.mixer_post_norm = RMSNorm(d, config.norm_eps, parallel)
+            if self.mlp is not None:
+                self.mlp_post_norm = RMSNorm(d, config.norm_eps, parallel)
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None, state: State | None
     ) -> tuple[Tensor, State]:
         y, state = self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, state=state)
         x = x + y
+        if self.sandwich:
+            x = self.mixer_post_norm(x)
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x))
+            if self.sandwich:
+                x = self.mlp_post_norm(x)
         return x, state
 
 
@@ -69,10 +81,25 @@ class LanguageModel(nn.Module):
         self.config: TransformerConfig = context.megatron  # the name megatron-core looks for
         self.model_config, self.vocab_size, self.context = config, vocab_size, context
         self.checkpoint_blocks = activation_checkpointing == "block"
-        depth = (2 * len(specs)) ** -0.5 if config.depth_scaled_init else 1.0
-        layer = LayerContext(config.hidden_size, config.init_std, config.init_std * depth, context)
+        d, recursion = config.hidden_size, config.recursion
+        depth = (2 * sum(passes(config))) ** -0.5 if config.depth_scaled_init else 1.0
         self.embedding = vocab_embedding(context, vocab_size, config.hidden_size, config.init_std)
-        self.blocks = nn.ModuleList(Block(spec, config, layer) for spec in specs)
+        self.blocks = nn.ModuleList()
+        for index, spec in enumerate(specs):
+            layer = LayerContext(
+                d, config.init_std, config.init_std * depth, context, index, len(specs)
+            )
+            self.blocks.append(Block(spec, config, layer))
+        self.recursion: Recursion | None = None
+        self._loop = range(0)
+        if recursion is not None:
+            self.recursion = Recursion(recursion, d, config.init_std, context)
+            self._loop = range(recursion.prelude, len(specs) - recursion.coda)
+            if recursion.lora_rank:
+                for index in self._loop:
+                    add_depth_lora(
+                        self.blocks[index], recursion.times, recursion.lora_rank, context
+                    )
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, context)
         if not config.tie_embeddings:
             self.head = column_linear(context, config.hidden_size, vocab_size, config.init_std)
@@ -92,38 +119,87 @@ class LanguageModel(nn.Module):
         Returns each target's cross entropy ``[B, T]`` in nats, float32; without targets,
         the logits ``[B, T, vocab]`` (this process's part of the vocabulary).
         """
-        logits, _ = self._logits(tokens, cu_seqlens, None)
+        logits, _, ponder = self._logits(tokens, cu_seqlens, None, with_states=False)
         if targets is None:
             return logits.transpose(0, 1)
         wanted = targets.t().contiguous()
-        return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), wanted).t()
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), wanted).t()
+        if ponder is not None and self.training:
+            # In the gradient, not in the value: the loss stays a cross entropy.
+            assert self.recursion is not None
+            cost = self.recursion.config.ponder_weight * ponder.t()
+            losses = losses + (cost - cost.detach())
+        return losses
 
     def forward_with_state(
         self, tokens: Tensor, states: list[State] | None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, list[State]]:
-        """Logits ``[B, T, vocab]`` and every block's state, to go on from where a call ended."""
-        logits, states = self._logits(tokens, cu_seqlens, states)
+        """Logits ``[B, T, vocab]`` and the states to go on from where a call ended: one for every
+        block, for those of a loop one for every pass."""
+        logits, states, _ = self._logits(tokens, cu_seqlens, states, with_states=True)
         return logits.transpose(0, 1), states
 
     def _logits(
-        self, tokens: Tensor, cu_seqlens: Tensor | None, states: list[State] | None
-    ) -> tuple[Tensor, list[State]]:
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None,
+        states: list[State] | None,
+        *,
+        with_states: bool,
+    ) -> tuple[Tensor, list[State], Tensor | None]:
         x = self.embedding(tokens)
         if not self.context.megatron.sequence_parallel:
             x = x.transpose(0, 1)
+        if self.model_config.scale_embeddings:
+            x = x * self.model_config.hidden_size**0.5
         new_states: list[State] = []
-        for index, block in enumerate(self.blocks):
-            if self.checkpoint_blocks and self.training and states is None:
-                x, _ = torch.utils.checkpoint.checkpoint(
-                    block, x, cu_seqlens, None, use_reentrant=False
-                )
-            else:
-                x, state = block(x, cu_seqlens, None if states is None else states[index])
-                new_states.append(state)
+
+        def run(x: Tensor, indices: range, depth: int = 0) -> Tensor:
+            for index in indices:
+                block = self.blocks[index]
+                if self.checkpoint_blocks and self.training and not with_states:
+                    x = torch.utils.checkpoint.checkpoint(
+                        _run_block, block, x, cu_seqlens, depth, use_reentrant=False
+                    )
+                else:
+                    set_depth(block, depth)
+                    old = None if states is None else states[len(new_states)]
+                    x, state = block(x, cu_seqlens, old)
+                    if with_states:
+                        new_states.append(state)
+            return x
+
+        ponder = None
+        if self.recursion is None:
+            x = run(x, range(len(self.blocks)))
+        else:
+            x = run(x, range(self._loop.start))
+            x, ponder = self.recursion(
+                x, lambda state, index: run(state, self._loop, index), whole=with_states
+            )
+            if self.recursion.config.normalize_state:
+                x = self.final_norm(x)
+            x = run(x, range(self._loop.stop, len(self.blocks)))
         x = column_input(self.final_norm(x), self.context)
         if self.model_config.tie_embeddings:
-            return nn.functional.linear(x, cast(Tensor, self.embedding.weight)), new_states
-        return self.head(x)[0], new_states
+            logits = nn.functional.linear(x, cast(Tensor, self.embedding.weight))
+        else:
+            logits = self.head(x)[0]
+        return logits, new_states, ponder
+
+    def metrics(self) -> dict[str, float]:
+        """What the mixers have to tell since the last call, over all blocks of this process."""
+        found: dict[str, float] = {}
+        for block in self.blocks:
+            for name, value in cast(Block, block).mixer.metrics().items():
+                before = found.get(name, 0.0)
+                found[name] = max(before, value) if name.endswith("_max") else before + value
+        return found
+
+
+def _run_block(block: Block, x: Tensor, cu_seqlens: Tensor | None, depth: int) -> Tensor:
+    set_depth(block, depth)
+    return block(x, cu_seqlens, None)[0]
 
 
 def padded_vocab_size(config: ModelConfig, tokenizer_vocab_size: int) -> int:

@@ -77,6 +77,20 @@ def on_main_process(function: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def over_processes(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics of all processes: the largest where a name ends in ``_max``, else the sum. Every
+    process must call with the same names; none is called for where there are none."""
+    if not metrics or dist.get_world_size() == 1:
+        return metrics
+    names = sorted(metrics)
+    values = torch.tensor([metrics[n] for n in names], dtype=torch.float64, device=local_device())
+    largest = values.clone()
+    dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    pairs = zip(names, values.tolist(), largest.tolist(), strict=True)
+    return {name: top if name.endswith("_max") else total for name, total, top in pairs}
+
+
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` is set on any process; every process must call."""
     if dist.get_world_size() == 1:

@@ -1,0 +1,91 @@
+"""Depth-wise LoRA (Relaxed Recursive Transformers, arXiv 2410.20672): every linear layer of a loop
+gets, at pass b, a low-rank difference of its own: W x + B_b A_b x.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from torch import Tensor, nn
+
+from pretrain.parallel.layers import ParallelContext, constant, head_shared, normal, with_init
+
+
+class DepthLoRA(nn.Module):
+    """Wraps a column- or row-parallel linear layer. ``depth`` says which pass is going on.
+
+    lora_a ``[passes, rank, d_in]``, lora_b ``[passes, d_out, rank]``; the side that the layer
+    divides is divided alike.
+    """
+
+    def __init__(self, inner: nn.Module, passes: int, rank: int, context: ParallelContext):
+        super().__init__()
+        self.inner, self.depth, self._context = inner, 0, context
+        self._column = isinstance(inner, ColumnParallelLinear)
+        d_out, d_in = cast(Tensor, inner.weight).shape
+        full_in = d_in if self._column else d_in * context.tensor_size
+        empty: Any = {"dtype": context.dtype, "device": context.device}
+        self.lora_a = nn.Parameter(torch.empty(passes, rank, d_in, **empty))
+        self.lora_b = nn.Parameter(torch.empty(passes, d_out, rank, **empty))
+        with_init(self.lora_a, normal(full_in**-0.5))
+        with_init(self.lora_b, constant(0.0))
+        if self._column:
+            set_tensor_model_parallel_attributes(self.lora_b, True, 1, 1)
+        else:
+            set_tensor_model_parallel_attributes(self.lora_a, True, 2, 1)
+            if context.megatron.sequence_parallel:
+                setattr(self.lora_b, "sequence_parallel", True)  # noqa: B010
+
+    @property
+    def weight(self) -> Tensor:
+        """The wrapped layer's."""
+        return cast(Tensor, self.inner.weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """As the wrapped layer."""
+        y = self.inner(x)[0]
+        a, b = self.lora_a[self.depth], self.lora_b[self.depth]
+        if self._column:
+            return y + nn.functional.linear(nn.functional.linear(x, self._shared(a)), b), None
+        low = nn.functional.linear(x, a)
+        group = self._context.group
+        if self._context.megatron.sequence_parallel:
+            low = tensor_parallel.reduce_scatter_to_sequence_parallel_region(low, group=group)
+        else:
+            low = tensor_parallel.reduce_from_tensor_model_parallel_region(low, group)
+        return y + nn.functional.linear(low, b), None
+
+    def _shared(self, parameter: Tensor) -> Tensor:
+        return head_shared(parameter, self._context)
+
+
+def add_depth_lora(block: nn.Module, passes: int, rank: int, context: ParallelContext) -> None:
+    """Wrap every column- and row-parallel linear layer inside ``block``."""
+    for module in list(block.modules()):
+        for name, child in list(module.named_children()):
+            linear = isinstance(child, (ColumnParallelLinear, RowParallelLinear))
+            if linear and not isinstance(module, DepthLoRA):
+                setattr(module, name, DepthLoRA(child, passes, rank, context))
+
+
+def linear_shapes(block: nn.Module) -> list[tuple[int, int]]:
+    """(d_in, d_out) of every layer that :func:`add_depth_lora` would wrap."""
+    return [
+        (module.weight.shape[1], module.weight.shape[0])
+        for module in block.modules()
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+    ]
+
+
+def set_depth(block: nn.Module, depth: int) -> None:
+    """Say which pass the block's low-rank differences are for."""
+    for module in block.modules():
+        if isinstance(module, DepthLoRA):
+            module.depth = depth
