@@ -22,6 +22,10 @@ def main() -> int:
     parser.add_argument("--data", help="a prepared directory; the run's own by default")
     parser.add_argument("--window", type=_positive, help="tokens seen at once (training length)")
     parser.add_argument("--stride", type=_positive, help="tokens the window moves on (half of it)")
+    parser.add_argument(
+        "--recurrences", type=_positive,
+        help="passes through the loop of a recursive model (the configured number)",
+    )  # fmt: skip
     parser.add_argument("--max-tokens", type=_positive, help="stop after so many (all)")
     arguments = parser.parse_args()
     for task in arguments.tasks.split(","):
@@ -31,7 +35,7 @@ def main() -> int:
     from evals.model_loading import load_model
     from pretrain.parallel.processes import stop_processes
 
-    loaded = load_model(arguments.checkpoint)
+    loaded = load_model(arguments.checkpoint, recurrences=arguments.recurrences)
     from evals.perplexity import evaluate_perplexity
 
     result = evaluate_perplexity(
@@ -41,6 +45,9 @@ def main() -> int:
     # Scores under other settings than the default ones get a file of their own.
     given = (arguments.data, arguments.window, arguments.stride, arguments.max_tokens)
     mark = "" if not any(given) else "-" + hashlib.sha256(repr(given).encode()).hexdigest()[:8]
+    if arguments.recurrences is not None:
+        mark = f"-recurrences-{arguments.recurrences}{mark}"
+        result["recurrences"] = arguments.recurrences
     path = loaded.evals_directory / f"perplexity-{loaded.checkpoint.name}{mark}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)

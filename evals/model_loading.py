@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from data_prep.config_files import load_config
+from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
 from pretrain.checkpoint import (
     CheckpointState,
@@ -37,8 +38,11 @@ class LoadedModel:
         return self.checkpoint.parent.parent / "evals"
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """A checkpoint, or the latest of a run directory. Raises UserError naming what is wrong."""
+def load_model(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, recurrences: int | None = None
+) -> LoadedModel:
+    """A checkpoint, or the latest of a run directory; ``recurrences``: passes through the loop of
+    a recursive model instead of the configured number. Raises UserError naming what is wrong."""
     checkpoint = find_checkpoint(Path(path)).resolve()
     check_files(checkpoint)
     state = read_state(checkpoint)
@@ -46,5 +50,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Loade
     tokenizer = Tokenizer.load(checkpoint)
     start_processes()
     model = build_model(state.model_config, state.vocab_size, seed=0, dtype=dtype)
+    if recurrences is not None:
+        if model.recursion is None:
+            raise UserError(f"--recurrences is given, but the model of {checkpoint} has no loop")
+        model.recursion.set_times(recurrences)
     load_weights(checkpoint, model)
     return LoadedModel(model.eval(), tokenizer, run, state, checkpoint)

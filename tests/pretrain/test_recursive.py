@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,11 @@ from tests.relative_error import relative_error
 
 pytestmark = pytest.mark.usefixtures("processes")
 VOCAB = 50
-RECURRENT_DEPTH = {
+RECURRENT_DEPTH: dict[str, Any] = {
     "prelude": 1, "coda": 1, "times": 3, "adapter": True, "state_init": "random",
     "normalize_state": True,
 }  # fmt: skip
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "looped": {"times": 3},
     "lora": {"prelude": 1, "coda": 1, "times": 3, "lora_rank": 2},
     "depth": RECURRENT_DEPTH,
@@ -169,7 +170,11 @@ def test_gradients_go_through_the_last_passes_alone():
 
     def recorded(x, run, *, whole):
         inputs.append(x)
-        return original(x, lambda state, i: kept.append(run(state, i)) or kept[-1], whole=whole)
+        def run_and_keep(state, i):
+            kept.append(run(state, i))
+            return kept[-1]
+
+        return original(x, run_and_keep, whole=whole)
 
     recursion.forward = recorded
     recursion.begin_step(0, 0, 0)
@@ -239,7 +244,7 @@ def test_halting_weighs_the_states_of_each_token():
         for b in range(2):
             total, mixed = 0.0, torch.zeros(24, dtype=torch.float64)
             for n in range(4):
-                p = float(probabilities[n][t, b])
+                p = probabilities[n][t, b].item()
                 if total + p > threshold or n == 3:
                     mixed += (1 - total) * states[n][t, b]
                     assert float(cost[t, b]) == pytest.approx(n + 1 + 1 - total)

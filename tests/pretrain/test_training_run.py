@@ -266,3 +266,35 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped(folder, corpus):
     status, output = run.finish(*huge, "train.nonfinite=skip", "sample.tokens=0")
     assert status == 0, output
     assert run.metrics[-2]["skipped"] > 1
+
+
+@pytest.mark.slow
+def test_a_recursive_model_from_a_trained_one(folder, corpus):
+    """Dense run, then a loop made from its blocks, scored with more passes than it was told."""
+    dense = Run(folder, corpus, "dense", steps=4)
+    assert dense.finish("model.pattern=gdn 4*attn gdn")[0] == 0
+    looped = Run(folder, corpus, "looped", steps=4)
+    settings = [
+        "model.pattern=gdn 2*attn gdn", "model.recursion.prelude=1", "model.recursion.coda=1",
+        "model.recursion.times=2", "initialize.method=average",
+        f"initialize.checkpoint={dense.directory}", "schedule.warmup_steps=4",
+    ]  # fmt: skip
+    status, output = looped.finish(*settings)
+    assert status == 0, output
+    fresh = Run(folder, corpus, "fresh", steps=4)
+    assert fresh.finish(*[s for s in settings if not s.startswith("initialize")])[0] == 0
+    first = {run.directory.name: run.metrics[0] for run in (looped, fresh)}
+    assert first["looped"]["recurrences"] == 2
+    assert first["looped"]["loss"] < first["fresh"]["loss"] - 0.3
+    for run, recurrences, expected in ((looped, 4, 0), (dense, 2, 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "evals", str(run.directory), "--recurrences", str(recurrences),
+             "--max-tokens", "64"],
+            cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode != 0) == expected, done.stderr
+        if expected:
+            assert "has no loop" in done.stderr
+        else:
+            (path,) = (run.directory / "evals").glob("*recurrences-4*.json")
+            assert json.loads(path.read_text())["recurrences"] == 4
