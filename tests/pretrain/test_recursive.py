@@ -170,6 +170,7 @@ def test_gradients_go_through_the_last_passes_alone():
 
     def recorded(x, run, *, whole):
         inputs.append(x)
+
         def run_and_keep(state, i):
             kept.append(run(state, i))
             return kept[-1]

@@ -83,9 +83,11 @@ class HGRN2(Mixer):
         x = column_input(x, self.parallel)
         q = F.silu(self.q_proj(x)[0])
         gate = self.f_proj(x)[0].to(self.lower_bound.dtype)
-        # 1 - f, from which the logarithm of f is exact also where f is near 1.
-        closing = torch.sigmoid(-self.lower_bound) * torch.sigmoid(-gate)
-        log_f = torch.log1p(-closing)
+        # f and 1 - f by forms that neither cancel nor reach log 0.
+        bound = self.lower_bound
+        closing = torch.sigmoid(-bound) * torch.sigmoid(-gate)  # 1 - f
+        opening = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(gate))
+        log_f = torch.where(closing < 0.5, torch.log1p(-closing.clamp_max(0.5)), opening)
         q, k, log_f = (heads(t, self.num_heads) for t in (q, closing, log_f))
         v = heads(self.i_proj(x)[0], self.num_heads)
         y, recurrent = linear_attention(
