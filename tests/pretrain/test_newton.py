@@ -92,7 +92,7 @@ def test_a_cell_of_ones_own_with_coupled_states():
         return 0.9 * torch.tanh(torch.stack([first + x[1], second]))
 
     x, parameters = random(1, 400, 2, 6, bound=0.5), random(1, 6)
-    options = {"num_states": 2, "iterations": 12}
+    options: dict[str, Any] = {"num_states": 2, "iterations": 12}
     compare(
         lambda b: newton_recurrence(rotor, x, parameters, backend=b, **options), [x, parameters]
     )

@@ -1,0 +1,209 @@
+"""Every op's fast form against its definition, forward and backward, on the CPU.
+
+    python benchmarks/ops_cpu.py [--threads 2] [--only NAME ...]
+
+Both forms are ours and are equal to 1e-10 in float64 (tests/pretrain). The definitions are plain
+loops over time whose backward pass is linear in T; those of matrix states are left out where
+autograd would keep more than about 8 GB of states. ``growth``: the exponent of T in the fast form's
+time between 2048 and 8192; 1 is linear. Times are medians. The last table is the memory of M2RNN's
+backward pass, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.ops import (
+    delta_rule,
+    linear_attention,
+    m2rnn,
+    para_gru,
+    para_lstm,
+    rat,
+    rnn,
+)
+from pretrain.ops.rnn import CELLS
+
+LENGTHS = (512, 2048, 8192)
+Call = Callable[[str], tuple[Any, ...]]  # backend to the op's result
+
+
+@dataclass
+class Case:
+    """shape: as printed; make: T to the tensors that gradients are wanted of, and the call."""
+
+    name: str
+    shape: str
+    definition: str
+    fast: str
+    make: Callable[[int], tuple[list[Tensor], Call]]
+    longest_definition: int = 2048
+
+
+def delta(substeps: int, per_channel: bool = False, values: int = 256) -> Callable[..., Any]:
+    def make(length: int) -> tuple[list[Tensor], Call]:
+        q = torch.randn(1, length, 4, 128)
+        k = F.normalize(torch.randn(1, substeps * length, 4, 128), dim=-1)
+        v = torch.randn(1, substeps * length, 4, values)
+        beta = torch.rand(1, substeps * length, 4)
+        decay = -torch.rand(q.shape if per_channel else q.shape[:3])
+        return [q, k, v, beta, decay], lambda backend: delta_rule(
+            q, k, v, beta, log_decay=decay, num_householder=substeps, backend=backend
+        )
+
+    return make
+
+
+def linear(kind: str) -> Callable[..., Any]:
+    def make(length: int) -> tuple[list[Tensor], Call]:
+        q, k = torch.randn(2, 1, length, 4, 128).unbind(0)
+        v = torch.randn(1, length, 4, 256)
+        decay = None if kind == "none" else -torch.rand(q.shape[: 3 if kind == "head" else 4])
+        wanted = [q, k, v] if decay is None else [q, k, v, decay]
+        return wanted, lambda backend: linear_attention(q, k, v, log_decay=decay, backend=backend)
+
+    return make
+
+
+def matrix_rnn(length: int, heads: int = 16) -> tuple[list[Tensor], Call]:
+    q, k = torch.randn(2, 1, length, 1, 64).unbind(0)
+    v, weight = torch.randn(1, length, heads, 16), torch.eye(16).repeat(heads, 1, 1)
+    forget = torch.rand(1, length, heads)
+    return [q, k, v, weight, forget], lambda backend: m2rnn(
+        q, k, v, weight, forget, backend=backend
+    )
+
+
+def classical(cell: str) -> Callable[..., Any]:
+    def make(length: int) -> tuple[list[Tensor], Call]:
+        kind = CELLS[cell]
+        x = torch.randn(4, length, kind.gates, 4, 64)
+        weight, bias = torch.randn(4, 64, kind.gates, 64) / 8, torch.zeros(kind.biases, 4, 64)
+        return [x, weight, bias], lambda backend: rnn(x, weight, bias, cell=cell, backend=backend)
+
+    return make
+
+
+def para(cell: str, batch_size: int, dim: int) -> Callable[..., Any]:
+    def make(length: int) -> tuple[list[Tensor], Call]:
+        u, a, c = torch.randn(batch_size, length, 3, dim), torch.randn(3, dim), torch.randn(2, dim)
+        a, c = (0.5 * torch.tanh(w) for w in (a, c))
+        if cell == "gru":
+            return [u, a], lambda backend: para_gru(u, a, backend=backend)
+        return [u, a, c], lambda backend: para_lstm(u, a, c, backend=backend)
+
+    return make
+
+
+def chunk_attention(length: int) -> tuple[list[Tensor], Call]:
+    q, k, v = torch.randn(3, 1, length, 4, 64).unbind(0)
+    gate = torch.rand(1, length, 4, 64)
+    return [q, k, v, gate], lambda backend: rat(q, k, v, gate, backend=backend)
+
+
+MATRIX, VECTOR = "B1 H4 K128 V256", "B4 H4 D64"
+CASES = [
+    Case("delta_rule, decay per head (gdn)", MATRIX, "recurrent", "chunked", delta(1)),
+    Case("delta_rule, n=2 (delta_product)", MATRIX, "recurrent", "chunked", delta(2)),
+    Case("delta_rule, decay per channel (kda)", "B1 H4 K128 V128", "recurrent", "chunked",
+         delta(1, per_channel=True, values=128)),
+    Case("linear_attention", MATRIX, "recurrent", "chunked", linear("none")),
+    Case("linear_attention, per head (mamba2)", MATRIX, "recurrent", "chunked", linear("head")),
+    Case("linear_attention, per channel (gla)", MATRIX, "recurrent", "chunked",
+         linear("channel")),
+    Case("m2rnn", "B1 H16 K64 V16", "recurrent", "checkpointed", matrix_rnn, 8192),
+    *(Case(f"rnn, {cell}", VECTOR, "recurrent", "checkpointed", classical(cell), 512)
+      for cell in CELLS),
+    *(Case(f"para_{cell}", f"B{b} D{d}", "sequential", "newton", para(cell, b, d), 8192)
+      for cell in ("gru", "lstm") for b, d in ((1, 64), (1, 256), (4, 256))),
+    Case("rat", "B1 H4 D64 L16", "recurrent", "chunked", chunk_attention, 512),
+]  # fmt: skip
+
+
+def seconds(case: Case, length: int, backend: str, repeats: int) -> float:
+    """Median time of a forward and a backward pass, after one to warm up."""
+    wanted, call = case.make(length)
+    for tensor in wanted:
+        tensor.requires_grad_()
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        output = call(backend)[0]
+        torch.autograd.grad(output.sum(), wanted)
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]
+
+
+def _peak(backend: str, length: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    for warm_up in (True, False):
+        wanted, call = matrix_rnn(64 if warm_up else length)
+        for tensor in wanted:
+            tensor.requires_grad_()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        torch.autograd.grad(call(backend)[0].sum(), wanted)
+    results.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def memory() -> None:
+    """Growth of a fresh process's peak memory over one forward and backward pass of M2RNN."""
+    context = multiprocessing.get_context("spawn")
+    every_state = 4 * 16 * 64 * 16
+    print(f"\n{'m2rnn memory':<16} {'T':>6} {'every state MB':>15} {'peak MB':>9} {'share':>7}")
+    for backend, length in (("recurrent", 2048), ("checkpointed", 2048), ("checkpointed", 8192)):
+        results = context.SimpleQueue()
+        process = context.Process(target=_peak, args=(backend, length, results))
+        process.start()
+        process.join()
+        peak, states = results.get(), every_state * length
+        print(f"{backend:<16} {length:>6} {states / 1e6:>15.0f} {peak / 1e6:>9.0f} "
+              f"{peak / states:>7.3f}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="cases whose name contains one of these")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    print(f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'op':<36} {'shape':<16} {'T':>5} {'definition s':>13} {'fast s':>8} {'tokens/s':>9} "
+          f"{'ratio':>7} {'growth':>7}")  # fmt: skip
+    found: dict[tuple[str, str, int], float] = {}
+    for case in CASES:
+        if arguments.only and not any(part in case.name for part in arguments.only):
+            continue
+        for length in LENGTHS:
+            fast = seconds(case, length, case.fast, 7 if length <= 2048 else 3)
+            found[case.name, case.shape, length] = fast
+            slow, ratio, growth = "-", "-", ""
+            if length <= case.longest_definition:
+                definition = seconds(case, length, case.definition, 3)
+                slow, ratio = f"{definition:.3f}", f"{definition / fast:.1f}x"
+            if length == LENGTHS[-1]:
+                before = found[case.name, case.shape, LENGTHS[-2]]
+                growth = f"{math.log(fast / before) / math.log(LENGTHS[-1] / LENGTHS[-2]):.2f}"
+            batch = int(case.shape[1 : case.shape.index(" ")])
+            print(f"{case.name:<36} {case.shape:<16} {length:>5} {slow:>13} {fast:>8.4f} "
+                  f"{batch * length / fast:>9,.0f} {ratio:>7} {growth:>7}", flush=True)  # fmt: skip
+    gdn, product = ([found.get((c.name, c.shape, n)) for n in LENGTHS] for c in CASES[:2])
+    pairs = [f"{n}: {g / p:.2f}" for n, g, p in zip(LENGTHS, gdn, product, strict=True) if g and p]
+    if pairs:
+        print("\nspeed of delta_product n=2 as a share of gdn's at T =", ", ".join(pairs))
+    memory()
+
+
+if __name__ == "__main__":
+    main()
