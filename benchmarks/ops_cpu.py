@@ -160,15 +160,21 @@ def memory() -> None:
     """Growth of a fresh process's peak memory over one forward and backward pass of M2RNN."""
     context = multiprocessing.get_context("spawn")
     every_state = 4 * 16 * 64 * 16
-    print(f"\n{'m2rnn memory':<16} {'T':>6} {'every state MB':>15} {'peak MB':>9} {'share':>7}")
+    wanted, _ = matrix_rnn(1)
+    # Inputs' gradients, the output and its gradient: what any form must hold, inputs themselves
+    # aside.
+    unavoidable = 4 * (sum(t.numel() for t in wanted) + 2 * 16 * 16)
+    print(f"\n{'m2rnn memory':<14} {'T':>5} {'every state':>12} {'peak growth':>12} {'share':>6} "
+          f"{'without gradients and output':>29} {'share':>6}")  # fmt: skip
     for backend, length in (("recurrent", 2048), ("checkpointed", 2048), ("checkpointed", 8192)):
         results = context.SimpleQueue()
         process = context.Process(target=_peak, args=(backend, length, results))
         process.start()
         process.join()
         peak, states = results.get(), every_state * length
-        print(f"{backend:<16} {length:>6} {states / 1e6:>15.0f} {peak / 1e6:>9.0f} "
-              f"{peak / states:>7.3f}")  # fmt: skip
+        net = peak - unavoidable * length
+        print(f"{backend:<14} {length:>5} {states / 1e6:>9.0f} MB {peak / 1e6:>9.0f} MB "
+              f"{peak / states:>6.3f} {net / 1e6:>26.0f} MB {net / states:>6.3f}")  # fmt: skip
 
 
 def main() -> None:

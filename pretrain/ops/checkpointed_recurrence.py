@@ -51,16 +51,20 @@ def checkpointed_recurrence(
     checkpoint_every: int | None,
 ) -> tuple[Tensor, States]:
     """Run ``recurrence`` over packed tokens: rows ``[T, ...]`` in their own order, states
-    ``[N, ...]``. ``checkpoint_every``: time steps per block, by default about sqrt(T / 6), which
-    keeps fewest states at once (a block needs about 6 a step).
+    ``[N, ...]``. ``checkpoint_every``: time steps per block, by default about sqrt(T / 4), which
+    keeps fewest states at once (a block needs about 4 a step).
     """
     layout = chunk_layout(cu_seqlens, 1)
     order, index = layout.order, layout.token_index[:, 0]
-    block = checkpoint_every or max(8, math.isqrt(len(layout.steps) // 6))
+    block = checkpoint_every or max(8, math.isqrt(len(layout.steps) // 4))
+    alone = len(order) == 1  # a single sequence is in order as it is
     output, *final = _CheckpointedRecurrence.apply(
         recurrence, layout.steps, block, len(rows), len(parameters),
-        *(x[index] for x in rows), *parameters, *(s[order] for s in states),
+        *(rows if alone else (x[index] for x in rows)), *parameters,
+        *(states if alone else (s[order] for s in states)),
     )  # fmt: skip
+    if alone:
+        return output, tuple(final)
     back = torch.argsort(order)
     return output[layout.token_slot], tuple(s[back] for s in final)
 
@@ -92,22 +96,23 @@ class _CheckpointedRecurrence(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         rows, parameters = tensors[:num_rows], tensors[num_rows : num_rows + num_parameters]
         states = tuple(s.clone() for s in tensors[num_rows + num_parameters :])
-        blocks, kept, outputs = _blocks(steps, block), [], []
+        blocks, kept, output = _blocks(steps, block), [], None
         for part, inner in blocks:
             count = inner[0][1]
             start = tuple(s[:count].clone() for s in states)
             kept.append(start)
-            output, final = recurrence.forward([x[part] for x in rows], parameters, start, inner)
-            outputs.append(output)
+            piece, final = recurrence.forward([x[part] for x in rows], parameters, start, inner)
+            if output is None:
+                output = piece.new_empty(rows[0].shape[0], *piece.shape[1:])
+            output[part] = piece
             for state, new in zip(states, final, strict=True):
                 state[:count] = new
-        if not outputs:
+        if output is None:
             output, _ = recurrence.forward(rows, parameters, tuple(s[:0] for s in states), [])
-            outputs.append(output)
         ctx.recurrence, ctx.blocks, ctx.counts = recurrence, blocks, (num_rows, num_parameters)
         ctx.num_states = len(states)
         ctx.save_for_backward(*rows, *parameters, *(s for start in kept for s in start))
-        return torch.cat(outputs), *states
+        return output, *states
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -206,22 +206,23 @@ class _M2RNN:
         dq = (history[num_states:] @ d_output[..., None])[..., 0]
         previous = previous_rows(history, num_states, steps)
 
+        # Three buffers as large as the block's states: the history; previous - Z, which becomes
+        # what the forget gate's gradient sums; tanh's slope, which becomes the gradient before it.
         decay = f[..., None, None]
-        slope = torch.addcmul(torch.ones_like(z), z, z, value=-1).mul_(1 - decay)
-        d_after, d_inner = torch.empty_like(z), torch.empty_like(z)
+        difference = previous - z
+        d_inner = z.square_().neg_().add_(1).mul_(1 - decay)
         q_column, d_row, back = q[..., None], d_output[:, :, None, :], weight.mT
         for first, count in reversed(steps):
             part = slice(first, first + count)
             carried = d_state[:count]
             if self._clip is not None:
                 carried.clamp_(-self._clip, self._clip)
-            d = torch.addcmul(carried, q_column[part], d_row[part], out=d_after[part])
-            inner = torch.mul(d, slope[part], out=d_inner[part])
-            torch.matmul(inner, back, out=carried)
+            d = torch.addcmul(carried, q_column[part], d_row[part])
+            difference[part].mul_(d)
+            torch.matmul(d_inner[part].mul_(d), back, out=carried)
             carried.addcmul_(d, decay[part])
-        del slope
-        df = (previous - z).mul_(d_after).sum((-1, -2))
-        del z, d_after
+        df = difference.sum((-1, -2))
+        del z, difference
         dk = (d_inner @ v[..., None])[..., 0]
         dv = (k[:, :, None] @ d_inner)[:, :, 0]
         d_weight = previous.transpose(0, 1).flatten(1, 2).mT @ d_inner.transpose(0, 1).flatten(1, 2)

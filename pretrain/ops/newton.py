@@ -29,6 +29,7 @@ from pretrain.ops.block_scan import solve_backward, solve_forward
 from pretrain.ops.packing import chunk_layout, max_length, remember, sequence_ids
 
 BACKENDS = ("auto", "sequential", "newton")
+_USUAL_STEPS = 3  # Newton steps that bounded recurrent weights take in float32
 Linear = tuple[Tensor, Tensor, Any]
 
 
@@ -38,7 +39,7 @@ class NewtonReport:
 
     residual: largest |f(h_{l-1}, x_l) - h_l| after the last Newton step, before any fallback;
     fallbacks: sequences that had not converged and were computed step by step; sequences: of how
-    many; iterations: Newton steps per call.
+    many; iterations: the most Newton steps that any stretch of time took.
     """
 
     residual: float = 0.0
@@ -51,7 +52,7 @@ class NewtonReport:
         self.residual = residual if math.isnan(residual) else max(self.residual, residual)
         self.fallbacks += fallbacks
         self.sequences += sequences
-        self.iterations = iterations
+        self.iterations = max(self.iterations, iterations)
 
 
 class ElementwiseCell:
@@ -90,7 +91,7 @@ def newton_recurrence(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
-    iterations: int | None = None,
+    iterations: int = 10,
     tolerance: float | None = None,
     report: NewtonReport | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ def elementwise_recurrence(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     backend: str,
-    iterations: int | None,
+    iterations: int,
     tolerance: float | None,
     report: NewtonReport | None,
 ) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,7 @@ def elementwise_recurrence(
         raise ValueError(f"{op}: the input is {tuple(x.shape)}, expected [B, T, gates, D]")
     batch_size, length, _, dim = x.shape
     check_shapes(op, {"parameters": (parameters, (parameters.shape[0], dim))})
-    if iterations is not None and iterations < 1:
+    if iterations < 1:
         raise ValueError(f"{op}: iterations is {iterations}, expected at least 1")
     cu_seqlens, lengths = resolve_sequences(op, batch_size, length, cu_seqlens, x.device)
     state = resolve_state(
@@ -143,9 +144,7 @@ def elementwise_recurrence(
         double = dtype == torch.float64
         states, state = _Newton.apply(
             rows, parameters, state, cell, cu_seqlens,
-            iterations or (5 if double else 3),
-            (1e-11 if double else 1e-4) if tolerance is None else tolerance,
-            report,
+            iterations, (1e-11 if double else 1e-5) if tolerance is None else tolerance, report,
         )  # fmt: skip
     return states.to(x.dtype).view(batch_size, length, cell.num_states, dim), state
 
@@ -264,32 +263,22 @@ class _Newton(torch.autograd.Function):
         size, dim = cell.num_states, x.shape[-1]
         states = x.new_empty(size, tiles.positions, tiles.chunks, dim)
         start = initial_state[tiles.order].transpose(0, 1).contiguous()
-        residuals = []
+        worst, used = x.new_zeros(len(cu_seqlens) - 1), 0
         for (first, counts), before in zip(tiles.tiles, tiles.before, strict=True):
             part = slice(first, first + sum(counts))
             xs = inner[:, :, part]
             h = cell.step(x.new_zeros(size, *xs.shape[1:]), xs, parameters)
-            for _ in range(iterations):
-                value, jacobian, _ = cell.linearize(
-                    _previous(h, start, counts, before), xs, parameters
-                )
-                value -= h
-                solve_forward(jacobian, value, counts)
-                h += value
-            check = cell.step(_previous(h, start, counts, before), xs, parameters)
-            residuals.append(check.sub_(h).abs_().amax((0, 1, 3)))
+            h, residual, steps = _solve_tile(
+                cell, h, xs, parameters, start, counts, before, tiles.sequence[part],
+                len(worst), iterations, tolerance,
+            )  # fmt: skip
+            worst, used = torch.maximum(worst, residual), max(used, steps)
             states[:, :, part] = h
             start = h[:, -1, -counts[-1] :]
-        residual = torch.cat(residuals) if residuals else x.new_zeros(0)
-        worst = residual.new_zeros(len(cu_seqlens) - 1)
-        # amax keeps NaN, so a sequence that blew up is not taken for a converged one.
-        worst = worst.scatter_reduce(0, tiles.sequence, residual, "amax")
         failed = ~(worst <= tolerance)
         num_failed = int(failed.sum())
         if report is not None:
-            report.add(
-                float(worst.max()) if len(worst) else 0.0, num_failed, len(worst), iterations
-            )
+            report.add(float(worst.max()) if len(worst) else 0.0, num_failed, len(worst), used)
         if num_failed:
             _solve_again(cell, x, parameters, initial_state, cu_seqlens, failed, states, tiles)
         flat = states.flatten(1, 2)
@@ -335,6 +324,47 @@ class _Newton(torch.autograd.Function):
         d_initial[tiles.order[:started]] += incoming[:, :started].transpose(0, 1)
         d_x = d_inner.flatten(1, 2)[:, tiles.slot].transpose(0, 1)
         return d_x, d_parameters, d_initial, None, None, None, None, None
+
+
+def _solve_tile(
+    cell: ElementwiseCell,
+    h: Tensor,
+    xs: Tensor,
+    parameters: Tensor,
+    start: Tensor,
+    counts: list[int],
+    before: Tensor | None,
+    sequence: Tensor,
+    num_sequences: int,
+    iterations: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor, int]:
+    """Newton steps from the guess ``h`` until every sequence's residual is at most ``tolerance``, or
+    ``iterations`` of them. Returns the states, the residuals ``[N]`` and the number of steps."""
+    for step in range(iterations + 1):
+        previous = _previous(h, start, counts, before)
+        jacobian = None
+        if step < _USUAL_STEPS:
+            value, jacobian, _ = cell.linearize(previous, xs, parameters)
+        else:  # most likely there is nothing left to solve
+            value = cell.step(previous, xs, parameters)
+        value = value - h
+        # amax keeps NaN, so a sequence that blew up is not taken for a converged one.
+        residual = h.new_zeros(num_sequences).scatter_reduce_(
+            0, sequence, value.abs().amax((0, 1, 3)), "amax"
+        )
+        unsolved = ~(residual <= tolerance)
+        count = int(unsolved.sum())
+        if not count or step == iterations:
+            break
+        if jacobian is None:
+            jacobian = cell.linearize(previous, xs, parameters)[1]
+        solve_forward(jacobian, value, counts)
+        # A sequence that has converged stays as it is, whatever its neighbours need.
+        if count < num_sequences:
+            value = torch.where(unsolved[sequence][:, None], value, 0)
+        h += value
+    return h, residual, step
 
 
 def _arrange(x: Tensor, tiles: _Tiles) -> Tensor:

@@ -24,7 +24,7 @@ def para_gru(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
-    iterations: int | None = None,
+    iterations: int = 10,
     tolerance: float | None = None,
     report: NewtonReport | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -34,9 +34,10 @@ def para_gru(
     ``[N, D]``.
 
     backend: ``sequential`` is the definition, a plain loop; ``newton`` solves for all steps at
-    once; ``auto`` takes ``newton`` unless every sequence is a single token. ``iterations`` Newton
-    steps are made (default 3, in float64 5). A sequence whose residual then exceeds ``tolerance``
-    (default 1e-4, in float64 1e-11) is computed step by step instead; ``report`` counts those.
+    once; ``auto`` takes ``newton`` unless every sequence is a single token. Newton steps are made
+    until a sequence's residual is at most ``tolerance`` (default 1e-5, in float64 1e-11), usually 3
+    (in float64 4). One that is not there after ``iterations`` is computed step by step instead, and
+    ``report`` counts it.
 
     Returns h of all steps ``[B, T, D]`` in u's dtype and the last, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
@@ -59,7 +60,7 @@ def para_lstm(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
-    iterations: int | None = None,
+    iterations: int = 10,
     tolerance: float | None = None,
     report: NewtonReport | None = None,
 ) -> tuple[Tensor, Tensor]:

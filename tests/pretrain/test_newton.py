@@ -92,7 +92,7 @@ def test_a_cell_of_ones_own_with_coupled_states():
         return 0.9 * torch.tanh(torch.stack([first + x[1], second]))
 
     x, parameters = random(1, 400, 2, 6, bound=0.5), random(1, 6)
-    options: dict[str, Any] = {"num_states": 2, "iterations": 12}
+    options: dict[str, Any] = {"num_states": 2, "iterations": 20}
     compare(
         lambda b: newton_recurrence(rotor, x, parameters, backend=b, **options), [x, parameters]
     )
@@ -119,12 +119,22 @@ def test_fewer_iterations_leave_a_residual_that_is_reported():
     residuals = []
     for iterations in (1, 2, 3, 4):
         report = NewtonReport()
-        para_gru(u, a, iterations=iterations, tolerance=1e9, report=report)
-        assert report.fallbacks == 0
+        para_gru(u, a, iterations=iterations, tolerance=1e-30, report=report)
+        assert (report.fallbacks, report.iterations) == (1, iterations)
         residuals.append(report.residual)
     # Quadratic: each residual is about the square of the one before.
     assert residuals[0] > residuals[1] > residuals[2] > residuals[3]
     assert residuals[3] < 1e-11
+
+
+def test_steps_end_where_the_residual_is_small():
+    u, a = random(2, 200, 3, 4), random(3, 4, bound=0.5)
+    for tolerance, most in ((10.0, 0), (1e-2, 2), (1e-11, 5)):
+        report = NewtonReport()
+        para_gru(u, a, tolerance=tolerance, report=report)
+        assert report.residual <= tolerance
+        assert report.iterations <= most
+        assert report.fallbacks == 0
 
 
 def test_a_sequence_never_feels_its_neighbour():

@@ -34,13 +34,15 @@ class LayerContext:
 @dataclass(frozen=True)
 class Facts:
     """A mixer in a line of docs/layers.md. equation: one head's recurrence; state: what it carries
-    from token to token; parallel: how it is computed over time; source: paper."""
+    from token to token; over_time: how it is computed over time; divided: what tensor parallelism
+    divides; source: paper."""
 
     name: str
     equation: str
     state: str
-    parallel: str
+    over_time: str
     source: str
+    divided: str = "H"
 
 
 class Mixer(nn.Module, ABC):

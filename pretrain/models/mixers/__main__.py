@@ -1,0 +1,111 @@
+"""``python -m pretrain.models.mixers > docs/layers.md``: the page on layers, from the registry."""
+
+from __future__ import annotations
+
+from pretrain.models.mixers import registry
+
+HIDDEN, SEQ_LEN = 2048, 4096
+
+HEAD = """# Layers
+
+Every sequence mixer is one file in `pretrain/models/mixers/`, named in a model's pattern
+(`6*(3*gdn attn)`); a variant with settings of its own gets a name through
+`mixers: {mine: {kind: gdn, num_heads: 4}}`. Settings are the fields of the mixer's config class.
+
+The table is made from the registry by `python -m pretrain.models.mixers > docs/layers.md`. Numbers
+are for each mixer's default settings at hidden size %(hidden)d and %(seq)d tokens: parameters in
+units of hidden size squared, forward MFLOP per token (matrix products; backward is twice that),
+state in KiB at the sequence's end, activations in bfloat16 and recurrent states in float32. H
+heads, K key and V value channels of a head, D channels of a head, T tokens.
+
+| name | layer | equation | state | KiB | params / d² | MFLOP | over time | parallel | source |
+|---|---|---|---|---:|---:|---:|---|---|---|
+"""
+
+FOOT = """
+Behind all of them stand the plain functions of `pretrain.ops`. Each has a definition (a loop over
+time, `backend="recurrent"` or `"sequential"`) and a faster form, equal to 1e-10 in float64 with all
+gradients; `with pretrain.ops.definitions():` makes a whole model run by the definitions, to tell
+whether a fast form is to blame for something.
+
+**Parallelism.** All run under data parallel with a sharded optimizer (ZeRO-1). All divide their
+heads over tensor-parallel processes by construction (projections by column, output by row, shared
+query and key heads whole on each); that part is not yet tested on several processes.
+
+**Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. Their backward
+pass is linear in T and keeps every c-th state, c about sqrt(T / 4), recomputing the rest.
+`state_grad_clip` bounds the gradient that is carried from step to step.
+
+**Newton layers.** `para_gru` and `para_lstm` solve for all steps at once, by Newton steps (usually
+3), each a blocked scan, until the residual is at most `tolerance`. A sequence that is not there
+after `iterations` of them is computed step by step instead; `newton_residual_max`,
+`newton_iterations_max` and `newton_fallbacks` in the metrics tell. Recurrent weights stay within
+`max_recurrent` (0.5), which keeps that rare.
+
+## A cell of one's own
+
+Any elementwise cell, parallel over time, its Jacobian by `torch.func`:
+
+```python
+import torch
+from pretrain.ops import NewtonReport, newton_recurrence
+
+
+def cell(h, x, parameters):
+    \"\"\"h [1, ..., D], x [2, ..., D], parameters [2, D]: a leaky tanh unit with a gate.\"\"\"
+    weight, bias = parameters
+    gate = torch.sigmoid(bias + x[0])
+    return gate * h + (1 - gate) * torch.tanh(weight * h + x[1])
+
+
+x = torch.randn(4, 1000, 2, 64, requires_grad=True)  # [B, T, inputs, D]
+parameters = (0.5 * torch.randn(2, 64)).requires_grad_()
+report = NewtonReport()
+states, last = newton_recurrence(cell, x, parameters, report=report)  # [B, T, 1, D], [B, 1, D]
+states.square().sum().backward()
+print(report)  # residual, fallbacks
+```
+
+With `num_states=2` the cell sees and returns `[2, ..., D]`, and its 2 x 2 Jacobians are used.
+
+## Recursion over depth
+
+`model.recursion` makes a loop of the pattern's blocks between `prelude` and `coda`, over any
+mixers:
+
+```yaml
+model:
+  pattern: "2*attn 4*gdn 2*attn"
+  recursion: {prelude: 2, coda: 2, times: 8}                     # tied weights
+  # recursion: {prelude: 2, coda: 2, times: 3, lora_rank: 64}    # with low-rank differences
+  # recursion: {prelude: 2, coda: 2, times: 32, sampling: poisson, backprop_last: 8, adapter: true,
+  #             state_init: random, normalize_state: true}       # recurrent depth
+  # recursion: {times: 6, step_signal: sinusoidal, halting: true}  # Universal Transformer
+```
+
+`block_norm: sandwich` and `scale_embeddings: true` complete the recurrent-depth recipe.
+`initialize: {checkpoint: runs/dense, method: stepwise, lora: svd}` starts from a trained model.
+`python -m evals runs/NAME --recurrences 64` scores with another number of passes.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    rows = []
+    for name, mixer in sorted(registry().items()):
+        config, facts = mixer.config_class(), mixer.facts
+        mixer.check(config, HIDDEN)
+        flops = mixer.flops_per_token(config, HIDDEN, SEQ_LEN)
+        parameters = mixer.num_parameters(config, HIDDEN)
+        state = mixer.state_bytes(config, HIDDEN, SEQ_LEN) / 1024
+        cells = (
+            f"`{name}`", facts.name, f"`{facts.equation}`", facts.state, f"{state:,.0f}",
+            f"{parameters / HIDDEN**2:.2f}", f"{flops / 1e6:.1f}",
+            facts.over_time, f"data, tensor by {facts.divided}", facts.source,
+        )  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |\n")
+    return HEAD % {"hidden": HIDDEN, "seq": SEQ_LEN} + "".join(rows) + FOOT
+
+
+if __name__ == "__main__":
+    print(page(), end="")
