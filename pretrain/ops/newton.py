@@ -339,8 +339,10 @@ def _solve_tile(
     iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, int]:
-    """Newton steps from the guess ``h`` until every sequence's residual is at most ``tolerance``, or
-    ``iterations`` of them. Returns the states, the residuals ``[N]`` and the number of steps."""
+    """Newton steps from the guess ``h`` until every sequence's residual is at most ``tolerance``,
+    or ``iterations`` of them. Returns the states, the residuals ``[N]`` and the number of steps."""
+    residual = h.new_zeros(num_sequences)
+    unsolved = torch.ones_like(residual, dtype=torch.bool)
     for step in range(iterations + 1):
         previous = _previous(h, start, counts, before)
         jacobian = None
@@ -350,10 +352,11 @@ def _solve_tile(
             value = cell.step(previous, xs, parameters)
         value = value - h
         # amax keeps NaN, so a sequence that blew up is not taken for a converged one.
-        residual = h.new_zeros(num_sequences).scatter_reduce_(
+        found = torch.zeros_like(residual).scatter_reduce_(
             0, sequence, value.abs().amax((0, 1, 3)), "amax"
         )
-        unsolved = ~(residual <= tolerance)
+        residual = torch.where(unsolved, found, residual)
+        unsolved = unsolved & ~(residual <= tolerance)
         count = int(unsolved.sum())
         if not count or step == iterations:
             break
