@@ -179,7 +179,8 @@ def test_the_future_is_not_seen(name, settings):
     x = torch.randn(20, 2, HIDDEN, dtype=torch.float64)
     changed = x.clone()
     changed[13:] += 1
-    assert relative_error(layer(changed)[0][:13], layer(x)[0][:13]) < 1e-12
+    # Newton's method makes as many steps as the whole row needs: equal up to its tolerance.
+    assert relative_error(layer(changed)[0][:13], layer(x)[0][:13]) < 1e-10
     assert relative_error(layer(changed)[0][13:], layer(x)[0][13:]) > 1e-3
 
 

@@ -248,7 +248,7 @@ def test_halting_weighs_the_states_of_each_token():
                 p = probabilities[n][t, b].item()
                 if total + p > threshold or n == 3:
                     mixed += (1 - total) * states[n][t, b]
-                    assert float(cost[t, b]) == pytest.approx(n + 1 + 1 - total)
+                    assert cost[t, b].item() == pytest.approx(n + 1 + 1 - total)
                     used.add(n)
                     break
                 total += p
