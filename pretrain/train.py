@@ -186,6 +186,12 @@ def _loop(
             recursion = engine.model.recursion
             times = None if recursion is None else recursion.mean_passes()
             flops = counts.training_flops(times)
+            layers = over_processes(engine.model.metrics())
+            if layers.get("newton_fallbacks"):
+                log.say(
+                    f"step {state.step}: Newton's method did not converge on "
+                    f"{layers['newton_fallbacks']:g} sequences, which were computed step by step"
+                )
             log.step(
                 {
                     "step": state.step, "tokens": state.tokens, "loss": result.loss, "lr": lr,
@@ -194,7 +200,7 @@ def _loop(
                     "memory": peak_memory_bytes(), "skipped": state.skipped,
                     "epochs": max(batches.epochs(state.step)), "seconds": log_seconds(),
                     **({} if times is None else {"recurrences": times}),
-                    **over_processes(engine.model.metrics()),
+                    **layers,
                 },
                 seconds_left=(num_steps - state.step) * settings.global_batch_tokens / speed,
             )  # fmt: skip

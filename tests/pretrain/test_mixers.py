@@ -235,10 +235,16 @@ def test_bf16_is_close_to_float32(name, settings):
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_no_tokens(name, settings):
+@pytest.mark.parametrize("shape", [(0, 2), (5, 0), (0, 0)])
+def test_no_tokens_and_no_rows(name, settings, shape):
     layer = build(name, settings)
-    y, _ = layer(torch.zeros(0, 2, HIDDEN, dtype=torch.float64))
-    assert y.shape == (0, 2, HIDDEN)
+    x = torch.zeros(*shape, HIDDEN, dtype=torch.float64, requires_grad=True)
+    y, state = layer(x)
+    assert y.shape == (*shape, HIDDEN)
+    y.sum().backward()
+    if shape == (0, 2):  # the state is the one before any token
+        expected = layer.init_state(2)
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
 GATES = ("A_log", "dt_bias", "a_bias", "bias", "lower_bound", "g_bias", "b_proj.weight")
