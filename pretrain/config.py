@@ -176,6 +176,15 @@ class TrainConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """tensor: processes that share every layer by its heads and channels; sequence: they also share
+    the tokens outside the layers. What remains of the processes trains data-parallel."""
+
+    tensor: int = setting(1, minimum=1)
+    sequence: bool = False
+
+
+@dataclass
 class ValidationConfig:
     """every: steps between validations, 0 = only at the end; tokens: how many, spread evenly
     over the validation shards, always the same ones."""
@@ -226,6 +235,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -260,6 +270,13 @@ def check_run_config(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: train.global_batch_tokens is {train.global_batch_tokens}, expected a "
             f"multiple of seq_len x micro_batch_size = {train.seq_len * train.micro_batch_size}"
+        )
+    parallel, row = config.parallel, train.seq_len * train.micro_batch_size
+    if parallel.sequence and (parallel.tensor == 1 or row % parallel.tensor):
+        raise ConfigError(
+            f"{where}: parallel.sequence divides the seq_len x micro_batch_size = {row} tokens of "
+            f"a micro-batch over parallel.tensor processes, found {parallel.tensor}; expected a "
+            "divisor above 1"
         )
     if (config.data.path is None) == (not config.data.blend):
         raise ConfigError(f"{where}: expected either data.path or data.blend to be set")

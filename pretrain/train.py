@@ -37,7 +37,7 @@ from pretrain.data import Batch, PreparedData, TrainingBatches, open_data, valid
 from pretrain.environment import describe_environment
 from pretrain.generation import generate
 from pretrain.metrics import RunLog, peak_flops, peak_memory_bytes, plot_loss_curve
-from pretrain.models.blocks import ModelCounts, count_model
+from pretrain.models.blocks import ModelCounts, check_tensor_parallel, count_model
 from pretrain.models.initialization import initialize_from
 from pretrain.models.language_model import build_model, padded_vocab_size
 from pretrain.parallel.engine import Engine
@@ -62,7 +62,8 @@ def train(config: RunConfig, config_path: str) -> int:
     0: the budget is done; 75: a signal stopped it, saved, start again to go on; 3: a loss or
     gradient was not finite and ``train.nonfinite`` is ``stop``.
     """
-    start_processes()
+    check_tensor_parallel(config.model, config.parallel.tensor, config_path)
+    start_processes(tensor=config.parallel.tensor)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     directory, settings = config.run_directory, config.train
@@ -74,6 +75,11 @@ def train(config: RunConfig, config_path: str) -> int:
         raise UserError(
             f"{config_path}: model.vocab_size is {vocab_size}, fewer than the "
             f"{data.tokenizer.vocab_size} ids of the tokenizer; leave it out to fit"
+        )
+    if vocab_size % config.parallel.tensor:
+        raise UserError(
+            f"{config_path}: the vocabulary's {vocab_size} rows do not divide over parallel.tensor "
+            f"{config.parallel.tensor}; set model.vocab_size to a multiple of it"
         )
     counts = count_model(config.model, vocab_size, settings.seq_len)
 
@@ -90,6 +96,7 @@ def train(config: RunConfig, config_path: str) -> int:
     model = build_model(
         config.model, vocab_size, seed=config.seed, dtype=DTYPES[settings.precision],
         activation_checkpointing=settings.activation_checkpointing,
+        sequence_parallel=config.parallel.sequence,
     )  # fmt: skip
     if config.initialize is not None and found is None:
         initialize_from(model, config.initialize)
@@ -117,7 +124,7 @@ def train(config: RunConfig, config_path: str) -> int:
             f"({counts.embedding_parameters:,} in embeddings), "
             f"{counts.training_flops() / 1e6:,.1f} MFLOP per token, "
             f"{settings.num_steps:,} steps of {settings.global_batch_tokens:,} tokens, "
-            f"{settings.precision}, {size} process{'es' * (size > 1)} on "
+            f"{settings.precision}, {_layout(size, config.parallel.tensor)} on "
             f"{'GPU' if torch.cuda.is_available() else 'CPU'}"
         )
         if found is not None:
@@ -196,7 +203,7 @@ def _loop(
                 {
                     "step": state.step, "tokens": state.tokens, "loss": result.loss, "lr": lr,
                     "grad_norm": result.grad_norm, "tokens_per_second": speed,
-                    "mfu": peak and flops * speed / (peak * size),
+                    "mfu": peak and flops * speed / (peak * size * config.parallel.tensor),
                     "memory": peak_memory_bytes(), "skipped": state.skipped,
                     "epochs": max(batches.epochs(state.step)), "seconds": log_seconds(),
                     **({} if times is None else {"recurrences": times}),
@@ -224,6 +231,14 @@ def _loop(
     return EXIT_DONE
 
 
+def _layout(data: int, tensor: int) -> str:
+    """How the processes work together, in words."""
+    count = data * tensor
+    if tensor == 1:
+        return f"{count} process{'es' * (count > 1)}"
+    return f"{count} processes ({tensor} tensor-parallel x {data} data-parallel)"
+
+
 def _finish(
     config: RunConfig, engine: Engine, data: PreparedData, log: RunLog, stop: StopSignals
 ) -> None:
@@ -232,7 +247,7 @@ def _finish(
     if not is_main_process():
         return
     curve = plot_loss_curve(directory, config.name, data.bigram_entropy)
-    if config.sample.tokens:
+    if config.sample.tokens and config.parallel.tensor == 1:  # a sample needs the whole model
         prompt = [data.tokenizer.eod_id, *data.tokenizer.encode(config.sample.prompt)]
         ids = generate(
             engine.model, prompt, max_tokens=config.sample.tokens,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from data_prep.config_files import ConfigError, build_config, nearest
 from pretrain.config import ModelConfig, RecursionConfig
 from pretrain.models.mixers import LayerContext, Mixer, registry
+from pretrain.models.mixers.base import SHAREABLE
 from pretrain.models.mlp import mlp_parameters
 from pretrain.models.pattern import parse_pattern
 
@@ -83,6 +85,27 @@ def _check_recursion(recursion: RecursionConfig, num_blocks: int, where: str) ->
             f"{where}.backprop_last is {recursion.backprop_last}; with halting every pass is part "
             "of the output, expected null"
         )
+
+
+def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:
+    """Raise ConfigError unless ``size`` tensor-parallel processes can share the model."""
+    counts: dict[str, int] = {}
+    for spec in block_specs(config, where):
+        for name, count in spec.mixer.divided(spec.config, config.hidden_size).items():
+            if count > 1 or name not in SHAREABLE:
+                counts[f"model.mixers.{spec.name}: {name}"] = count
+    if config.mlp.kind != "none":
+        counts["model.mlp: inner channels"] = config.mlp.width(config.hidden_size)
+    if config.vocab_size is not None:
+        counts["model.vocab_size"] = config.vocab_size
+    for name, count in counts.items():
+        if count % size:
+            common = math.gcd(*counts.values())
+            fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
+            raise ConfigError(
+                f"{where}: parallel.tensor is {size}, which does not divide {count} ({name}); this "
+                f"model fits {', '.join(fitting)}"
+            )
 
 
 def passes(config: ModelConfig) -> list[int]:

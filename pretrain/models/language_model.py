@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 import torch.utils.checkpoint
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -127,6 +127,10 @@ class LanguageModel(nn.Module):
         if ponder is not None and self.training:
             # In the gradient, not in the value: the loss stays a cross entropy.
             assert self.recursion is not None
+            if self.context.megatron.sequence_parallel:
+                ponder = tensor_parallel.gather_from_sequence_parallel_region(
+                    ponder, tensor_parallel_output_grad=False, group=self.context.group
+                )
             cost = self.recursion.config.ponder_weight * ponder.t()
             losses = losses + (cost - cost.detach())
         return losses
@@ -207,12 +211,15 @@ def padded_vocab_size(config: ModelConfig, tokenizer_vocab_size: int) -> int:
     return config.vocab_size or -(-tokenizer_vocab_size // 128) * 128
 
 
-def parallel_context(dtype: torch.dtype) -> ParallelContext:
+def parallel_context(dtype: torch.dtype, *, sequence_parallel: bool = False) -> ParallelContext:
     """The context of a model on this process; process groups must exist."""
+    tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     megatron = TransformerConfig(
-        num_layers=1,  # required there, not used by us
-        hidden_size=1,
-        num_attention_heads=1,
+        num_layers=1,  # required there, as are the next two; not used by us
+        hidden_size=tensor_size,
+        num_attention_heads=tensor_size,
+        tensor_model_parallel_size=tensor_size,
+        sequence_parallel=sequence_parallel and tensor_size > 1,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         params_dtype=dtype,
@@ -231,9 +238,10 @@ def build_model(
     seed: int,
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: str = "none",
+    sequence_parallel: bool = False,
 ) -> LanguageModel:
     """An initialised model; the same whatever the layout of processes."""
-    context = parallel_context(dtype)
+    context = parallel_context(dtype, sequence_parallel=sequence_parallel)
     model = LanguageModel(
         config, vocab_size, context, activation_checkpointing=activation_checkpointing
     )

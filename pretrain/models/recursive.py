@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
@@ -142,6 +143,8 @@ class Recursion(nn.Module):
         if self.training:
             seeds = (self._seed, self._step, self._micro_batch, self._place)
             shape = tuple(x.shape)
+            if self._context.megatron.sequence_parallel:
+                shape = (shape[0] * self._context.tensor_size, *shape[1:])
         else:
             # One state for all tokens: no token's score depends on where it lies in a batch.
             seeds, shape = (0, _EVALUATION, 0, 0), (x.shape[-1],)
@@ -149,6 +152,9 @@ class Recursion(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.empty(shape)
         nn.init.trunc_normal_(noise, std=1, a=-3, b=3, generator=generator)
+        if noise.ndim == x.ndim and len(noise) > len(x):  # this process's tokens
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            noise = noise[rank * len(x) : (rank + 1) * len(x)]
         return (noise * config.state_std).to(x).expand_as(x)
 
     def _signal(self, index: int, x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from data_prep.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -21,10 +23,12 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def start_processes(timeout_minutes: float = 30) -> None:
-    """Join the process group that torchrun set up, or make a group of one; then megatron-core's.
+def start_processes(timeout_minutes: float = 30, *, tensor: int = 1) -> None:
+    """Join the process group that torchrun set up, or make a group of one; then megatron-core's,
+    ``tensor`` processes to a tensor-parallel group.
 
-    Does nothing where megatron-core's groups exist already.
+    Does nothing where megatron-core's groups exist already. Raises UserError where the processes
+    do not divide into such groups.
     """
     if not dist.is_initialized():
         device = local_device()
@@ -38,7 +42,13 @@ def start_processes(timeout_minutes: float = 30) -> None:
             store = dist.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        count = dist.get_world_size()
+        if count % tensor:
+            raise UserError(
+                f"parallel.tensor is {tensor}, but there are {count} processes; expected a "
+                f"multiple of it, as of torchrun --nproc-per-node {tensor}"
+            )
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
 
 
 def stop_processes() -> None:

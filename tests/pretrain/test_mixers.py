@@ -55,7 +55,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
     "slstm": [{"num_heads": 2}],
-    "elman": [{"num_heads": 3}],
+    "elman": [{"num_heads": 2}, {"num_heads": 3}],
     "rat": [{"num_heads": 4, "chunk_size": 8}, {"num_heads": 2, "head_dim": 4, "chunk_size": 3}],
 }
 CASES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from pretrain.parallel.layers import (
     column_input,
     column_linear,
     constant,
+    group_linear,
     head_shared,
     replicated_parameter,
     row_linear,
@@ -66,11 +68,11 @@ class Attention(Mixer):
         d = context.hidden_size
         num_heads, num_kv_heads, self.head_dim = config.shape(d)
         self.num_heads = self.parallel.local(num_heads, "num_heads")
-        self.num_kv_heads = self.parallel.local(num_kv_heads, "num_kv_heads")
-        q_dim, kv_dim = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.num_kv_heads = max(num_kv_heads // self.parallel.tensor_size, 1)
+        q_dim = num_heads * self.head_dim
         self.q_proj = column_linear(self.parallel, d, q_dim, context.std)
-        self.k_proj = column_linear(self.parallel, d, kv_dim, context.std)
-        self.v_proj = column_linear(self.parallel, d, kv_dim, context.std)
+        keys: Any = (self.parallel, d, num_kv_heads, self.head_dim, context.std, "num_kv_heads")
+        self.k_proj, self.v_proj = group_linear(*keys), group_linear(*keys)
         self.o_proj = row_linear(self.parallel, q_dim, d, context.output_std)
         if config.qk_norm:
             self.q_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
@@ -136,6 +138,11 @@ class Attention(Mixer):
             raise ValueError(
                 f"head_dim is {head_dim}, expected an even number for rotary positions"
             )
+
+    @classmethod
+    def divided(cls, config: AttentionConfig, hidden_size: int) -> dict[str, int]:
+        num_heads, num_kv_heads, _ = config.shape(hidden_size)
+        return {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
 
     @classmethod
     def num_parameters(cls, config: AttentionConfig, hidden_size: int) -> int:

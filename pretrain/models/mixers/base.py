@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pretrain.parallel.layers import ParallelContext
 
 State = dict[str, Tensor]
+SHAREABLE = ("num_kv_heads", "num_groups", "num_qk_heads", "num_qk_groups")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,12 @@ class Mixer(nn.Module, ABC):
     @classmethod
     def check(cls, config: Any, hidden_size: int) -> None:
         """Raise ValueError where the settings do not fit each other or ``hidden_size``."""
+
+    @classmethod
+    def divided(cls, config: Any, hidden_size: int) -> dict[str, int]:
+        """Counts that tensor parallelism divides, by the name of their setting. One of a name in
+        ``SHAREABLE`` may also be 1, and is then shared by all processes."""
+        return {"num_heads": config.num_heads}
 
     @classmethod
     @abstractmethod

@@ -108,6 +108,10 @@ class HGRN2(Mixer):
         power_of_two(config.chunk_size)
 
     @classmethod
+    def divided(cls, config: HGRN2Config, hidden_size: int) -> dict[str, int]:
+        return {"num_heads": config.shape(hidden_size)[0]}
+
+    @classmethod
     def num_parameters(cls, config: HGRN2Config, hidden_size: int) -> int:
         num_heads, key_dim, value_dim = config.shape(hidden_size)
         matrices = 2 * hidden_size * num_heads * (key_dim + value_dim)

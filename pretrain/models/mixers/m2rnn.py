@@ -128,6 +128,10 @@ class M2RNN(Mixer):
             )
 
     @classmethod
+    def divided(cls, config: M2RNNConfig, hidden_size: int) -> dict[str, int]:
+        return {"num_heads": config.num_heads, "num_qk_heads": config.num_qk_heads}
+
+    @classmethod
     def num_parameters(cls, config: M2RNNConfig, hidden_size: int) -> int:
         n, v = config.num_heads, config.value_dim
         shared = 2 * config.num_qk_heads * config.head_dim

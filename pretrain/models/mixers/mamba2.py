@@ -138,6 +138,13 @@ class Mamba2(Mixer):
             )
 
     @classmethod
+    def divided(cls, config: Mamba2Config, hidden_size: int) -> dict[str, int]:
+        return {
+            "hidden_size * expand / head_dim": config.num_heads(hidden_size),
+            "num_groups": config.num_groups,
+        }
+
+    @classmethod
     def num_parameters(cls, config: Mamba2Config, hidden_size: int) -> int:
         h, shared = config.num_heads(hidden_size), config.num_groups * config.state_size
         inner = h * config.head_dim

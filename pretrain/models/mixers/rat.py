@@ -115,6 +115,10 @@ class RAT(Mixer):
             raise ValueError(f"head_dim is {dim}, expected an even number for rotary positions")
 
     @classmethod
+    def divided(cls, config: RATConfig, hidden_size: int) -> dict[str, int]:
+        return {"num_heads": config.num_heads, "num_qk_groups": config.num_qk_groups}
+
+    @classmethod
     def num_parameters(cls, config: RATConfig, hidden_size: int) -> int:
         dim = config.dim(hidden_size)
         width = config.num_heads * dim

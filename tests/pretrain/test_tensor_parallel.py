@@ -1,0 +1,119 @@
+"""Every mixer and every kind of loop on two tensor-parallel processes against one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.config_files import ConfigError, build_config
+from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.models.blocks import check_tensor_parallel
+from pretrain.models.language_model import build_model
+from pretrain.models.mixers import registry
+from pretrain.parallel.engine import Engine
+from tests.pretrain.test_engine import VOCAB, batches
+from tests.pretrain.test_mixers import SMALL
+from tests.pretrain.test_recursive import KINDS
+
+pytestmark = pytest.mark.usefixtures("processes")
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.2, clip_grad=0.5)
+STEPS = 3
+
+
+def settings(pattern, mixers, **changes):
+    values = {
+        "hidden_size": 24, "pattern": pattern, "mixers": mixers, "mlp": {"ratio": 2}, **changes,
+    }  # fmt: skip
+    return build_config(ModelConfig, values, "test")
+
+
+def cases():
+    """Name to settings: each mixer alone, one key/value head, and loops over a hybrid."""
+    found = {name: settings(f"2*{name}", {name: SMALL[name][0]}) for name in registry()}
+    found["one-kv-head"] = settings("attn", {"attn": {"num_heads": 4, "num_kv_heads": 1}})
+    found["untied"] = settings("attn", {"attn": {"num_heads": 4}}, tie_embeddings=False)
+    for name, recursion in KINDS.items():
+        recursion = {**recursion, "backprop_last": None if name == "halting" else 2}
+        found[f"recursion-{name}"] = settings(
+            "gdn attn para_gru gdn", {m: SMALL[m][0] for m in ("gdn", "attn", "para_gru")},
+            recursion=recursion, block_norm="sandwich", scale_embeddings=True,
+        )  # fmt: skip
+    return found
+
+
+def train(config, sequence_parallel=False):
+    """(loss, gradient norm) of a few steps."""
+    model = build_model(config, VOCAB, seed=0, sequence_parallel=sequence_parallel)
+    engine, results = Engine(model, OPTIMIZER), []
+    for step in range(STEPS):
+        if model.recursion is not None:
+            model.recursion.begin_step(0, step, 0)
+        results.append(engine.train_step(batches(step), 1e-3))
+    return [(r.loss, r.grad_norm) for r in results]
+
+
+_WORKER = """
+import json
+from pretrain.parallel.processes import is_main_process, start_processes, stop_processes
+start_processes(tensor=2)
+from tests.pretrain.test_tensor_parallel import cases, train
+found = {}
+for name, config in cases().items():
+    for sequence in (False, True):
+        try:
+            found[f"{name}{'-sequence' * sequence}"] = train(config, sequence)
+        except Exception as error:
+            raise RuntimeError(f"{name}, sequence parallel {sequence}") from error
+if is_main_process():
+    print("RESULT", json.dumps(found))
+stop_processes()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> dict[str, Any]:
+    script = tmp_path_factory.mktemp("tensor") / "worker.py"
+    script.write_text(_WORKER)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(script)],
+        capture_output=True, text=True, timeout=600, check=False, cwd=Path(__file__).parents[2],
+        env={"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
+    found: dict[str, Any] = json.loads(line.removeprefix("RESULT"))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases())
+def test_two_processes_equal_one(name, two_processes):
+    expected = train(cases()[name])
+    for kind in (name, f"{name}-sequence"):
+        assert np.allclose(two_processes[kind], expected, rtol=1e-5), kind
+
+
+@pytest.mark.parametrize(
+    ("mixers", "message"),
+    [
+        ({"gdn": {"num_heads": 6, "head_dim": 4}}, r"does not divide 6 \(.*gdn: num_heads\)"),
+        ({"gdn": {"num_heads": 8, "head_dim": 4}}, r"does not divide 2 \(.*: num_kv_heads\)"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_what_fits(mixers, message):
+    attn = {"num_heads": 4, "num_kv_heads": 2}
+    config = settings("gdn attn", {**mixers, "attn": attn})
+    with pytest.raises(ConfigError, match=f"parallel.tensor is 4, which {message}.*fits 1, 2$"):
+        check_tensor_parallel(config, 4, "test")
+    check_tensor_parallel(config, 2, "test")
+    alone = settings("attn", {"attn": {"num_heads": 4, "num_kv_heads": 1}})
+    check_tensor_parallel(alone, 4, "test")
+    assert torch.distributed.get_world_size() == 1
