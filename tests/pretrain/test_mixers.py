@@ -34,14 +34,17 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "hgrn2": [{"head_dim": 4, "chunk_size": 8}, {"num_heads": 3, "head_dim": 5}],
     "mamba2": [
         {"head_dim": 8, "state_size": 6, "chunk_size": 16},
-        {"head_dim": 4, "state_size": 5, "num_groups": 3},
+        {"head_dim": 4, "state_size": 5, "num_groups": 3, "conv_size": 0},
     ],
     "deltanet": [{"num_heads": 2, "head_dim": 4, "allow_neg_eigval": True}],
     "gdn": [
         {"num_heads": 2, "head_dim": 4, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 4, "expand_v": 1, "allow_neg_eigval": True},
     ],
-    "kda": [{"num_heads": 2, "head_dim": 4, "chunk_size": 8}],
+    "kda": [
+        {"num_heads": 2, "head_dim": 4, "chunk_size": 8},
+        {"num_heads": 2, "head_dim": 4, "conv_size": 0},
+    ],
     "delta_product": [
         {"num_heads": 2, "head_dim": 4, "chunk_size": 16},
         {"num_heads": 2, "head_dim": 4, "num_householder": 3, "use_decay": False, "chunk_size": 12},
@@ -49,6 +52,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "m2rnn": [
         {"num_heads": 4, "head_dim": 5, "value_dim": 3},
         {"num_heads": 4, "num_qk_heads": 2, "head_dim": 3, "value_dim": 4, "state_grad_clip": 0.01},
+        {"num_heads": 2, "head_dim": 4, "value_dim": 4, "conv_size": 0},
     ],
     "para_gru": [{"num_heads": 2}, {"num_heads": 3, "head_dim": 4, "conv_size": 0}],
     "para_lstm": [{"num_heads": 2}],

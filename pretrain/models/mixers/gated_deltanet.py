@@ -12,13 +12,13 @@ from pretrain.models.mixers.delta_rule import DeltaRuleMixer
 @dataclass(frozen=True)
 class GatedDeltaNetConfig:
     """head_dim: width of a key (K); a value is expand_v times as wide (V); conv_size: taps of the
-    short convolution; allow_neg_eigval: beta in (0, 2) instead of (0, 1); chunk_size: sub-steps
+    short convolution, 0 = none; allow_neg_eigval: beta in (0, 2) instead of (0, 1); chunk_size: sub-steps
     handled at once by the chunked form, which changes speed alone."""
 
     num_heads: int = setting(6, minimum=1)
     head_dim: int = setting(256, minimum=1)
     expand_v: float = setting(2.0, above=0)
-    conv_size: int = setting(4, minimum=1)
+    conv_size: int = setting(4, minimum=0)
     allow_neg_eigval: bool = False
     norm_eps: float = setting(1e-5, above=0)
     chunk_size: int = setting(64, minimum=1)

@@ -53,7 +53,7 @@ class KimiDeltaAttentionConfig:
 
     num_heads: int = setting(16, minimum=1)
     head_dim: int = setting(128, minimum=1)
-    conv_size: int = setting(4, minimum=1)
+    conv_size: int = setting(4, minimum=0)
     allow_neg_eigval: bool = False
     norm_eps: float = setting(1e-5, above=0)
     chunk_size: int = setting(64, minimum=1)
@@ -148,4 +148,4 @@ class KimiDeltaAttention(Mixer):
     @classmethod
     def state_bytes(cls, config: KimiDeltaAttentionConfig, hidden_size: int, seq_len: int) -> int:
         h, dim = config.num_heads, config.head_dim
-        return 4 * h * dim * dim + 2 * (config.conv_size - 1) * 3 * h * dim
+        return 4 * h * dim * dim + 2 * max(config.conv_size - 1, 0) * 3 * h * dim

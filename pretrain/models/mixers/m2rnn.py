@@ -47,7 +47,7 @@ class M2RNNConfig:
     num_qk_heads: int = setting(1, minimum=1)
     head_dim: int = setting(64, minimum=1)
     value_dim: int = setting(16, minimum=1)
-    conv_size: int = setting(4, minimum=1)
+    conv_size: int = setting(4, minimum=0)
     state_grad_clip: float | None = setting(1.0, above=0)
     norm_eps: float = setting(1e-5, above=0)
 
@@ -148,7 +148,7 @@ class M2RNN(Mixer):
     def state_bytes(cls, config: M2RNNConfig, hidden_size: int, seq_len: int) -> int:
         n, k, v = config.num_heads, config.head_dim, config.value_dim
         convolved = 2 * config.num_qk_heads * k + n * v
-        return 4 * n * k * v + 2 * (config.conv_size - 1) * convolved
+        return 4 * n * k * v + 2 * max(config.conv_size - 1, 0) * convolved
 
 
 def _identity(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -47,7 +47,7 @@ class Mamba2Config:
     head_dim: int = setting(64, minimum=1)
     state_size: int = setting(128, minimum=1)
     num_groups: int = setting(1, minimum=1)
-    conv_size: int = setting(4, minimum=1)
+    conv_size: int = setting(4, minimum=0)
     norm_eps: float = setting(1e-5, above=0)
     chunk_size: int = setting(64, minimum=1)
 
@@ -149,7 +149,12 @@ class Mamba2(Mixer):
         h, shared = config.num_heads(hidden_size), config.num_groups * config.state_size
         inner = h * config.head_dim
         matrices = hidden_size * (3 * inner + 2 * shared + h)
-        return matrices + (config.conv_size + 1) * (inner + 2 * shared) + 3 * h + inner
+        return (
+            matrices
+            + (config.conv_size + (config.conv_size > 0)) * (inner + 2 * shared)
+            + 3 * h
+            + inner
+        )
 
     @classmethod
     def flops_per_token(cls, config: Mamba2Config, hidden_size: int, seq_len: int) -> int:
@@ -162,4 +167,6 @@ class Mamba2(Mixer):
     def state_bytes(cls, config: Mamba2Config, hidden_size: int, seq_len: int) -> int:
         h, shared = config.num_heads(hidden_size), config.num_groups * config.state_size
         inner = h * config.head_dim
-        return 4 * inner * config.state_size + 2 * (config.conv_size - 1) * (inner + 2 * shared)
+        return 4 * inner * config.state_size + 2 * max(config.conv_size - 1, 0) * (
+            inner + 2 * shared
+        )

@@ -1,0 +1,210 @@
+"""``python -m evals.synthetic TASK --pattern PATTERN``: train on a synthetic task and score it.
+
+``--suite FILE.yaml`` does a list of such runs and prints them as a markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.config_files import ConfigError, build_config, load_config
+from data_prep.errors import UserError, run_command
+from data_prep.manifest import write_json
+from evals.synthetic.training import LAST, TEST_FACTORS, SyntheticConfig, check_config, run
+from pretrain.models.blocks import block_specs
+from pretrain.parallel.processes import start_processes, stop_processes
+
+OUTPUT = "runs/synthetic"
+
+
+@dataclass
+class SuiteConfig:
+    """defaults: settings by task; runs: of each what differs from them, with ``seeds``, a list, in
+    place of ``seed``."""
+
+    runs: list[dict[str, Any]]
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    output = Path(options.output)
+    if (options.task is None) == (options.suite is None):
+        raise UserError("expected either a task or --suite, exactly one of them")
+    configs = [_command_line(options)] if options.suite is None else load_suite(options.suite)
+    start_processes()
+    try:
+        results = [_result(config, output) for config in configs]
+    finally:
+        stop_processes()
+    if options.suite is None:
+        _show(results[0])
+        print(f"written to {_path(configs[0], output)}")
+    else:
+        print(markdown(results))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m evals.synthetic", description="Train a model on a synthetic task, score it."
+    )
+    parser.add_argument("task", nargs="?", help="s3, parity, modular_addition or mqar")
+    parser.add_argument("--suite", help="a YAML file of runs, instead of a task")
+    parser.add_argument("--output", default=OUTPUT, help=f"folder of the JSON files ({OUTPUT})")
+    parser.add_argument(
+        "--mixer", action="append", default=[], metavar="[NAME.]KEY=VALUE",
+        help="a mixer's setting; NAME where the pattern has several mixers",
+    )  # fmt: skip
+    for item in dataclasses.fields(SyntheticConfig):
+        if item.name not in ("task", "mixers"):
+            parser.add_argument(f"--{item.name.replace('_', '-')}", metavar="VALUE")
+    return parser
+
+
+def _command_line(options: argparse.Namespace) -> SyntheticConfig:
+    names = [item.name for item in dataclasses.fields(SyntheticConfig) if item.name != "mixers"]
+    given = {name: getattr(options, name) for name in names}
+    values = {
+        name: text if name in ("task", "pattern") else _value(text)
+        for name, text in given.items()
+        if text is not None
+    }
+    config = build_config(SyntheticConfig, values, "command line")
+    mixers = list(dict.fromkeys(s.name for s in block_specs(config.model(), "command line")))
+    for item in options.mixer:
+        key, separator, text = item.partition("=")
+        name, dot, inner = key.rpartition(".")
+        if not separator or not inner:
+            raise UserError(f"--mixer is '{item}', expected KEY=VALUE or NAME.KEY=VALUE")
+        if not dot and len(mixers) > 1:
+            raise UserError(
+                f"--mixer is '{item}', but the pattern has {', '.join(mixers)}; "
+                f"expected {mixers[0]}.{item} or the like"
+            )
+        config.mixers.setdefault(name or mixers[0], {})[inner] = _value(text)
+    check_config(config, "command line")
+    return config
+
+
+def _value(text: str) -> Any:
+    """A value as YAML has it: a number, true, null, a list, or else text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def load_suite(path: str) -> list[SyntheticConfig]:
+    """A suite's runs, one for each seed, all checked. Raises ConfigError."""
+    suite = load_config(SuiteConfig, path)
+    configs = []
+    for index, given in enumerate(suite.runs):
+        where = f"{path}: runs[{index}]"
+        values = {**suite.defaults.get(str(given.get("task")), {}), **given}
+        seeds = values.pop("seeds", [0])
+        if not isinstance(seeds, list) or not seeds:
+            raise ConfigError(f"{where}: seeds is {seeds!r}, expected a list of whole numbers")
+        for seed in seeds:
+            configs.append(build_config(SyntheticConfig, {**values, "seed": seed}, where))
+            check_config(configs[-1], where)
+    return configs
+
+
+def _path(config: SyntheticConfig, output: Path) -> Path:
+    """Where the result of these very settings lies."""
+    digest = hashlib.sha256(repr(dataclasses.asdict(config)).encode()).hexdigest()[:8]
+    pattern = "".join(c if c.isalnum() or c == "_" else "-" for c in config.pattern)
+    return output / f"{config.task}-{pattern}-{digest}.json"
+
+
+def _result(config: SyntheticConfig, output: Path) -> dict[str, Any]:
+    """Run it, unless its result is there already."""
+    path = _path(config, output)
+    if path.is_file():
+        known: dict[str, Any] = json.loads(path.read_text())
+        return known
+    output.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    title = f"{config.task}, {label(dataclasses.asdict(config))}, seed {config.seed}"
+    with console.status(title) as status:
+
+        def on_step(step: int, loss: float) -> None:
+            if step % 10 == 0:
+                status.update(f"{title}: step {step}/{config.steps}, loss {loss:.4f}")
+
+        result = run(config, on_step)
+    scores = ", ".join(f"{t['length']}: {t['accuracy']:.4f}" for t in result["tests"])
+    console.print(f"{title}: loss {result['final_loss']:.4f}, accuracy {scores}", highlight=False)
+    write_json(path, result)
+    return result
+
+
+def label(settings: dict[str, Any]) -> str:
+    """The pattern and what was set of its mixers."""
+    parts = [
+        f"{key}={json.dumps(value)}"
+        for mixer in settings["mixers"].values()
+        for key, value in mixer.items()
+    ]
+    return " ".join([settings["pattern"], *parts])
+
+
+def _show(result: dict[str, Any]) -> None:
+    settings = result["settings"]
+    table = Table(title=f"{settings['task']}: {label(settings)}", title_justify="left")
+    for name in ("length", "accuracy", "whole rows", f"last {LAST} positions"):
+        table.add_column(name, justify="right")
+    for score in result["tests"]:
+        table.add_row(str(score["length"]), *_cells(score))
+    table.caption = f"chance {result['chance']:.4f}, final loss {result['final_loss']:.4f}"
+    Console().print(table)
+
+
+def _cells(score: dict[str, Any]) -> list[str]:
+    values = (score["accuracy"], score["rows"], score["last"])
+    return ["-" if value is None else f"{value:.3f}" for value in values]
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """A table for each task, with a line for each model, its seeds side by side."""
+    tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for result in results:
+        models = tasks.setdefault(result["settings"]["task"], {})
+        models.setdefault(repr({**result["settings"], "seed": None}), []).append(result)
+    scores = [f"{name} {f}x" for f in TEST_FACTORS for name in ("accuracy", "rows", f"last {LAST}")]
+    names = ["model", "parameters", "steps", "seeds", "loss", *scores, "minutes"]
+    lines = []
+    for task, models in tasks.items():
+        chance = next(iter(models.values()))[0]["chance"]
+        lines += [f"### {task}, chance {chance:.3f}", ""]
+        lines += [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+        lines += [f"| {' | '.join(_line(seeds))} |" for seeds in models.values()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(seeds: list[dict[str, Any]]) -> list[str]:
+    settings = seeds[0]["settings"]
+    scores = zip(*[[c for score in r["tests"] for c in _cells(score)] for r in seeds], strict=True)
+    return [
+        f"`{label(settings)}`", f"{seeds[0]['parameters']:,}", str(settings["steps"]),
+        " ".join(str(r["settings"]["seed"]) for r in seeds),
+        " ".join(f"{r['final_loss']:.3f}" for r in seeds), *(" ".join(cells) for cells in scores),
+        f"{sum(r['minutes'] for r in seeds):.1f}",
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(main)
