@@ -1,4 +1,5 @@
-"""``python -m pretrain CONFIG [key=value ...]``: train, or go on where the run left off."""
+"""``python -m pretrain CONFIG [key=value ...]``: train, or go on where the run left off;
+``python -m pretrain verify CONFIG``: check that a layout of processes trains the same model."""
 
 from __future__ import annotations
 
@@ -11,12 +12,17 @@ from data_prep.errors import run_command
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain",
-        description="Train a model, or go on where the run left off.",
+        description="Train a model, or go on where the run left off. 'python -m pretrain verify "
+        "CONFIG' checks that a layout of processes trains the same model as one.",
         epilog="Exit status: 0 done, 2 bad input, 3 a loss that is not finite, "
         "75 stopped by a signal and saved: run the same command again.",
     )
     parser.add_argument("config", help="a run's YAML file, such as configs/runs/demo.yaml")
     parser.add_argument("overrides", nargs="*", help="dotted settings, such as optimizer.lr=3e-4")
+    if sys.argv[1:2] == ["verify"]:
+        from pretrain.verify import main as verify
+
+        return verify(sys.argv[2:])
     arguments, extra = parser.parse_known_args()
 
     from pretrain.config import load_run_config

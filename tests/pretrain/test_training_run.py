@@ -298,3 +298,25 @@ def test_a_recursive_model_from_a_trained_one(folder, corpus):
         else:
             (path,) = (run.directory / "evals").glob("*recurrences-4*.json")
             assert json.loads(path.read_text())["recurrences"] == 4
+
+
+@pytest.mark.slow
+def test_verify_compares_a_layout_with_one_process(folder, corpus):
+    run = Run(folder, corpus, "verified")
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", "verify", str(run.config), "parallel.tensor=2",
+         "parallel.sequence=true", "--processes", "2", "--steps", "2"],
+        cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal ") >= 2
+    assert "DIFFERENT" not in done.stdout
+    assert not run.directory.exists()  # nothing outside its temporary folder
+    bad = subprocess.run(
+        [sys.executable, "-m", "pretrain", "verify", str(run.config), "parallel.tensor=2",
+         "--processes", "3"],
+        cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert bad.returncode == 2
+    assert "parallel.tensor is 2, but there are 3 processes" in bad.stderr
+    assert "Traceback" not in bad.stderr

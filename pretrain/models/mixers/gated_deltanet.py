@@ -12,8 +12,8 @@ from pretrain.models.mixers.delta_rule import DeltaRuleMixer
 @dataclass(frozen=True)
 class GatedDeltaNetConfig:
     """head_dim: width of a key (K); a value is expand_v times as wide (V); conv_size: taps of the
-    short convolution, 0 = none; allow_neg_eigval: beta in (0, 2) instead of (0, 1); chunk_size: sub-steps
-    handled at once by the chunked form, which changes speed alone."""
+    short convolution, 0 = none; allow_neg_eigval: beta in (0, 2) instead of (0, 1); chunk_size:
+    sub-steps handled at once by the chunked form, which changes speed alone."""
 
     num_heads: int = setting(6, minimum=1)
     head_dim: int = setting(256, minimum=1)
