@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from data_prep.config_files import ConfigError, build_config
-from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.checkpoint import load_checkpoint, save_checkpoint
+from pretrain.config import CheckpointConfig, ModelConfig, OptimizerConfig, RunConfig
 from pretrain.models.blocks import check_tensor_parallel
 from pretrain.models.language_model import build_model
 from pretrain.models.mixers import registry
 from pretrain.parallel.engine import Engine
+from pretrain.parallel.processes import data_parallel_place, start_processes
+from tests.pretrain.test_checkpoint import STATE
 from tests.pretrain.test_engine import VOCAB, batches
 from tests.pretrain.test_mixers import SMALL
 from tests.pretrain.test_recursive import KINDS
@@ -59,11 +64,32 @@ def train(config, sequence_parallel=False):
     return [(r.loss, r.grad_norm) for r in results]
 
 
+def train_across_layouts(config, directory, layouts):
+    """One step under each layout of (tensor parallel size), each from the last one's checkpoint."""
+    results, path = [], None
+    for step, tensor in enumerate(layouts):
+        parallel_state.destroy_model_parallel()
+        start_processes(tensor=tensor)
+        rank, size = data_parallel_place()
+        # Another seed each time: what is not loaded shows.
+        engine = Engine(build_model(config, VOCAB, seed=step), OPTIMIZER)
+        if path is not None:
+            load_checkpoint(path, engine)
+        results.append(engine.train_step(batches(step, micro_batch_size=1)[rank::size], 1e-3))
+        state = dataclasses.replace(STATE, step=step + 1, model=dataclasses.asdict(config))
+        run = RunConfig("test", config, checkpoint=CheckpointConfig(keep_last=9))
+        path = save_checkpoint(directory, engine, run, state)
+    return [(r.loss, r.grad_norm) for r in results]
+
+
+ACROSS = ("gdn", "m2rnn", "mamba2", "recursion-lora")
+LAYOUTS = (2, 1, 2)  # tensor parallel; with 1 the two processes are data-parallel
 _WORKER = """
-import json
+import json, sys
+from pathlib import Path
 from pretrain.parallel.processes import is_main_process, start_processes, stop_processes
 start_processes(tensor=2)
-from tests.pretrain.test_tensor_parallel import cases, train
+from tests.pretrain.test_tensor_parallel import ACROSS, LAYOUTS, cases, train, train_across_layouts
 found = {}
 for name, config in cases().items():
     for sequence in (False, True):
@@ -71,6 +97,9 @@ for name, config in cases().items():
             found[f"{name}{'-sequence' * sequence}"] = train(config, sequence)
         except Exception as error:
             raise RuntimeError(f"{name}, sequence parallel {sequence}") from error
+for name in ACROSS:
+    folder = Path(sys.argv[1]) / name
+    found[f"{name}-across"] = train_across_layouts(cases()[name], folder, LAYOUTS)
 if is_main_process():
     print("RESULT", json.dumps(found))
 stop_processes()
@@ -83,7 +112,7 @@ def two_processes(tmp_path_factory) -> dict[str, Any]:
     script.write_text(_WORKER)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(script)],
+         str(script), str(script.parent)],
         capture_output=True, text=True, timeout=600, check=False, cwd=Path(__file__).parents[2],
         env={"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
@@ -99,6 +128,13 @@ def test_two_processes_equal_one(name, two_processes):
     expected = train(cases()[name])
     for kind in (name, f"{name}-sequence"):
         assert np.allclose(two_processes[kind], expected, rtol=1e-5), kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACROSS)
+def test_checkpoints_load_under_another_layout(name, two_processes):
+    """Tensor-parallel, then data-parallel, then tensor-parallel again, as if on one process."""
+    assert np.allclose(two_processes[f"{name}-across"], train(cases()[name]), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
