@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,25 +145,30 @@ def seconds(case: Case, length: int, backend: str, repeats: int) -> float:
     return sorted(times[1:])[repeats // 2]
 
 
+def _peak_bytes() -> int:
+    """Of this process's own memory; getrusage would inherit the parent's peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
 def _peak(backend: str, length: int, results: Any) -> None:
     torch.set_num_threads(1)
     for warm_up in (True, False):
         wanted, call = matrix_rnn(64 if warm_up else length)
         for tensor in wanted:
             tensor.requires_grad_()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _peak_bytes()
         torch.autograd.grad(call(backend)[0].sum(), wanted)
-    results.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    results.put(_peak_bytes() - before)
 
 
 def memory() -> None:
     """Growth of a fresh process's peak memory over one forward and backward pass of M2RNN."""
     context = multiprocessing.get_context("spawn")
     every_state = 4 * 16 * 64 * 16
-    wanted, _ = matrix_rnn(1)
-    # Inputs' gradients, the output and its gradient: what any form must hold, inputs themselves
-    # aside.
-    unavoidable = 4 * (sum(t.numel() for t in wanted) + 2 * 16 * 16)
+    # Inputs' gradients, the output and its gradient, of a token: what any form must hold.
+    sizes = [sum(t.numel() for t in matrix_rnn(length)[0]) for length in (1, 2)]
+    unavoidable = 4 * (sizes[1] - sizes[0] + 2 * 16 * 16)
     print(f"\n{'m2rnn memory':<14} {'T':>5} {'every state':>12} {'peak growth':>12} {'share':>6} "
           f"{'without gradients and output':>29} {'share':>6}")  # fmt: skip
     for backend, length in (("recurrent", 2048), ("checkpointed", 2048), ("checkpointed", 8192)):

@@ -191,7 +191,7 @@ def _convert_dataclass(schema: type, values: Any, name: str, where: str) -> Any:
         if key not in known:
             raise ConfigError(
                 f"{where}: unknown setting '{dot}{key}'{nearest(str(key), known)}; "
-                f"known in {place}: {', '.join(known)}"
+                f"known{f' in {name}' if name else ''}: {', '.join(known)}"
             )
     hints = typing.get_type_hints(schema)
     given = {k: _convert(hints[k], v, f"{dot}{k}", where) for k, v in values.items()}

@@ -57,10 +57,9 @@ def main() -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from 1")
+    return int(text)
 
 
 def _show(result: dict[str, Any], path: str) -> None:

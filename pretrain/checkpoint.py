@@ -281,10 +281,7 @@ def _model_settings(model: ModelConfig) -> dict[str, Any]:
     """Every setting of a model by its dotted name, those of the mixers it uses filled in."""
     settings = dataclasses.asdict(model)
     specs = {spec.name: spec for spec in block_specs(model)}
-    settings["mixers"] = {
-        name: {"mixer": spec.mixer.__name__, **dataclasses.asdict(spec.config)}
-        for name, spec in specs.items()
-    }
+    settings["mixers"] = {name: spec.identity for name, spec in specs.items()}
     return _flat(settings)
 
 

@@ -50,20 +50,22 @@ class MLPConfig:
 class RecursionConfig:
     """The pattern's blocks between ``prelude`` and ``coda`` form a loop, gone through ``times``.
 
-    Looped blocks (arXiv 2410.20672): lora_rank: rank of a low-rank difference that every linear
-    layer of the loop has at each pass, 0 = none.
+    Looped blocks (arXiv 2410.20672): lora_rank: rank of a low-rank difference that every projection
+    and MLP matrix of the loop has at each pass, 0 = none.
 
     Recurrent depth (arXiv 2502.05171): sampling: ``poisson`` draws the number of passes anew for
-    each training micro-batch, log-normal Poisson with mean ``times`` (plus one); backprop_last:
+    each training step, log-normal Poisson with mean ``times`` (plus one); backprop_last:
     passes that gradients go through, null = all; adapter: every pass starts from a linear layer of
     (state, the prelude's output); state_init: what the first pass starts from, the prelude's output
     or (with an adapter) ``random`` or ``zeros``; state_std: of ``random``, cut at 3 of them;
     normalize_state: the final norm also before the coda.
 
-    Universal Transformer (arXiv 1807.03819): step_signal: added to the state before each pass;
-    halting: adaptive computation time (arXiv 1603.08983), each token stops once its probabilities
-    add up to ``halting_threshold`` and its output is their mean of the states; ponder_weight: of
-    the number of passes in the training loss.
+    Universal Transformer (arXiv 1807.03819): step_signal: added to the state before each pass, a
+    sinusoid of the pass's number or a learned vector (positions are the mixers' own affair);
+    halting: adaptive computation time (arXiv 1603.08983), a token's output is the mean of its
+    states weighted by its halting probabilities, up to where they exceed ``halting_threshold``
+    (its later states still serve other tokens); ponder_weight: of the number of passes in the
+    training loss. Blocks are pre-norm, where the paper's are post-norm.
     """
 
     prelude: int = setting(0, minimum=0)

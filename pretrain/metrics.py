@@ -45,6 +45,32 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def merge_metrics(into: dict[str, float], found: dict[str, float]) -> None:
+    """Add up; the largest where a name ends in ``_max``, and what is not a number is largest."""
+    for name, value in found.items():
+        before = into.get(name, 0.0)
+        if not name.endswith("_max"):
+            into[name] = before + value
+        elif not math.isnan(before):
+            into[name] = value if math.isnan(value) else max(before, value)
+
+
+class LayerMetrics:
+    """What the layers of a model told since the last line of the log."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, float] = {}
+
+    def collect(self, model: Any) -> None:
+        """Take what ``model`` has to tell now."""
+        merge_metrics(self._found, model.metrics())
+
+    def take(self) -> dict[str, float]:
+        """All that was collected; starts anew."""
+        found, self._found = self._found, {}
+        return found
+
+
 class RunLog:
     """The main process writes; on every other one this object does nothing."""
 

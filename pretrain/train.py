@@ -36,7 +36,7 @@ from pretrain.config import RunConfig, to_yaml
 from pretrain.data import Batch, PreparedData, TrainingBatches, open_data, validation_batches
 from pretrain.environment import describe_environment
 from pretrain.generation import generate
-from pretrain.metrics import RunLog, peak_flops, peak_memory_bytes, plot_loss_curve
+from pretrain.metrics import LayerMetrics, RunLog, peak_flops, peak_memory_bytes, plot_loss_curve
 from pretrain.models.blocks import ModelCounts, check_tensor_parallel, count_model
 from pretrain.models.initialization import initialize_from
 from pretrain.models.language_model import build_model, padded_vocab_size
@@ -99,7 +99,7 @@ def train(config: RunConfig, config_path: str) -> int:
         sequence_parallel=config.parallel.sequence,
     )  # fmt: skip
     if config.initialize is not None and found is None:
-        initialize_from(model, config.initialize)
+        initialize_from(model, config.initialize, data.tokenizer.sha256)
     engine = Engine(model, config.optimizer)
     state = CheckpointState(
         step=0, tokens=0, seed=config.seed, skipped=0, vocab_size=vocab_size,
@@ -157,14 +157,14 @@ def _loop(
     checkpoints, num_steps = directory / "checkpoints", settings.num_steps
     bytes_per_token = _bytes_per_token(data, log)
     peak = peak_flops(settings.precision)
-    interval = Interval()
+    interval, layer_metrics = Interval(), LayerMetrics()
     first_step, skips_in_a_row = state.step, 0
 
     while state.step < num_steps:
         step = state.step
         seed_step(config.seed, step)
         if engine.model.recursion is not None:
-            engine.model.recursion.begin_step(config.seed, step, rank)
+            engine.model.recursion.begin_step(config.seed, step, rank, size)
         lr = learning_rate(config.schedule, config.optimizer.lr, step, num_steps)
         result = engine.train_step(batches.micro_batches(step, rank, size), lr)
         state.step += 1
@@ -190,10 +190,11 @@ def _loop(
                 return EXIT_NONFINITE
         if result.applied and (state.step % config.logging.every == 0 or state.step == num_steps):
             speed = interval.tokens_per_second()
+            layer_metrics.collect(engine.model)
+            layers = over_processes(layer_metrics.take())
             recursion = engine.model.recursion
-            times = None if recursion is None else recursion.mean_passes()
-            flops = counts.training_flops(times)
-            layers = over_processes(engine.model.metrics())
+            loop = {} if recursion is None else recursion.metrics()
+            flops = counts.training_flops(loop.get("recurrences"))
             if layers.get("newton_fallbacks"):
                 log.say(
                     f"step {state.step}: Newton's method did not converge on "
@@ -206,8 +207,7 @@ def _loop(
                     "mfu": peak and flops * speed / (peak * size * config.parallel.tensor),
                     "memory": peak_memory_bytes(), "skipped": state.skipped,
                     "epochs": max(batches.epochs(state.step)), "seconds": log_seconds(),
-                    **({} if times is None else {"recurrences": times}),
-                    **layers,
+                    **loop, **layers,
                 },
                 seconds_left=(num_steps - state.step) * settings.global_batch_tokens / speed,
             )  # fmt: skip
@@ -215,8 +215,10 @@ def _loop(
         stopping = any_process(stop.received)
         due = config.validation.every and state.step % config.validation.every == 0
         if valid and ((due and not stopping) or state.step == num_steps):
+            layer_metrics.collect(engine.model)
             with interval.paused():
                 _validate(engine, valid[rank::size], bytes_per_token, state, log)
+            engine.model.metrics()  # validation's are not training's
         if state.step % config.checkpoint.every == 0 or stopping or state.step == num_steps:
             with interval.paused():
                 saved = save_checkpoint(checkpoints, engine, config, state, data.tokenizer.path)

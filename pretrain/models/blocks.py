@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,14 @@ class BlockSpec:
     name: str
     mixer: type[Mixer]
     config: Any
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that a trained mixer depends on."""
+        settings = dataclasses.asdict(self.config)
+        for name in self.mixer.speed_settings:
+            settings.pop(name, None)
+        return {"mixer": self.mixer.__name__, **settings}
 
 
 def block_specs(config: ModelConfig, where: str = "config") -> list[BlockSpec]:
@@ -132,9 +141,11 @@ def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
     start_processes()
     total = 0
     with torch.device("meta"):
-        layer = LayerContext(config.hidden_size, 0.0, 0.0, parallel_context(torch.float32))
+        context = parallel_context(torch.float32, on_cpu=True)
+        layer = LayerContext(config.hidden_size, 0.0, 0.0, context)
         for spec in specs[recursion.prelude : len(specs) - recursion.coda]:
-            total += sum(map(sum, linear_shapes(Block(spec, config, layer))))
+            shapes = linear_shapes(Block(spec, config, layer), context.tensor_size)
+            total += sum(map(sum, shapes))
     return recursion.lora_rank * total
 
 

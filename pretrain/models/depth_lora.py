@@ -1,5 +1,6 @@
 """Depth-wise LoRA (Relaxed Recursive Transformers, arXiv 2410.20672): every linear layer of a loop
-gets, at pass b, a low-rank difference of its own: W x + B_b A_b x.
+gets, at pass b, a low-rank difference of its own: W x + B_b A_b x. Matrices that are not layers of
+their own (recurrent matrices, the block-diagonal gates of ParaRNN, feature maps) stay shared.
 """
 
 from __future__ import annotations
@@ -15,11 +16,19 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from pretrain.parallel.layers import ParallelContext, constant, head_shared, normal, with_init
+from pretrain.parallel.layers import (
+    ParallelContext,
+    SharedLinear,
+    constant,
+    head_shared,
+    normal,
+    with_init,
+)
 
 
 class DepthLoRA(nn.Module):
-    """Wraps a column- or row-parallel linear layer. ``depth`` says which pass is going on.
+    """Wraps a column-parallel, row-parallel or shared linear layer. ``depth`` says which pass is
+    going on.
 
     lora_a ``[passes, rank, d_in]``, lora_b ``[passes, d_out, rank]``; the side that the layer
     divides is divided alike.
@@ -28,9 +37,10 @@ class DepthLoRA(nn.Module):
     def __init__(self, inner: nn.Module, passes: int, rank: int, context: ParallelContext):
         super().__init__()
         self.inner, self.depth, self._context = inner, 0, context
+        self._row = isinstance(inner, RowParallelLinear)
         self._column = isinstance(inner, ColumnParallelLinear)
         d_out, d_in = cast(Tensor, inner.weight).shape
-        full_in = d_in if self._column else d_in * context.tensor_size
+        full_in = d_in * context.tensor_size if self._row else d_in
         empty: Any = {"dtype": context.dtype, "device": context.device}
         self.lora_a = nn.Parameter(torch.empty(passes, rank, d_in, **empty))
         self.lora_b = nn.Parameter(torch.empty(passes, d_out, rank, **empty))
@@ -38,7 +48,7 @@ class DepthLoRA(nn.Module):
         with_init(self.lora_b, constant(0.0))
         if self._column:
             set_tensor_model_parallel_attributes(self.lora_b, True, 1, 1)
-        else:
+        elif self._row:
             set_tensor_model_parallel_attributes(self.lora_a, True, 2, 1)
             if context.megatron.sequence_parallel:
                 setattr(self.lora_b, "sequence_parallel", True)  # noqa: B010
@@ -52,8 +62,9 @@ class DepthLoRA(nn.Module):
         """As the wrapped layer."""
         y = self.inner(x)[0]
         a, b = self.lora_a[self.depth], self.lora_b[self.depth]
-        if self._column:
-            return y + nn.functional.linear(nn.functional.linear(x, self._shared(a)), b), None
+        if not self._row:
+            low = nn.functional.linear(x, self._shared(a))
+            return y + nn.functional.linear(low, b if self._column else self._shared(b)), None
         low = nn.functional.linear(x, a)
         group = self._context.group
         if self._context.megatron.sequence_parallel:
@@ -66,22 +77,29 @@ class DepthLoRA(nn.Module):
         return head_shared(parameter, self._context)
 
 
+_LINEAR = (ColumnParallelLinear, RowParallelLinear, SharedLinear)
+
+
 def add_depth_lora(block: nn.Module, passes: int, rank: int, context: ParallelContext) -> None:
-    """Wrap every column- and row-parallel linear layer inside ``block``."""
+    """Wrap every linear layer inside ``block``."""
     for module in list(block.modules()):
         for name, child in list(module.named_children()):
-            linear = isinstance(child, (ColumnParallelLinear, RowParallelLinear))
-            if linear and not isinstance(module, DepthLoRA):
+            if isinstance(child, _LINEAR) and not isinstance(module, DepthLoRA):
                 setattr(module, name, DepthLoRA(child, passes, rank, context))
 
 
-def linear_shapes(block: nn.Module) -> list[tuple[int, int]]:
-    """(d_in, d_out) of every layer that :func:`add_depth_lora` would wrap."""
-    return [
-        (module.weight.shape[1], module.weight.shape[0])
-        for module in block.modules()
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
-    ]
+def linear_shapes(block: nn.Module, tensor_size: int) -> list[tuple[int, int]]:
+    """(d_in, d_out), undivided, of every layer that :func:`add_depth_lora` would wrap."""
+    shapes = []
+    for module in block.modules():
+        if isinstance(module, _LINEAR):
+            d_out, d_in = cast(Tensor, module.weight).shape
+            if isinstance(module, RowParallelLinear):
+                d_in *= tensor_size
+            if isinstance(module, ColumnParallelLinear):
+                d_out *= tensor_size
+            shapes.append((d_in, d_out))
+    return shapes
 
 
 def set_depth(block: nn.Module, depth: int) -> None:

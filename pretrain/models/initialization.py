@@ -9,6 +9,7 @@ decomposition of what each pass lost.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,14 +22,24 @@ from pretrain.models.depth_lora import DepthLoRA
 from pretrain.models.language_model import LanguageModel, build_model
 
 
-def initialize_from(model: LanguageModel, config: InitializeConfig) -> None:
+def initialize_from(
+    model: LanguageModel, config: InitializeConfig, tokenizer_sha256: str | None = None
+) -> None:
     """Overwrite ``model``'s weights; what the source does not have keeps its own start. Raises
-    UserError where the source does not fit."""
+    UserError where the source does not fit, or knows another tokenizer."""
     from pretrain.checkpoint import check_files, find_checkpoint, load_weights, read_state
 
-    checkpoint = find_checkpoint(Path(config.checkpoint))
-    check_files(checkpoint)
-    state = read_state(checkpoint)
+    try:
+        checkpoint = find_checkpoint(Path(config.checkpoint))
+        check_files(checkpoint)
+        state = read_state(checkpoint)
+    except UserError as error:
+        raise UserError(f"initialize.checkpoint: {error}") from None
+    if tokenizer_sha256 is not None and state.tokenizer_sha256 != tokenizer_sha256:
+        raise UserError(
+            f"initialize.checkpoint {checkpoint} was trained with another tokenizer "
+            f"({state.tokenizer_sha256[:12]}...) than the data's ({tokenizer_sha256[:12]}...)"
+        )
     if state.vocab_size != model.vocab_size:
         raise UserError(
             f"initialize.checkpoint {checkpoint} has a vocabulary of {state.vocab_size}, the model "
@@ -45,15 +56,22 @@ def fill_from(
 ) -> None:
     """:func:`initialize_from` a model at hand; ``where`` names it in messages."""
     recursion = model.model_config.recursion
-    if source.recursion is not None and recursion is not None:
-        raise UserError(f"{where} holds a recursive model; expected one without a loop")
+    _check_same_settings(model, source, where)
+    if source.recursion is not None:
+        if source.model_config.recursion != recursion:
+            raise UserError(
+                f"{where} holds a recursive model; expected one without a loop, or the same loop"
+            )
+        recursion = None  # the same model, loop and all: nothing to make
+        _copy(model.recursion, [source.recursion], where)
     prelude = 0 if recursion is None else recursion.prelude
     coda = 0 if recursion is None else recursion.coda
     times = 1 if recursion is None else recursion.times
     looped = len(model.blocks) - prelude - coda
     middle = len(source.blocks) - prelude - coda
     lora = recursion is not None and recursion.lora_rank > 0 and config.lora == "svd"
-    if (config.method == "average" or lora or recursion is None) and middle != looped * times:
+    chosen_by = "lower" if recursion is None else config.method
+    if (chosen_by == "average" or lora or recursion is None) and middle != looped * times:
         raise UserError(
             f"{where} has {len(source.blocks)} blocks; {prelude} + {times} x {looped} + {coda} = "
             f"{prelude + times * looped + coda} were expected"
@@ -64,17 +82,18 @@ def fill_from(
         raise UserError(
             "initialize.lora=svd needs tensor parallel size 1: no process has the whole matrices"
         )
-    chosen = _chosen(config.method, looped, middle, times)
+    chosen = _chosen(chosen_by, looped, middle, times)
     _check_same_blocks(model, source, [
         *([i] for i in range(prelude)),
         *([prelude + i for i in group] for group in chosen),
         *([len(source.blocks) - coda + i] for i in range(coda)),
     ], where)  # fmt: skip
 
-    ends = (model.embedding, source.embedding), (model.final_norm, source.final_norm)
-    heads = () if model.model_config.tie_embeddings else ((model.head, source.head),)
-    for target, origin in (*ends, *heads):
-        _copy(target, [origin], where)
+    _copy(model.embedding, [source.embedding], where)
+    _copy(model.final_norm, [source.final_norm], where)
+    if not model.model_config.tie_embeddings:
+        tied = source.model_config.tie_embeddings
+        _copy(model.head, [source.embedding if tied else source.head], where)
     for k, target in enumerate(model.blocks):
         if k < prelude:
             _copy(target, [source.blocks[k]], where)
@@ -98,38 +117,59 @@ def _chosen(method: str, looped: int, middle: int, times: int) -> list[list[int]
     return [[round(k * (middle - 1) / (looped - 1))] for k in range(looped)]
 
 
+def _check_same_settings(model: LanguageModel, source: LanguageModel, where: str) -> None:
+    wanted, there = model.model_config, source.model_config
+    for name in ("hidden_size", "block_norm", "norm_eps", "scale_embeddings"):
+        if getattr(wanted, name) != getattr(there, name):
+            raise UserError(
+                f"{where} has model.{name} {getattr(there, name)}, expected "
+                f"{getattr(wanted, name)}, the model's"
+            )
+    widths = [(c.mlp.kind, c.mlp.width(c.hidden_size)) for c in (there, wanted)]
+    if widths[0] != widths[1] and (widths[0][0], widths[1][0]) != ("none", "none"):
+        raise UserError(
+            f"{where} has an MLP of kind and width {widths[0]}, expected {widths[1]}, the model's"
+        )
+    if wanted.tie_embeddings and not there.tie_embeddings:
+        raise UserError(
+            f"{where} has a head of its own, which model.tie_embeddings=true would leave out"
+        )
+
+
 def _check_same_blocks(
     model: LanguageModel, source: LanguageModel, origins: list[list[int]], where: str
 ) -> None:
     wanted, there = block_specs(model.model_config), block_specs(source.model_config)
     for k, (spec, indices) in enumerate(zip(wanted, origins, strict=True)):
         for i in indices:
-            if (there[i].mixer, there[i].config) != (spec.mixer, spec.config):
+            if there[i].identity != spec.identity:
                 raise UserError(
-                    f"block {k} of the model is {spec.name} {spec.config}, but block {i} of "
-                    f"{where} is {there[i].name} {there[i].config}"
+                    f"block {k} of the model is {spec.name} {spec.identity}, but block {i} of "
+                    f"{where} is {there[i].name} {there[i].identity}"
                 )
 
 
-def _copy(target: nn.Module, origins: list[nn.Module], where: str) -> None:
-    """Every parameter becomes the mean of the origins' of the same name."""
+def _copy(target: nn.Module | None, origins: Sequence[nn.Module], where: str) -> None:
+    """Every parameter becomes the mean of the origins' of the same name; low-rank differences only
+    where the origins have them."""
+    assert target is not None
     values = [_by_name(origin) for origin in origins]
     for name, parameter in _by_name(target).items():
-        if name.endswith((".lora_a", ".lora_b")):
+        found = [v[name] for v in values if name in v]
+        if not found and name.endswith((".lora_a", ".lora_b")):
             continue
-        found = [v.get(name) for v in values]
-        if any(f is None or f.shape != parameter.shape for f in found):
-            shape = None if found[0] is None else tuple(found[0].shape)
+        shapes = {tuple(f.shape) for f in found}
+        if len(found) != len(values) or shapes != {tuple(parameter.shape)}:
             raise UserError(
-                f"{where}: {name} is {shape}, expected {tuple(parameter.shape)}: hidden_size, mlp "
-                "and block_norm must be the model's"
+                f"{where}: {type(target).__name__}'s {name} has the shapes {sorted(shapes)}, "
+                f"expected {tuple(parameter.shape)}"
             )
-        parameter.copy_(torch.stack([f for f in found if f is not None]).mean(0))
+        parameter.copy_(torch.stack(found).mean(0))
 
 
 def _by_name(module: nn.Module) -> dict[str, Tensor]:
     """Parameters by the name they have without low-rank differences around them."""
-    return {name.replace(".inner.", "."): p for name, p in module.named_parameters()}
+    return {name.replace("inner.", ""): p for name, p in module.named_parameters()}
 
 
 def _low_rank(target: nn.Module, replaced: list[nn.Module]) -> None:
@@ -141,7 +181,7 @@ def _low_rank(target: nn.Module, replaced: list[nn.Module]) -> None:
         module.lora_a.zero_()
         module.lora_b.zero_()
         for depth, origin in enumerate(replaced):
-            whole = origin.get_parameter(f"{name.replace('.inner.', '.')}.weight")
+            whole = origin.get_parameter(f"{name.replace('inner.', '')}.weight")
             lost = (whole - module.weight).to(torch.promote_types(whole.dtype, torch.float32))
             u, s, v = torch.linalg.svd(lost, full_matrices=False)
             r = min(rank, len(s))

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
+from pretrain.metrics import merge_metrics
 from pretrain.models.blocks import BlockSpec, block_specs, passes
 from pretrain.models.depth_lora import add_depth_lora, set_depth
 from pretrain.models.mixers import LayerContext, State
@@ -195,9 +196,7 @@ class LanguageModel(nn.Module):
         """What the mixers have to tell since the last call, over all blocks of this process."""
         found: dict[str, float] = {}
         for block in self.blocks:
-            for name, value in cast(Block, block).mixer.metrics().items():
-                before = found.get(name, 0.0)
-                found[name] = max(before, value) if name.endswith("_max") else before + value
+            merge_metrics(found, cast(Block, block).mixer.metrics())
         return found
 
 
@@ -211,8 +210,11 @@ def padded_vocab_size(config: ModelConfig, tokenizer_vocab_size: int) -> int:
     return config.vocab_size or -(-tokenizer_vocab_size // 128) * 128
 
 
-def parallel_context(dtype: torch.dtype, *, sequence_parallel: bool = False) -> ParallelContext:
-    """The context of a model on this process; process groups must exist."""
+def parallel_context(
+    dtype: torch.dtype, *, sequence_parallel: bool = False, on_cpu: bool = False
+) -> ParallelContext:
+    """The context of a model on this process; process groups must exist. ``on_cpu``: parameters
+    are made on torch's default device, even where there is CUDA."""
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     megatron = TransformerConfig(
         num_layers=1,  # required there, as are the next two; not used by us
@@ -220,7 +222,7 @@ def parallel_context(dtype: torch.dtype, *, sequence_parallel: bool = False) -> 
         num_attention_heads=tensor_size,
         tensor_model_parallel_size=tensor_size,
         sequence_parallel=sequence_parallel and tensor_size > 1,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=on_cpu or not torch.cuda.is_available(),
         perform_initialization=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -29,10 +29,11 @@ _EVALUATION = 2**32 - 1  # stands for "no step" among the seeds
 _RECURRENCES, _STATE = 0, 1  # the two streams of random numbers
 
 
-def sample_recurrences(mean: int, seed: int, step: int, micro_batch: int) -> int:
-    """Passes of a training micro-batch: 1 + Poisson of a log-normal rate with mean ``mean``
-    (arXiv 2502.05171, section 3.3). The same on every process, which must stay in step."""
-    generator = np.random.default_rng([seed, step, micro_batch, _RECURRENCES])
+def sample_recurrences(mean: int, seed: int, step: int) -> int:
+    """Passes of a training step: 1 + Poisson of a log-normal rate with mean ``mean`` (arXiv
+    2502.05171, section 3.3). The same for all its micro-batches on every process, which must stay
+    in step and give the same numbers however many they are."""
+    generator = np.random.default_rng([seed, step, _RECURRENCES])
     rate = generator.lognormal(np.log(mean) - 0.125, 0.5)
     return int(generator.poisson(rate)) + 1
 
@@ -46,8 +47,10 @@ class Recursion(nn.Module):
         super().__init__()
         self.config, self._context = config, context
         self.times: int | None = None  # instead of the configured number, in evaluation
-        self._seed, self._step, self._micro_batch, self._place = 0, 0, 0, 0
+        self._seed, self._step, self._micro_batch = 0, 0, 0
+        self._place, self._places = 0, 1
         self._passes: list[int] = []
+        self._ponder: list[Tensor] = []
         d = hidden_size
         if config.adapter:
             self.adapter = self._replicated((d, 2 * d), normal(std))
@@ -63,15 +66,22 @@ class Recursion(nn.Module):
             setattr(parameter, "sequence_parallel", True)  # noqa: B010
         return with_init(parameter, init, decay=len(shape) > 1)
 
-    def begin_step(self, seed: int, step: int, place: int) -> None:
-        """Draw what follows in training from (seed, step, micro-batch); ``place``, among the
-        data-parallel processes, changes the random states but not the number of passes."""
-        self._seed, self._step, self._micro_batch, self._place = seed, step, 0, place
+    def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
+        """Draw what follows in training from (seed, step) and the number of the micro-batch in the
+        global batch, which this process, the ``place``-th of ``places`` data-parallel ones, takes
+        by turns."""
+        self._seed, self._step, self._micro_batch = seed, step, 0
+        self._place, self._places = place, places
 
-    def mean_passes(self) -> float | None:
-        """Passes per training micro-batch since the last call."""
+    def metrics(self) -> dict[str, float]:
+        """Of the training micro-batches since the last call: mean number of passes and, with
+        halting, mean ponder cost per token."""
         passes, self._passes = self._passes, []
-        return sum(passes) / len(passes) if passes else None
+        ponder, self._ponder = self._ponder, []
+        found = {"recurrences": sum(passes) / len(passes)} if passes else {}
+        if ponder:
+            found["ponder_cost"] = float(torch.stack(ponder).mean())
+        return found
 
     def set_times(self, times: int | None) -> None:
         """Passes in evaluation; None for the configured number. Raises UserError where the loop has
@@ -94,7 +104,7 @@ class Recursion(nn.Module):
             return self.times or config.times
         times = config.times
         if config.sampling == "poisson":
-            times = sample_recurrences(times, self._seed, self._step, self._micro_batch)
+            times = sample_recurrences(times, self._seed, self._step)
         self._micro_batch += 1
         self._passes.append(times)
         return times
@@ -105,7 +115,9 @@ class Recursion(nn.Module):
         """x ``[T, B, d]``, the prelude's output; ``run(state, pass)`` goes through the blocks once.
 
         ``whole``: make every pass even where all tokens have halted, because the blocks' states are
-        wanted. Returns the last state and, with halting, each token's ponder cost ``[T, B]``.
+        wanted. So does training, where every process must use every parameter, and sequence
+        parallelism, where none sees all tokens. Returns the last state and, with halting, each
+        token's ponder cost ``[T, B]``.
         """
         config, times = self.config, self.num_passes()
         through = times
@@ -113,6 +125,7 @@ class Recursion(nn.Module):
             through = min(times, config.backprop_last)
         state = self._initial(x)
         halting = _Halting(config, x) if config.halting else None
+        whole = whole or self.training or self._context.megatron.sequence_parallel
         for index in range(times):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= times - through):
                 stays = state
@@ -127,12 +140,14 @@ class Recursion(nn.Module):
                     stays.to(wide), self.halting_weight.to(wide), self.halting_bias.to(wide)
                 )
                 halting.add(torch.sigmoid(logit)[..., 0], new, last=index == times - 1)
-                if halting.all_done() and not whole:
+                if not whole and halting.all_done():
                     break
             state = new
-        if halting is not None:
-            return halting.output, halting.cost
-        return state, None
+        if halting is None:
+            return state, None
+        if self.training:
+            self._ponder.append(halting.cost.detach().mean())
+        return halting.output, halting.cost
 
     def _initial(self, x: Tensor) -> Tensor:
         config = self.config
@@ -141,17 +156,17 @@ class Recursion(nn.Module):
         if config.state_init == "zeros":
             return torch.zeros_like(x)
         if self.training:
-            seeds = (self._seed, self._step, self._micro_batch, self._place)
-            shape = tuple(x.shape)
+            # num_passes has counted this micro-batch already.
+            number = (self._micro_batch - 1) * self._places + self._place
+            seeds, shape = (self._seed, self._step, number), tuple(x.shape)
             if self._context.megatron.sequence_parallel:
                 shape = (shape[0] * self._context.tensor_size, *shape[1:])
         else:
             # One state for all tokens: no token's score depends on where it lies in a batch.
-            seeds, shape = (0, _EVALUATION, 0, 0), (x.shape[-1],)
+            seeds, shape = (0, _EVALUATION, 0), (x.shape[-1],)
         seed = int(np.random.default_rng([*seeds, _STATE]).integers(2**62))
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.empty(shape)
-        nn.init.trunc_normal_(noise, std=1, a=-3, b=3, generator=generator)
+        generator = torch.Generator(x.device).manual_seed(seed)
+        noise = torch.randn(shape, generator=generator, device=x.device).clamp_(-3, 3)
         if noise.ndim == x.ndim and len(noise) > len(x):  # this process's tokens
             rank = parallel_state.get_tensor_model_parallel_rank()
             noise = noise[rank * len(x) : (rank + 1) * len(x)]

@@ -42,11 +42,11 @@ def check_shapes(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[i
             raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
-def check_heads(op: str, q: Tensor, v: Tensor) -> None:
-    """Raises ValueError unless q and v have the four axes ``[B, T, H, dim]``."""
+def check_heads(op: str, q: Tensor, v: Tensor, name: str = "q") -> None:
+    """Raises ValueError unless q (or ``name``) and v have the four axes ``[B, T, H, dim]``."""
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(
-            f"{op}: q is {tuple(q.shape)} and v {tuple(v.shape)}, expected [B, T, H, dim]"
+            f"{op}: {name} is {tuple(q.shape)} and v {tuple(v.shape)}, expected [B, T, H, dim]"
         )
 
 

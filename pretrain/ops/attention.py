@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.ops.arguments import choose_backend
+from pretrain.ops.arguments import choose_backend, resolve_sequences
 from pretrain.ops.packing import (
     max_length,
-    rows_as_sequences,
     sequence_ids,
     sequence_lengths,
     token_positions,
@@ -47,11 +46,18 @@ def attention(
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
         )
-    if cu_seqlens is None:
-        cu_seqlens = rows_as_sequences(q.shape[0], q.shape[1], q.device)
-        cu_seqlens_k = rows_as_sequences(k.shape[0], k.shape[1], k.device)
-    elif cu_seqlens_k is None:
+    if cu_seqlens is not None and cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
+    cu_seqlens, lengths = resolve_sequences(
+        "attention", q.shape[0], q.shape[1], cu_seqlens, q.device
+    )
+    cu_seqlens_k, lengths_k = resolve_sequences(
+        "attention", k.shape[0], k.shape[1], cu_seqlens_k, k.device
+    )
+    if len(lengths) != len(lengths_k):
+        raise ValueError(
+            f"attention: cu_seqlens names {len(lengths)} sequences, cu_seqlens_k {len(lengths_k)}"
+        )
     run = {"explicit": _explicit, "sdpa": _sdpa, "flash": _flash}[backend]
     output = run(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens_k, scale, window

@@ -54,6 +54,8 @@ def checkpointed_recurrence(
     ``[N, ...]``. ``checkpoint_every``: time steps per block, by default about sqrt(T / 4), which
     keeps fewest states at once (a block needs about 4 a step).
     """
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every is {checkpoint_every}, expected at least 1")
     layout = chunk_layout(cu_seqlens, 1)
     order, index = layout.order, layout.token_index[:, 0]
     block = checkpoint_every or max(8, math.isqrt(len(layout.steps) // 4))

@@ -2,13 +2,19 @@
 
 With G the running sum of a chunk's log-decays, the chunked forms need for rows i and earlier rows j
 ``pairs_ij = sum_c later_ic earlier_jc exp(G_ic - G_jc)``, and exp(G) itself. Only differences that
-are at most 0 are ever exponentiated, so no decay, however strong, can overflow.
+are at most 0 are ever exponentiated, so no decay, however strong, can overflow. A log-decay whose
+exponential is 0 anyway, -inf included, counts as the first such number: running sums stay exact
+where they matter.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def _bounded(log_decay: Tensor) -> Tensor:
+    return log_decay.clamp_min(-800.0 if log_decay.dtype == torch.float64 else -110.0)
 
 
 class ScalarDecay:
@@ -19,7 +25,7 @@ class ScalarDecay:
     """
 
     def __init__(self, log_decay: Tensor, substeps: int):
-        token = log_decay.cumsum(-1)
+        token = _bounded(log_decay).cumsum(-1)
         step = token.repeat_interleave(substeps, -1)
         size = step.shape[-1]
         later = torch.ones(size, size, dtype=torch.bool, device=step.device).triu(1)
@@ -63,7 +69,7 @@ class VectorDecay:
     """
 
     def __init__(self, log_decay: Tensor, substeps: int):
-        token = log_decay.cumsum(-2)
+        token = _bounded(log_decay).cumsum(-2)
         self._substeps, self._tokens = substeps, token.shape[-2]
         self.to_query = token.exp()
         self.to_step = self.to_query.repeat_interleave(substeps, -2)

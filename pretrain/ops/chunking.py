@@ -20,9 +20,17 @@ def to_chunks(x: Tensor, layout: ChunkLayout, *, head_axis: int) -> Tensor:
 
 def _gather(x: Tensor, layout: ChunkLayout) -> Tensor:
     """``[T, ...]`` to ``[chunks, tokens per chunk, ...]``, zeros at padding."""
+    if layout.in_order:
+        return x.unflatten(0, layout.token_index.shape)
     if layout.padded:
         x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
     return x[layout.token_index]
+
+
+def _tokens(x: Tensor, layout: ChunkLayout) -> Tensor:
+    """``[chunks, tokens per chunk, ...]`` to ``[T, ...]``."""
+    flat = x.flatten(0, 1)
+    return flat if layout.in_order else flat[layout.token_slot]
 
 
 class _ToChunks(torch.autograd.Function):
@@ -36,8 +44,7 @@ class _ToChunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_chunks: Tensor) -> tuple[Tensor, None, None]:
-        flat = d_chunks.movedim(1, ctx.head_axis).flatten(0, 1)
-        return flat[ctx.layout.token_slot], None, None
+        return _tokens(d_chunks.movedim(1, ctx.head_axis), ctx.layout), None, None
 
 
 class _FromChunks(torch.autograd.Function):
@@ -46,7 +53,7 @@ class _FromChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chunks: Tensor, layout: ChunkLayout) -> Tensor:
         ctx.layout = layout
-        return chunks.transpose(1, 2).flatten(0, 1)[layout.token_slot]
+        return _tokens(chunks.transpose(1, 2), layout)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -57,6 +57,8 @@ def linear_attention(
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
     check_heads("linear_attention", q, v)
+    if chunk_size < 1:
+        raise ValueError(f"linear_attention: chunk_size is {chunk_size}, expected at least 1")
     batch_size, length, num_heads, head_dim = q.shape
     value_dim = v.shape[-1]
     check_shapes(

@@ -59,6 +59,7 @@ def m2rnn(
     """
     backend = choose_backend("m2rnn", backend, BACKENDS, "recurrent", "checkpointed")
     check_heads("m2rnn", q, v)
+    check_heads("m2rnn", k, v, "k")
     batch_size, length, num_heads, value_dim = v.shape
     key_dim = q.shape[-1]
     check_shapes(
@@ -225,7 +226,11 @@ class _M2RNN:
         del z, difference
         dk = (d_inner @ v[..., None])[..., 0]
         dv = (k[:, :, None] @ d_inner)[:, :, 0]
-        d_weight = previous.transpose(0, 1).flatten(1, 2).mT @ d_inner.transpose(0, 1).flatten(1, 2)
+        d_weight = torch.zeros_like(weight)
+        for a, b in zip(previous.split(8), d_inner.split(8), strict=True):
+            # A few rows at a time: each head's matrix needs its rows side by side, in a copy.
+            a, b = (x.transpose(0, 1).flatten(1, 2) for x in (a, b))
+            d_weight.baddbmm_(a.mT, b)
         d_rows = (
             _gather_heads(dq, q_shared.shape[1]), _gather_heads(dk, k_shared.shape[1]), dv, df,
         )  # fmt: skip

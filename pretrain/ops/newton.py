@@ -37,7 +37,8 @@ Linear = tuple[Tensor, Tensor, Any]
 class NewtonReport:
     """What the solver did since the report was made or reset.
 
-    residual: largest |f(h_{l-1}, x_l) - h_l| after the last Newton step, before any fallback;
+    residual: largest |f(h_{l-1}, x_l) - h_l| (of the public cells' bounded states; else divided by
+    1 + |h_l|) after the last Newton step, before any fallback;
     fallbacks: sequences that had not converged and were computed step by step; sequences: of how
     many; iterations: the most Newton steps that any stretch of time took.
     """
@@ -59,6 +60,8 @@ class ElementwiseCell:
     """A cell ``step(h [S, ..., D], x [G, ..., D], parameters [P, D]) -> h' [S, ..., D]``,
     elementwise over everything but S, G and P; derivatives by ``torch.func`` unless a subclass
     knows better."""
+
+    bounded = False  # whether states stay within about 1, so that residuals need no scale
 
     def __init__(self, step: Callable[[Tensor, Tensor, Tensor], Tensor], num_states: int = 1):
         self.step, self.num_states = step, num_states
@@ -351,13 +354,15 @@ def _solve_tile(
         else:  # most likely there is nothing left to solve
             value = cell.step(previous, xs, parameters)
         value = value - h
+        size = value.abs() if cell.bounded else value.abs() / (1 + h.abs())
         # amax keeps NaN, so a sequence that blew up is not taken for a converged one.
         found = torch.zeros_like(residual).scatter_reduce_(
-            0, sequence, value.abs().amax((0, 1, 3)), "amax"
+            0, sequence, size.amax((0, 1, 3)), "amax"
         )
         residual = torch.where(unsolved, found, residual)
         unsolved = unsolved & ~(residual <= tolerance)
-        count = int(unsolved.sum())
+        hopeful = unsolved & residual.isfinite()
+        count = int(hopeful.sum())
         if not count or step == iterations:
             break
         if jacobian is None:
@@ -365,7 +370,7 @@ def _solve_tile(
         solve_forward(jacobian, value, counts)
         # A sequence that has converged stays as it is, whatever its neighbours need.
         if count < num_sequences:
-            value = torch.where(unsolved[sequence][:, None], value, 0)
+            value = torch.where(hopeful[sequence][:, None], value, 0)
         h += value
     return h, residual, step
 

@@ -28,7 +28,8 @@ def remember(function: Callable[..., R]) -> Callable[..., R]:
     def wrapper(cu_seqlens: Tensor, *arguments: Any) -> R:
         known = results.setdefault(cu_seqlens, {})
         if arguments not in known:
-            known[arguments] = function(cu_seqlens, *arguments)
+            with torch.inference_mode(False):  # what is remembered must serve training too
+                known[arguments] = function(cu_seqlens, *arguments)
         return known[arguments]
 
     return wrapper
@@ -87,6 +88,7 @@ class ChunkLayout:
     order:        [N] int64, the sequences, longest first
     token_slot:   [T] int64, position of each token in the flattened chunks
     padded:       whether any chunk has padding
+    in_order:     whether the chunks are the tokens in their own order, without padding
     """
 
     token_index: Tensor
@@ -94,6 +96,7 @@ class ChunkLayout:
     order: Tensor
     token_slot: Tensor
     padded: bool
+    in_order: bool
 
 
 @remember
@@ -127,4 +130,5 @@ def chunk_layout(cu_seqlens: Tensor, chunk_size: int) -> ChunkLayout:
         order=order.to(device),
         token_slot=slot[:total].to(device),
         padded=index.numel() != total,
+        in_order=index.numel() == total and len(lengths) == 1,
     )

@@ -91,6 +91,8 @@ def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
 class _ParaGRU(ElementwiseCell):
     """Parameters a_z, a_r, a_c."""
 
+    bounded = True
+
     def __init__(self) -> None:
         super().__init__(self._step)
 
@@ -135,6 +137,8 @@ class _ParaGRU(ElementwiseCell):
 
 class _ParaLSTM(ElementwiseCell):
     """Parameters a_f, a_o, a_z, c_f, c_o; states cell, h."""
+
+    bounded = True
 
     def __init__(self) -> None:
         super().__init__(self._step, num_states=2)

@@ -63,6 +63,11 @@ def rat(
         raise ValueError(f"rat: v is {tuple(v.shape)}, expected [B, T, H, D]")
     check_shapes("rat", {"q": (q, v.shape), "k": (k, v.shape), "gate": (gate, v.shape)})
     batch_size, length, num_heads, dim = v.shape
+    if chunk_size < 1 or (rope_theta is not None and dim % 2):
+        raise ValueError(
+            f"rat: chunk_size is {chunk_size} and D {dim}, expected at least 1 and, with rotary "
+            "positions, an even number"
+        )
     cu_seqlens, lengths = resolve_sequences("rat", batch_size, length, cu_seqlens, v.device)
     dtype = torch.promote_types(v.dtype, torch.float32)
     state = initial_state
@@ -71,6 +76,20 @@ def rat(
         empty = zeros[:0]
         seen = torch.zeros(len(lengths), dtype=torch.int64, device=v.device)
         state = RATState(empty, empty, zeros, zeros, seen)
+    elif state.seen.shape != (len(lengths),):
+        raise ValueError(
+            f"rat: initial_state is of {len(state.seen)} sequences, expected {len(lengths)}"
+        )
+    ends, running = int((state.seen // chunk_size).sum()), (len(lengths), num_heads, dim)
+    check_shapes(
+        "rat",
+        {
+            "initial_state.keys": (state.keys, (ends, num_heads, dim)),
+            "initial_state.values": (state.values, (ends, num_heads, dim)),
+            "initial_state.key": (state.key, running),
+            "initial_state.value": (state.value, running),
+        },
+    )
     q, k, v_wide, gate = (x.flatten(0, 1).to(dtype) for x in (q, k, v, gate))
     q = q * (dim**-0.5 if scale is None else scale)
     run = _recurrent if backend == "recurrent" else _chunked

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.ops.arguments import resolve_sequences
 from pretrain.ops.packing import remember, sequence_ids, sequence_lengths
 
 
@@ -31,8 +32,8 @@ def short_convolution(
     history = weight.shape[1] - 1
     if weight.shape[0] != dim:
         raise ValueError(f"short_convolution: weight is {tuple(weight.shape)}, expected ({dim}, W)")
-    if cu_seqlens is not None and batch_size != 1:
-        raise ValueError(f"short_convolution: with cu_seqlens the batch is 1, found {batch_size}")
+    if cu_seqlens is not None:
+        resolve_sequences("short_convolution", batch_size, length, cu_seqlens, x.device)
     packed = cu_seqlens is not None and len(cu_seqlens) != 2
     num_sequences = batch_size if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state is None:
@@ -46,7 +47,7 @@ def short_convolution(
     if not packed:
         extended = torch.cat([initial_state, x], 1)  # each row after its own history
         y = _Taps.apply(extended, weight)
-        state = extended[:, length:]
+        state = extended[:, length:].clone()  # not a view that holds the whole row
     else:
         assert cu_seqlens is not None
         flat = torch.cat([initial_state.flatten(0, 1), x[0]])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.ops import apply_rotary, attention, rotary_embedding
+from pretrain.ops import apply_rotary, attention, rotary_embedding, short_convolution
 from tests.relative_error import relative_error
 
 
@@ -80,3 +80,15 @@ def test_unavailable_backend_is_an_error():
         attention(x, x, x, backend="flash")
     with pytest.raises(ValueError, match="backend is 'fast', expected one of"):
         attention(x, x, x, backend="fast")
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [([0, 4, 8], "ends at 8, but there are 10 tokens"), ([3, 10], "must start at 0")],
+)
+def test_cu_seqlens_that_do_not_fit_are_refused(cu_seqlens, message):
+    q = torch.randn(1, 10, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        attention(q, q, q, cu_seqlens=torch.tensor(cu_seqlens))
+    with pytest.raises(ValueError, match=message):
+        short_convolution(q[:, :, 0], torch.randn(4, 3), cu_seqlens=torch.tensor(cu_seqlens))

@@ -85,7 +85,7 @@ def test_wrong_settings_are_named(base, override, message):
         ("model.pattern=gdn atn", r"model.pattern 'gdn atn': unknown mixer 'atn'"),
         ("model.mixers.attn.num_heads=5", "num_heads is 5, which does not divide hidden_size 32"),
         ("model.mixers.attn.num_kv_heads=3", "num_kv_heads is 3, which does not divide num_heads"),
-        ("model.mixers.gdn.heads=3", r"unknown setting 'heads'.*known in the top: num_heads"),
+        ("model.mixers.gdn.heads=3", r"unknown setting 'heads'.*known: num_heads"),
         ("model.mixers.gdn.expand_v=0.3", "head_dim . expand_v is 2.4, expected a whole number"),
         ("model.mixers.gnd.heads=3", r"unknown mixer 'gnd' \(did you mean 'gdn'\?\)"),
         ("model.mixers.swa={kind: [1]}", r"model.mixers.swa: unknown mixer '\[1\]'"),

@@ -109,6 +109,17 @@ def test_strong_and_weak_decays_side_by_side():
     assert relative_error(state, final) < 1e-5
 
 
+def test_a_decay_of_minus_infinity_forgets():
+    q, k, v = torch.randn(3, 1, 50, 2, 4, dtype=torch.float64)
+    log_decay = -torch.rand(1, 50, 2, dtype=torch.float64)
+    log_decay[:, 17] = -torch.inf
+    found, exact = (
+        linear_attention(q, k, v, log_decay=log_decay, backend=b) for b in ("chunked", "recurrent")
+    )
+    assert relative_error(found[0], exact[0]) < 1e-10
+    assert relative_error(found[1], exact[1]) < 1e-10
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -116,6 +127,7 @@ def test_strong_and_weak_decays_side_by_side():
         ({"log_decay": torch.zeros(1, 8, 3)}, r"log_decay is \(1, 8, 3\), expected \(1, 8, 2\)"),
         ({"initial_state": torch.zeros(2, 2, 4, 4)}, r"initial_state is \(2, 2, 4, 4\), expected"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens ends at 5, but there are 8 tokens"),
+        ({"chunk_size": 0}, "chunk_size is 0, expected at least 1"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

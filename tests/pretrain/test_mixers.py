@@ -178,6 +178,19 @@ def test_a_document_never_feels_its_neighbour(name, settings):
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
+def test_training_after_inference_on_the_same_documents(name, settings):
+    """What is remembered of a cu_seqlens under inference_mode serves training as well."""
+    layer = build(name, settings)
+    cu_seqlens = torch.tensor([0, 5, 12])
+    x = torch.randn(12, 1, HIDDEN, dtype=torch.float64)
+    with torch.inference_mode():
+        expected, _ = layer(x, cu_seqlens=cu_seqlens)
+    y, _ = layer(x, cu_seqlens=cu_seqlens)
+    y.sum().backward()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
 def test_the_future_is_not_seen(name, settings):
     layer = build(name, settings)
     x = torch.randn(20, 2, HIDDEN, dtype=torch.float64)

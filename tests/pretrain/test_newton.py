@@ -127,6 +127,18 @@ def test_fewer_iterations_leave_a_residual_that_is_reported():
     assert residuals[3] < 1e-11
 
 
+def test_large_states_are_measured_by_their_size():
+    """In float32 a residual of 1e-5 is beyond reach for states of 1000."""
+    x, parameters = 100 * torch.randn(2, 300, 1, 4), torch.full((1, 4), 0.9)
+    report = NewtonReport()
+    found, _ = newton_recurrence(lambda h, x, p: p[0] * h + x, x, parameters, report=report)
+    assert report.fallbacks == 0
+    exact, _ = newton_recurrence(
+        lambda h, x, p: p[0] * h + x, x.double(), parameters.double(), backend="sequential"
+    )
+    assert relative_error(found, exact) < 1e-5
+
+
 def test_steps_end_where_the_residual_is_small():
     u, a = random(2, 200, 3, 4), random(3, 4, bound=0.5)
     for tolerance, most in ((10.0, 0), (1e-2, 2), (1e-11, 5)):

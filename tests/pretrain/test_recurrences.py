@@ -168,6 +168,7 @@ def test_memory_of_m2rnn_is_a_fraction_of_its_states():
         (lambda x, w: rnn(x, w, None, backend="fast"), "backend is 'fast', expected one of"),
         (lambda x, w: rnn(x, w, None, state_grad_clip=0), "state_grad_clip is 0, expected more"),
         (lambda x, w: rnn(x, w[:1], None), "recurrent_weight is"),
+        (lambda x, w: rnn(x, w, None, checkpoint_every=0), "checkpoint_every is 0, expected at"),
         (lambda x, w: rnn(x, w, None, initial_state=(x[:, 0, 0],)), "has 1 tensors, expected"),
         (
             lambda x, w: m2rnn(x[:, :, 0], x[:, :, 0], x[:, :, 0], w[0], x[:, :, 0, :, 0]),

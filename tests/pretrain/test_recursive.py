@@ -192,21 +192,27 @@ def test_gradients_go_through_the_last_passes_alone():
 
 
 def test_recurrences_are_drawn_alike_and_follow_the_paper():
-    draws = [sample_recurrences(32, 7, step, 0) for step in range(4000)]
-    assert draws[:50] == [sample_recurrences(32, 7, step, 0) for step in range(50)]
+    draws = [sample_recurrences(32, 7, step) for step in range(4000)]
+    assert draws[:50] == [sample_recurrences(32, 7, step) for step in range(50)]
     assert statistics.mean(draws) == pytest.approx(33, abs=1)
     assert statistics.median(draws) == pytest.approx(29, abs=1.5)
     assert statistics.stdev(draws) == pytest.approx(17.8, abs=1.5)
     model = make(recursion={**RECURRENT_DEPTH, "sampling": "poisson"})
-    expected = [sample_recurrences(3, 5, 11, micro) for micro in range(4)]
+    expected = sample_recurrences(3, 5, 11)
     tokens, targets = torch.randint(VOCAB, (2, 1, 5))
-    losses = {}
-    for place in (0, 1):
-        model.recursion.begin_step(5, 11, place)
-        losses[place] = [model(tokens, targets).sum().item() for _ in range(4)]
-        assert model.recursion.mean_passes() == statistics.mean(expected)
-    assert losses[0] != losses[1]  # random states differ between data-parallel processes
-    assert model.recursion.mean_passes() is None
+
+    def losses(place, places, micro_batches):
+        model.recursion.begin_step(5, 11, place, places)
+        found = [model(tokens, targets).sum().item() for _ in range(micro_batches)]
+        assert model.recursion.metrics() == {"recurrences": expected}
+        return found
+
+    # The same tokens: only the random states tell micro-batches apart. Two processes taking them by
+    # turns see what one sees.
+    alone = losses(0, 1, 4)
+    assert len(set(alone)) == 4
+    assert [losses(0, 2, 2), losses(1, 2, 2)] == [alone[::2], alone[1::2]]
+    assert model.recursion.metrics() == {}
 
 
 def test_evaluation_takes_the_number_of_passes_it_is_told():
@@ -328,6 +334,41 @@ def test_full_rank_differences_give_back_the_source():
         errors.append(float(sum(lost)))
     assert errors[1] < errors[0]
     assert isinstance(target.blocks[1].mixer.q_proj, DepthLoRA)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"mlp": {"kind": "gelu", "ratio": 2}}, "MLP of kind and width"),
+        ({"mlp": {"kind": "none"}}, "MLP of kind and width"),
+        ({"block_norm": "sandwich"}, "model.block_norm sandwich, expected pre"),
+        ({"norm_eps": 1e-3}, "model.norm_eps"),
+        ({"scale_embeddings": True}, "model.scale_embeddings True, expected False"),
+        ({"tie_embeddings": False}, "a head of its own"),
+        ({"recursion": {"times": 2}}, "holds a recursive model"),
+    ],
+)
+def test_a_source_of_another_make_is_refused(source, message):
+    target = make(pattern="gdn attn")
+    with pytest.raises(UserError, match=message):
+        fill_from(target, make(pattern="gdn attn", **source), InitializeConfig("x"), "source")
+
+
+def test_the_same_model_is_taken_as_it_is():
+    tokens = torch.randint(VOCAB, (1, 11))
+    chunks = {"gdn": {"num_heads": 2, "head_dim": 4, "chunk_size": 16}}  # changes speed alone
+    for recursion in (None, KINDS["lora"]):
+        source = make(recursion=recursion)
+        target = build_model(
+            settings(recursion=recursion, mixers={**settings().mixers, **chunks}),
+            VOCAB, seed=5, dtype=torch.float64,
+        )  # fmt: skip
+        fill_from(target, source, InitializeConfig("source"), "source")
+        assert relative_error(target.eval()(tokens), source.eval()(tokens)) < 1e-12
+    untied = build_model(settings(tie_embeddings=False), VOCAB, seed=5, dtype=torch.float64)
+    tied = make()
+    fill_from(untied, tied, InitializeConfig("source"), "source")
+    assert relative_error(untied.eval()(tokens), tied.eval()(tokens)) < 1e-12
 
 
 def test_a_source_that_does_not_fit_is_refused():

@@ -44,6 +44,10 @@ def cases():
     found = {name: settings(f"2*{name}", {name: SMALL[name][0]}) for name in registry()}
     found["one-kv-head"] = settings("attn", {"attn": {"num_heads": 4, "num_kv_heads": 1}})
     found["untied"] = settings("attn", {"attn": {"num_heads": 4}}, tie_embeddings=False)
+    for name in ("mamba2", "m2rnn", "kda", "gla"):  # with projections that all processes share
+        found[f"{name}-lora"] = settings(
+            f"2*{name}", {name: SMALL[name][0]}, recursion={"times": 2, "lora_rank": 2}
+        )
     for name, recursion in KINDS.items():
         recursion = {**recursion, "backprop_last": None if name == "halting" else 2}
         found[f"recursion-{name}"] = settings(
@@ -82,7 +86,7 @@ def train_across_layouts(config, directory, layouts):
     return [(r.loss, r.grad_norm) for r in results]
 
 
-ACROSS = ("gdn", "m2rnn", "mamba2", "recursion-lora")
+ACROSS = ("gdn", "m2rnn-lora", "mamba2-lora", "recursion-lora")
 LAYOUTS = (2, 1, 2)  # tensor parallel; with 1 the two processes are data-parallel
 _WORKER = """
 import json, sys

@@ -86,7 +86,7 @@ model:
   # recursion: {times: 6, step_signal: sinusoidal, halting: true}  # Universal Transformer
 ```
 
-`block_norm: sandwich` and `scale_embeddings: true` complete the recurrent-depth recipe.
+`block_norm: sandwich` and `scale_embeddings: true` belong to the recurrent-depth recipe.
 `initialize: {checkpoint: runs/dense, method: stepwise, lora: svd}` starts from a trained model.
 `python -m evals runs/NAME --recurrences 64` scores with another number of passes.
 """

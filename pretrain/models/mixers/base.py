@@ -56,6 +56,7 @@ class Mixer(nn.Module, ABC):
 
     config_class: ClassVar[type]
     facts: ClassVar[Facts]
+    speed_settings: ClassVar[tuple[str, ...]] = ("chunk_size",)  # that change nothing but speed
     parallel: ParallelContext
 
     @abstractmethod
@@ -141,9 +142,19 @@ def heads(x: Tensor, num_heads: int) -> Tensor:
 
 def whole(value: float, what: str) -> int:
     """``value`` as an int. Raises ValueError naming ``what`` if it is not whole."""
-    if value != int(value):
-        raise ValueError(f"{what} is {value}, expected a whole number")
-    return int(value)
+    if abs(value - round(value)) > 1e-9 * abs(value):
+        raise ValueError(f"{what} is {value:g}, expected a whole number")
+    return round(value)
+
+
+def per_head(hidden_size: int, num_heads: int) -> int:
+    """Channels of a head. Raises ValueError where the heads do not divide ``hidden_size``."""
+    if hidden_size % num_heads:
+        raise ValueError(
+            f"num_heads is {num_heads}, which does not divide hidden_size {hidden_size}; choose "
+            "another or set head_dim"
+        )
+    return hidden_size // num_heads
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,8 +20,8 @@ from pretrain.models.mixers.base import (
     Mixer,
     State,
     accumulation_dtype,
+    per_head,
     register,
-    whole,
 )
 from pretrain.models.mixers.parts import gate_parameter
 from pretrain.models.norm import rms_norm
@@ -51,7 +51,7 @@ class ClassicalRNNConfig:
 
     def dim(self, hidden_size: int) -> int:
         """Channels of a head."""
-        return self.head_dim or whole(hidden_size / self.num_heads, "hidden_size / num_heads")
+        return self.head_dim or per_head(hidden_size, self.num_heads)
 
 
 class ClassicalRNN(Mixer):

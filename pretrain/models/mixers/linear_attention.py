@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_prep.config_files import setting
-from pretrain.models.mixers.base import Facts, LayerContext, Mixer, State, heads, register, whole
+from pretrain.models.mixers.base import (
+    Facts,
+    LayerContext,
+    Mixer,
+    State,
+    heads,
+    per_head,
+    register,
+    whole,
+)
 from pretrain.models.mixers.parts import linear_attention_flops, matrix_state
 from pretrain.models.norm import rms_norm
 from pretrain.ops import linear_attention
@@ -47,7 +56,7 @@ class LinearAttentionConfig:
 
     def dims(self, hidden_size: int) -> tuple[int, int]:
         """(key, value) width of a head."""
-        key_dim = self.head_dim or whole(hidden_size / self.num_heads, "hidden_size / num_heads")
+        key_dim = self.head_dim or per_head(hidden_size, self.num_heads)
         return key_dim, whole(key_dim * self.expand_v, "head_dim * expand_v")
 
 
@@ -79,9 +88,8 @@ class LinearAttention(Mixer):
                 self.register_parameter(
                     f"{name}_map", replicated_parameter(parallel, (2, dim, dim), normal(dim**-0.5))
                 )
-                self.register_parameter(
-                    f"{name}_map_bias", replicated_parameter(parallel, (2, 1, dim), constant(0.0))
-                )
+                bias = replicated_parameter(parallel, (2, 1, dim), constant(0.0), decay=False)
+                self.register_parameter(f"{name}_map_bias", bias)
 
     def _features(self, name: str, x: Tensor) -> Tensor:
         kind = self.config.feature_map

@@ -1,5 +1,9 @@
 """ParaLSTM (ParaRNN, arXiv 2510.21450): an LSTM with coupled gates, peepholes and diagonal
-recurrence, parallel over time."""
+recurrence, parallel over time.
+
+The forget gate's bias starts at 0 to +1 over the channels, for its gate keeps where it is high; the
+public code starts the first gate of either cell at 0 to -1.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_prep.config_files import setting
-from pretrain.models.mixers.base import LayerContext, Mixer, State, heads, whole
+from pretrain.models.mixers.base import LayerContext, Mixer, State, heads, per_head
 from pretrain.models.mixers.parts import (
     add_short_convolutions,
     convolution_states,
@@ -54,7 +54,7 @@ class ParaRNNConfig:
 
     def dim(self, hidden_size: int) -> int:
         """Channels of a head."""
-        return self.head_dim or whole(hidden_size / self.num_heads, "hidden_size / num_heads")
+        return self.head_dim or per_head(hidden_size, self.num_heads)
 
 
 class ParaRNNMixer(Mixer):

@@ -2,7 +2,8 @@
 :mod:`pretrain.ops.rat`.
 
 q and k come from few groups of heads, shared; v, the averaging gate g = sigmoid(W_g x + b) and the
-output gate z = sigmoid(W_z x) are full width; y = W_o (z * o).
+output gate z = sigmoid(W_z x) are full width; y = W_o (z * o). A group's heads are consecutive (the
+public code deals heads to groups in turn, which is the same up to the order of weights).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_prep.config_files import setting
-from pretrain.models.mixers.base import Facts, LayerContext, Mixer, State, heads, register, whole
+from pretrain.models.mixers.base import Facts, LayerContext, Mixer, State, heads, per_head, register
 from pretrain.models.mixers.parts import gate_parameter, matrix_state
 from pretrain.ops import RATState, rat
 from pretrain.parallel.layers import (
@@ -38,7 +39,7 @@ class RATConfig:
 
     def dim(self, hidden_size: int) -> int:
         """Channels of a head."""
-        return self.head_dim or whole(hidden_size / self.num_heads, "hidden_size / num_heads")
+        return self.head_dim or per_head(hidden_size, self.num_heads)
 
 
 @register("rat")
@@ -46,6 +47,7 @@ class RAT(Mixer):
     """State: see :class:`pretrain.ops.RATState`."""
 
     config_class = RATConfig
+    speed_settings = ()
     facts = Facts(
         "RAT",
         "v~_t = g_t v~_{t-1} + (1 - g_t) v_t in chunks of L, k~ likewise; "

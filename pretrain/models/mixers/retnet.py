@@ -22,6 +22,7 @@ from pretrain.models.mixers.base import (
     State,
     accumulation_dtype,
     heads,
+    per_head,
     register,
     whole,
 )
@@ -54,7 +55,7 @@ class RetNetConfig:
 
     def dims(self, hidden_size: int) -> tuple[int, int]:
         """(key, value) width of a head."""
-        key_dim = self.head_dim or whole(hidden_size / self.num_heads, "hidden_size / num_heads")
+        key_dim = self.head_dim or per_head(hidden_size, self.num_heads)
         return key_dim, whole(key_dim * self.expand_v, "head_dim * expand_v")
 
 
