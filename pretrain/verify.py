@@ -24,6 +24,7 @@ from rich.table import Table
 
 from data_prep.errors import UserError
 from pretrain.config import RunConfig, load_run_config, to_yaml
+from pretrain.parallel.processes import start_processes, stop_processes
 
 # Relative, of the first step's loss and gradient norm: float32 sums in another order, bf16 rounds.
 TOLERANCE = {"float32": 1e-5, "bf16": 2e-2}
@@ -79,10 +80,12 @@ def _verify(config: RunConfig, folder: Path, steps: int, processes: int) -> int:
     shutil.copytree(layout / "checkpoints" / middle, resumed / "checkpoints" / middle)
     _train(config, resumed, processes)
 
+    start_processes()
     results = [
         _compare(f"{processes} processes, parallel.tensor {tensor}", one, layout, config, 0),
         _compare(f"the same, resumed at step {steps // 2}", layout, resumed, config, steps // 2),
     ]
+    stop_processes()
     tolerance = TOLERANCE[config.train.precision]
     title = f"{config.name}: largest relative differences in loss and gradient norm, {steps} steps"
     table = Table(title=title, title_justify="left")
@@ -139,9 +142,7 @@ def _metrics(directory: Path) -> dict[int, dict[str, Any]]:
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
     from pretrain.checkpoint import find_checkpoint, load_weights, read_state
     from pretrain.models.language_model import build_model
-    from pretrain.parallel.processes import start_processes
 
-    start_processes()
     checkpoint = find_checkpoint(directory)
     state = read_state(checkpoint)
     model = build_model(state.model_config, state.vocab_size, seed=0)

@@ -20,9 +20,11 @@ settings.load_profile("default")
 @pytest.fixture(scope="session")
 def processes():
     """megatron-core's groups on a single process."""
-    from pretrain.parallel.processes import start_processes
+    from pretrain.parallel.processes import start_processes, stop_processes
 
     start_processes()
+    yield
+    stop_processes()  # gloo's threads may otherwise abort while the interpreter ends
 
 
 @pytest.fixture(autouse=True)

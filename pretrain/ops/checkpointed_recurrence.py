@@ -52,13 +52,14 @@ def checkpointed_recurrence(
 ) -> tuple[Tensor, States]:
     """Run ``recurrence`` over packed tokens: rows ``[T, ...]`` in their own order, states
     ``[N, ...]``. ``checkpoint_every``: time steps per block, by default about sqrt(T / 4), which
-    keeps fewest states at once (a block needs about 4 a step).
+    keeps fewest states at once (a block needs about 4 a step), but at most 32: larger blocks leave
+    a CPU's cache.
     """
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every is {checkpoint_every}, expected at least 1")
     layout = chunk_layout(cu_seqlens, 1)
     order, index = layout.order, layout.token_index[:, 0]
-    block = checkpoint_every or max(8, math.isqrt(len(layout.steps) // 4))
+    block = checkpoint_every or min(32, max(8, math.isqrt(len(layout.steps) // 4)))
     alone = len(order) == 1  # a single sequence is in order as it is
     output, *final = _CheckpointedRecurrence.apply(
         recurrence, layout.steps, block, len(rows), len(parameters),

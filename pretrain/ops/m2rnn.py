@@ -227,7 +227,7 @@ class _M2RNN:
         dk = (d_inner @ v[..., None])[..., 0]
         dv = (k[:, :, None] @ d_inner)[:, :, 0]
         d_weight = torch.zeros_like(weight)
-        for a, b in zip(previous.split(8), d_inner.split(8), strict=True):
+        for a, b in zip(previous.split(16), d_inner.split(16), strict=True):
             # A few rows at a time: each head's matrix needs its rows side by side, in a copy.
             a, b = (x.transpose(0, 1).flatten(1, 2) for x in (a, b))
             d_weight.baddbmm_(a.mT, b)

@@ -158,7 +158,10 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys, monkeypatch):
         ("s3 --pattern gru --lr 0", "lr is 0.0, expected more than 0"),
         ("s3 --pattern gru --curriculum [64]", "curriculum names the length 64, expected 4 to"),
         ("s3 --pattern gru --mixer heads=4", "model.mixers.gru: unknown setting 'heads'"),
-        ("s3 --pattern gru --mixer num_heads=3", "num_heads is 3, which does not divide hidden_size 64"),
+        (
+            "s3 --pattern gru --mixer num_heads=3",
+            "num_heads is 3, which does not divide hidden_size 64",
+        ),
         ("s3 --pattern gru --mixer num_heads", "--mixer is 'num_heads', expected KEY=VALUE"),
         ("s3 --pattern 'gru attn' --mixer num_heads=4", "expected gru.num_heads=4 or the like"),
         ("mqar --pattern gru --length 200", "makes 100 pairs at 4 times the length, expected at"),

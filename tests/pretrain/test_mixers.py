@@ -52,7 +52,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "m2rnn": [
         {"num_heads": 4, "head_dim": 5, "value_dim": 3},
         {"num_heads": 4, "num_qk_heads": 2, "head_dim": 3, "value_dim": 4, "state_grad_clip": 0.01},
-        {"num_heads": 2, "head_dim": 4, "value_dim": 4, "conv_size": 0},
+        {"num_heads": 2, "head_dim": 4, "value_dim": 4, "conv_size": 0, "recurrent_init": "normal"},
     ],
     "para_gru": [{"num_heads": 2}, {"num_heads": 3, "head_dim": 4, "conv_size": 0}],
     "para_lstm": [{"num_heads": 2}],

@@ -36,7 +36,7 @@ processes equal those on one to 1e-5, for every mixer and every kind of loop
 (`tests/pretrain/test_tensor_parallel.py`).
 
 **Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. Their backward
-pass is linear in T and keeps every c-th state, c about sqrt(T / 4), recomputing the rest.
+pass is linear in T and keeps every c-th state, c about sqrt(T / 4) up to 32, recomputing the rest.
 `state_grad_clip` bounds the gradient that is carried from step to step.
 
 **Newton layers.** `para_gru` and `para_lstm` solve for all steps at once, by Newton steps (usually

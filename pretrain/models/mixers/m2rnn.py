@@ -2,7 +2,11 @@
 
 q, k (few heads, shared) and v pass convolution and SiLU; forget gate f = exp(-exp(A_log)
 softplus(W_f x + dt_bias)) per head; y = q H + D * v, times SiLU(W_g x), RMSNorm over the full
-width, through W_o. The recurrent matrices start at the identity.
+width, through W_o.
+
+The recurrent matrices start at the identity, as in the published language models, or Gaussian with
+variance 1 / V, as in the authors' module of the layer alone. The identity keeps and adds up; for
+state tracking the Gaussian start is much better (benchmarks/results/synthetic_cpu.md).
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from pretrain.parallel.layers import (
     constant,
     divided_parameter,
     group_linear,
+    normal,
     row_linear,
 )
 
@@ -40,14 +45,16 @@ from pretrain.parallel.layers import (
 @dataclass(frozen=True)
 class M2RNNConfig:
     """num_heads: of values, gates and recurrent matrices; num_qk_heads: of queries and of keys, a
-    divisor; head_dim: width of a key (K); value_dim: width of a value (V); state_grad_clip: bound
-    on the gradient carried from step to step, null = none."""
+    divisor; head_dim: width of a key (K); value_dim: width of a value (V); recurrent_init:
+    ``identity`` or ``normal``; state_grad_clip: bound on the gradient carried from step to step,
+    null = none."""
 
     num_heads: int = setting(84, minimum=1)
     num_qk_heads: int = setting(1, minimum=1)
     head_dim: int = setting(64, minimum=1)
     value_dim: int = setting(16, minimum=1)
     conv_size: int = setting(4, minimum=0)
+    recurrent_init: str = setting("identity", choices=("identity", "normal"))
     state_grad_clip: float | None = setting(1.0, above=0)
     norm_eps: float = setting(1e-5, above=0)
 
@@ -86,7 +93,8 @@ class M2RNN(Mixer):
         self.dt_bias = gate_parameter(parallel, (self.num_heads,), time_step_init)
         self.D = gate_parameter(parallel, (self.num_heads, config.value_dim), constant(1.0))
         shape = (self.num_heads, config.value_dim, config.value_dim)
-        self.recurrent = divided_parameter(parallel, shape, _identity)
+        start = _identity if config.recurrent_init == "identity" else normal(shape[-1] ** -0.5)
+        self.recurrent = divided_parameter(parallel, shape, start)
         self.norm = divided_parameter(parallel, (local,), constant(1.0))
 
     def forward(
