@@ -82,8 +82,8 @@ def _verify(config: RunConfig, folder: Path, steps: int, processes: int) -> int:
 
     start_processes()
     results = [
-        _compare(f"{processes} processes, parallel.tensor {tensor}", one, layout, config, 0),
-        _compare(f"the same, resumed at step {steps // 2}", layout, resumed, config, steps // 2),
+        _compare(f"{processes} processes, parallel.tensor {tensor}", one, layout, 0),
+        _compare(f"the same, resumed at step {steps // 2}", layout, resumed, steps // 2),
     ]
     stop_processes()
     tolerance = TOLERANCE[config.train.precision]
@@ -121,9 +121,7 @@ def _train(config: RunConfig, directory: Path, processes: int) -> Path:
     return directory
 
 
-def _compare(
-    name: str, expected: Path, found: Path, config: RunConfig, first_step: int
-) -> Comparison:
+def _compare(name: str, expected: Path, found: Path, first_step: int) -> Comparison:
     rows, wanted = _metrics(found), _metrics(expected)
     steps = [step for step in wanted if step > first_step]
     differences = [

@@ -22,6 +22,7 @@ from pretrain.parallel.layers import (
     constant,
     head_shared,
     normal,
+    used_on_part_of_the_tokens,
     with_init,
 )
 
@@ -50,8 +51,7 @@ class DepthLoRA(nn.Module):
             set_tensor_model_parallel_attributes(self.lora_b, True, 1, 1)
         elif self._row:
             set_tensor_model_parallel_attributes(self.lora_a, True, 2, 1)
-            if context.megatron.sequence_parallel:
-                setattr(self.lora_b, "sequence_parallel", True)  # noqa: B010
+            used_on_part_of_the_tokens(self.lora_b, context)
 
     @property
     def weight(self) -> Tensor:

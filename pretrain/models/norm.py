@@ -7,7 +7,12 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
-from pretrain.parallel.layers import ParallelContext, constant, replicated_parameter
+from pretrain.parallel.layers import (
+    ParallelContext,
+    constant,
+    replicated_parameter,
+    used_on_part_of_the_tokens,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -36,11 +41,9 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float, context: ParallelContext):
         super().__init__()
-        self.weight = replicated_parameter(context, (dim,), constant(1.0))
+        weight = replicated_parameter(context, (dim,), constant(1.0))
+        self.weight = used_on_part_of_the_tokens(weight, context)
         self.eps = eps
-        if context.megatron.sequence_parallel:
-            # Each process sees a part of the tokens: megatron-core sums this gradient over them.
-            setattr(self.weight, "sequence_parallel", True)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)

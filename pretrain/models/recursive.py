@@ -22,7 +22,7 @@ from pretrain.parallel.layers import (
     constant,
     normal,
     replicated_parameter,
-    with_init,
+    used_on_part_of_the_tokens,
 )
 
 _EVALUATION = 2**32 - 1  # stands for "no step" among the seeds
@@ -62,9 +62,7 @@ class Recursion(nn.Module):
 
     def _replicated(self, shape: tuple[int, ...], init: Initializer) -> nn.Parameter:
         parameter = replicated_parameter(self._context, shape, init)
-        if self._context.megatron.sequence_parallel:
-            setattr(parameter, "sequence_parallel", True)  # noqa: B010
-        return with_init(parameter, init, decay=len(shape) > 1)
+        return used_on_part_of_the_tokens(parameter, self._context)
 
     def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
         """Draw what follows in training from (seed, step) and the number of the micro-batch in the

@@ -8,6 +8,7 @@ W multiplies on the right; the rows of H (key channels) never meet except in the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,12 +100,12 @@ class _ClipGradient(torch.autograd.Function):
     """The identity, whose gradient is clamped to +-limit."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, limit: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
         ctx.limit = limit
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.clamp(-ctx.limit, ctx.limit), None
 
 

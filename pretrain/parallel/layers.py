@@ -76,6 +76,14 @@ def with_init(parameter: nn.Parameter, init: Initializer, *, decay: bool = True)
     return parameter
 
 
+def used_on_part_of_the_tokens(parameter: nn.Parameter, context: ParallelContext) -> nn.Parameter:
+    """Mark a replicated parameter that, under sequence parallelism, each process applies to tokens
+    of its own: megatron-core then sums its gradient over them."""
+    tagged: Any = parameter
+    tagged.sequence_parallel = context.megatron.sequence_parallel
+    return parameter
+
+
 def column_linear(context: ParallelContext, d_in: int, d_out: int, std: float) -> nn.Module:
     """Linear without bias whose outputs are divided; its input comes from :func:`column_input`."""
     layer = tensor_parallel.ColumnParallelLinear(

@@ -8,6 +8,7 @@ convergent.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -95,9 +96,9 @@ class ParaRNNMixer(Mixer):
         bias[:, 0] = channels.view(shape[0], shape[2])
         return bias
 
+    @abstractmethod
     def cell(self, u: Tensor, weights: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """u ``[B, T, 3, D]``, weights ``[recurrent_rows, D]``; output and states ``[N, S, D]``."""
-        raise NotImplementedError
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
