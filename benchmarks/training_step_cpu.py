@@ -57,7 +57,7 @@ def main() -> None:
     start_processes()
     data = open_data(config.data)
     vocab_size = padded_vocab_size(config.model, data.tokenizer.vocab_size)
-    loader = TrainingBatches(data, config.train, config.seed)
+    loader = TrainingBatches(data, config.train, config.parallel.micro_batch_size, config.seed)
     engine = Engine(build_model(config.model, vocab_size, seed=0), config.optimizer)
     bare = BareLoop(build_model(config.model, vocab_size, seed=0), config.optimizer.lr,
                     config.optimizer.weight_decay)  # fmt: skip

@@ -11,6 +11,7 @@ from data_prep.config_files import ConfigError, load_config, setting, to_yaml
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "two_stage")
 DECAYS = ("linear", "sqrt", "exponential")
+ZERO_BACKENDS = ("megatron", "deepspeed")
 
 
 @dataclass
@@ -149,7 +150,7 @@ class ScheduleConfig:
 @dataclass
 class TrainConfig:
     """steps or tokens: the budget, exactly one of them; global_batch_tokens: tokens per optimizer
-    step over all processes; micro_batch_size: sequences per forward pass and process.
+    step over all processes.
 
     nonfinite: what a loss or gradient that is not finite does, ``stop`` or ``skip`` the step.
     activation_checkpointing: ``block`` keeps only each block's input and recomputes the rest.
@@ -159,7 +160,6 @@ class TrainConfig:
     tokens: int | None = setting(None, minimum=1)
     seq_len: int = setting(512, minimum=2)
     global_batch_tokens: int = setting(8192, minimum=1)
-    micro_batch_size: int = setting(8, minimum=1)
     precision: str = setting("float32", choices=("float32", "bf16"))
     activation_checkpointing: str = setting("none", choices=("none", "block"))
     nonfinite: str = setting("stop", choices=("stop", "skip"))
@@ -179,11 +179,38 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
-    """tensor: processes that share every layer by its heads and channels; sequence: they also share
-    the tokens outside the layers. What remains of the processes trains data-parallel."""
+    """How processes share the work. What remains of them after tensor x pipeline is data-parallel.
+
+    tensor: processes that share every layer by its heads and channels; sequence: they also share
+    the tokens outside the layers. pipeline: stages that the blocks are divided into, evenly by
+    their FLOPs; virtual_pipeline: parts of every stage, gone through by turns (less idle time, more
+    messages). micro_batch_size: sequences per forward pass.
+
+    zero_stage: what data-parallel processes divide among them: 0 nothing, 1 the optimizer's state,
+    2 gradients too, 3 parameters too; zero_backend: ``megatron`` (0 and 1) or ``deepspeed`` (0 and
+    1, without a pipeline also 2 and 3); offload: where DeepSpeed keeps the optimizer's state, on
+    the ``device``, in ``cpu`` memory, or on ``nvme`` in the folder offload_path.
+
+    overlap: exchange gradients while the backward pass goes on, and parameters while the next
+    forward pass does. timeout_minutes: how long processes wait for one that does not answer.
+    """
 
     tensor: int = setting(1, minimum=1)
     sequence: bool = False
+    pipeline: int = setting(1, minimum=1)
+    virtual_pipeline: int = setting(1, minimum=1)
+    micro_batch_size: int = setting(8, minimum=1)
+    zero_stage: int = setting(1, minimum=0, maximum=3)
+    zero_backend: str = setting("megatron", choices=ZERO_BACKENDS)
+    offload: str = setting("device", choices=("device", "cpu", "nvme"))
+    offload_path: str | None = None
+    overlap: bool = True
+    timeout_minutes: float = setting(30, above=0)
+
+    @property
+    def model_size(self) -> int:
+        """Processes that hold one copy of the model."""
+        return self.tensor * self.pipeline
 
 
 @dataclass
@@ -198,13 +225,15 @@ class ValidationConfig:
 @dataclass
 class CheckpointConfig:
     """every: steps between saves (the last step is always saved); keep_last: older ones are
-    removed, except multiples of milestone_every (0 = no milestones); verify: check the sha256 of
+    removed, except multiples of milestone_every (0 = no milestones); background: write from a copy
+    in the processor's memory while training goes on; verify: check the sha256 of
     every file before loading, or only the sizes; resume: the name of a checkpoint of this run to go
     on from instead of the latest."""
 
     every: int = setting(200, minimum=1)
     keep_last: int = setting(2, minimum=1)
     milestone_every: int = setting(0, minimum=0)
+    background: bool = True
     verify: str = setting("sha256", choices=("sha256", "size"))
     resume: str | None = None
 
@@ -268,18 +297,13 @@ def check_run_config(config: RunConfig, where: str) -> None:
             f"{where}: train.steps is {train.steps} and train.tokens {train.tokens}, "
             "expected exactly one of them to be set"
         )
-    if train.global_batch_tokens % (train.seq_len * train.micro_batch_size):
+    micro_batch = train.seq_len * config.parallel.micro_batch_size
+    if train.global_batch_tokens % micro_batch:
         raise ConfigError(
             f"{where}: train.global_batch_tokens is {train.global_batch_tokens}, expected a "
-            f"multiple of seq_len x micro_batch_size = {train.seq_len * train.micro_batch_size}"
+            f"multiple of seq_len x micro_batch_size = {micro_batch}"
         )
-    parallel, row = config.parallel, train.seq_len * train.micro_batch_size
-    if parallel.sequence and (parallel.tensor == 1 or row % parallel.tensor):
-        raise ConfigError(
-            f"{where}: parallel.sequence divides the seq_len x micro_batch_size = {row} tokens of "
-            f"a micro-batch over parallel.tensor processes, found {parallel.tensor}; expected a "
-            "divisor above 1"
-        )
+    _check_parallel(config, where)
     if (config.data.path is None) == (not config.data.blend):
         raise ConfigError(f"{where}: expected either data.path or data.blend to be set")
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
@@ -301,6 +325,45 @@ def check_run_config(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: schedule.warmup_steps is {config.schedule.warmup_steps}, more than the "
             f"{train.num_steps} steps of the run"
+        )
+
+
+def _check_parallel(config: RunConfig, where: str) -> None:
+    """The settings of ``parallel`` among themselves."""
+    parallel = config.parallel
+    row = config.train.seq_len * parallel.micro_batch_size
+    if parallel.sequence and (parallel.tensor == 1 or row % parallel.tensor):
+        raise ConfigError(
+            f"{where}: parallel.sequence divides the seq_len x micro_batch_size = {row} tokens of "
+            f"a micro-batch over parallel.tensor processes, found {parallel.tensor}; expected a "
+            "divisor above 1"
+        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise ConfigError(
+            f"{where}: parallel.virtual_pipeline is {parallel.virtual_pipeline}, which needs "
+            "parallel.pipeline above 1"
+        )
+    stage, backend = parallel.zero_stage, parallel.zero_backend
+    if stage > 1 and parallel.pipeline > 1:
+        raise ConfigError(
+            f"{where}: parallel.zero_stage is {stage} with parallel.pipeline {parallel.pipeline}: "
+            "gradients that are divided as soon as they are made cannot add up over a pipeline's "
+            "micro-batches; expected zero_stage 0 or 1, or pipeline 1"
+        )
+    if stage > 1 and backend != "deepspeed":
+        raise ConfigError(
+            f"{where}: parallel.zero_stage is {stage}, which the {backend} backend does not have; "
+            "expected 0 or 1, or parallel.zero_backend=deepspeed"
+        )
+    if parallel.offload != "device" and (backend != "deepspeed" or stage == 0):
+        raise ConfigError(
+            f"{where}: parallel.offload is {parallel.offload}, expected device, or "
+            "parallel.zero_backend=deepspeed with parallel.zero_stage 1 to 3"
+        )
+    if (parallel.offload == "nvme") != (parallel.offload_path is not None):
+        raise ConfigError(
+            f"{where}: parallel.offload is {parallel.offload} and parallel.offload_path "
+            f"{parallel.offload_path}; expected a path exactly where offload is nvme"
         )
 
 

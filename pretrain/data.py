@@ -154,8 +154,8 @@ def open_data(config: DataConfig) -> PreparedData:
 class TrainingBatches:
     """``micro_batches(step, rank, size)``: what each process sees at a step."""
 
-    def __init__(self, data: PreparedData, config: TrainConfig, seed: int):
-        self.config, self.seed = config, seed
+    def __init__(self, data: PreparedData, config: TrainConfig, micro_batch_size: int, seed: int):
+        self.config, self.micro_batch_size, self.seed = config, micro_batch_size, seed
         self.eod_id = data.tokenizer.eod_id
         self.streams, self.names = data.train, data.sources
         total = sum(Fraction(w) for w in data.weights)
@@ -170,7 +170,7 @@ class TrainingBatches:
 
     def micro_batches(self, step: int, rank: int = 0, size: int = 1) -> list[Batch]:
         """Process ``rank`` of ``size`` data-parallel ones: its micro-batches of one step."""
-        per_step, micro = self.config.sequences_per_step, self.config.micro_batch_size
+        per_step, micro = self.config.sequences_per_step, self.micro_batch_size
         first = step * per_step
         batches = []
         for start in range(first + rank * micro, first + per_step, size * micro):
@@ -251,7 +251,9 @@ def pack_rows(rows: np.ndarray, eod_id: int) -> Batch:
     )
 
 
-def validation_batches(data: PreparedData, config: TrainConfig, tokens: int) -> list[Batch]:
+def validation_batches(
+    data: PreparedData, config: TrainConfig, micro_batch_size: int, tokens: int
+) -> list[Batch]:
     """About ``tokens`` tokens, evenly spread over every source's validation split, by weight."""
     batches: list[Batch] = []
     total = sum(data.weights)
@@ -261,7 +263,7 @@ def validation_batches(data: PreparedData, config: TrainConfig, tokens: int) -> 
         count = min(available, wanted)
         samples = [i * available // count for i in range(count)]
         rows = [stream.read(i * config.seq_len, config.seq_len + 1) for i in samples]
-        for start in range(0, count, config.micro_batch_size):
-            chunk = rows[start : start + config.micro_batch_size]
+        for start in range(0, count, micro_batch_size):
+            chunk = rows[start : start + micro_batch_size]
             batches.append(pack_rows(np.stack(chunk), data.tokenizer.eod_id))
     return batches

@@ -61,9 +61,9 @@ class LayerMetrics:
     def __init__(self) -> None:
         self._found: dict[str, float] = {}
 
-    def collect(self, model: Any) -> None:
-        """Take what ``model`` has to tell now."""
-        merge_metrics(self._found, model.metrics())
+    def collect(self, engine: Any) -> None:
+        """Take what the layers of ``engine`` have to tell now."""
+        merge_metrics(self._found, engine.layer_metrics())
 
     def take(self) -> dict[str, float]:
         """All that was collected; starts anew."""

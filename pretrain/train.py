@@ -22,24 +22,27 @@ from pretrain.checkpoint import (
     load_checkpoint,
     read_state,
     recover_replaced,
-    save_checkpoint,
 )
+from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.config import RunConfig, to_yaml
 from pretrain.data import Batch, PreparedData, TrainingBatches, open_data, validation_batches
 from pretrain.environment import describe_environment
 from pretrain.generation import generate
 from pretrain.metrics import LayerMetrics, RunLog, peak_flops, peak_memory_bytes, plot_loss_curve
-from pretrain.models.blocks import ModelCounts, check_tensor_parallel, count_model
+from pretrain.models.blocks import ModelCounts, count_model
 from pretrain.models.initialization import initialize_from
-from pretrain.models.language_model import build_model, padded_vocab_size
+from pretrain.models.language_model import build_stages, padded_vocab_size
 from pretrain.parallel.engine import Engine
+from pretrain.parallel.layout import check_layout, describe_layout
 from pretrain.parallel.processes import (
     any_process,
     data_parallel_place,
+    first_of_pipeline,
     is_main_process,
     on_main_process,
     over_processes,
     start_processes,
+    world_size,
 )
 from pretrain.run_control import Interval, RunLock, StopSignals, log_seconds, seed_step
 from pretrain.schedule import learning_rate
@@ -55,14 +58,15 @@ def train(config: RunConfig, config_path: str) -> int:
     0: the budget is done; 75: a signal stopped it, saved, start again to go on; 3: a loss or
     gradient was not finite and ``train.nonfinite`` is ``stop``.
     """
-    check_tensor_parallel(config.model, config.parallel.tensor, config_path)
-    start_processes(tensor=config.parallel.tensor)
+    check_layout(config, world_size(), config_path)
+    start_processes(config.parallel)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     directory, settings = config.run_directory, config.train
     data = open_data(config.data)
-    batches = TrainingBatches(data, settings, config.seed)
-    valid = validation_batches(data, settings, config.validation.tokens)
+    micro_batch_size = config.parallel.micro_batch_size
+    batches = TrainingBatches(data, settings, micro_batch_size, config.seed)
+    valid = validation_batches(data, settings, micro_batch_size, config.validation.tokens)
     vocab_size = padded_vocab_size(config.model, data.tokenizer.vocab_size)
     if vocab_size < data.tokenizer.vocab_size:
         raise UserError(
@@ -75,25 +79,18 @@ def train(config: RunConfig, config_path: str) -> int:
             f"{config.parallel.tensor}; set model.vocab_size to a multiple of it"
         )
     counts = count_model(config.model, vocab_size, settings.seq_len)
-
-    rank, size = data_parallel_place()
-    if settings.sequences_per_step % (settings.micro_batch_size * size):
-        raise UserError(
-            f"{config_path}: train.global_batch_tokens is {settings.global_batch_tokens}, expected "
-            f"a multiple of seq_len x micro_batch_size x data parallel size = "
-            f"{settings.seq_len * settings.micro_batch_size * size}"
-        )
     lock = RunLock(directory)
     on_main_process(lock.take)
     found = on_main_process(lambda: _checkpoint_to_resume(config, data, vocab_size))
-    model = build_model(
-        config.model, vocab_size, seed=config.seed, dtype=DTYPES[settings.precision],
+    stages = build_stages(
+        config.model, vocab_size, seed=config.seed, seq_len=settings.seq_len,
+        dtype=DTYPES[settings.precision],
         activation_checkpointing=settings.activation_checkpointing,
         sequence_parallel=config.parallel.sequence,
     )  # fmt: skip
     if config.initialize is not None and found is None:
-        initialize_from(model, config.initialize, data.tokenizer.sha256)
-    engine = Engine(model, config.optimizer)
+        initialize_from(stages, config.initialize, data.tokenizer.sha256)
+    engine = Engine(stages, config.optimizer, config.parallel)
     state = CheckpointState(
         step=0, tokens=0, seed=config.seed, skipped=0, vocab_size=vocab_size,
         precision=settings.precision, tokenizer_sha256=data.tokenizer.sha256, data=data.identity,
@@ -117,7 +114,7 @@ def train(config: RunConfig, config_path: str) -> int:
             f"({counts.embedding_parameters:,} in embeddings), "
             f"{counts.training_flops() / 1e6:,.1f} MFLOP per token, "
             f"{settings.num_steps:,} steps of {settings.global_batch_tokens:,} tokens, "
-            f"{settings.precision}, {_layout(size, config.parallel.tensor)} on "
+            f"{settings.precision}, {describe_layout(config.parallel, world_size())} on "
             f"{'GPU' if torch.cuda.is_available() else 'CPU'}"
         )
         if found is not None:
@@ -127,7 +124,7 @@ def train(config: RunConfig, config_path: str) -> int:
                 f"no validation: no source has {settings.seq_len + 1} tokens of validation text"
             )
         with StopSignals() as stop:
-            return _loop(config, engine, batches, valid, data, state, counts, log, stop, rank, size)
+            return _loop(config, engine, batches, valid, data, state, counts, log, stop)
     finally:
         log.close()
         lock.release()
@@ -143,11 +140,11 @@ def _loop(
     counts: ModelCounts,
     log: RunLog,
     stop: StopSignals,
-    rank: int,
-    size: int,
 ) -> int:
     settings, directory = config.train, config.run_directory
+    rank, size = data_parallel_place()
     checkpoints, num_steps = directory / "checkpoints", settings.num_steps
+    writer = CheckpointWriter(checkpoints, config, data.tokenizer.path)
     bytes_per_token = _bytes_per_token(data, log)
     peak = peak_flops(settings.precision)
     interval, layer_metrics = Interval(), LayerMetrics()
@@ -156,8 +153,7 @@ def _loop(
     while state.step < num_steps:
         step = state.step
         seed_step(config.seed, step)
-        if engine.model.recursion is not None:
-            engine.model.recursion.begin_step(config.seed, step, rank, size)
+        engine.begin_step(config.seed, step, rank, size)
         lr = learning_rate(config.schedule, config.optimizer.lr, step, num_steps)
         result = engine.train_step(batches.micro_batches(step, rank, size), lr)
         state.step += 1
@@ -183,10 +179,11 @@ def _loop(
                 return EXIT_NONFINITE
         if result.applied and (state.step % config.logging.every == 0 or state.step == num_steps):
             speed = interval.tokens_per_second()
-            layer_metrics.collect(engine.model)
-            layers = over_processes(layer_metrics.take())
-            recursion = engine.model.recursion
-            loop = {} if recursion is None else recursion.metrics()
+            layer_metrics.collect(engine)
+            own = {**layer_metrics.take(), "memory_max": peak_memory_bytes()}
+            layers = over_processes(own)
+            memory = int(layers.pop("memory_max"))
+            loop = first_of_pipeline(engine.recursion_metrics())
             flops = counts.training_flops(loop.get("recurrences"))
             if layers.get("newton_fallbacks"):
                 log.say(
@@ -197,8 +194,8 @@ def _loop(
                 {
                     "step": state.step, "tokens": state.tokens, "loss": result.loss, "lr": lr,
                     "grad_norm": result.grad_norm, "tokens_per_second": speed,
-                    "mfu": peak and flops * speed / (peak * size * config.parallel.tensor),
-                    "memory": peak_memory_bytes(), "skipped": state.skipped,
+                    "mfu": peak and flops * speed / (peak * world_size()),
+                    "memory": memory, "skipped": state.skipped,
                     "epochs": max(batches.epochs(state.step)), "seconds": log_seconds(),
                     **loop, **layers,
                 },
@@ -208,30 +205,25 @@ def _loop(
         stopping = any_process(stop.received)
         due = config.validation.every and state.step % config.validation.every == 0
         if valid and ((due and not stopping) or state.step == num_steps):
-            layer_metrics.collect(engine.model)
+            layer_metrics.collect(engine)
             with interval.paused():
                 _validate(engine, valid[rank::size], bytes_per_token, state, log)
-            engine.model.metrics()  # validation's are not training's
+            engine.layer_metrics()  # validation's are not training's
         if state.step % config.checkpoint.every == 0 or stopping or state.step == num_steps:
             with interval.paused():
-                saved = save_checkpoint(checkpoints, engine, config, state, data.tokenizer.path)
+                writer.save(engine, state)
+        writer.check()
         if stopping and state.step < num_steps:
-            log.say(f"stopped by {stop.name} after step {state.step}, saved {saved}; run the same "
-                    "command again to go on")  # fmt: skip
+            log.say(f"stopped by {stop.name} after step {state.step}, saved {writer.wait()}; run "
+                    "the same command again to go on")  # fmt: skip
             return EXIT_STOPPED
+
+    writer.wait()
 
     if first_step >= num_steps:
         log.say(f"nothing to do: all {num_steps} steps are done")
     _finish(config, engine, data, log, stop)
     return EXIT_DONE
-
-
-def _layout(data: int, tensor: int) -> str:
-    """How the processes work together, in words."""
-    count = data * tensor
-    if tensor == 1:
-        return f"{count} process{'es' * (count > 1)}"
-    return f"{count} processes ({tensor} tensor-parallel x {data} data-parallel)"
 
 
 def _finish(
@@ -242,10 +234,10 @@ def _finish(
     if not is_main_process():
         return
     curve = plot_loss_curve(directory, config.name, data.bigram_entropy)
-    if config.sample.tokens and config.parallel.tensor == 1:  # a sample needs the whole model
+    if config.sample.tokens and config.parallel.model_size == 1:  # a sample needs a whole model
         prompt = [data.tokenizer.eod_id, *data.tokenizer.encode(config.sample.prompt)]
         ids = generate(
-            engine.model, prompt, max_tokens=config.sample.tokens,
+            engine.parts[0], prompt, max_tokens=config.sample.tokens,
             temperature=config.sample.temperature, seed=config.seed,
             vocab_size=data.tokenizer.vocab_size, stop_id=data.tokenizer.eod_id,
         )  # fmt: skip

@@ -126,6 +126,21 @@ def passes(config: ModelConfig) -> list[int]:
     return [1] * recursion.prelude + [recursion.times] * looped + [1] * recursion.coda
 
 
+def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:
+    """Forward and backward FLOPs per token of every block of the pattern, loops gone through, the
+    head and what a loop has beside its blocks left out."""
+    d, recursion = config.hidden_size, config.recursion
+    mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
+    flops = []
+    for spec, times in zip(block_specs(config), passes(config), strict=True):
+        through = times
+        if times > 1 and recursion is not None and recursion.backprop_last is not None:
+            through = min(times, recursion.backprop_last)
+        once = spec.mixer.flops_per_token(spec.config, d, seq_len) + 2 * mlp
+        flops.append(once * (times + 2.0 * through))
+    return flops
+
+
 def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
     """Parameters of one pass's low-rank differences: rank (d_in + d_out) for every linear layer of
     the loop. The layers' shapes are read off blocks that are built without memory."""

@@ -23,10 +23,11 @@ from pretrain.models.language_model import LanguageModel, build_model
 
 
 def initialize_from(
-    model: LanguageModel, config: InitializeConfig, tokenizer_sha256: str | None = None
+    stages: Sequence[LanguageModel], config: InitializeConfig, tokenizer_sha256: str | None = None
 ) -> None:
-    """Overwrite ``model``'s weights; what the source does not have keeps its own start. Raises
-    UserError where the source does not fit, or knows another tokenizer."""
+    """Overwrite the weights of a model, given as this process's ``stages`` of it; what the source
+    does not have keeps its own start. Raises UserError where the source does not fit, or knows
+    another tokenizer."""
     from pretrain.checkpoint import check_files, find_checkpoint, load_weights, read_state
 
     try:
@@ -40,14 +41,31 @@ def initialize_from(
             f"initialize.checkpoint {checkpoint} was trained with another tokenizer "
             f"({state.tokenizer_sha256[:12]}...) than the data's ({tokenizer_sha256[:12]}...)"
         )
-    if state.vocab_size != model.vocab_size:
+    vocab_size, dtype = stages[0].vocab_size, stages[0].context.dtype
+    if state.vocab_size != vocab_size:
         raise UserError(
             f"initialize.checkpoint {checkpoint} has a vocabulary of {state.vocab_size}, the model "
-            f"one of {model.vocab_size}"
+            f"one of {vocab_size}"
         )
-    source = build_model(state.model_config, state.vocab_size, seed=0, dtype=model.context.dtype)
+    source = build_model(state.model_config, state.vocab_size, seed=0, dtype=dtype)
     load_weights(checkpoint, source)
-    fill_from(model, source, config, str(checkpoint))
+    # What goes where is told of whole models: a stage takes its share of one.
+    whole = stages[0]
+    if not (whole.stage.first and whole.stage.last):
+        whole = build_model(whole.model_config, vocab_size, seed=0, dtype=dtype)
+        _copy_by_name(stages, whole)
+    fill_from(whole, source, config, str(checkpoint))
+    if whole is not stages[0]:
+        _copy_by_name([whole], *stages)
+
+
+@torch.no_grad()
+def _copy_by_name(origins: Sequence[nn.Module], *targets: nn.Module) -> None:
+    values = {name: p for origin in origins for name, p in origin.named_parameters()}
+    for target in targets:
+        for name, parameter in target.named_parameters():
+            if name in values:
+                parameter.copy_(values[name])
 
 
 @torch.no_grad()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
@@ -19,6 +21,7 @@ from pretrain.models.mixers import LayerContext, State
 from pretrain.models.mlp import MLP
 from pretrain.models.norm import RMSNorm
 from pretrain.models.recursive import Recursion
+from pretrain.models.stages import Stage, divide_into_stages, whole_model
 from pretrain.parallel.layers import (
     ParallelContext,
     column_input,
@@ -62,12 +65,15 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A causal language model over packed sequences.
+    """A causal language model over packed sequences, or one stage of it.
 
-    Raises ConfigError where the settings do not fit each other.
+    Parameters have the same names in a stage as in the whole model. Raises ConfigError where the
+    settings do not fit each other.
     """
 
-    model_type = ModelType.encoder_or_decoder  # what megatron-core's schedules ask for
+    # What megatron-core's schedules ask for, and the names they ask by.
+    model_type = ModelType.encoder_or_decoder
+    vp_stage: int | None = None
 
     def __init__(
         self,
@@ -75,25 +81,36 @@ class LanguageModel(nn.Module):
         vocab_size: int,
         context: ParallelContext,
         *,
+        stage: Stage | None = None,
         activation_checkpointing: str = "none",
     ):
         super().__init__()
         specs = block_specs(config)
+        self.stage = stage = stage or whole_model(config)
+        self.pre_process, self.post_process = stage.first, stage.last
+        self.share_embeddings_and_output_weights = config.tie_embeddings
         self.config: TransformerConfig = context.megatron  # the name megatron-core looks for
         self.model_config, self.vocab_size, self.context = config, vocab_size, context
         self.checkpoint_blocks = activation_checkpointing == "block"
         d, recursion = config.hidden_size, config.recursion
         depth = (2 * sum(passes(config))) ** -0.5 if config.depth_scaled_init else 1.0
-        self.embedding = vocab_embedding(context, vocab_size, config.hidden_size, config.init_std)
+        if stage.first or (stage.last and config.tie_embeddings):
+            self.embedding = vocab_embedding(context, vocab_size, d, config.init_std)
+            if config.tie_embeddings and not (stage.first and stage.last):
+                _mark_as_copy(self.embedding.weight, counted=stage.first)
+        self._received: Tensor | None = None
         self.blocks = nn.ModuleList()
         for index, spec in enumerate(specs):
+            if index not in stage.blocks:
+                self.blocks.append(nn.Identity())  # so that blocks keep their numbers
+                continue
             layer = LayerContext(
                 d, config.init_std, config.init_std * depth, context, index, len(specs)
             )
             self.blocks.append(Block(spec, config, layer))
         self.recursion: Recursion | None = None
         self._loop = range(0)
-        if recursion is not None:
+        if recursion is not None and recursion.prelude in stage.blocks:
             self.recursion = Recursion(recursion, d, config.init_std, context)
             self._loop = range(recursion.prelude, len(specs) - recursion.coda)
             if recursion.lora_rank:
@@ -101,12 +118,18 @@ class LanguageModel(nn.Module):
                     add_depth_lora(
                         self.blocks[index], recursion.times, recursion.lora_rank, context
                     )
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, context)
-        if not config.tie_embeddings:
-            self.head = column_linear(context, config.hidden_size, vocab_size, config.init_std)
+        if stage.last:
+            self.final_norm = RMSNorm(d, config.norm_eps, context)
+            if not config.tie_embeddings:
+                self.head = column_linear(context, d, vocab_size, config.init_std)
 
-    def set_input_tensor(self, tensor: object) -> None:
-        """Called by megatron-core's schedules with the previous stage's output; there is none."""
+    def set_input_tensor(self, tensor: Sequence[Tensor | None]) -> None:
+        """Called by megatron-core's schedules with the previous stage's output ``[T, B, d]``."""
+        self._received = tensor[0]
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """What the first and the last stage both hold a copy of, for megatron-core."""
+        return cast(Tensor, self.embedding.weight) if hasattr(self, "embedding") else None
 
     def forward(
         self,
@@ -118,9 +141,13 @@ class LanguageModel(nn.Module):
         """tokens, targets ``[B, T]`` int64; with ``cu_seqlens`` B is 1 and sequences are packed.
 
         Returns each target's cross entropy ``[B, T]`` in nats, float32; without targets,
-        the logits ``[B, T, vocab]`` (this process's part of the vocabulary).
+        the logits ``[B, T, vocab]`` (this process's part of the vocabulary). A stage that is not
+        the last returns what the next one goes on from, ``[T, B, d]``.
         """
-        logits, _, ponder = self._logits(tokens, cu_seqlens, None, with_states=False)
+        x, _, ponder = self._hidden(tokens, cu_seqlens, None, with_states=False)
+        if not self.stage.last:
+            return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
+        logits = self._logits(x)
         if targets is None:
             return logits.transpose(0, 1)
         wanted = targets.t().contiguous()
@@ -141,10 +168,10 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, list[State]]:
         """Logits ``[B, T, vocab]`` and the states to go on from where a call ended: one for every
         block, for those of a loop one for every pass."""
-        logits, states, _ = self._logits(tokens, cu_seqlens, states, with_states=True)
-        return logits.transpose(0, 1), states
+        x, states, _ = self._hidden(tokens, cu_seqlens, states, with_states=True)
+        return self._logits(x).transpose(0, 1), states
 
-    def _logits(
+    def _hidden(
         self,
         tokens: Tensor,
         cu_seqlens: Tensor | None,
@@ -152,11 +179,8 @@ class LanguageModel(nn.Module):
         *,
         with_states: bool,
     ) -> tuple[Tensor, list[State], Tensor | None]:
-        x = self.embedding(tokens)
-        if not self.context.megatron.sequence_parallel:
-            x = x.transpose(0, 1)
-        if self.model_config.scale_embeddings:
-            x = x * self.model_config.hidden_size**0.5
+        """The last block's output ``[T, B, d]``, the blocks' states, and a loop's ponder cost."""
+        x = self._embed(tokens)
         new_states: list[State] = []
 
         def run(x: Tensor, indices: range, depth: int = 0) -> Tensor:
@@ -175,28 +199,42 @@ class LanguageModel(nn.Module):
             return x
 
         ponder = None
+        own = self.stage.blocks
         if self.recursion is None:
-            x = run(x, range(len(self.blocks)))
+            x = run(x, own)
         else:
-            x = run(x, range(self._loop.start))
+            x = run(x, range(own.start, self._loop.start))
             x, ponder = self.recursion(
                 x, lambda state, index: run(state, self._loop, index), whole=with_states
             )
             if self.recursion.config.normalize_state:
                 x = self.final_norm(x)
-            x = run(x, range(self._loop.stop, len(self.blocks)))
+            x = run(x, range(self._loop.stop, own.stop))
+        return x, new_states, ponder
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if not self.stage.first:
+            assert self._received is not None
+            return self._received
+        x = self.embedding(tokens)
+        if not self.context.megatron.sequence_parallel:
+            x = x.transpose(0, 1)
+        if self.model_config.scale_embeddings:
+            x = x * self.model_config.hidden_size**0.5
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """``[T, B, vocab]``, this process's part of the vocabulary."""
         x = column_input(self.final_norm(x), self.context)
         if self.model_config.tie_embeddings:
-            logits = nn.functional.linear(x, cast(Tensor, self.embedding.weight))
-        else:
-            logits = self.head(x)[0]
-        return logits, new_states, ponder
+            return nn.functional.linear(x, cast(Tensor, self.embedding.weight))
+        return self.head(x)[0]
 
     def metrics(self) -> dict[str, float]:
         """What the mixers have to tell since the last call, over all blocks of this process."""
         found: dict[str, float] = {}
-        for block in self.blocks:
-            merge_metrics(found, cast(Block, block).mixer.metrics())
+        for index in self.stage.blocks:
+            merge_metrics(found, cast(Block, self.blocks[index]).mixer.metrics())
         return found
 
 
@@ -205,22 +243,43 @@ def _run_block(block: Block, x: Tensor, cu_seqlens: Tensor | None, depth: int) -
     return block(x, cu_seqlens, None)[0]
 
 
+def _mark_as_copy(weight: object, *, counted: bool) -> None:
+    """One of two copies of the embedding: gradients are summed over both, one counts in norms."""
+    tagged: Any = weight
+    tagged.shared_embedding = True  # megatron-core lays out both copies' gradients alike
+    tagged.shared = tagged.ds_pipe_replicated = not counted
+
+
 def padded_vocab_size(config: ModelConfig, tokenizer_vocab_size: int) -> int:
     """The embedding's rows: as configured, or the tokenizer's rounded up to a multiple of 128."""
     return config.vocab_size or -(-tokenizer_vocab_size // 128) * 128
 
 
 def parallel_context(
-    dtype: torch.dtype, *, sequence_parallel: bool = False, on_cpu: bool = False
+    dtype: torch.dtype,
+    *,
+    hidden_size: int | None = None,
+    sequence_parallel: bool = False,
+    on_cpu: bool = False,
 ) -> ParallelContext:
-    """The context of a model on this process; process groups must exist. ``on_cpu``: parameters
-    are made on torch's default device, even where there is CUDA."""
+    """The context of a model on this process; process groups must exist. ``hidden_size`` is what
+    stages of a pipeline send each other. ``on_cpu``: parameters are made on torch's default device,
+    even where there is CUDA."""
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    parts = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     megatron = TransformerConfig(
-        num_layers=1,  # required there, as are the next two; not used by us
-        hidden_size=tensor_size,
+        num_layers=stages * (parts or 1),  # required there, as are the heads; not used by us
+        hidden_size=hidden_size or tensor_size,
         num_attention_heads=tensor_size,
         tensor_model_parallel_size=tensor_size,
+        pipeline_model_parallel_size=stages,
+        virtual_pipeline_model_parallel_size=parts,
+        # Two messages between the same two processes in one batch get mixed up.
+        batch_p2p_comm=parts is None,
+        overlap_p2p_comm=parts is not None,
+        # gloo may still be sending an output that was freed.
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
         sequence_parallel=sequence_parallel and tensor_size > 1,
         use_cpu_initialization=on_cpu or not torch.cuda.is_available(),
         perform_initialization=False,
@@ -242,10 +301,44 @@ def build_model(
     activation_checkpointing: str = "none",
     sequence_parallel: bool = False,
 ) -> LanguageModel:
-    """An initialised model; the same whatever the layout of processes."""
+    """An initialised model, whole but for tensor parallelism; the same whatever the layout."""
     context = parallel_context(dtype, sequence_parallel=sequence_parallel)
     model = LanguageModel(
         config, vocab_size, context, activation_checkpointing=activation_checkpointing
     )
     initialize_parameters(model, seed)
     return model
+
+
+def build_stages(
+    config: ModelConfig,
+    vocab_size: int,
+    *,
+    seed: int,
+    seq_len: int,
+    dtype: torch.dtype = torch.float32,
+    activation_checkpointing: str = "none",
+    sequence_parallel: bool = False,
+) -> list[LanguageModel]:
+    """This process's stages of an initialised model, as :func:`build_model` makes it: one, or
+    one for each part of a virtual pipeline; without a pipeline the whole model.
+
+    ``seq_len`` is what the mixers' FLOPs, by which stages are divided, are counted at.
+    """
+    count = parallel_state.get_pipeline_model_parallel_world_size()
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    parts = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    context = parallel_context(
+        dtype, hidden_size=config.hidden_size, sequence_parallel=sequence_parallel
+    )
+    stages = divide_into_stages(config, vocab_size, seq_len, count * (parts or 1), "config")
+    models = []
+    for part, stage in enumerate(stages[rank::count]):
+        model = LanguageModel(
+            config, vocab_size, context, stage=stage,
+            activation_checkpointing=activation_checkpointing,
+        )  # fmt: skip
+        model.vp_stage = None if parts is None else part
+        initialize_parameters(model, seed)
+        models.append(model)
+    return models

@@ -38,10 +38,11 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
+            # Counted also where this process holds none of the group's parameters.
+            group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            group["step"] = group.get("step", 0) + 1
             for p in params:
                 if "exp_avg" not in self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)

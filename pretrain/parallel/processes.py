@@ -10,8 +10,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from data_prep.errors import UserError
+from pretrain.config import ParallelConfig
+from pretrain.metrics import merge_metrics
 
 T = TypeVar("T")
 
@@ -23,32 +26,51 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def start_processes(timeout_minutes: float = 30, *, tensor: int = 1) -> None:
-    """Join the process group that torchrun set up, or make a group of one; then megatron-core's,
-    ``tensor`` processes to a tensor-parallel group.
+def world_size() -> int:
+    """The number of processes, known before they have met."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def check_world_size(config: ParallelConfig, count: int) -> None:
+    """Raise UserError unless ``count`` processes make whole copies of the model."""
+    if count % config.model_size:
+        raise UserError(
+            f"parallel.tensor x parallel.pipeline is {config.tensor} x {config.pipeline} = "
+            f"{config.model_size}, but there are {count} processes; expected a multiple of it, as "
+            f"of torchrun --nproc-per-node {config.model_size}"
+        )
+
+
+def start_processes(config: ParallelConfig | None = None) -> None:
+    """Join the process group that torchrun set up, or make a group of one; then megatron-core's.
 
     Does nothing where megatron-core's groups exist already. Raises UserError where the processes
-    do not divide into such groups.
+    do not divide into copies of the model.
     """
+    config = config or ParallelConfig()
+    if not parallel_state.model_parallel_is_initialized():
+        check_world_size(config, world_size())
     if not dist.is_initialized():
         device = local_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(minutes=timeout_minutes)
+        timeout = datetime.timedelta(minutes=config.timeout_minutes)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             store = dist.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
-        count = dist.get_world_size()
-        if count % tensor:
-            raise UserError(
-                f"parallel.tensor is {tensor}, but there are {count} processes; expected a "
-                f"multiple of it, as of torchrun --nproc-per-node {tensor}"
-            )
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+        parts = config.virtual_pipeline
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            pipeline_model_parallel_size=config.pipeline,
+            virtual_pipeline_model_parallel_size=parts if parts > 1 else None,
+            distributed_timeout_minutes=config.timeout_minutes,
+        )
 
 
 def stop_processes() -> None:
@@ -72,7 +94,7 @@ def data_parallel_place() -> tuple[int, int]:
     )
 
 
-def on_main_process(function: Callable[[], T]) -> T:
+def on_main_process(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """``function``'s result from the main process, on every process; so is what it raises."""
     outcome: list[Any] = [None, None]
     if is_main_process():
@@ -81,24 +103,56 @@ def on_main_process(function: Callable[[], T]) -> T:
         except Exception as error:
             outcome[1] = error
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(outcome)
+        dist.broadcast_object_list(outcome, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
+def on_every_process(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """``function``'s results, by rank; what one process's raises, all of them raise."""
+    outcome: tuple[T, None] | tuple[None, Exception]
+    try:
+        outcome = (function(), None)
+    except Exception as error:
+        outcome = (None, error)
+    everyone = gather(outcome, group)
+    results: list[Any] = []
+    for result, failure in everyone:
+        if failure is not None:
+            raise failure
+        results.append(result)
+    return results
+
+
 def over_processes(metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics of all processes: the largest where a name ends in ``_max``, else the sum. Every
-    process must call with the same names; none is called for where there are none."""
-    if not metrics or dist.get_world_size() == 1:
-        return metrics
-    names = sorted(metrics)
-    values = torch.tensor([metrics[n] for n in names], dtype=torch.float64, device=local_device())
-    largest = values.clone()
-    dist.all_reduce(values, op=dist.ReduceOp.SUM)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    pairs = zip(names, values.tolist(), largest.tolist(), strict=True)
-    return {name: top if name.endswith("_max") else total for name, total, top in pairs}
+    """Metrics of all processes, whatever names each has; see :func:`merge_metrics`. Every process
+    must call."""
+    merged: dict[str, float] = {}
+    for found in gather(metrics):
+        merge_metrics(merged, found)
+    return merged
+
+
+def first_of_pipeline(found: dict[str, float]) -> dict[str, float]:
+    """What the first stage that found something did; every process must call."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    return next((each for each in gather(found, group) if each), {})
+
+
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every process's value, by rank; every process of ``group`` must call."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    if len(everyone) == 1:
+        return [value]
+    dist.all_gather_object(everyone, value, group)
+    return everyone
+
+
+def sum_over_replicas(values: Tensor) -> None:
+    """Add up, in place, over data-parallel processes and the stages of a pipeline."""
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
 
 
 def any_process(flag: bool) -> bool:

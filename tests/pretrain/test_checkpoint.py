@@ -19,8 +19,8 @@ from pretrain.checkpoint import (
     load_weights,
     read_state,
     recover_replaced,
-    save_checkpoint,
 )
+from pretrain.checkpoint_writer import save_checkpoint
 from pretrain.config import CheckpointConfig, RunConfig
 from pretrain.parallel.engine import Engine
 from tests.pretrain.test_engine import OPTIMIZER, VOCAB, batches, make
@@ -54,7 +54,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, dtype):
     check_files(path)
     load_checkpoint(path, other)
     assert [other.train_step(batches(step), 1e-2) for step in (2, 3)] == expected
-    for a, b in zip(engine.model.parameters(), other.model.parameters(), strict=True):
+    for a, b in zip(engine.parts[0].parameters(), other.parts[0].parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -65,7 +65,7 @@ def test_weights_alone(tmp_path, dtype):
     path = save(tmp_path, engine)
     model = make()
     load_weights(path, model)
-    for a, b in zip(engine.model.parameters(), model.parameters(), strict=True):
+    for a, b in zip(engine.parts[0].parameters(), model.parameters(), strict=True):
         assert torch.equal(a.float(), b)
 
 
@@ -100,7 +100,7 @@ def test_settings_of_the_optimizer_are_the_config_s_after_loading(tmp_path):
     engine = Engine(make(), dataclasses.replace(OPTIMIZER, betas=[0.5, 0.6], eps=1e-3))
     load_checkpoint(path, engine)
     engine.train_step(batches(2), 1e-2)
-    for group in engine.optimizer.param_groups:
+    for group in engine.updates.optimizer.param_groups:
         assert (group["betas"], group["eps"], group["lr"]) == ((0.5, 0.6), 1e-3, 1e-2)
 
 
@@ -118,7 +118,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     check_files(path)
     model = make()
     load_weights(path, model)
-    assert torch.equal(model.embedding.weight, engine.model.embedding.weight)
+    assert torch.equal(model.embedding.weight, engine.parts[0].embedding.weight)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no list", "empty list"])

@@ -18,7 +18,8 @@ model:
   mixers: {gdn: {num_heads: 2, head_dim: 8}, attn: {num_heads: 4}}
 data: {path: data/stdlib}
 schedule: {warmup_steps: 2}
-train: {steps: 10, seq_len: 16, global_batch_tokens: 64, micro_batch_size: 2}
+train: {steps: 10, seq_len: 16, global_batch_tokens: 64}
+parallel: {micro_batch_size: 2}
 """
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "runs").glob("*.yaml"))
 
@@ -64,7 +65,7 @@ def test_tokens_are_a_budget_too(base):
         ("train.precision=fp8", "train.precision is 'fp8', expected one of: float32, bf16"),
         ("train.tokens=5", "expected exactly one of them"),
         ("train.steps=null", "expected exactly one of them"),
-        ("train.micro_batch_size=3", "expected a multiple of seq_len x micro_batch_size = 48"),
+        ("parallel.micro_batch_size=3", "expected a multiple of seq_len x micro_batch_size = 48"),
         ("schedule.warmup_steps=11", "warmup_steps is 11, more than the 10 steps of the run"),
         ("schedule.kind=cosin", r"'cosin' \(did you mean 'cosine'\?\)"),
         ("data.path=null", "expected either data.path or data.blend to be set"),

@@ -28,7 +28,7 @@ from pretrain.data import (
     validation_batches,
 )
 
-CONFIG = TrainConfig(steps=1, seq_len=16, global_batch_tokens=64, micro_batch_size=2)
+CONFIG = TrainConfig(steps=1, seq_len=16, global_batch_tokens=64)
 
 
 @given(st.integers(1, 300), st.binary(min_size=1, max_size=8))
@@ -62,19 +62,19 @@ def tokens_of(batches):
 
 def test_batches_depend_on_seed_and_step_alone(corpus):
     data = open_data(DataConfig(path=str(corpus)))
-    one, again = (TrainingBatches(data, CONFIG, 5) for _ in range(2))
+    one, again = (TrainingBatches(data, CONFIG, 2, 5) for _ in range(2))
     later = tokens_of(one.micro_batches(7))
     for step in range(9):
         assert torch.equal(tokens_of(one.micro_batches(step)), tokens_of(again.micro_batches(step)))
     assert torch.equal(tokens_of(one.micro_batches(7)), later)
-    assert not torch.equal(tokens_of(TrainingBatches(data, CONFIG, 6).micro_batches(7)), later)
+    assert not torch.equal(tokens_of(TrainingBatches(data, CONFIG, 2, 6).micro_batches(7)), later)
 
 
 def test_batches_do_not_depend_on_where_the_data_lies(corpus, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(corpus, moved)
     here, there = (
-        TrainingBatches(open_data(DataConfig(path=str(p))), CONFIG, 0) for p in (corpus, moved)
+        TrainingBatches(open_data(DataConfig(path=str(p))), CONFIG, 2, 0) for p in (corpus, moved)
     )
     assert torch.equal(tokens_of(here.micro_batches(2)), tokens_of(there.micro_batches(2)))
 
@@ -82,15 +82,15 @@ def test_batches_do_not_depend_on_where_the_data_lies(corpus, tmp_path):
 @pytest.mark.parametrize("size", [1, 2])
 def test_batches_do_not_depend_on_the_number_of_processes(corpus, size):
     data = open_data(DataConfig(path=str(corpus)))
-    whole = TrainingBatches(data, CONFIG, 0).micro_batches(3)
-    parts = [TrainingBatches(data, CONFIG, 0).micro_batches(3, r, size) for r in range(size)]
+    whole = TrainingBatches(data, CONFIG, 2, 0).micro_batches(3)
+    parts = [TrainingBatches(data, CONFIG, 2, 0).micro_batches(3, r, size) for r in range(size)]
     merged = [b for group in zip(*parts, strict=True) for b in group]
     assert torch.equal(tokens_of(merged), tokens_of(whole))
 
 
 def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order(corpus):
     data = open_data(DataConfig(path=str(corpus)))
-    batches = TrainingBatches(data, CONFIG, 0)
+    batches = TrainingBatches(data, CONFIG, 2, 0)
     count = batches.samples[0]
     first = [batches.locate(i)[1] for i in range(count)]
     second = [batches.locate(i)[1] for i in range(count, 2 * count)]
@@ -121,9 +121,9 @@ def test_documents_open_sequences():
 
 def test_validation_is_always_the_same(corpus):
     data = open_data(DataConfig(path=str(corpus)))
-    batches = validation_batches(data, CONFIG, 100)
+    batches = validation_batches(data, CONFIG, 2, 100)
     assert sum(b.tokens.shape[1] for b in batches) == 96  # six samples of 16
-    assert torch.equal(tokens_of(batches), tokens_of(validation_batches(data, CONFIG, 100)))
+    assert torch.equal(tokens_of(batches), tokens_of(validation_batches(data, CONFIG, 2, 100)))
 
 
 def test_data_that_does_not_fit_is_refused(corpus, tmp_path):
@@ -131,7 +131,7 @@ def test_data_that_does_not_fit_is_refused(corpus, tmp_path):
         open_data(DataConfig(path=str(tmp_path)))
     data = open_data(DataConfig(path=str(corpus)))
     with pytest.raises(UserError, match=r"fewer than one sample of train.seq_len \+ 1"):
-        TrainingBatches(data, replace(CONFIG, seq_len=10**6), 0)
+        TrainingBatches(data, replace(CONFIG, seq_len=10**6), 2, 0)
 
 
 def test_a_changed_tokenizer_or_shard_is_refused(corpus, tmp_path):
@@ -154,6 +154,6 @@ def test_a_blend_of_directories(corpus, tmp_path):
     copy = tmp_path / "again"
     shutil.copytree(corpus, copy)
     blended = DataConfig(blend=[DataSource(str(corpus), 3.0), DataSource(str(copy), 1.0)])
-    batches = TrainingBatches(open_data(blended), CONFIG, 0)
+    batches = TrainingBatches(open_data(blended), CONFIG, 2, 0)
     sources = Counter(batches.locate(i)[0] for i in range(100))
     assert sources == {0: 75, 1: 25}

@@ -14,8 +14,8 @@ from pretrain.checkpoint import (
     check_same_model,
     load_checkpoint,
     read_state,
-    save_checkpoint,
 )
+from pretrain.checkpoint_writer import save_checkpoint
 from pretrain.config import CheckpointConfig, ModelConfig, RunConfig
 from pretrain.models.language_model import build_model
 from pretrain.models.mixers import registry
@@ -56,7 +56,7 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path):
     check_same_model(read_state(path), settings(name), VOCAB, path)
     load_checkpoint(path, other)
     assert other.train_step(batches(2), 1e-2) == expected
-    for a, b in zip(engine.model.parameters(), other.model.parameters(), strict=True):
+    for a, b in zip(engine.parts[0].parameters(), other.parts[0].parameters(), strict=True):
         assert torch.equal(a, b)
 
 

@@ -15,8 +15,15 @@ import torch
 from megatron.core import parallel_state
 
 from data_prep.config_files import ConfigError, build_config
-from pretrain.checkpoint import load_checkpoint, save_checkpoint
-from pretrain.config import CheckpointConfig, ModelConfig, OptimizerConfig, RunConfig
+from pretrain.checkpoint import load_checkpoint
+from pretrain.checkpoint_writer import save_checkpoint
+from pretrain.config import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from pretrain.models.blocks import check_tensor_parallel
 from pretrain.models.language_model import build_model
 from pretrain.models.mixers import registry
@@ -73,7 +80,7 @@ def train_across_layouts(config, directory, layouts):
     results, path = [], None
     for step, tensor in enumerate(layouts):
         parallel_state.destroy_model_parallel()
-        start_processes(tensor=tensor)
+        start_processes(ParallelConfig(tensor=tensor))
         rank, size = data_parallel_place()
         # Another seed each time: what is not loaded shows.
         engine = Engine(build_model(config, VOCAB, seed=step), OPTIMIZER)
@@ -91,8 +98,9 @@ LAYOUTS = (2, 1, 2)  # tensor parallel; with 1 the two processes are data-parall
 _WORKER = """
 import json, sys
 from pathlib import Path
+from pretrain.config import ParallelConfig
 from pretrain.parallel.processes import is_main_process, start_processes, stop_processes
-start_processes(tensor=2)
+start_processes(ParallelConfig(tensor=2))
 from tests.pretrain.test_tensor_parallel import ACROSS, LAYOUTS, cases, train, train_across_layouts
 found = {}
 for name, config in cases().items():

@@ -24,7 +24,8 @@ model:
 data: {{path: {data}}}
 optimizer: {{lr: 1e-2}}
 schedule: {{warmup_steps: 2}}
-train: {{steps: {steps}, seq_len: 32, global_batch_tokens: 128, micro_batch_size: 2}}
+train: {{steps: {steps}, seq_len: 32, global_batch_tokens: 128}}
+parallel: {{micro_batch_size: 2}}
 validation: {{every: 5, tokens: 128}}
 checkpoint: {{every: 3}}
 logging: {{every: 1}}
@@ -318,5 +319,5 @@ def test_verify_compares_a_layout_with_one_process(folder, corpus):
         cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert bad.returncode == 2
-    assert "parallel.tensor is 2, but there are 3 processes" in bad.stderr
+    assert "is 2 x 1 = 2, but there are 3 processes" in bad.stderr
     assert "Traceback" not in bad.stderr

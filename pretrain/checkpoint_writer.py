@@ -1,0 +1,193 @@
+"""Writing checkpoints: from a copy, in the background, whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data_prep.errors import UserError
+from data_prep.manifest import sync, write_bytes, write_json
+from pretrain.checkpoint import (
+    CheckpointState,
+    checkpoint_name,
+    file_sha256,
+    list_checkpoints,
+)
+from pretrain.config import RunConfig, to_yaml
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.processes import on_every_process, on_main_process
+from pretrain.parallel.sharded_state import State, save_state, weights_state
+
+
+class CheckpointWriter:
+    """Saves the state of an engine, from all processes, which must all make the same calls.
+
+    :meth:`save` copies what this process has to write and returns; a thread writes it. One save at
+    a time: the next waits for it.
+    """
+
+    def __init__(self, directory: Path, config: RunConfig, tokenizer: Path | None = None):
+        self.directory, self.config, self._tokenizer = directory, config, tokenizer
+        self._pending: Future[Path] | None = None
+        # Messages of its own: training's go on meanwhile. Not over NCCL, whose order matters.
+        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+    def save(self, engine: Engine, state: CheckpointState) -> None:
+        """Begin to write ``directory/step-N``. Raises UserError where the last save failed."""
+        self.wait()
+        own, state = _own_state(engine), copy.deepcopy(state)
+        if not self.config.checkpoint.background:
+            self._pending = _finished(lambda: self._write(own, state))
+            self.check()
+            return
+        copied = {name: boxes.copied() for name, boxes in own.items()}
+        self._pending = _in_background(lambda: self._write(copied, state))
+
+    def check(self) -> None:
+        """Raise UserError if a save has failed since."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
+
+    def wait(self) -> Path | None:
+        """Until what was begun is written: the last checkpoint saved, if any. Raises UserError
+        where it could not be."""
+        return None if self._pending is None else self._pending.result()
+
+    def _write(self, own: State, state: CheckpointState) -> Path:
+        final = self.directory / checkpoint_name(state.step)
+        writing = on_main_process(lambda: self._begin(final), self._group)
+        try:
+            save_state(own, writing, self._group)
+            on_main_process(lambda: self._describe(writing, state), self._group)
+            hashes = _hash_all_files(writing, self._group)
+            on_main_process(lambda: _publish(writing, final, hashes, self.config), self._group)
+        except (CheckpointException, OSError) as error:
+            # Every process gets here for what befell one of them.
+            refusal = _not_written(final, error)
+            shutil.rmtree(writing, ignore_errors=True)
+            raise refusal from None
+        return final
+
+    def _begin(self, final: Path) -> Path:
+        for left_over in self.directory.glob(".writing-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        writing = self.directory / f".writing-{final.name}-{uuid.uuid4().hex[:8]}"
+        try:
+            writing.mkdir(parents=True)
+        except OSError as error:
+            raise _not_written(final, error) from None
+        return writing
+
+    def _describe(self, writing: Path, state: CheckpointState) -> None:
+        write_json(writing / "state.json", dataclasses.asdict(state))
+        write_bytes(writing / "config.yaml", to_yaml(self.config).encode())
+        if self._tokenizer is not None:
+            # A checkpoint can be used wherever it lies.
+            write_bytes(writing / self._tokenizer.name, self._tokenizer.read_bytes())
+
+
+def save_checkpoint(
+    directory: Path, engine: Engine, config: RunConfig, state: CheckpointState
+) -> Path:
+    """Write ``directory/step-N`` now; see :class:`CheckpointWriter`."""
+    writer = CheckpointWriter(directory, config)
+    writer.save(engine, state)
+    path = writer.wait()
+    assert path is not None
+    return path
+
+
+def _own_state(engine: Engine) -> State:
+    return {
+        **weights_state(engine.parts, saving=True),
+        **engine.updates.optimizer_state(saving=True),
+    }
+
+
+def _in_background(function: Callable[[], Path]) -> Future[Path]:
+    future: Future[Path] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon: a process that ends for another reason does not wait for its peers in here.
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _finished(function: Callable[[], Path]) -> Future[Path]:
+    future: Future[Path] = Future()
+    future.set_result(function())
+    return future
+
+
+def _hash_all_files(folder: Path, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
+    """Flush and hash every file of ``folder``, shared out over the processes."""
+
+    def hash_own_share() -> dict[str, dict[str, Any]]:
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        own = {}
+        for path in files[dist.get_rank() :: dist.get_world_size()]:
+            sync(path)
+            entry = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+            own[str(path.relative_to(folder))] = entry
+        return own
+
+    parts = on_every_process(hash_own_share, group)
+    return {name: entry for part in parts for name, entry in sorted(part.items())}
+
+
+def _publish(writing: Path, final: Path, hashes: dict[str, Any], config: RunConfig) -> None:
+    write_json(writing / "files.json", hashes)
+    sync(writing)
+    _replace_folder(writing, final)
+    write_bytes(final.parent / "latest", final.name.encode())
+    _remove_old(final, config)
+
+
+def _not_written(final: Path, error: BaseException) -> UserError:
+    earlier = list_checkpoints(final.parent)
+    place = next(p for p in final.parents if p.is_dir())
+    free = shutil.disk_usage(place).free / 1e6
+    reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
+    return UserError(
+        f"cannot write checkpoint {final}: {reason} ({free:,.0f} MB free there); "
+        + (f"the last whole one is {earlier[0].name}" if earlier else "there is no earlier one")
+    )
+
+
+def _replace_folder(writing: Path, final: Path) -> None:
+    if final.exists():  # saved again after a resume from an earlier step
+        old = final.with_name(f".writing-old-{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        writing.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        writing.rename(final)
+    sync(final.parent)
+
+
+def _remove_old(newest: Path, config: RunConfig) -> None:
+    """Later steps than ``newest``, left from before a resume from an earlier one, do not count."""
+    milestone = config.checkpoint.milestone_every
+    done = [p for p in list_checkpoints(newest.parent) if p.name <= newest.name]
+    for path in done[config.checkpoint.keep_last :]:
+        step = int(path.name.removeprefix("step-"))
+        if not (milestone and step % milestone == 0):
+            hidden = path.with_name(f".writing-removed-{path.name}")
+            path.rename(hidden)  # first out of sight, so that no half-removed one is ever seen
+            shutil.rmtree(hidden, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""Whether a run fits a number of processes, before any of them has met another."""
+
+from __future__ import annotations
+
+from data_prep.config_files import ConfigError
+from pretrain.config import ParallelConfig, RunConfig
+from pretrain.models.blocks import check_tensor_parallel
+from pretrain.models.stages import divide_into_stages
+from pretrain.parallel.processes import check_world_size
+
+
+def check_layout(config: RunConfig, count: int, where: str) -> None:
+    """Raise ConfigError, or UserError for the number of processes, with what would work."""
+    parallel, train = config.parallel, config.train
+    check_tensor_parallel(config.model, parallel.tensor, where)
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    # How large the vocabulary is moves the stages' borders, not their possible number.
+    divide_into_stages(config.model, config.model.vocab_size or 1, train.seq_len, stages, where)
+    check_world_size(parallel, count)
+    data = count // parallel.model_size
+    tokens = train.seq_len * parallel.micro_batch_size * data
+    if train.global_batch_tokens % tokens:
+        raise ConfigError(
+            f"{where}: train.global_batch_tokens is {train.global_batch_tokens}, expected a "
+            f"multiple of seq_len x micro_batch_size x data parallel size = {train.seq_len} x "
+            f"{parallel.micro_batch_size} x {data} = {tokens}"
+        )
+    micro_batches = train.global_batch_tokens // tokens
+    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        raise ConfigError(
+            f"{where}: each process has {micro_batches} micro-batches per step; with "
+            f"parallel.virtual_pipeline above 1 a multiple of parallel.pipeline = "
+            f"{parallel.pipeline} is expected: change train.global_batch_tokens or "
+            "parallel.micro_batch_size"
+        )
+
+
+def describe_layout(parallel: ParallelConfig, count: int) -> str:
+    """How the processes work together, in words."""
+    parts = {
+        "tensor-parallel": parallel.tensor,
+        "pipeline stages": parallel.pipeline,
+        "data-parallel": count // parallel.model_size,
+    }
+    shared = [f"{number} {name}" for name, number in parts.items() if number > 1]
+    processes = f"{count} process{'es' * (count > 1)}"
+    return processes if len(shared) < 1 else f"{processes} ({' x '.join(shared)})"

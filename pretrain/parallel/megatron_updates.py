@@ -1,0 +1,162 @@
+"""Gradients and updates by megatron-core: data parallel, and its optimizer, whole on each process
+(ZeRO-0) or divided over the data-parallel ones (ZeRO-1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from torch import Tensor, nn
+
+from pretrain.config import OptimizerConfig, ParallelConfig
+from pretrain.data import Batch
+from pretrain.models.language_model import LanguageModel
+from pretrain.parallel import adamw
+from pretrain.parallel.forward_backward import run_schedule
+from pretrain.parallel.megatron_on_cpu import device_scope
+from pretrain.parallel.processes import data_parallel_place
+from pretrain.parallel.sharded_state import (
+    MOMENTS,
+    State,
+    flat_part,
+    optimizer_key,
+    whole_part,
+    writes,
+)
+
+
+class MegatronUpdates:
+    """Owns the wrapped stages and their optimizer."""
+
+    def __init__(
+        self, parts: Sequence[LanguageModel], config: OptimizerConfig, parallel: ParallelConfig
+    ):
+        adamw.install()
+        self.parts, self.config, self.divided = list(parts), config, parallel.zero_stage == 1
+        self.replicas = data_parallel_place()[1]
+        megatron, dtype = parts[0].config, parts[0].context.dtype
+        self.narrow = dtype != torch.float32
+        megatron.finalize_model_grads_func = finalize_model_grads
+        settings = MegatronOptimizerConfig(
+            optimizer="adam", lr=config.lr, min_lr=0.0, weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_eps=config.eps,
+            clip_grad=config.clip_grad, bf16=dtype == torch.bfloat16, params_dtype=dtype,
+            use_distributed_optimizer=self.divided,
+        )  # fmt: skip
+        # Weight decay on matrices only; biases, norms, gates and convolutions are left alone.
+        no_decay = ParamPredicate(name="no_decay", fn=lambda p: not p.decay)
+        # The distributed optimizer's checkpoints mix up a group that holds parameters of two dtypes
+        # (the float32 gates of a bf16 model): a mark that it keeps groups apart by, unused by us.
+        wide = ParamPredicate(name="wide", fn=lambda p: p.dtype != dtype)
+        overrides: dict[ParamKey, Any] = {
+            ParamKey(predicate=no_decay): {"wd_mult": 0.0},
+            ParamKey(predicate=wide): {"is_decoupled_lr": True},
+        }
+        overlap = parallel.overlap and self.replicas > 1
+        with device_scope():
+            self.modules: list[Any] = [
+                DistributedDataParallel(
+                    megatron,
+                    DistributedDataParallelConfig(
+                        grad_reduce_in_fp32=True, use_distributed_optimizer=self.divided,
+                        overlap_grad_reduce=overlap,
+                    ),
+                    part,
+                    disable_bucketing=number > 0,
+                )
+                for number, part in enumerate(parts)
+            ]  # fmt: skip
+            self.optimizer = get_megatron_optimizer(
+                settings, self.modules, config_overrides=overrides
+            )
+        # Gradients are reduced once, behind the last micro-batch's backward pass.
+        pauses = [module.no_sync for module in self.modules]
+        megatron.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+
+    def gradients(self, batches: Sequence[Batch]) -> Tensor:
+        """Gradients of the global batch's mean loss; returns as :func:`run_schedule`."""
+        with device_scope():
+            for module in self.modules:
+                module.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        return run_schedule(self.modules, batches, forward_only=False)
+
+    def apply(self, lr: float, loss: float) -> tuple[float, bool]:
+        """(global gradient norm before clipping, whether the parameters were updated)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            # Also after a checkpoint, whose groups carry the settings of its own run. Nothing in
+            # megatron-core's optimizer applies wd_mult: it would decay every group.
+            group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
+            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+        with device_scope():
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                return norm, False
+            if self.config.clip_grad > 0:
+                self._clip(norm)
+            self.optimizer.step_with_ready_grads()
+        return norm, True
+
+    def _clip(self, norm: float) -> None:
+        for optimizer in self._optimizers():
+            clip_grad_by_total_norm_fp32(
+                optimizer.get_parameters(), max_norm=self.config.clip_grad, total_norm=norm
+            )
+
+    def _optimizers(self) -> list[Any]:
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
+    def optimizer_state(self, *, saving: bool) -> State:
+        """exp_avg, exp_avg_sq and, where weights are narrower, the float32 weight of everything
+        that this process updates; the tensors are the optimizer's own."""
+        state: State = {}
+        for part in self.parts:
+            for name, parameter in part.named_parameters():
+                if self.divided:
+                    if not saving or writes(name, parameter, replicas=1):
+                        self._add_divided(state, name, parameter)
+                elif not saving or writes(name, parameter, replicas=self.replicas):
+                    main = getattr(parameter, "main_param", None)
+                    main = parameter if main is None else main
+                    tensors = self._tensors(self._optimizers()[0].optimizer, main)
+                    for key, tensor in tensors.items():
+                        state[optimizer_key(key, name)] = whole_part(parameter, tensor)
+        return state
+
+    def _add_divided(self, state: State, name: str, parameter: nn.Parameter) -> None:
+        optimizer = self._optimizers()[0]
+        where = optimizer.model_param_group_index_map.get(parameter)
+        if where is None:  # another data-parallel process's
+            return
+        group, index = where
+        main = optimizer.optimizer.param_groups[group]["params"][index]
+        start = optimizer._get_model_param_range_map(parameter)["param"].start
+        for key, tensor in self._tensors(optimizer.optimizer, main).items():
+            state[optimizer_key(key, name)] = flat_part(parameter, start, tensor.view(-1))
+
+    def _tensors(self, optimizer: torch.optim.Optimizer, main: Tensor) -> dict[str, Tensor]:
+        moments = optimizer.state[main]
+        for key in MOMENTS:
+            if key not in moments:
+                moments[key] = torch.zeros_like(main)
+        found = {key: moments[key] for key in MOMENTS}
+        return {**found, "param": main} if self.narrow else found
+
+    def loaded(self, updates: int) -> None:
+        """Called when weights and optimizer state have been loaded, of so many updates."""
+        for optimizer in self._optimizers():
+            for group in optimizer.optimizer.param_groups:
+                group["step"] = updates

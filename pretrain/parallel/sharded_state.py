@@ -1,0 +1,198 @@
+"""Tensors of a checkpoint as far as a process has them: as boxes of the whole tensor.
+
+Saved and loaded by torch.distributed.checkpoint, whatever layout either side has: every process
+writes what it alone has, without exchanging anything, and reads what it needs.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import parallel_state
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+Shape = tuple[int, ...]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Boxes:
+    """Parts of one tensor of shape ``whole``: (offsets in it, values), not overlapping."""
+
+    def __init__(self, whole: Shape, parts: Iterable[tuple[Shape, Tensor]]):
+        self.whole = torch.Size(whole)
+        self.parts = {torch.Size(offsets): tensor.detach() for offsets, tensor in parts}
+
+    def size(self) -> torch.Size:
+        """Of the whole tensor: what loading compares with the checkpoint."""
+        return self.whole
+
+    def copied(self) -> Boxes:
+        """The same, with values of its own in the CPU's memory."""
+        return Boxes(self.whole, ((o, t.to("cpu", copy=True)) for o, t in self.parts.items()))
+
+    def _chunks(self) -> Iterator[tuple[ChunkStorageMetadata, Tensor]]:
+        for offsets, tensor in self.parts.items():
+            yield ChunkStorageMetadata(offsets=offsets, sizes=tensor.size()), tensor
+
+    # The names that torch.distributed.checkpoint looks for.
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk, TensorProperties.create_from_tensor(tensor), self.whole
+                ),
+            )
+            for chunk, tensor in self._chunks()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [chunk for chunk, _ in self._chunks()]
+
+
+State = dict[str, Boxes]
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn].parts[index.offset]
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(
+        self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
+    ) -> None:
+        # Not the inherited one: it makes None of what is not a tensor.
+        self.original_state_dict = self.state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].parts[index.offset]
+
+
+def save_state(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
+    """Write the parts of all processes into ``folder``; all processes of ``group`` must call.
+
+    Raises CheckpointException, on every process, where one could not write.
+    """
+    dcp.save(
+        {name: boxes for name, boxes in state.items() if boxes.parts},
+        storage_writer=dcp.FileSystemWriter(folder),
+        planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        process_group=group,
+    )  # fmt: skip
+
+
+def load_state(state: State, folder: Path) -> None:
+    """Fill the tensors in place; each process reads for itself.
+
+    Raises CheckpointException where the folder lacks a name or has it in another shape.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*load in a single process")
+        dcp.load(
+            {name: boxes for name, boxes in state.items() if boxes.parts},
+            storage_reader=dcp.FileSystemReader(folder),
+            planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=True,
+        )
+
+
+def place(parameter: Any) -> tuple[Shape, Shape]:
+    """(shape of the whole tensor, offsets of this process's part of it)."""
+    whole, offsets = list(parameter.shape), [0] * parameter.ndim
+    if getattr(parameter, "tensor_model_parallel", False):
+        axis = parameter.partition_dim
+        whole[axis] *= parallel_state.get_tensor_model_parallel_world_size()
+        offsets[axis] = parallel_state.get_tensor_model_parallel_rank() * parameter.shape[axis]
+    return tuple(whole), tuple(offsets)
+
+
+def whole_part(parameter: nn.Parameter, tensor: Tensor) -> Boxes:
+    """``tensor``, shaped as this process's part of ``parameter`` is, as one box."""
+    whole, offsets = place(parameter)
+    return Boxes(whole, [(offsets, tensor)])
+
+
+def flat_part(parameter: nn.Parameter, start: int, values: Tensor) -> Boxes:
+    """``values [n]``: what is at ``start`` and behind in this process's part of ``parameter``
+    when that is flattened. A range of a flattened tensor is a few boxes."""
+    whole, offsets = place(parameter)
+    parts = []
+    for corner, shape, first in boxes_of_range(tuple(parameter.shape), start, len(values)):
+        values_of_box = values[first : first + math.prod(shape)].view(shape)
+        parts.append((tuple(a + b for a, b in zip(offsets, corner, strict=True)), values_of_box))
+    return Boxes(whole, parts)
+
+
+def boxes_of_range(shape: Shape, start: int, count: int) -> Iterator[tuple[Shape, Shape, int]]:
+    """(corner, shape, where its values begin in the range) of the boxes that the ``count`` elements
+    from ``start`` on make up: what is left of a row, whole rows, the beginning of a row."""
+    if count == 0:
+        return
+    if not shape:
+        yield (), (), 0
+        return
+    row = math.prod(shape[1:])
+    if len(shape) == 1:
+        yield (start,), (count,), 0
+        return
+    done = 0
+    while done < count:
+        index, within = divmod(start + done, row)
+        rows = (count - done) // row
+        if within == 0 and rows:
+            yield (index, *(0 for _ in shape[1:])), (rows, *shape[1:]), done
+            done += rows * row
+        else:
+            part = min(row - within, count - done)
+            for corner, inner, first in boxes_of_range(shape[1:], within, part):
+                yield (index, *corner), (1, *inner), done + first
+            done += part
+
+
+def writes(name: str, parameter: Any, *, replicas: int) -> bool:
+    """Whether this process writes its part of a parameter's tensor. All tensor-parallel processes
+    hold it alike unless it is divided; ``replicas`` data-parallel ones hold copies (1: each has a
+    part of its own), of which one writes, by turns. The second copy of a tied embedding is not
+    written."""
+    if getattr(parameter, "shared", False):
+        return False
+    divided = getattr(parameter, "tensor_model_parallel", False)
+    if not divided and parallel_state.get_tensor_model_parallel_rank():
+        return False
+    if replicas == 1:
+        return True
+    return parallel_state.get_data_parallel_rank() == zlib.crc32(name.encode()) % replicas
+
+
+def optimizer_key(key: str, name: str) -> str:
+    """The name in a checkpoint of a parameter's optimizer state."""
+    return f"optimizer.state.{key}.{name}"
+
+
+def weights_state(parts: Iterable[nn.Module], *, saving: bool) -> State:
+    """Every parameter by its name."""
+    replicas = parallel_state.get_data_parallel_world_size()
+    return {
+        name: whole_part(parameter, parameter)
+        for part in parts
+        for name, parameter in part.named_parameters()
+        if not saving or writes(name, parameter, replicas=replicas)
+    }

@@ -1,0 +1,142 @@
+"""Trains models under many layouts in one launch of four processes; see test_parallel_layouts.py.
+
+``torchrun --nproc-per-node 4 -m tests.pretrain.parallel_worker FOLDER [NAME ...]``
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from megatron.core import parallel_state
+
+from data_prep.config_files import build_config
+from pretrain.checkpoint import load_checkpoint
+from pretrain.checkpoint_writer import save_checkpoint
+from pretrain.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from pretrain.models.language_model import build_stages
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.processes import (
+    data_parallel_place,
+    is_main_process,
+    start_processes,
+    stop_processes,
+)
+from tests.pretrain.test_checkpoint import STATE
+from tests.pretrain.test_engine import VOCAB, batches
+from tests.pretrain.test_mixers import SMALL
+
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.2, clip_grad=0.5)
+STEPS, ROWS, SEQ_LEN = 3, 8, 32
+
+
+def settings(pattern, **changes):
+    values = {
+        "hidden_size": 24, "pattern": pattern, "mlp": {"ratio": 2},
+        "mixers": {name: SMALL[name][0] for name in dict.fromkeys(pattern.split())}, **changes,
+    }  # fmt: skip
+    return build_config(ModelConfig, values, "test")
+
+
+MODELS = {
+    "tied": settings("gdn attn m2rnn gdn", scale_embeddings=True),
+    "untied": settings("para_gru attn mamba2 delta_product", tie_embeddings=False),
+    "sandwich": settings("kda swa lstm hgrn2", block_norm="sandwich"),
+    "loop": settings("attn gdn para_gru gdn", recursion={
+        "prelude": 1, "coda": 2, "times": 2, "lora_rank": 2, "step_signal": "learned",
+    }),
+    "depth": settings("gdn attn gdn", recursion={
+        "prelude": 1, "coda": 1, "times": 3, "adapter": True, "sampling": "poisson",
+        "state_init": "random", "backprop_last": 2, "normalize_state": True,
+    }),
+}  # fmt: skip
+LAYOUTS = {
+    "tp2-pp2": ParallelConfig(tensor=2, pipeline=2),
+    "tp2-pp2-sequence": ParallelConfig(tensor=2, pipeline=2, sequence=True),
+    "pp2-vpp2-dp2": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "pp4": ParallelConfig(pipeline=4),
+    "tp2-dp2-sequence": ParallelConfig(tensor=2, sequence=True),
+    "pp2-dp2-zero0": ParallelConfig(pipeline=2, zero_stage=0),
+    "dp4-zero0": ParallelConfig(zero_stage=0),
+    "dp4": ParallelConfig(),
+}
+# Stages that a model does not have: "depth" is one block and the rest.
+CASES = {
+    f"{model}-{layout}": (model, layout)
+    for model in MODELS
+    for layout, parallel in LAYOUTS.items()
+    if model != "depth" or parallel.pipeline * parallel.virtual_pipeline <= 2
+}
+# One step under each layout, each from the checkpoint of the one before.
+ACROSS = {
+    "resharded-tied": ("tied", ["tp2-pp2", "dp4", "pp2-vpp2-dp2", "tp2-dp2-sequence"]),
+    "resharded-loop": ("loop", ["pp2-vpp2-dp2", "pp2-dp2-zero0", "tp2-pp2-sequence", "dp4-zero0"]),
+}
+
+
+def start(parallel):
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    start_processes(parallel)
+
+
+def make(config, parallel, seed=0):
+    stages = build_stages(
+        config, VOCAB, seed=seed, seq_len=SEQ_LEN, sequence_parallel=parallel.sequence
+    )
+    return Engine(stages, OPTIMIZER, parallel)
+
+
+def step_of(engine, step):
+    rank, size = data_parallel_place()
+    engine.begin_step(0, step, rank, size)
+    own = batches(step, rows=ROWS, micro_batch_size=1)[rank::size]
+    result = engine.train_step(own, 1e-3)
+    return result.loss, result.grad_norm
+
+
+def train(config, parallel):
+    """(loss, gradient norm) of a few steps, and the validation loss behind them."""
+    engine = make(config, parallel)
+    results = [step_of(engine, step) for step in range(STEPS)]
+    rank, size = data_parallel_place()
+    # Neither as many for each process nor a multiple of a pipeline's stages.
+    held_out = batches(99, rows=7, micro_batch_size=1)[rank::size]
+    return [*results, engine.validate(held_out)]
+
+
+def train_across(config, names, folder):
+    results, path = [], None
+    for step, name in enumerate(names):
+        start(LAYOUTS[name])
+        engine = make(config, LAYOUTS[name], seed=step)  # what is not loaded shows
+        if path is not None:
+            load_checkpoint(path, engine)
+        results.append(step_of(engine, step))
+        state = dataclasses.replace(STATE, step=step + 1, model=dataclasses.asdict(config))
+        run = RunConfig("test", config, checkpoint=CheckpointConfig(keep_last=9))
+        path = save_checkpoint(folder, engine, run, state)
+    return results
+
+
+def main(folder, wanted):
+    found = {}
+    for name, (model, layout) in CASES.items():
+        if not wanted or name in wanted:
+            start(LAYOUTS[layout])
+            try:
+                found[name] = train(MODELS[model], LAYOUTS[layout])
+            except Exception as error:
+                raise RuntimeError(name) from error
+    for name, (model, layouts) in ACROSS.items():
+        if not wanted or name in wanted:
+            found[name] = train_across(MODELS[model], layouts, folder / name)
+    if is_main_process():
+        (folder / "results.json").write_text(json.dumps(found))
+    stop_processes()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
