@@ -6,16 +6,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
-from megatron.core import parallel_state
+import torch.distributed as dist
 
 from data_prep.config_files import build_config
 from pretrain.checkpoint import load_checkpoint
 from pretrain.checkpoint_writer import save_checkpoint
-from pretrain.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from pretrain.config import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from pretrain.models.language_model import build_stages
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import (
@@ -76,9 +84,19 @@ ACROSS = {
 }
 
 
+_LAYOUT_NUMBERS = itertools.count()
+
+
 def start(parallel):
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    """Groups for this layout, and no others: every gloo group has threads of its own, and a hundred
+    of them leave nothing to the work."""
+    stop_processes()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(host, port, size, is_master=False)
+    # Keys of an earlier layout must not be found.
+    prefixed = dist.PrefixStore(f"layout-{next(_LAYOUT_NUMBERS)}", store)
+    dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size)
     start_processes(parallel)
 
 
@@ -123,13 +141,14 @@ def train_across(config, names, folder):
 
 def main(folder, wanted):
     found = {}
-    for name, (model, layout) in CASES.items():
-        if not wanted or name in wanted:
-            start(LAYOUTS[layout])
-            try:
-                found[name] = train(MODELS[model], LAYOUTS[layout])
-            except Exception as error:
-                raise RuntimeError(name) from error
+    for layout, parallel in LAYOUTS.items():
+        start(parallel)
+        for name, (model, used) in CASES.items():
+            if used == layout and (not wanted or name in wanted):
+                try:
+                    found[name] = train(MODELS[model], parallel)
+                except Exception as error:
+                    raise RuntimeError(name) from error
     for name, (model, layouts) in ACROSS.items():
         if not wanted or name in wanted:
             found[name] = train_across(MODELS[model], layouts, folder / name)
