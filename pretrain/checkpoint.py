@@ -166,7 +166,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def load_checkpoint(checkpoint: Path, engine: Engine) -> None:
     """Weights and optimizer state into an engine whose model has the checkpoint's shape."""
     state = read_state(checkpoint)
-    _load(weights_state(engine.parts, saving=False), checkpoint)
+    _load(engine.updates.weights_state(saving=False), checkpoint)
     _load(engine.updates.optimizer_state(saving=False), checkpoint)
     engine.updates.loaded(state.step - state.skipped)
 

@@ -26,7 +26,7 @@ from pretrain.checkpoint import (
 from pretrain.config import RunConfig, to_yaml
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import on_every_process, on_main_process
-from pretrain.parallel.sharded_state import State, save_state, weights_state
+from pretrain.parallel.sharded_state import State, save_state
 
 
 class CheckpointWriter:
@@ -109,7 +109,7 @@ def save_checkpoint(
 
 def _own_state(engine: Engine) -> State:
     return {
-        **weights_state(engine.parts, saving=True),
+        **engine.updates.weights_state(saving=True),
         **engine.updates.optimizer_state(saving=True),
     }
 

@@ -90,7 +90,10 @@ def train(config: RunConfig, config_path: str) -> int:
     )  # fmt: skip
     if config.initialize is not None and found is None:
         initialize_from(stages, config.initialize, data.tokenizer.sha256)
-    engine = Engine(stages, config.optimizer, config.parallel)
+    tokens_at_once = settings.seq_len * micro_batch_size * data_parallel_place()[1]
+    engine = Engine(
+        stages, config.optimizer, config.parallel, settings.global_batch_tokens // tokens_at_once
+    )
     state = CheckpointState(
         step=0, tokens=0, seed=config.seed, skipped=0, vocab_size=vocab_size,
         precision=settings.precision, tokenizer_sha256=data.tokenizer.sha256, data=data.identity,

@@ -16,6 +16,7 @@ from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data import Batch
 from pretrain.metrics import merge_metrics
 from pretrain.models.language_model import LanguageModel
+from pretrain.parallel.deepspeed_updates import DeepSpeedUpdates
 from pretrain.parallel.forward_backward import run_schedule
 from pretrain.parallel.megatron_updates import MegatronUpdates
 from pretrain.parallel.processes import local_device, sum_over_replicas
@@ -39,9 +40,16 @@ class Engine:
         model: LanguageModel | Sequence[LanguageModel],
         config: OptimizerConfig,
         parallel: ParallelConfig | None = None,
+        micro_batches: int = 1,
     ):
+        """``micro_batches``: per process and step; only DeepSpeed needs it beforehand."""
         self.parts = [model] if isinstance(model, LanguageModel) else list(model)
-        self.updates = MegatronUpdates(self.parts, config, parallel or ParallelConfig())
+        parallel = parallel or ParallelConfig()
+        self.updates: MegatronUpdates | DeepSpeedUpdates
+        if parallel.zero_backend == "deepspeed":
+            self.updates = DeepSpeedUpdates(self.parts, config, parallel, micro_batches)
+        else:
+            self.updates = MegatronUpdates(self.parts, config, parallel)
 
     def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
         """See :meth:`pretrain.models.recursive.Recursion.begin_step`."""

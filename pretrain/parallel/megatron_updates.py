@@ -31,6 +31,7 @@ from pretrain.parallel.sharded_state import (
     State,
     flat_part,
     optimizer_key,
+    weights_state,
     whole_part,
     writes,
 )
@@ -65,6 +66,9 @@ class MegatronUpdates:
         }
         overlap = parallel.overlap and self.replicas > 1
         with device_scope():
+            # Buckets for every part, although megatron-core's own training loop has them for the
+            # first alone: without, bf16 and float32 parameters are gathered in one call, which gloo
+            # takes for tensors of one dtype and mixes up.
             self.modules: list[Any] = [
                 DistributedDataParallel(
                     megatron,
@@ -73,9 +77,8 @@ class MegatronUpdates:
                         overlap_grad_reduce=overlap,
                     ),
                     part,
-                    disable_bucketing=number > 0,
                 )
-                for number, part in enumerate(parts)
+                for part in parts
             ]  # fmt: skip
             self.optimizer = get_megatron_optimizer(
                 settings, self.modules, config_overrides=overrides
@@ -118,6 +121,10 @@ class MegatronUpdates:
 
     def _optimizers(self) -> list[Any]:
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
+    def weights_state(self, *, saving: bool) -> State:
+        """Every parameter by its name."""
+        return weights_state(self.parts, saving=saving)
 
     def optimizer_state(self, *, saving: bool) -> State:
         """exp_avg, exp_avg_sq and, where weights are narrower, the float32 weight of everything

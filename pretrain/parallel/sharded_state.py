@@ -114,29 +114,34 @@ def load_state(state: State, folder: Path) -> None:
         )
 
 
-def place(parameter: Any) -> tuple[Shape, Shape]:
-    """(shape of the whole tensor, offsets of this process's part of it)."""
-    whole, offsets = list(parameter.shape), [0] * parameter.ndim
+def place(parameter: Any, shape: Shape) -> tuple[Shape, Shape]:
+    """(shape of the whole tensor, offsets of this tensor-parallel process's part of it, which has
+    ``shape``)."""
+    whole, offsets = list(shape), [0] * len(shape)
     if getattr(parameter, "tensor_model_parallel", False):
         axis = parameter.partition_dim
         whole[axis] *= parallel_state.get_tensor_model_parallel_world_size()
-        offsets[axis] = parallel_state.get_tensor_model_parallel_rank() * parameter.shape[axis]
+        offsets[axis] = parallel_state.get_tensor_model_parallel_rank() * shape[axis]
     return tuple(whole), tuple(offsets)
 
 
 def whole_part(parameter: nn.Parameter, tensor: Tensor) -> Boxes:
     """``tensor``, shaped as this process's part of ``parameter`` is, as one box."""
-    whole, offsets = place(parameter)
+    whole, offsets = place(parameter, tuple(tensor.shape))
     return Boxes(whole, [(offsets, tensor)])
 
 
-def flat_part(parameter: nn.Parameter, start: int, values: Tensor) -> Boxes:
-    """``values [n]``: what is at ``start`` and behind in this process's part of ``parameter``
-    when that is flattened. A range of a flattened tensor is a few boxes."""
-    whole, offsets = place(parameter)
+def flat_part(
+    parameter: nn.Parameter, start: int, values: Tensor, shape: Shape | None = None
+) -> Boxes:
+    """``values [n]``: what is at ``start`` and behind in this tensor-parallel process's part of
+    ``parameter``, which has ``shape`` (its own unless given), when that is flattened. A range of a
+    flattened tensor is a few boxes."""
+    shape = tuple(parameter.shape) if shape is None else shape
+    whole, offsets = place(parameter, shape)
     parts = []
-    for corner, shape, first in boxes_of_range(tuple(parameter.shape), start, len(values)):
-        values_of_box = values[first : first + math.prod(shape)].view(shape)
+    for corner, box, first in boxes_of_range(shape, start, len(values)):
+        values_of_box = values[first : first + math.prod(box)].view(box)
         parts.append((tuple(a + b for a, b in zip(offsets, corner, strict=True)), values_of_box))
     return Boxes(whole, parts)
 

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from data_prep.config_files import build_config
@@ -50,6 +51,7 @@ def settings(pattern, **changes):
 
 MODELS = {
     "tied": settings("gdn attn m2rnn gdn", scale_embeddings=True),
+    "bf16": settings("gdn attn m2rnn gdn"),
     "untied": settings("para_gru attn mamba2 delta_product", tie_embeddings=False),
     "sandwich": settings("kda swa lstm hgrn2", block_norm="sandwich"),
     "loop": settings("attn gdn para_gru gdn", recursion={
@@ -69,17 +71,60 @@ LAYOUTS = {
     "pp2-dp2-zero0": ParallelConfig(pipeline=2, zero_stage=0),
     "dp4-zero0": ParallelConfig(zero_stage=0),
     "dp4": ParallelConfig(),
+    "deepspeed-dp4-zero0": ParallelConfig(zero_backend="deepspeed", zero_stage=0),
+    "deepspeed-dp4-zero2": ParallelConfig(zero_backend="deepspeed", zero_stage=2),
+    "deepspeed-dp4-zero3": ParallelConfig(zero_backend="deepspeed", zero_stage=3),
+    "deepspeed-dp4-zero2-offload": ParallelConfig(
+        zero_backend="deepspeed", zero_stage=2, offload="cpu"
+    ),
+    "deepspeed-tp2-dp2-zero1-sequence": ParallelConfig(
+        zero_backend="deepspeed", tensor=2, sequence=True
+    ),
+    "deepspeed-tp2-dp2-zero2-sequence": ParallelConfig(
+        zero_backend="deepspeed", zero_stage=2, tensor=2, sequence=True
+    ),
+    "deepspeed-tp2-dp2-zero3": ParallelConfig(zero_backend="deepspeed", zero_stage=3, tensor=2),
+    "deepspeed-pp2-vpp2-dp2": ParallelConfig(
+        zero_backend="deepspeed", pipeline=2, virtual_pipeline=2
+    ),
+    "deepspeed-tp2-pp2-sequence": ParallelConfig(
+        zero_backend="deepspeed", tensor=2, pipeline=2, sequence=True
+    ),
 }
-# Stages that a model does not have: "depth" is one block and the rest.
+# Not: stages that a model does not have ("depth" is one block and the rest); what is refused.
 CASES = {
     f"{model}-{layout}": (model, layout)
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
-    if model != "depth" or parallel.pipeline * parallel.virtual_pipeline <= 2
+    if (model != "depth" or parallel.pipeline * parallel.virtual_pipeline <= 2)
+    and (model != "bf16" or layout != "deepspeed-dp4-zero0")
 }
 # One step under each layout, each from the checkpoint of the one before.
 ACROSS = {
     "resharded-tied": ("tied", ["tp2-pp2", "dp4", "pp2-vpp2-dp2", "tp2-dp2-sequence"]),
+    "resharded-untied": (
+        "untied",
+        [
+            "deepspeed-dp4-zero3",
+            "tp2-pp2",
+            "deepspeed-dp4-zero2-offload",
+            "dp4-zero0",
+            "deepspeed-tp2-dp2-zero3",
+            "dp4",
+            "deepspeed-pp2-vpp2-dp2",
+            "deepspeed-dp4-zero0",
+        ],
+    ),
+    "resharded-bf16": (
+        "bf16",
+        [
+            "tp2-pp2",
+            "deepspeed-dp4-zero3",
+            "deepspeed-dp4-zero2",
+            "pp2-vpp2-dp2",
+            "dp4-zero0",
+        ],
+    ),
     "resharded-loop": ("loop", ["pp2-vpp2-dp2", "pp2-dp2-zero0", "tp2-pp2-sequence", "dp4-zero0"]),
 }
 
@@ -100,11 +145,12 @@ def start(parallel):
     start_processes(parallel)
 
 
-def make(config, parallel, seed=0):
+def make(model, parallel, seed=0):
     stages = build_stages(
-        config, VOCAB, seed=seed, seq_len=SEQ_LEN, sequence_parallel=parallel.sequence
-    )
-    return Engine(stages, OPTIMIZER, parallel)
+        MODELS[model], VOCAB, seed=seed, seq_len=SEQ_LEN, sequence_parallel=parallel.sequence,
+        dtype=torch.bfloat16 if model == "bf16" else torch.float32,
+    )  # fmt: skip
+    return Engine(stages, OPTIMIZER, parallel, ROWS // data_parallel_place()[1])
 
 
 def step_of(engine, step):
@@ -115,9 +161,9 @@ def step_of(engine, step):
     return result.loss, result.grad_norm
 
 
-def train(config, parallel):
+def train(model, parallel):
     """(loss, gradient norm) of a few steps, and the validation loss behind them."""
-    engine = make(config, parallel)
+    engine = make(model, parallel)
     results = [step_of(engine, step) for step in range(STEPS)]
     rank, size = data_parallel_place()
     # Neither as many for each process nor a multiple of a pipeline's stages.
@@ -125,11 +171,11 @@ def train(config, parallel):
     return [*results, engine.validate(held_out)]
 
 
-def train_across(config, names, folder):
-    results, path = [], None
+def train_across(model, names, folder):
+    config, results, path = MODELS[model], [], None
     for step, name in enumerate(names):
         start(LAYOUTS[name])
-        engine = make(config, LAYOUTS[name], seed=step)  # what is not loaded shows
+        engine = make(model, LAYOUTS[name], seed=step)  # what is not loaded shows
         if path is not None:
             load_checkpoint(path, engine)
         results.append(step_of(engine, step))
@@ -146,12 +192,12 @@ def main(folder, wanted):
         for name, (model, used) in CASES.items():
             if used == layout and (not wanted or name in wanted):
                 try:
-                    found[name] = train(MODELS[model], parallel)
+                    found[name] = train(model, parallel)
                 except Exception as error:
                     raise RuntimeError(name) from error
     for name, (model, layouts) in ACROSS.items():
         if not wanted or name in wanted:
-            found[name] = train_across(MODELS[model], layouts, folder / name)
+            found[name] = train_across(model, layouts, folder / name)
     if is_main_process():
         (folder / "results.json").write_text(json.dumps(found))
     stop_processes()

@@ -15,9 +15,11 @@ import pytest
 
 from pretrain.config import ParallelConfig
 from tests.pretrain import parallel_worker
-from tests.pretrain.parallel_worker import ACROSS, CASES, MODELS, STEPS
+from tests.pretrain.parallel_worker import ACROSS, CASES, STEPS
 
 pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.slow]
+
+TOLERANCE = (1e-5, 2e-2)  # relative: float32, bf16
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +31,14 @@ def four_processes(tmp_path_factory) -> dict[str, Any]:
         capture_output=True, text=True, timeout=900, check=False, cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-5000:]
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return found
 
 
 @cache
 def one_process(model):
-    return parallel_worker.train(MODELS[model], ParallelConfig())
+    return parallel_worker.train(model, ParallelConfig())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,13 +47,13 @@ def test_every_layout_equals_one_process(name, four_processes):
     *steps, valid = four_processes[name]
     *expected, expected_valid = one_process(model)
     assert len(steps) == STEPS
-    assert np.allclose(steps, expected, rtol=1e-5)
-    assert np.allclose(valid, expected_valid, rtol=1e-5)
+    assert np.allclose(steps, expected, rtol=TOLERANCE[model == "bf16"])
+    assert np.allclose(valid, expected_valid, rtol=TOLERANCE[model == "bf16"])
 
 
 @pytest.mark.parametrize("name", ACROSS)
 def test_checkpoints_load_under_every_other_layout(name, four_processes):
     model, layouts = ACROSS[name]
-    engine = parallel_worker.make(MODELS[model], ParallelConfig())
+    engine = parallel_worker.make(model, ParallelConfig())
     expected = [parallel_worker.step_of(engine, step) for step in range(len(layouts))]
-    assert np.allclose(four_processes[name], expected, rtol=1e-5)
+    assert np.allclose(four_processes[name], expected, rtol=TOLERANCE[model == "bf16"])

@@ -1,0 +1,329 @@
+"""Gradients and updates by DeepSpeed: ZeRO-0 and 1 behind megatron-core's schedules, ZeRO-2 and 3
+with DeepSpeed's own backward pass, the optimizer's state in the processor's memory if wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from torch import Tensor, nn
+
+from data_prep.errors import UserError
+from pretrain.config import OptimizerConfig, ParallelConfig
+from pretrain.data import Batch
+from pretrain.models.language_model import LanguageModel
+from pretrain.parallel.forward_backward import run_schedule
+from pretrain.parallel.megatron_on_cpu import device_scope
+from pretrain.parallel.processes import data_parallel_place, local_device
+from pretrain.parallel.sharded_state import (
+    MOMENTS,
+    Boxes,
+    State,
+    flat_part,
+    optimizer_key,
+    weights_state,
+    whole_part,
+    writes,
+)
+
+_BUCKET = 200_000_000  # elements of a gradient bucket at most: DeepSpeed allocates it whole
+
+
+class _Topology:
+    """megatron-core's process groups under the names that DeepSpeed asks by."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+
+
+def _import_deepspeed() -> Any:
+    """Quietly; on the CPU without the shared-memory extension that it would compile."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            import deepspeed
+        except ImportError:
+            raise UserError(
+                "parallel.zero_backend is deepspeed, which is not installed: pip install deepspeed"
+            ) from None
+        import deepspeed.comm.torch
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        deepspeed.comm.torch.build_shm_op = lambda: None
+    return deepspeed
+
+
+class DeepSpeedUpdates:
+    """Owns DeepSpeed's engine around this process's stages."""
+
+    def __init__(
+        self,
+        parts: Sequence[LanguageModel],
+        config: OptimizerConfig,
+        parallel: ParallelConfig,
+        micro_batches: int,
+    ):
+        self.parts, self.config, self.stage = list(parts), config, parallel.zero_stage
+        self.replicas = data_parallel_place()[1]
+        dtype = parts[0].context.dtype
+        self.narrow = dtype != torch.float32
+        if self.stage == 0 and self.narrow:
+            raise UserError(
+                "parallel.zero_stage is 0 with DeepSpeed, which in bf16 divides the optimizer's "
+                "state anyway; expected zero_stage 1, or zero_backend=megatron"
+            )
+        self._own_backward = self.stage > 1
+        self._micro_batches, self._scale = micro_batches, 1.0
+        # Before DeepSpeed divides the parameters: names, shapes and marks are the model's own.
+        self._named: dict[str, Any] = {
+            n: p for part in self.parts for n, p in part.named_parameters()
+        }
+        self._sequence = [p for p in self._named.values() if getattr(p, "sequence_parallel", False)]
+        megatron = parts[0].config
+        if self._own_backward:
+            for parameter in self._sequence:
+                parameter.register_hook(_summed_over_tensor_parallel)
+        else:
+            megatron.grad_scale_func = lambda loss: loss * self._scale
+        self._engine = self._initialize(dtype, parallel)
+        self.optimizer = self._engine.optimizer
+        self.modules: list[Any] = list(self.parts)
+        self.loaded(0)
+
+    def _initialize(self, dtype: torch.dtype, parallel: ParallelConfig) -> Any:
+        deepspeed = _import_deepspeed()
+        parameters: list[Any] = list(self._named.values())
+        decayed = [p for p in parameters if p.decay]
+        others = [p for p in parameters if not p.decay]
+        # Without a learning rate at first: ZeRO-3 begins with a step that only makes state.
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": group, "wd_mult": wd_mult}
+                for group, wd_mult in ((decayed, 1.0), (others, 0.0))
+                if group
+            ],
+            lr=0.0, betas=(self.config.betas[0], self.config.betas[1]), eps=self.config.eps,
+        )  # fmt: skip
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "overlap_comm": parallel.overlap and self.stage > 1 and torch.cuda.is_available(),
+            "reduce_bucket_size": min(_BUCKET, sum(p.numel() for p in parameters)),
+        }
+        if parallel.offload != "device":
+            zero["offload_optimizer"] = {
+                "device": parallel.offload, "nvme_path": parallel.offload_path,
+                "pin_memory": torch.cuda.is_available(),
+            }  # fmt: skip
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": self._micro_batches if self._own_backward else 1,
+            "gradient_clipping": self.config.clip_grad if self.stage else 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "steps_per_print": None,
+        }
+        module = self.parts[0] if self._own_backward else nn.ModuleList(self.parts)
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=settings, mpu=_Topology(),
+                dist_init_required=False,
+            )  # fmt: skip
+        return engine
+
+    def gradients(self, batches: Sequence[Batch]) -> Tensor:
+        """Gradients of the global batch's mean loss; returns as :func:`run_schedule`."""
+        count = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().double()
+        count = count.to(local_device())
+        dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+        # DeepSpeed takes the mean over data-parallel processes; wanted is the sum over all targets.
+        self._scale = self.replicas / max(float(count), 1.0)
+        if self._own_backward:
+            return self._forward_backward(batches)
+        self._engine.zero_grad()
+        sums = run_schedule(self.parts, batches, forward_only=False)
+        tensor_group = parallel_state.get_tensor_model_parallel_group()
+        for parameter in self._sequence:
+            dist.all_reduce(_gradient(parameter), group=tensor_group)
+        self._sum_tied_embeddings()
+        return sums
+
+    def _forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        if len(batches) != self._micro_batches:
+            raise UserError(
+                f"{len(batches)} micro-batches per step, but DeepSpeed was set up for "
+                f"{self._micro_batches}"
+            )
+        sums = torch.zeros(2, dtype=torch.float64, device=local_device())
+        for number, batch in enumerate(batches):
+            batch = batch.to(local_device())
+            losses = self._engine(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
+            total = (losses * batch.loss_mask).sum()
+            sums += torch.stack([total.detach().double(), batch.loss_mask.sum().double()])
+            # It divides by the number of micro-batches.
+            self._engine.backward(total * (self._scale * self._micro_batches))
+            if number < len(batches) - 1:
+                self._engine.step()  # counts the micro-batch; the last one is stepped in apply
+        return sums
+
+    def _sum_tied_embeddings(self) -> None:
+        group = parallel_state.get_embedding_group(check_initialized=False)
+        if group is None or dist.get_world_size(group) == 1:
+            return
+        for part in self.parts:
+            weight = part.shared_embedding_or_output_weight()
+            if part.share_embeddings_and_output_weights and weight is not None:
+                dist.all_reduce(_gradient(weight), group=group)
+
+    def apply(self, lr: float, loss: float) -> tuple[float, bool]:
+        """(global gradient norm before clipping, whether the parameters were updated)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
+            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+        if self.stage == 0:
+            return self._apply_undivided(loss)
+        if not self._own_backward:
+            self.optimizer.reduce_gradients(pipeline_parallel=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        else:
+            self._engine.step()
+        # DeepSpeed leaves out a step whose gradients are not finite.
+        return float(self.optimizer._global_grad_norm), not self.optimizer.overflow
+
+    def _apply_undivided(self, loss: float) -> tuple[float, bool]:
+        """ZeRO-0: DeepSpeed reduces; its own clipping reports no norm."""
+        self._engine.allreduce_gradients()
+        parameters = list(self._named.values())
+        counted = [
+            _gradient(p)
+            for p in parameters
+            if param_is_not_tensor_parallel_duplicate(p) and not getattr(p, "shared", False)
+        ]
+        with device_scope():
+            group = parallel_state.get_model_parallel_group()
+            norm = float(get_grad_norm_fp32(counted, grad_stats_parallel_group=group))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                return norm, False
+            if self.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, norm)
+        self.optimizer.step()
+        return norm, True
+
+    def weights_state(self, *, saving: bool) -> State:
+        """Every parameter by its name, as far as this process has it."""
+        if self.stage < 3:
+            return weights_state(self.parts, saving=saving)
+        return {
+            name: self._part_of_three(p, p.ds_tensor.data)
+            for name, p in self._named.items()
+            if not saving or writes(name, p, replicas=1)
+        }
+
+    def optimizer_state(self, *, saving: bool) -> State:
+        """As :meth:`pretrain.parallel.megatron_updates.MegatronUpdates.optimizer_state`."""
+        state: State = {}
+        for name, parameter in self._named.items():
+            replicas = self.replicas if self.stage == 0 else 1
+            if saving and not writes(name, parameter, replicas=replicas):
+                continue
+            for key, boxes in self._optimizer_boxes(parameter):
+                state[optimizer_key(key, name)] = boxes
+        return state
+
+    def _optimizer_boxes(self, parameter: Any) -> Iterator[tuple[str, Boxes]]:
+        keys = (*MOMENTS, "param") if self.narrow else MOMENTS
+        if self.stage == 0:
+            for key in MOMENTS:
+                yield key, whole_part(parameter, self._moments(self.optimizer, parameter)[key])
+        elif self.stage == 3:
+            for key in keys:
+                yield key, self._part_of_three(parameter, self._flat_of_three(parameter, key))
+        elif parameter._hp_mapping is not None:  # else another data-parallel process's
+            start = parameter._hp_mapping.lp_fragment_address.start
+            for key in keys:
+                yield key, flat_part(parameter, start, self._flat_of_two(parameter, key))
+
+    def _moments(self, optimizer: Any, main: Tensor) -> dict[str, Tensor]:
+        moments: dict[str, Tensor] = optimizer.state[main]
+        for key in MOMENTS:
+            if key not in moments:
+                moments[key] = torch.zeros_like(main)
+        moments.setdefault("step", torch.tensor(0.0))
+        return moments
+
+    def _mains(self) -> list[Any]:
+        """What the optimizer updates: parameters, or this process's ranges of them, flattened."""
+        if self.stage == 0:
+            return list(self._named.values())
+        if self.stage == 3:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def _flat_of_two(self, parameter: Any, key: str) -> Tensor:
+        """ZeRO-1 and 2: this process's range of a flattened parameter, in float32."""
+        mapping = parameter._hp_mapping
+        if key == "param":
+            return mapping.hp_fragment.data
+        flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        address = mapping.hp_fragment_address
+        moments = self._moments(self.optimizer.optimizer, flat)
+        return moments[key].narrow(0, address.start, address.numel)
+
+    def _flat_of_three(self, parameter: Any, key: str) -> Tensor:
+        group, start, count = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        flat = self.optimizer.fp32_partitioned_groups_flat[group]
+        source = flat.data if key == "param" else self._moments(self.optimizer.optimizer, flat)[key]
+        return source.narrow(0, start, count)
+
+    def _part_of_three(self, parameter: Any, values: Tensor) -> Boxes:
+        """ZeRO-3 cuts a flattened parameter in equal ranges, the last one filled up."""
+        start = dist.get_rank(parallel_state.get_data_parallel_group()) * values.numel()
+        held = max(0, min(values.numel(), parameter.ds_numel - start))
+        return flat_part(parameter, start, values.view(-1)[:held], tuple(parameter.ds_shape))
+
+    def loaded(self, updates: int) -> None:
+        """Called when weights and optimizer state have been loaded, of so many updates."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        for main in self._mains():
+            self._moments(inner, main)["step"].fill_(float(updates))
+        if self.narrow or self.stage == 0:
+            return
+        # float32: the weights are their own masters, but DeepSpeed keeps a copy.
+        for parameter in self._named.values():
+            if self.stage == 3:
+                self._flat_of_three(parameter, "param").copy_(parameter.ds_tensor.data)
+            elif parameter._hp_mapping is not None:
+                parameter._hp_mapping.update_hp()
+
+
+def _gradient(parameter: Any) -> Tensor:
+    """Zeros where nothing flowed back, so that every process takes part in a sum."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _summed_over_tensor_parallel(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+    return gradient
