@@ -117,6 +117,8 @@ class StopSignals:
             return
         self.received, self.name, self._first = True, signal.Signals(number).name, now
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        if kind is not None:
+            return  # a launcher's signal must not cut off the telling of what happened
         for number, handler in self._before.items():
             signal.signal(number, handler)

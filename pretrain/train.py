@@ -44,6 +44,7 @@ from pretrain.parallel.processes import (
     start_processes,
     world_size,
 )
+from pretrain.parallel.watchdog import Watchdog
 from pretrain.run_control import Interval, RunLock, StopSignals, log_seconds, seed_step
 from pretrain.schedule import learning_rate
 
@@ -60,6 +61,11 @@ def train(config: RunConfig, config_path: str) -> int:
     """
     check_layout(config, world_size(), config_path)
     start_processes(config.parallel)
+    with Watchdog(60 * config.parallel.timeout_minutes, config.run_directory) as watchdog:
+        return _train(config, config_path, watchdog)
+
+
+def _train(config: RunConfig, config_path: str, watchdog: Watchdog) -> int:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     directory, settings = config.run_directory, config.train
@@ -127,7 +133,7 @@ def train(config: RunConfig, config_path: str) -> int:
                 f"no validation: no source has {settings.seq_len + 1} tokens of validation text"
             )
         with StopSignals() as stop:
-            return _loop(config, engine, batches, valid, data, state, counts, log, stop)
+            return _loop(config, engine, batches, valid, data, state, counts, log, stop, watchdog)
     finally:
         log.close()
         lock.release()
@@ -143,6 +149,7 @@ def _loop(
     counts: ModelCounts,
     log: RunLog,
     stop: StopSignals,
+    watchdog: Watchdog,
 ) -> int:
     settings, directory = config.train, config.run_directory
     rank, size = data_parallel_place()
@@ -158,7 +165,10 @@ def _loop(
         seed_step(config.seed, step)
         engine.begin_step(config.seed, step, rank, size)
         lr = learning_rate(config.schedule, config.optimizer.lr, step, num_steps)
-        result = engine.train_step(batches.micro_batches(step, rank, size), lr)
+        watchdog.at(f"reading the data of step {step + 1}")
+        own_batches = batches.micro_batches(step, rank, size)
+        watchdog.at(f"step {step + 1}")
+        result = engine.train_step(own_batches, lr)
         state.step += 1
         state.tokens += settings.global_batch_tokens
         interval.count(settings.global_batch_tokens)
@@ -209,11 +219,13 @@ def _loop(
         due = config.validation.every and state.step % config.validation.every == 0
         if valid and ((due and not stopping) or state.step == num_steps):
             layer_metrics.collect(engine)
+            watchdog.at(f"validating step {state.step}")
             with interval.paused():
                 _validate(engine, valid[rank::size], bytes_per_token, state, log)
             engine.layer_metrics()  # validation's are not training's
         if state.step % config.checkpoint.every == 0 or stopping or state.step == num_steps:
             with interval.paused():
+                watchdog.at(f"saving step {state.step}")
                 writer.save(engine, state)
         writer.check()
         if stopping and state.step < num_steps:
@@ -221,6 +233,7 @@ def _loop(
                     "the same command again to go on")  # fmt: skip
             return EXIT_STOPPED
 
+    watchdog.at("finishing")
     writer.wait()
 
     if first_step >= num_steps:

@@ -57,7 +57,8 @@ def start_processes(config: ParallelConfig | None = None) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(minutes=config.timeout_minutes)
+        # Longer than the watchdog's, which can tell more than "timed out".
+        timeout = datetime.timedelta(minutes=2 * config.timeout_minutes)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
@@ -69,7 +70,7 @@ def start_processes(config: ParallelConfig | None = None) -> None:
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
             virtual_pipeline_model_parallel_size=parts if parts > 1 else None,
-            distributed_timeout_minutes=config.timeout_minutes,
+            distributed_timeout_minutes=2 * config.timeout_minutes,
         )
 
 
