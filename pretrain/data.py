@@ -251,6 +251,16 @@ def pack_rows(rows: np.ndarray, eod_id: int) -> Batch:
     )
 
 
+def share_of(batches: list[Batch], rank: int, size: int) -> list[Batch]:
+    """The ``rank``-th of ``size`` processes' batches, as many for each: filled up with ones that
+    count nothing, for where all must go through the model together."""
+    if not batches:
+        return []
+    last = batches[-1]
+    empty = Batch(last.tokens, last.targets, torch.zeros_like(last.loss_mask), last.cu_seqlens)
+    return [*batches, *[empty] * (-len(batches) % size)][rank::size]
+
+
 def validation_batches(
     data: PreparedData, config: TrainConfig, micro_batch_size: int, tokens: int
 ) -> list[Batch]:

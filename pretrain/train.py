@@ -25,7 +25,14 @@ from pretrain.checkpoint import (
 )
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.config import RunConfig, to_yaml
-from pretrain.data import Batch, PreparedData, TrainingBatches, open_data, validation_batches
+from pretrain.data import (
+    Batch,
+    PreparedData,
+    TrainingBatches,
+    open_data,
+    share_of,
+    validation_batches,
+)
 from pretrain.environment import describe_environment
 from pretrain.generation import generate
 from pretrain.metrics import LayerMetrics, RunLog, peak_flops, peak_memory_bytes, plot_loss_curve
@@ -155,7 +162,7 @@ def _loop(
     rank, size = data_parallel_place()
     checkpoints, num_steps = directory / "checkpoints", settings.num_steps
     writer = CheckpointWriter(checkpoints, config, data.tokenizer.path)
-    bytes_per_token = _bytes_per_token(data, log)
+    bytes_per_token, own_valid = _bytes_per_token(data, log), share_of(valid, rank, size)
     peak = peak_flops(settings.precision)
     interval, layer_metrics = Interval(), LayerMetrics()
     first_step, skips_in_a_row = state.step, 0
@@ -221,7 +228,7 @@ def _loop(
             layer_metrics.collect(engine)
             watchdog.at(f"validating step {state.step}")
             with interval.paused():
-                _validate(engine, valid[rank::size], bytes_per_token, state, log)
+                _validate(engine, own_valid, bytes_per_token, state, log)
             engine.layer_metrics()  # validation's are not training's
         if state.step % config.checkpoint.every == 0 or stopping or state.step == num_steps:
             with interval.paused():

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.errors import UserError
-from pretrain.config import RunConfig, load_run_config, to_yaml
+from pretrain.config import ParallelConfig, RunConfig, load_run_config, to_yaml
+from pretrain.parallel.layout import check_layout, describe_layout
 from pretrain.parallel.processes import start_processes, stop_processes
 
 # Relative, of the first step's loss and gradient norm: float32 sums in another order, bf16 rounds.
@@ -54,12 +55,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps, an even number (4)")
-    parser.add_argument("--processes", type=int, help="of the layout (2 x parallel.tensor)")
+    parser.add_argument("--processes", type=int, help="of the layout (2 x tensor x pipeline)")
     options = parser.parse_args(arguments)
     if options.steps < 2 or options.steps % 2:
         raise UserError(f"--steps is {options.steps}, expected an even number from 2")
     config = load_run_config(options.config, options.overrides)
-    processes = options.processes or 2 * config.parallel.tensor
+    processes = options.processes or 2 * config.parallel.model_size
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         return _verify(config, Path(folder), options.steps, processes)
 
@@ -70,10 +71,11 @@ def _verify(config: RunConfig, folder: Path, steps: int, processes: int) -> int:
     config.logging.every, config.sample.tokens, config.validation.every = 1, 0, 0
     config.validation.tokens, config.checkpoint.resume = 1, None
     config.checkpoint.every, config.checkpoint.keep_last = steps // 2, 2
-    tensor, config.parallel.tensor = config.parallel.tensor, 1
-    sequence, config.parallel.sequence = config.parallel.sequence, False
+    check_layout(config, processes, config.name)
+    wanted = config.parallel
+    config.parallel = ParallelConfig(micro_batch_size=wanted.micro_batch_size)
     one = _train(config, folder / "one", 1)
-    config.parallel.tensor, config.parallel.sequence = tensor, sequence
+    config.parallel = wanted
     layout = _train(config, folder / "layout", processes)
     middle = f"step-{steps // 2:08d}"
     resumed = folder / "resumed"
@@ -82,7 +84,7 @@ def _verify(config: RunConfig, folder: Path, steps: int, processes: int) -> int:
 
     start_processes()
     results = [
-        _compare(f"{processes} processes, parallel.tensor {tensor}", one, layout, 0),
+        _compare(_describe(wanted, processes), one, layout, 0),
         _compare(f"the same, resumed at step {steps // 2}", layout, resumed, steps // 2),
     ]
     stop_processes()
@@ -101,6 +103,11 @@ def _verify(config: RunConfig, folder: Path, steps: int, processes: int) -> int:
         f"within {GROWTH * tolerance:.0e}"
     )
     return 0 if all(r.within(tolerance) for r in results) else EXIT_DIFFERENT
+
+
+def _describe(parallel: ParallelConfig, processes: int) -> str:
+    kind = f"{parallel.zero_backend} ZeRO-{parallel.zero_stage}"
+    return f"{describe_layout(parallel, processes)}, {kind}"
 
 
 def _train(config: RunConfig, directory: Path, processes: int) -> Path:

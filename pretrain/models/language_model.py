@@ -22,6 +22,7 @@ from pretrain.models.mlp import MLP
 from pretrain.models.norm import RMSNorm
 from pretrain.models.recursive import Recursion
 from pretrain.models.stages import Stage, divide_into_stages, whole_model
+from pretrain.ops.linear_cross_entropy import linear_cross_entropy
 from pretrain.parallel.layers import (
     ParallelContext,
     column_input,
@@ -74,6 +75,9 @@ class LanguageModel(nn.Module):
     # What megatron-core's schedules ask for, and the names they ask by.
     model_type = ModelType.encoder_or_decoder
     vp_stage: int | None = None
+    # Of one process, in the loss; beyond that they are computed piece by piece, and once more in
+    # the backward pass. 1 GiB in float32.
+    logits_at_once = 2**28
 
     def __init__(
         self,
@@ -147,11 +151,9 @@ class LanguageModel(nn.Module):
         x, _, ponder = self._hidden(tokens, cu_seqlens, None, with_states=False)
         if not self.stage.last:
             return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
-        logits = self._logits(x)
         if targets is None:
-            return logits.transpose(0, 1)
-        wanted = targets.t().contiguous()
-        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), wanted).t()
+            return self._logits(x).transpose(0, 1)
+        losses = self._losses(x, targets.t().contiguous()).t()
         if ponder is not None and self.training:
             # In the gradient, not in the value: the loss stays a cross entropy.
             assert self.recursion is not None
@@ -226,9 +228,26 @@ class LanguageModel(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         """``[T, B, vocab]``, this process's part of the vocabulary."""
         x = column_input(self.final_norm(x), self.context)
-        if self.model_config.tie_embeddings:
-            return nn.functional.linear(x, cast(Tensor, self.embedding.weight))
-        return self.head(x)[0]
+        return nn.functional.linear(x, self._head_weight)
+
+    @property
+    def _head_weight(self) -> Tensor:
+        tied = self.model_config.tie_embeddings
+        return cast(Tensor, self.embedding.weight if tied else self.head.weight)
+
+    def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """``[T, B]`` in nats, of targets ``[T, B]``."""
+        rows = self.vocab_size // self.context.tensor_size
+        at_once = max(self.logits_at_once // rows, 1)
+        if targets.numel() <= at_once:
+            logits = self._logits(x).float()
+            return tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
+        x = column_input(self.final_norm(x), self.context)
+        losses = linear_cross_entropy(
+            x.flatten(0, 1), self._head_weight, targets.flatten(), tokens_at_once=at_once,
+            group=self.context.group,
+        )  # fmt: skip
+        return losses.view_as(targets)
 
     def metrics(self) -> dict[str, float]:
         """What the mixers have to tell since the last call, over all blocks of this process."""

@@ -47,6 +47,7 @@ class Recursion(nn.Module):
         super().__init__()
         self.config, self._context = config, context
         self.times: int | None = None  # instead of the configured number, in evaluation
+        self.in_step = False  # all processes must make the same passes
         self._seed, self._step, self._micro_batch = 0, 0, 0
         self._place, self._places = 0, 1
         self._passes: list[int] = []
@@ -113,9 +114,9 @@ class Recursion(nn.Module):
         """x ``[T, B, d]``, the prelude's output; ``run(state, pass)`` goes through the blocks once.
 
         ``whole``: make every pass even where all tokens have halted, because the blocks' states are
-        wanted. So does training, where every process must use every parameter, and sequence
-        parallelism, where none sees all tokens. Returns the last state and, with halting, each
-        token's ponder cost ``[T, B]``.
+        wanted. So does training, where every process must use every parameter, sequence
+        parallelism, where none sees all tokens, and ``in_step``. Returns the last state and, with
+        halting, each token's ponder cost ``[T, B]``.
         """
         config, times = self.config, self.num_passes()
         through = times
@@ -123,7 +124,8 @@ class Recursion(nn.Module):
             through = min(times, config.backprop_last)
         state = self._initial(x)
         halting = _Halting(config, x) if config.halting else None
-        whole = whole or self.training or self._context.megatron.sequence_parallel
+        whole = whole or self.training or self.in_step
+        whole = whole or self._context.megatron.sequence_parallel
         for index in range(times):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= times - through):
                 stays = state

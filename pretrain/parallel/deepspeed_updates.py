@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data import Batch
 from pretrain.models.language_model import LanguageModel
 from pretrain.parallel.forward_backward import run_schedule
+from pretrain.parallel.gradient_norm import global_norm
 from pretrain.parallel.megatron_on_cpu import device_scope
 from pretrain.parallel.processes import data_parallel_place, local_device
 from pretrain.parallel.sharded_state import (
@@ -100,6 +101,9 @@ class DeepSpeedUpdates:
         if self._own_backward:
             for parameter in self._sequence:
                 parameter.register_hook(_summed_over_tensor_parallel)
+            for part in self.parts:
+                if part.recursion is not None:
+                    part.recursion.in_step = True
         else:
             megatron.grad_scale_func = lambda loss: loss * self._scale
         self._engine = self._initialize(dtype, parallel)
@@ -121,10 +125,14 @@ class DeepSpeedUpdates:
             ],
             lr=0.0, betas=(self.config.betas[0], self.config.betas[1]), eps=self.config.eps,
         )  # fmt: skip
+        total = sum(p.numel() for p in parameters)
         zero: dict[str, Any] = {
             "stage": self.stage,
             "overlap_comm": parallel.overlap and self.stage > 1 and torch.cuda.is_available(),
-            "reduce_bucket_size": min(_BUCKET, sum(p.numel() for p in parameters)),
+            "reduce_bucket_size": min(_BUCKET, total),
+            # What is smaller stays whole on every process; DeepSpeed's own default is for models
+            # of many millions.
+            "stage3_param_persistence_threshold": min(100_000, total // 100),
         }
         if parallel.offload != "device":
             zero["offload_optimizer"] = {
@@ -219,9 +227,8 @@ class DeepSpeedUpdates:
             for p in parameters
             if param_is_not_tensor_parallel_duplicate(p) and not getattr(p, "shared", False)
         ]
+        norm = global_norm(counted, parallel_state.get_model_parallel_group())
         with device_scope():
-            group = parallel_state.get_model_parallel_group()
-            norm = float(get_grad_norm_fp32(counted, grad_stats_parallel_group=group))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 return norm, False
             if self.config.clip_grad > 0:

@@ -24,6 +24,7 @@ from pretrain.data import Batch
 from pretrain.models.language_model import LanguageModel
 from pretrain.parallel import adamw
 from pretrain.parallel.forward_backward import run_schedule
+from pretrain.parallel.gradient_norm import global_norm
 from pretrain.parallel.megatron_on_cpu import device_scope
 from pretrain.parallel.processes import data_parallel_place
 from pretrain.parallel.sharded_state import (
@@ -105,13 +106,18 @@ class MegatronUpdates:
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
         with device_scope():
             self.optimizer.prepare_grads()
-            norm = float(self.optimizer.get_grad_norm())
+            norm = self._gradient_norm()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 return norm, False
             if self.config.clip_grad > 0:
                 self._clip(norm)
             self.optimizer.step_with_ready_grads()
         return norm, True
+
+    def _gradient_norm(self) -> float:
+        optimizers = self._optimizers()
+        gradients = [g for o in optimizers for g in o.get_main_grads_for_grad_norm()]
+        return global_norm(gradients, optimizers[0].get_grad_stats_parallel_group())
 
     def _clip(self, norm: float) -> None:
         for optimizer in self._optimizers():

@@ -25,6 +25,7 @@ from pretrain.config import (
     ParallelConfig,
     RunConfig,
 )
+from pretrain.data import share_of
 from pretrain.models.language_model import build_stages
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import (
@@ -53,7 +54,8 @@ MODELS = {
     "tied": settings("gdn attn m2rnn gdn", scale_embeddings=True),
     "bf16": settings("gdn attn m2rnn gdn"),
     "untied": settings("para_gru attn mamba2 delta_product", tie_embeddings=False),
-    "sandwich": settings("kda swa lstm hgrn2", block_norm="sandwich"),
+    # One process computes the loss at once, several piece by piece.
+    "pieces": settings("kda swa lstm hgrn2", block_norm="sandwich"),
     "loop": settings("attn gdn para_gru gdn", recursion={
         "prelude": 1, "coda": 2, "times": 2, "lora_rank": 2, "step_signal": "learned",
     }),
@@ -150,6 +152,9 @@ def make(model, parallel, seed=0):
         MODELS[model], VOCAB, seed=seed, seq_len=SEQ_LEN, sequence_parallel=parallel.sequence,
         dtype=torch.bfloat16 if model == "bf16" else torch.float32,
     )  # fmt: skip
+    if model == "pieces" and dist.get_world_size() > 1:
+        for stage in stages:
+            stage.logits_at_once = 7 * VOCAB
     return Engine(stages, OPTIMIZER, parallel, ROWS // data_parallel_place()[1])
 
 
@@ -167,7 +172,7 @@ def train(model, parallel):
     results = [step_of(engine, step) for step in range(STEPS)]
     rank, size = data_parallel_place()
     # Neither as many for each process nor a multiple of a pipeline's stages.
-    held_out = batches(99, rows=7, micro_batch_size=1)[rank::size]
+    held_out = share_of(batches(99, rows=7, micro_batch_size=1), rank, size)
     return [*results, engine.validate(held_out)]
 
 
