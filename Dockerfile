@@ -23,7 +23,7 @@ COPY pretrain pretrain
 COPY evals evals
 COPY configs configs
 RUN pip install --no-cache-dir --constraint constraints.txt \
-      ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} --editable ".[datasets,tokenizers]" \
+      ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} --editable ".[datasets,tokenizers,deepspeed]" \
  && if [ "${VARIANT}" = cuda ]; then \
       pip install --no-cache-dir triton flash-linear-attention \
       && pip install --no-cache-dir --no-build-isolation flash-attn; \

@@ -242,6 +242,7 @@ def _loop(
 
     watchdog.at("finishing")
     writer.wait()
+    engine.updates.complete_weights()  # for a sample, which one process makes alone
 
     if first_step >= num_steps:
         log.say(f"nothing to do: all {num_steps} steps are done")

@@ -216,8 +216,9 @@ class LanguageModel(nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if not self.stage.first:
-            assert self._received is not None
-            return self._received
+            received, self._received = self._received, None
+            assert received is not None
+            return received
         x = self.embedding(tokens)
         if not self.context.megatron.sequence_parallel:
             x = x.transpose(0, 1)

@@ -236,6 +236,9 @@ class DeepSpeedUpdates:
         self.optimizer.step()
         return norm, True
 
+    def complete_weights(self) -> None:
+        """Nothing: DeepSpeed's step ends with whole weights, or ZeRO-3 has none."""
+
     def weights_state(self, *, saving: bool) -> State:
         """Every parameter by its name, as far as this process has it."""
         if self.stage < 3:

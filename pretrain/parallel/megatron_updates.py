@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,27 @@ from pretrain.parallel.sharded_state import (
     writes,
 )
 
+# Parameters of two dtypes lie in buckets of their own: neither order is the one of use.
+warnings.filterwarnings("ignore", "The next bucket's parameter all-gather")
+
+
+def _gather_before_use(wrapped: Any, part: LanguageModel) -> None:
+    """megatron-core waits for the parameters of a module when that module is called. Ours also use
+    weights of modules that they do not call: wait for all of a block, and of the head."""
+
+    def wait(parameters: Sequence[nn.Parameter]) -> None:
+        for parameter in parameters:
+            wrapped.param_to_bucket_group[parameter].finish_param_sync()
+
+    def register(module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        module.register_forward_pre_hook(lambda *_: wait(parameters))
+
+    for index in part.stage.blocks:
+        register(part.blocks[index], list(part.blocks[index].parameters()))
+    if part.stage.last:
+        head = part.embedding if part.model_config.tie_embeddings else part.head
+        register(part.final_norm, [*part.final_norm.parameters(), *head.parameters()])
+
 
 class MegatronUpdates:
     """Owns the wrapped stages and their optimizer."""
@@ -66,6 +88,8 @@ class MegatronUpdates:
             ParamKey(predicate=wide): {"is_decoupled_lr": True},
         }
         overlap = parallel.overlap and self.replicas > 1
+        # Parameters are gathered when the next forward pass comes to them.
+        self.gathers_late = overlap and self.divided
         with device_scope():
             # Buckets for every part, although megatron-core's own training loop has them for the
             # first alone: without, bf16 and float32 parameters are gathered in one call, which gloo
@@ -75,12 +99,15 @@ class MegatronUpdates:
                     megatron,
                     DistributedDataParallelConfig(
                         grad_reduce_in_fp32=True, use_distributed_optimizer=self.divided,
-                        overlap_grad_reduce=overlap,
+                        overlap_grad_reduce=overlap, overlap_param_gather=self.gathers_late,
                     ),
                     part,
                 )
                 for part in parts
             ]  # fmt: skip
+            if self.gathers_late:
+                for module, part in zip(self.modules, parts, strict=True):
+                    _gather_before_use(module, part)
             self.optimizer = get_megatron_optimizer(
                 settings, self.modules, config_overrides=overrides
             )
@@ -128,8 +155,17 @@ class MegatronUpdates:
     def _optimizers(self) -> list[Any]:
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
+    def complete_weights(self) -> None:
+        """Gather what the next forward pass would have; every process must call."""
+        if self.gathers_late:
+            with device_scope():
+                for module in self.modules:
+                    module.start_param_sync(force_sync=True)
+
     def weights_state(self, *, saving: bool) -> State:
         """Every parameter by its name."""
+        if saving:
+            self.complete_weights()
         return weights_state(self.parts, saving=saving)
 
     def optimizer_state(self, *, saving: bool) -> State:

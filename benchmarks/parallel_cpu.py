@@ -1,0 +1,275 @@
+"""What layouts of four CPU processes cost, measured against formulas.
+
+Bytes sent per step and process by kind of group, as ring collectives send them; bytes of weights,
+gradients and optimizer state held by a process; the pipeline's idle share against (p - 1) / m.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/parallel_cpu.py
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/parallel_cpu.py --bubble
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data_prep.config_files import build_config
+from pretrain.config import ModelConfig, OptimizerConfig, ParallelConfig
+from pretrain.data import pack_rows
+from pretrain.models.language_model import build_stages
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.processes import data_parallel_place, gather, is_main_process
+from tests.pretrain.parallel_worker import start
+
+VOCAB, HIDDEN, SEQ_LEN, MICRO_BATCHES = 1024, 128, 512, 8  # micro-batches: of the global batch
+LAYOUTS = [
+    ParallelConfig(zero_stage=0),
+    ParallelConfig(),
+    ParallelConfig(tensor=2),
+    ParallelConfig(tensor=2, sequence=True),
+    ParallelConfig(pipeline=2),
+    ParallelConfig(pipeline=2, virtual_pipeline=2),
+    ParallelConfig(pipeline=4),
+    ParallelConfig(tensor=2, pipeline=2),
+    ParallelConfig(tensor=2, pipeline=2, sequence=True),
+    *(ParallelConfig(zero_backend="deepspeed", zero_stage=stage) for stage in (1, 2, 3)),
+]
+
+
+def model_config(pattern: str = "gdn attn gdn attn", hidden: int = HIDDEN) -> ModelConfig:
+    mixers = {
+        "gdn": {"num_heads": 4, "head_dim": hidden // 8},
+        "attn": {"num_heads": 4},
+    }
+    values = {"hidden_size": hidden, "pattern": pattern, "mixers": mixers, "mlp": {"ratio": 2}}
+    return build_config(ModelConfig, values, "benchmark")
+
+
+class SentBytes(TorchDispatchMode):
+    """Adds up what every collective of torch.distributed makes this process send in a ring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_kind: Counter[str] = Counter()
+        state = parallel_state
+        groups = {
+            "tensor": [state.get_tensor_model_parallel_group()],
+            "pipeline": [state.get_pipeline_model_parallel_group()],
+            "data": [
+                state.get_data_parallel_group(with_context_parallel=cp, partial_data_parallel=part)
+                for cp, part in ((False, False), (True, False), (True, True))
+            ],
+            "embedding": [state.get_embedding_group(check_initialized=False)],
+        }
+        self._kinds = {g.group_name: kind for kind, found in groups.items() for g in found if g}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function.namespace == "c10d":
+            self._count(function.__name__.split(".")[0], args)
+        return function(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Any) -> None:
+        boxed = next((a for a in args if isinstance(a, torch.ScriptObject)
+                      and "ProcessGroup" in str(a._type())), None)  # fmt: skip
+        if boxed is None:
+            return
+        group: dist.ProcessGroup = dist.ProcessGroup.unbox(boxed)
+        size = group.size()
+        whole = max(_bytes(a) for a in args)
+        if "recv" in name or "barrier" in name:
+            return
+        share = (size - 1) / size
+        if "allreduce" in name:
+            sent = 2 * share * whole
+        elif name.startswith("send"):
+            sent = float(whole)
+        elif "broadcast" in name:
+            sent = share * whole
+        else:  # all-gather, reduce-scatter: the larger side is what all have together
+            sent = share * whole
+        self.by_kind[self._kinds.get(group.group_name, "other")] += round(sent)
+
+
+def _bytes(argument: Any) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.numel() * argument.element_size()
+    if isinstance(argument, (list, tuple)):
+        return sum(_bytes(a) for a in argument)
+    return 0
+
+
+def times_whole(parallel: ParallelConfig, micro_batches: int) -> int:
+    """How often as many bytes as a process's part of the model go around data-parallel processes.
+
+    megatron-core: gradients and parameters once each; an all-reduce (ZeRO-0) is as much. DeepSpeed
+    all-reduces gradients, at stage 2 those of every micro-batch, and gathers parameters once; at
+    stage 3 it gathers them for, and reduces behind, every micro-batch.
+    """
+    if parallel.zero_backend == "megatron":
+        return 2
+    return {1: 3, 2: 2 * micro_batches + 1, 3: 2 * micro_batches}[parallel.zero_stage]
+
+
+def expected_bytes(parallel: ParallelConfig, engine: Engine, own: int) -> Counter[str]:
+    """Per step, of this process, which holds ``own`` parameters, in float32."""
+    size, data = dist.get_world_size(), data_parallel_place()[1]
+    tensor, stages = parallel.tensor, parallel.pipeline
+    micro_batches = MICRO_BATCHES // data
+    expected: Counter[str] = Counter()
+    expected["data"] = round(4 * own * (data - 1) / data * times_whole(parallel, micro_batches))
+    activation = 4 * SEQ_LEN * HIDDEN
+    # One all-reduce of activations per mixer and MLP forward and one backward, one each for the
+    # embedding and the head; or their two halves, where the tokens are divided.
+    ends = sum(part.stage.first + part.stage.last for part in engine.parts)
+    blocks = sum(len(part.stage.blocks) for part in engine.parts)
+    each = 2 * activation * (tensor - 1) / tensor
+    losses = 3 * 2 * 4 * SEQ_LEN * (tensor - 1) / tensor * engine.parts[-1].stage.last
+    expected["tensor"] = round(micro_batches * ((4 * blocks + ends) * each + losses))
+    crossing = 0
+    for part in engine.parts:
+        crossing += (not part.stage.first) + (not part.stage.last)
+    crossing *= activation // (tensor if parallel.sequence else 1)
+    expected["pipeline"] = micro_batches * crossing if stages > 1 else 0
+    embedding = 4 * VOCAB * HIDDEN / tensor
+    if stages > 1 and any(part.stage.first or part.stage.last for part in engine.parts):
+        expected["embedding"] = round(embedding)  # an all-reduce of two: each sends it once
+    assert size == data * parallel.model_size
+    return expected
+
+
+def held_bytes() -> int:
+    """Of all live float tensors' storages: weights, gradients and optimizer state."""
+    gc.collect()
+    storages = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor) and found.is_floating_point():
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def expected_held(parallel: ParallelConfig, own: int) -> float:
+    """float32: 4 bytes a parameter for weights, 4 for gradients, 8 for the moments; DeepSpeed has a
+    second copy of the weights that it updates and lets go of gradients, but at stage 3."""
+    data = data_parallel_place()[1]
+    if parallel.zero_backend == "deepspeed":
+        return own * {1: 4 + 12 / data, 2: 4 + 12 / data, 3: 20 / data}[parallel.zero_stage]
+    return own * (4 + 4 + 8 / (1 if parallel.zero_stage == 0 else data))
+
+
+def batches(micro_batches: int, seq_len: int = SEQ_LEN) -> list[Any]:
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, VOCAB, (micro_batches, 1, seq_len + 1))
+    return [pack_rows(row, eod_id=0) for row in rows]
+
+
+def make(
+    config: ModelConfig, parallel: ParallelConfig, seq_len: int, count: int
+) -> tuple[Engine, int]:
+    """The engine, and the number of parameters of this process."""
+    stages = build_stages(
+        config, VOCAB, seed=0, seq_len=seq_len, sequence_parallel=parallel.sequence
+    )
+    own = sum(p.numel() for stage in stages for p in stage.parameters())
+    return Engine(stages, OptimizerConfig(), parallel, count), own
+
+
+def costs() -> None:
+    tables = []
+    for title in ("bytes sent per step (largest of all processes)", "state held (largest)"):
+        tables.append(Table(title=title, title_justify="left"))
+    for column in ("layout", "kind", "measured MB", "formula MB", "measured / formula"):
+        tables[0].add_column(column)
+    for column in ("layout", "measured MB", "formula MB", "measured / formula"):
+        tables[1].add_column(column)
+    for parallel in LAYOUTS:
+        start(parallel)
+        rank, size = data_parallel_place()
+        before = held_bytes()
+        engine, parameters = make(model_config(), parallel, SEQ_LEN, MICRO_BATCHES // size)
+        own = batches(MICRO_BATCHES)[rank::size]
+        formula = expected_bytes(parallel, engine, parameters)
+        engine.train_step(own, 1e-3)
+        with SentBytes() as sent:
+            engine.train_step(own, 1e-3)
+        held = gather((held_bytes() - before, expected_held(parallel, parameters)))
+        everyone = gather((sent.by_kind, formula))
+        name = layout_name(parallel)
+        for kind in ("data", "tensor", "pipeline", "embedding"):
+            measured = max(found[kind] for found, _ in everyone)
+            wanted = max(found[kind] for _, found in everyone)
+            if max(measured, wanted) > 1000:
+                tables[0].add_row(name, kind, *_columns(measured, wanted))
+        tables[1].add_row(name, *_columns(max(h for h, _ in held), max(e for _, e in held)))
+        del engine
+    if is_main_process():
+        for table in tables:
+            Console(width=110).print(table)
+
+
+def _columns(measured: float, wanted: float) -> tuple[str, str, str]:
+    ratio = f"{measured / wanted:.3f}" if wanted else "-"
+    return f"{measured / 1e6:.3f}", f"{wanted / 1e6:.3f}", ratio
+
+
+def layout_name(parallel: ParallelConfig) -> str:
+    parts = [f"TP{parallel.tensor}" + "+SP" * parallel.sequence] if parallel.tensor > 1 else []
+    if parallel.pipeline > 1:
+        parts.append(f"PP{parallel.pipeline}")
+    if parallel.virtual_pipeline > 1:
+        parts.append(f"VPP{parallel.virtual_pipeline}")
+    if data_parallel_place()[1] > 1:
+        parts.append(f"DP{data_parallel_place()[1]}")
+    return f"{' x '.join(parts)}, {parallel.zero_backend} ZeRO-{parallel.zero_stage}"
+
+
+def bubble() -> None:
+    """T(m) = t (m + b): b, the idle micro-batches, from a straight line through step times."""
+    table = Table(title="idle time of the pipeline, in micro-batches", title_justify="left")
+    for column in ("layout", *(f"s, m={m}" for m in (2, 4, 8, 16)), "measured", "(p - 1) / v"):
+        table.add_column(column)
+    # Sixteen equal blocks; the head is next to nothing.
+    config, seq_len = model_config("16*gdn", 256), 1024
+    for parallel in (
+        ParallelConfig(pipeline=2),
+        ParallelConfig(pipeline=2, virtual_pipeline=2),
+        ParallelConfig(pipeline=2, virtual_pipeline=4),
+    ):
+        start(parallel)
+        (engine, _), times = make(config, parallel, seq_len, 1), {}
+        for count in (2, 4, 8, 16):
+            own = batches(count, seq_len)
+            runs = []
+            for _ in range(4):
+                dist.barrier()
+                begin = time.perf_counter()
+                engine.updates.gradients(own)
+                dist.barrier()
+                runs.append(time.perf_counter() - begin)
+            times[count] = min(runs)
+        slope, intercept = np.polyfit(list(times), list(times.values()), 1)
+        table.add_row(
+            layout_name(parallel), *(f"{t:.2f}" for t in times.values()),
+            f"{intercept / slope:.2f}", f"{1 / parallel.virtual_pipeline:.2f}",
+        )  # fmt: skip
+        del engine
+    if is_main_process():
+        Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bubble", action="store_true")
+    bubble() if parser.parse_args().bubble else costs()
