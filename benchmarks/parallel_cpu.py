@@ -31,6 +31,7 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import data_parallel_place, gather, is_main_process
 from tests.pretrain.parallel_worker import start
 
+COUNTS = (2, 4, 8, 16)  # micro-batches of the bubble's steps
 VOCAB, HIDDEN, SEQ_LEN, MICRO_BATCHES = 1024, 128, 512, 8  # micro-batches: of the global batch
 LAYOUTS = [
     ParallelConfig(zero_stage=0),
@@ -238,10 +239,10 @@ def layout_name(parallel: ParallelConfig) -> str:
 def bubble() -> None:
     """T(m) = t (m + b): b, the idle micro-batches, from a straight line through step times."""
     table = Table(title="idle time of the pipeline, in micro-batches", title_justify="left")
-    for column in ("layout", *(f"s, m={m}" for m in (2, 4, 8, 16)), "measured", "(p - 1) / v"):
+    for column in ("layout", *(f"s, m={m}" for m in COUNTS), "measured", "(p - 1) / v"):
         table.add_column(column)
-    # Sixteen equal blocks; the head is next to nothing.
-    config, seq_len = model_config("16*gdn", 256), 1024
+    # Equal blocks; the head is next to nothing.
+    config, seq_len = model_config("8*gdn"), 256
     for parallel in (
         ParallelConfig(pipeline=2),
         ParallelConfig(pipeline=2, virtual_pipeline=2),
@@ -249,10 +250,10 @@ def bubble() -> None:
     ):
         start(parallel)
         (engine, _), times = make(config, parallel, seq_len, 1), {}
-        for count in (2, 4, 8, 16):
+        for count in COUNTS:
             own = batches(count, seq_len)
             runs = []
-            for _ in range(4):
+            for _ in range(5):
                 dist.barrier()
                 begin = time.perf_counter()
                 engine.updates.gradients(own)
