@@ -62,16 +62,16 @@ def main(arguments: list[str]) -> int:
     config = load_run_config(options.config, options.overrides)
     processes = options.processes or 2 * config.parallel.model_size
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        return _verify(config, Path(folder), options.steps, processes)
+        return _verify(config, options.config, Path(folder), options.steps, processes)
 
 
-def _verify(config: RunConfig, folder: Path, steps: int, processes: int) -> int:
+def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: int) -> int:
     config.train.steps, config.train.tokens = steps, None
     config.schedule.warmup_steps = min(config.schedule.warmup_steps, steps // 2)
     config.logging.every, config.sample.tokens, config.validation.every = 1, 0, 0
     config.validation.tokens, config.checkpoint.resume = 1, None
     config.checkpoint.every, config.checkpoint.keep_last = steps // 2, 2
-    check_layout(config, processes, config.name)
+    check_layout(config, processes, path)
     wanted = config.parallel
     config.parallel = ParallelConfig(micro_batch_size=wanted.micro_batch_size)
     one = _train(config, folder / "one", 1)
