@@ -71,8 +71,9 @@ def recover_replaced(directory: Path) -> None:
             old.rename(final)
 
 
-def check_files(checkpoint: Path, how: str = "sha256") -> None:
-    """Raise UserError naming the first file that is missing, cut short or altered."""
+def check_files(checkpoint: Path, how: str = "sha256", rank: int = 0, size: int = 1) -> None:
+    """Raise UserError naming the first file that is missing, cut short or altered; of ``size``
+    processes each hashes its share."""
     try:
         listed = json.loads((checkpoint / "files.json").read_bytes())
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
@@ -80,14 +81,14 @@ def check_files(checkpoint: Path, how: str = "sha256") -> None:
         raise _damaged(checkpoint, "files.json is missing or unreadable") from None
     if not {".metadata", "state.json", "config.yaml"} <= expected.keys():
         raise _damaged(checkpoint, "files.json does not list what a checkpoint is made of")
-    for name, (size, sha256) in expected.items():
+    for number, (name, (length, sha256)) in enumerate(expected.items()):
         path = checkpoint / name
         found = path.stat().st_size if path.is_file() else None
         if found is None:
             raise _damaged(checkpoint, f"{name} is missing")
-        if found != size:
-            raise _damaged(checkpoint, f"{name} has {found} bytes, expected {size}")
-        if how == "sha256" and file_sha256(path) != sha256:
+        if found != length:
+            raise _damaged(checkpoint, f"{name} has {found} bytes, expected {length}")
+        if how == "sha256" and number % size == rank and file_sha256(path) != sha256:
             raise _damaged(checkpoint, f"{name} has changed since it was written (sha256)")
 
 
@@ -104,7 +105,7 @@ def _damaged(checkpoint: Path, what: str) -> UserError:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that ``path`` means: itself, or the latest of a run's directory."""
-    if (path / "files.json").is_file() or path.name.startswith("step-"):
+    if (path / "files.json").is_file() or re.fullmatch(r"step-\d{8,}", path.name):
         if not path.is_dir():
             raise UserError(f"no checkpoint at {path}")
         return path

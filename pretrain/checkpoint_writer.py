@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
+import errno
 import shutil
 import threading
 import uuid
@@ -12,6 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -25,7 +28,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import RunConfig, to_yaml
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.processes import on_every_process, on_main_process
+from pretrain.parallel.processes import local_device, on_every_process, on_main_process
 from pretrain.parallel.sharded_state import State, save_state
 
 
@@ -40,7 +43,11 @@ class CheckpointWriter:
         self.directory, self.config, self._tokenizer = directory, config, tokenizer
         self._pending: Future[Path] | None = None
         # Messages of its own: training's go on meanwhile. Not over NCCL, whose order matters.
-        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._group = None
+        if dist.get_world_size() > 1:
+            minutes = 2 * config.parallel.timeout_minutes
+            timeout = datetime.timedelta(minutes=minutes)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def save(self, engine: Engine, state: CheckpointState) -> None:
         """Begin to write ``directory/step-N``. Raises UserError where the last save failed."""
@@ -119,6 +126,8 @@ def _in_background(function: Callable[[], Path]) -> Future[Path]:
 
     def run() -> None:
         try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(local_device())  # a thread begins on the first one
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
@@ -137,13 +146,27 @@ def _finished(function: Callable[[], Path]) -> Future[Path]:
 def _hash_all_files(folder: Path, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
     """Flush and hash every file of ``folder``, shared out over the processes."""
 
+    def list_files() -> list[str]:
+        return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+    # As the main process sees it: where folders are not shared, what another wrote is not there.
+    names = on_main_process(list_files, group)
+
+    def check_seen() -> None:
+        if any(p.name not in names for p in folder.glob(f"__{dist.get_rank()}_*")):
+            raise OSError(
+                errno.ENOENT, "the main process does not see what another one wrote; the run "
+                "directory must be on a file system that all share"
+            )  # fmt: skip
+
+    on_every_process(check_seen, group)
+
     def hash_own_share() -> dict[str, dict[str, Any]]:
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
         own = {}
-        for path in files[dist.get_rank() :: dist.get_world_size()]:
+        for name in names[dist.get_rank() :: dist.get_world_size()]:
+            path = folder / name
             sync(path)
-            entry = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-            own[str(path.relative_to(folder))] = entry
+            own[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
         return own
 
     parts = on_every_process(hash_own_share, group)

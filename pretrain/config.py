@@ -189,7 +189,7 @@ class ParallelConfig:
     zero_stage: what data-parallel processes divide among them: 0 nothing, 1 the optimizer's state,
     2 gradients too, 3 parameters too; zero_backend: ``megatron`` (0 and 1) or ``deepspeed`` (0 and
     1, without a pipeline also 2 and 3); offload: where DeepSpeed keeps the optimizer's state, on
-    the ``device``, in ``cpu`` memory, or on ``nvme`` in the folder offload_path.
+    the ``device`` or in ``cpu`` memory.
 
     overlap: exchange gradients while the backward pass goes on, and parameters while the next
     forward pass does. timeout_minutes: how long processes wait for one that does not answer.
@@ -202,8 +202,7 @@ class ParallelConfig:
     micro_batch_size: int = setting(8, minimum=1)
     zero_stage: int = setting(1, minimum=0, maximum=3)
     zero_backend: str = setting("megatron", choices=ZERO_BACKENDS)
-    offload: str = setting("device", choices=("device", "cpu", "nvme"))
-    offload_path: str | None = None
+    offload: str = setting("device", choices=("device", "cpu"))
     overlap: bool = True
     timeout_minutes: float = setting(30, above=0)
 
@@ -331,12 +330,11 @@ def check_run_config(config: RunConfig, where: str) -> None:
 def _check_parallel(config: RunConfig, where: str) -> None:
     """The settings of ``parallel`` among themselves."""
     parallel = config.parallel
-    row = config.train.seq_len * parallel.micro_batch_size
+    row = config.train.seq_len
     if parallel.sequence and (parallel.tensor == 1 or row % parallel.tensor):
         raise ConfigError(
-            f"{where}: parallel.sequence divides the seq_len x micro_batch_size = {row} tokens of "
-            f"a micro-batch over parallel.tensor processes, found {parallel.tensor}; expected a "
-            "divisor above 1"
+            f"{where}: parallel.sequence divides the train.seq_len = {row} tokens of a sequence "
+            f"over parallel.tensor processes, found {parallel.tensor}; expected a divisor above 1"
         )
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise ConfigError(
@@ -359,11 +357,6 @@ def _check_parallel(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: parallel.offload is {parallel.offload}, expected device, or "
             "parallel.zero_backend=deepspeed with parallel.zero_stage 1 to 3"
-        )
-    if (parallel.offload == "nvme") != (parallel.offload_path is not None):
-        raise ConfigError(
-            f"{where}: parallel.offload is {parallel.offload} and parallel.offload_path "
-            f"{parallel.offload_path}; expected a path exactly where offload is nvme"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from data_prep.config_files import load_config
 from data_prep.errors import UserError
@@ -46,6 +47,7 @@ from pretrain.parallel.processes import (
     data_parallel_place,
     first_of_pipeline,
     is_main_process,
+    on_every_process,
     on_main_process,
     over_processes,
     start_processes,
@@ -95,6 +97,11 @@ def _train(config: RunConfig, config_path: str, watchdog: Watchdog) -> int:
     lock = RunLock(directory)
     on_main_process(lock.take)
     found = on_main_process(lambda: _checkpoint_to_resume(config, data, vocab_size))
+    if found is not None and config.checkpoint.verify == "sha256":
+        watchdog.at("checking the checkpoint")
+        own_share = dist.get_rank(), world_size()
+        on_every_process(lambda: check_files(found, "sha256", *own_share))
+        watchdog.at("starting")
     stages = build_stages(
         config.model, vocab_size, seed=config.seed, seq_len=settings.seq_len,
         dtype=DTYPES[settings.precision],
@@ -184,6 +191,9 @@ def _loop(
         else:
             state.skipped += 1
             log.record({"step": state.step, "tokens": state.tokens, "skipped": state.skipped})
+            skips_in_a_row += 1
+            if settings.nonfinite == "stop" or skips_in_a_row == _MAX_SKIPS:
+                writer.wait()  # what is being written shall be
             if settings.nonfinite == "stop":
                 log.say(
                     f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: not "
@@ -192,7 +202,6 @@ def _loop(
                 )
                 return EXIT_NONFINITE
             log.say(f"step {state.step}: not finite, skipped ({state.skipped} so far)")
-            skips_in_a_row += 1
             if skips_in_a_row == _MAX_SKIPS:
                 log.say(f"{_MAX_SKIPS} steps in a row were not finite, stopped; "
                         f"{_last_checkpoint(checkpoints)}")  # fmt: skip
@@ -314,7 +323,7 @@ def _checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int
         latest = find_checkpoint(directory)
         if load_config(RunConfig, latest / "config.yaml").checkpoint.resume == found.name:
             found = latest
-    check_files(found, config.checkpoint.verify)
+    check_files(found, "size")
     state = read_state(found)
     check_same_model(state, config.model, vocab_size, found)
     if state.tokenizer_sha256 != data.tokenizer.sha256:

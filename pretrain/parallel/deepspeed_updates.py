@@ -136,8 +136,7 @@ class DeepSpeedUpdates:
         }
         if parallel.offload != "device":
             zero["offload_optimizer"] = {
-                "device": parallel.offload, "nvme_path": parallel.offload_path,
-                "pin_memory": torch.cuda.is_available(),
+                "device": parallel.offload, "pin_memory": torch.cuda.is_available(),
             }  # fmt: skip
         settings = {
             "train_micro_batch_size_per_gpu": 1,

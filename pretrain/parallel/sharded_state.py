@@ -93,7 +93,8 @@ def save_state(state: State, folder: Path, group: dist.ProcessGroup | None) -> N
     """
     dcp.save(
         {name: boxes for name, boxes in state.items() if boxes.parts},
-        storage_writer=dcp.FileSystemWriter(folder),
+        # Nothing copied ahead: that would wait for the GPU's stream, and tensors are on the CPU.
+        storage_writer=dcp.FileSystemWriter(folder, per_thread_copy_ahead=0),
         planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         process_group=group,
     )  # fmt: skip

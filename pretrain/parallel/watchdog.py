@@ -21,6 +21,7 @@ from data_prep.errors import UserError
 
 _BEAT_SECONDS = 1.0
 _SILENT_BEATS = 5  # without a beat, when connections break: the process is gone
+_SILENT_SECONDS = 120.0  # the same when they do not, as NCCL's do not
 _GRACE_SECONDS = 10.0  # to leave by oneself after another process's failure
 EXIT_FAILED = 1
 
@@ -137,9 +138,9 @@ class Watchdog:
     def _check(self) -> None:
         now = time.monotonic()
         for rank, (_, since) in self._heard.items():
-            if now - since > self._timeout:
+            if now - since > min(self._timeout, _SILENT_SECONDS):
                 self._leave(
-                    f"nothing has been heard of {self._name(rank)} for {self._timeout:.0f} s: "
+                    f"nothing has been heard of {self._name(rank)} for {now - since:.0f} s: "
                     "it has stopped, or its machine has", EXIT_FAILED,
                 )  # fmt: skip
         if self._rank != 0 or now - self._moved[0][1] <= self._timeout:
