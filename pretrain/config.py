@@ -211,6 +211,11 @@ class ParallelConfig:
         """Processes that hold one copy of the model."""
         return self.tensor * self.pipeline
 
+    @property
+    def one_has_all(self) -> bool:
+        """Whether a process can use the model without the others, as for a sample."""
+        return self.model_size == 1 and self.zero_stage < 3
+
 
 @dataclass
 class ValidationConfig:

@@ -267,7 +267,7 @@ def _finish(
     if not is_main_process():
         return
     curve = plot_loss_curve(directory, config.name, data.bigram_entropy)
-    if config.sample.tokens and config.parallel.model_size == 1:  # a sample needs a whole model
+    if config.sample.tokens and config.parallel.one_has_all:
         prompt = [data.tokenizer.eod_id, *data.tokenizer.encode(config.sample.prompt)]
         ids = generate(
             engine.parts[0], prompt, max_tokens=config.sample.tokens,

@@ -177,3 +177,14 @@ def test_deepspeed_that_is_not_there_is_named(monkeypatch):
             make(torch.bfloat16), OptimizerConfig(),
             ParallelConfig(zero_backend="deepspeed", zero_stage=0),
         )  # fmt: skip
+
+
+def test_no_process_makes_a_sample_of_a_model_that_it_does_not_have():
+    """Alone it would wait for the others for ever."""
+    assert ParallelConfig().one_has_all
+    for parallel in (
+        ParallelConfig(tensor=2),
+        ParallelConfig(pipeline=2),
+        ParallelConfig(zero_backend="deepspeed", zero_stage=3),
+    ):
+        assert not parallel.one_has_all
