@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
         ("killed", "process 1 of 2 died at step 8: it was killed, or its machine went down"),
         ("hangs", "process 1 of 2 has been at reading the data of step 8 for .* s, longer than "
                   "parallel.timeout_minutes"),
-        ("stops", "nothing has been heard of process 1 of 2 for 6 s: it has stopped, or its "
+        ("stops", "nothing has been heard of process 1 of 2 for .* s: it has stopped, or its "
                   "machine has"),
     ],
 )  # fmt: skip
@@ -42,11 +42,11 @@ def test_one_process_that_fails_ends_all_with_one_message(kind, message, folder,
     start = time.monotonic()
     done = subprocess.run(
         [*TORCHRUN, "-m", "tests.pretrain.failing_run", kind, str(run.config),
-         "parallel.timeout_minutes=0.1"],
+         "parallel.timeout_minutes=0.25"],
         cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False, timeout=150,
     )  # fmt: skip
     assert done.returncode != 0
-    assert time.monotonic() - start < 100
+    assert time.monotonic() - start < 120
     errors = [x for x in done.stderr.splitlines() if x.startswith("error:")]
     assert len(errors) == 1, done.stderr
     # That of step 6 may still have been on its way to the disk.
