@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from data_prep.config_files import load_config
 from data_prep.errors import UserError
@@ -40,6 +42,7 @@ from pretrain.metrics import LayerMetrics, RunLog, peak_flops, peak_memory_bytes
 from pretrain.models.blocks import ModelCounts, count_model
 from pretrain.models.initialization import initialize_from
 from pretrain.models.language_model import build_stages, padded_vocab_size
+from pretrain.parallel.deepspeed_updates import divide_parameters
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.layout import check_layout, describe_layout
 from pretrain.parallel.processes import (
@@ -106,7 +109,7 @@ def _train(config: RunConfig, config_path: str, watchdog: Watchdog) -> int:
         config.model, vocab_size, seed=config.seed, seq_len=settings.seq_len,
         dtype=DTYPES[settings.precision],
         activation_checkpointing=settings.activation_checkpointing,
-        sequence_parallel=config.parallel.sequence,
+        sequence_parallel=config.parallel.sequence, filled=_divide_at_once(config, found),
     )  # fmt: skip
     if config.initialize is not None and found is None:
         initialize_from(stages, config.initialize, data.tokenizer.sha256)
@@ -151,6 +154,13 @@ def _train(config: RunConfig, config_path: str, watchdog: Watchdog) -> int:
     finally:
         log.close()
         lock.release()
+
+
+def _divide_at_once(config: RunConfig, found: Path | None) -> Callable[[nn.Module], None] | None:
+    """ZeRO-3 has no process hold the whole model, unless it is filled from another checkpoint."""
+    if config.parallel.zero_stage < 3 or (config.initialize is not None and found is None):
+        return None
+    return divide_parameters
 
 
 def _loop(

@@ -156,7 +156,7 @@ def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
     start_processes()
     total = 0
     with torch.device("meta"):
-        context = parallel_context(torch.float32, on_cpu=True)
+        context = parallel_context(torch.float32)
         layer = LayerContext(config.hidden_size, 0.0, 0.0, context)
         for spec in specs[recursion.prelude : len(specs) - recursion.coda]:
             shapes = linear_shapes(Block(spec, config, layer), context.tensor_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ from pretrain.parallel.layers import (
     ParallelContext,
     column_input,
     column_linear,
-    initialize_parameters,
+    fill_parameters,
     vocab_embedding,
 )
 
@@ -280,11 +280,9 @@ def parallel_context(
     *,
     hidden_size: int | None = None,
     sequence_parallel: bool = False,
-    on_cpu: bool = False,
 ) -> ParallelContext:
     """The context of a model on this process; process groups must exist. ``hidden_size`` is what
-    stages of a pipeline send each other. ``on_cpu``: parameters are made on torch's default device,
-    even where there is CUDA."""
+    stages of a pipeline send each other. Parameters are made on torch's default device."""
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     parts = parallel_state.get_virtual_pipeline_model_parallel_world_size()
@@ -301,7 +299,7 @@ def parallel_context(
         # gloo may still be sending an output that was freed.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         sequence_parallel=sequence_parallel and tensor_size > 1,
-        use_cpu_initialization=on_cpu or not torch.cuda.is_available(),
+        use_cpu_initialization=True,
         perform_initialization=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -323,11 +321,23 @@ def build_model(
 ) -> LanguageModel:
     """An initialised model, whole but for tensor parallelism; the same whatever the layout."""
     context = parallel_context(dtype, sequence_parallel=sequence_parallel)
-    model = LanguageModel(
-        config, vocab_size, context, activation_checkpointing=activation_checkpointing
-    )
-    initialize_parameters(model, seed)
+    with torch.device("meta"):
+        model = LanguageModel(
+            config, vocab_size, context, activation_checkpointing=activation_checkpointing
+        )
+    for _ in fill_units(model, seed):
+        pass
     return model
+
+
+def fill_units(model: LanguageModel, seed: int) -> Iterator[nn.Module]:
+    """Initialise a model that was built on the meta device: each embedding, block, loop, norm and
+    head is yielded when it has its values, before the next one takes memory."""
+    for name, child in model.named_children():
+        units = child.named_children() if child is model.blocks else [("", child)]
+        for index, unit in units:
+            fill_parameters(unit, seed, prefix=f"{name}.{index}." if index else f"{name}.")
+            yield unit
 
 
 def build_stages(
@@ -339,12 +349,35 @@ def build_stages(
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: str = "none",
     sequence_parallel: bool = False,
+    filled: Callable[[nn.Module], None] | None = None,
 ) -> list[LanguageModel]:
     """This process's stages of an initialised model, as :func:`build_model` makes it: one, or
     one for each part of a virtual pipeline; without a pipeline the whole model.
 
-    ``seq_len`` is what the mixers' FLOPs, by which stages are divided, are counted at.
+    ``seq_len`` is what the mixers' FLOPs, by which stages are divided, are counted at; ``filled``
+    is called with each unit (embedding, block, ...) when it has its values.
     """
+    models = empty_stages(
+        config, vocab_size, seq_len=seq_len, dtype=dtype,
+        activation_checkpointing=activation_checkpointing, sequence_parallel=sequence_parallel,
+    )  # fmt: skip
+    for model in models:
+        for unit in fill_units(model, seed):
+            if filled is not None:
+                filled(unit)
+    return models
+
+
+def empty_stages(
+    config: ModelConfig,
+    vocab_size: int,
+    *,
+    seq_len: int,
+    dtype: torch.dtype = torch.float32,
+    activation_checkpointing: str = "none",
+    sequence_parallel: bool = False,
+) -> list[LanguageModel]:
+    """:func:`build_stages` on the meta device: shapes without memory."""
     count = parallel_state.get_pipeline_model_parallel_world_size()
     rank = parallel_state.get_pipeline_model_parallel_rank()
     parts = parallel_state.get_virtual_pipeline_model_parallel_world_size()
@@ -354,11 +387,11 @@ def build_stages(
     stages = divide_into_stages(config, vocab_size, seq_len, count * (parts or 1), "config")
     models = []
     for part, stage in enumerate(stages[rank::count]):
-        model = LanguageModel(
-            config, vocab_size, context, stage=stage,
-            activation_checkpointing=activation_checkpointing,
-        )  # fmt: skip
+        with torch.device("meta"):
+            model = LanguageModel(
+                config, vocab_size, context, stage=stage,
+                activation_checkpointing=activation_checkpointing,
+            )  # fmt: skip
         model.vp_stage = None if parts is None else part
-        initialize_parameters(model, seed)
         models.append(model)
     return models

@@ -71,6 +71,21 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
+def divide_parameters(unit: nn.Module) -> None:
+    """ZeRO-3: leave this process its range of each of the unit's parameters, so that the next unit
+    can be made without room for the whole model; every process must call."""
+    dtypes = {p.dtype for p in unit.parameters()}
+    if not dtypes:
+        return
+    if torch.bfloat16 in dtypes:
+        unit.bfloat16()  # as DeepSpeed does later with all of a bf16 model
+    partition: Any = _import_deepspeed().zero.Init
+    partition(
+        unit, data_parallel_group=parallel_state.get_data_parallel_group(),
+        dtype=next(unit.parameters()).dtype,
+    )  # fmt: skip
+
+
 class DeepSpeedUpdates:
     """Owns DeepSpeed's engine around this process's stages."""
 
@@ -125,7 +140,7 @@ class DeepSpeedUpdates:
             ],
             lr=0.0, betas=(self.config.betas[0], self.config.betas[1]), eps=self.config.eps,
         )  # fmt: skip
-        total = sum(p.numel() for p in parameters)
+        total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         zero: dict[str, Any] = {
             "stage": self.stage,
             "overlap_comm": parallel.overlap and self.stage > 1 and torch.cuda.is_available(),

@@ -1,15 +1,15 @@
 """Tensor-parallel layers, and one way to initialise parameters whatever the layout.
 
 The layers are megatron-core's, made without initialisation; each parameter carries the recipe of
-its values instead (:func:`with_init`). :func:`initialize_parameters` draws every *full* tensor from
-a generator seeded by the parameter's name and keeps this process's slice, so a model is the same
-under any tensor-parallel layout.
+its values instead (:func:`with_init`). :func:`fill_parameters` gives this process's slice of every
+parameter the values that its name stands for, so a model is the same under any layout.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from pretrain.parallel.processes import local_device
 
 Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
@@ -45,9 +47,9 @@ class ParallelContext:
 
     @property
     def device(self) -> torch.device:
-        if self.megatron.use_cpu_initialization:
-            return torch.get_default_device()
-        return torch.device("cuda", torch.cuda.current_device())
+        """Where new tensors belong: torch's default device if one is set, else this process's."""
+        default = torch.get_default_device()
+        return default if default.type != "cpu" else local_device()
 
     def local(self, count: int, what: str) -> int:
         """This process's share of ``count`` heads or channels. Raises ValueError if uneven."""
@@ -58,9 +60,19 @@ class ParallelContext:
         return count // self.tensor_size
 
 
+@dataclass(frozen=True)
+class Normal:
+    """Gaussian with mean 0, every element for itself: parts of it can be drawn alone."""
+
+    std: float
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator) * self.std
+
+
 def normal(std: float) -> Initializer:
     """Gaussian with mean 0."""
-    return lambda shape, generator: torch.randn(shape, generator=generator) * std
+    return Normal(std)
 
 
 def constant(value: float) -> Initializer:
@@ -183,26 +195,57 @@ def replicated_parameter(
     return with_init(parameter, init, decay=decay)
 
 
+# Larger parameters are drawn in pieces, each with a seed of its own: a process draws what it holds.
+_WHOLE, _PIECES = 2**20, 64
+
+
 @torch.no_grad()
-def initialize_parameters(model: nn.Module, seed: int) -> None:
-    """Fill every parameter; the result depends on ``seed`` and the parameters' names alone.
+def fill_parameters(module: nn.Module, seed: int, *, prefix: str = "") -> None:
+    """Give every parameter its values, on this process's device, also where the module was built on
+    the meta device; they depend on ``seed`` and the names, which begin with ``prefix``, alone.
 
     Raises ValueError for a parameter without a recipe.
     """
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    parameter: Any  # carries the attributes of with_init and of megatron-core
-    for name, parameter in model.named_parameters():
+    for name, owner, key in _places(module):
+        parameter: Any = owner._parameters[key]  # carries the attributes of with_init
         if not hasattr(parameter, "init"):
             raise ValueError(f"parameter {name} has no initializer: make it with with_init")
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        shape = list(parameter.shape)
-        divided = getattr(parameter, "tensor_model_parallel", False)
-        if divided:
-            axis = parameter.partition_dim
-            shape[axis] *= size
-        full = parameter.init(tuple(shape), generator)
-        if divided:
-            full = full.chunk(size, axis)[rank]
-        parameter.copy_(full)
+        if parameter.is_meta:
+            own = nn.Parameter(torch.empty_like(parameter, device=local_device()))
+            vars(own).update(vars(parameter))
+            owner._parameters[key] = parameter = own
+        _fill(parameter, f"{seed}:{prefix}{name}")
+
+
+def _places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for path, owner in module.named_modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{key}" if path else key, owner, key
+
+
+def _fill(parameter: Any, key: str) -> None:
+    shape, axis, start = list(parameter.shape), 0, 0
+    if getattr(parameter, "tensor_model_parallel", False):
+        axis = parameter.partition_dim
+        start = parallel_state.get_tensor_model_parallel_rank() * shape[axis]
+        shape[axis] *= parallel_state.get_tensor_model_parallel_world_size()
+    if not isinstance(parameter.init, Normal) or math.prod(shape) <= _WHOLE:
+        full = parameter.init(tuple(shape), _generator(key))
+        parameter.copy_(full.narrow(axis, start, parameter.shape[axis]) if shape else full)
+        return
+    stop, size = start + parameter.shape[axis], shape[axis]
+    for piece in range(_PIECES):
+        first, last = piece * size // _PIECES, (piece + 1) * size // _PIECES
+        low, high = max(first, start), min(last, stop)
+        if low < high:
+            shape[axis] = last - first
+            values = parameter.init(tuple(shape), _generator(f"{key}:{piece}"))
+            parameter.narrow(axis, low - start, high - low).copy_(
+                values.narrow(axis, low - first, high - low)
+            )
+
+
+def _generator(key: str) -> torch.Generator:
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

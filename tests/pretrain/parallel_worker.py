@@ -27,6 +27,7 @@ from pretrain.config import (
 )
 from pretrain.data import share_of
 from pretrain.models.language_model import build_stages
+from pretrain.parallel.deepspeed_updates import divide_parameters
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import (
     data_parallel_place,
@@ -151,6 +152,7 @@ def make(model, parallel, seed=0):
     stages = build_stages(
         MODELS[model], VOCAB, seed=seed, seq_len=SEQ_LEN, sequence_parallel=parallel.sequence,
         dtype=torch.bfloat16 if model == "bf16" else torch.float32,
+        filled=divide_parameters if parallel.zero_stage == 3 else None,
     )  # fmt: skip
     if model == "pieces" and dist.get_world_size() > 1:
         for stage in stages:

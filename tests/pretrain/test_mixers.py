@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.models.language_model import parallel_context
 from pretrain.models.mixers import LayerContext, registry
 from pretrain.ops import definitions
-from pretrain.parallel.layers import initialize_parameters
+from pretrain.parallel.layers import fill_parameters
 from tests.relative_error import relative_error
 
 HIDDEN = 24
@@ -75,7 +75,7 @@ def build(name, settings, dtype=torch.float64):
     config = mixer.config_class(**settings)
     mixer.check(config, HIDDEN)
     layer = mixer(config, LayerContext(HIDDEN, 0.3, 0.3, parallel_context(dtype)))
-    initialize_parameters(layer, seed=1)
+    fill_parameters(layer, seed=1)
     return layer
 
 
