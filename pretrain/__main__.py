@@ -1,5 +1,6 @@
 """``python -m pretrain CONFIG [key=value ...]``: train, or go on where the run left off;
-``python -m pretrain verify CONFIG``: check that a layout of processes trains the same model."""
+``python -m pretrain verify CONFIG``: check that a layout of processes trains the same model;
+``python -m pretrain plan CONFIG``: what a run will need and cost."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain",
         description="Train a model, or go on where the run left off. 'python -m pretrain verify "
-        "CONFIG' checks that a layout of processes trains the same model as one.",
+        "CONFIG' checks that a layout of processes trains the same model as one, 'python -m "
+        "pretrain plan CONFIG' tells what a run will need and cost.",
         epilog="Exit status: 0 done, 2 bad input, 3 a loss that is not finite, "
         "75 stopped by a signal and saved: run the same command again.",
     )
@@ -23,6 +25,10 @@ def main() -> int:
         from pretrain.verify import main as verify
 
         return verify(sys.argv[2:])
+    if sys.argv[1:2] == ["plan"]:
+        from pretrain.planner.report import main as plan
+
+        return plan(sys.argv[2:])
     arguments, extra = parser.parse_known_args()
 
     from pretrain.config import load_run_config

@@ -139,6 +139,8 @@ class RunLog:
         )
         if values["mfu"] is not None:
             numbers += f"  MFU {values['mfu']:.1%}"
+            if values.get("hfu") is not None:
+                numbers += f" ({values['hfu']:.1%} with recomputation)"
         numbers += f"  {_duration(seconds_left)} left"
         if self._progress is not None:
             self._progress.update(self._task, completed=values["step"], numbers=numbers)

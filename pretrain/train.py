@@ -224,6 +224,9 @@ def _loop(
             memory = int(layers.pop("memory_max"))
             loop = first_of_pipeline(engine.recursion_metrics())
             flops = counts.training_flops(loop.get("recurrences"))
+            shares = {"mfu": flops}
+            if settings.activation_checkpointing == "block":
+                shares["hfu"] = counts.hardware_flops(loop.get("recurrences"))
             if layers.get("newton_fallbacks"):
                 log.say(
                     f"step {state.step}: Newton's method did not converge on "
@@ -233,7 +236,7 @@ def _loop(
                 {
                     "step": state.step, "tokens": state.tokens, "loss": result.loss, "lr": lr,
                     "grad_norm": result.grad_norm, "tokens_per_second": speed,
-                    "mfu": peak and flops * speed / (peak * world_size()),
+                    **{k: peak and v * speed / (peak * world_size()) for k, v in shares.items()},
                     "memory": memory, "skipped": state.skipped,
                     "epochs": max(batches.epochs(state.step)), "seconds": log_seconds(),
                     **loop, **layers,

@@ -126,18 +126,31 @@ def passes(config: ModelConfig) -> list[int]:
     return [1] * recursion.prelude + [recursion.times] * looped + [1] * recursion.coda
 
 
+def block_parameters(config: ModelConfig, spec: BlockSpec) -> int:
+    """Of one block: mixer, MLP and norms; low-rank differences of a loop left out."""
+    d = config.hidden_size
+    norms = d * (1 if config.mlp.kind == "none" else 2) * (1 + (config.block_norm == "sandwich"))
+    mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
+    return spec.mixer.num_parameters(spec.config, d) + mlp + norms
+
+
+def block_flops(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
+    """Matrix-multiply FLOPs of one token's forward pass through one block."""
+    d = config.hidden_size
+    mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
+    return spec.mixer.flops_per_token(spec.config, d, seq_len) + 2 * mlp
+
+
 def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:
     """Forward and backward FLOPs per token of every block of the pattern, loops gone through, the
     head and what a loop has beside its blocks left out."""
-    d, recursion = config.hidden_size, config.recursion
-    mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
+    recursion = config.recursion
     flops = []
     for spec, times in zip(block_specs(config), passes(config), strict=True):
         through = times
         if times > 1 and recursion is not None and recursion.backprop_last is not None:
             through = min(times, recursion.backprop_last)
-        once = spec.mixer.flops_per_token(spec.config, d, seq_len) + 2 * mlp
-        flops.append(once * (times + 2.0 * through))
+        flops.append(block_flops(config, spec, seq_len) * (times + 2.0 * through))
     return flops
 
 
@@ -164,10 +177,26 @@ def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
     return recursion.lora_rank * total
 
 
+def recomputed_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
+    """Forward FLOPs per token that ``activation_checkpointing: block`` does once more: outside a
+    loop, and of one pass through it. Recomputing ends before an MLP's last matrix, whose result
+    nothing in the backward pass needs."""
+    mlp, d = config.mlp, config.hidden_size
+    spared = 0
+    if mlp.kind != "none" and config.block_norm == "pre":
+        spared = 2 * d * mlp.width(d)
+    flops = [block_flops(config, spec, seq_len) - spared for spec in block_specs(config)]
+    if config.recursion is None:
+        return sum(flops), 0
+    inside = slice(config.recursion.prelude, len(flops) - config.recursion.coda)
+    return sum(flops) - sum(flops[inside]), sum(flops[inside])
+
+
 @dataclass(frozen=True)
 class ModelCounts:
     """parameters; forward matrix-multiply FLOPs per token; of them those of one pass through the
-    loop of a recursive model; recurrent or cached state in bytes."""
+    loop of a recursive model; recurrent or cached state in bytes; recomputed: see
+    :func:`recomputed_flops`."""
 
     parameters: int
     embedding_parameters: int
@@ -176,6 +205,7 @@ class ModelCounts:
     loop_flops: int = 0
     times: int = 1
     backprop_last: int | None = None
+    recomputed: tuple[int, int] = (0, 0)
 
     def training_flops(self, times: float | None = None) -> float:
         """Forward and backward FLOPs per token, with ``times`` passes through the loop instead of
@@ -186,17 +216,20 @@ class ModelCounts:
         outside = self.flops_per_token - self.times * self.loop_flops
         return 3 * outside + self.loop_flops * (times + 2 * through)
 
+    def hardware_flops(self, times: float | None = None) -> float:
+        """:meth:`training_flops` and what activation checkpointing of blocks computes again."""
+        passes = self.times if times is None else times
+        through = passes if self.backprop_last is None else min(passes, self.backprop_last)
+        outside, inside = self.recomputed
+        return self.training_flops(times) + outside + through * inside
+
 
 def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCounts:
     """Count a model from its settings alone, for sequences of ``seq_len`` tokens."""
     d, specs, recursion = config.hidden_size, block_specs(config), config.recursion
-    mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
-    norms = d * (1 if config.mlp.kind == "none" else 2) * (1 + (config.block_norm == "sandwich"))
     embedding = vocab_size * d * (1 if config.tie_embeddings else 2)
-    parameters = (
-        embedding + d + sum(s.mixer.num_parameters(s.config, d) + mlp + norms for s in specs)
-    )
-    flops = [s.mixer.flops_per_token(s.config, d, seq_len) + 2 * mlp for s in specs]
+    parameters = embedding + d + sum(block_parameters(config, spec) for spec in specs)
+    flops = [block_flops(config, spec, seq_len) for spec in specs]
     states = [s.mixer.state_bytes(s.config, d, seq_len) for s in specs]
     repeats, loop_flops, total = passes(config), 0, sum(flops)
     if recursion is not None:
@@ -215,4 +248,5 @@ def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCoun
         loop_flops=loop_flops,
         times=1 if recursion is None else recursion.times,
         backprop_last=None if recursion is None else recursion.backprop_last,
+        recomputed=recomputed_flops(config, seq_len),
     )

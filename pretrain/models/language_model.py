@@ -186,18 +186,13 @@ class LanguageModel(nn.Module):
         new_states: list[State] = []
 
         def run(x: Tensor, indices: range, depth: int = 0) -> Tensor:
+            if not with_states:
+                return self.run_blocks(x, indices, cu_seqlens, depth)
             for index in indices:
-                block = self.blocks[index]
-                if self.checkpoint_blocks and self.training and not with_states:
-                    x = torch.utils.checkpoint.checkpoint(
-                        _run_block, block, x, cu_seqlens, depth, use_reentrant=False
-                    )
-                else:
-                    set_depth(block, depth)
-                    old = None if states is None else states[len(new_states)]
-                    x, state = block(x, cu_seqlens, old)
-                    if with_states:
-                        new_states.append(state)
+                set_depth(self.blocks[index], depth)
+                old = None if states is None else states[len(new_states)]
+                x, state = self.blocks[index](x, cu_seqlens, old)
+                new_states.append(state)
             return x
 
         ponder = None
@@ -213,6 +208,20 @@ class LanguageModel(nn.Module):
                 x = self.final_norm(x)
             x = run(x, range(self._loop.stop, own.stop))
         return x, new_states, ponder
+
+    def run_blocks(
+        self, x: Tensor, indices: range, cu_seqlens: Tensor | None, depth: int = 0
+    ) -> Tensor:
+        """x ``[T, B, d]`` through some blocks, at pass ``depth`` of a loop, without states."""
+        for index in indices:
+            block = cast(Block, self.blocks[index])
+            if self.checkpoint_blocks and self.training:
+                x = torch.utils.checkpoint.checkpoint(
+                    _run_block, block, x, cu_seqlens, depth, use_reentrant=False
+                )
+            else:
+                x = _run_block(block, x, cu_seqlens, depth)
+        return x
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if not self.stage.first:

@@ -165,8 +165,9 @@ class Recursion(nn.Module):
             # One state for all tokens: no token's score depends on where it lies in a batch.
             seeds, shape = (0, _EVALUATION, 0), (x.shape[-1],)
         seed = int(np.random.default_rng([*seeds, _STATE]).integers(2**62))
-        generator = torch.Generator(x.device).manual_seed(seed)
-        noise = torch.randn(shape, generator=generator, device=x.device).clamp_(-3, 3)
+        device = torch.device("cpu") if x.is_meta else x.device
+        generator = torch.Generator(device).manual_seed(seed)
+        noise = torch.randn(shape, generator=generator, device=device).clamp_(-3, 3)
         if noise.ndim == x.ndim and len(noise) > len(x):  # this process's tokens
             rank = parallel_state.get_tensor_model_parallel_rank()
             noise = noise[rank * len(x) : (rank + 1) * len(x)]

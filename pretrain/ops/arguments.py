@@ -13,6 +13,27 @@ from torch import Tensor
 from pretrain.ops.packing import rows_as_sequences, sequence_lengths
 
 _definitions_only: ContextVar[bool] = ContextVar("_definitions_only", default=False)
+_planned: ContextVar[str] = ContextVar("_planned", default="cpu")
+
+
+@contextmanager
+def planned_device(kind: str) -> Iterator[None]:
+    """While open, tensors on the meta device stand for ones on a device of this type."""
+    token = _planned.set(kind)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def device_type(x: Tensor) -> str:
+    """Of x; of what it stands for, if it is on the meta device."""
+    return _planned.get() if x.is_meta else x.device.type
+
+
+def count_true(mask: Tensor, assumed: int) -> int:
+    """How many elements are true; on the meta device, where none has a value, ``assumed``."""
+    return assumed if mask.is_meta else int(mask.sum())
 
 
 @contextmanager

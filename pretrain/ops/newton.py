@@ -22,6 +22,8 @@ from torch import Tensor
 from pretrain.ops.arguments import (
     check_shapes,
     choose_backend,
+    count_true,
+    device_type,
     resolve_sequences,
     resolve_state,
 )
@@ -261,7 +263,7 @@ class _Newton(torch.autograd.Function):
         tolerance: float,
         report: NewtonReport | None,
     ) -> tuple[Tensor, Tensor]:
-        tiles = _tiles(cu_seqlens, x.shape[-1], x.device.type)
+        tiles = _tiles(cu_seqlens, x.shape[-1], device_type(x))
         inner = _arrange(x, tiles)
         size, dim = cell.num_states, x.shape[-1]
         states = x.new_empty(size, tiles.positions, tiles.chunks, dim)
@@ -279,7 +281,7 @@ class _Newton(torch.autograd.Function):
             states[:, :, part] = h
             start = h[:, -1, -counts[-1] :]
         failed = ~(worst <= tolerance)
-        num_failed = int(failed.sum())
+        num_failed = count_true(failed, 0)
         if report is not None:
             report.add(float(worst.max()) if len(worst) else 0.0, num_failed, len(worst), used)
         if num_failed:
@@ -362,7 +364,7 @@ def _solve_tile(
         residual = torch.where(unsolved, found, residual)
         unsolved = unsolved & ~(residual <= tolerance)
         hopeful = unsolved & residual.isfinite()
-        count = int(hopeful.sum())
+        count = count_true(hopeful, num_sequences if step < _USUAL_STEPS else 0)
         if not count or step == iterations:
             break
         if jacobian is None:

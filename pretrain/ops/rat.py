@@ -74,7 +74,7 @@ def rat(
     if state is None:
         zeros = v.new_zeros(len(lengths), num_heads, dim, dtype=dtype)
         empty = zeros[:0]
-        seen = torch.zeros(len(lengths), dtype=torch.int64, device=v.device)
+        seen = torch.zeros(len(lengths), dtype=torch.int64, device=cu_seqlens.device)
         state = RATState(empty, empty, zeros, zeros, seen)
     elif state.seen.shape != (len(lengths),):
         raise ValueError(

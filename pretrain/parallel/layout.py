@@ -35,13 +35,14 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
         )
 
 
-def describe_layout(parallel: ParallelConfig, count: int) -> str:
-    """How the processes work together, in words."""
+def describe_layout(parallel: ParallelConfig, count: int, what: str = "process") -> str:
+    """How the processes, or whatever they are called, work together, in words."""
     parts = {
         "tensor-parallel": parallel.tensor,
         "pipeline stages": parallel.pipeline,
         "data-parallel": count // parallel.model_size,
     }
     shared = [f"{number} {name}" for name, number in parts.items() if number > 1]
-    processes = f"{count} process{'es' * (count > 1)}"
+    plural = "" if count == 1 else "es" if what.endswith("s") else "s"
+    processes = f"{count} {what}{plural}"
     return processes if len(shared) < 1 else f"{processes} ({' x '.join(shared)})"

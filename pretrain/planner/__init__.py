@@ -1,0 +1,1 @@
+"""What a run will need and cost, computed from its settings before anything is started."""

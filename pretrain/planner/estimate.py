@@ -1,0 +1,338 @@
+"""Memory, bytes sent and time of one optimizer step under a layout of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pretrain.config import ParallelConfig, RunConfig
+from pretrain.models.blocks import ModelCounts, count_model
+from pretrain.models.stages import Stage, divide_into_stages
+from pretrain.planner.hardware import Hardware
+from pretrain.planner.units import Unit, Units, measure_units
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+_DEEPSPEED_BUCKET = 200_000_000  # elements
+_LIVE_PARAMETERS = 1_000_000_000  # that DeepSpeed's ZeRO-3 keeps gathered
+
+
+@dataclass
+class StageEstimate:
+    """Of a process of one pipeline stage. memory: bytes by kind, at the moment when they are most;
+    forward, backward: seconds of one micro-batch, tensor-parallel exchanges included."""
+
+    blocks: list[range]
+    parameters: int
+    memory: dict[str, float]
+    forward: float
+    backward: float
+    hardware_flops: float
+    tensor_bytes: float
+    tensor_seconds: float
+
+    @property
+    def peak(self) -> float:
+        """Bytes, all kinds together."""
+        return sum(self.memory.values())
+
+
+@dataclass
+class Estimate:
+    """seconds: of a step, by what takes them; sent: bytes per step and process, by kind, of the
+    stage that sends most."""
+
+    parallel: ParallelConfig
+    devices: int
+    micro_batches: int
+    stages: list[StageEstimate]
+    seconds: dict[str, float]
+    sent: dict[str, float]
+    tokens: int
+    model_flops: float
+    hardware_flops: float
+    peak_flops: float
+
+    @property
+    def data_parallel(self) -> int:
+        return self.devices // self.parallel.model_size
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices together."""
+        return self.tokens / self.step_seconds
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Of the stage that needs most."""
+        return max(self.stages, key=lambda s: s.peak).memory
+
+    @property
+    def peak_memory(self) -> float:
+        return max(stage.peak for stage in self.stages)
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs as a share of the devices' dense peak: recomputation does not count."""
+        return self._utilization(self.model_flops)
+
+    @property
+    def hfu(self) -> float:
+        """What the devices really compute, as a share of their dense peak."""
+        return self._utilization(self.hardware_flops)
+
+    def _utilization(self, flops: float) -> float:
+        return flops / (self.step_seconds * self.devices * self.peak_flops)
+
+
+@dataclass
+class Planner:
+    """Estimates of one run on one kind of hardware; what simulations found is kept."""
+
+    config: RunConfig
+    vocab_size: int
+    hardware: Hardware
+    _units: dict[object, Units] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> ModelCounts:
+        return count_model(self.config.model, self.vocab_size, self.config.train.seq_len)
+
+    def units(self, parallel: ParallelConfig, checkpointing: str) -> Units:
+        """What each part of the model costs on one process."""
+        key = (parallel.tensor, parallel.sequence, parallel.micro_batch_size, checkpointing)
+        if key not in self._units:
+            train = self.config.train
+            self._units[key] = measure_units(
+                self.config.model, self.vocab_size, parallel, self.hardware,
+                seq_len=train.seq_len, dtype=DTYPES[train.precision],
+                activation_checkpointing=checkpointing,
+            )  # fmt: skip
+        return self._units[key]
+
+    def estimate(
+        self, parallel: ParallelConfig, devices: int, checkpointing: str | None = None
+    ) -> Estimate:
+        """One step of the global batch; the layout must fit (see check_layout)."""
+        train = self.config.train
+        units = self.units(parallel, checkpointing or train.activation_checkpointing)
+        data = devices // parallel.model_size
+        tokens_at_once = train.seq_len * parallel.micro_batch_size
+        micro_batches = train.global_batch_tokens // (tokens_at_once * data)
+        stages = self._stages(parallel, units, data, micro_batches)
+        seconds, sent = self._time(parallel, stages, data, micro_batches)
+        factor = micro_batches * data * parallel.tensor
+        return Estimate(
+            parallel=parallel, devices=devices, micro_batches=micro_batches, stages=stages,
+            seconds=seconds, sent=sent, tokens=train.global_batch_tokens,
+            model_flops=self.counts.training_flops() * train.global_batch_tokens,
+            hardware_flops=factor * sum(s.hardware_flops for s in stages),
+            peak_flops=self.hardware.peak_flops(train.precision),
+        )  # fmt: skip
+
+    def _stages(
+        self, parallel: ParallelConfig, units: Units, data: int, micro_batches: int
+    ) -> list[StageEstimate]:
+        count, parts = parallel.pipeline, parallel.virtual_pipeline
+        model, train = self.config.model, self.config.train
+        divided = divide_into_stages(model, self.vocab_size, train.seq_len, count * parts, "config")
+        stages = []
+        for rank in range(count):
+            own = divided[rank::count]
+            chains = [list(self._chain(stage, units)) for stage in own]
+            held = Counter[tuple[torch.dtype, bool]]()
+            for unit in self._held(own, units):
+                held.update(unit.parameters)
+            memory = self._state_memory(parallel, held, data)
+            memory.update(self._activation_memory(parallel, chains, rank, micro_batches, memory))
+            costs = [(u.forward, u.backward, trained) for chain in chains for u, trained in chain]
+            seconds = [sum(f.seconds for f, _, _ in costs),
+                       sum(b.seconds for _, b, trained in costs if trained)]  # fmt: skip
+            sent = [sum(f.bytes_sent for f, _, _ in costs),
+                    sum(b.bytes_sent for _, b, trained in costs if trained)]  # fmt: skip
+            calls = [sum(f.collectives for f, _, _ in costs),
+                     sum(b.collectives for _, b, trained in costs if trained)]  # fmt: skip
+            waits = [self.hardware.link_seconds(
+                bytes_, number, spans_nodes=parallel.tensor > self.hardware.devices_per_node
+            ) for bytes_, number in zip(sent, calls, strict=True)]  # fmt: skip
+            stages.append(StageEstimate(
+                blocks=[stage.blocks for stage in own], parameters=sum(held.values()),
+                memory=memory, forward=seconds[0] + waits[0], backward=seconds[1] + waits[1],
+                hardware_flops=sum(f.flops + b.flops * trained for f, b, trained in costs),
+                tensor_bytes=sum(sent), tensor_seconds=sum(waits),
+            ))  # fmt: skip
+        return stages
+
+    def _chain(self, stage: Stage, units: Units) -> Iterator[tuple[Unit, bool]]:
+        """What a micro-batch goes through in a stage, and whether gradients go back through it."""
+        recursion = self.config.model.recursion
+        if stage.first:
+            yield units.embedding, True
+        blocks = stage.blocks
+        if recursion is None or recursion.prelude not in blocks:
+            yield from ((units.blocks[units.kinds[i]], True) for i in blocks)
+        else:
+            loop = range(recursion.prelude, len(units.kinds) - recursion.coda)
+            through = min(recursion.times, recursion.backprop_last or recursion.times)
+            yield from ((units.blocks[units.kinds[i]], True) for i in blocks[: loop.start])
+            assert units.loop is not None
+            for number in range(recursion.times):
+                trained = number >= recursion.times - through
+                yield units.loop, trained
+                yield from ((units.blocks[units.kinds[i]], trained) for i in loop)
+            rest = range(loop.stop, blocks.stop)
+            yield from ((units.blocks[units.kinds[i]], True) for i in rest)
+        if stage.last:
+            yield units.head, True
+
+    def _held(self, stages: Sequence[Stage], units: Units) -> Iterator[Unit]:
+        """Whose parameters a process holds, each once."""
+        tied = self.config.model.tie_embeddings
+        recursion = self.config.model.recursion
+        if any(s.first or (s.last and tied) for s in stages):
+            yield units.embedding
+        for stage in stages:
+            yield from (units.blocks[units.kinds[i]] for i in stage.blocks)
+            if recursion is not None and recursion.prelude in stage.blocks and units.loop:
+                yield units.loop
+        if any(s.last for s in stages):
+            yield units.head
+
+    def _state_memory(
+        self, parallel: ParallelConfig, held: Counter[tuple[torch.dtype, bool]], data: int
+    ) -> dict[str, float]:
+        """Bytes of weights, gradients, optimizer state and what an update takes beside them."""
+        narrow = self.config.train.precision != "float32"
+        total = sum(held.values())
+        weights = float(sum(n * dtype.itemsize for (dtype, _), n in held.items()))
+        shares = data if parallel.zero_stage else 1
+        largest = max(sum(n for (_, d), n in held.items() if d is decay) for decay in (True, False))
+        update = 4.0 * largest / shares  # torch's fused loop over a group: a root of every element
+        if parallel.zero_backend == "megatron":
+            masters = sum(n for (dtype, _), n in held.items() if dtype != torch.float32)
+            return {
+                "weights": weights, "gradients": 4.0 * total,
+                "optimizer": (8.0 * total + 4.0 * masters) / shares, "update": update,
+            }  # fmt: skip
+        width = 2 if narrow else 4
+        bucket = 4.0 * min(_DEEPSPEED_BUCKET, total)
+        optimizer = (8.0 if parallel.zero_stage == 0 else 12.0) * total / shares
+        if parallel.offload == "cpu":
+            optimizer = 0.0
+        state = {"weights": float(width * total), "gradients": float(width * total),
+                 "optimizer": optimizer, "update": update}  # fmt: skip
+        if parallel.zero_stage >= 2:
+            state["gradients"] = 4.0 * total / data
+            state["communication"] = bucket
+        if parallel.zero_stage == 3:
+            live = min(_LIVE_PARAMETERS, total)
+            state["weights"] = width * (total / data + live)
+        return state
+
+    def _activation_memory(
+        self,
+        parallel: ParallelConfig,
+        chains: list[list[tuple[Unit, bool]]],
+        rank: int,
+        micro_batches: int,
+        state: dict[str, float],
+    ) -> dict[str, float]:
+        """Bytes of activations, those of the head and loss apart, at the worst moment of a step. An
+        update comes when there are none, so only the larger of both counts."""
+        worst, head, kept = 0.0, 0.0, 0.0
+        for chain in chains:
+            held = 0.0
+            for unit, trained in chain:
+                worst = max(worst, held + unit.forward.peak)
+                held += unit.forward.kept * trained
+            kept += held
+            for unit, trained in reversed(chain):
+                if trained:
+                    held -= unit.forward.kept
+                    if unit.name == "head":
+                        head = max(unit.forward.peak, unit.backward.peak)
+                    worst = max(worst, held + unit.backward.peak)
+        stages, parts = parallel.pipeline, parallel.virtual_pipeline
+        if parts > 1:
+            ahead = 2 * (stages - rank - 1) + (parts - 1) * stages + 1
+            waiting = (min(ahead, micro_batches * parts) - 1) / parts
+        else:
+            waiting = min(stages - rank, micro_batches) - 1
+        total = worst + waiting * kept
+        head = min(head, total)
+        update = state["update"]
+        if total <= update:
+            return {"activations": 0.0, "logits and loss": 0.0}
+        return {"activations": total - head, "logits and loss": head, "update": 0.0}
+
+    def _time(
+        self,
+        parallel: ParallelConfig,
+        stages: list[StageEstimate],
+        data: int,
+        micro_batches: int,
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        hardware, train = self.hardware, self.config.train
+        width = DTYPES[train.precision].itemsize
+        count, parts = parallel.pipeline, parallel.virtual_pipeline
+        both = [s.forward + s.backward for s in stages]
+        slowest = max(both)
+        fill = (sum(both) - slowest) / parts
+        tensor = micro_batches * max(s.tensor_seconds for s in stages)
+        # Megatron's order of ranks: tensor, data, pipeline.
+        per_node = hardware.devices_per_node
+        across = data * parallel.model_size > per_node
+        activation = train.seq_len * parallel.micro_batch_size * self.config.model.hidden_size
+        activation *= width / (parallel.tensor if parallel.sequence else 1)
+        borders = 0 if count == 1 else 2 * parts
+        message = hardware.link_seconds(activation, 1, spans_nodes=across)
+        # Interleaved messages go beside the work; others are waited for, there and back.
+        waits = micro_batches if parts == 1 else 0
+        pipeline = (waits + count - 1) * 2 * message if count > 1 else 0.0
+        held = max(s.parameters for s in stages)
+        times, gradients_late = self._exchanges(parallel, data, micro_batches, width)
+        exchanged = held * times * (data - 1) / data
+        spans = data * parallel.tensor > per_node
+        exchange = hardware.link_seconds(exchanged, 2 * (data > 1), spans_nodes=spans)
+        hidden = 0.0
+        if parallel.overlap and gradients_late:
+            hidden = min(exchange, min(s.backward for s in stages) / parts)
+        shares = data if parallel.zero_stage else 1
+        moved = held * (28.0 / shares + 8.0)
+        seconds = {
+            "compute": micro_batches * slowest - tensor,
+            "tensor parallel": tensor,
+            "pipeline bubble": fill,
+            "pipeline messages": pipeline,
+            "data parallel": exchange - hidden,
+            "optimizer": hardware.memory_seconds(moved),
+        }
+        sent = {
+            "tensor parallel": micro_batches * max(s.tensor_bytes for s in stages),
+            "pipeline": micro_batches * borders * activation,
+            "data parallel": exchanged,
+        }
+        return seconds, sent
+
+    def _exchanges(
+        self, parallel: ParallelConfig, data: int, micro_batches: int, width: int
+    ) -> tuple[float, bool]:
+        """Bytes per parameter that go around data-parallel processes in a step, and whether they do
+        beside the last backward pass."""
+        if parallel.zero_backend == "megatron":
+            # Gradients are float32; without ZeRO they are all-reduced, there and back.
+            return (8.0 if parallel.zero_stage == 0 else 4.0 + width), True
+        times = {0: 2, 1: 3, 2: 2 * micro_batches + 1, 3: 2 * micro_batches}
+        return float(width * times[parallel.zero_stage]), parallel.zero_stage > 1
+
+
+def with_layout(parallel: ParallelConfig, **changes: object) -> ParallelConfig:
+    """The same settings but for some."""
+    return dataclasses.replace(parallel, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,82 @@
+"""What a machine can do, read from ``configs/hardware/*.yaml``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data_prep.config_files import ConfigError, load_config, setting
+
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "float32", torch.float64: "float64"}
+
+
+@dataclass
+class Hardware:
+    """A kind of device, and how devices are connected. Peaks and bandwidths are the data sheet's,
+    dense and in one direction; efficiencies say what share of them real work gets.
+
+    device: ``cuda`` or ``cpu``; memory_gb: of a device, of which ``usable_memory`` is there for
+    tensors (the rest: driver, kernels, communication library, fragmentation); peak_tflops: matrix
+    multiplication by dtype; op_overhead_us: the least time from one operation to the next;
+    intra_node_gbs, inter_node_gbs: what a device can send inside its node, and beyond it;
+    latency_us: of a message; watts, cooling: of a device with its share of the node, and the
+    building's factor on it; dollars_per_hour: of a device.
+    """
+
+    name: str
+    memory_gb: float = setting(above=0)
+    peak_tflops: dict[str, float] = field(default_factory=dict)
+    memory_bandwidth_gbs: float = setting(1000, above=0)
+    device: str = setting("cuda", choices=("cuda", "cpu"))
+    devices_per_node: int = setting(8, minimum=1)
+    usable_memory: float = setting(0.92, above=0, maximum=1)
+    matmul_efficiency: float = setting(0.7, above=0, maximum=1)
+    bandwidth_efficiency: float = setting(0.8, above=0, maximum=1)
+    op_overhead_us: float = setting(6, minimum=0)
+    intra_node_gbs: float = setting(100, above=0)
+    inter_node_gbs: float = setting(25, above=0)
+    link_efficiency: float = setting(0.75, above=0, maximum=1)
+    latency_us: float = setting(10, minimum=0)
+    watts: float = setting(0, minimum=0)
+    cooling: float = setting(1.25, minimum=1)
+    dollars_per_hour: float = setting(0, minimum=0)
+
+    @property
+    def memory_bytes(self) -> float:
+        """What tensors may take of a device."""
+        return self.memory_gb * 1e9 * self.usable_memory
+
+    def peak_flops(self, precision: str) -> float:
+        """Of matrix multiplication, FLOP/s. Raises ConfigError for a dtype that is not given."""
+        if precision not in self.peak_tflops:
+            raise ConfigError(
+                f"hardware '{self.name}': peak_tflops has {sorted(self.peak_tflops)}, expected an "
+                f"entry for {precision}"
+            )
+        return self.peak_tflops[precision] * 1e12
+
+    def seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
+        """Of one operation with so many FLOPs that reads and writes so many bytes."""
+        name = _NAMES.get(dtype, "float32")
+        peak = self.peak_tflops.get(name, self.peak_tflops.get("float32", 1.0)) * 1e12
+        return max(
+            flops / (peak * self.matmul_efficiency),
+            self.memory_seconds(moved),
+            self.op_overhead_us * 1e-6,
+        )
+
+    def memory_seconds(self, moved: float) -> float:
+        """To read and write so many bytes of a device's memory."""
+        return moved / (self.memory_bandwidth_gbs * 1e9 * self.bandwidth_efficiency)
+
+    def link_seconds(self, sent: float, messages: float, *, spans_nodes: bool) -> float:
+        """For a process to send so many bytes in so many messages or collectives."""
+        speed = self.inter_node_gbs if spans_nodes else self.intra_node_gbs
+        return sent / (speed * 1e9 * self.link_efficiency) + messages * self.latency_us * 1e-6
+
+
+def load_hardware(path: str | Path) -> Hardware:
+    """Read a hardware file. Raises ConfigError."""
+    return load_config(Hardware, path)

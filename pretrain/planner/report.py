@@ -1,0 +1,336 @@
+"""``python -m pretrain plan CONFIG``: what a run will need and cost, before anything is started.
+
+Nothing is allocated: the layers run on tensors without values, so any model fits this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.errors import UserError
+from pretrain.config import RunConfig, load_run_config
+from pretrain.models.blocks import (
+    block_flops,
+    block_parameters,
+    block_specs,
+    count_model,
+    passes,
+)
+from pretrain.models.language_model import padded_vocab_size
+from pretrain.parallel.layout import check_layout, describe_layout
+from pretrain.planner.estimate import Estimate, Planner
+from pretrain.planner.hardware import Hardware, load_hardware
+from pretrain.planner.search import Candidate, search
+from pretrain.planner.units import Unit, Units
+
+TOKENS_PER_PARAMETER = 20  # of a model without a run: arXiv 2203.15556
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain plan",
+        description="Parameters, FLOPs, memory, communication, time and cost of a run, or of a "
+        "model alone, on hardware that need not be here.",
+    )
+    parser.add_argument("config", help="of a run, or of a model (configs/models)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--hardware", default="configs/hardware/h100.yaml", help="file (H100)")
+    parser.add_argument("--devices", type=int, help="default: tensor x pipeline")
+    parser.add_argument("--search", action="store_true", help="layouts that fit, fastest first")
+    parser.add_argument("--top", type=int, default=10, help="how many of them to show (10)")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args(arguments)
+    config = _load(options.config, options.overrides)
+    hardware = load_hardware(options.hardware)
+    devices = options.devices or config.parallel.model_size
+    if devices < 1:
+        raise UserError(f"--devices is {devices}, expected at least 1")
+    hardware.peak_flops(config.train.precision)
+    planner = Planner(config, _vocab_size(config, options.config), hardware)
+    console = Console(width=118, highlight=False)
+    if options.search:
+        with console.status("simulating the layers"):
+            found = search(planner, devices)
+        _print_candidates(console, planner, found, devices, options.top)
+        figures: Any = [_candidate_figures(c, planner) for c in found]
+    else:
+        check_layout(config, devices, options.config)
+        with console.status("simulating the layers"):
+            estimate = planner.estimate(config.parallel, devices)
+            units = planner.units(config.parallel, config.train.activation_checkpointing)
+        _print_plan(console, planner, estimate, units)
+        figures = estimate_figures(estimate, planner)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def _load(path: str, overrides: list[str]) -> RunConfig:
+    """A run's settings; a model alone is planned as a run over 20 tokens per parameter."""
+    try:
+        is_model = "name" not in (yaml.safe_load(Path(path).read_text()) or {})
+    except (OSError, yaml.YAMLError, TypeError):
+        is_model = False  # loading it tells what is wrong
+    if not is_model or any(x.startswith("name=") for x in overrides):
+        return load_run_config(path, overrides)
+    assumed = [f"name={Path(path).stem}", "data.path=none", "schedule.warmup_steps=0"]
+    budget = any(x.startswith(("train.steps=", "train.tokens=")) for x in overrides)
+    config = load_run_config(path, [*assumed, *overrides, *([] if budget else ["train.steps=1"])])
+    if not budget and config.model.vocab_size is not None:
+        counts = count_model(config.model, config.model.vocab_size, config.train.seq_len)
+        config.train.steps = None
+        config.train.tokens = TOKENS_PER_PARAMETER * counts.parameters
+    return config
+
+
+def _vocab_size(config: RunConfig, path: str) -> int:
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    from pretrain.data import open_data
+
+    try:
+        tokenizer = open_data(config.data).tokenizer
+    except UserError as error:
+        raise UserError(
+            f"{path}: model.vocab_size is not set, and the data that would tell it is not there "
+            f"({error}); set model.vocab_size"
+        ) from None
+    return padded_vocab_size(config.model, tokenizer.vocab_size)
+
+
+def estimate_figures(estimate: Estimate, planner: Planner) -> dict[str, Any]:
+    """Everything that is printed, as numbers: bytes, seconds, FLOPs."""
+    return {
+        "parallel": dataclasses.asdict(estimate.parallel),
+        "devices": estimate.devices,
+        "parameters": planner.counts.parameters,
+        "memory": [{**s.memory, "total": s.peak} for s in estimate.stages],
+        "memory_limit": planner.hardware.memory_bytes,
+        "seconds": estimate.seconds,
+        "step_seconds": estimate.step_seconds,
+        "bytes_sent": estimate.sent,
+        "tokens_per_second": estimate.tokens_per_second,
+        "mfu": estimate.mfu,
+        "hfu": estimate.hfu,
+        **_cost(estimate, planner.config, planner.hardware),
+    }
+
+
+def _cost(estimate: Estimate, config: RunConfig, hardware: Hardware) -> dict[str, float]:
+    hours = estimate.step_seconds * config.train.num_steps / 3600
+    device_hours = hours * estimate.devices
+    return {
+        "hours": hours,
+        "device_hours": device_hours,
+        "kilowatt_hours": device_hours * hardware.watts * hardware.cooling / 1000,
+        "dollars": device_hours * hardware.dollars_per_hour,
+    }
+
+
+def _candidate_figures(candidate: Candidate, planner: Planner) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "parallel": dataclasses.asdict(candidate.parallel),
+        "activation_checkpointing": candidate.checkpointing,
+        "why_not": candidate.why or None,
+    }
+    if candidate.estimate is not None:
+        found.update(estimate_figures(candidate.estimate, planner))
+    return found
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: Units) -> None:
+    config, hardware, parallel = planner.config, planner.hardware, estimate.parallel
+    train, counts = config.train, planner.counts
+    console.print(
+        f"[bold]{config.name}[/bold]: {counts.parameters:,} parameters, "
+        f"{train.num_steps:,} steps of {train.global_batch_tokens:,} tokens "
+        f"({train.num_steps * train.global_batch_tokens / 1e9:,.1f}B), {train.precision}, "
+        f"{describe_layout(parallel, estimate.devices, 'device')} of "
+        f"{hardware.name}\n"
+    )
+    console.print(_parts_table(planner, estimate, units))
+    console.print(_memory_table(estimate, hardware))
+    console.print(_time_table(estimate))
+    cost = _cost(estimate, config, hardware)
+    console.print(
+        f"{estimate.tokens_per_second:,.0f} tokens/s, {estimate.mfu:.1%} of the dense "
+        f"{train.precision} peak for the model's FLOPs"
+        + (f", {estimate.hfu:.1%} with recomputation" if estimate.hfu > 1.01 * estimate.mfu else "")
+        + f"\n{cost['hours'] / 24:,.2f} days, {cost['device_hours']:,.0f} device-hours, "
+        f"{cost['kilowatt_hours'] / 1000:,.1f} MWh, ${cost['dollars']:,.0f}"
+    )
+    for line in _remarks(planner, estimate):
+        console.print(f"note: {line}")
+
+
+def _remarks(planner: Planner, estimate: Estimate) -> list[str]:
+    limit, remarks = planner.hardware.memory_bytes, []
+    if estimate.peak_memory > limit:
+        remarks.append(
+            f"does not fit: {estimate.peak_memory / 1e9:,.1f} GB per device of {limit / 1e9:,.1f} "
+            "GB; --search shows what does"
+        )
+    if planner.hardware.device == "cuda":
+        remarks.append(
+            "the layers are counted as torch operations one by one, attention as one fused kernel; "
+            "fused kernels for recurrences need less time and memory"
+        )
+    return remarks
+
+
+def _parts_table(planner: Planner, estimate: Estimate, units: Units) -> Table:
+    """Whole model; activations of a micro-batch on one process."""
+    config, seq_len = planner.config.model, planner.config.train.seq_len
+    d, specs = config.hidden_size, {s.name: s for s in block_specs(config)}
+    table = _table(
+        "model by part", "part", "number", "parameters each", "together",
+        "forward MFLOP/token each", "backward", "kept for backward, MB each",
+    )  # fmt: skip
+    repeats = Counter[str]()
+    for kind, times in zip(units.kinds, passes(config), strict=True):
+        repeats[kind] += times
+    numbers = Counter(units.kinds)
+    tokens = seq_len * estimate.parallel.micro_batch_size
+    tensor = estimate.parallel.tensor
+
+    def row(unit: Unit, number: int, parameters: int, forward: float, used: int) -> None:
+        through = f"{number}" if used == number else f"{number} x {used / number:g}"
+        table.add_row(
+            unit.name, through, f"{parameters:,}", f"{number * parameters:,}",
+            f"{forward / 1e6:,.2f}",
+            f"{unit.backward.flops * tensor / tokens / 1e6:,.2f}",
+            f"{unit.forward.kept / 1e6:,.1f}",
+        )  # fmt: skip
+
+    row(units.embedding, 1, planner.vocab_size * d, 0.0, 1)
+    for kind, unit in units.blocks.items():
+        spec = specs[kind]
+        row(
+            unit, numbers[kind], block_parameters(config, spec),
+            block_flops(config, spec, seq_len), repeats[kind],
+        )  # fmt: skip
+    if units.loop is not None and config.recursion is not None:
+        parameters = sum(units.loop.parameters.values())
+        flops = units.loop.forward.flops * tensor / tokens
+        row(units.loop, 1, parameters, flops, config.recursion.times)
+    head = 0 if config.tie_embeddings else planner.vocab_size * d
+    row(units.head, 1, head + d, 2.0 * planner.vocab_size * d, 1)
+    return table
+
+
+def _memory_table(estimate: Estimate, hardware: Hardware) -> Table:
+    limit = hardware.memory_bytes / 1e9
+    kinds = [k for k in estimate.stages[0].memory if any(s.memory.get(k) for s in estimate.stages)]
+    kinds += [k for s in estimate.stages for k in s.memory if k not in kinds and s.memory[k]]
+    kinds = list(dict.fromkeys(kinds))
+    table = _table(
+        f"memory per device, GB of {limit:,.1f}", "stage", "blocks", "parameters", *kinds, "peak"
+    )
+    for number, stage in enumerate(estimate.stages):
+        blocks = ", ".join(f"{b.start}-{b.stop - 1}" if len(b) else "head" for b in stage.blocks)
+        table.add_row(
+            str(number), blocks, f"{stage.parameters:,}",
+            *(f"{stage.memory.get(kind, 0.0) / 1e9:,.2f}" for kind in kinds),
+            f"{stage.peak / 1e9:,.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _time_table(estimate: Estimate) -> Table:
+    table = _table(
+        f"a step: {estimate.step_seconds:,.3f} s, {estimate.micro_batches} micro-batches per "
+        "process", "part", "seconds", "share", "sent per process, MB",
+    )  # fmt: skip
+    sent = dict(estimate.sent)
+    sent["pipeline messages"] = sent.pop("pipeline")
+    for part, seconds in estimate.seconds.items():
+        if seconds or sent.get(part):
+            moved = sent.get(part)
+            table.add_row(
+                part, f"{seconds:,.4f}", f"{seconds / estimate.step_seconds:.1%}",
+                "" if moved is None else f"{moved / 1e6:,.1f}",
+            )  # fmt: skip
+    return table
+
+
+def _print_candidates(
+    console: Console, planner: Planner, found: list[Candidate], devices: int, top: int
+) -> None:
+    fits = [c for c in found if not c.why]
+    table = _table(
+        f"{planner.config.name} on {devices} x {planner.hardware.name}: {len(fits)} of "
+        f"{len(found)} layouts fit, fastest first",
+        "layout", "micro batch", "ckpt", "GB", "s/step", "tokens/s", "MFU", "bubble", "days",
+    )  # fmt: skip
+    for candidate in fits[:top]:
+        estimate = candidate.estimate
+        assert estimate is not None
+        days = _cost(estimate, planner.config, planner.hardware)["hours"] / 24
+        table.add_row(
+            _short(candidate.parallel, devices), str(candidate.parallel.micro_batch_size),
+            candidate.checkpointing, f"{estimate.peak_memory / 1e9:,.1f}",
+            f"{estimate.step_seconds:,.2f}", f"{estimate.tokens_per_second:,.0f}",
+            f"{estimate.mfu:.1%}",
+            f"{estimate.seconds['pipeline bubble'] / estimate.step_seconds:.0%}", f"{days:,.1f}",
+        )  # fmt: skip
+    console.print(table)
+    if fits:
+        best = fits[0]
+        console.print(f"fastest: {_settings(best)}\n")
+    too_large = [c for c in found if c.why and c.estimate is not None]
+    if too_large:
+        console.print(f"[bold]{len(too_large)} do not fit in memory[/bold], the nearest:")
+        nearest = sorted(too_large, key=lambda c: c.estimate.peak_memory if c.estimate else 0.0)
+        for candidate in nearest[:5]:
+            console.print(
+                f"  {_short(candidate.parallel, devices)}, micro batch "
+                f"{candidate.parallel.micro_batch_size}, ckpt {candidate.checkpointing}: "
+                f"{candidate.why}"
+            )
+    impossible = Counter(c.why for c in found if c.estimate is None)
+    if impossible:
+        console.print(f"[bold]{sum(impossible.values())} are not possible[/bold]:")
+        for why, number in impossible.most_common(6):
+            console.print(f"  {number} x {why}")
+
+
+def _short(parallel: Any, devices: int) -> str:
+    data = devices // parallel.model_size
+    parts = [
+        f"TP{parallel.tensor}" * (parallel.tensor > 1),
+        f"PP{parallel.pipeline}" * (parallel.pipeline > 1),
+        f"VPP{parallel.virtual_pipeline}" * (parallel.virtual_pipeline > 1),
+        f"DP{data}" * (data > 1),
+        f"ZeRO-{parallel.zero_stage}" * (data > 1),
+    ]
+    return " ".join(p for p in parts if p) or "one device"
+
+
+def _settings(candidate: Candidate) -> str:
+    """As overrides of the command line."""
+    parallel = candidate.parallel
+    chosen = {
+        "tensor": parallel.tensor, "sequence": str(parallel.sequence).lower(),
+        "pipeline": parallel.pipeline, "virtual_pipeline": parallel.virtual_pipeline,
+        "micro_batch_size": parallel.micro_batch_size, "zero_stage": parallel.zero_stage,
+        "zero_backend": parallel.zero_backend,
+    }  # fmt: skip
+    words = [f"parallel.{name}={value}" for name, value in chosen.items()]
+    return " ".join([*words, f"train.activation_checkpointing={candidate.checkpointing}"])

@@ -1,0 +1,72 @@
+"""Which layouts a number of devices could train a model with, fastest first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data_prep.config_files import ConfigError
+from data_prep.errors import UserError
+from pretrain.config import ParallelConfig, RunConfig, check_run_config
+from pretrain.parallel.layout import check_layout
+from pretrain.planner.estimate import Estimate, Planner
+
+CHECKPOINTING = ("none", "block")
+
+
+@dataclass
+class Candidate:
+    """A layout; estimate: None where it is not possible at all; why: it is not, or does not fit."""
+
+    parallel: ParallelConfig
+    checkpointing: str
+    estimate: Estimate | None
+    why: str = ""
+
+
+def candidates(devices: int, per_node: int) -> Iterator[ParallelConfig]:
+    """Tensor parallelism within a node, pipelines, and ZeRO over the rest."""
+    for tensor in _powers(min(devices, per_node)):
+        for pipeline in _powers(min(devices // tensor, 16)):
+            for parts in (1, 2, 4) if pipeline > 1 else (1,):
+                for rows in (1, 2, 4, 8):
+                    layout = ParallelConfig(
+                        tensor=tensor, sequence=tensor > 1, pipeline=pipeline,
+                        virtual_pipeline=parts, micro_batch_size=rows,
+                    )  # fmt: skip
+                    yield layout
+                    if pipeline == 1 and devices > tensor:
+                        yield dataclasses.replace(layout, zero_stage=3, zero_backend="deepspeed")
+
+
+def search(planner: Planner, devices: int) -> list[Candidate]:
+    """Every candidate: those that fit first, fastest first, then the others."""
+    found = []
+    for parallel in candidates(devices, planner.hardware.devices_per_node):
+        for checkpointing in CHECKPOINTING:
+            found.append(_try(planner, parallel, devices, checkpointing))
+    fits = [c for c in found if not c.why]
+    fits.sort(key=lambda c: c.estimate.step_seconds if c.estimate else 0.0)
+    return fits + [c for c in found if c.why]
+
+
+def _try(planner: Planner, parallel: ParallelConfig, devices: int, checkpointing: str) -> Candidate:
+    config: RunConfig = dataclasses.replace(planner.config, parallel=parallel)
+    try:
+        check_run_config(config, "")
+        check_layout(config, devices, "")
+        if planner.vocab_size % parallel.tensor:
+            raise ConfigError(f": the vocabulary of {planner.vocab_size} does not divide")
+    except UserError as error:  # of which ConfigError is one
+        return Candidate(parallel, checkpointing, None, str(error).removeprefix(": "))
+    estimate = planner.estimate(parallel, devices, checkpointing)
+    limit = planner.hardware.memory_bytes
+    why = ""
+    if estimate.peak_memory > limit:
+        why = f"needs {estimate.peak_memory / 1e9:,.1f} GB of the {limit / 1e9:,.1f} GB there are"
+    return Candidate(parallel, checkpointing, estimate, why)
+
+
+def _powers(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length()) if 2**i <= most]

@@ -1,0 +1,254 @@
+"""Running model code on tensors that have shapes but no values: what it allocates, computes, reads
+and writes, without memory or a device.
+
+Floating-point tensors are on the meta device; integers that tell where sequences begin stay real,
+because the layers' control flow depends on them. Where it depends on a number (has Newton's method
+converged?), the ops themselves say what is usual on the meta device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from pretrain.ops.arguments import planned_device
+from pretrain.planner.hardware import Hardware
+
+_aten: Any = torch.ops.aten
+_INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default,
+            _aten._index_put_impl_.default}  # fmt: skip
+_LOOKUPS = {_aten.index.Tensor, _aten.index_select.default, _aten.embedding.default,
+            _aten.gather.default}  # fmt: skip
+
+
+@dataclass
+class Cost:
+    """Of running something: bytes newly allocated at the most and left behind, seconds of the
+    device, matrix-multiply FLOPs, operations, and bytes sent and collectives between
+    tensor-parallel processes."""
+
+    peak: float = 0.0
+    kept: float = 0.0
+    seconds: float = 0.0
+    flops: float = 0.0
+    operations: float = 0.0
+    bytes_sent: float = 0.0
+    collectives: float = 0.0
+
+    def plus(self, other: Cost, times: float) -> Cost:
+        """``self + times * other``, field by field."""
+        pairs = {f.name: getattr(self, f.name) + times * getattr(other, f.name)
+                 for f in fields(self)}  # fmt: skip
+        return Cost(**pairs)
+
+
+class Simulation(TorchDispatchMode):
+    """While open, operations on meta tensors are counted, and memory that they would take."""
+
+    def __init__(self, hardware: Hardware):
+        super().__init__()
+        self._hardware = hardware
+        self._live = 0
+        self._cost = Cost()
+        self._base = 0
+        self._known: dict[int, Any] = {}
+        self._functions = _fused_attention(self)
+        self._planned = planned_device(hardware.device)
+
+    def __enter__(self) -> Simulation:
+        self._planned.__enter__()
+        self._functions.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._functions.__exit__(*error)
+        self._planned.__exit__(*error)
+
+    def measure(self, function: Callable[[], Any]) -> tuple[Any, Cost]:
+        """What ``function`` returns, and what it cost; what the result holds is ``kept``."""
+        self._cost, self._base = Cost(), self._live
+        result = function()
+        self._cost.kept = self._live - self._base
+        return result, self._cost
+
+    def own(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count these: they were there before."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = storage
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function.namespace == "c10d":
+            return self._communicate(function, args, kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        shadow = any(x.is_meta for x in tensors)
+        if shadow and function is _aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else 0
+        if shadow:
+            if function in _INDEXED:
+                args = (args[0], _without_masks(args[1]), *args[2:])
+            if not args or not isinstance(args[0], Tensor) or not _writes_real(function, args[0]):
+                args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
+            else:
+                return args[0]
+        result = function(*args, **kwargs)
+        # What is made from nothing or from integers: here every floating-point number is a shadow.
+        result = tree_map_only(
+            Tensor, lambda x: _to_meta(x) if x.is_floating_point() else x, result
+        )
+        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        for x in outputs:
+            self._notice(x)
+        if shadow or any(x.is_meta for x in outputs):
+            self._count(function, args, kwargs, result, tensors, outputs)
+        return result
+
+    def _notice(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+
+        def forget(_: Any) -> None:
+            if self._known.pop(key, None) is not None:
+                self._live -= size
+
+        self._known[key] = weakref.ref(storage, forget)
+        self._live += size
+        self._cost.peak = max(self._cost.peak, self._live - self._base)
+
+    def _count(
+        self,
+        function: Any,
+        args: Any,
+        kwargs: Any,
+        result: Any,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+    ) -> None:
+        self._cost.operations += 1
+        if function.is_view or not outputs:
+            return
+        formula = flop_registry.get(function._overloadpacket)
+        flops = formula(*args, **kwargs, out_val=result) if formula else 0
+        moved = sum(map(_bytes, outputs))
+        # What looks things up reads no more than it returns.
+        moved += moved if function in _LOOKUPS else sum(map(_bytes, inputs))
+        self.compute(flops, moved, outputs[0].dtype)
+
+    def compute(self, flops: float, moved: float, dtype: torch.dtype) -> None:
+        """An operation: as long as its arithmetic or its memory traffic takes, or its launch."""
+        self._cost.flops += flops
+        self._cost.seconds += self._hardware.seconds(flops, moved, dtype)
+
+    def _communicate(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Nothing is sent; the fake group must not see tensors without memory."""
+        tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+        boxed = next(x for x in args if isinstance(x, torch.ScriptObject)
+                     and "ProcessGroup" in str(x._type()))  # fmt: skip
+        size = dist.ProcessGroup.unbox(boxed).size()
+        name = function.__name__
+        share = (size - 1) / size * max(map(_bytes, tensors), default=0)
+        self._cost.bytes_sent += share * (2 if "allreduce" in name else 1)
+        self._cost.collectives += size > 1
+        args, kwargs = tree_map_only(Tensor, lambda _: torch.empty(0), (args, kwargs))
+        return function(*args, **kwargs)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _writes_real(function: Any, first: Tensor) -> bool:
+    """In place, to a tensor with values: what it holds then does not matter."""
+    return not first.is_meta and function._schema.is_mutable
+
+
+def _without_masks(indices: Any) -> list[Any]:
+    """Boolean masks as the places where they are true."""
+    found: list[Any] = []
+    for index in indices:
+        if isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta:
+            found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
+    return found
+
+
+@contextmanager
+def _fused_attention(simulation: Simulation) -> Iterator[None]:
+    """Torch chooses its attention kernel by the tensors' device: answer for the planned one. Not a
+    mode for functions, which is blind in recomputations of the backward pass."""
+    function: Any = F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+        cuda = simulation._hardware.device == "cuda"
+        if not q.is_meta or not (cuda or _cpu_is_fused(q, k, v, **settings)):
+            return function(q, k, v, **settings)
+        length = k.shape[2]
+        seen = (length + 1) / (2 * length) if settings.get("is_causal") else 1.0
+        return _Fused.apply(simulation, q, k, v, seen)
+
+    module: Any = F
+    module.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        module.scaled_dot_product_attention = function
+
+
+def _cpu_is_fused(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> bool:
+    """What torch would choose, asked with tensors of a few tokens."""
+    with _disable_current_modes():
+        small = [torch.empty(1, x.shape[1], 2, x.shape[3], dtype=x.dtype, requires_grad=True)
+                 for x in (q, k, v)]  # fmt: skip
+        mask = settings.pop("attn_mask", None)
+        settings["attn_mask"] = None if mask is None else torch.ones(2, 2, dtype=torch.bool)
+        return torch._fused_sdp_choice(*small, **settings) == 1
+
+
+class _Fused(torch.autograd.Function):
+    """Attention that keeps its output and a number per query; the backward pass computes the
+    weights again. q ``[B, H, T, D]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, simulation: Simulation, q: Tensor, k: Tensor, v: Tensor, seen: float
+    ) -> Tensor:
+        # As CPU and GPU kernels lay it out: tokens before heads.
+        output = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
+        sums = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        ctx.save_for_backward(q, k, v, output, sums)
+        ctx.simulation = simulation
+        ctx.flops = 4 * seen * q.numel() * k.shape[2]
+        simulation.compute(ctx.flops, sum(map(_bytes, (q, k, v, output))), q.dtype)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        q, k, v, output, _ = ctx.saved_tensors
+        moved = 2 * sum(map(_bytes, (q, k, v, output)))
+        ctx.simulation.compute(2.5 * ctx.flops, moved, q.dtype)
+        return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None

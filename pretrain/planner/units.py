@@ -1,0 +1,176 @@
+"""What each part of a model costs on one tensor-parallel process: the embedding, one block of each
+kind, what a loop has beside its blocks, and the head with the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import ModelConfig, ParallelConfig
+from pretrain.models.blocks import block_specs
+from pretrain.models.language_model import LanguageModel, parallel_context
+from pretrain.ops.packing import rows_as_sequences
+from pretrain.parallel.fake_processes import as_process
+from pretrain.planner.hardware import Hardware
+from pretrain.planner.simulation import Cost, Simulation
+
+# Operations of one pass that are simulated as they are; longer loops over time are measured on
+# shorter sequences and drawn out.
+_PATIENCE = 40_000
+
+
+@dataclass
+class Unit:
+    """parameters: of this process, by (dtype, whether weight decay applies); forward, backward: of
+    one micro-batch; forward's ``kept`` is what waits for the backward pass."""
+
+    name: str
+    parameters: Counter[tuple[torch.dtype, bool]]
+    forward: Cost
+    backward: Cost
+
+
+@dataclass
+class Units:
+    """blocks: one of each kind, by the kind's name; kinds: of every block of the pattern."""
+
+    embedding: Unit
+    blocks: dict[str, Unit]
+    kinds: list[str]
+    loop: Unit | None
+    head: Unit
+
+
+def measure_units(
+    config: ModelConfig,
+    vocab_size: int,
+    parallel: ParallelConfig,
+    hardware: Hardware,
+    *,
+    seq_len: int,
+    dtype: torch.dtype,
+    activation_checkpointing: str,
+) -> Units:
+    """Simulate every kind of unit under ``parallel``'s tensor and sequence parallelism and micro-
+    batch size. Must not be called where process groups exist."""
+    layout = ParallelConfig(tensor=parallel.tensor, sequence=parallel.sequence)
+    with as_process(0, parallel.tensor, layout):
+        context = parallel_context(dtype, sequence_parallel=parallel.sequence)
+        with torch.device("meta"):
+            model = LanguageModel(
+                config, vocab_size, context, activation_checkpointing=activation_checkpointing
+            )
+        return _Measurement(model, parallel, hardware, seq_len).all()
+
+
+class _Measurement:
+    def __init__(
+        self, model: LanguageModel, parallel: ParallelConfig, hardware: Hardware, seq_len: int
+    ):
+        self.model, self.hardware, self.seq_len = model, hardware, seq_len
+        self.rows = parallel.micro_batch_size
+        self.divided = parallel.tensor if parallel.sequence else 1
+
+    def all(self) -> Units:
+        model, specs = self.model, block_specs(self.model.model_config)
+        kinds = [spec.name for spec in specs]
+        blocks = {}
+        for index, kind in enumerate(kinds):
+            if kind not in blocks:
+                unit: Any = model.blocks[index]
+                blocks[kind] = self._unit(kind, [unit], lambda n, i=index: self._block(n, i))
+        loop = None
+        if model.recursion is not None:
+            recursion = model.recursion.config
+            once = dataclasses.replace(recursion, times=1, sampling="fixed", backprop_last=None)
+            model.recursion.config = once
+            loop = self._unit("loop", [model.recursion], self._loop)
+            model.recursion.config = recursion
+        head: list[nn.Module] = [model.final_norm]
+        if not model.model_config.tie_embeddings:
+            head.append(model.head)
+        return Units(
+            embedding=self._unit("embedding", [model.embedding], self._embedding),
+            blocks=blocks, kinds=kinds, loop=loop,
+            head=self._unit("head", head, self._head),
+        )  # fmt: skip
+
+    def _unit(
+        self, name: str, modules: list[nn.Module], measure: Callable[[int], tuple[Cost, Cost]]
+    ) -> Unit:
+        parameters: Counter[tuple[torch.dtype, bool]] = Counter()
+        for module in modules:
+            for p in module.parameters():
+                parameters[p.dtype, bool(getattr(p, "decay", True))] += p.numel()
+        return Unit(name, parameters, *self._over_time(measure))
+
+    def _over_time(self, measure: Callable[[int], tuple[Cost, Cost]]) -> tuple[Cost, Cost]:
+        """At the wanted length, or drawn out in a line from shorter ones where a loop over time
+        would take long."""
+        length = self.seq_len
+        short = max(2 ** (math.ceil(math.log2(length)) - 4), 64)
+        if length < 8 * short:
+            return measure(length)
+        a, b = measure(short), measure(2 * short)
+        a_count, b_count = (sum(cost.operations for cost in pair) for pair in (a, b))
+        per_token = max(b_count - a_count, 0) / short
+        if b_count + per_token * (length - 2 * short) <= _PATIENCE:
+            return measure(length)
+        if b_count + per_token * 2 * short <= _PATIENCE:
+            short, a, b = 2 * short, b, measure(4 * short)
+        share = (length - 2 * short) / short
+        forward, backward = (y.plus(y.plus(x, -1), share) for x, y in zip(a, b, strict=True))
+        return forward, backward
+
+    def _tokens(self, length: int) -> tuple[int, Tensor]:
+        device = torch.device("cpu")
+        return self.rows * length, rows_as_sequences(self.rows, length, device)
+
+    def _hidden(self, tokens: int) -> Tensor:
+        context = self.model.context
+        shape = (tokens // self.divided, 1, self.model.model_config.hidden_size)
+        return torch.empty(shape, dtype=context.dtype, device="meta", requires_grad=True)
+
+    def _run(self, inputs: list[Tensor], forward: Callable[[], Tensor]) -> tuple[Cost, Cost]:
+        """Gradients of parameters are let go at once, as by data parallelism, which adds them to a
+        buffer of its own."""
+        self.model.train()
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            for p in self.model.parameters()
+        ]
+        with Simulation(self.hardware) as simulation:
+            simulation.own([*self.model.parameters(), *inputs])
+            output, ahead = simulation.measure(forward)
+            _, back = simulation.measure(lambda: output.backward(torch.empty_like(output)))
+            # Relative to what was there before the forward pass.
+            back.peak += ahead.kept
+        for hook in hooks:
+            hook.remove()
+        return ahead, back
+
+    def _block(self, length: int, index: int) -> tuple[Cost, Cost]:
+        tokens, cu_seqlens = self._tokens(length)
+        x = self._hidden(tokens)
+        return self._run([x], lambda: self.model.run_blocks(x, range(index, index + 1), cu_seqlens))
+
+    def _loop(self, length: int) -> tuple[Cost, Cost]:
+        x, recursion = self._hidden(self.rows * length), self.model.recursion
+        assert recursion is not None
+        return self._run([x], lambda: recursion(x, lambda s, _: s, whole=True)[0])
+
+    def _embedding(self, length: int) -> tuple[Cost, Cost]:
+        tokens = torch.zeros(1, self.rows * length, dtype=torch.int64)
+        return self._run([], lambda: self.model._embed(tokens))
+
+    def _head(self, length: int) -> tuple[Cost, Cost]:
+        tokens = self.rows * length
+        x, targets = self._hidden(tokens), torch.zeros(tokens, 1, dtype=torch.int64)
+        return self._run([x], lambda: self.model._losses(x, targets).sum())
