@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps, an even number (4)")
     parser.add_argument("--processes", type=int, help="of the layout (2 x tensor x pipeline)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.steps < 2 or options.steps % 2:
         raise UserError(f"--steps is {options.steps}, expected an even number from 2")
     config = load_run_config(options.config, options.overrides)

@@ -179,13 +179,8 @@ def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
 
 def recomputed_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
     """Forward FLOPs per token that ``activation_checkpointing: block`` does once more: outside a
-    loop, and of one pass through it. Recomputing ends before an MLP's last matrix, whose result
-    nothing in the backward pass needs."""
-    mlp, d = config.mlp, config.hidden_size
-    spared = 0
-    if mlp.kind != "none" and config.block_norm == "pre":
-        spared = 2 * d * mlp.width(d)
-    flops = [block_flops(config, spec, seq_len) - spared for spec in block_specs(config)]
+    loop, and of one pass through it."""
+    flops = [block_flops(config, spec, seq_len) for spec in block_specs(config)]
     if config.recursion is None:
         return sum(flops), 0
     inside = slice(config.recursion.prelude, len(flops) - config.recursion.coda)

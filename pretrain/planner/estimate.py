@@ -230,7 +230,8 @@ class Planner:
                  "optimizer": optimizer, "update": update}  # fmt: skip
         if parallel.zero_stage >= 2:
             state["gradients"] = 4.0 * total / data
-            state["communication"] = bucket
+            # A CPU's memory counts when it is written to: see _activation_memory.
+            state["communication"] = 0.0 if self._fills_late(parallel) else bucket
         if parallel.zero_stage == 3:
             live = min(_LIVE_PARAMETERS, total)
             state["weights"] = width * (total / data + live)
@@ -247,19 +248,22 @@ class Planner:
         """Bytes of activations, those of the head and loss apart, at the worst moment of a step. An
         update comes when there are none, so only the larger of both counts."""
         worst, head, kept = 0.0, 0.0, 0.0
+        stages, parts = parallel.pipeline, parallel.virtual_pipeline
+        late = 4.0 * self._fills_late(parallel)
         for chain in chains:
             held = 0.0
             for unit, trained in chain:
                 worst = max(worst, held + unit.forward.peak)
                 held += unit.forward.kept * trained
             kept += held
+            filled = late * self.vocab_size * self.config.model.hidden_size / parallel.tensor
             for unit, trained in reversed(chain):
                 if trained:
                     held -= unit.forward.kept
                     if unit.name == "head":
                         head = max(unit.forward.peak, unit.backward.peak)
-                    worst = max(worst, held + unit.backward.peak)
-        stages, parts = parallel.pipeline, parallel.virtual_pipeline
+                    worst = max(worst, held + unit.backward.peak + filled)
+                    filled += late * sum(unit.parameters.values())
         if parts > 1:
             ahead = 2 * (stages - rank - 1) + (parts - 1) * stages + 1
             waiting = (min(ahead, micro_batches * parts) - 1) / parts
@@ -271,6 +275,11 @@ class Planner:
         if total <= update:
             return {"activations": 0.0, "logits and loss": 0.0}
         return {"activations": total - head, "logits and loss": head, "update": 0.0}
+
+    def _fills_late(self, parallel: ParallelConfig) -> bool:
+        """Whether gradients take the memory of DeepSpeed's bucket one by one, as activations leave
+        theirs, because the system gives it to a process when it first writes there."""
+        return parallel.zero_stage == 2 and self.hardware.device == "cpu"
 
     def _time(
         self,

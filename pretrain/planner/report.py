@@ -32,7 +32,12 @@ from pretrain.planner.hardware import Hardware, load_hardware
 from pretrain.planner.search import Candidate, search
 from pretrain.planner.units import Unit, Units
 
-TOKENS_PER_PARAMETER = 20  # of a model without a run: arXiv 2203.15556
+# Of a model without a run.
+TOKENS_PER_PARAMETER = 20  # arXiv 2203.15556
+ASSUMED = (
+    "data.path=none", "schedule.warmup_steps=0", "train.precision=bf16", "train.seq_len=4096",
+    "train.global_batch_tokens=1048576", "parallel.micro_batch_size=1",
+)  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +53,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--search", action="store_true", help="layouts that fit, fastest first")
     parser.add_argument("--top", type=int, default=10, help="how many of them to show (10)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     config = _load(options.config, options.overrides)
     hardware = load_hardware(options.hardware)
     devices = options.devices or config.parallel.model_size
@@ -75,14 +80,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _load(path: str, overrides: list[str]) -> RunConfig:
-    """A run's settings; a model alone is planned as a run over 20 tokens per parameter."""
+    """A run's settings; a model alone is planned as a run with the settings of ``ASSUMED`` over 20
+    tokens per parameter."""
     try:
         is_model = "name" not in (yaml.safe_load(Path(path).read_text()) or {})
     except (OSError, yaml.YAMLError, TypeError):
         is_model = False  # loading it tells what is wrong
     if not is_model or any(x.startswith("name=") for x in overrides):
         return load_run_config(path, overrides)
-    assumed = [f"name={Path(path).stem}", "data.path=none", "schedule.warmup_steps=0"]
+    assumed = [f"name={Path(path).stem}", *ASSUMED]
     budget = any(x.startswith(("train.steps=", "train.tokens=")) for x in overrides)
     config = load_run_config(path, [*assumed, *overrides, *([] if budget else ["train.steps=1"])])
     if not budget and config.model.vocab_size is not None:
@@ -161,7 +167,8 @@ def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: U
     console.print(
         f"[bold]{config.name}[/bold]: {counts.parameters:,} parameters, "
         f"{train.num_steps:,} steps of {train.global_batch_tokens:,} tokens "
-        f"({train.num_steps * train.global_batch_tokens / 1e9:,.1f}B), {train.precision}, "
+        f"({train.num_steps * train.global_batch_tokens / 1e9:,.1f}B) in sequences of "
+        f"{train.seq_len:,}, {train.precision}, "
         f"{describe_layout(parallel, estimate.devices, 'device')} of "
         f"{hardware.name}\n"
     )

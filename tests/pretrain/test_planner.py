@@ -14,7 +14,8 @@ from pretrain.metrics import PEAK_FLOPS
 from pretrain.models.blocks import block_flops, block_parameters, block_specs, count_model
 from pretrain.models.mixers import registry
 from pretrain.planner.hardware import load_hardware
-from tests.pretrain.memory_worker import CASES, VOCAB
+from tests.pretrain.memory_worker import CASES, VOCAB, case
+from tests.pretrain.test_mixers import SMALL
 
 ROOT = Path(__file__).parents[2]
 # Planning plays one process of many, which needs an interpreter without process groups.
@@ -100,7 +101,14 @@ def test_memory_is_what_processes_allocate(planned, measured, name):
 @pytest.fixture(scope="module")
 def every_mixer():
     """A block of each kind, 256 tokens, MLP included."""
-    model = {"hidden_size": 64, "pattern": " ".join(registry()), "mlp": {"kind": "swiglu"}}
+    model = {
+        "hidden_size": 48, "pattern": " ".join(registry()),
+        "mixers": {
+            # A mask hides what lies beyond a window, but it is computed.
+            name: {**SMALL.get(name, [{}])[0], **({"window": 128} if name == "swa" else {})}
+            for name in registry()
+        },
+    }  # fmt: skip
     settings = {
         "model": model, "parallel": {"micro_batch_size": 2}, "seq_len": 128, "rows": 2,
         "precision": "float32", "checkpointing": "none",
@@ -140,7 +148,7 @@ def test_bytes_are_those_of_the_formulas():
     """docs/parallel.md; benchmarks/parallel_cpu.py measures the same formulas."""
     blocks, width, tokens = 4, 512, 1024
     found = plan({
-        name: {"settings": {**CASES["tp2-sequence"], "parallel": parallel}, "devices": 4}
+        name: {"settings": {**case("4*attn", seq_len=tokens), "parallel": parallel}, "devices": 4}
         for name, parallel in {
             "tp2": {"micro_batch_size": 1, "tensor": 2},
             "tp2-sequence": {"micro_batch_size": 1, "tensor": 2, "sequence": True},
