@@ -1,0 +1,35 @@
+"""Training does what it did: the losses of 100 steps of every family, against recorded ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pretrain.golden_curves import FAMILIES, RECORD, STEPS, machine
+
+ROOT = Path(__file__).parents[2]
+RECORDED = json.loads(RECORD.read_text())
+
+
+@pytest.fixture(scope="module")
+def curves():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.pretrain.golden_curves", "--json"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_recorded(curves, family):
+    found, expected = curves[family], RECORDED[family]
+    assert len(found) == STEPS and found[-1] < found[0] - 1
+    if RECORDED["machine"] == machine():
+        assert found == expected  # to the last bit
+    else:
+        assert found == pytest.approx(expected, rel=1e-5)
