@@ -48,6 +48,35 @@ class MLPConfig:
 
 
 @dataclass
+class MoEConfig:
+    """A mixture of SwiGLU experts instead of the MLP of all blocks but the first ``first_dense``.
+
+    intermediate_size: inner channels of an expert, shared_intermediate_size: of one that every
+    token goes through, 0 = none. score: of a token for an expert; normalize_top_k: the chosen ones'
+    weights add up to 1, times ``weight_scale``.
+
+    balance_weight: of the loss that is least when all experts have as many tokens (arXiv
+    2101.03961); z_loss_weight: of the squared log-sum of the scores (arXiv 2202.08906);
+    bias_update_rate: of a bias that only decides the choice and is moved after every step towards
+    equal loads (arXiv 2408.15664), 0 = none. capacity_factor: tokens that an expert takes of a
+    micro-batch, as a multiple of an equal share; the rest is dropped, and counted; null = no limit.
+    """
+
+    num_experts: int = setting(8, minimum=2)
+    top_k: int = setting(2, minimum=1)
+    intermediate_size: int = setting(512, minimum=1)
+    shared_intermediate_size: int = setting(0, minimum=0)
+    first_dense: int = setting(0, minimum=0)
+    score: str = setting("softmax", choices=("softmax", "sigmoid"))
+    normalize_top_k: bool = True
+    weight_scale: float = setting(1.0, above=0)
+    balance_weight: float = setting(1e-3, minimum=0)
+    z_loss_weight: float = setting(0.0, minimum=0)
+    bias_update_rate: float = setting(0.0, minimum=0)
+    capacity_factor: float | None = setting(None, above=0)
+
+
+@dataclass
 class RecursionConfig:
     """The pattern's blocks between ``prelude`` and ``coda`` form a loop, gone through ``times``.
 
@@ -104,7 +133,8 @@ class ModelConfig:
     under a name of its own); vocab_size: null = the tokenizer's, rounded up to a multiple of 128;
     depth_scaled_init: output projections start smaller by sqrt(2 x blocks passed); block_norm:
     ``pre``, or ``sandwich``, which also normalises the stream behind mixer and MLP;
-    scale_embeddings: multiply embeddings by sqrt(hidden_size); recursion: see RecursionConfig."""
+    scale_embeddings: multiply embeddings by sqrt(hidden_size); moe: see MoEConfig; recursion: see
+    RecursionConfig."""
 
     pattern: str
     hidden_size: int = setting(minimum=1)
@@ -117,6 +147,7 @@ class ModelConfig:
     depth_scaled_init: bool = True
     block_norm: str = setting("pre", choices=("pre", "sandwich"))
     scale_embeddings: bool = False
+    moe: MoEConfig | None = None
     recursion: RecursionConfig | None = None
 
 
@@ -184,7 +215,8 @@ class ParallelConfig:
     tensor: processes that share every layer by its heads and channels; sequence: they also share
     the tokens outside the layers. pipeline: stages that the blocks are divided into, evenly by
     their FLOPs; virtual_pipeline: parts of every stage, gone through by turns (less idle time, more
-    messages). micro_batch_size: sequences per forward pass.
+    messages). expert: processes, of those that share the data, that divide a mixture's experts
+    among them. micro_batch_size: sequences per forward pass.
 
     zero_stage: what data-parallel processes divide among them: 0 nothing, 1 the optimizer's state,
     2 gradients too, 3 parameters too; zero_backend: ``megatron`` (0 and 1) or ``deepspeed`` (0 and
@@ -199,6 +231,7 @@ class ParallelConfig:
     sequence: bool = False
     pipeline: int = setting(1, minimum=1)
     virtual_pipeline: int = setting(1, minimum=1)
+    expert: int = setting(1, minimum=1)
     micro_batch_size: int = setting(8, minimum=1)
     zero_stage: int = setting(1, minimum=0, maximum=3)
     zero_backend: str = setting("megatron", choices=ZERO_BACKENDS)
@@ -214,7 +247,7 @@ class ParallelConfig:
     @property
     def one_has_all(self) -> bool:
         """Whether a process can use the model without the others, as for a sample."""
-        return self.model_size == 1 and self.zero_stage < 3
+        return self.model_size == self.expert == 1 and self.zero_stage < 3
 
 
 @dataclass
@@ -308,6 +341,7 @@ def check_run_config(config: RunConfig, where: str) -> None:
             f"multiple of seq_len x micro_batch_size = {micro_batch}"
         )
     _check_parallel(config, where)
+    _check_experts(config, where)
     if (config.data.path is None) == (not config.data.blend):
         raise ConfigError(f"{where}: expected either data.path or data.blend to be set")
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
@@ -329,6 +363,48 @@ def check_run_config(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: schedule.warmup_steps is {config.schedule.warmup_steps}, more than the "
             f"{train.num_steps} steps of the run"
+        )
+
+
+def _check_experts(config: RunConfig, where: str) -> None:
+    """A mixture of experts, and how it is divided."""
+    moe, parallel = config.model.moe, config.parallel
+    if moe is None:
+        if parallel.expert > 1:
+            raise ConfigError(
+                f"{where}: parallel.expert is {parallel.expert}, but the model has no experts; "
+                "expected 1, or settings under model.moe"
+            )
+        return
+    if moe.top_k > moe.num_experts:
+        raise ConfigError(
+            f"{where}: model.moe.top_k is {moe.top_k}, expected at most its num_experts = "
+            f"{moe.num_experts}"
+        )
+    if config.model.mlp.kind == "none":
+        raise ConfigError(
+            f"{where}: model.moe takes the place of MLPs, but model.mlp.kind is none; expected "
+            "swiglu or gelu"
+        )
+    if moe.num_experts % parallel.expert:
+        raise ConfigError(
+            f"{where}: parallel.expert is {parallel.expert}, which does not divide the "
+            f"{moe.num_experts} experts"
+        )
+    if parallel.zero_backend != "megatron":
+        raise ConfigError(
+            f"{where}: parallel.zero_backend is {parallel.zero_backend}, which does not know "
+            "experts; expected megatron"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"{where}: with model.moe and parallel.tensor {parallel.tensor} every process routes "
+            "tokens of its own; expected parallel.sequence=true"
+        )
+    if moe.capacity_factor is not None and parallel.tensor > 1:
+        raise ConfigError(
+            f"{where}: model.moe.capacity_factor is {moe.capacity_factor}, which counts a whole "
+            f"micro-batch's tokens; expected null with parallel.tensor {parallel.tensor}"
         )
 
 

@@ -8,20 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.config_files import ConfigError, build_config, nearest
-from pretrain.config import ModelConfig, RecursionConfig
+from pretrain.config import ModelConfig, MoEConfig, RecursionConfig
 from pretrain.models.mixers import LayerContext, Mixer, registry
 from pretrain.models.mixers.base import SHAREABLE
 from pretrain.models.mlp import mlp_parameters
+from pretrain.models.moe import MoE
 from pretrain.models.pattern import parse_pattern
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One block: the mixer's name in the pattern, its class, and its settings."""
+    """One block: the mixer's name in the pattern, its class and its settings, and the mixture of
+    experts that it has instead of an MLP."""
 
     name: str
     mixer: type[Mixer]
     config: Any
+    moe: MoEConfig | None = None
+
+    @property
+    def kind(self) -> str:
+        """Blocks of the same kind have the same shapes and cost the same."""
+        return f"{self.name}, experts" if self.moe else self.name
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,7 +72,11 @@ def block_specs(config: ModelConfig, where: str = "config") -> list[BlockSpec]:
         specs[name] = BlockSpec(name, kinds[name], mixer_config)
     if config.recursion is not None:
         _check_recursion(config.recursion, len(names), f"{where}: model.recursion")
-    return [specs[name] for name in names]
+    dense = len(names) if config.moe is None else config.moe.first_dense
+    return [
+        dataclasses.replace(specs[name], moe=config.moe if index >= dense else None)
+        for index, name in enumerate(names)
+    ]
 
 
 def _check_recursion(recursion: RecursionConfig, num_blocks: int, where: str) -> None:
@@ -103,7 +115,9 @@ def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:
         for name, count in spec.mixer.divided(spec.config, config.hidden_size).items():
             if count > 1 or name not in SHAREABLE:
                 counts[f"model.mixers.{spec.name}: {name}"] = count
-    if config.mlp.kind != "none":
+    if config.moe is not None and config.moe.shared_intermediate_size:
+        counts["model.moe: shared inner channels"] = config.moe.shared_intermediate_size
+    if config.mlp.kind != "none" and (config.moe is None or config.moe.first_dense):
         counts["model.mlp: inner channels"] = config.mlp.width(config.hidden_size)
     if config.vocab_size is not None:
         counts["model.vocab_size"] = config.vocab_size
@@ -131,14 +145,18 @@ def block_parameters(config: ModelConfig, spec: BlockSpec) -> int:
     d = config.hidden_size
     norms = d * (1 if config.mlp.kind == "none" else 2) * (1 + (config.block_norm == "sandwich"))
     mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
+    if spec.moe is not None:
+        mlp = MoE.num_parameters(spec.moe, d)
     return spec.mixer.num_parameters(spec.config, d) + mlp + norms
 
 
 def block_flops(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
     """Matrix-multiply FLOPs of one token's forward pass through one block."""
     d = config.hidden_size
-    mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
-    return spec.mixer.flops_per_token(spec.config, d, seq_len) + 2 * mlp
+    mlp = 2 * mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
+    if spec.moe is not None:
+        mlp = MoE.flops_per_token(spec.moe, d)
+    return spec.mixer.flops_per_token(spec.config, d, seq_len) + mlp
 
 
 def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:

@@ -19,6 +19,7 @@ from pretrain.models.blocks import BlockSpec, block_specs, passes
 from pretrain.models.depth_lora import add_depth_lora, set_depth
 from pretrain.models.mixers import LayerContext, State
 from pretrain.models.mlp import MLP
+from pretrain.models.moe import MoE
 from pretrain.models.norm import RMSNorm
 from pretrain.models.recursive import Recursion
 from pretrain.models.stages import Stage, divide_into_stages, whole_model
@@ -41,10 +42,13 @@ class Block(nn.Module):
         d, parallel = config.hidden_size, context.parallel
         self.mixer_norm = RMSNorm(d, config.norm_eps, parallel)
         self.mixer = spec.mixer(spec.config, context)
-        self.mlp: MLP | None = None
+        self.mlp: MLP | MoE | None = None
         if config.mlp.kind != "none":
             self.mlp_norm = RMSNorm(d, config.norm_eps, parallel)
-            self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
+            if spec.moe is not None:
+                self.mlp = MoE(spec.moe, context)
+            else:
+                self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
         self.sandwich = config.block_norm == "sandwich"
         if self.sandwich:
             self.mixer_post_norm = RMSNorm(d, config.norm_eps, parallel)
@@ -263,8 +267,18 @@ class LanguageModel(nn.Module):
         """What the mixers have to tell since the last call, over all blocks of this process."""
         found: dict[str, float] = {}
         for index in self.stage.blocks:
-            merge_metrics(found, cast(Block, self.blocks[index]).mixer.metrics())
+            block = cast(Block, self.blocks[index])
+            merge_metrics(found, block.mixer.metrics())
+            if isinstance(block.mlp, MoE):
+                merge_metrics(found, block.mlp.metrics())
         return found
+
+    def update_biases(self) -> None:
+        """Of mixtures of experts, after a step."""
+        for index in self.stage.blocks:
+            mlp = cast(Block, self.blocks[index]).mlp
+            if isinstance(mlp, MoE):
+                mlp.update_bias()
 
 
 def _run_block(block: Block, x: Tensor, cu_seqlens: Tensor | None, depth: int) -> Tensor:

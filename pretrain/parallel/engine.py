@@ -46,6 +46,10 @@ class Engine:
         self.parts = [model] if isinstance(model, LanguageModel) else list(model)
         parallel = parallel or ParallelConfig()
         self.updates: MegatronUpdates | DeepSpeedUpdates
+        if parallel.expert > 1:  # tokens travel between processes at every pass of a loop
+            for part in self.parts:
+                if part.recursion is not None:
+                    part.recursion.in_step = True
         if parallel.zero_backend == "deepspeed":
             self.updates = DeepSpeedUpdates(self.parts, config, parallel, micro_batches)
         else:
@@ -66,6 +70,9 @@ class Engine:
         sum_over_replicas(sums)
         loss = float(sums[0] / sums[1].clamp_min(1))
         norm, applied = self.updates.apply(lr, loss)
+        if applied:
+            for part in self.parts:
+                part.update_biases()
         return StepResult(loss=loss, grad_norm=norm, applied=applied)
 
     @torch.no_grad()

@@ -26,6 +26,8 @@ def as_process(rank: int, size: int, config: ParallelConfig) -> Iterator[None]:
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
             virtual_pipeline_model_parallel_size=parts if parts > 1 else None,
+            expert_model_parallel_size=config.expert,
+            expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
         )
         yield

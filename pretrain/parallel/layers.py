@@ -60,6 +60,41 @@ class ParallelContext:
         return count // self.tensor_size
 
 
+def expert_parameter(
+    context: ParallelContext, shape: tuple[int, ...], init: Initializer
+) -> nn.Parameter:
+    """A parameter whose first axis is experts, divided over expert-parallel processes; ``shape`` is
+    the whole one. Its gradient is summed over the processes that hold the same experts. Raises
+    ValueError if uneven."""
+    size = parallel_state.get_expert_model_parallel_world_size()
+    if shape[0] % size:
+        raise ValueError(f"{shape[0]} experts do not divide over {size} expert-parallel processes")
+    own = (shape[0] // size, *shape[1:])
+    parameter = nn.Parameter(torch.empty(own, dtype=context.dtype, device=context.device))
+    # For megatron-core: no tensor-parallel process has a copy that would count twice in norms.
+    set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+    tagged: Any = parameter
+    tagged.allreduce, tagged.expert_parallel = False, True
+    return with_init(parameter, init)
+
+
+def divided_over(parameter: Any) -> tuple[int, int, int] | None:
+    """(axis, number of parts, which of them this process has) of a divided parameter."""
+    if getattr(parameter, "expert_parallel", False):
+        return (
+            0,
+            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_rank(),
+        )
+    if getattr(parameter, "tensor_model_parallel", False):
+        return (
+            parameter.partition_dim,
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_rank(),
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class Normal:
     """Gaussian with mean 0, every element for itself: parts of it can be drawn alone."""
@@ -211,7 +246,9 @@ def fill_parameters(module: nn.Module, seed: int, *, prefix: str = "") -> None:
         if not hasattr(parameter, "init"):
             raise ValueError(f"parameter {name} has no initializer: make it with with_init")
         if parameter.is_meta:
-            own = nn.Parameter(torch.empty_like(parameter, device=local_device()))
+            own = nn.Parameter(
+                torch.empty_like(parameter, device=local_device()), parameter.requires_grad
+            )
             vars(own).update(vars(parameter))
             owner._parameters[key] = parameter = own
         _fill(parameter, f"{seed}:{prefix}{name}")
@@ -226,10 +263,11 @@ def _places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 def _fill(parameter: Any, key: str) -> None:
     shape, axis, start = list(parameter.shape), 0, 0
-    if getattr(parameter, "tensor_model_parallel", False):
-        axis = parameter.partition_dim
-        start = parallel_state.get_tensor_model_parallel_rank() * shape[axis]
-        shape[axis] *= parallel_state.get_tensor_model_parallel_world_size()
+    divided = divided_over(parameter)
+    if divided is not None:
+        axis, parts, place = divided
+        start = place * shape[axis]
+        shape[axis] *= parts
     if not isinstance(parameter.init, Normal) or math.prod(shape) <= _WHOLE:
         full = parameter.init(tuple(shape), _generator(key))
         parameter.copy_(full.narrow(axis, start, parameter.shape[axis]) if shape else full)

@@ -1,9 +1,9 @@
 """What megatron-core needs to run on a machine without CUDA; a no-op where CUDA is present.
 
 megatron-core 0.16-0.19 runs its tensor-parallel layers on the CPU as it is; its schedules, data
-parallel and optimizer name the device "cuda" literally. Two adaptations: three functions of
-``torch.cuda`` answer for the CPU, and, only while :func:`device_scope` is active, ``device="cuda"``
-means the CPU and ``Tensor.type()`` answers ``torch.cuda.*``, which the optimizer tests for.
+parallel and optimizer name the device "cuda" literally. Two adaptations: some of ``torch.cuda``
+answers for the CPU, and, only while :func:`device_scope` is active, ``device="cuda"`` means the CPU
+and ``Tensor.type()`` answers ``torch.cuda.*``, which the optimizer tests for.
 """
 
 from __future__ import annotations
@@ -24,6 +24,24 @@ def install() -> None:
     cuda.current_device = lambda: cpu
     cuda.synchronize = lambda device=None: None
     cuda.current_stream = lambda device=None: torch.cpu.current_stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    # What moves the number of each expert's tokens to the host, on a stream of its own.
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _HostStream()
+
+
+class _HostStream:
+    """A stream, and an event on it, where there is nothing to wait for."""
+
+    def wait_stream(self, _: Any) -> None:
+        pass
+
+    def record_event(self) -> _HostStream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -48,7 +48,8 @@ def _gather_before_use(wrapped: Any, part: LanguageModel) -> None:
 
     def wait(parameters: Sequence[nn.Parameter]) -> None:
         for parameter in parameters:
-            wrapped.param_to_bucket_group[parameter].finish_param_sync()
+            if parameter.requires_grad:
+                wrapped.param_to_bucket_group[parameter].finish_param_sync()
 
     def register(module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         module.register_forward_pre_hook(lambda *_: wait(parameters))
@@ -142,9 +143,11 @@ class MegatronUpdates:
         return norm, True
 
     def _gradient_norm(self) -> float:
-        optimizers = self._optimizers()
-        gradients = [g for o in optimizers for g in o.get_main_grads_for_grad_norm()]
-        return global_norm(gradients, optimizers[0].get_grad_stats_parallel_group())
+        """Experts have an optimizer of their own, and groups of their own that divide them."""
+        return math.hypot(*(
+            global_norm(list(o.get_main_grads_for_grad_norm()), o.get_grad_stats_parallel_group())
+            for o in self._optimizers()
+        ))  # fmt: skip
 
     def _clip(self, norm: float) -> None:
         for optimizer in self._optimizers():
@@ -174,21 +177,30 @@ class MegatronUpdates:
         state: State = {}
         for part in self.parts:
             for name, parameter in part.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 if self.divided:
                     if not saving or writes(name, parameter, replicas=1):
                         self._add_divided(state, name, parameter)
                 elif not saving or writes(name, parameter, replicas=self.replicas):
                     main = getattr(parameter, "main_param", None)
                     main = parameter if main is None else main
-                    tensors = self._tensors(self._optimizers()[0].optimizer, main)
+                    tensors = self._tensors(self._optimizer_of(main), main)
                     for key, tensor in tensors.items():
                         state[optimizer_key(key, name)] = whole_part(parameter, tensor)
         return state
 
+    def _optimizer_of(self, main: Tensor) -> torch.optim.Optimizer:
+        for optimizer in self._optimizers():
+            for group in optimizer.optimizer.param_groups:
+                if any(p is main for p in group["params"]):
+                    return optimizer.optimizer
+        raise KeyError("no optimizer updates this parameter")
+
     def _add_divided(self, state: State, name: str, parameter: nn.Parameter) -> None:
-        optimizer = self._optimizers()[0]
-        where = optimizer.model_param_group_index_map.get(parameter)
-        if where is None:  # another data-parallel process's
+        found = ((o, o.model_param_group_index_map.get(parameter)) for o in self._optimizers())
+        optimizer, where = next((f for f in found if f[1] is not None), (None, None))
+        if optimizer is None or where is None:  # another data-parallel process's
             return
         group, index = where
         main = optimizer.optimizer.param_groups[group]["params"][index]

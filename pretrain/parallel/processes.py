@@ -41,6 +41,11 @@ def check_world_size(config: ParallelConfig, count: int) -> None:
             f"{config.model_size}, but there are {count} processes; expected a multiple of it, as "
             f"of torchrun --nproc-per-node {config.model_size}"
         )
+    if count // config.pipeline % config.expert:
+        raise UserError(
+            f"parallel.expert is {config.expert}, which does not divide the "
+            f"{count // config.pipeline} processes of a pipeline stage"
+        )
 
 
 def start_processes(config: ParallelConfig | None = None) -> None:
@@ -70,6 +75,8 @@ def start_processes(config: ParallelConfig | None = None) -> None:
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
             virtual_pipeline_model_parallel_size=parts if parts > 1 else None,
+            expert_model_parallel_size=config.expert,
+            expert_tensor_parallel_size=1,
             distributed_timeout_minutes=2 * config.timeout_minutes,
         )
 

@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from pretrain.parallel.layers import divided_over
+
 Shape = tuple[int, ...]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -119,10 +121,11 @@ def place(parameter: Any, shape: Shape) -> tuple[Shape, Shape]:
     """(shape of the whole tensor, offsets of this tensor-parallel process's part of it, which has
     ``shape``)."""
     whole, offsets = list(shape), [0] * len(shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        axis = parameter.partition_dim
-        whole[axis] *= parallel_state.get_tensor_model_parallel_world_size()
-        offsets[axis] = parallel_state.get_tensor_model_parallel_rank() * shape[axis]
+    divided = divided_over(parameter)
+    if divided is not None:
+        axis, parts, place = divided
+        whole[axis] *= parts
+        offsets[axis] = place * shape[axis]
     return tuple(whole), tuple(offsets)
 
 
@@ -180,6 +183,11 @@ def writes(name: str, parameter: Any, *, replicas: int) -> bool:
     written."""
     if getattr(parameter, "shared", False):
         return False
+    if getattr(parameter, "expert_parallel", False):
+        if replicas == 1:
+            return True
+        group = parallel_state.get_expert_data_parallel_group()
+        return dist.get_rank(group) == zlib.crc32(name.encode()) % dist.get_world_size(group)
     divided = getattr(parameter, "tensor_model_parallel", False)
     if not divided and parallel_state.get_tensor_model_parallel_rank():
         return False

@@ -298,8 +298,13 @@ class Planner:
         # Megatron's order of ranks: tensor, data, pipeline.
         per_node = hardware.devices_per_node
         across = data * parallel.model_size > per_node
-        activation = train.seq_len * parallel.micro_batch_size * self.config.model.hidden_size
-        activation *= width / (parallel.tensor if parallel.sequence else 1)
+        rows = train.seq_len * parallel.micro_batch_size
+        activation = (
+            self.config.model.hidden_size
+            * rows
+            * width
+            / (parallel.tensor if parallel.sequence else 1)
+        )
         borders = 0 if count == 1 else 2 * parts
         message = hardware.link_seconds(activation, 1, spans_nodes=across)
         # Interleaved messages go beside the work; others are waited for, there and back.

@@ -205,7 +205,7 @@ def _remarks(planner: Planner, estimate: Estimate) -> list[str]:
 def _parts_table(planner: Planner, estimate: Estimate, units: Units) -> Table:
     """Whole model; activations of a micro-batch on one process."""
     config, seq_len = planner.config.model, planner.config.train.seq_len
-    d, specs = config.hidden_size, {s.name: s for s in block_specs(config)}
+    d, specs = config.hidden_size, {s.kind: s for s in block_specs(config)}
     table = _table(
         "model by part", "part", "number", "parameters each", "together",
         "forward MFLOP/token each", "backward", "kept for backward, MB each",

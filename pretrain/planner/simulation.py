@@ -226,7 +226,8 @@ def _cpu_is_fused(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> bool:
                  for x in (q, k, v)]  # fmt: skip
         mask = settings.pop("attn_mask", None)
         settings["attn_mask"] = None if mask is None else torch.ones(2, 2, dtype=torch.bool)
-        return torch._fused_sdp_choice(*small, **settings) == 1
+        choose: Any = torch._fused_sdp_choice
+        return choose(*small, **settings) == 1
 
 
 class _Fused(torch.autograd.Function):

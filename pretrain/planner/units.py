@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,12 +81,12 @@ class _Measurement:
 
     def all(self) -> Units:
         model, specs = self.model, block_specs(self.model.model_config)
-        kinds = [spec.name for spec in specs]
+        kinds = [spec.kind for spec in specs]
         blocks = {}
         for index, kind in enumerate(kinds):
             if kind not in blocks:
                 unit: Any = model.blocks[index]
-                blocks[kind] = self._unit(kind, [unit], lambda n, i=index: self._block(n, i))
+                blocks[kind] = self._unit(kind, [unit], partial(self._block, index=index))
         loop = None
         if model.recursion is not None:
             recursion = model.recursion.config

@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ MIXERS = {
     "mamba2": {"head_dim": 16, "state_size": 16, "chunk_size": 16},
     "rat": {"num_heads": 2, "chunk_size": 4},
 }
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "transformer": {"pattern": "2*attn"},
     "gdn-hybrid": {"pattern": "2*gdn attn"},
     "hgrn2-hybrid": {"pattern": "2*hgrn2 attn"},

@@ -57,6 +57,10 @@ MODELS = {
     "untied": settings("para_gru attn mamba2 delta_product", tie_embeddings=False),
     # One process computes the loss at once, several piece by piece.
     "pieces": settings("kda swa lstm hgrn2", block_norm="sandwich"),
+    "experts": settings("gdn attn attn gdn", moe={
+        "num_experts": 4, "top_k": 2, "intermediate_size": 16, "shared_intermediate_size": 16,
+        "first_dense": 1, "balance_weight": 0.1, "z_loss_weight": 0.01, "bias_update_rate": 0.01,
+    }),
     "loop": settings("attn gdn para_gru gdn", recursion={
         "prelude": 1, "coda": 2, "times": 2, "lora_rank": 2, "step_signal": "learned",
     }),
@@ -94,14 +98,26 @@ LAYOUTS = {
         zero_backend="deepspeed", tensor=2, pipeline=2, sequence=True
     ),
 }
+EXPERT_LAYOUTS = {
+    "ep2-dp4": ParallelConfig(expert=2),
+    "ep4-zero0": ParallelConfig(expert=4, zero_stage=0),
+    "tp2-sequence-ep4": ParallelConfig(tensor=2, sequence=True, expert=4),
+    "tp2-sequence-dp2": ParallelConfig(tensor=2, sequence=True),
+    "pp2-ep2": ParallelConfig(pipeline=2, expert=2),
+    "dp4-zero0": ParallelConfig(zero_stage=0),
+}
 # Not: stages that a model does not have ("depth" is one block and the rest); what is refused.
 CASES = {
     f"{model}-{layout}": (model, layout)
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
-    if (model != "depth" or parallel.pipeline * parallel.virtual_pipeline <= 2)
+    if model != "experts"
+    and (model != "depth" or parallel.pipeline * parallel.virtual_pipeline <= 2)
     and (model != "bf16" or layout != "deepspeed-dp4-zero0")
 }
+CASES.update({f"experts-{layout}": ("experts", layout) for layout in EXPERT_LAYOUTS})
+# Layouts of the same name are the same.
+ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS
 # One step under each layout, each from the checkpoint of the one before.
 ACROSS = {
     "resharded-tied": ("tied", ["tp2-pp2", "dp4", "pp2-vpp2-dp2", "tp2-dp2-sequence"]),
@@ -127,6 +143,10 @@ ACROSS = {
             "pp2-vpp2-dp2",
             "dp4-zero0",
         ],
+    ),
+    "resharded-experts": (
+        "experts",
+        ["ep2-dp4", "tp2-sequence-ep4", "dp4-zero0", "pp2-ep2", "ep4-zero0"],
     ),
     "resharded-loop": ("loop", ["pp2-vpp2-dp2", "pp2-dp2-zero0", "tp2-pp2-sequence", "dp4-zero0"]),
 }
@@ -181,8 +201,8 @@ def train(model, parallel):
 def train_across(model, names, folder):
     config, results, path = MODELS[model], [], None
     for step, name in enumerate(names):
-        start(LAYOUTS[name])
-        engine = make(model, LAYOUTS[name], seed=step)  # what is not loaded shows
+        start(ALL_LAYOUTS[name])
+        engine = make(model, ALL_LAYOUTS[name], seed=step)  # what is not loaded shows
         if path is not None:
             load_checkpoint(path, engine)
         results.append(step_of(engine, step))
@@ -194,7 +214,11 @@ def train_across(model, names, folder):
 
 def main(folder, wanted):
     found = {}
-    for layout, parallel in LAYOUTS.items():
+    for layout, parallel in ALL_LAYOUTS.items():
+        if not any(
+            used == layout and (not wanted or n in wanted) for n, (_, used) in CASES.items()
+        ):
+            continue
         start(parallel)
         for name, (model, used) in CASES.items():
             if used == layout and (not wanted or name in wanted):

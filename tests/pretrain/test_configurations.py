@@ -26,6 +26,7 @@ PUBLISHED = {"410m": 410e6, "805m": 805e6, "1b": 1e9, "1.3b": 1.3e9, "3.5b": 3.5
 
 def counted(path):
     model = build_config(ModelConfig, yaml.safe_load(path.read_text())["model"], str(path))
+    assert model.vocab_size is not None
     return model, count_model(model, model.vocab_size, 4096)
 
 

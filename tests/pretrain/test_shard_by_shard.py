@@ -36,6 +36,7 @@ def build_seven_billion():
 
     settings = yaml.safe_load(SEVEN_BILLION.read_text())["model"]
     config = build_config(ModelConfig, settings, "test")
+    assert config.vocab_size is not None
     layout = ParallelConfig(tensor=8, pipeline=4)
     total, most = 0, 0
     for rank in range(32):
