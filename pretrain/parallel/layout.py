@@ -43,6 +43,7 @@ def describe_layout(parallel: ParallelConfig, count: int, what: str = "process")
         "data-parallel": count // parallel.model_size,
     }
     shared = [f"{number} {name}" for name, number in parts.items() if number > 1]
+    experts = f", experts divided by {parallel.expert}" if parallel.expert > 1 else ""
     plural = "" if count == 1 else "es" if what.endswith("s") else "s"
     processes = f"{count} {what}{plural}"
-    return processes if len(shared) < 1 else f"{processes} ({' x '.join(shared)})"
+    return f"{processes} ({' x '.join(shared)}{experts})" if shared else processes

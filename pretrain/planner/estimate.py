@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import add
 
 import torch
 
@@ -22,17 +22,21 @@ _LIVE_PARAMETERS = 1_000_000_000  # that DeepSpeed's ZeRO-3 keeps gathered
 
 @dataclass
 class StageEstimate:
-    """Of a process of one pipeline stage. memory: bytes by kind, at the moment when they are most;
-    forward, backward: seconds of one micro-batch, tensor-parallel exchanges included."""
+    """Of a process of one pipeline stage. parameters: those of experts apart; memory: bytes by
+    kind, at the moment when they are most; forward, backward: seconds of one micro-batch, the
+    exchanges of tensor and expert parallelism included."""
 
     blocks: list[range]
     parameters: int
+    expert_parameters: int
     memory: dict[str, float]
     forward: float
     backward: float
     hardware_flops: float
     tensor_bytes: float
     tensor_seconds: float
+    expert_bytes: float
+    expert_seconds: float
 
     @property
     def peak(self) -> float:
@@ -147,10 +151,16 @@ class Planner:
         for rank in range(count):
             own = divided[rank::count]
             chains = [list(self._chain(stage, units)) for stage in own]
-            held = Counter[tuple[torch.dtype, bool]]()
+            held, experts = (Counter[tuple[torch.dtype, bool]]() for _ in range(2))
             for unit in self._held(own, units):
                 held.update(unit.parameters)
+                experts.update(unit.experts)
+            experts = Counter({k: n // parallel.expert for k, n in experts.items()})
             memory = self._state_memory(parallel, held, data)
+            if experts:  # copies of an expert are fewer, so less of its optimizer is divided
+                copies = data * parallel.tensor // parallel.expert
+                for kind, more in self._state_memory(parallel, experts, copies).items():
+                    memory[kind] = (max if kind == "update" else add)(memory[kind], more)
             memory.update(self._activation_memory(parallel, chains, rank, micro_batches, memory))
             costs = [(u.forward, u.backward, trained) for chain in chains for u, trained in chain]
             seconds = [sum(f.seconds for f, _, _ in costs),
@@ -162,13 +172,28 @@ class Planner:
             waits = [self.hardware.link_seconds(
                 bytes_, number, spans_nodes=parallel.tensor > self.hardware.devices_per_node
             ) for bytes_, number in zip(sent, calls, strict=True)]  # fmt: skip
+            travels = [(u.routed, 1 + trained) for chain in chains for u, trained in chain]
+            routed = self._routed_bytes(parallel, sum(n * ways for n, ways in travels))
+            # There and back, in each direction.
+            routing = self.hardware.link_seconds(
+                routed, 2 * sum(ways for n, ways in travels if n) * (parallel.expert > 1),
+                spans_nodes=parallel.expert > self.hardware.devices_per_node,
+            )  # fmt: skip
             stages.append(StageEstimate(
                 blocks=[stage.blocks for stage in own], parameters=sum(held.values()),
-                memory=memory, forward=seconds[0] + waits[0], backward=seconds[1] + waits[1],
+                expert_parameters=sum(experts.values()), memory=memory,
+                forward=seconds[0] + waits[0] + routing / 2,
+                backward=seconds[1] + waits[1] + routing / 2,
                 hardware_flops=sum(f.flops + b.flops * trained for f, b, trained in costs),
                 tensor_bytes=sum(sent), tensor_seconds=sum(waits),
+                expert_bytes=routed, expert_seconds=routing,
             ))  # fmt: skip
         return stages
+
+    def _routed_bytes(self, parallel: ParallelConfig, tokens: int) -> float:
+        """Sent by a process when so many tokens go to their experts and come back, evenly."""
+        width = DTYPES[self.config.train.precision].itemsize * self.config.model.hidden_size
+        return 2.0 * width * tokens * (parallel.expert - 1) / parallel.expert
 
     def _chain(self, stage: Stage, units: Units) -> Iterator[tuple[Unit, bool]]:
         """What a micro-batch goes through in a stage, and whether gradients go back through it."""
@@ -263,7 +288,7 @@ class Planner:
                     if unit.name == "head":
                         head = max(unit.forward.peak, unit.backward.peak)
                     worst = max(worst, held + unit.backward.peak + filled)
-                    filled += late * sum(unit.parameters.values())
+                    filled += late * unit.parameters.total()
         if parts > 1:
             ahead = 2 * (stages - rank - 1) + (parts - 1) * stages + 1
             waiting = (min(ahead, micro_batches * parts) - 1) / parts
@@ -295,6 +320,7 @@ class Planner:
         slowest = max(both)
         fill = (sum(both) - slowest) / parts
         tensor = micro_batches * max(s.tensor_seconds for s in stages)
+        expert = micro_batches * max(s.expert_seconds for s in stages)
         # Megatron's order of ranks: tensor, data, pipeline.
         per_node = hardware.devices_per_node
         across = data * parallel.model_size > per_node
@@ -310,19 +336,26 @@ class Planner:
         # Interleaved messages go beside the work; others are waited for, there and back.
         waits = micro_batches if parts == 1 else 0
         pipeline = (waits + count - 1) * 2 * message if count > 1 else 0.0
-        held = max(s.parameters for s in stages)
+        copies = data * parallel.tensor // parallel.expert  # of an expert
         times, gradients_late = self._exchanges(parallel, data, micro_batches, width)
-        exchanged = held * times * (data - 1) / data
+        exchanged = times * max(
+            s.parameters * (data - 1) / data + s.expert_parameters * (copies - 1) / copies
+            for s in stages
+        )
         spans = data * parallel.tensor > per_node
         exchange = hardware.link_seconds(exchanged, 2 * (data > 1), spans_nodes=spans)
         hidden = 0.0
         if parallel.overlap and gradients_late:
             hidden = min(exchange, min(s.backward for s in stages) / parts)
-        shares = data if parallel.zero_stage else 1
-        moved = held * (28.0 / shares + 8.0)
+        dense, own = (data, copies) if parallel.zero_stage else (1, 1)
+        moved = max(
+            s.parameters * (28.0 / dense + 8.0) + s.expert_parameters * (28.0 / own + 8.0)
+            for s in stages
+        )
         seconds = {
-            "compute": micro_batches * slowest - tensor,
+            "compute": micro_batches * slowest - tensor - expert,
             "tensor parallel": tensor,
+            "expert parallel": expert,
             "pipeline bubble": fill,
             "pipeline messages": pipeline,
             "data parallel": exchange - hidden,
@@ -330,6 +363,7 @@ class Planner:
         }
         sent = {
             "tensor parallel": micro_batches * max(s.tensor_bytes for s in stages),
+            "expert parallel": micro_batches * max(s.expert_bytes for s in stages),
             "pipeline": micro_batches * borders * activation,
             "data parallel": exchanged,
         }
@@ -345,8 +379,3 @@ class Planner:
             return (8.0 if parallel.zero_stage == 0 else 4.0 + width), True
         times = {0: 2, 1: 3, 2: 2 * micro_batches + 1, 3: 2 * micro_batches}
         return float(width * times[parallel.zero_stage]), parallel.zero_stage > 1
-
-
-def with_layout(parallel: ParallelConfig, **changes: object) -> ParallelConfig:
-    """The same settings but for some."""
-    return dataclasses.replace(parallel, **changes)  # type: ignore[arg-type]

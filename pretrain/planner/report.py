@@ -253,7 +253,7 @@ def _memory_table(estimate: Estimate, hardware: Hardware) -> Table:
     for number, stage in enumerate(estimate.stages):
         blocks = ", ".join(f"{b.start}-{b.stop - 1}" if len(b) else "head" for b in stage.blocks)
         table.add_row(
-            str(number), blocks, f"{stage.parameters:,}",
+            str(number), blocks, f"{stage.parameters + stage.expert_parameters:,}",
             *(f"{stage.memory.get(kind, 0.0) / 1e9:,.2f}" for kind in kinds),
             f"{stage.peak / 1e9:,.2f}",
         )  # fmt: skip
@@ -322,6 +322,7 @@ def _short(parallel: Any, devices: int) -> str:
     data = devices // parallel.model_size
     parts = [
         f"TP{parallel.tensor}" * (parallel.tensor > 1),
+        f"EP{parallel.expert}" * (parallel.expert > 1),
         f"PP{parallel.pipeline}" * (parallel.pipeline > 1),
         f"VPP{parallel.virtual_pipeline}" * (parallel.virtual_pipeline > 1),
         f"DP{data}" * (data > 1),
@@ -335,6 +336,7 @@ def _settings(candidate: Candidate) -> str:
     parallel = candidate.parallel
     chosen = {
         "tensor": parallel.tensor, "sequence": str(parallel.sequence).lower(),
+        "expert": parallel.expert,
         "pipeline": parallel.pipeline, "virtual_pipeline": parallel.virtual_pipeline,
         "micro_batch_size": parallel.micro_batch_size, "zero_stage": parallel.zero_stage,
         "zero_backend": parallel.zero_backend,

@@ -25,8 +25,17 @@ class Candidate:
     why: str = ""
 
 
-def candidates(devices: int, per_node: int) -> Iterator[ParallelConfig]:
-    """Tensor parallelism within a node, pipelines, and ZeRO over the rest."""
+def candidates(devices: int, per_node: int, experts: int = 1) -> Iterator[ParallelConfig]:
+    """Tensor parallelism within a node, pipelines, and ZeRO over the rest; ``experts``, where there
+    are any, divided over as many devices as they can be."""
+    for layout in _dense(devices, per_node):
+        yield layout
+        if layout.zero_backend == "megatron":
+            for expert in _powers(min(experts, devices // layout.pipeline))[1:]:
+                yield dataclasses.replace(layout, expert=expert)
+
+
+def _dense(devices: int, per_node: int) -> Iterator[ParallelConfig]:
     for tensor in _powers(min(devices, per_node)):
         for pipeline in _powers(min(devices // tensor, 16)):
             for parts in (1, 2, 4) if pipeline > 1 else (1,):
@@ -43,7 +52,9 @@ def candidates(devices: int, per_node: int) -> Iterator[ParallelConfig]:
 def search(planner: Planner, devices: int) -> list[Candidate]:
     """Every candidate: those that fit first, fastest first, then the others."""
     found = []
-    for parallel in candidates(devices, planner.hardware.devices_per_node):
+    moe = planner.config.model.moe
+    experts = moe.num_experts if moe is not None else 1
+    for parallel in candidates(devices, planner.hardware.devices_per_node, experts):
         for checkpointing in CHECKPOINTING:
             found.append(_try(planner, parallel, devices, checkpointing))
     fits = [c for c in found if not c.why]

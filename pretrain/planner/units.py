@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pretrain.config import ModelConfig, ParallelConfig
 from pretrain.models.blocks import block_specs
 from pretrain.models.language_model import LanguageModel, parallel_context
+from pretrain.models.moe import MoE
 from pretrain.ops.packing import rows_as_sequences
 from pretrain.parallel.fake_processes import as_process
 from pretrain.planner.hardware import Hardware
@@ -29,11 +30,14 @@ _PATIENCE = 40_000
 
 @dataclass
 class Unit:
-    """parameters: of this process, by (dtype, whether weight decay applies); forward, backward: of
-    one micro-batch; forward's ``kept`` is what waits for the backward pass."""
+    """parameters: of this process, by (dtype, whether weight decay applies), those of experts apart
+    and all of them; routed: tokens times experts that each goes to; forward, backward: of one
+    micro-batch; forward's ``kept`` is what waits for the backward pass."""
 
     name: str
     parameters: Counter[tuple[torch.dtype, bool]]
+    experts: Counter[tuple[torch.dtype, bool]]
+    routed: int
     forward: Cost
     backward: Cost
 
@@ -107,10 +111,14 @@ class _Measurement:
         self, name: str, modules: list[nn.Module], measure: Callable[[int], tuple[Cost, Cost]]
     ) -> Unit:
         parameters: Counter[tuple[torch.dtype, bool]] = Counter()
+        experts: Counter[tuple[torch.dtype, bool]] = Counter()
+        routed, tokens = 0, self.rows * self.seq_len // self.divided
         for module in modules:
             for p in module.parameters():
-                parameters[p.dtype, bool(getattr(p, "decay", True))] += p.numel()
-        return Unit(name, parameters, *self._over_time(measure))
+                counter = experts if getattr(p, "expert_parallel", False) else parameters
+                counter[p.dtype, bool(getattr(p, "decay", True))] += p.numel()
+            routed += sum(tokens * m.config.top_k for m in module.modules() if isinstance(m, MoE))
+        return Unit(name, parameters, experts, routed, *self._over_time(measure))
 
     def _over_time(self, measure: Callable[[int], tuple[Cost, Cost]]) -> tuple[Cost, Cost]:
         """At the wanted length, or drawn out in a line from shorter ones where a loop over time
