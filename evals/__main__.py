@@ -26,6 +26,10 @@ def main() -> int:
         "--recurrences", type=_positive,
         help="passes through the loop of a recursive model (the configured number)",
     )  # fmt: skip
+    parser.add_argument(
+        "--weights", choices=("last", "ema"), default="last",
+        help="of the last step, or averaged over steps by optimizer.ema_decay",
+    )  # fmt: skip
     parser.add_argument("--max-tokens", type=_positive, help="stop after so many (all)")
     arguments = parser.parse_args()
     for task in arguments.tasks.split(","):
@@ -35,7 +39,8 @@ def main() -> int:
     from evals.model_loading import load_model
     from pretrain.parallel.processes import stop_processes
 
-    loaded = load_model(arguments.checkpoint, recurrences=arguments.recurrences)
+    averaged = arguments.weights == "ema"
+    loaded = load_model(arguments.checkpoint, recurrences=arguments.recurrences, averaged=averaged)
     from evals.perplexity import evaluate_perplexity
 
     result = evaluate_perplexity(
@@ -48,6 +53,8 @@ def main() -> int:
     if arguments.recurrences is not None:
         mark = f"-recurrences-{arguments.recurrences}{mark}"
         result["recurrences"] = arguments.recurrences
+    if averaged:
+        mark, result["weights"] = f"-ema{mark}", "ema"
     path = loaded.evals_directory / f"perplexity-{loaded.checkpoint.name}{mark}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)

@@ -39,10 +39,15 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, recurrences: int | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    recurrences: int | None = None,
+    averaged: bool = False,
 ) -> LoadedModel:
     """A checkpoint, or the latest of a run directory; ``recurrences``: passes through the loop of
-    a recursive model instead of the configured number. Raises UserError naming what is wrong."""
+    a recursive model instead of the configured number; ``averaged``: weights averaged over steps
+    (optimizer.ema_decay). Raises UserError naming what is wrong."""
     checkpoint = find_checkpoint(Path(path)).resolve()
     check_files(checkpoint)
     state = read_state(checkpoint)
@@ -54,5 +59,5 @@ def load_model(
         if model.recursion is None:
             raise UserError(f"--recurrences is given, but the model of {checkpoint} has no loop")
         model.recursion.set_times(recurrences)
-    load_weights(checkpoint, model)
+    load_weights(checkpoint, model, averaged=averaged)
     return LoadedModel(model.eval(), tokenizer, run, state, checkpoint)

@@ -13,25 +13,33 @@ import dataclasses
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data_prep.config_files import build_config
+from data_prep.config_files import build_config, load_config
 from data_prep.errors import UserError
-from pretrain.config import ModelConfig
+from pretrain.config import ModelConfig, RunConfig
 from pretrain.models.blocks import block_specs
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.sharded_state import State, load_state, weights_state
+from pretrain.parallel.sharded_state import (
+    State,
+    load_state,
+    optimizer_key,
+    weights_state,
+    whole_part,
+)
 
 
 @dataclass
 class CheckpointState:
     """What a checkpoint says of itself. step: optimizer steps done; skipped: steps that were left
-    out for a loss or gradient that was not finite."""
+    out for a loss or gradient that was not finite, or a spike; data_offset: tokens of data that
+    rollbacks left out; recent_losses: see :class:`pretrain.spikes.SpikeDetector`."""
 
     step: int
     tokens: int
@@ -42,6 +50,9 @@ class CheckpointState:
     tokenizer_sha256: str
     data: list[str]
     model: dict[str, Any]
+    data_offset: int = 0
+    rollbacks: int = 0
+    recent_losses: list[float] = field(default_factory=list)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -130,6 +141,12 @@ def read_state(checkpoint: Path) -> CheckpointState:
         raise _damaged(checkpoint, "state.json is missing or unreadable") from None
 
 
+# Settings of a model that say how it begins or is trained, not what it computes.
+_NOT_THE_MODEL = {
+    "init_std", "depth_scaled_init", "z_loss_weight", "moe.balance_weight", "moe.z_loss_weight",
+}  # fmt: skip
+
+
 def check_same_model(
     state: CheckpointState, model: ModelConfig, vocab_size: int, checkpoint: Path
 ) -> None:
@@ -140,7 +157,7 @@ def check_same_model(
     differences = [
         f"model.{key} is {saved.get(key)} there and {wanted.get(key)} here"
         for key in sorted({*saved, *wanted})
-        if saved.get(key) != wanted.get(key) and not key.startswith(("init_std", "depth_scaled"))
+        if saved.get(key) != wanted.get(key) and key not in _NOT_THE_MODEL
     ]
     if differences:
         raise UserError(f"{checkpoint} holds another model: {'; '.join(differences)}")
@@ -172,9 +189,26 @@ def load_checkpoint(checkpoint: Path, engine: Engine) -> None:
     engine.updates.loaded(state.step - state.skipped)
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Weights alone, for evaluation."""
+def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) -> None:
+    """Weights alone, for evaluation; ``averaged``: over steps, by ``optimizer.ema_decay``. Raises
+    UserError where the checkpoint has no such average."""
     _load(weights_state([model], saving=False), checkpoint)
+    if not averaged:
+        return
+    decay = load_config(RunConfig, checkpoint / "config.yaml").optimizer.ema_decay
+    if decay == 0:
+        raise UserError(
+            f"{checkpoint} has no averaged weights: it was trained with optimizer.ema_decay 0"
+        )
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    averages = {n: torch.empty(p.shape, dtype=torch.float32) for n, p in trained.items()}
+    _load(
+        {optimizer_key("ema", n): whole_part(p, averages[n]) for n, p in trained.items()},
+        checkpoint,
+    )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(averages[name])
 
 
 def _load(state: State, checkpoint: Path) -> None:

@@ -131,10 +131,17 @@ class ModelConfig:
     """pattern: the blocks, see pretrain/models/pattern.py; mixers: settings by name, only what
     differs from a mixer's own defaults (an entry with ``kind: NAME`` makes a variant of mixer NAME
     under a name of its own); vocab_size: null = the tokenizer's, rounded up to a multiple of 128;
-    depth_scaled_init: output projections start smaller by sqrt(2 x blocks passed); block_norm:
-    ``pre``, or ``sandwich``, which also normalises the stream behind mixer and MLP;
+    block_norm: ``pre``, or ``sandwich``, which also normalises the stream behind mixer and MLP;
     scale_embeddings: multiply embeddings by sqrt(hidden_size); moe: see MoEConfig; recursion: see
-    RecursionConfig."""
+    RecursionConfig.
+
+    depth_scaled_init: output projections start smaller by sqrt(2 x blocks passed) (GPT-2).
+    mup_base_hidden_size: maximal-update parametrization (arXiv 2203.03466, table 8): what was tuned
+    at this width holds at others. With m = hidden_size / base, matrices of the blocks start smaller
+    by sqrt(m) and learn m times slower, and logits are divided by m; let the number of heads grow,
+    not their width. logit_softcap: c tanh(logit / c) (arXiv 2408.00118). z_loss_weight: of the
+    squared log-sum of a token's logits in the training loss (arXiv 2204.02311).
+    """
 
     pattern: str
     hidden_size: int = setting(minimum=1)
@@ -144,7 +151,10 @@ class ModelConfig:
     tie_embeddings: bool = True
     norm_eps: float = setting(1e-6, above=0)
     init_std: float = setting(0.02, above=0)
-    depth_scaled_init: bool = True
+    depth_scaled_init: bool = False
+    mup_base_hidden_size: int | None = setting(None, minimum=1)
+    logit_softcap: float | None = setting(None, above=0)
+    z_loss_weight: float = setting(0.0, minimum=0)
     block_norm: str = setting("pre", choices=("pre", "sandwich"))
     scale_embeddings: bool = False
     moe: MoEConfig | None = None
@@ -153,13 +163,26 @@ class ModelConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW; weight decay acts on matrices only. clip_grad: global norm, 0 = off."""
+    """AdamW; weight decay acts on matrices only. clip_grad: global norm, 0 = off.
 
+    kind: ``muon`` updates the matrices of the blocks by their orthogonalised momentum
+    (``muon_momentum``, Nesterov's), scaled to the size of AdamW's updates so that one learning rate
+    and weight decay serve both (arXiv 2502.16982); all else stays with AdamW. ema_decay: of an
+    exponential average of the weights over steps, saved with every checkpoint for
+    ``python -m evals --weights ema``; 0 = none (Polyak and Juditsky 1992; arXiv 2306.03241).
+    gradient_noise: eta of Gaussian noise of variance eta / (1 + step)^0.55 that is added to clipped
+    gradients (arXiv 1511.06807).
+    """
+
+    kind: str = setting("adamw", choices=("adamw", "muon"))
     lr: float = setting(1e-3, above=0)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = setting(1e-8, above=0)
     weight_decay: float = setting(0.1, minimum=0)
     clip_grad: float = setting(1.0, minimum=0)
+    muon_momentum: float = setting(0.95, minimum=0, below=1)
+    ema_decay: float = setting(0.0, minimum=0, below=1)
+    gradient_noise: float = setting(0.0, minimum=0)
 
 
 @dataclass
@@ -179,9 +202,32 @@ class ScheduleConfig:
 
 
 @dataclass
+class SpikeConfig:
+    """What a sudden rise of the loss does: ``none``; ``skip`` leaves the step out (as
+    OLMo-core's SkipStepAdamW); ``rollback`` goes back to a checkpoint at
+    least ``rollback_steps`` older and from there leaves out the data up to the spike and of
+    ``skip_steps`` further steps (arXiv 2204.02311, section 5.1).
+
+    A spike is a loss more than ``deviations`` standard deviations above the mean of the last
+    ``window`` steps' losses, and more than ``margin`` nats. After ``most`` rollbacks the run stops.
+    """
+
+    policy: str = setting("none", choices=("none", "skip", "rollback"))
+    window: int = setting(128, minimum=8)
+    deviations: float = setting(6.0, above=0)
+    margin: float = setting(0.1, minimum=0)
+    rollback_steps: int = setting(100, minimum=1)
+    skip_steps: int = setting(200, minimum=0)
+    most: int = setting(5, minimum=1)
+
+
+@dataclass
 class TrainConfig:
     """steps or tokens: the budget, exactly one of them; global_batch_tokens: tokens per optimizer
     step over all processes.
+
+    batch_warmup_steps: over so many steps the batch doubles, at equal distances, from
+    ``batch_warmup_start`` tokens to global_batch_tokens (arXiv 2505.23971); 0 = off.
 
     nonfinite: what a loss or gradient that is not finite does, ``stop`` or ``skip`` the step.
     activation_checkpointing: ``block`` keeps only each block's input and recomputes the rest.
@@ -191,9 +237,12 @@ class TrainConfig:
     tokens: int | None = setting(None, minimum=1)
     seq_len: int = setting(512, minimum=2)
     global_batch_tokens: int = setting(8192, minimum=1)
+    batch_warmup_steps: int = setting(0, minimum=0)
+    batch_warmup_start: int | None = setting(None, minimum=1)
     precision: str = setting("float32", choices=("float32", "bf16"))
     activation_checkpointing: str = setting("none", choices=("none", "block"))
     nonfinite: str = setting("stop", choices=("stop", "skip"))
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     threads: int | None = setting(None, minimum=1, maximum=1024)
 
     @property
@@ -201,11 +250,30 @@ class TrainConfig:
         """Optimizer steps of the whole run."""
         if self.steps is not None:
             return self.steps
-        return -(-(self.tokens or 0) // self.global_batch_tokens)
+        steps = self._warmup_steps
+        rest = (self.tokens or 0) - self.tokens_before(steps)
+        if rest >= 0:
+            return steps - (-rest // self.global_batch_tokens)
+        while self.tokens_before(steps - 1) >= (self.tokens or 0):
+            steps -= 1
+        return steps
 
     @property
-    def sequences_per_step(self) -> int:
-        return self.global_batch_tokens // self.seq_len
+    def _warmup_steps(self) -> int:
+        return self.batch_warmup_steps if self.batch_warmup_start is not None else 0
+
+    def batch_tokens(self, step: int) -> int:
+        """Tokens of optimizer step ``step``, counted from 0."""
+        if self.batch_warmup_start is None or step >= self.batch_warmup_steps:
+            return self.global_batch_tokens
+        doublings = (self.global_batch_tokens // self.batch_warmup_start).bit_length() - 1
+        return self.batch_warmup_start << (step * doublings // self.batch_warmup_steps)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of all steps before ``step``."""
+        warm = min(step, self._warmup_steps)
+        rest = (step - warm) * self.global_batch_tokens
+        return rest + sum(self.batch_tokens(i) for i in range(warm))
 
 
 @dataclass
@@ -319,126 +387,11 @@ class RunConfig:
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, extend, override and check a run's settings. Raises ConfigError."""
+    from pretrain.config_checks import check_run_config
+
     config = load_config(RunConfig, path, overrides)
     check_run_config(config, str(path))
     return config
 
 
-def check_run_config(config: RunConfig, where: str) -> None:
-    """What one field alone cannot tell. Raises ConfigError naming the field."""
-    train, optimizer = config.train, config.optimizer
-    if config.name in ("", ".", "..") or "/" in config.name:
-        raise ConfigError(f"{where}: name is '{config.name}', expected a plain name for a folder")
-    if (train.steps is None) == (train.tokens is None):
-        raise ConfigError(
-            f"{where}: train.steps is {train.steps} and train.tokens {train.tokens}, "
-            "expected exactly one of them to be set"
-        )
-    micro_batch = train.seq_len * config.parallel.micro_batch_size
-    if train.global_batch_tokens % micro_batch:
-        raise ConfigError(
-            f"{where}: train.global_batch_tokens is {train.global_batch_tokens}, expected a "
-            f"multiple of seq_len x micro_batch_size = {micro_batch}"
-        )
-    _check_parallel(config, where)
-    _check_experts(config, where)
-    if (config.data.path is None) == (not config.data.blend):
-        raise ConfigError(f"{where}: expected either data.path or data.blend to be set")
-    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ConfigError(
-            f"{where}: optimizer.betas is {optimizer.betas}, expected two numbers in [0, 1)"
-        )
-    if config.schedule.decay == "exponential" and config.schedule.final_ratio == 0:
-        raise ConfigError(
-            f"{where}: schedule.final_ratio is 0, which an exponential decay never reaches; "
-            "expected more than 0"
-        )
-    flat = train.num_steps * (1 - config.schedule.decay_fraction)
-    if config.schedule.kind in ("wsd", "two_stage") and config.schedule.warmup_steps > flat:
-        raise ConfigError(
-            f"{where}: schedule.warmup_steps is {config.schedule.warmup_steps}, but the decay "
-            f"begins after {flat:g} of the {train.num_steps} steps"
-        )
-    if config.schedule.warmup_steps > train.num_steps:
-        raise ConfigError(
-            f"{where}: schedule.warmup_steps is {config.schedule.warmup_steps}, more than the "
-            f"{train.num_steps} steps of the run"
-        )
-
-
-def _check_experts(config: RunConfig, where: str) -> None:
-    """A mixture of experts, and how it is divided."""
-    moe, parallel = config.model.moe, config.parallel
-    if moe is None:
-        if parallel.expert > 1:
-            raise ConfigError(
-                f"{where}: parallel.expert is {parallel.expert}, but the model has no experts; "
-                "expected 1, or settings under model.moe"
-            )
-        return
-    if moe.top_k > moe.num_experts:
-        raise ConfigError(
-            f"{where}: model.moe.top_k is {moe.top_k}, expected at most its num_experts = "
-            f"{moe.num_experts}"
-        )
-    if config.model.mlp.kind == "none":
-        raise ConfigError(
-            f"{where}: model.moe takes the place of MLPs, but model.mlp.kind is none; expected "
-            "swiglu or gelu"
-        )
-    if moe.num_experts % parallel.expert:
-        raise ConfigError(
-            f"{where}: parallel.expert is {parallel.expert}, which does not divide the "
-            f"{moe.num_experts} experts"
-        )
-    if parallel.zero_backend != "megatron":
-        raise ConfigError(
-            f"{where}: parallel.zero_backend is {parallel.zero_backend}, which does not know "
-            "experts; expected megatron"
-        )
-    if parallel.tensor > 1 and not parallel.sequence:
-        raise ConfigError(
-            f"{where}: with model.moe and parallel.tensor {parallel.tensor} every process routes "
-            "tokens of its own; expected parallel.sequence=true"
-        )
-    if moe.capacity_factor is not None and parallel.tensor > 1:
-        raise ConfigError(
-            f"{where}: model.moe.capacity_factor is {moe.capacity_factor}, which counts a whole "
-            f"micro-batch's tokens; expected null with parallel.tensor {parallel.tensor}"
-        )
-
-
-def _check_parallel(config: RunConfig, where: str) -> None:
-    """The settings of ``parallel`` among themselves."""
-    parallel = config.parallel
-    row = config.train.seq_len
-    if parallel.sequence and (parallel.tensor == 1 or row % parallel.tensor):
-        raise ConfigError(
-            f"{where}: parallel.sequence divides the train.seq_len = {row} tokens of a sequence "
-            f"over parallel.tensor processes, found {parallel.tensor}; expected a divisor above 1"
-        )
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        raise ConfigError(
-            f"{where}: parallel.virtual_pipeline is {parallel.virtual_pipeline}, which needs "
-            "parallel.pipeline above 1"
-        )
-    stage, backend = parallel.zero_stage, parallel.zero_backend
-    if stage > 1 and parallel.pipeline > 1:
-        raise ConfigError(
-            f"{where}: parallel.zero_stage is {stage} with parallel.pipeline {parallel.pipeline}: "
-            "gradients that are divided as soon as they are made cannot add up over a pipeline's "
-            "micro-batches; expected zero_stage 0 or 1, or pipeline 1"
-        )
-    if stage > 1 and backend != "deepspeed":
-        raise ConfigError(
-            f"{where}: parallel.zero_stage is {stage}, which the {backend} backend does not have; "
-            "expected 0 or 1, or parallel.zero_backend=deepspeed"
-        )
-    if parallel.offload != "device" and (backend != "deepspeed" or stage == 0):
-        raise ConfigError(
-            f"{where}: parallel.offload is {parallel.offload}, expected device, or "
-            "parallel.zero_backend=deepspeed with parallel.zero_stage 1 to 3"
-        )
-
-
-__all__ = ["ConfigError", "RunConfig", "check_run_config", "load_run_config", "to_yaml"]
+__all__ = ["ConfigError", "RunConfig", "load_run_config", "to_yaml"]

@@ -168,10 +168,14 @@ class TrainingBatches:
                     f"of train.seq_len + 1 = {config.seq_len + 1}"
                 )
 
-    def micro_batches(self, step: int, rank: int = 0, size: int = 1) -> list[Batch]:
-        """Process ``rank`` of ``size`` data-parallel ones: its micro-batches of one step."""
-        per_step, micro = self.config.sequences_per_step, self.micro_batch_size
-        first = step * per_step
+    def micro_batches(
+        self, step: int, rank: int = 0, size: int = 1, *, offset: int = 0
+    ) -> list[Batch]:
+        """Process ``rank`` of ``size`` data-parallel ones: its micro-batches of one step;
+        ``offset``: tokens of data left out before it."""
+        length, micro = self.config.seq_len, self.micro_batch_size
+        first = (self.config.tokens_before(step) + offset) // length
+        per_step = self.config.batch_tokens(step) // length
         batches = []
         for start in range(first + rank * micro, first + per_step, size * micro):
             batches.append(self._batch(range(start, start + micro)))
@@ -192,9 +196,9 @@ class TrainingBatches:
         key = hashlib.sha256(f"{self.seed}:{self.names[source]}:{epoch}".encode()).digest()
         return source, permute(position, self.samples[source], key)
 
-    def epochs(self, step: int) -> list[float]:
+    def epochs(self, step: int, *, offset: int = 0) -> list[float]:
         """How often each source has been seen when ``step`` steps are done."""
-        seen = step * self.config.sequences_per_step
+        seen = (self.config.tokens_before(step) + offset) // self.config.seq_len
         return [float(seen * w / n) for w, n in zip(self.weights, self.samples, strict=True)]
 
 

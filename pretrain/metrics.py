@@ -85,7 +85,7 @@ class RunLog:
         self.console = Console(highlight=False, soft_wrap=True)
         self._metrics = directory / "metrics.jsonl"
         self._keep_metrics_up_to(step)
-        self._file = self._metrics.open("a")
+        self._open()
         self._text = (directory / "log.txt").open("a")
         if config.wandb != "disabled":
             self._wandb = _start_wandb(config, directory)
@@ -108,6 +108,20 @@ class RunLog:
             if row["step"] <= step:
                 kept.append(json.dumps(row) + "\n")
         write_bytes(self._metrics, "".join(kept).encode())
+
+    def _open(self) -> None:
+        self._file = self._metrics.open("a")
+
+    def rewind(self, step: int) -> None:
+        """Go on from an earlier step; the lines behind it go to metrics-rolled-back.jsonl."""
+        if not self.active:
+            return
+        self._file.close()
+        dropped = [row for row in read_metrics(self.directory) if row["step"] > step]
+        with (self.directory / "metrics-rolled-back.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in dropped)
+        self._keep_metrics_up_to(step)
+        self._open()
 
     def say(self, message: str) -> None:
         """A line on the screen and in log.txt."""

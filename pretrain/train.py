@@ -59,6 +59,7 @@ from pretrain.parallel.processes import (
 from pretrain.parallel.watchdog import Watchdog
 from pretrain.run_control import Interval, RunLock, StopSignals, log_seconds, seed_step
 from pretrain.schedule import learning_rate
+from pretrain.spikes import SpikeDetector, roll_back
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _MAX_SKIPS = 20
@@ -125,7 +126,11 @@ def _train(config: RunConfig, config_path: str, watchdog: Watchdog) -> int:
     if found is not None:
         load_checkpoint(found, engine)
         saved = read_state(found)
-        state.step, state.tokens, state.skipped = saved.step, saved.tokens, saved.skipped
+        state = dataclasses.replace(
+            state, step=saved.step, tokens=saved.tokens, skipped=saved.skipped,
+            data_offset=saved.data_offset, rollbacks=saved.rollbacks,
+            recent_losses=saved.recent_losses,
+        )  # fmt: skip
     if is_main_process():
         write_bytes(directory / "config.yaml", to_yaml(config).encode())
         write_json(directory / "environment.json", describe_environment())
@@ -178,10 +183,13 @@ def _loop(
     settings, directory = config.train, config.run_directory
     rank, size = data_parallel_place()
     checkpoints, num_steps = directory / "checkpoints", settings.num_steps
+    total_tokens = settings.tokens_before(num_steps)
     writer = CheckpointWriter(checkpoints, config, data.tokenizer.path)
     bytes_per_token, own_valid = _bytes_per_token(data, log), share_of(valid, rank, size)
     peak = peak_flops(settings.precision)
     interval, layer_metrics = Interval(), LayerMetrics()
+    detector = SpikeDetector(settings.spikes, state.recent_losses)
+    leave_out = detector.is_spike if settings.spikes.policy == "skip" else None
     first_step, skips_in_a_row = state.step, 0
 
     while state.step < num_steps:
@@ -190,14 +198,31 @@ def _loop(
         engine.begin_step(config.seed, step, rank, size)
         lr = learning_rate(config.schedule, config.optimizer.lr, step, num_steps)
         watchdog.at(f"reading the data of step {step + 1}")
-        own_batches = batches.micro_batches(step, rank, size)
+        own_batches = batches.micro_batches(step, rank, size, offset=state.data_offset)
         watchdog.at(f"step {step + 1}")
-        result = engine.train_step(own_batches, lr)
+        result = engine.train_step(own_batches, lr, leave_out)
         state.step += 1
-        state.tokens += settings.global_batch_tokens
-        interval.count(settings.global_batch_tokens)
+        state.tokens += settings.batch_tokens(step)
+        interval.count(settings.batch_tokens(step))
+        spike = math.isfinite(result.loss) and detector.is_spike(result.loss)
+        if spike and settings.spikes.policy == "rollback":
+            watchdog.at(f"rolling back from step {state.step}")
+            with interval.paused():
+                status = _roll_back(config, engine, writer, state, log, result.loss)
+            if status is not None:
+                return status
+            if state.step <= step:
+                continue
+        elif math.isfinite(result.loss):
+            detector.add(result.loss)
         if result.applied:
             skips_in_a_row = 0
+        elif spike:
+            state.skipped += 1
+            log.record({"step": state.step, "tokens": state.tokens, "skipped": state.skipped,
+                        "spike": result.loss})  # fmt: skip
+            log.say(f"step {state.step}: loss {result.loss:.4f} is a spike, left out "
+                    f"({state.skipped} steps so far)")  # fmt: skip
         else:
             state.skipped += 1
             log.record({"step": state.step, "tokens": state.tokens, "skipped": state.skipped})
@@ -238,10 +263,11 @@ def _loop(
                     "grad_norm": result.grad_norm, "tokens_per_second": speed,
                     **{k: peak and v * speed / (peak * world_size()) for k, v in shares.items()},
                     "memory": memory, "skipped": state.skipped,
-                    "epochs": max(batches.epochs(state.step)), "seconds": log_seconds(),
+                    "epochs": max(batches.epochs(state.step, offset=state.data_offset)),
+                    "seconds": log_seconds(),
                     **loop, **layers,
                 },
-                seconds_left=(num_steps - state.step) * settings.global_batch_tokens / speed,
+                seconds_left=(total_tokens - state.tokens) / speed,
             )  # fmt: skip
 
         stopping = any_process(stop.received)
@@ -270,6 +296,37 @@ def _loop(
         log.say(f"nothing to do: all {num_steps} steps are done")
     _finish(config, engine, data, log, stop)
     return EXIT_DONE
+
+
+def _roll_back(
+    config: RunConfig,
+    engine: Engine,
+    writer: CheckpointWriter,
+    state: CheckpointState,
+    log: RunLog,
+    loss: float,
+) -> int | None:
+    """Back to before a spike, with other data; the exit status where that has been too often."""
+    spike, spikes = state.step, config.train.spikes
+    writer.wait()
+    log.say(f"step {spike}: loss {loss:.4f} is a spike above {min(state.recent_losses):.4f} to "
+            f"{max(state.recent_losses):.4f}")  # fmt: skip
+    if state.rollbacks == spikes.most:
+        log.say(f"rolled back {spikes.most} times already (train.spikes.most), stopped; "
+                f"{_last_checkpoint(writer.directory)}")  # fmt: skip
+        return EXIT_NONFINITE
+    found = roll_back(config, engine, writer.directory, state)
+    if found is None:
+        log.say(f"no checkpoint is {spikes.rollback_steps} steps older; going on")
+        state.recent_losses.append(loss)
+        return None
+    writer.save(engine, state)  # so that whatever comes, the data is left out
+    log.rewind(state.step)
+    log.record({"step": state.step, "tokens": state.tokens, "rolled_back_from": spike,
+                "data_offset": state.data_offset})  # fmt: skip
+    log.say(f"rolled back to step {state.step}, leaving out the data up to the spike and of "
+            f"{spikes.skip_steps} steps more")  # fmt: skip
+    return None
 
 
 def _finish(
@@ -352,6 +409,11 @@ def _checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int
             "train.global_batch_tokens",
             before.train.global_batch_tokens,
             config.train.global_batch_tokens,
+        ),
+        (
+            "train.batch_warmup_steps, batch_warmup_start",
+            (before.train.batch_warmup_steps, before.train.batch_warmup_start),
+            (config.train.batch_warmup_steps, config.train.batch_warmup_start),
         ),
         ("train.precision", before.train.precision, config.train.precision),
         ("data", ", ".join(state.data), ", ".join(data.identity)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -102,6 +103,9 @@ class LanguageModel(nn.Module):
         self.checkpoint_blocks = activation_checkpointing == "block"
         d, recursion = config.hidden_size, config.recursion
         depth = (2 * sum(passes(config))) ** -0.5 if config.depth_scaled_init else 1.0
+        base = config.mup_base_hidden_size
+        self._width = d / base if base is not None else 1.0
+        inner = dataclasses.replace(context, width=self._width)
         if stage.first or (stage.last and config.tie_embeddings):
             self.embedding = vocab_embedding(context, vocab_size, d, config.init_std)
             if config.tie_embeddings and not (stage.first and stage.last):
@@ -113,23 +117,22 @@ class LanguageModel(nn.Module):
                 self.blocks.append(nn.Identity())  # so that blocks keep their numbers
                 continue
             layer = LayerContext(
-                d, config.init_std, config.init_std * depth, context, index, len(specs)
+                d, config.init_std, config.init_std * depth, inner, index, len(specs)
             )
             self.blocks.append(Block(spec, config, layer))
         self.recursion: Recursion | None = None
         self._loop = range(0)
         if recursion is not None and recursion.prelude in stage.blocks:
-            self.recursion = Recursion(recursion, d, config.init_std, context)
+            self.recursion = Recursion(recursion, d, config.init_std, inner)
             self._loop = range(recursion.prelude, len(specs) - recursion.coda)
             if recursion.lora_rank:
                 for index in self._loop:
-                    add_depth_lora(
-                        self.blocks[index], recursion.times, recursion.lora_rank, context
-                    )
+                    add_depth_lora(self.blocks[index], recursion.times, recursion.lora_rank, inner)
         if stage.last:
             self.final_norm = RMSNorm(d, config.norm_eps, context)
             if not config.tie_embeddings:
                 self.head = column_linear(context, d, vocab_size, config.init_std)
+                cast(Any, self.head.weight).hidden_matrix = False
 
     def set_input_tensor(self, tensor: Sequence[Tensor | None]) -> None:
         """Called by megatron-core's schedules with the previous stage's output ``[T, B, d]``."""
@@ -241,8 +244,16 @@ class LanguageModel(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         """``[T, B, vocab]``, this process's part of the vocabulary."""
-        x = column_input(self.final_norm(x), self.context)
-        return nn.functional.linear(x, self._head_weight)
+        x = column_input(self._head_input(x), self.context)
+        return self._capped(nn.functional.linear(x, self._head_weight))
+
+    def _head_input(self, x: Tensor) -> Tensor:
+        x = self.final_norm(x)
+        return x if self._width == 1 else x / self._width
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.model_config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
     def _head_weight(self) -> Tensor:
@@ -253,13 +264,15 @@ class LanguageModel(nn.Module):
         """``[T, B]`` in nats, of targets ``[T, B]``."""
         rows = self.vocab_size // self.context.tensor_size
         at_once = max(self.logits_at_once // rows, 1)
-        if targets.numel() <= at_once:
+        z_loss = self.model_config.z_loss_weight if self.training else 0.0
+        if targets.numel() <= at_once and z_loss == 0:
             logits = self._logits(x).float()
             return tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
-        x = column_input(self.final_norm(x), self.context)
+        x = column_input(self._head_input(x), self.context)
         losses = linear_cross_entropy(
             x.flatten(0, 1), self._head_weight, targets.flatten(), tokens_at_once=at_once,
-            group=self.context.group,
+            group=self.context.group, softcap=self.model_config.logit_softcap,
+            z_loss_weight=z_loss,
         )  # fmt: skip
         return losses.view_as(targets)
 

@@ -26,7 +26,8 @@ from pretrain.models.mixers.base import LayerContext
 from pretrain.models.mlp import MLP
 from pretrain.parallel.layers import (
     constant,
-    expert_parameter,
+    expert_matrices,
+    hidden_matrix,
     normal,
     replicated_parameter,
     used_on_part_of_the_tokens,
@@ -41,13 +42,14 @@ class MoE(nn.Module):
         super().__init__()
         self.config, self.parallel, d = config, context.parallel, context.hidden_size
         router = replicated_parameter(self.parallel, (config.num_experts, d), normal(context.std))
+        hidden_matrix(router, self.parallel, context.std)
         self.router = used_on_part_of_the_tokens(router, self.parallel)
         width = config.intermediate_size
-        self.gate_up_proj = expert_parameter(
-            self.parallel, (config.num_experts, d, 2 * width), normal(context.std)
+        self.gate_up_proj = expert_matrices(
+            self.parallel, (config.num_experts, d, 2 * width), context.std
         )
-        self.down_proj = expert_parameter(
-            self.parallel, (config.num_experts, width, d), normal(context.output_std)
+        self.down_proj = expert_matrices(
+            self.parallel, (config.num_experts, width, d), context.output_std
         )
         self.num_local = self.gate_up_proj.shape[0]
         if config.bias_update_rate > 0:

@@ -1,4 +1,5 @@
-"""AdamW with the state layout of the fused Adams that megatron-core was written for.
+"""AdamW with the state layout of the fused Adams that megatron-core was written for, Muon for the
+groups marked so, and an average of the weights beside either.
 
 The step count lives in the parameter group instead of in a tensor per parameter. megatron-core's
 distributed optimizer saves and restores only that layout completely; with ``torch.optim.AdamW`` its
@@ -13,9 +14,13 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
+from pretrain.parallel.muon import muon_step
+
 
 class AdamW(torch.optim.Optimizer):
-    """arXiv 1711.05101. Groups: lr, betas, eps, weight_decay, step."""
+    """arXiv 1711.05101. Groups: lr, betas, eps, weight_decay, step; ``muon``: updated by
+    :func:`pretrain.parallel.muon.muon_step` instead; ema_decay: of the weights' average ``ema`` in
+    the state, 0 = none."""
 
     def __init__(
         self,
@@ -44,12 +49,21 @@ class AdamW(torch.optim.Optimizer):
             if not params:
                 continue
             for p in params:
-                if "exp_avg" not in self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-            adamw(
+                fill_state(self.state[p], p, group)
+            if group.get("muon"):
+                muon_step(params, self.state, group)
+            else:
+                self._adamw_step(params, group)
+            if group.get("ema_decay"):
+                # Less at first, so that the random start is soon forgotten.
+                decay = min(group["ema_decay"], (1 + group["step"]) / (10 + group["step"]))
+                averages = [self.state[p]["ema"] for p in params]
+                torch._foreach_lerp_(averages, params, 1 - decay)
+
+    def _adamw_step(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+        adamw(
                 params,
-                [p.grad for p in params],
+                [p.grad for p in params if p.grad is not None],
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
@@ -59,6 +73,22 @@ class AdamW(torch.optim.Optimizer):
                 beta1=group["betas"][0], beta2=group["betas"][1],
                 lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
             )  # fmt: skip
+
+
+def state_keys(group: dict[str, Any]) -> tuple[str, ...]:
+    """What the state of a group's parameters consists of."""
+    moments = ("exp_avg",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
+    return (*moments, "ema") if group.get("ema_decay") else moments
+
+
+def fill_state(
+    state: dict[str, torch.Tensor], parameter: torch.Tensor, group: dict[str, Any]
+) -> None:
+    """What a parameter has before its first update; what is there stays."""
+    for key in state_keys(group):
+        if key not in state:
+            start = parameter.detach().clone() if key == "ema" else torch.zeros_like(parameter)
+            state[key] = start
 
 
 def install() -> None:

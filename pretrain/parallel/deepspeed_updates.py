@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -89,6 +90,8 @@ def divide_parameters(unit: nn.Module) -> None:
 class DeepSpeedUpdates:
     """Owns DeepSpeed's engine around this process's stages."""
 
+    step_seed = (0, 0)
+
     def __init__(
         self,
         parts: Sequence[LanguageModel],
@@ -129,14 +132,14 @@ class DeepSpeedUpdates:
     def _initialize(self, dtype: torch.dtype, parallel: ParallelConfig) -> Any:
         deepspeed = _import_deepspeed()
         parameters: list[Any] = list(self._named.values())
-        decayed = [p for p in parameters if p.decay]
-        others = [p for p in parameters if not p.decay]
+        groups: dict[tuple[float, float], list[Any]] = {}
+        for p in parameters:
+            groups.setdefault((float(p.decay), getattr(p, "lr_mult", 1.0)), []).append(p)
         # Without a learning rate at first: ZeRO-3 begins with a step that only makes state.
         optimizer = torch.optim.AdamW(
             [
-                {"params": group, "wd_mult": wd_mult}
-                for group, wd_mult in ((decayed, 1.0), (others, 0.0))
-                if group
+                {"params": groups[key], "wd_mult": key[0], "lr_mult": key[1]}
+                for key in sorted(groups, reverse=True)
             ],
             lr=0.0, betas=(self.config.betas[0], self.config.betas[1]), eps=self.config.eps,
         )  # fmt: skip
@@ -164,6 +167,7 @@ class DeepSpeedUpdates:
             "steps_per_print": None,
         }
         module = self.parts[0] if self._own_backward else nn.ModuleList(self.parts)
+        os.environ.setdefault("LOCAL_RANK", "0")  # asked for also where no launcher was needed
         with contextlib.redirect_stdout(io.StringIO()):
             engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, mpu=_Topology(),
@@ -218,7 +222,7 @@ class DeepSpeedUpdates:
     def apply(self, lr: float, loss: float) -> tuple[float, bool]:
         """(global gradient norm before clipping, whether the parameters were updated)."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
             group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
         if self.stage == 0:

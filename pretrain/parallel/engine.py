@@ -6,7 +6,7 @@ megatron-core (:mod:`.megatron_updates`) or by DeepSpeed (:mod:`.deepspeed_updat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +25,11 @@ from pretrain.parallel.processes import local_device, sum_over_replicas
 @dataclass
 class StepResult:
     """loss: mean over the global batch's counted targets, in nats, before the update; grad_norm:
-    global, before clipping; applied: whether the parameters were updated."""
+    global, before clipping, None where the step was left out unseen; applied: whether the
+    parameters were updated."""
 
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     applied: bool
 
 
@@ -57,18 +58,27 @@ class Engine:
 
     def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
         """See :meth:`pretrain.models.recursive.Recursion.begin_step`."""
+        self.updates.step_seed = (seed, step)
         for part in self.parts:
             if part.recursion is not None:
                 part.recursion.begin_step(seed, step, place, places)
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        leave_out: Callable[[float], bool] | None = None,
+    ) -> StepResult:
         """Forward, backward and update over this process's micro-batches of the global batch.
 
-        A loss or gradient norm that is not finite leaves parameters and optimizer untouched.
+        A loss or gradient norm that is not finite leaves parameters and optimizer untouched, and so
+        does a loss for which ``leave_out`` (not with DeepSpeed) says so, on every process.
         """
         sums = self.updates.gradients(batches)
         sum_over_replicas(sums)
         loss = float(sums[0] / sums[1].clamp_min(1))
+        if leave_out is not None and leave_out(loss):
+            return StepResult(loss=loss, grad_norm=None, applied=False)
         norm, applied = self.updates.apply(lr, loss)
         if applied:
             for part in self.parts:

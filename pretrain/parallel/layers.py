@@ -31,10 +31,13 @@ class ParallelContext:
 
     megatron:  megatron-core's model-parallel settings
     dtype:     dtype of weights and activations
+    width:     of the layers that are made, as a multiple of the width that initialisation and
+               learning rate were chosen at (maximal-update parametrization); 1: without it
     """
 
     megatron: TransformerConfig
     dtype: torch.dtype
+    width: float = 1.0
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -60,12 +63,12 @@ class ParallelContext:
         return count // self.tensor_size
 
 
-def expert_parameter(
-    context: ParallelContext, shape: tuple[int, ...], init: Initializer
+def expert_matrices(
+    context: ParallelContext, shape: tuple[int, int, int], std: float
 ) -> nn.Parameter:
-    """A parameter whose first axis is experts, divided over expert-parallel processes; ``shape`` is
-    the whole one. Its gradient is summed over the processes that hold the same experts. Raises
-    ValueError if uneven."""
+    """A matrix for each of the experts, the first axis, divided over expert-parallel processes;
+    ``shape`` is the whole one. Its gradient is summed over the processes that hold the same
+    experts. Raises ValueError if uneven."""
     size = parallel_state.get_expert_model_parallel_world_size()
     if shape[0] % size:
         raise ValueError(f"{shape[0]} experts do not divide over {size} expert-parallel processes")
@@ -75,7 +78,7 @@ def expert_parameter(
     set_tensor_model_parallel_attributes(parameter, True, 0, 1)
     tagged: Any = parameter
     tagged.allreduce, tagged.expert_parallel = False, True
-    return with_init(parameter, init)
+    return hidden_matrix(parameter, context, std)
 
 
 def divided_over(parameter: Any) -> tuple[int, int, int] | None:
@@ -123,6 +126,19 @@ def with_init(parameter: nn.Parameter, init: Initializer, *, decay: bool = True)
     return parameter
 
 
+def hidden_matrix(
+    parameter: nn.Parameter, context: ParallelContext, std: float, *, grows: bool = True
+) -> nn.Parameter:
+    """A matrix between activations: Muon's share of the parameters. Where the number of inputs
+    ``grows`` with the model, the maximal-update parametrization starts it smaller by the root of
+    the width's multiple and trains it slower by the multiple (arXiv 2203.03466, table 8)."""
+    tagged: Any = parameter
+    tagged.hidden_matrix = True
+    width = context.width if grows else 1.0
+    tagged.lr_mult = 1 / width
+    return with_init(parameter, normal(std * width**-0.5))
+
+
 def used_on_part_of_the_tokens(parameter: nn.Parameter, context: ParallelContext) -> nn.Parameter:
     """Mark a replicated parameter that, under sequence parallelism, each process applies to tokens
     of its own: megatron-core then sums its gradient over them."""
@@ -131,15 +147,18 @@ def used_on_part_of_the_tokens(parameter: nn.Parameter, context: ParallelContext
     return parameter
 
 
-def column_linear(context: ParallelContext, d_in: int, d_out: int, std: float) -> nn.Module:
-    """Linear without bias whose outputs are divided; its input comes from :func:`column_input`."""
+def column_linear(
+    context: ParallelContext, d_in: int, d_out: int, std: float, *, grows: bool = True
+) -> nn.Module:
+    """Linear without bias whose outputs are divided; its input comes from :func:`column_input`.
+    ``grows``: whether d_in does with the model, see :func:`hidden_matrix`."""
     layer = tensor_parallel.ColumnParallelLinear(
         d_in, d_out, config=context.megatron, init_method=None, bias=False, gather_output=False,
         disable_grad_reduce=True, tp_group=context.group,
     )  # fmt: skip
     layer.sequence_parallel = False  # column_input has gathered already, once for all projections
     set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
-    with_init(layer.weight, normal(std))
+    hidden_matrix(layer.weight, context, std, grows=grows)
     return layer
 
 
@@ -149,6 +168,7 @@ class SharedLinear(nn.Module):
     def __init__(self, context: ParallelContext, d_in: int, d_out: int, std: float):
         super().__init__()
         self.weight = replicated_parameter(context, (d_out, d_in), normal(std))
+        hidden_matrix(self.weight, context, std)
         self._context = context
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
@@ -179,7 +199,7 @@ def row_linear(context: ParallelContext, d_in: int, d_out: int, std: float) -> n
         skip_bias_add=False, tp_group=context.group,
     )  # fmt: skip
     set_tensor_model_parallel_attributes(layer.weight, True, 1, 1)
-    with_init(layer.weight, normal(std))
+    hidden_matrix(layer.weight, context, std)
     return layer
 
 
@@ -261,16 +281,29 @@ def _places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 yield f"{path}.{key}" if path else key, owner, key
 
 
+@torch.no_grad()
+def draw_like(parameter: nn.Parameter, std: float, key: str) -> Tensor:
+    """Gaussian values for this process's part of a parameter, float32 on its device; those of the
+    whole depend on ``key`` alone."""
+    values = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+    _draw(values, parameter, Normal(std), key)
+    return values
+
+
 def _fill(parameter: Any, key: str) -> None:
+    _draw(parameter, parameter, parameter.init, key)
+
+
+def _draw(target: Tensor, parameter: Any, init: Initializer, key: str) -> None:
     shape, axis, start = list(parameter.shape), 0, 0
     divided = divided_over(parameter)
     if divided is not None:
         axis, parts, place = divided
         start = place * shape[axis]
         shape[axis] *= parts
-    if not isinstance(parameter.init, Normal) or math.prod(shape) <= _WHOLE:
-        full = parameter.init(tuple(shape), _generator(key))
-        parameter.copy_(full.narrow(axis, start, parameter.shape[axis]) if shape else full)
+    if not isinstance(init, Normal) or math.prod(shape) <= _WHOLE:
+        full = init(tuple(shape), _generator(key))
+        target.copy_(full.narrow(axis, start, parameter.shape[axis]) if shape else full)
         return
     stop, size = start + parameter.shape[axis], shape[axis]
     for piece in range(_PIECES):
@@ -278,8 +311,8 @@ def _fill(parameter: Any, key: str) -> None:
         low, high = max(first, start), min(last, stop)
         if low < high:
             shape[axis] = last - first
-            values = parameter.init(tuple(shape), _generator(f"{key}:{piece}"))
-            parameter.narrow(axis, low - start, high - low).copy_(
+            values = init(tuple(shape), _generator(f"{key}:{piece}"))
+            target.narrow(axis, low - start, high - low).copy_(
                 values.narrow(axis, low - first, high - low)
             )
 

@@ -25,7 +25,13 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
             f"multiple of seq_len x micro_batch_size x data parallel size = {train.seq_len} x "
             f"{parallel.micro_batch_size} x {data} = {tokens}"
         )
-    micro_batches = train.global_batch_tokens // tokens
+    smallest = train.batch_tokens(0)
+    if smallest % tokens:
+        raise ConfigError(
+            f"{where}: train.batch_warmup_start is {smallest}, expected a multiple of seq_len x "
+            f"micro_batch_size x data parallel size = {tokens}"
+        )
+    micro_batches = smallest // tokens
     if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
         raise ConfigError(
             f"{where}: each process has {micro_batches} micro-batches per step; with "

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,10 @@ from pretrain.models.language_model import LanguageModel
 from pretrain.parallel import adamw
 from pretrain.parallel.forward_backward import run_schedule
 from pretrain.parallel.gradient_norm import global_norm
+from pretrain.parallel.layers import draw_like
 from pretrain.parallel.megatron_on_cpu import device_scope
 from pretrain.parallel.processes import data_parallel_place
 from pretrain.parallel.sharded_state import (
-    MOMENTS,
     State,
     flat_part,
     optimizer_key,
@@ -61,8 +61,21 @@ def _gather_before_use(wrapped: Any, part: LanguageModel) -> None:
         register(part.final_norm, [*part.final_norm.parameters(), *head.parameters()])
 
 
+def _is_hidden_matrix(parameter: Any) -> bool:
+    return getattr(parameter, "hidden_matrix", False)
+
+
+def _lr_mult(parameter: Any) -> float:
+    return getattr(parameter, "lr_mult", 1.0)
+
+
+_Place = tuple[torch.optim.Optimizer, dict[str, Any]]  # an optimizer and one of its groups
+
+
 class MegatronUpdates:
     """Owns the wrapped stages and their optimizer."""
+
+    step_seed = (0, 0)  # (seed of the run, step), for the gradient noise
 
     def __init__(
         self, parts: Sequence[LanguageModel], config: OptimizerConfig, parallel: ParallelConfig
@@ -88,6 +101,13 @@ class MegatronUpdates:
             ParamKey(predicate=no_decay): {"wd_mult": 0.0},
             ParamKey(predicate=wide): {"is_decoupled_lr": True},
         }
+        if config.kind == "muon":
+            muon = ParamPredicate(name="muon", fn=_is_hidden_matrix)
+            overrides[ParamKey(predicate=muon)] = {"muon": True}
+        slower = {_lr_mult(p) for part in parts for p in part.parameters()} - {1.0}
+        for number in slower:
+            same = ParamPredicate(name=f"lr {number}", fn=lambda p, n=number: _lr_mult(p) == n)
+            overrides[ParamKey(predicate=same)] = {"lr_mult": number}
         overlap = parallel.overlap and self.replicas > 1
         # Parameters are gathered when the next forward pass comes to them.
         self.gathers_late = overlap and self.divided
@@ -126,8 +146,9 @@ class MegatronUpdates:
 
     def apply(self, lr: float, loss: float) -> tuple[float, bool]:
         """(global gradient norm before clipping, whether the parameters were updated)."""
+        self._settle_groups()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
             # Also after a checkpoint, whose groups carry the settings of its own run. Nothing in
             # megatron-core's optimizer applies wd_mult: it would decay every group.
             group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
@@ -139,8 +160,25 @@ class MegatronUpdates:
                 return norm, False
             if self.config.clip_grad > 0:
                 self._clip(norm)
+            if self.config.gradient_noise > 0:
+                self._add_noise()
             self.optimizer.step_with_ready_grads()
         return norm, True
+
+    def _settle_groups(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["ema_decay"] = self.config.ema_decay
+            group["muon_momentum"] = self.config.muon_momentum
+
+    def _add_noise(self) -> None:
+        """arXiv 1511.06807, equation 1, gamma = 0.55; the same under every layout."""
+        seed, step = self.step_seed
+        std = (self.config.gradient_noise / (1 + step) ** 0.55) ** 0.5
+        for name, parameter, _, main, start in self._mains():
+            noise = draw_like(parameter, std, f"{seed}:{step}:{name}")
+            if start is not None:
+                noise = noise.view(-1)[start : start + main.numel()]
+            main.grad.add_(noise.view_as(main.grad))
 
     def _gradient_norm(self) -> float:
         """Experts have an optimizer of their own, and groups of their own that divide them."""
@@ -175,45 +213,53 @@ class MegatronUpdates:
         """exp_avg, exp_avg_sq and, where weights are narrower, the float32 weight of everything
         that this process updates; the tensors are the optimizer's own."""
         state: State = {}
+        self._settle_groups()
+        replicas = 1 if self.divided else self.replicas
+        for name, parameter, place, main, start in self._mains():
+            if saving and not writes(name, parameter, replicas=replicas):
+                continue
+            for key, tensor in self._tensors(place, main).items():
+                state[optimizer_key(key, name)] = (
+                    whole_part(parameter, tensor)
+                    if start is None
+                    else flat_part(parameter, start, tensor.view(-1))
+                )
+        return state
+
+    def _mains(self) -> Iterator[tuple[str, nn.Parameter, _Place, Any, int | None]]:
+        """Of all that this process updates: name, parameter, where it is, the tensor that is
+        updated, and where in the flattened parameter that begins, None: it is all of it."""
+        places = {
+            id(main): (optimizer.optimizer, group)
+            for optimizer in self._optimizers()
+            for group in optimizer.optimizer.param_groups
+            for main in group["params"]
+        }
         for part in self.parts:
             for name, parameter in part.named_parameters():
                 if not parameter.requires_grad:
                     continue
                 if self.divided:
-                    if not saving or writes(name, parameter, replicas=1):
-                        self._add_divided(state, name, parameter)
-                elif not saving or writes(name, parameter, replicas=self.replicas):
-                    main = getattr(parameter, "main_param", None)
+                    main, start = self._divided_main(parameter)
+                else:
+                    main, start = getattr(parameter, "main_param", None), None
                     main = parameter if main is None else main
-                    tensors = self._tensors(self._optimizer_of(main), main)
-                    for key, tensor in tensors.items():
-                        state[optimizer_key(key, name)] = whole_part(parameter, tensor)
-        return state
+                if main is not None:
+                    yield name, parameter, places[id(main)], main, start
 
-    def _optimizer_of(self, main: Tensor) -> torch.optim.Optimizer:
+    def _divided_main(self, parameter: nn.Parameter) -> tuple[Tensor | None, int | None]:
         for optimizer in self._optimizers():
-            for group in optimizer.optimizer.param_groups:
-                if any(p is main for p in group["params"]):
-                    return optimizer.optimizer
-        raise KeyError("no optimizer updates this parameter")
+            where = optimizer.model_param_group_index_map.get(parameter)
+            if where is not None:
+                main = optimizer.optimizer.param_groups[where[0]]["params"][where[1]]
+                return main, optimizer._get_model_param_range_map(parameter)["param"].start
+        return None, None  # another data-parallel process's
 
-    def _add_divided(self, state: State, name: str, parameter: nn.Parameter) -> None:
-        found = ((o, o.model_param_group_index_map.get(parameter)) for o in self._optimizers())
-        optimizer, where = next((f for f in found if f[1] is not None), (None, None))
-        if optimizer is None or where is None:  # another data-parallel process's
-            return
-        group, index = where
-        main = optimizer.optimizer.param_groups[group]["params"][index]
-        start = optimizer._get_model_param_range_map(parameter)["param"].start
-        for key, tensor in self._tensors(optimizer.optimizer, main).items():
-            state[optimizer_key(key, name)] = flat_part(parameter, start, tensor.view(-1))
-
-    def _tensors(self, optimizer: torch.optim.Optimizer, main: Tensor) -> dict[str, Tensor]:
+    def _tensors(self, place: _Place, main: Tensor) -> dict[str, Tensor]:
+        optimizer, group = place
         moments = optimizer.state[main]
-        for key in MOMENTS:
-            if key not in moments:
-                moments[key] = torch.zeros_like(main)
-        found = {key: moments[key] for key in MOMENTS}
+        adamw.fill_state(moments, main, group)
+        found = {key: moments[key] for key in adamw.state_keys(group)}
         return {**found, "param": main} if self.narrow else found
 
     def loaded(self, updates: int) -> None:

@@ -13,7 +13,7 @@ from pretrain.config import ParallelConfig, RunConfig
 from pretrain.models.blocks import ModelCounts, count_model
 from pretrain.models.stages import Stage, divide_into_stages
 from pretrain.planner.hardware import Hardware
-from pretrain.planner.units import Unit, Units, measure_units
+from pretrain.planner.units import ParameterKind, Unit, Units, measure_units
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _DEEPSPEED_BUCKET = 200_000_000  # elements
@@ -151,7 +151,7 @@ class Planner:
         for rank in range(count):
             own = divided[rank::count]
             chains = [list(self._chain(stage, units)) for stage in own]
-            held, experts = (Counter[tuple[torch.dtype, bool]]() for _ in range(2))
+            held, experts = (Counter[ParameterKind]() for _ in range(2))
             for unit in self._held(own, units):
                 held.update(unit.parameters)
                 experts.update(unit.experts)
@@ -231,36 +231,44 @@ class Planner:
             yield units.head
 
     def _state_memory(
-        self, parallel: ParallelConfig, held: Counter[tuple[torch.dtype, bool]], data: int
+        self, parallel: ParallelConfig, held: Counter[ParameterKind], data: int
     ) -> dict[str, float]:
         """Bytes of weights, gradients, optimizer state and what an update takes beside them."""
         narrow = self.config.train.precision != "float32"
         total = sum(held.values())
-        weights = float(sum(n * dtype.itemsize for (dtype, _), n in held.items()))
+        weights = float(sum(n * kind[0].itemsize for kind, n in held.items()))
         shares = data if parallel.zero_stage else 1
-        largest = max(sum(n for (_, d), n in held.items() if d is decay) for decay in (True, False))
-        update = 4.0 * largest / shares  # torch's fused loop over a group: a root of every element
+        optimizer = self.config.optimizer
+        muon = optimizer.kind == "muon"
+        stepped = Counter[bool]()
+        for (_, decay, hidden), n in held.items():
+            stepped[decay] += n * (not (muon and hidden))
+        # torch's fused loop over a group: a root of every element
+        update = 4.0 * max(stepped.values()) / shares
         if parallel.zero_backend == "megatron":
-            masters = sum(n for (dtype, _), n in held.items() if dtype != torch.float32)
+            # Two moments, of Muon's share one, and the average of the weights.
+            masters = sum(n for kind, n in held.items() if kind[0] != torch.float32)
+            state = (8.0 + 4.0 * (optimizer.ema_decay > 0)) * total + 4.0 * masters
+            state -= 4.0 * muon * sum(n for kind, n in held.items() if kind[2])
             return {
-                "weights": weights, "gradients": 4.0 * total,
-                "optimizer": (8.0 * total + 4.0 * masters) / shares, "update": update,
+                "weights": weights, "gradients": 4.0 * total, "optimizer": state / shares,
+                "update": update,
             }  # fmt: skip
         width = 2 if narrow else 4
         bucket = 4.0 * min(_DEEPSPEED_BUCKET, total)
-        optimizer = (8.0 if parallel.zero_stage == 0 else 12.0) * total / shares
+        moments = (8.0 if parallel.zero_stage == 0 else 12.0) * total / shares
         if parallel.offload == "cpu":
-            optimizer = 0.0
-        state = {"weights": float(width * total), "gradients": float(width * total),
-                 "optimizer": optimizer, "update": update}  # fmt: skip
+            moments = 0.0
+        memory = {"weights": float(width * total), "gradients": float(width * total),
+                  "optimizer": moments, "update": update}  # fmt: skip
         if parallel.zero_stage >= 2:
-            state["gradients"] = 4.0 * total / data
+            memory["gradients"] = 4.0 * total / data
             # A CPU's memory counts when it is written to: see _activation_memory.
-            state["communication"] = 0.0 if self._fills_late(parallel) else bucket
+            memory["communication"] = 0.0 if self._fills_late(parallel) else bucket
         if parallel.zero_stage == 3:
             live = min(_LIVE_PARAMETERS, total)
-            state["weights"] = width * (total / data + live)
-        return state
+            memory["weights"] = width * (total / data + live)
+        return memory
 
     def _activation_memory(
         self,

@@ -167,7 +167,7 @@ def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: U
     console.print(
         f"[bold]{config.name}[/bold]: {counts.parameters:,} parameters, "
         f"{train.num_steps:,} steps of {train.global_batch_tokens:,} tokens "
-        f"({train.num_steps * train.global_batch_tokens / 1e9:,.1f}B) in sequences of "
+        f"({train.tokens_before(train.num_steps) / 1e9:,.1f}B) in sequences of "
         f"{train.seq_len:,}, {train.precision}, "
         f"{describe_layout(parallel, estimate.devices, 'device')} of "
         f"{hardware.name}\n"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from data_prep.config_files import ConfigError
 from data_prep.errors import UserError
-from pretrain.config import ParallelConfig, RunConfig, check_run_config
+from pretrain.config import ParallelConfig, RunConfig
+from pretrain.config_checks import check_run_config
 from pretrain.parallel.layout import check_layout
 from pretrain.planner.estimate import Estimate, Planner
 

@@ -28,15 +28,19 @@ from pretrain.planner.simulation import Cost, Simulation
 _PATIENCE = 40_000
 
 
+ParameterKind = tuple[torch.dtype, bool, bool]
+
+
 @dataclass
 class Unit:
-    """parameters: of this process, by (dtype, whether weight decay applies), those of experts apart
-    and all of them; routed: tokens times experts that each goes to; forward, backward: of one
-    micro-batch; forward's ``kept`` is what waits for the backward pass."""
+    """parameters: of this process, by (dtype, whether weight decay applies, whether a hidden
+    matrix), those of experts apart and all of them; routed: tokens times experts that each goes to;
+    forward, backward: of one micro-batch; forward's ``kept`` is what waits for the backward pass.
+    """
 
     name: str
-    parameters: Counter[tuple[torch.dtype, bool]]
-    experts: Counter[tuple[torch.dtype, bool]]
+    parameters: Counter[ParameterKind]
+    experts: Counter[ParameterKind]
     routed: int
     forward: Cost
     backward: Cost
@@ -110,13 +114,14 @@ class _Measurement:
     def _unit(
         self, name: str, modules: list[nn.Module], measure: Callable[[int], tuple[Cost, Cost]]
     ) -> Unit:
-        parameters: Counter[tuple[torch.dtype, bool]] = Counter()
-        experts: Counter[tuple[torch.dtype, bool]] = Counter()
+        parameters: Counter[ParameterKind] = Counter()
+        experts: Counter[ParameterKind] = Counter()
         routed, tokens = 0, self.rows * self.seq_len // self.divided
         for module in modules:
             for p in module.parameters():
                 counter = experts if getattr(p, "expert_parallel", False) else parameters
-                counter[p.dtype, bool(getattr(p, "decay", True))] += p.numel()
+                hidden = bool(getattr(p, "hidden_matrix", False))
+                counter[p.dtype, bool(getattr(p, "decay", True)), hidden] += p.numel()
             routed += sum(tokens * m.config.top_k for m in module.modules() if isinstance(m, MoE))
         return Unit(name, parameters, experts, routed, *self._over_time(measure))
 

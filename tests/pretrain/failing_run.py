@@ -17,14 +17,14 @@ KIND = sys.argv.pop(1)
 _micro_batches = TrainingBatches.micro_batches
 
 
-def micro_batches(self, step, rank=0, size=1):
+def micro_batches(self, step, rank=0, size=1, *, offset=0):
     if step == 7 and os.environ["RANK"] == "1":
         if KIND == "raises":
             raise ZeroDivisionError("a reason")
         if KIND == "hangs":
             time.sleep(600)
         os.kill(os.getpid(), {"stops": signal.SIGSTOP, "killed": signal.SIGKILL}[KIND])
-    return _micro_batches(self, step, rank, size)
+    return _micro_batches(self, step, rank, size, offset=offset)
 
 
 TrainingBatches.micro_batches = micro_batches  # type: ignore[method-assign]

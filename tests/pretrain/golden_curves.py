@@ -73,7 +73,10 @@ def _cpu_lines():
 def losses(family):
     """Of every step, in a text that is half predictable, in documents of several lengths."""
     # Larger than usual at the start: norms of next to nothing would magnify a rounding error.
-    settings = {"hidden_size": 32, "init_std": 0.1, "mixers": MIXERS, **FAMILIES[family]}
+    settings = {
+        "hidden_size": 32, "init_std": 0.1, "depth_scaled_init": True, "mixers": MIXERS,
+        **FAMILIES[family],
+    }  # fmt: skip
     model = build_model(build_config(ModelConfig, settings, family), VOCAB, seed=1)
     engine = Engine(model, OptimizerConfig(lr=3e-3))
     generator = np.random.default_rng(7)

@@ -40,6 +40,10 @@ from tests.pretrain.test_engine import VOCAB, batches
 from tests.pretrain.test_mixers import SMALL
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.2, clip_grad=0.5)
+OPTIMIZERS = {
+    "options": dataclasses.replace(OPTIMIZER, ema_decay=0.9, gradient_noise=1e-4),
+    "muon": dataclasses.replace(OPTIMIZER, kind="muon", ema_decay=0.9),
+}
 STEPS, ROWS, SEQ_LEN = 3, 8, 32
 
 
@@ -51,12 +55,15 @@ def settings(pattern, **changes):
     return build_config(ModelConfig, values, "test")
 
 
+OPTIONS = {"mup_base_hidden_size": 12, "logit_softcap": 2.0, "z_loss_weight": 0.01}
 MODELS = {
     "tied": settings("gdn attn m2rnn gdn", scale_embeddings=True),
     "bf16": settings("gdn attn m2rnn gdn"),
     "untied": settings("para_gru attn mamba2 delta_product", tie_embeddings=False),
     # One process computes the loss at once, several piece by piece.
     "pieces": settings("kda swa lstm hgrn2", block_norm="sandwich"),
+    "options": settings("gdn attn kda gla", depth_scaled_init=True, **OPTIONS),
+    "muon": settings("gdn attn m2rnn gdn", tie_embeddings=False),
     "experts": settings("gdn attn attn gdn", moe={
         "num_experts": 4, "top_k": 2, "intermediate_size": 16, "shared_intermediate_size": 16,
         "first_dense": 1, "balance_weight": 0.1, "z_loss_weight": 0.01, "bias_update_rate": 0.01,
@@ -106,18 +113,29 @@ EXPERT_LAYOUTS = {
     "pp2-ep2": ParallelConfig(pipeline=2, expert=2),
     "dp4-zero0": ParallelConfig(zero_stage=0),
 }
+OPTION_LAYOUTS = [
+    "tp2-pp2-sequence", "dp4", "dp4-zero0", "deepspeed-dp4-zero3",
+    "deepspeed-tp2-dp2-zero1-sequence",
+]  # fmt: skip
+MUON_LAYOUTS = {
+    "pp2-dp2-zero0": ParallelConfig(pipeline=2, zero_stage=0),
+    "tp2-pp2-sequence-zero0": ParallelConfig(tensor=2, pipeline=2, sequence=True, zero_stage=0),
+    "tp2-dp2-zero0": ParallelConfig(tensor=2, zero_stage=0),
+}
 # Not: stages that a model does not have ("depth" is one block and the rest); what is refused.
 CASES = {
     f"{model}-{layout}": (model, layout)
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
-    if model != "experts"
+    if model not in ("experts", "muon")
+    and (model != "options" or layout in OPTION_LAYOUTS)
     and (model != "depth" or parallel.pipeline * parallel.virtual_pipeline <= 2)
     and (model != "bf16" or layout != "deepspeed-dp4-zero0")
 }
 CASES.update({f"experts-{layout}": ("experts", layout) for layout in EXPERT_LAYOUTS})
+CASES.update({f"muon-{layout}": ("muon", layout) for layout in MUON_LAYOUTS})
 # Layouts of the same name are the same.
-ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS
+ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS | MUON_LAYOUTS
 # One step under each layout, each from the checkpoint of the one before.
 ACROSS = {
     "resharded-tied": ("tied", ["tp2-pp2", "dp4", "pp2-vpp2-dp2", "tp2-dp2-sequence"]),
@@ -148,6 +166,8 @@ ACROSS = {
         "experts",
         ["ep2-dp4", "tp2-sequence-ep4", "dp4-zero0", "pp2-ep2", "ep4-zero0"],
     ),
+    "resharded-options": ("options", ["tp2-pp2-sequence", "dp4", "dp4-zero0"]),
+    "resharded-muon": ("muon", ["tp2-pp2-sequence-zero0", "pp2-dp2-zero0"]),
     "resharded-loop": ("loop", ["pp2-vpp2-dp2", "pp2-dp2-zero0", "tp2-pp2-sequence", "dp4-zero0"]),
 }
 
@@ -177,7 +197,10 @@ def make(model, parallel, seed=0):
     if model == "pieces" and dist.get_world_size() > 1:
         for stage in stages:
             stage.logits_at_once = 7 * VOCAB
-    return Engine(stages, OPTIMIZER, parallel, ROWS // data_parallel_place()[1])
+    optimizer = OPTIMIZERS.get(model, OPTIMIZER)
+    if parallel.zero_backend == "deepspeed":
+        optimizer = OPTIMIZER
+    return Engine(stages, optimizer, parallel, ROWS // data_parallel_place()[1])
 
 
 def step_of(engine, step):
@@ -207,7 +230,10 @@ def train_across(model, names, folder):
             load_checkpoint(path, engine)
         results.append(step_of(engine, step))
         state = dataclasses.replace(STATE, step=step + 1, model=dataclasses.asdict(config))
-        run = RunConfig("test", config, checkpoint=CheckpointConfig(keep_last=9))
+        optimizer = OPTIMIZERS.get(model, OPTIMIZER)
+        run = RunConfig(
+            "test", config, optimizer=optimizer, checkpoint=CheckpointConfig(keep_last=9)
+        )
         path = save_checkpoint(folder, engine, run, state)
     return results
 

@@ -149,7 +149,7 @@ def test_initialisation_depends_on_seed_and_name_alone():
 
 
 def test_output_projections_start_smaller():
-    model = make(hidden_size=48, pattern="8*gdn")
+    model = make(hidden_size=48, pattern="8*gdn", depth_scaled_init=True)
     block = model.blocks[0].mixer
     assert block.q_proj.weight.std().item() == pytest.approx(0.2, rel=0.1)
     assert block.o_proj.weight.std().item() == pytest.approx(0.2 / 4, rel=0.2)

@@ -17,8 +17,8 @@ from pretrain.config import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
-    check_run_config,
 )
+from pretrain.config_checks import check_run_config
 from pretrain.models import language_model
 from pretrain.models.stages import Stage, balance, divide_into_stages
 from pretrain.parallel.engine import Engine

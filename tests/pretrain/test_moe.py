@@ -12,8 +12,8 @@ from pretrain.config import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
-    check_run_config,
 )
+from pretrain.config_checks import check_run_config
 from pretrain.data import pack_rows
 from pretrain.models.blocks import count_model
 from pretrain.models.language_model import build_model, parallel_context

@@ -82,7 +82,9 @@ class KimiDeltaAttention(Mixer):
             setattr(self, f"{name}_proj", column_linear(parallel, d, width, context.std))
         for name in "ag":
             setattr(self, f"{name}_down", SharedLinear(parallel, d, dim, context.std))
-            setattr(self, f"{name}_up", column_linear(parallel, dim, width, context.std))
+            setattr(
+                self, f"{name}_up", column_linear(parallel, dim, width, context.std, grows=False)
+            )
         self.b_proj = column_linear(parallel, d, config.num_heads, context.std)
         self.o_proj = row_linear(parallel, width, d, context.output_std)
         local = self.num_heads * dim
