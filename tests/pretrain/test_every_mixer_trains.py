@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("processes")
 def settings(name):
     values = {
         "hidden_size": 24, "pattern": f"2*{name}", "mixers": {name: SMALL.get(name, [{}])[0]},
-        "mlp": {"ratio": 2},
+        "mlp": {"ratio": 2}, "depth_scaled_init": True,
     }  # fmt: skip
     return build_config(ModelConfig, values, "test")
 
