@@ -14,7 +14,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -57,17 +57,43 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def load_config(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read ``path`` into ``schema``, apply ``key=value`` overrides, check every field.
+def load_config(
+    schema: type[T],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    changes: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
+    where: str | None = None,
+) -> T:
+    """Read ``path`` into ``schema``, apply ``changes`` (values by dotted name) and then
+    ``key=value`` overrides, check every field; top-level keys in ``ignore`` are left out.
 
-    Raises :class:`ConfigError` naming the file or field, what was found, and what was expected.
+    Raises :class:`ConfigError` naming the file (or ``where``) or field, what was found, and what
+    was expected.
     """
-    merged = _override(_read(Path(path), ()), overrides)
+    values = load_values(path, overrides, changes=changes)
+    kept = {key: value for key, value in values.items() if key not in ignore}
+    return build_config(schema, kept, where or str(path))
+
+
+def load_values(
+    path: str | Path, overrides: Sequence[str] = (), *, changes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a file, its ``extends``, ``changes`` and overrides say, without a schema."""
+    config = _read(Path(path), ())
+    # Whole sections first, then what is inside them.
+    for key, value in sorted((changes or {}).items(), key=lambda item: item[0].count(".")):
+        try:
+            OmegaConf.update(config, key, value, merge=False)
+        except (OmegaConfBaseException, IndexError, TypeError) as error:
+            raise ConfigError(f"{path}: setting '{key}': {_one_line(error)}") from None
+    merged = _override(config, overrides)
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from None
-    return build_config(schema, values, str(path))
+    return cast(dict[str, Any], values)
 
 
 def build_config(schema: type[T], values: Any, where: str) -> T:

@@ -98,6 +98,7 @@ def newton_recurrence(
     backend: str = "auto",
     iterations: int = 10,
     tolerance: float | None = None,
+    fallback: bool = True,
     report: NewtonReport | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Any elementwise recurrence ``step(h, x, parameters) -> h``, in parallel over time.
@@ -111,7 +112,7 @@ def newton_recurrence(
     return elementwise_recurrence(
         "newton_recurrence", ElementwiseCell(step, num_states), x, parameters,
         initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend,
-        iterations=iterations, tolerance=tolerance, report=report,
+        iterations=iterations, tolerance=tolerance, fallback=fallback, report=report,
     )  # fmt: skip
 
 
@@ -126,6 +127,7 @@ def elementwise_recurrence(
     backend: str,
     iterations: int,
     tolerance: float | None,
+    fallback: bool,
     report: NewtonReport | None,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`newton_recurrence`, ``para_gru`` and ``para_lstm`` share."""
@@ -149,7 +151,8 @@ def elementwise_recurrence(
         double = dtype == torch.float64
         states, state = _Newton.apply(
             rows, parameters, state, cell, cu_seqlens,
-            iterations, (1e-11 if double else 1e-5) if tolerance is None else tolerance, report,
+            iterations, (1e-11 if double else 1e-5) if tolerance is None else tolerance,
+            fallback, report,
         )  # fmt: skip
     return states.to(x.dtype).view(batch_size, length, cell.num_states, dim), state
 
@@ -261,6 +264,7 @@ class _Newton(torch.autograd.Function):
         cu_seqlens: Tensor,
         iterations: int,
         tolerance: float,
+        fallback: bool,
         report: NewtonReport | None,
     ) -> tuple[Tensor, Tensor]:
         tiles = _tiles(cu_seqlens, x.shape[-1], device_type(x))
@@ -281,7 +285,7 @@ class _Newton(torch.autograd.Function):
             states[:, :, part] = h
             start = h[:, -1, -counts[-1] :]
         failed = ~(worst <= tolerance)
-        num_failed = count_true(failed, 0)
+        num_failed = count_true(failed, 0) if fallback else 0
         if report is not None:
             report.add(float(worst.max()) if len(worst) else 0.0, num_failed, len(worst), used)
         if num_failed:
@@ -328,7 +332,7 @@ class _Newton(torch.autograd.Function):
         started = tiles.tiles[0][1][0] if tiles.tiles else 0
         d_initial[tiles.order[:started]] += incoming[:, :started].transpose(0, 1)
         d_x = d_inner.flatten(1, 2)[:, tiles.slot].transpose(0, 1)
-        return d_x, d_parameters, d_initial, None, None, None, None, None
+        return d_x, d_parameters, d_initial, None, None, None, None, None, None
 
 
 def _solve_tile(

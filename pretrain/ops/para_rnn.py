@@ -26,6 +26,7 @@ def para_gru(
     backend: str = "auto",
     iterations: int = 10,
     tolerance: float | None = None,
+    fallback: bool = True,
     report: NewtonReport | None = None,
 ) -> tuple[Tensor, Tensor]:
     """u ``[B, T, 3, D]``: pre-activations of z, r, c; a ``[3, D]``: their recurrent weights.
@@ -37,7 +38,7 @@ def para_gru(
     once; ``auto`` takes ``newton`` unless every sequence is a single token. Newton steps are made
     until a sequence's residual is at most ``tolerance`` (default 1e-5, in float64 1e-11), usually 3
     (in float64 4). One that is not there after ``iterations`` is computed step by step instead, and
-    ``report`` counts it.
+    ``report`` counts it; without ``fallback`` it stays as it is then.
 
     Returns h of all steps ``[B, T, D]`` in u's dtype and the last, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
@@ -47,7 +48,7 @@ def para_gru(
         "para_gru", _ParaGRU(), u, a,
         initial_state=None if initial_state is None else initial_state[:, None],
         cu_seqlens=cu_seqlens, backend=backend, iterations=iterations, tolerance=tolerance,
-        report=report,
+        fallback=fallback, report=report,
     )  # fmt: skip
     return states[:, :, 0], final[:, 0]
 
@@ -62,6 +63,7 @@ def para_lstm(
     backend: str = "auto",
     iterations: int = 10,
     tolerance: float | None = None,
+    fallback: bool = True,
     report: NewtonReport | None = None,
 ) -> tuple[Tensor, Tensor]:
     """u ``[B, T, 3, D]``: pre-activations of f, o, z; a ``[3, D]``: their recurrent weights; c
@@ -78,7 +80,7 @@ def para_lstm(
     states, final = elementwise_recurrence(
         "para_lstm", _ParaLSTM(), u, torch.cat([a, c]), initial_state=initial_state,
         cu_seqlens=cu_seqlens, backend=backend, iterations=iterations, tolerance=tolerance,
-        report=report,
+        fallback=fallback, report=report,
     )  # fmt: skip
     return states[:, :, 1], final
 

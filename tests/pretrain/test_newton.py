@@ -127,6 +127,18 @@ def test_fewer_iterations_leave_a_residual_that_is_reported():
     assert residuals[3] < 1e-11
 
 
+def test_without_fallback_the_result_of_the_last_step_stays():
+    u, a = random(1, 200, 3, 4), random(3, 4, bound=0.5)
+    exact = para_gru(u, a, backend="sequential")[0]
+    errors = []
+    for iterations in (1, 2, 3):
+        report = NewtonReport()
+        y = para_gru(u, a, iterations=iterations, fallback=False, report=report)[0]
+        assert (report.fallbacks, report.iterations) == (0, iterations)
+        errors.append((y - exact).abs().max().item())
+    assert errors[0] > 1e-3 > errors[1] > 10 * errors[2] > 0
+
+
 def test_large_states_are_measured_by_their_size():
     """In float32 a residual of 1e-5 is beyond reach for states of 1000."""
     x, parameters = 100 * torch.randn(2, 300, 1, 4), torch.full((1, 4), 0.9)

@@ -43,7 +43,8 @@ from pretrain.parallel.layers import (
 class ParaRNNConfig:
     """head_dim: channels of a head, null = hidden_size / num_heads; max_recurrent: bound on the
     recurrent weights, null = none; iterations: most Newton steps before a sequence is computed step
-    by step; tolerance: residual that ends them, null = 1e-5 (1e-11 in float64)."""
+    by step; tolerance: residual that ends them, null = 1e-5 (1e-11 in float64); fallback: false
+    takes the sequence as it is instead, as the published code does after 3."""
 
     num_heads: int = setting(4, minimum=1)
     head_dim: int | None = setting(None, minimum=1)
@@ -51,6 +52,7 @@ class ParaRNNConfig:
     max_recurrent: float | None = setting(0.5, above=0)
     iterations: int = setting(10, minimum=1)
     tolerance: float | None = setting(None, above=0)
+    fallback: bool = True
     norm_eps: float = setting(1e-5, above=0)
 
     def dim(self, hidden_size: int) -> int:
@@ -118,7 +120,8 @@ class ParaRNNMixer(Mixer):
         y, states = self.cell(
             u.reshape(batch_size, length, 3, width), weights, cu_seqlens=cu_seqlens,
             initial_state=None if state is None else state["recurrent"].flatten(2),
-            iterations=self.config.iterations, tolerance=self.config.tolerance, report=self.newton,
+            iterations=self.config.iterations, tolerance=self.config.tolerance,
+            fallback=self.config.fallback, report=self.newton,
         )  # fmt: skip
         new_state["recurrent"] = states.unflatten(-1, (self.num_heads, -1))
         y = y.to(x.dtype).unflatten(-1, (self.num_heads, -1))

@@ -1,0 +1,1 @@
+"""Starting runs, and grids of runs."""

@@ -1,0 +1,146 @@
+"""Runs on this machine: one, or a grid's members from a queue, some at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from data_prep.errors import UserError
+from data_prep.manifest import write_bytes
+from launch.grid import Member
+from launch.members import write_launch
+from pretrain.config import RunConfig, to_yaml
+
+EXIT_STOPPED = 75
+
+
+@dataclass
+class Running:
+    """A member's processes; output goes to ``output.txt`` in its directory, or to the screen."""
+
+    member: Member
+    process: subprocess.Popen[bytes]
+    output: IO[bytes] | None
+
+
+def processes_of(config: RunConfig, wanted: int | None = None) -> int:
+    """How many a run is started with: ``wanted``, or one copy of the model's. Raises UserError
+    for fewer cores (or GPUs) than that."""
+    count = wanted or config.parallel.model_size
+    available = _available()
+    if count > available:
+        raise UserError(
+            f"{config.name} needs {count} processes (parallel.tensor x pipeline = "
+            f"{config.parallel.tensor} x {config.parallel.pipeline}), more than this machine's "
+            f"{available} {'GPUs' if _gpus() else 'cores'}; use fewer, or a cluster"
+        )
+    return count
+
+
+def command_of(config_path: Path, processes: int) -> list[str]:
+    """What starts a run: torchrun where there are several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = torchrun if processes > 1 else []
+    return [sys.executable, *launcher, "-m", "pretrain", str(config_path)]
+
+
+def run_queue(
+    members: Sequence[Member],
+    *,
+    at_once: int,
+    processes: int | None,
+    show: Callable[[Member, str], None],
+) -> dict[str, int]:
+    """Run all, ``at_once`` at a time, and return their exit statuses by name. One alone writes to
+    the screen. An interrupt is passed on, so that every run saves, and ends the queue."""
+    waiting, statuses = list(members), dict[str, int]()
+    running: list[Running] = []
+    alone = len(members) == 1
+    threads = max(1, _available_cores() // (at_once * (processes or 1)))
+    stopped: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        stopped.append(number)
+        for run in running:
+            run.process.send_signal(number)
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while running or (waiting and not stopped):
+            while waiting and len(running) < at_once and not stopped:
+                member = waiting.pop(0)
+                running.append(_start(member, processes, threads, alone))
+                show(member, "started")
+            time.sleep(0.1)
+            for run in [r for r in running if r.process.poll() is not None]:
+                running.remove(run)
+                status, told = _finished(run, stopped=bool(stopped))
+                statuses[run.member.name] = status
+                show(run.member, told)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return statuses
+
+
+def _start(member: Member, processes: int | None, threads: int, alone: bool) -> Running:
+    config = member.config
+    directory = config.run_directory
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "launch.yaml"
+    write_bytes(path, to_yaml(config).encode())
+    command = command_of(path, processes_of(config, processes))
+    output = None if alone else (directory / "output.txt").open("ab")
+    write_launch(directory, command=command, started=time.time(), status=None, reason=None)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    process = subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT if output else None, env=environment,
+        # Ctrl-C reaches the whole group of the terminal: children get it from here alone.
+        start_new_session=True,
+    )  # fmt: skip
+    return Running(member, process, output)
+
+
+def _finished(run: Running, *, stopped: bool) -> tuple[int, str]:
+    """(exit status, in words); torchrun's own after a signal says nothing of its processes."""
+    status = run.process.returncode
+    if run.output is not None:
+        run.output.close()
+    if status and stopped:
+        status = EXIT_STOPPED
+    directory = run.member.config.run_directory
+    reason = "" if status in (0, EXIT_STOPPED) else _reason(directory, status)
+    write_launch(directory, ended=time.time(), status=status, reason=reason)
+    told = {0: "done", EXIT_STOPPED: "stopped, saved"}.get(status, f"failed: {reason}")
+    return status, told
+
+
+def _reason(directory: Path, status: int) -> str:
+    """The last error line of the output."""
+    try:
+        lines = (directory / "output.txt").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    errors = [line for line in lines if line.startswith("error: ")]
+    return errors[-1] if errors else f"exit status {status}"
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _available() -> int:
+    return _gpus() or _available_cores()

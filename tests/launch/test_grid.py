@@ -1,0 +1,184 @@
+"""Grids: what they expand to, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.config_files import ConfigError
+from launch.grid import load_grid
+from launch.matching import counts_of
+from pretrain.models.blocks import block_specs
+
+ROOT = Path(__file__).parents[2]
+GRIDS = sorted((ROOT / "configs/grids").glob("*.yaml"))
+BASE = """
+name: g
+model: {hidden_size: 32, pattern: "2*gdn", mixers: {gdn: {num_heads: 2, head_dim: 8},
+        attn: {num_heads: 2}}}
+data: {path: nowhere}
+train: {steps: 10, seq_len: 16, global_batch_tokens: 64}
+schedule: {warmup_steps: 2}
+parallel: {micro_batch_size: 4}
+"""
+
+
+def grid(tmp_path, section, base=BASE):
+    path = tmp_path / "g.yaml"
+    path.write_text(f"{base}\ngrid:\n{section}")
+    return load_grid(path)
+
+
+def names(found):
+    return [m.name for m in found.members]
+
+
+def test_every_combination_once(tmp_path):
+    found = grid(
+        tmp_path, '  optimizer.lr: [1e-3, 3e-4]\n  seed: [0, 1, 2]\n  model.pattern: ["gdn"]'
+    )
+    assert names(found) == [
+        f"lr={lr},seed={seed}" for lr in ("0.001", "0.0003") for seed in (0, 1, 2)
+    ]
+    member = found.members[4]
+    assert (member.config.optimizer.lr, member.config.seed) == (3e-4, 1)
+    assert member.config.model.pattern == "gdn", "also of an axis with one value"
+    assert member.config.run_directory == Path("runs/g/lr=0.0003,seed=1")
+    assert member.config.name == "g-lr=0.0003,seed=1"
+
+
+def test_names_do_not_depend_on_the_order(tmp_path):
+    one = grid(tmp_path, "  seed: [0, 1]\n  optimizer.lr: [1e-3, 3e-4]")
+    other = grid(tmp_path, "  optimizer.lr: [3e-4, 1e-3]\n  seed: [1, 0]")
+    assert sorted(names(one)) == sorted(names(other))
+    by_name = {m.name: (m.config.seed, m.config.optimizer.lr) for m in one.members}
+    assert by_name == {m.name: (m.config.seed, m.config.optimizer.lr) for m in other.members}
+
+
+def test_zip_labels_exclude_include(tmp_path):
+    found = grid(
+        tmp_path,
+        "  zip: {optimizer.lr: [1e-3, 3e-4], schedule.warmup_steps: [2, 4]}\n"
+        '  model.pattern: {pure: "4*gdn", hybrid: "2*(gdn attn)"}\n'
+        "  exclude: [{model.pattern: pure, optimizer.lr: 3e-4}]\n"
+        "  include: [{model.pattern: hybrid, seed: 7}]",
+    )
+    assert names(found) == [
+        "pattern=pure,lr=0.001,warmup_steps=2",
+        "pattern=hybrid,lr=0.001,warmup_steps=2",
+        "pattern=hybrid,lr=0.0003,warmup_steps=4",
+        "pattern=hybrid,seed=7",
+    ]
+    assert [m.config.schedule.warmup_steps for m in found.members] == [2, 2, 4, 2]
+    assert found.members[3].config.model.pattern == "2*(gdn attn)"
+
+
+def test_whole_sections_and_what_is_in_them(tmp_path):
+    found = grid(
+        tmp_path,
+        "  model.mixers.gdn.head_dim: [4, 8]\n  model.mixers.gdn: [{num_heads: 1}, {num_heads: 4}]",
+    )
+    settings = [m.config.model.mixers["gdn"] for m in found.members]
+    assert settings == [{"num_heads": heads, "head_dim": dim} for dim in (4, 8) for heads in (1, 4)]
+
+
+def test_long_names_are_cut_and_stay_different(tmp_path):
+    patterns = ", ".join(f'"{n}*gdn ' + "attn gdn " * 12 + '"' for n in (1, 2, 3))
+    found = grid(tmp_path, f"  model.pattern: [{patterns}]")
+    assert len(set(names(found))) == 3
+    assert all(len(n) <= 80 for n in names(found))
+
+
+def test_without_a_grid_it_is_one_run(tmp_path):
+    path = tmp_path / "one.yaml"
+    path.write_text(BASE)
+    (member,) = load_grid(path, ["seed=3"]).members
+    assert (member.name, member.config.seed) == ("", 3)
+    assert member.config.run_directory == Path("runs/g")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("  modle.pattern: [gdn]", r"unknown setting 'modle' \(did you mean 'model'"),
+        ("  optimizer.lrr: [1, 2]", "member .*unknown setting 'optimizer.lrr'"),
+        ("  optimizer.lr: [1e-3, -1]", "member lr=-1: optimizer.lr is -1"),
+        ("  optimizer.lr: 1e-3", "grid.optimizer.lr is 0.001, expected a list"),
+        ("  seed: []", "grid.seed is empty"),
+        ("  model.pattern: [gdn, nothing]", "member pattern=nothing"),
+        ("  seed: [0, 0]", "two members of the grid are named"),
+        (
+            "  zip: {seed: [0, 1], optimizer.lr: [1e-3]}",
+            "different lengths: seed 2, optimizer.lr 1",
+        ),
+        ("  seed: [0]\n  exclude: [{seed: 0}]", "no members left"),
+        ("  seed: [0]\n  exclude: [3]", "grid.exclude has 3"),
+        ("  seed: [0, 1]\n  match: watts", "grid.match is 'watts', expected one of"),
+        ("  {}", "expected axes"),
+        ("  train.global_batch_tokens: [64, 65]", "member global_batch_tokens=65: train"),
+    ],
+)
+def test_what_cannot_run_is_refused_as_a_whole(tmp_path, section, message):
+    with pytest.raises(ConfigError, match=message):
+        grid(tmp_path, section)
+
+
+PATTERNS = '  model.pattern: {gdn: "4*gdn", attn: "4*attn", more: "40*(gdn attn)"}\n'
+
+
+def test_members_made_alike_in_parameters(tmp_path):
+    found = grid(tmp_path, '  model.pattern: {gdn: "4*gdn", attn: "4*attn"}\n  match: parameters')
+    sizes = [counts_of(m.config).parameters for m in found.members]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+    assert found.members[0].config.model.mlp.intermediate_size is None, "the first is the measure"
+    with pytest.raises(ConfigError, match="but an MLP of width"):
+        grid(tmp_path, PATTERNS + "  match: parameters")
+    with pytest.raises(ConfigError, match="has no MLP to resize"):
+        grid(tmp_path, "  model.mlp.kind: [swiglu, none]\n  match: parameters")
+
+
+def test_members_made_alike_in_flops_and_tokens(tmp_path):
+    base = BASE.replace("steps: 10", "steps: 1000")
+    found = grid(tmp_path, PATTERNS + "  match: flops", base)
+    flops = [
+        counts_of(m.config).training_flops()
+        * m.config.train.tokens_before(m.config.train.num_steps)
+        for m in found.members
+    ]
+    assert flops == pytest.approx([flops[0]] * 3, rel=0.02)
+    assert found.members[2].config.train.num_steps < 100
+    found = grid(tmp_path, "  train.steps: [10, 20]\n  match: tokens", BASE)
+    assert [m.config.train.num_steps for m in found.members] == [10, 10]
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.stem)
+def test_grids_that_come_with_the_project(path):
+    found = load_grid(path)
+    assert len(found.members) >= 5
+    assert found.name == path.stem
+    for member in found.members:
+        block_specs(member.config.model, member.name)
+    if path.stem.endswith("-tiny"):
+        steps = sum(m.config.train.num_steps for m in found.members)
+        assert steps <= 500, "minutes on a CPU"
+        assert (path.parent / path.name.replace("-tiny", "")).exists()
+    else:
+        assert "Reported" in path.read_text()
+        assert path.with_name(f"{path.stem}-tiny.yaml").exists()
+
+
+def test_grids_are_alike_in_what_they_say():
+    found = load_grid(ROOT / "configs/grids/hybrid-ratio.yaml")
+    sizes = [counts_of(m.config).parameters for m in found.members]
+    assert max(sizes) / min(sizes) < 1.01
+    assert sizes[0] == pytest.approx(1.3e9, rel=0.1)
+    patterns = {m.name.split("pattern=")[1]: m.config.model.pattern for m in found.members}
+    assert {"24to1", "12to1", "6to1", "3to1", "pure"} <= patterns.keys()
+    state = load_grid(ROOT / "configs/grids/state-size.yaml")
+    for member in state.members:  # the names say the state's size, in numbers per layer
+        (spec, *_) = block_specs(member.config.model)
+        d = member.config.model.hidden_size
+        size = spec.mixer.state_bytes(spec.config, d, 4096) // 4
+        named = int(member.name.rsplit("-", 1)[1])
+        assert named <= size <= named * 1.2 + 6000, (member.name, size)  # and the convolutions'
