@@ -167,7 +167,7 @@ def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: U
     console.print(
         f"[bold]{config.name}[/bold]: {counts.parameters:,} parameters, "
         f"{train.num_steps:,} steps of {train.global_batch_tokens:,} tokens "
-        f"({train.tokens_before(train.num_steps) / 1e9:,.1f}B) in sequences of "
+        f"({_short_count(train.tokens_before(train.num_steps))}) in sequences of "
         f"{train.seq_len:,}, {train.precision}, "
         f"{describe_layout(parallel, estimate.devices, 'device')} of "
         f"{hardware.name}\n"
@@ -176,15 +176,22 @@ def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: U
     console.print(_memory_table(estimate, hardware))
     console.print(_time_table(estimate))
     cost = _cost(estimate, config, hardware)
+    days = (
+        f"{cost['hours'] / 24:,.2f} days" if cost["hours"] >= 48 else f"{cost['hours']:,.2f} hours"
+    )
     console.print(
         f"{estimate.tokens_per_second:,.0f} tokens/s, {estimate.mfu:.1%} of the dense "
         f"{train.precision} peak for the model's FLOPs"
         + (f", {estimate.hfu:.1%} with recomputation" if estimate.hfu > 1.01 * estimate.mfu else "")
-        + f"\n{cost['hours'] / 24:,.2f} days, {cost['device_hours']:,.0f} device-hours, "
-        f"{cost['kilowatt_hours'] / 1000:,.1f} MWh, ${cost['dollars']:,.0f}"
+        + f"\n{days}, {cost['device_hours']:,.4g} device-hours, "
+        f"{cost['kilowatt_hours']:,.4g} kWh, ${cost['dollars']:,.4g}"
     )
     for line in _remarks(planner, estimate):
         console.print(f"note: {line}")
+
+
+def _short_count(number: float) -> str:
+    return f"{number / 1e9:,.1f}B" if number >= 1e8 else f"{number / 1e6:,.2f}M"
 
 
 def _remarks(planner: Planner, estimate: Estimate) -> list[str]:

@@ -1,0 +1,85 @@
+"""The commands of README and docs run, in a copy of the project, in the order of the pages."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    "README.md", "docs/data.md", "docs/training.md", "docs/planner.md", "docs/launching.md",
+    "docs/evaluation.md", "docs/laptop-to-cluster.md", "docs/reproduce-a-table.md",
+]  # fmt: skip
+# Whose commands have a test of their own, or which have none.
+OTHERS = {"docs/add-a-layer.md", "docs/index.md", "docs/layers.md", "docs/parallel.md"}
+COPIED = ("configs", "data_prep", "evals", "launch", "pretrain")
+
+
+def commands(page):
+    """Lines of the page's ``bash`` blocks; those marked ``bash gpu`` need what is not here."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("project")
+    for name in COPIED:
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    (folder / "data").mkdir()
+    shutil.copytree(corpus, folder / "data/stdlib")
+    # A run to score: make demo's, but short.
+    run(folder, "python -m pretrain configs/runs/demo.yaml train.steps=2 schedule.warmup_steps=1 "
+                "sample.tokens=0")  # fmt: skip
+    return folder
+
+
+def run(folder, command):
+    words = shlex.split(command)
+    assert words[0] in ("python", "torchrun"), command
+    if words[0] == "torchrun":
+        words = ["python", "-m", "torch.distributed.run", *words[1:]]
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=folder, text=True, capture_output=True, check=False,
+        timeout=300, env={**os.environ, "PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def test_every_page_is_known_and_reachable():
+    pages = {f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")}
+    assert pages == (set(PAGES) | OTHERS) - {"README.md"}
+    listed = set(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert listed == {p.removeprefix("docs/") for p in pages}
+    for page in [*PAGES, *OTHERS]:
+        text = (ROOT / page).read_text()
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+        # A command outside a block is no command that anyone runs; inside, it is run.
+        fences = re.findall(r"^```(\S*.*)$", text, re.MULTILINE)
+        assert set(fences) <= {"", "bash", "bash gpu", "yaml", "python", "diff"}, page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_needs_gpus_says_so(page):
+    text = (ROOT / page).read_text()
+    for before, _ in re.findall(r"((?:.*\n){4})^```bash gpu\n(.*?)^```", text, re.MULTILINE | re.S):
+        assert re.search(r"needs GPUs", before, re.IGNORECASE), page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page(page, project):
+    for command in commands(page):
+        run(project, command)
