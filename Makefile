@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m evals runs/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

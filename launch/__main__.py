@@ -1,170 +1,121 @@
-"""``python -m launch CONFIG``: start a run, or a grid of runs, on this machine;
-``python -m launch status CONFIG``: how far they are."""
+"""``python -m launch CONFIG``: start a run, or a grid of runs, on this machine or on Slurm;
+``status``, ``cancel`` and ``logs`` for what was started."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from data_prep.errors import run_command
 
-from data_prep.errors import UserError, run_command
-
-EXIT_FAILED = 1
+EXIT_FAILED, EXIT_STOPPED = 1, 75
+COMMANDS = ("status", "cancel", "logs")
 
 
 def main(command: Sequence[str] | None = None) -> int:
     command = sys.argv[1:] if command is None else command
-    if command[:1] == ["status"]:
-        return _status(command[1:])
+    if command[:1] and command[0] in COMMANDS:
+        from launch import commands
+
+        call: Any = getattr(commands, command[0])
+        return call(command[1:])
+    return _start(_parser().parse_intermixed_args(command))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launch",
-        description="Start a run, or a grid of runs, on this machine; what is done is left out, "
-        "what was stopped goes on. 'python -m launch status CONFIG' shows how far they are.",
-        epilog="Exit status: 0 all done, 1 some failed, 2 bad input, 75 stopped and saved: run the "
-        "same command again.",
+        description="Start a run, or a grid of runs, on this machine or on a Slurm cluster; what "
+        "is done is left out, what was stopped goes on. 'python -m launch status CONFIG' shows how "
+        "far they are, 'cancel CONFIG' ends them, 'logs RUN [--follow]' shows what they print.",
+        epilog="Exit status: 0 all done (or submitted), 1 some failed, 2 bad input, 75 stopped and "
+        "saved: run the same command again.",
     )
     parser.add_argument("config", help="of a run or a grid, or a run's directory")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every member")
-    parser.add_argument("--dry-run", action="store_true", help="show what would run, start nothing")
-    parser.add_argument("--at-once", type=_positive, default=1, help="members at a time (1)")
-    parser.add_argument("--processes", type=_positive,
-                        help="per run (tensor x pipeline: one copy of the model)")  # fmt: skip
-    parser.add_argument("--retry-failed", action="store_true", help="start failed members again")
-    arguments = parser.parse_intermixed_args(command)
-
-    from launch.grid import load_grid
-    from launch.local import EXIT_STOPPED, processes_of, run_queue
-    from launch.members import (
-        DONE,
-        FAILED,
-        RUNNING,
-        check_same_settings,
-        member_state,
+    parser.add_argument("--cluster", help="file of configs/clusters (this machine)")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="show the members, the plan and the job script; start nothing",
+    )  # fmt: skip
+    parser.add_argument("--at-once", type=_positive, help="members at a time (here 1; Slurm: all)")
+    parser.add_argument(
+        "--processes", type=_positive, help="per run, here (tensor x pipeline: one model)"
     )
+    parser.add_argument("--retry-failed", action="store_true", help="start failed members again")
+    return parser
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    from launch.cluster import ClusterConfig, load_cluster
+    from launch.commands import console_of, load, table
+    from launch.local import processes_of
+    from launch.members import DONE, FAILED, QUEUED, RUNNING, check_same_settings
+    from launch.planning import print_plans
+    from launch.slurm import processes_per_node, render, submit
     from pretrain.parallel.layout import check_layout
 
-    grid = load_grid(_config_of(arguments.config), arguments.overrides)
-    console = _console()
-    states = {}
+    cluster = load_cluster(arguments.cluster) if arguments.cluster else ClusterConfig("local")
+    grid, states = load(arguments.config, arguments.overrides)
     for member in grid.members:
         check_same_settings(member)
-        count = processes_of(member.config, arguments.processes)
-        check_layout(member.config, count, f"{grid.path}, member {member.name}"
-                     if member.name else str(grid.path))  # fmt: skip
-        states[member.name] = member_state(member)
-    console.print(_table(grid, states, plan=True))
+        if cluster.kind == "slurm":
+            count = cluster.nodes * processes_per_node(cluster, [member])
+        else:
+            count = processes_of(member.config, arguments.processes)
+        where = f"{grid.path}, member {member.name}" if member.name else str(grid.path)
+        check_layout(member.config, count, where)
+    console = console_of()
+    console.print(table(grid, states, plan=True))
     failed = [m for m in grid.members if states[m.name].state == FAILED]
     if failed and not arguments.retry_failed:
         for member in failed:
-            console.print(f"{member.name} failed before: {states[member.name].reason}; "
-                          "--retry-failed starts it again")  # fmt: skip
-    left_out = {DONE, RUNNING} | (set() if arguments.retry_failed else {FAILED})
+            console.print(
+                f"{member.name or grid.name} failed before: {states[member.name].reason}; "
+                "--retry-failed starts it again"
+            )
+    left_out = {DONE, RUNNING, QUEUED} | (set() if arguments.retry_failed else {FAILED})
     members = [m for m in grid.members if states[m.name].state not in left_out]
     if arguments.dry_run:
         console.print(f"would start {len(members)} of {len(grid.members)}")
+        if cluster.hardware is not None:
+            print_plans(console, members, cluster.hardware, count)
+        if cluster.kind == "slurm" and members:
+            script = render(cluster, grid, members, arguments.at_once)
+            console.print(script, markup=False, soft_wrap=True)
         return 0
     if not members:
         console.print("nothing to start")
         return EXIT_FAILED if failed else 0
+    if cluster.kind == "slurm":
+        job, path = submit(cluster, grid, members, arguments.at_once)
+        console.print(f"submitted job {job}, {path}\nstatus  python -m launch status {grid.path}")
+        return 0
+    return _run_here(arguments, grid, members, bool(failed))
+
+
+def _run_here(arguments: Any, grid: Any, members: Any, failed: bool) -> int:
+    from launch.commands import console_of, states_of, table
+    from launch.local import run_queue
+
+    console = console_of()
 
     def show(member: Any, what: str) -> None:
         if len(members) > 1:
             console.print(f"{member.name}: {what}")
 
     statuses = run_queue(
-        members, at_once=arguments.at_once, processes=arguments.processes, show=show
+        members, at_once=arguments.at_once or 1, processes=arguments.processes, show=show
     )
     if len(grid.members) > 1:
-        console.print(_table(grid, {m.name: member_state(m) for m in grid.members}))
+        console.print(table(grid, states_of(grid)))
     if EXIT_STOPPED in statuses.values() or len(statuses) < len(members):
         return EXIT_STOPPED
     if len(members) == 1:
         return statuses[members[0].name]
     return EXIT_FAILED if any(statuses.values()) or failed else 0
-
-
-def _status(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch status")
-    parser.add_argument("config", help="of a run or a grid, or a run's directory")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_intermixed_args(arguments)
-
-    from launch.grid import load_grid
-    from launch.members import member_state
-
-    grid = load_grid(_config_of(options.config), options.overrides)
-    states = {member.name: member_state(member) for member in grid.members}
-    _console().print(_table(grid, states))
-    return 0
-
-
-def _console() -> Console:
-    """As wide as the terminal; files get lines that nothing is cut from."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-
-
-def _config_of(path: str) -> Path:
-    """A run directory stands for the settings that it was made with."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return folder
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is a folder without config.yaml, expected a run's directory")
-    return folder / "config.yaml"
-
-
-def _table(grid: Any, states: dict[str, Any], *, plan: bool = False) -> Table:
-    from pretrain.models.blocks import count_model
-
-    counts = Counter(state.state for state in states.values())
-    told = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
-    matched = "" if grid.match is None else f"; {grid.match} made alike"
-    table = Table(title=f"{grid.name}: {told}{matched}", title_justify="left")
-    table.add_column("member", overflow="fold")
-    columns = ("parameters", "tokens", "PFLOP") if plan else ("loss", "tokens/s", "left")
-    for column in ("state", "step", *columns):
-        table.add_column(column, justify="right")
-    total = 0.0
-    for member in grid.members:
-        state, train = states[member.name], member.config.train
-        row = [member.name or grid.name, state.state, f"{state.step}/{train.num_steps}"]
-        tokens = train.tokens_before(train.num_steps)
-        if plan:
-            size = member.config.model.vocab_size
-            found = count_model(member.config.model, size or 1, train.seq_len)
-            flops = found.training_flops() * tokens
-            total += flops
-            row += [
-                f"{found.parameters:,}" + ("" if size else " + vocabulary"),
-                f"{tokens:,}", _pflop(flops),
-            ]  # fmt: skip
-        else:
-            left = state.seconds_left(member.config)
-            row += [
-                "" if state.loss is None else f"{state.loss:.4f}",
-                "" if state.tokens_per_second is None else f"{state.tokens_per_second:,.0f}",
-                "" if left is None or state.state in ("done", "failed") else _minutes(left),
-            ]  # fmt: skip
-        table.add_row(*row)
-    if plan and len(grid.members) > 1:
-        table.add_section()
-        table.add_row("together", "", "", "", "", _pflop(total))
-    return table
-
-
-def _pflop(flops: float) -> str:
-    return f"{flops / 1e15:,.3g}" if flops < 1e17 else f"{flops / 1e15:,.0f}"
-
-
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def _positive(text: str) -> int:

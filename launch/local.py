@@ -15,7 +15,7 @@ from typing import IO, Any
 from data_prep.errors import UserError
 from data_prep.manifest import write_bytes
 from launch.grid import Member
-from launch.members import write_launch
+from launch.members import last_error, write_launch
 from pretrain.config import RunConfig, to_yaml
 
 EXIT_STOPPED = 75
@@ -105,6 +105,7 @@ def _start(member: Member, processes: int | None, threads: int, alone: bool) -> 
         # Ctrl-C reaches the whole group of the terminal: children get it from here alone.
         start_new_session=True,
     )  # fmt: skip
+    write_launch(directory, pid=process.pid, host=os.uname().nodename)
     return Running(member, process, output)
 
 
@@ -116,20 +117,12 @@ def _finished(run: Running, *, stopped: bool) -> tuple[int, str]:
     if status and stopped:
         status = EXIT_STOPPED
     directory = run.member.config.run_directory
-    reason = "" if status in (0, EXIT_STOPPED) else _reason(directory, status)
+    reason = ""
+    if status not in (0, EXIT_STOPPED):
+        reason = last_error(directory) or f"exit status {status}"
     write_launch(directory, ended=time.time(), status=status, reason=reason)
     told = {0: "done", EXIT_STOPPED: "stopped, saved"}.get(status, f"failed: {reason}")
     return status, told
-
-
-def _reason(directory: Path, status: int) -> str:
-    """The last error line of the output."""
-    try:
-        lines = (directory / "output.txt").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    errors = [line for line in lines if line.startswith("error: ")]
-    return errors[-1] if errors else f"exit status {status}"
 
 
 def _gpus() -> int:

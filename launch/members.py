@@ -18,7 +18,8 @@ from pretrain.checkpoint import find_checkpoint, read_state
 from pretrain.config import RunConfig
 from pretrain.metrics import read_metrics
 
-WAITING, RUNNING, DONE, STOPPED, FAILED = "waiting", "running", "done", "stopped", "failed"
+WAITING, QUEUED, RUNNING = "waiting", "queued", "running"
+DONE, STOPPED, FAILED = "done", "stopped", "failed"
 # Settings that a run may be started again with.
 _FREE = ("train.steps", "train.tokens", "train.threads", "logging.", "checkpoint.", "validation.",
          "sample.", "parallel.", "directory", "name")  # fmt: skip
@@ -43,8 +44,9 @@ class MemberState:
         return max(left, 0) / self.tokens_per_second
 
 
-def member_state(member: Member) -> MemberState:
-    """Read from the member's run directory alone, so from any machine that sees it."""
+def member_state(member: Member, *, held: bool = True) -> MemberState:
+    """Read from the member's run directory alone, so from any machine that sees it; ``held``:
+    look whether a process trains in there."""
     directory = member.config.run_directory
     found = MemberState(WAITING)
     if (directory / "metrics.jsonl").exists():
@@ -53,8 +55,8 @@ def member_state(member: Member) -> MemberState:
             last = rows[-1]
             found.step, found.loss = last["step"], last["loss"]
             found.tokens_per_second = last.get("tokens_per_second")
-    launched = _read(directory)
-    if _held(directory):
+    launched = launch_values(directory)
+    if held and _held(directory):
         found.state = RUNNING
     elif _steps_saved(directory) >= member.config.train.num_steps:
         found.state = DONE
@@ -69,7 +71,7 @@ def member_state(member: Member) -> MemberState:
 
 def write_launch(directory: Path, **values: Any) -> None:
     """Keep what was started, and how it ended, in ``launch.json``."""
-    write_json(directory / "launch.json", {**_read(directory), **values})
+    write_json(directory / "launch.json", {**launch_values(directory), **values})
 
 
 def check_same_settings(member: Member) -> None:
@@ -101,7 +103,17 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def last_error(directory: Path) -> str:
+    """The last line of the output that tells of one, or nothing."""
+    try:
+        lines = (directory / "output.txt").read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in reversed(lines) if line.startswith("error: ")), "")
+
+
+def launch_values(directory: Path) -> dict[str, Any]:
+    """What ``launch.json`` says; nothing where there is none."""
     try:
         values = json.loads((directory / "launch.json").read_bytes())
     except (OSError, ValueError):

@@ -24,7 +24,8 @@ COPIED = ("configs", "data_prep", "evals", "launch", "pretrain")
 
 
 def commands(page):
-    """Lines of the page's ``bash`` blocks; those marked ``bash gpu`` need what is not here."""
+    """Lines of the page's ``bash`` blocks; those marked ``bash gpu`` or ``bash slurm`` need what is
+    not here."""
     text = (ROOT / page).read_text()
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
@@ -68,14 +69,16 @@ def test_every_page_is_known_and_reachable():
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
         # A command outside a block is no command that anyone runs; inside, it is run.
         fences = re.findall(r"^```(\S*.*)$", text, re.MULTILINE)
-        assert set(fences) <= {"", "bash", "bash gpu", "yaml", "python", "diff"}, page
+        assert set(fences) <= {"", "bash", "bash gpu", "bash slurm", "yaml", "python", "diff"}, page
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_needs_gpus_says_so(page):
     text = (ROOT / page).read_text()
-    for before, _ in re.findall(r"((?:.*\n){4})^```bash gpu\n(.*?)^```", text, re.MULTILINE | re.S):
-        assert re.search(r"needs GPUs", before, re.IGNORECASE), page
+    pattern = r"((?:.*\n){4})^```bash (gpu|slurm)\n(.*?)^```"
+    for before, what, _ in re.findall(pattern, text, re.MULTILINE | re.S):
+        needed = {"gpu": "needs GPUs", "slurm": "needs Slurm"}[what]
+        assert re.search(needed, before, re.IGNORECASE), page
 
 
 @pytest.mark.slow

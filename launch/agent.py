@@ -1,0 +1,123 @@
+"""``python -m launch.agent RUN/launch.yaml``: on each node of a Slurm job, torchrun for its share
+of a run's processes; on the first node, what becomes of the run when they end.
+
+SIGUSR2 is handed on to the training processes, which save at the end of their step, and the job is
+to be queued again; so it is after a failure, but not when the same step fails twice. SIGTERM
+(scancel, preemption) also saves; Slurm then decides itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from data_prep.config_files import load_config
+from data_prep.errors import run_command
+from launch.grid import Member
+from launch.members import DONE, last_error, launch_values, member_state, write_launch
+from pretrain.config import RunConfig
+
+EXIT_STOPPED, EXIT_FAILED = 75, 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.agent", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--nproc-per-node", type=int, required=True)
+    arguments = parser.parse_args()
+    config = load_config(RunConfig, arguments.config)
+    node, directory = int(os.environ.get("SLURM_NODEID", "0")), arguments.config.parent
+    command = _torchrun(arguments.config, arguments.nproc_per_node, node)
+    if node == 0:
+        write_launch(
+            directory, started=time.time(), status=None, reason=None, command=command,
+            job=_job(), restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        )  # fmt: skip
+    received: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, _: Any) -> None:
+        received.append(number)
+        if process is not None:
+            _signal_training(process)
+
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, forward)
+    # Out of the reach of signals to the whole task: torchrun would end its processes at once.
+    process = subprocess.Popen(command, start_new_session=True)
+    if received:
+        _signal_training(process)
+    status = process.wait()
+    if node != 0:
+        return 0 if status == 0 else EXIT_STOPPED if received else EXIT_FAILED
+    return _decide(config, directory, received)
+
+
+def _torchrun(config: Path, processes: int, node: int) -> list[str]:
+    """All nodes' agents make one group; the port differs between the jobs of a node."""
+    job = int(os.environ.get("SLURM_JOB_ID", "0"))
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return [
+        sys.executable, "-m", "torch.distributed.run",
+        f"--nnodes={os.environ.get('SLURM_NNODES', '1')}", f"--node-rank={node}",
+        f"--nproc-per-node={processes}", "--max-restarts=0",
+        # The batch script runs on the first node, and srun in it.
+        f"--master-addr={os.environ.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1')}",
+        f"--master-port={20000 + (7 * job + restarts) % 20000}",
+        "-m", "pretrain", str(config),
+    ]  # fmt: skip
+
+
+def _job() -> str:
+    array, task = (os.environ.get(f"SLURM_ARRAY_{x}_ID") for x in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+
+
+def _signal_training(process: subprocess.Popen[bytes]) -> None:
+    """To torchrun's own children, which know it, and nobody else."""
+    try:
+        children = psutil.Process(process.pid).children()
+    except psutil.NoSuchProcess:
+        return
+    for child in children:
+        try:
+            if "RANK" in child.environ():
+                child.send_signal(signal.SIGUSR2)
+        except psutil.Error:
+            continue
+
+
+def _decide(config: RunConfig, directory: Path, received: list[int]) -> int:
+    """On the first node: how it ended, and whether the job shall be queued again."""
+    state = member_state(Member("", {}, config), held=False)
+    if state.state == DONE:
+        write_launch(directory, ended=time.time(), status=0, reason=None)
+        return 0
+    if received:
+        if signal.SIGUSR2 in received:
+            (directory / ".requeue").touch()
+        write_launch(directory, ended=time.time(), status=EXIT_STOPPED, reason=None)
+        return EXIT_STOPPED
+    reason = last_error(directory)
+    failures = launch_values(directory).get("failures") or []
+    again = bool(failures) and failures[-1]["step"] == state.step
+    failures = [*failures, {"step": state.step, "reason": reason}]
+    if again:
+        reason = f"failed twice after step {state.step}: {reason}"
+        print(f"== {reason}", flush=True)
+    else:
+        (directory / ".requeue").touch()
+    write_launch(directory, ended=time.time(), status=EXIT_FAILED, reason=reason, failures=failures)
+    return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    run_command(main)

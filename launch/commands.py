@@ -1,0 +1,178 @@
+"""``python -m launch status``, ``cancel`` and ``logs``, and the table of a grid."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from data_prep.errors import UserError
+from launch.grid import Grid, load_grid
+from launch.matching import counts_of
+from launch.members import (
+    DONE,
+    FAILED,
+    QUEUED,
+    RUNNING,
+    STOPPED,
+    MemberState,
+    launch_values,
+    member_state,
+)
+from launch.slurm import cancel as cancel_jobs
+from launch.slurm import queue_states
+
+
+def status(arguments: Sequence[str]) -> int:
+    """How far the members of a grid are, once or until all have ended."""
+    parser = _parser("status", "How far a run, or the members of a grid, are.")
+    parser.add_argument("--watch", action="store_true", help="until all have ended")
+    options = parser.parse_intermixed_args(arguments)
+    grid, states = load(options.config, options.overrides)
+    console = console_of()
+    if not options.watch:
+        console.print(table(grid, states))
+        return 0
+    with Live(table(grid, states), console=console, refresh_per_second=1) as live:
+        while any(s.state in (RUNNING, QUEUED) for s in states.values()):
+            time.sleep(2)
+            states = states_of(grid)
+            live.update(table(grid, states))
+    return 0
+
+
+def cancel(arguments: Sequence[str]) -> int:
+    """Have what runs save and end, and take what waits out of Slurm's queue."""
+    parser = _parser("cancel", "Have running members save and end, and queued ones not begin.")
+    options = parser.parse_intermixed_args(arguments)
+    grid, states = load(options.config, options.overrides)
+    ended = cancel_jobs(grid.members)
+    for member in grid.members:
+        values = launch_values(member.config.run_directory)
+        here = values.get("host") == os.uname().nodename and values.get("pid")
+        if states[member.name].state == RUNNING and member.name not in ended and here:
+            os.kill(int(values["pid"]), signal.SIGTERM)
+            ended.append(member.name)
+    console = console_of()
+    for name in ended:
+        console.print(f"{name or grid.name}: told to end")
+    if not ended:
+        console.print("nothing is running or queued")
+    return 0
+
+
+def logs(arguments: Sequence[str]) -> int:
+    """What a run printed."""
+    parser = _parser("logs", "What a run printed.")
+    parser.add_argument("--follow", action="store_true", help="go on until it has ended")
+    options = parser.parse_intermixed_args(arguments)
+    grid, _ = load(options.config, options.overrides)
+    if len(grid.members) > 1:
+        listed = ", ".join(str(m.config.run_directory) for m in grid.members)
+        raise UserError(f"{options.config} is a grid, expected one run's directory: {listed}")
+    (member,) = grid.members
+    folder = member.config.run_directory
+    path = next((p for p in (folder / "output.txt", folder / "log.txt") if p.exists()), None)
+    if path is None:
+        raise UserError(f"{folder} has no output yet")
+    with path.open(errors="replace") as file:
+        while True:
+            text = file.read()
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            if not text:
+                if not options.follow or states_of(grid)[member.name].state not in (
+                    RUNNING, QUEUED,
+                ):  # fmt: skip
+                    return 0
+                time.sleep(1)
+
+
+def _parser(name: str, what: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m launch {name}", description=what)
+    parser.add_argument("config", help="of a run or a grid, or a run's directory")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser
+
+
+def load(path: str, overrides: Sequence[str]) -> tuple[Grid, dict[str, MemberState]]:
+    """A grid and its members' states. A run directory stands for the settings that it was made
+    with."""
+    folder = Path(path)
+    if folder.is_dir():
+        files = [folder / name for name in ("config.yaml", "launch.yaml")]
+        found = next((f for f in files if f.is_file()), None)
+        if found is None:
+            raise UserError(f"{folder} is a folder without config.yaml, expected a run's directory")
+        folder = found
+    grid = load_grid(folder, overrides)
+    return grid, states_of(grid)
+
+
+def states_of(grid: Grid) -> dict[str, MemberState]:
+    """By member's name: from the run directories and, where jobs were submitted, from Slurm."""
+    states = {member.name: member_state(member) for member in grid.members}
+    for name, (state, reason) in queue_states(grid.members).items():
+        if states[name].state != DONE:
+            states[name].state = QUEUED if state == "PENDING" else RUNNING
+            states[name].reason = reason if state == "PENDING" else ""
+    return states
+
+
+def console_of() -> Console:
+    """As wide as the terminal; files get lines that nothing is cut from."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> Table:
+    """A line for each member; ``plan``: what it is, instead of how far."""
+    counts = Counter(state.state for state in states.values())
+    told = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
+    matched = "" if grid.match is None else f"; {grid.match} made alike"
+    found = Table(title=f"{grid.name}: {told}{matched}", title_justify="left")
+    found.add_column("member", overflow="fold")
+    columns = ("parameters", "tokens", "PFLOP") if plan else ("loss", "tokens/s", "left", "")
+    for column in ("state", "step", *columns):
+        found.add_column(column, justify="right" if column else "left", overflow="fold")
+    total = 0.0
+    for member in grid.members:
+        state, config = states[member.name], member.config
+        row = [member.name or grid.name, state.state, f"{state.step}/{config.train.num_steps}"]
+        tokens = config.train.tokens_before(config.train.num_steps)
+        if plan:
+            model = counts_of(config)
+            flops = model.training_flops() * tokens
+            total += flops
+            words = f"{model.parameters:,}" + ("" if config.model.vocab_size else " + vocabulary")
+            row += [words, f"{tokens:,}", _pflop(flops)]
+        else:
+            left = state.seconds_left(config)
+            row += [
+                "" if state.loss is None else f"{state.loss:.4f}",
+                "" if state.tokens_per_second is None else f"{state.tokens_per_second:,.0f}",
+                "" if left is None or state.state in (DONE, FAILED, STOPPED) else _minutes(left),
+                state.reason,
+            ]  # fmt: skip
+        found.add_row(*row)
+    if plan and len(grid.members) > 1:
+        found.add_section()
+        found.add_row("together", "", "", "", "", _pflop(total))
+    return found
+
+
+def _pflop(flops: float) -> str:
+    return f"{flops / 1e15:,.3g}" if flops < 1e17 else f"{flops / 1e15:,.0f}"
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

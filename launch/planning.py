@@ -1,0 +1,70 @@
+"""What the members of a grid will need on a cluster's hardware, by ``python -m pretrain plan``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.grid import Member
+from pretrain.config import RunConfig, to_yaml
+
+
+def print_plans(console: Console, members: Sequence[Member], hardware: str, devices: int) -> None:
+    """Memory, time and device-hours of each, and all together. Members that differ in nothing that
+    matters to a plan share one."""
+    table = Table(title=f"planned on {devices} devices of {hardware}", title_justify="left")
+    for column in ("member", "GB per device", "MFU", "hours", "device-hours"):
+        table.add_column(column, justify="left" if column == "member" else "right", overflow="fold")
+    plans: dict[str, Any] = {}
+    total, remarks = 0.0, []
+    for member in members:
+        key = json.dumps([dataclasses.asdict(x) for x in (
+            member.config.model, member.config.train, member.config.parallel)])  # fmt: skip
+        if key not in plans:
+            plans[key] = plan(member.config, hardware, devices)
+        found = plans[key]
+        if isinstance(found, str):
+            table.add_row(member.name, "", "", "", "")
+            remarks.append(f"{member.name or member.config.name}: no plan: {found}")
+            continue
+        peak = max(stage["total"] for stage in found["memory"])
+        total += found["device_hours"]
+        if peak > found["memory_limit"]:
+            remarks.append(
+                f"{member.name or member.config.name} does not fit: {peak / 1e9:,.1f} GB of "
+                f"{found['memory_limit'] / 1e9:,.1f} GB"
+            )
+        table.add_row(member.name, f"{peak / 1e9:,.1f}", f"{found['mfu']:.1%}",
+                      f"{found['hours']:,.4g}", f"{found['device_hours']:,.4g}")  # fmt: skip
+    table.add_section()
+    table.add_row("together", "", "", "", f"{total:,.4g}")
+    console.print(table)
+    for remark in remarks:
+        console.print(f"note: {remark}")
+
+
+def plan(config: RunConfig, hardware: str, devices: int) -> dict[str, Any] | str:
+    """The planner's figures, or why there are none; in a process of its own, which plays one of
+    many."""
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        path, result = Path(folder) / "config.yaml", Path(folder) / "plan.json"
+        path.write_text(to_yaml(config))
+        done = subprocess.run(
+            [sys.executable, "-m", "pretrain", "plan", str(path), "--devices", str(devices),
+             "--hardware", hardware, "--json", str(result)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+            return errors[0].removeprefix("error: ") if errors else "the planner failed"
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found

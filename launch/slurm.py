@@ -1,0 +1,153 @@
+"""Runs on a Slurm cluster: a script that a person can read, submitted once for a run or as an
+array for a grid."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from data_prep.errors import UserError
+from data_prep.manifest import write_bytes
+from launch.cluster import ClusterConfig
+from launch.grid import Grid, Member
+from launch.members import launch_values, write_launch
+from pretrain.config import to_yaml
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(
+    cluster: ClusterConfig, grid: Grid, members: Sequence[Member], at_once: int | None
+) -> str:
+    """The batch script for some members of a grid. Raises ConfigError."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    environment.filters["quote"] = shlex.quote
+    directories = [str(m.config.run_directory.resolve()) for m in members]
+    python = cluster.python
+    if cluster.container is not None and cluster.container.runtime == "apptainer":
+        python = _apptainer(cluster, python)
+    return environment.get_template("slurm.sh.j2").render(
+        name=grid.name, cluster=cluster, directories=directories, python=python,
+        options=_sbatch_options(cluster, grid, len(members), at_once), srun=_srun_options(cluster),
+        processes=processes_per_node(cluster, members), working_directory=str(Path.cwd()),
+    )  # fmt: skip
+
+
+def processes_per_node(cluster: ClusterConfig, members: Sequence[Member]) -> int:
+    """All members have one job script, so they need as many processes."""
+    found = {cluster.processes(m.config.parallel.model_size) for m in members}
+    if len(found) > 1:
+        raise UserError(
+            f"members of the grid need different numbers of processes per node: {sorted(found)}; "
+            "set processes_per_node in the cluster's file"
+        )
+    return found.pop()
+
+
+def _sbatch_options(
+    cluster: ClusterConfig, grid: Grid, count: int, at_once: int | None
+) -> list[str]:
+    given = {
+        "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos,
+        "constraint": cluster.constraint, "nodes": cluster.nodes, "time": cluster.time,
+        "gpus-per-node": cluster.gpus_per_node or None, "cpus-per-task": cluster.cpus_per_node,
+        "mem": cluster.memory,
+    }  # fmt: skip
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    options.append(f"--output={(grid.directory / 'slurm-%j.txt').resolve()}")
+    if count > 1:
+        throttle = f"%{at_once}" if at_once is not None else ""
+        options.append(f"--array=0-{count - 1}{throttle}")
+    return [*options, *cluster.sbatch_options]
+
+
+def _srun_options(cluster: ClusterConfig) -> list[str]:
+    # One process that ends with an error ends all; the others would wait for it.
+    options = ["--kill-on-bad-exit=1", f"--nodes={cluster.nodes}", "--ntasks-per-node=1"]
+    if cluster.cpus_per_node is not None:  # which srun does not take over from sbatch
+        options.append(f"--cpus-per-task={cluster.cpus_per_node}")
+    container = cluster.container
+    if container is not None and container.runtime == "pyxis":
+        options.append(f"--container-image={shlex.quote(container.image)}")
+        if container.mounts:
+            options.append(f"--container-mounts={shlex.quote(','.join(container.mounts))}")
+    return [*options, *cluster.srun_options]
+
+
+def _apptainer(cluster: ClusterConfig, python: str) -> str:
+    container = cluster.container
+    assert container is not None
+    words = ["apptainer", "exec", *(["--nv"] if cluster.gpus_per_node else [])]
+    words += [f"--bind={mount}" for mount in container.mounts]
+    return shlex.join([*words, container.image, python])
+
+
+def submit(
+    cluster: ClusterConfig, grid: Grid, members: Sequence[Member], at_once: int | None
+) -> tuple[str, Path]:
+    """(job id, the script). Raises UserError with Slurm's reason where it is refused."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "there is no sbatch on PATH: this machine is no part of a Slurm cluster; log in to one "
+            "that is, or leave --cluster out to run here"
+        )
+    script = render(cluster, grid, members, at_once)
+    grid.directory.mkdir(parents=True, exist_ok=True)
+    path = grid.directory / "job.sh"
+    write_bytes(path, script.encode())
+    for member in members:
+        directory = member.config.run_directory
+        directory.mkdir(parents=True, exist_ok=True)
+        write_bytes(directory / "launch.yaml", to_yaml(member.config).encode())
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"sbatch refused {path}: {done.stderr.strip() or done.stdout.strip()}")
+    job = done.stdout.strip().split(";")[0]
+    for index, member in enumerate(members):
+        number = f"{job}_{index}" if len(members) > 1 else job
+        write_launch(
+            member.config.run_directory, job=number, script=str(path), submitted=time.time(),
+            status=None, reason=None, failures=[], command=sys.argv,
+        )  # fmt: skip
+    return job, path
+
+
+def queue_states(members: Sequence[Member]) -> dict[str, tuple[str, str]]:
+    """{member: (Slurm's state, its reason)} of those that are in the queue."""
+    jobs = {str(launch_values(m.config.run_directory).get("job") or ""): m.name for m in members}
+    jobs.pop("", None)
+    if not jobs or shutil.which("squeue") is None:
+        return {}
+    numbers = sorted({job.split("_")[0] for job in jobs})
+    done = subprocess.run(
+        ["squeue", "--noheader", "--array", f"--jobs={','.join(numbers)}", "--states=all",
+         "--format=%i|%T|%r"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = {}
+    for line in done.stdout.splitlines():  # none where Slurm has forgotten the jobs
+        number, state, reason = line.split("|")
+        if number in jobs and state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
+            found[jobs[number]] = (state, reason)
+    return found
+
+
+def cancel(members: Sequence[Member]) -> list[str]:
+    """Ask Slurm to end what is in the queue; the names of those members."""
+    names = queue_states(members)
+    jobs = [str(launch_values(m.config.run_directory)["job"]) for m in members if m.name in names]
+    if jobs:
+        subprocess.run(["scancel", *jobs], check=False)
+    return list(names)

@@ -1,0 +1,293 @@
+"""``python -m launch --cluster`` on a real Slurm of two nodes, which this starts where it can."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from data_prep.config_files import ConfigError
+from data_prep.errors import UserError
+from launch.__main__ import main
+from launch.cluster import load_cluster
+from launch.grid import load_grid
+from launch.slurm import render
+from tests.launch.slurm_cluster import SlurmCluster, missing
+from tests.pretrain.test_training_run import ROOT
+
+CONFIG = """
+name: run
+directory: {folder}/run
+model:
+  hidden_size: 16
+  pattern: gdn
+  mixers: {{gdn: {{num_heads: 2, head_dim: 4}}}}
+data: {{path: {data}}}
+schedule: {{kind: constant, warmup_steps: 1}}
+train: {{steps: {steps}, seq_len: 32, global_batch_tokens: 64}}
+parallel: {{tensor: 2, micro_batch_size: 2}}
+validation: {{every: 0, tokens: 32}}
+checkpoint: {{every: 1000}}
+logging: {{every: 1}}
+sample: {{tokens: 0}}
+"""
+CLUSTER = """
+nodes: {nodes}
+cpus_per_node: 1
+time: "{time}"
+signal_seconds: {signal_seconds}
+python: {python}
+environment: {{OMP_NUM_THREADS: "1"}}
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    os.environ["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
+    yield cluster
+    cluster.stop()
+    del os.environ["SLURM_CONF"]
+
+
+class Job:
+    """A config, a cluster's file, and what became of them."""
+
+    def __init__(self, folder, corpus, *, steps=6, grid="", nodes=2, time="30:00",
+                 signal_seconds=5, **changes):  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        self.config, self.cluster = folder / "run.yaml", folder / "cluster.yaml"
+        text = CONFIG.format(folder=folder, data=corpus, steps=steps) + grid
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        self.config.write_text(text)
+        self.cluster.write_text(CLUSTER.format(
+            nodes=nodes, time=time, signal_seconds=signal_seconds, python=sys.executable,
+        ))  # fmt: skip
+        self.directory = folder / "run"
+
+    def launch(self, *arguments):
+        return main([str(self.config), f"--cluster={self.cluster}", *map(str, arguments)])
+
+    @property
+    def id(self):
+        values = json.loads((self.directory / "launch.json").read_text())
+        return values["job"].split("_")[0]
+
+    def steps(self, directory=None):
+        path = (directory or self.directory) / "metrics.jsonl"
+        if not path.exists():
+            return []
+        rows = [json.loads(x) for x in path.read_text().splitlines(True) if x.endswith("\n")]
+        return [(r["step"], r["loss"], r["grad_norm"]) for r in rows if "loss" in r]
+
+    def output(self, directory=None):
+        path = (directory or self.directory) / "output.txt"
+        return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(slurm, tmp_path_factory, corpus):
+    """A 2-node TP2 job over gloo, run to its end."""
+    job = Job(tmp_path_factory.mktemp("whole") / "job", corpus, steps=40)
+    assert job.launch() == 0
+    slurm.wait_for(lambda: "COMPLETED" in slurm.job_state(job.id), 120)
+    return job
+
+
+@pytest.mark.slow
+def test_two_nodes_to_the_end(uninterrupted, capsys):
+    job = uninterrupted
+    assert [s for s, *_ in job.steps()] == list(range(1, 41))
+    assert "2 processes (2 tensor-parallel)" in job.output()
+    assert "on n[1-2], start 0" in job.output()
+    assert main(["status", str(job.config)]) == 0
+    assert "1 done" in capsys.readouterr().out
+    assert job.launch() == 0
+    assert "nothing to start" in capsys.readouterr().out
+    assert main(["logs", str(job.directory)]) == 0
+    assert "step 40/40" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_signal_saves_and_the_job_goes_on_bit_for_bit(slurm, uninterrupted, tmp_path, corpus):
+    job = Job(tmp_path / "job", corpus, steps=40)
+    job.launch()
+    slurm.wait_for(lambda: len(job.steps()) >= 5, 90)
+    # As Slurm does before the time limit: to the batch script alone.
+    slurm.command("scancel", "--batch", "--signal=USR2", job.id)
+    slurm.wait_for(lambda: "== queued again" in job.output(), 60)
+    stopped = len(job.steps())
+    assert stopped < 40
+    assert "stopped by SIGUSR2" in job.output()
+    slurm.wait_for(lambda: "COMPLETED" in slurm.job_state(job.id), 120)
+    assert "start 1" in job.output()
+    assert f"resumed from {job.directory}/checkpoints/step-{stopped:08d}" in job.output()
+    assert job.steps() == uninterrupted.steps()
+
+
+@pytest.mark.slow
+def test_a_time_limit_is_chained_until_the_budget_is_done(slurm, tmp_path, corpus):
+    """A limit of a minute, and more steps than are done before the signal."""
+    job = Job(tmp_path / "job", corpus, steps=1500, time="1:00", signal_seconds=35, nodes=1,
+              **{"tensor: 2": "tensor: 1"})  # fmt: skip
+    job.launch()
+    slurm.wait_for(lambda: "COMPLETED" in slurm.job_state(job.id), 240)
+    assert "start 1" in job.output()
+    assert "stopped by SIGUSR2" in job.output()
+    assert [s for s, *_ in job.steps()] == list(range(1, 1501))
+
+
+@pytest.mark.slow
+def test_cancel_saves_and_does_not_queue_again(slurm, tmp_path, corpus, capsys):
+    job = Job(tmp_path / "job", corpus, steps=100000)
+    job.launch()
+    slurm.wait_for(lambda: len(job.steps()) >= 3, 90)
+    assert main(["status", str(job.config)]) == 0
+    assert "1 running" in capsys.readouterr().out
+    assert main(["cancel", str(job.config)]) == 0
+    assert "told to end" in capsys.readouterr().out
+    slurm.wait_for(lambda: "CANCELLED" in slurm.job_state(job.id), 60)
+    assert (job.directory / "checkpoints/latest").exists()
+    assert "== queued again" not in job.output()
+    main(["status", str(job.config)])
+    assert "1 stopped" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_costs_the_steps_since_the_last_save(slurm, tmp_path, corpus):
+    job = Job(tmp_path / "job", corpus, steps=60, **{"every: 1000": "every: 5"})
+    job.launch()
+    slurm.wait_for(lambda: len(job.steps()) >= 12, 90)
+    slurm.kill_node("n2")
+    try:
+        slurm.wait_for(lambda: "RUNNING" not in slurm.job_state(job.id), 90)
+    finally:
+        slurm.start_node("n2")
+    slurm.wait_for(lambda: "COMPLETED" in slurm.job_state(job.id), 180)
+    assert [s for s, *_ in job.steps()] == list(range(1, 61))
+    assert "resumed from" in job.output()
+
+
+@pytest.mark.slow
+def test_an_array_with_a_throttle(slurm, tmp_path, corpus, capsys):
+    job = Job(tmp_path / "job", corpus, grid="grid: {seed: [0, 1, 2, 3]}\n", nodes=1,
+              **{"tensor: 2": "tensor: 1"})  # fmt: skip
+    job.launch("--at-once", 2)
+    assert "--array=0-3%2" in (job.directory / "job.sh").read_text()
+    number = json.loads((job.directory / "seed=2/launch.json").read_text())["job"].split("_")[0]
+    most = 0
+
+    def done():
+        nonlocal most
+        states = slurm.job_state(number).split()
+        most = max(most, states.count("RUNNING"))
+        return states.count("COMPLETED") == 4
+
+    slurm.wait_for(done, 180)
+    assert most == 2
+    capsys.readouterr()
+    main(["status", str(job.config)])
+    assert "4 done" in capsys.readouterr().out
+    losses = {tuple(job.steps(job.directory / f"seed={s}")) for s in range(4)}
+    assert len(losses) == 4
+    assert all(len(found) == 6 for found in losses)
+
+
+@pytest.mark.slow
+def test_the_same_step_failing_twice_ends_it_with_the_reason(slurm, tmp_path, corpus, capsys):
+    """A loss that is no number fails again after the restart, at the same step."""
+    job = Job(tmp_path / "job", corpus, nodes=1,
+              **{"tensor: 2": "tensor: 1", "train:": "optimizer: {lr: 1e30}\ntrain:"})  # fmt: skip
+    job.launch()
+    slurm.wait_for(lambda: "== queued again" in job.output(), 60)
+    slurm.wait_for(lambda: "failed twice after step" in job.output(), 60)
+    slurm.wait_for(lambda: "FAILED" in slurm.job_state(job.id), 60)
+    assert "start 1" in job.output()
+    capsys.readouterr()
+    main(["status", str(job.config)])
+    shown = capsys.readouterr().out
+    assert "1 failed" in shown
+    assert "failed twice after step" in shown
+
+
+@pytest.mark.slow
+def test_a_bad_config_never_reaches_the_queue(slurm, tmp_path, corpus):
+    before = slurm.command("squeue", "-h", "--states=all", "-o", "%i")
+    job = Job(tmp_path / "job", corpus, grid="grid: {optimizer.lr: [1e-3, -1]}\n")
+    with pytest.raises(ConfigError, match=r"member lr=-1: optimizer.lr is -1"):
+        job.launch()
+    job = Job(tmp_path / "job", corpus, **{"tensor: 2": "tensor: 4"})
+    with pytest.raises(UserError, match=r"parallel\.tensor is 4, which does not divide 2"):
+        job.launch()
+    job = Job(tmp_path / "job", corpus)
+    job.cluster.write_text(job.cluster.read_text() + "partition: nothing\n")
+    with pytest.raises(UserError, match=r"sbatch refused .*invalid partition"):
+        job.launch()
+    assert slurm.command("squeue", "-h", "--states=all", "-o", "%i") == before
+
+
+# Without a Slurm
+
+
+def test_the_script_is_shell_that_a_person_can_read(tmp_path, corpus):
+    job = Job(tmp_path / "a job", corpus, grid="grid: {seed: [0, 1]}\n")
+    grid = load_grid(job.config)
+    for name in ("slurm-cpu", "slurm-h100-8x", "slurm-h100-8x-apptainer"):
+        cluster = load_cluster(ROOT / f"configs/clusters/{name}.yaml")
+        script = render(cluster, grid, grid.members, 1)
+        path = tmp_path / "job.sh"
+        path.write_text(script)
+        assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+        assert "'" + str((tmp_path / "a job/run/seed=0").resolve()) + "'" in script
+        assert "#SBATCH --array=0-1%1" in script
+        assert f"#SBATCH --signal=B:USR2@{cluster.signal_seconds}" in script
+        assert ("--gpus-per-node=8" in script) == ("h100" in name)
+    assert "apptainer exec --nv --bind=/shared:/shared /shared/images/pretrain.sif" in script
+    assert "module load apptainer" in script
+
+
+def test_a_dry_run_shows_the_plan_and_submits_nothing(tmp_path, corpus, capsys):
+    job = Job(tmp_path / "job", corpus, nodes=2)
+    hardware = ROOT / "configs/hardware/cpu.yaml"
+    job.cluster.write_text(job.cluster.read_text() + f"hardware: {hardware}\n")
+    assert job.launch("--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "planned on 2 devices" in shown
+    assert "#SBATCH --nodes=2" in shown
+    assert not job.directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("partion: gpu", r"unknown setting 'partion' \(did you mean 'partition'"),
+        ("time: soon", "time is 'soon', expected Slurm's"),
+        ("nodes: 0", "nodes is 0, expected at least 1"),
+        ("container: {runtime: docker, image: x}", "container.runtime is 'docker'"),
+        ("kind: pbs", "kind is 'pbs'"),
+    ],
+)
+def test_bad_clusters_are_named(tmp_path, line, message):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(line)
+    with pytest.raises(ConfigError, match=message):
+        load_cluster(path)
+    with pytest.raises(ConfigError, match=r"no config file at configs/clusters/nowhere.yaml"):
+        load_cluster("nowhere")
+
+
+def test_without_sbatch_or_with_uneven_processes(tmp_path, corpus, monkeypatch):
+    job = Job(tmp_path / "job", corpus)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no sbatch on PATH"):
+        job.launch()
+    job = Job(tmp_path / "job", corpus, nodes=3)
+    with pytest.raises(UserError, match="2 processes do not divide over nodes = 3"):
+        job.launch()
