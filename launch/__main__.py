@@ -1,5 +1,5 @@
 """``python -m launch CONFIG``: start a run, or a grid of runs, on this machine or on Slurm;
-``status``, ``cancel`` and ``logs`` for what was started."""
+``status``, ``cancel`` and ``logs`` for what was started; ``measure`` for how fast it will be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.errors import run_command
 
 EXIT_FAILED, EXIT_STOPPED = 1, 75
-COMMANDS = ("status", "cancel", "logs")
+COMMANDS = ("status", "cancel", "logs", "measure")
 
 
 def main(command: Sequence[str] | None = None) -> int:
@@ -29,7 +29,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m launch",
         description="Start a run, or a grid of runs, on this machine or on a Slurm cluster; what "
         "is done is left out, what was stopped goes on. 'python -m launch status CONFIG' shows how "
-        "far they are, 'cancel CONFIG' ends them, 'logs RUN [--follow]' shows what they print.",
+        "far they are, 'cancel CONFIG' ends them, 'logs RUN [--follow]' shows what they print, "
+        "'measure GRID' times its members for grid.match: time.",
         epilog="Exit status: 0 all done (or submitted), 1 some failed, 2 bad input, 75 stopped and "
         "saved: run the same command again.",
     )

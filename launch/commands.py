@@ -1,4 +1,4 @@
-"""``python -m launch status``, ``cancel`` and ``logs``, and the table of a grid."""
+"""``python -m launch status``, ``cancel``, ``logs`` and ``measure``, and the table of a grid."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 
 from data_prep.errors import UserError
+from launch import throughput
 from launch.grid import Grid, load_grid
 from launch.matching import counts_of
 from launch.members import (
@@ -95,6 +96,23 @@ def logs(arguments: Sequence[str]) -> int:
                 ):  # fmt: skip
                     return 0
                 time.sleep(1)
+
+
+def measure(arguments: Sequence[str]) -> int:
+    """How fast each member of a grid is on this machine."""
+    parser = _parser("measure", "Train every member for some steps and keep its tokens per second.")
+    parser.add_argument("--steps", type=int, default=8, help="that are timed (8)")
+    parser.add_argument("--processes", type=int, help="per run (tensor x pipeline)")
+    options = parser.parse_intermixed_args(arguments)
+    if options.steps < 1:
+        raise UserError(f"--steps is {options.steps}, expected at least 1")
+    grid = load_grid(options.config, options.overrides, measuring=True)
+    console, speeds = console_of(), {}
+    for member in grid.members:
+        speeds[member.name] = throughput.measure(member.config, options.steps, options.processes)
+        console.print(f"{member.name or grid.name}: {speeds[member.name]:,.0f} tokens/s")
+    console.print(f"written to {throughput.write_throughput(grid.directory, speeds)}")
+    return 0
 
 
 def _parser(name: str, what: str) -> argparse.ArgumentParser:

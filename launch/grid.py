@@ -71,8 +71,9 @@ def is_grid(path: str | Path) -> bool:
     return "grid" in load_values(path)
 
 
-def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
-    """Expand and check a whole grid; a config without one is a grid of one.
+def load_grid(path: str | Path, overrides: Sequence[str] = (), *, measuring: bool = False) -> Grid:
+    """Expand and check a whole grid; a config without one is a grid of one. ``measuring``: before
+    it is known how fast the members are, which ``match: time`` asks for.
 
     Raises ConfigError where any member could not run, naming it.
     """
@@ -102,8 +103,12 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     how = (section or {}).get("match")
     if how is not None:
         from launch.matching import match_members
+        from launch.throughput import read_throughput
 
-        match_members(members, str(how), str(path))
+        speeds = None
+        if how == "time" and not measuring:
+            speeds = read_throughput(directory, [m.name for m in members])
+        match_members(members, str(how), str(path), speeds)
     for m in members:
         check_run_config(m.config, f"{path}, member {m.name}" if m.name else str(path))
     return Grid(name, Path(path), directory, members, how)

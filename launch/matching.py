@@ -1,23 +1,25 @@
-"""Equal budgets: members of a grid made alike in parameters, FLOPs or tokens, so that what differs
-between them is what is studied."""
+"""Equal budgets: members of a grid made alike in parameters, FLOPs, tokens or time, so that what
+differs between them is what is studied."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from data_prep.config_files import ConfigError
 from launch.grid import Member
 from pretrain.config import RunConfig
 from pretrain.models.blocks import ModelCounts, count_model
 
-MATCHES = ("parameters", "flops", "tokens")
+MATCHES = ("parameters", "flops", "tokens", "time")
 _CLOSE = 0.01
 
 
-def match_members(members: Sequence[Member], how: str, where: str) -> None:
-    """Change all but the first member: ``parameters``, the inner width of its MLPs; ``flops``,
-    how many tokens it is trained on; ``tokens``, that they are as many. Raises ConfigError where
-    that cannot be done to within 1 %."""
+def match_members(
+    members: Sequence[Member], how: str, where: str, speeds: Mapping[str, float] | None = None
+) -> None:
+    """Change all but the first member: ``parameters``, the inner width of its MLPs; ``flops`` and
+    ``time``, how many tokens it is trained on; ``tokens``, that they are as many. ``speeds``: in
+    tokens per second, for ``time``. Raises ConfigError where that cannot be done to within 1 %."""
     if how not in MATCHES:
         raise ConfigError(f"{where}: grid.match is '{how}', expected one of: {', '.join(MATCHES)}")
     reference = members[0].config
@@ -26,7 +28,13 @@ def match_members(members: Sequence[Member], how: str, where: str) -> None:
         if how == "parameters":
             _match_parameters(member.config, counts_of(reference).parameters, place)
         else:
-            _match_tokens(member.config, reference, how, place)
+            ratio = 1.0
+            if how == "flops":
+                a, b = (counts_of(c).training_flops() for c in (reference, member.config))
+                ratio = a / b
+            elif how == "time" and speeds is not None:
+                ratio = speeds[member.name] / speeds[members[0].name]
+            _match_tokens(member.config, reference, ratio, place)
 
 
 def counts_of(config: RunConfig) -> ModelCounts:
@@ -62,16 +70,13 @@ def _match_parameters(config: RunConfig, wanted: int, where: str) -> None:
         )
 
 
-def _match_tokens(config: RunConfig, reference: RunConfig, how: str, where: str) -> None:
+def _match_tokens(config: RunConfig, reference: RunConfig, ratio: float, where: str) -> None:
     train = reference.train
-    wanted = train.tokens_before(train.num_steps)
-    if how == "flops":
-        ratio = counts_of(reference).training_flops() / counts_of(config).training_flops()
-        wanted = round(wanted * ratio)
+    wanted = round(ratio * train.tokens_before(train.num_steps))
     if wanted < config.train.global_batch_tokens:
         raise ConfigError(f"{where}: grid.match leaves {wanted} tokens, less than one batch")
     config.train.steps, config.train.tokens = None, wanted
-    if how == "flops":  # whole batches, the nearer number of them
+    if ratio != 1:  # whole batches, the nearer number of them
         steps = config.train.num_steps
         below, above = (config.train.tokens_before(s) for s in (steps - 1, steps))
         config.train.tokens = below if wanted - below < above - wanted else above

@@ -35,6 +35,7 @@ def describe_environment() -> dict[str, Any]:
         "packages": versions,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": _git("status", "--porcelain", "--untracked-files=no"),
+        "git_diff": _git("diff", "HEAD"),
         "host": platform.node(),
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -9,6 +9,7 @@ import pytest
 from data_prep.config_files import ConfigError
 from launch.grid import load_grid
 from launch.matching import counts_of
+from launch.throughput import write_throughput
 from pretrain.models.blocks import block_specs
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +151,16 @@ def test_members_made_alike_in_flops_and_tokens(tmp_path):
     assert found.members[2].config.train.num_steps < 100
     found = grid(tmp_path, "  train.steps: [10, 20]\n  match: tokens", BASE)
     assert [m.config.train.num_steps for m in found.members] == [10, 10]
+
+
+def test_members_made_alike_in_time(tmp_path):
+    base = BASE.replace("steps: 10", "steps: 1000") + f"directory: {tmp_path}\n"
+    section = '  model.pattern: {gdn: "4*gdn", attn: "4*attn"}\n  match: time'
+    with pytest.raises(ConfigError, match="no tokens per second of pattern=gdn, pattern=attn; run"):
+        grid(tmp_path, section, base)
+    write_throughput(tmp_path, {"pattern=gdn": 100.0, "pattern=attn": 250.0})
+    found = grid(tmp_path, section, base)
+    assert [m.config.train.num_steps for m in found.members] == [1000, 2500]
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.stem)

@@ -15,6 +15,7 @@ from launch.__main__ import main
 from tests.pretrain.test_training_run import ENVIRONMENT, ROOT
 
 pytestmark = pytest.mark.slow
+GRID = "grid:\n  model.pattern: [gdn, attn]\n  seed: [0, 1]\n"
 CONFIG = """
 name: grid
 directory: {folder}/runs
@@ -90,6 +91,8 @@ def test_a_grid_from_nothing_to_done(tmp_path, corpus, launch):
 
     status, output = launch(path)
     assert (status, "nothing to start" in output) == (0, True)
+    status, output = launch("logs", tmp_path / "runs/pattern=gdn,seed=0", "--follow")
+    assert (status, "step 4/4" in output) == (0, True)
     # One more value: only its members are run.
     more = write(tmp_path, corpus, **{"seed: [0, 1]": "seed: [0, 1, 2]"})
     status, output = launch(more, "--dry-run")
@@ -113,6 +116,25 @@ def test_a_run_directory_is_enough(tmp_path, corpus, launch):
         for p in (tmp_path / "runs", tmp_path / "again")
     ]  # fmt: skip
     assert losses[0] == losses[1]
+
+
+def test_measured_speeds_make_members_alike_in_time(tmp_path, corpus, launch):
+    path = write(tmp_path, corpus, **{
+        "  seed: [0, 1]": "  match: time", "steps: 4": "steps: 50",
+        "[gdn, attn]": '{one: "gdn", many: "12*gdn"}',
+    })  # fmt: skip
+    status, output = launch("measure", path, "--steps", 4)
+    assert (status, output.count("tokens/s")) == (0, 2)
+    speeds = json.loads((tmp_path / "runs/throughput.json").read_text())
+    assert speeds["pattern=one"] > 2 * speeds["pattern=many"] > 0
+    status, output = launch(path, "--dry-run")
+    assert (status, "time made alike" in output) == (0, True)
+    steps = 50 * speeds["pattern=many"] / speeds["pattern=one"]
+    assert f"0/{round(steps)} " in output
+    status, output = launch("cancel", path)
+    assert "nothing is running or queued" in output
+    assert "is a grid, expected one run's directory" in launch("logs", path)[1]
+    assert "has no output yet" in launch("logs", write(tmp_path, corpus, **{GRID: ""}))[1]
 
 
 def test_failed_members_are_named_and_retried_when_asked(tmp_path, corpus, launch):

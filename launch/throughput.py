@@ -1,0 +1,73 @@
+"""Tokens per second of a grid's members, measured where they will run: what ``match: time`` gives
+each as many tokens by as fit into the time of the first one (Languini, arXiv 2309.11197)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.config_files import ConfigError
+from data_prep.errors import UserError
+from data_prep.manifest import write_json
+from launch.local import command_of, processes_of
+from pretrain.config import RunConfig, to_yaml
+from pretrain.metrics import read_metrics
+
+FILE = "throughput.json"
+_WARM = 2  # steps that are not timed
+
+
+def read_throughput(directory: Path, names: Sequence[str]) -> dict[str, float]:
+    """Tokens per second by member. Raises ConfigError where one has not been measured."""
+    try:
+        found = json.loads((directory / FILE).read_bytes())
+    except (OSError, ValueError):
+        found = {}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ConfigError(
+            f"{directory / FILE} has no tokens per second of {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}; run python -m launch measure first, on "
+            "the hardware of the runs"
+        )
+    return {name: float(found[name]) for name in names}
+
+
+def measure(config: RunConfig, steps: int, processes: int | None) -> float:
+    """Tokens per second of the median of ``steps`` training steps. Raises UserError where the run
+    fails."""
+    config = copy.deepcopy(config)
+    train = config.train
+    train.steps, train.tokens = steps + _WARM, None
+    config.schedule.warmup_steps, config.schedule.kind = 0, "constant"
+    config.validation.every, config.validation.tokens, config.sample.tokens = 0, 1, 0
+    config.checkpoint.every, config.logging.every = 10**9, 1
+    config.checkpoint.resume = None
+    with tempfile.TemporaryDirectory(prefix="measure-") as folder:
+        config.directory = str(Path(folder) / "run")
+        path = Path(folder) / "run.yaml"
+        path.write_text(to_yaml(config))
+        command = command_of(path, processes_of(config, processes))
+        environment = {"OMP_NUM_THREADS": "1" if len(command) > 4 else "", **os.environ}
+        environment = {k: v for k, v in environment.items() if v}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+            raise UserError(f"{config.name} could not be measured: {(errors or ['?'])[0]}")
+        rows = [row["tokens_per_second"] for row in read_metrics(Path(config.directory))
+                if row.get("tokens_per_second")]  # fmt: skip
+    return statistics.median(rows[_WARM:])
+
+
+def write_throughput(directory: Path, values: dict[str, float]) -> Path:
+    """Keep what was measured; every later launch of the grid gives the same budgets."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / FILE
+    write_json(path, values)
+    return path
