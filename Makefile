@@ -1,9 +1,10 @@
-# make demo: the main job on real text, from nothing. make test: the tests. Both set up .venv first.
+# make demo: the main job on real text, from nothing. make test: the tests. make docs: the guides as
+# pages, build/docs. All set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -17,7 +18,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m evals runs/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

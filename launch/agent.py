@@ -57,7 +57,10 @@ def main() -> int:
         _signal_training(process)
     status = process.wait()
     if node != 0:
-        return 0 if status == 0 else EXIT_STOPPED if received else EXIT_FAILED
+        # Not an error, for which srun would end the first node's agent before it has decided: that
+        # one's processes end for the same reason as these.
+        print(f"== node {node} ended with status {status}", flush=True)
+        return 0
     return _decide(config, directory, received)
 
 
@@ -105,7 +108,7 @@ def _decide(config: RunConfig, directory: Path, received: list[int]) -> int:
         if signal.SIGUSR2 in received:
             (directory / ".requeue").touch()
         write_launch(directory, ended=time.time(), status=EXIT_STOPPED, reason=None)
-        return EXIT_STOPPED
+        return 0  # the others may still be ending
     reason = last_error(directory)
     failures = launch_values(directory).get("failures") or []
     again = bool(failures) and failures[-1]["step"] == state.step

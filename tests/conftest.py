@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("default", deadline=None, max_examples=12, derandomize=True)
 settings.load_profile("default")
 
 

@@ -51,11 +51,9 @@ CASES = {
     "dp2-bf16": case("2*(gdn attn)", precision="bf16", model={"hidden_size": 768}),
     "tp2-sequence": case("2*(attn mamba2)", tensor=2, sequence=True, seq_len=1024),
     "pp2": case("2*(gdn attn)", pipeline=2, model={"tie_embeddings": False}),
-    "pp2-vpp2": case("2*(gdn attn)", pipeline=2, virtual_pipeline=2),
     "newton": case("2*para_gru m2rnn", seq_len=2048, rows=2),
     "loop": case("attn 2*gdn attn", model=LOOP),
     "ep2": case("2*(gdn attn)", expert=2, model=EXPERTS, seq_len=1024),
-    "zero1-deepspeed": case("2*(gdn attn)", zero_stage=1, **DEEPSPEED),
     "zero2-deepspeed": case("2*(gdn attn)", zero_stage=2, **DEEPSPEED),
     "zero3-deepspeed": case("2*(gdn attn)", zero_stage=3, **DEEPSPEED),
 }
