@@ -17,30 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from data_prep.config_files import load_config
-from data_prep.errors import run_command
-from launch.grid import Member
-from launch.members import DONE, last_error, launch_values, member_state, write_launch
-from pretrain.config import RunConfig
-
 EXIT_STOPPED, EXIT_FAILED = 75, 1
+_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.agent", description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--nproc-per-node", type=int, required=True)
-    arguments = parser.parse_args()
-    config = load_config(RunConfig, arguments.config)
-    node, directory = int(os.environ.get("SLURM_NODEID", "0")), arguments.config.parent
-    command = _torchrun(arguments.config, arguments.nproc_per_node, node)
-    if node == 0:
-        write_launch(
-            directory, started=time.time(), status=None, reason=None, command=command,
-            job=_job(), restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        )  # fmt: skip
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
@@ -49,13 +30,33 @@ def main() -> int:
         if process is not None:
             _signal_training(process)
 
-    for number in (signal.SIGUSR2, signal.SIGTERM):
+    # Before anything that takes long to import: a signal may come at any time.
+    for number in _SIGNALS:
         signal.signal(number, forward)
+    parser = argparse.ArgumentParser(prog="python -m launch.agent", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--nproc-per-node", type=int, required=True)
+    arguments = parser.parse_args()
+
+    from data_prep.config_files import load_config
+    from launch.members import write_launch
+    from pretrain.config import RunConfig
+
+    config = load_config(RunConfig, arguments.config)
+    node, directory = int(os.environ.get("SLURM_NODEID", "0")), arguments.config.parent
+    command = _torchrun(arguments.config, arguments.nproc_per_node, node)
+    if node == 0:
+        write_launch(
+            directory, started=time.time(), status=None, reason=None, command=command,
+            job=_job(), restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        )  # fmt: skip
     # Out of the reach of signals to the whole task: torchrun would end its processes at once.
     process = subprocess.Popen(command, start_new_session=True)
     if received:
         _signal_training(process)
     status = process.wait()
+    for number in _SIGNALS:  # nobody is left to hand it on to
+        signal.signal(number, signal.SIG_IGN)
     if node != 0:
         # Not an error, for which srun would end the first node's agent before it has decided: that
         # one's processes end for the same reason as these.
@@ -86,6 +87,8 @@ def _job() -> str:
 
 def _signal_training(process: subprocess.Popen[bytes]) -> None:
     """To torchrun's own children, which know it, and nobody else."""
+    import psutil
+
     try:
         children = psutil.Process(process.pid).children()
     except psutil.NoSuchProcess:
@@ -98,8 +101,11 @@ def _signal_training(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _decide(config: RunConfig, directory: Path, received: list[int]) -> int:
+def _decide(config: Any, directory: Path, received: list[int]) -> int:
     """On the first node: how it ended, and whether the job shall be queued again."""
+    from launch.grid import Member
+    from launch.members import DONE, last_error, launch_values, member_state, write_launch
+
     state = member_state(Member("", {}, config), held=False)
     if state.state == DONE:
         write_launch(directory, ended=time.time(), status=0, reason=None)
@@ -123,4 +129,6 @@ def _decide(config: RunConfig, directory: Path, received: list[int]) -> int:
 
 
 if __name__ == "__main__":
+    from data_prep.errors import run_command
+
     run_command(main)
