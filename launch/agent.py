@@ -52,9 +52,13 @@ def main() -> int:
         )  # fmt: skip
     # Out of the reach of signals to the whole task: torchrun would end its processes at once.
     process = subprocess.Popen(command, start_new_session=True)
-    if received:
-        _signal_training(process)
-    status = process.wait()
+    status = None
+    while status is None:
+        try:
+            status = process.wait(timeout=3)
+        except subprocess.TimeoutExpired:
+            if received:  # again, for those that had not begun; the others know it already
+                _signal_training(process)
     for number in _SIGNALS:  # nobody is left to hand it on to
         signal.signal(number, signal.SIG_IGN)
     if node != 0:
