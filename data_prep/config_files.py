@@ -122,6 +122,17 @@ def to_yaml(instance: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(instance), sort_keys=False)
 
 
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flattened(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """`` (did you mean 'x'?)``, or nothing when no known name is near."""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -66,11 +66,6 @@ class Grid:
     match: str | None = None
 
 
-def is_grid(path: str | Path) -> bool:
-    """Whether a config has a grid section. Raises ConfigError where it cannot be read."""
-    return "grid" in load_values(path)
-
-
 def load_grid(path: str | Path, overrides: Sequence[str] = (), *, measuring: bool = False) -> Grid:
     """Expand and check a whole grid; a config without one is a grid of one. ``measuring``: before
     it is known how fast the members are, which ``match: time`` asks for.

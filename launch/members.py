@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_files import ConfigError, load_config
+from data_prep.config_files import ConfigError, flattened, load_config
 from data_prep.errors import UserError
 from data_prep.manifest import write_json
 from launch.grid import Member
@@ -80,7 +80,7 @@ def check_same_settings(member: Member) -> None:
     if not (directory / "config.yaml").exists():
         return
     before = load_config(RunConfig, directory / "config.yaml")
-    was, now = (_flat(dataclasses.asdict(c)) for c in (before, member.config))
+    was, now = (flattened(dataclasses.asdict(c)) for c in (before, member.config))
     differences = [
         f"{key} is {was.get(key)} there and {now.get(key)} here"
         for key in sorted({*was, *now})
@@ -91,16 +91,6 @@ def check_same_settings(member: Member) -> None:
             f"{directory} holds a run with other settings: {'; '.join(differences)}; choose "
             "another name, or remove the directory"
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def last_error(directory: Path) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data_prep.config_files import build_config, load_config
+from data_prep.config_files import build_config, flattened, load_config
 from data_prep.errors import UserError
 from pretrain.config import ModelConfig, RunConfig
 from pretrain.models.blocks import block_specs
@@ -168,17 +168,7 @@ def _model_settings(model: ModelConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(model)
     specs = {spec.name: spec for spec in block_specs(model)}
     settings["mixers"] = {name: spec.identity for name, spec in specs.items()}
-    return _flat(settings)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    return flattened(settings)
 
 
 def load_checkpoint(checkpoint: Path, engine: Engine) -> None:

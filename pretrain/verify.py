@@ -76,7 +76,9 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
     config.checkpoint.every, config.checkpoint.keep_last = steps // 2, 2
     check_layout(config, processes, path)
     wanted = config.parallel
-    config.parallel = ParallelConfig(micro_batch_size=wanted.micro_batch_size)
+    config.parallel = ParallelConfig(
+        micro_batch_size=wanted.micro_batch_size, zero_stage=min(wanted.zero_stage, 1)
+    )
     one = _train(config, folder / "one", 1)
     config.parallel = wanted
     layout = _train(config, folder / "layout", processes)
