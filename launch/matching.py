@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from data_prep.config_files import ConfigError
+from data_prep.errors import UserError
 from launch.grid import Member
 from pretrain.config import RunConfig
 from pretrain.models.blocks import ModelCounts, count_model
@@ -26,11 +27,12 @@ def match_members(
     for member in members[1:]:
         place = f"{where}, member {member.name}"
         if how == "parameters":
-            _match_parameters(member.config, counts_of(reference).parameters, place)
+            _match_parameters(member.config, reference, place)
         else:
             ratio = 1.0
             if how == "flops":
-                a, b = (counts_of(c).training_flops() for c in (reference, member.config))
+                both = (reference, member.config)
+                a, b = (_whole_counts(c, place).training_flops() for c in both)
                 ratio = a / b
             elif how == "time" and speeds is not None:
                 ratio = speeds[member.name] / speeds[members[0].name]
@@ -38,20 +40,44 @@ def match_members(
 
 
 def counts_of(config: RunConfig) -> ModelCounts:
-    """Without a vocabulary of its own, a model is counted as if there were one row; of members
-    that share a tokenizer that makes no difference."""
+    """Without a vocabulary of its own, a model is counted as if there were one row: its own part,
+    for showing, and for comparing parameters where embeddings are alike."""
     return count_model(config.model, config.model.vocab_size or 1, config.train.seq_len)
 
 
-def _match_parameters(config: RunConfig, wanted: int, where: str) -> None:
-    mlp = config.model.mlp
+def _whole_counts(config: RunConfig, where: str, *, embeddings_alike: bool = False) -> ModelCounts:
+    """With the rows that the tokenizer of the data needs. Raises ConfigError where it is not
+    there, unless all that will be compared has the same ``embeddings_alike``."""
+    if config.model.vocab_size is not None or embeddings_alike:
+        return counts_of(config)
+    from pretrain.data import open_data
+    from pretrain.models.language_model import padded_vocab_size
+
+    try:
+        rows = padded_vocab_size(config.model, open_data(config.data).tokenizer.vocab_size)
+    except UserError as error:
+        raise ConfigError(
+            f"{where}: grid.match counts the vocabulary too, but model.vocab_size is not set and "
+            f"the data that would tell it is not there ({error}); set model.vocab_size"
+        ) from None
+    return count_model(config.model, rows, config.train.seq_len)
+
+
+def _match_parameters(config: RunConfig, reference: RunConfig, where: str) -> None:
+    mlp, models = config.model.mlp, (config.model, reference.model)
+    alike = len({(m.hidden_size, m.tie_embeddings, m.vocab_size) for m in models}) == 1
+    wanted = _whole_counts(reference, where, embeddings_alike=alike).parameters
+
+    def parameters() -> int:
+        return _whole_counts(config, where, embeddings_alike=alike).parameters
+
     if mlp.kind == "none":
         raise ConfigError(f"{where}: grid.match is parameters, but the model has no MLP to resize")
     unit = config.parallel.tensor
     found = []
     for width in (unit, 2 * unit):  # parameters grow in a line
         mlp.intermediate_size = width
-        found.append(counts_of(config).parameters)
+        found.append(parameters())
     slope = (found[1] - found[0]) / unit
     if slope == 0:  # every MLP is a mixture of experts
         raise ConfigError(
@@ -62,7 +88,7 @@ def _match_parameters(config: RunConfig, wanted: int, where: str) -> None:
     while step > unit and step * slope > _CLOSE * wanted:  # small models need finer widths
         step = max(step // 2 // unit, 1) * unit
     mlp.intermediate_size = max(round(exact / step) * step, step)
-    reached = counts_of(config).parameters
+    reached = parameters()
     if abs(reached / wanted - 1) > _CLOSE:
         raise ConfigError(
             f"{where}: grid.match is parameters, but an MLP of width {mlp.intermediate_size} makes "

@@ -141,6 +141,9 @@ def test_members_made_alike_in_parameters(tmp_path):
 
 def test_members_made_alike_in_flops_and_tokens(tmp_path):
     base = BASE.replace("steps: 10", "steps: 1000")
+    with pytest.raises(ConfigError, match=r"counts the vocabulary too.*set model\.vocab_size"):
+        grid(tmp_path, PATTERNS + "  match: flops", base)
+    base = base.replace("hidden_size: 32", "hidden_size: 32, vocab_size: 64")
     found = grid(tmp_path, PATTERNS + "  match: flops", base)
     flops = [
         counts_of(m.config).training_flops()
