@@ -63,7 +63,6 @@ def run_queue(
     waiting, statuses = list(members), dict[str, int]()
     running: list[Running] = []
     alone = len(members) == 1
-    threads = max(1, _available_cores() // (at_once * (processes or 1)))
     stopped: list[int] = []
 
     def stop(number: int, _: Any) -> None:
@@ -76,7 +75,7 @@ def run_queue(
         while running or (waiting and not stopped):
             while waiting and len(running) < at_once and not stopped:
                 member = waiting.pop(0)
-                running.append(_start(member, processes, threads, alone))
+                running.append(_start(member, processes, at_once, alone))
                 show(member, "started")
             time.sleep(0.1)
             for run in [r for r in running if r.process.poll() is not None]:
@@ -90,18 +89,25 @@ def run_queue(
     return statuses
 
 
-def _start(member: Member, processes: int | None, threads: int, alone: bool) -> Running:
+def environment_of(processes: int, at_once: int = 1) -> dict[str, str]:
+    """Variables of a run's processes: those of this one, and the cores shared out as threads."""
+    threads = max(1, _available_cores() // (at_once * processes))
+    return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+
+def _start(member: Member, processes: int | None, at_once: int, alone: bool) -> Running:
     config = member.config
     directory = config.run_directory
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "launch.yaml"
     write_bytes(path, to_yaml(config).encode())
-    command = command_of(path, processes_of(config, processes))
+    count = processes_of(config, processes)
+    command = command_of(path, count)
     output = None if alone else (directory / "output.txt").open("ab")
     write_launch(directory, command=command, started=time.time(), status=None, reason=None)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     process = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT if output else None, env=environment,
+        command, stdout=output, stderr=subprocess.STDOUT if output else None,
+        env=environment_of(count, at_once),
         # Ctrl-C reaches the whole group of the terminal: children get it from here alone.
         start_new_session=True,
     )  # fmt: skip

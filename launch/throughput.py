@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from data_prep.config_files import ConfigError
 from data_prep.errors import UserError
 from data_prep.manifest import write_json
-from launch.local import command_of, processes_of
+from launch.local import command_of, environment_of, processes_of
 from pretrain.config import RunConfig, to_yaml
 from pretrain.metrics import read_metrics
 
@@ -53,10 +52,11 @@ def measure(config: RunConfig, steps: int, processes: int | None) -> float:
         config.directory = str(Path(folder) / "run")
         path = Path(folder) / "run.yaml"
         path.write_text(to_yaml(config))
-        command = command_of(path, processes_of(config, processes))
-        environment = {"OMP_NUM_THREADS": "1" if len(command) > 4 else "", **os.environ}
-        environment = {k: v for k, v in environment.items() if v}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        count = processes_of(config, processes)
+        done = subprocess.run(
+            command_of(path, count), capture_output=True, text=True, check=False,
+            env=environment_of(count),
+        )  # fmt: skip
         if done.returncode:
             errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
             raise UserError(f"{config.name} could not be measured: {(errors or ['?'])[0]}")

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_the_page_works(tmp_path, corpus):
     outputs = []
     for command in commands.strip().splitlines():
         done = subprocess.run(
-            shlex.split(command), cwd=tmp_path, text=True, capture_output=True, check=False,
+            [sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, text=True, capture_output=True, check=False,
             env={**os.environ, "PYTHONPATH": str(tmp_path)},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
