@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,14 @@ TASKS = ("perplexity",)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals", description="Score a checkpoint.")
+    if sys.argv[1:2] == ["scaling"]:
+        from evals.scaling.commands import main as scaling
+
+        return scaling(sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        prog="python -m evals",
+        description="Score a checkpoint. 'python -m evals scaling' fits scaling laws to runs.",
+    )
     parser.add_argument("checkpoint", help="a run directory, or one of its checkpoints/step-N")
     parser.add_argument("--tasks", default="perplexity", help=f"of: {', '.join(TASKS)}")
     parser.add_argument("--data", help="a prepared directory; the run's own by default")

@@ -16,7 +16,7 @@ from data_prep.manifest import write_json
 from launch.grid import Member
 from pretrain.checkpoint import find_checkpoint, read_state
 from pretrain.config import RunConfig
-from pretrain.metrics import read_metrics
+from pretrain.metrics_file import read_metrics
 
 WAITING, QUEUED, RUNNING = "waiting", "queued", "running"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"

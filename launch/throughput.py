@@ -16,7 +16,7 @@ from data_prep.errors import UserError
 from data_prep.manifest import write_json
 from launch.local import command_of, environment_of, processes_of
 from pretrain.config import RunConfig, to_yaml
-from pretrain.metrics import read_metrics
+from pretrain.metrics_file import read_metrics
 
 FILE = "throughput.json"
 _WARM = 2  # steps that are not timed

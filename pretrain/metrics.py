@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from data_prep.errors import UserError
 from data_prep.manifest import write_bytes
 from pretrain.config import LoggingConfig
+from pretrain.metrics_file import read_metrics
 
 # Dense bf16 matrix-multiply peaks in FLOP/s, by a part of the device's name, as the vendors' data
 # sheets give them (figures "with sparsity" are twice as high and mean nothing here).
@@ -196,25 +197,9 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl that are whole and tell their step and tokens."""
-    rows = []
-    for line in (directory / "metrics.jsonl").read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and all(isinstance(row.get(k), int) for k in ("step", "tokens")):
-            rows.append(row)
-    return rows
-
-
 def plot_loss_curve(directory: Path, title: str, bigram_entropy: float | None) -> Path | None:
     """``plots/loss.png``: training loss, and validation in bits per byte; None without data."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = read_metrics(directory)
     train = [(r["tokens"], r["loss"]) for r in rows if r.get("loss") is not None]
@@ -222,7 +207,8 @@ def plot_loss_curve(directory: Path, title: str, bigram_entropy: float | None) -
              if r.get("valid_loss") is not None]  # fmt: skip
     if not train:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, label="training")
     if valid:
         left.plot(*zip(*[v[:2] for v in valid], strict=True), "o-", color="tab:orange",
@@ -245,5 +231,4 @@ def plot_loss_curve(directory: Path, title: str, bigram_entropy: float | None) -
     path = directory / "plots" / "loss.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path

@@ -134,6 +134,11 @@ def _train(config: RunConfig, config_path: str, watchdog: Watchdog) -> int:
     if is_main_process():
         write_bytes(directory / "config.yaml", to_yaml(config).encode())
         write_json(directory / "environment.json", describe_environment())
+        # For who reads the run later: scaling laws, reports.
+        write_json(directory / "model.json", {
+            "parameters": counts.parameters, "embedding_parameters": counts.embedding_parameters,
+            "training_flops_per_token": counts.training_flops(), "vocab_size": vocab_size,
+        })  # fmt: skip
 
     log = RunLog(
         directory, config.logging, active=is_main_process(), num_steps=settings.num_steps,

@@ -17,6 +17,10 @@ from torch.optim.adamw import adamw
 from pretrain.parallel.muon import muon_step
 
 
+def _plain(method: Any) -> Any:
+    return getattr(method, "__wrapped__", method)
+
+
 class AdamW(torch.optim.Optimizer):
     """arXiv 1711.05101. Groups: lr, betas, eps, weight_decay, step; ``muon``: updated by
     :func:`pretrain.parallel.muon.muon_step` instead; ema_decay: of the weights' average ``ema`` in
@@ -38,6 +42,13 @@ class AdamW(torch.optim.Optimizer):
             "bias_correction": True,
         }  # fmt: skip
         super().__init__(params, defaults)
+
+    # torch keeps its compiler off these methods, and imports the compiler to do so: a second of
+    # every start, and nothing here is compiled.
+    add_param_group = _plain(torch.optim.Optimizer.add_param_group)
+    load_state_dict = _plain(torch.optim.Optimizer.load_state_dict)
+    state_dict = _plain(torch.optim.Optimizer.state_dict)
+    zero_grad = _plain(torch.optim.Optimizer.zero_grad)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

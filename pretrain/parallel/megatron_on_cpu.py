@@ -9,6 +9,7 @@ and ``Tensor.type()`` answers ``torch.cuda.*``, which the optimizer tests for.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,9 +27,22 @@ def install() -> None:
     cuda.current_stream = lambda device=None: torch.cpu.current_stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
     # What moves the number of each expert's tokens to the host, on a stream of its own.
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    with _without_compiler():
+        from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _HostStream()
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """megatron-core compiles its fused functions where they are defined, and to name
+    ``torch.compile`` imports the compiler: a third of a process's start, for nothing on a CPU."""
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda found: found)  # type: ignore
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 class _HostStream:

@@ -43,8 +43,8 @@ def test_the_page_works(tmp_path, corpus):
     outputs = []
     for command in commands.strip().splitlines():
         done = subprocess.run(
-            [sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, text=True, capture_output=True, check=False,
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            [sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, text=True,
+            capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         outputs.append(done.stdout)

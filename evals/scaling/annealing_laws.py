@@ -1,0 +1,329 @@
+"""Laws of the whole loss curve under any learning-rate schedule.
+
+In all of them the loss falls with a clock that the learning rate drives, and falls further, with
+some delay, when the learning rate does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import UserError
+from evals.scaling.curves import Curve
+from evals.scaling.parameters import Array, Law, Parameter
+
+_SIZE_PARAMETERS = {
+    "beta": Parameter("beta", "", "exponent of the size", 0.01, 2.0, (0.2, 0.5)),
+    "gamma": Parameter(
+        "gamma", "", "exponent of the size in the annealing term", -1.0, 1.0, (0.0,)
+    ),
+    "eta": Parameter("eta", "", "exponent of the size in the progress term", -1.0, 1.0, (0.0,)),
+}
+
+
+@dataclass
+class PreparedCurve:
+    """drops: (m,) steps after the warm-up before which the learning rate changed; by: (m,) by how
+    much it fell, in units of ``reference``."""
+
+    name: str
+    loss: Array
+    step: NDArray[np.int64]
+    lr: Array
+    log_lr: Array
+    drops: NDArray[np.int64]
+    by: Array
+    owner: NDArray[np.int64]
+    size: float
+
+
+class _CurveLaw(Law):
+    """reference: the learning rate that others are measured in (raw units: 1)."""
+
+    def __init__(
+        self, reference: float = 1.0, sized: bool = False, size_reference: float = 1.0,
+        size_in_annealing: bool = False, size_in_progress: bool = False,
+    ) -> None:  # fmt: skip
+        self.reference, self.size_reference = reference, size_reference
+        self.sized = sized
+        self.size_in_annealing, self.size_in_progress = size_in_annealing, size_in_progress
+        wanted = {"beta": sized, "gamma": size_in_annealing, "eta": size_in_progress}
+        self.size_names = [name for name, used in wanted.items() if used]
+        self.nonlinear = (*self.own_nonlinear(), *(_SIZE_PARAMETERS[n] for n in self.size_names))
+        size = Parameter("B", "nats", f"excess at N = {size_reference:.3g}")
+        self.linear = (*self.own_linear(), *([size] if sized else []))
+
+    def own_nonlinear(self) -> tuple[Parameter, ...]:
+        raise NotImplementedError
+
+    def own_linear(self) -> tuple[Parameter, ...]:
+        return (
+            Parameter("L0", "nats", "loss that is left in the end"),
+            Parameter("A", "nats", "excess where the clock shows 1"),
+            Parameter("C", "nats", "what annealing from the reference learning rate to 0 gives"),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "reference": self.reference, "sized": self.sized,
+            "size_reference": self.size_reference, "size_in_annealing": self.size_in_annealing,
+            "size_in_progress": self.size_in_progress,
+        }  # fmt: skip
+
+    def prepared(self, data: Curve) -> PreparedCurve:
+        if (self.sized or self.size_names) and data.parameters is None:
+            raise UserError(
+                f"{data.name}: its number of parameters is not known, and the law has N"
+            )
+        lr = data.lr[: data.step[-1] + 1] / self.reference
+        change = np.zeros(len(lr))
+        change[1:] = lr[:-1] - lr[1:]
+        change[: data.warmup + 1] = 0.0
+        drops = np.flatnonzero(change)
+        # The first logged step that has seen the change.
+        owner = np.searchsorted(data.step, drops, side="left")
+        size = (data.parameters or 1.0) / self.size_reference
+        return PreparedCurve(
+            data.name, data.loss, data.step, lr, np.log(np.maximum(lr, 1e-30)), drops,
+            change[drops], owner, size,
+        )  # fmt: skip
+
+    def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
+        """progress (n,), its derivatives (p, n), annealing (n,), its derivatives (p, n)."""
+        raise NotImplementedError
+
+    def design(self, theta: Array, prepared: PreparedCurve) -> tuple[Array, Array]:
+        own, n = len(theta) - len(self.size_names), len(prepared.loss)
+        progress, d_progress, annealing, d_annealing = self.terms(theta[:own], prepared)
+        exponents = dict(zip(self.size_names, theta[own:], strict=True))
+        log_size = math.log(prepared.size)
+        in_progress = math.exp(log_size * exponents.get("eta", 0.0))
+        in_annealing = math.exp(log_size * exponents.get("gamma", 0.0))
+        columns = [np.ones(n), progress * in_progress, -annealing * in_annealing]
+        derivatives = np.zeros((len(theta), n, len(self.linear)))
+        derivatives[:own, :, 1] = d_progress * in_progress
+        derivatives[:own, :, 2] = -d_annealing * in_annealing
+        if self.sized:
+            columns.append(np.full(n, math.exp(-log_size * exponents["beta"])))
+        for i, name in enumerate(self.size_names):
+            column = {"beta": 3, "gamma": 2, "eta": 1}[name]
+            sign = -1.0 if name == "beta" else 1.0
+            derivatives[own + i, :, column] = sign * log_size * columns[column]
+        return np.stack(columns, axis=1), derivatives
+
+
+class AnnealingLaw(_CurveLaw):
+    """L(s) = L0 + A S1^-alpha - C S2 [+ B N^-beta].
+
+    S1: sum of the learning rates so far, warm-up included; S2: sum over the steps of the
+    momentum-weighted fall of the learning rate, m_i = lambda m_(i-1) + (lr_(i-1) - lr_i), counted
+    from the end of the warm-up. Learning rates enter as they are (reference 1), so that the
+    constants compare with published ones.
+    Source: Tissue, Wang, Wang, "Scaling Law with Learning Rate Annealing", arXiv 2408.11029.
+    """
+
+    name = "annealing"
+    title = "Annealing law (Tissue et al.)"
+    formula = "L0 + A S1^-alpha - C S2"
+    source = "arXiv 2408.11029"
+
+    def own_nonlinear(self) -> tuple[Parameter, ...]:
+        return (
+            Parameter("alpha", "", "exponent of S1", 0.05, 2.0, (0.3, 0.7)),
+            Parameter(
+                "memory", "steps", "over which S2 forgets, -1/log(lambda)", 20.0, 50_000.0,
+                (100.0, 1000.0), log=True,
+            ),
+        )  # fmt: skip
+
+    def own_linear(self) -> tuple[Parameter, ...]:
+        return (
+            Parameter("L0", "nats", "loss that is left in the end"),
+            Parameter("A", "nats", "excess where S1 is 1"),
+            Parameter("C", "nats per S2", "gain by annealing"),
+        )
+
+    def derived(self, values: dict[str, float]) -> dict[str, float]:
+        return {"lambda": math.exp(-1 / values["memory"])}
+
+    def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
+        alpha, memory = theta[0], math.exp(theta[1])
+        s1 = np.concatenate([[0.0], np.cumsum(curve.lr)])[curve.step]
+        progress = s1**-alpha
+        d_progress = np.stack([-np.log(s1) * progress, np.zeros_like(s1)])
+        rate = 1 / memory
+        decay = math.exp(-rate)
+        clock = np.arange(len(curve.lr), dtype=float)
+        sums, (moments,) = decayed_sums(curve, clock, rate, [clock])
+        fallen = _fallen(curve)
+        # sum over j = 0 .. i - k of lambda^j = (1 - lambda^(i - k + 1)) / (1 - lambda)
+        top, bottom = fallen - decay * sums, 1 - decay
+        # d(decay)/d(rate) = -decay; d(sums)/d(rate) = -moments; d(rate)/d(theta) = -rate
+        d_top, d_bottom = decay * sums + decay * moments, decay
+        d_rate = (d_top * bottom - top * d_bottom) / bottom**2
+        d_annealing = np.stack([np.zeros_like(s1), -rate * d_rate])
+        return progress, d_progress, top / bottom, d_annealing
+
+
+class IntrinsicTimeLaw(_CurveLaw):
+    """L(s) = L0 + A (t/1000)^-alpha - C sum_k (x_(k-1) - x_k) (1 - exp(-(t_s - t_k) / memory)).
+
+    x = learning rate / reference, t_s = sum over the steps before s of x^q: training has a clock
+    of its own, which both terms share. q = 1 is a clock that the learning rate drives, as long as
+    weight decay has not acted; in equilibrium with it an AdamW step turns the weights by
+    sqrt(2 lr weight_decay) (arXiv 2305.17212), q = 1/2. Runs lie between, so 1/2 <= q <= 1, with
+    a weak prior in the middle. The memory has one at the lambda of 0.99 to 0.999 that was
+    published for the annealing law. ``reference``: the highest learning rate of the fitted runs.
+    Source: this project; six parameters, from the annealing law (arXiv 2408.11029) and the
+    multi-power law (arXiv 2503.12811), whose annealing gain also runs on the summed learning rate.
+    """
+
+    name = "intrinsic"
+    title = "Intrinsic-time law"
+    formula = "L0 + A t^-alpha - C sum_k dx_k (1 - exp(-(t - t_k)/memory)), dt = x^q"
+    source = "this project, after arXiv 2408.11029, 2503.12811, 2305.17212"
+
+    def own_nonlinear(self) -> tuple[Parameter, ...]:
+        middle = math.sqrt(100 * 1000)
+        return (
+            Parameter("alpha", "", "exponent of the clock", 0.05, 2.0, (0.5,)),
+            Parameter(
+                "memory", "reference steps", "until an annealing step has acted", 5.0, 10_000.0,
+                (80.0, 500.0), log=True, prior=(math.log(middle), math.log(10) / 2),
+            ),
+            Parameter(
+                "q", "", "the clock runs with lr^q", 0.5, 1.0, (0.75,), prior=(0.75, 0.125)
+            ),
+        )  # fmt: skip
+
+    def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
+        alpha, rate, q = theta[0], math.exp(-theta[1]), theta[2]
+        speed = np.exp(q * curve.log_lr)
+        clock = np.concatenate([[0.0], np.cumsum(speed)])
+        d_clock = np.concatenate([[0.0], np.cumsum(speed * curve.log_lr)])
+        t, d_t = clock[curve.step] / 1000, d_clock[curve.step] / 1000
+        progress = t**-alpha
+        d_progress = np.stack(
+            [-np.log(t) * progress, np.zeros_like(t), -alpha * progress / t * d_t]
+        )
+        sums, (by_clock, by_q) = decayed_sums(curve, clock, rate, [clock, d_clock])
+        d_annealing = np.stack([np.zeros_like(t), -rate * by_clock, rate * by_q])
+        return progress, d_progress, _fallen(curve) - sums, d_annealing
+
+
+class MultiPowerLaw(_CurveLaw):
+    """L(s) = L0 + A S(s)^-alpha - B sum_k (lr_(k-1) - lr_k) (1 - (1 + C lr_k^-gamma S_k(s))^-beta).
+
+    S: sum of the learning rates so far, warm-up included; S_k(s): from step k on. Bounded:
+    unbounded, C goes to 0 and beta to infinity without end. The clock counts 1,000 steps of the
+    reference learning rate, which :meth:`derived` turns into the published units. Changes of the
+    learning rate are summed in blocks of up to 16 steps.
+    Source: Luo et al., "A Multi-Power Law for Loss Curve Prediction", arXiv 2503.12811.
+    """
+
+    name = "multi_power"
+    title = "Multi-power law"
+    formula = "L0 + A S1^-alpha - B sum_k dlr_k (1 - (1 + C lr_k^-gamma S_k)^-beta)"
+    source = "arXiv 2503.12811"
+    block = 16
+
+    def own_nonlinear(self) -> tuple[Parameter, ...]:
+        return (
+            Parameter("alpha", "", "exponent of the clock", 0.05, 2.0, (0.5,)),
+            Parameter("c", "per 1000 steps", "speed of annealing", 0.03, 300.0, (3.0, 30.0), True),
+            Parameter("power", "", "exponent of annealing", 0.05, 3.0, (0.4, 1.0), True),
+            Parameter("gamma_lr", "", "speed goes with lr^-gamma", -0.5, 1.5, (0.4,)),
+        )
+
+    def derived(self, values: dict[str, float]) -> dict[str, float]:
+        gamma, unit = values["gamma_lr"], 1000 * self.reference
+        return {
+            "published A": values["A"] * unit ** values["alpha"],
+            "published B": values["C"] / self.reference,
+            "published C": values["c"] * self.reference**gamma / unit,
+            "published beta": values["power"],
+            "published gamma": gamma,
+        }
+
+    def prepared(self, data: Curve) -> PreparedCurve:
+        found = super().prepared(data)
+        drops, by = found.drops, found.by
+        # Blocks of neighbours that the same logged step sees first.
+        new = np.flatnonzero(np.diff(drops, prepend=-2) > 1)
+        start = np.zeros(len(drops), dtype=np.int64)
+        start[new] = new
+        within = np.arange(len(drops)) - np.maximum.accumulate(start)
+        edge = (within % self.block == 0) | (np.diff(found.owner, prepend=-1) > 0)
+        edges = np.flatnonzero(edge)
+        if len(edges):
+            counts = np.diff(np.append(edges, len(drops)))
+            found.drops = drops[edges + counts // 2]
+            found.by = np.add.reduceat(by, edges)
+            found.owner = found.owner[edges]
+        return found
+
+    def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
+        alpha, c, power, gamma = theta[0], math.exp(theta[1]), math.exp(theta[2]), theta[3]
+        clock = np.concatenate([[0.0], np.cumsum(curve.lr)]) / 1000
+        t = clock[curve.step]
+        progress = t**-alpha
+        d_progress = np.zeros((4, len(t)))
+        d_progress[0] = -np.log(t) * progress
+        annealing, d_annealing = np.zeros(len(t)), np.zeros((4, len(t)))
+        if len(curve.drops):
+            lr = np.maximum(curve.lr[curve.drops], 1e-12)
+            since = np.maximum(t[:, None] - clock[curve.drops], 0.0)
+            seen = np.arange(len(t))[:, None] >= curve.owner
+            z = np.where(seen, since * (c * lr**-gamma), 0.0)
+            log1p = np.log1p(z)
+            left = np.exp(-power * log1p)
+            annealing = (1 - left) @ curve.by
+            slope = power * left / (1 + z) * z
+            d_annealing[1] = slope @ curve.by
+            d_annealing[2] = (left * log1p * power) @ curve.by
+            d_annealing[3] = slope @ (-np.log(lr) * curve.by)
+        return progress, d_progress, annealing, d_annealing
+
+
+def _fallen(curve: PreparedCurve) -> Array:
+    """(n,) by how much the learning rate has fallen since the warm-up."""
+    return np.cumsum(np.bincount(curve.owner, curve.by, len(curve.step)))
+
+
+def decayed_sums(
+    curve: PreparedCurve, clock: Array, rate: float, others: list[Array]
+) -> tuple[Array, list[Array]]:
+    """E(s) = sum over changes k seen by step s of by_k exp(-rate (clock_s - clock_k)), and for
+    each other clock D the same with a factor D_s - D_k; all (n,). Linear in the steps: a change
+    is carried to the next logged step, and from there on with all earlier ones at once."""
+    n = len(curve.step)
+    moments: list[Array] = [np.zeros(n) for _ in others]
+    if not len(curve.drops):
+        return np.zeros(n), moments
+    at = clock[curve.step]
+    carried = curve.by * np.exp(-rate * (at[curve.owner] - clock[curve.drops]))
+    sums = np.bincount(curve.owner, carried, n)
+    for moment, other in zip(moments, others, strict=True):
+        ahead = other[curve.step][curve.owner] - other[curve.drops]
+        moment += np.bincount(curve.owner, carried * ahead, n)
+    decays = np.exp(-rate * np.diff(at)).tolist()
+    total: list[float] = sums.tolist()
+    for i, decay in enumerate(decays):
+        total[i + 1] += decay * total[i]
+    for moment, other in zip(moments, others, strict=True):
+        gaps = np.diff(other[curve.step]).tolist()
+        values: list[float] = moment.tolist()
+        for i, decay in enumerate(decays):
+            values[i + 1] += decay * (values[i] + gaps[i] * total[i])
+        moment[:] = values
+    return np.asarray(total), moments
+
+
+CURVE_LAWS: dict[str, type[_CurveLaw]] = {
+    law.name: law for law in (IntrinsicTimeLaw, AnnealingLaw, MultiPowerLaw)
+}

@@ -1,0 +1,518 @@
+"""``python -m evals scaling fit | predict | plan | compare``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.config_files import nearest
+from data_prep.errors import UserError
+from data_prep.manifest import write_json
+from evals.scaling.comparing import Comparison, compare, fit_families
+from evals.scaling.curves import Curve, Points, points_of
+from evals.scaling.fitting import HUBER, Fit, Options, Residual, fit, load_fit
+from evals.scaling.intervals import bootstrap, hold_out_schedules, hold_out_sizes, interval, mape
+from evals.scaling.laws import CURVE_LAWS, LAWS, curve_law
+from evals.scaling.planning import (
+    best_schedules,
+    best_size,
+    best_size_and_schedule,
+    cheapest_design,
+    planned_curve,
+)
+from evals.scaling.readers import Reading, is_points_table, read_curves, read_points
+from evals.scaling.schedules import parse_schedule
+from evals.scaling.size_laws import (
+    SIZE_LAWS,
+    ChinchillaLaw,
+    frontier_exponents,
+    isoflop_profiles,
+    size_law,
+)
+
+SCHEDULE = '"kind=wsd lr=3e-4 steps=24000 warmup_steps=2000 decay_fraction=0.2"'
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m evals scaling", description="Scaling laws from the logs of runs."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _fit_options(commands.add_parser("fit", help="fit a law to loss curves, or to a table of runs"))
+    _predict_options(commands.add_parser("predict", help="the loss curve of a run not run yet"))
+    _plan_options(commands.add_parser("plan", help="schedule, size, tokens; runs to fit from"))
+    _compare_options(commands.add_parser("compare", help="where families of runs cross"))
+    given = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = {
+        "fit": _fit, "predict": _predict, "plan": _plan, "compare": _compare,
+    }[given.command]  # fmt: skip
+    return run(given)
+
+
+def _reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources", nargs="+",
+        help="run directories or folders of them, .csv, .parquet, TensorBoard events",
+    )  # fmt: skip
+    parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[],
+                        help="names of columns, such as loss=train/ce step=it")  # fmt: skip
+    parser.add_argument("--schedule", help=f"of all sources, such as {SCHEDULE}")
+    parser.add_argument("--warmup-steps", type=int)
+    parser.add_argument("--parameters", type=float, help="N of all sources")
+    parser.add_argument("--tokens-per-step", type=float)
+    parser.add_argument("--from-step", type=int, help="leave out losses before (the warm-up)")
+    parser.add_argument("--smooth", type=float, default=0.0, metavar="FACTOR",
+                        help="exponential mean of the losses (off)")  # fmt: skip
+    parser.add_argument("--no-embeddings", action="store_true", help="N without embeddings")
+    parser.add_argument("--keep-diverged", action="store_true")
+
+
+def _fitting_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bootstrap", type=int, default=200, metavar="SAMPLES",
+                        help="for 95 %% intervals (200); 0 = none")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--residual", choices=("relative", "log"))
+    parser.add_argument("--huber", type=float, default=HUBER)
+    parser.add_argument("--no-priors", action="store_true")
+
+
+def _out_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/scaling"),
+                        help="directory of the JSON and the picture (runs/scaling)")  # fmt: skip
+
+
+def _fit_options(parser: argparse.ArgumentParser) -> None:
+    _reading_options(parser)
+    parser.add_argument(
+        "--law", default=None, metavar="LAW",
+        help=f"{', '.join(LAWS)}; 'auto' chooses a curve law by held-out schedules (or sizes)",
+    )  # fmt: skip
+    parser.add_argument("--sized", action="store_true", help="curve laws: with B N^-beta")
+    parser.add_argument("--size-in-annealing", action="store_true", help="N^gamma on annealing")
+    parser.add_argument("--size-in-progress", action="store_true", help="N^eta on progress")
+    parser.add_argument("--test", nargs="+", default=[], metavar="SOURCE",
+                        help="curves to predict from the fit and compare with")  # fmt: skip
+    _fitting_options(parser)
+    _out_option(parser)
+
+
+def _predict_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("fit", type=Path, help="fit.json")
+    parser.add_argument("--schedule", action="append", default=[], metavar="SETTINGS",
+                        help=f"such as {SCHEDULE}; may be given again")  # fmt: skip
+    parser.add_argument("--run", action="append", default=[], metavar="SOURCE",
+                        help="a run or CSV to compare the prediction with")  # fmt: skip
+    parser.add_argument("--parameters", type=float, help="N, for laws that have it")
+    _out_option(parser)
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("fit", type=Path, help="fit.json")
+    parser.add_argument("--steps", type=int, help="curve laws: of the planned run")
+    parser.add_argument("--flops", type=float, help="laws with N: the budget, 6 N D")
+    parser.add_argument("--tokens-per-step", type=float)
+    parser.add_argument("--parameters", type=float, help="N of the planned run")
+    parser.add_argument("--lr", type=float, nargs="+", help="peaks to choose from (the fitted)")
+    parser.add_argument("--warmup-steps", type=int, help="(2 %% of the steps)")
+    parser.add_argument("--tolerance", type=float, default=0.002,
+                        help="for the runs that would pin the law down: standard error of the "
+                        "final loss, as a share of it (0.002)")  # fmt: skip
+    _out_option(parser)
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("families", nargs="+", metavar="NAME=SOURCE[,SOURCE...]",
+                        help="a folder of runs, or a table, for each family")  # fmt: skip
+    parser.add_argument("--at", type=float, help="FLOPs to compare at (100 x the largest run)")
+    parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[])
+    parser.add_argument("--bootstrap", type=int, default=200, metavar="SAMPLES")
+    parser.add_argument("--seed", type=int, default=0)
+    _out_option(parser)
+
+
+def _columns(given: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for word in given:
+        what, equals, name = word.partition("=")
+        if not equals or not name:
+            raise UserError(f"--columns holds '{word}', expected WHAT=NAME, such as loss=train/ce")
+        found[what] = name
+    return found
+
+
+def _reading(given: argparse.Namespace) -> Reading:
+    if not 0 <= given.smooth < 1:
+        raise UserError(f"--smooth is {given.smooth}, expected 0 or more and below 1")
+    return Reading(
+        _columns(given.columns), given.schedule, given.warmup_steps, given.parameters,
+        given.tokens_per_step, given.from_step, given.smooth, not given.no_embeddings,
+        given.keep_diverged,
+    )  # fmt: skip
+
+
+def _options(given: argparse.Namespace, points: bool) -> Options:
+    if given.huber <= 0 or given.bootstrap < 0:
+        raise UserError("--huber is to be above 0, --bootstrap 0 or more")
+    residual: Residual = given.residual or ("log" if points else "relative")
+    return Options(residual, given.huber, priors=not given.no_priors)
+
+
+def _fit(given: argparse.Namespace) -> int:
+    console, sources = Console(), [Path(s) for s in given.sources]
+    if given.law is not None and given.law not in (*LAWS, "auto"):
+        raise UserError(
+            f"--law is '{given.law}'{nearest(given.law, list(LAWS))}, expected auto or one of "
+            f"{', '.join(LAWS)}"
+        )
+    if len(sources) == 1 and is_points_table(sources[0]):
+        return _fit_points(given, read_points(sources[0], _columns(given.columns)), console)
+    reading = _reading(given)
+    curves, left_out = read_curves(sources, reading)
+    for sentence in left_out:
+        console.print(f"[yellow]{sentence}[/]")
+    if given.law in SIZE_LAWS:
+        return _fit_points(given, points_of(curves), console)
+    tests = read_curves(given.test, reading)[0] if given.test else []
+    options = _options(given, points=False)
+    sizes = (given.sized, given.size_in_annealing, given.size_in_progress)
+    name = given.law or next(iter(CURVE_LAWS))
+    choice = None
+    if name == "auto":
+        name, choice = _choose(curves, sizes, options, console)
+    law = curve_law(name, curves, *sizes)
+    begun = time.perf_counter()
+    found = fit(law, curves, options)
+    seconds = time.perf_counter() - begun
+    if given.bootstrap:
+        bootstrap(found, curves, given.bootstrap, given.seed)
+    saved = found.to_json()
+    saved["seconds"] = seconds
+    saved["held_out"] = choice
+    saved["test_mape"] = {c.name: mape(found, c) for c in tests}
+    _show(found, console)
+    for label, errors in (("fitted", found.mape()), ("predicted", saved["test_mape"])):
+        if errors:
+            each = ", ".join(f"{n} {e:.3f}" for n, e in errors.items())
+            console.print(f"{label}: mean error {np.mean(list(errors.values())):.4f} % ({each})")
+    from evals.scaling.figures import draw_curves
+
+    return _written(given.out, "fit", saved, lambda to: draw_curves(found, curves, to, tests))
+
+
+def _choose(
+    curves: Sequence[Curve], sizes: tuple[bool, bool, bool], options: Options, console: Console
+) -> tuple[str, dict[str, Any]]:
+    hold_out = hold_out_sizes if any(sizes) else hold_out_schedules
+    table = Table(title="error of what was held out (%)", title_justify="left")
+    results = []
+    for name in CURVE_LAWS:
+        results.append(hold_out(lambda rest, n=name: curve_law(n, rest, *sizes), curves, options))  # type: ignore[misc]
+    table.add_column("held out")
+    for result in results:
+        table.add_column(result.law, justify="right")
+    for name in results[0].errors:
+        table.add_row(name, *(f"{r.errors[name]:.3f}" for r in results))
+    table.add_section()
+    table.add_row("mean", *(f"{r.mean:.4f}" for r in results), style="bold")
+    console.print(table)
+    best = min(results, key=lambda r: r.mean)
+    return best.law, {r.law: r.errors | {"mean": r.mean} for r in results}
+
+
+def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> int:
+    name = given.law or "chinchilla"
+    if name not in SIZE_LAWS:
+        raise UserError(
+            f"{points.name}: has one row per run; --law is '{name}', expected one of "
+            f"{', '.join(SIZE_LAWS)}"
+        )
+    law = size_law(name, points)
+    begun = time.perf_counter()
+    found = fit(law, [points], _options(given, points=True))
+    seconds = time.perf_counter() - begun
+    if given.bootstrap:
+        bootstrap(found, [points], given.bootstrap, given.seed)
+    saved = found.to_json() | {"seconds": seconds}
+    _show(found, console)
+    profiles = isoflop_profiles(points)
+    if len(profiles) >= 2:
+        saved["isoflop"] = {"profiles": profiles, "exponents": frontier_exponents(profiles)}
+        table = Table(title="isoFLOP profiles", title_justify="left")
+        for column in ("FLOPs", "parameters", "tokens", "loss", "bottom"):
+            table.add_column(column, justify="right")
+        for p in profiles:
+            table.add_row(
+                f"{p['flops']:.3g}", f"{p['parameters']:.3g}", f"{p['tokens']:.3g}",
+                f"{p['loss']:.4f}", "inside" if p["inside"] else "outside the runs",
+            )  # fmt: skip
+        console.print(table)
+        exponents = saved["isoflop"]["exponents"]
+        console.print(f"N ~ C^{exponents['N']:.3f}, D ~ C^{exponents['D']:.3f}")
+    from evals.scaling.figures import draw_points
+
+    return _written(given.out, "fit", saved, lambda to: draw_points(found, points, to))
+
+
+def _predict(given: argparse.Namespace) -> int:
+    console, found = Console(), load_fit(given.fit)
+    if found.law.name not in CURVE_LAWS:
+        raise UserError(f"{given.fit}: {found.law.title} has no curves to predict")
+    if not given.schedule and not given.run:
+        raise UserError(f"predict needs --schedule, such as {SCHEDULE}, or --run")
+    curves, seen = list[Curve](), list[bool]()
+    for text in given.schedule:
+        schedule, peak, steps = parse_schedule(text)
+        curves.append(planned_curve(
+            schedule, peak, steps, points=400, parameters=given.parameters,
+            name=f"{schedule.kind} {len(curves) + 1}" if len(given.schedule) > 1 else schedule.kind,
+        ))  # fmt: skip
+        seen.append(False)
+    if given.run:
+        reading = Reading(parameters=given.parameters)
+        for curve in read_curves(given.run, reading)[0]:
+            curves.append(curve)
+            seen.append(True)
+    table = Table(title=f"{found.law.title}: predicted", title_justify="left")
+    for column in ("curve", "steps", "final loss", "95 % interval", "seen", "mean error"):
+        table.add_column(column, justify="left" if column == "curve" else "right")
+    saved = []
+    for curve, has_loss in zip(curves, seen, strict=True):
+        predicted = found.predict(curve)
+        low, high = interval(found, curve) if found.samples is not None else (None, None)
+        table.add_row(
+            curve.name, f"{curve.step[-1]:,}", f"{predicted[-1]:.4f}",
+            f"{low[-1]:.4f} to {high[-1]:.4f}" if low is not None and high is not None else "",
+            f"{curve.loss[-1]:.4f}" if has_loss else "",
+            f"{mape(found, curve):.3f} %" if has_loss else "",
+        )  # fmt: skip
+        saved.append({
+            "name": curve.name, "step": curve.step.tolist(), "loss": predicted.tolist(),
+            "low": None if low is None else low.tolist(),
+            "high": None if high is None else high.tolist(),
+            "seen": curve.loss.tolist() if has_loss else None,
+        })  # fmt: skip
+    console.print(table)
+    _warn_of_extrapolation(found, curves, console)
+    from evals.scaling.figures import draw_prediction
+
+    return _written(
+        given.out, "prediction", {"fit": str(given.fit), "curves": saved},
+        lambda to: draw_prediction(found, curves, seen, to),
+    )  # fmt: skip
+
+
+def _warn_of_extrapolation(found: Fit, curves: Sequence[Curve], console: Console) -> None:
+    from evals.scaling.planning import outside_of
+
+    for curve in curves:
+        outside = outside_of(found, curve)
+        if outside:
+            console.print(f"[yellow]{curve.name}: beyond the fitted runs: {outside}[/]")
+
+
+def _plan(given: argparse.Namespace) -> int:
+    console, found = Console(), load_fit(given.fit)
+    if isinstance(found.law, ChinchillaLaw):
+        if given.flops is None:
+            raise UserError("plan needs --flops, the budget, for a law of size and tokens")
+        size = best_size(found, given.flops)
+        _show_size(size, console)
+        from evals.scaling.figures import draw_sizes
+
+        chosen = size
+        return _written(
+            given.out, "plan", {"size": dataclasses.asdict(size)},
+            lambda to: draw_sizes(found, chosen, to),
+        )  # fmt: skip
+    if found.law.name not in CURVE_LAWS:
+        raise UserError(f"{given.fit}: {found.law.title} has nothing to plan with")
+    peaks = given.lr or [found.domain["peak_lr"][1]]
+    saved: dict[str, Any] = {}
+    steps, parameters = given.steps, given.parameters
+    if given.flops is not None:
+        if given.tokens_per_step is None:
+            raise UserError("plan with --flops needs --tokens-per-step")
+        guess = given.warmup_steps if given.warmup_steps is not None else 100
+        size = best_size_and_schedule(found, given.flops, given.tokens_per_step, peaks[0], guess)
+        _show_size(size, console)
+        saved["size"] = dataclasses.asdict(size)
+        parameters = size.parameters
+        steps = int(size.tokens / given.tokens_per_step)
+    if steps is None:
+        raise UserError("plan needs --steps, or --flops where the law has N")
+    if found.domain.get("parameters") and parameters is None and found.law.settings()["sized"]:
+        raise UserError("the law has N: give --parameters, or a budget by --flops")
+    warmup = given.warmup_steps if given.warmup_steps is not None else max(1, steps // 50)
+    if steps < 2 * warmup + 10:
+        raise UserError(f"--steps is {steps}, expected at least {2 * warmup + 10}")
+    choices = best_schedules(found, steps, peaks, warmup, parameters)
+    table = Table(title=f"schedules of {steps:,} steps, best first", title_justify="left")
+    for column in ("schedule", "final loss", "behind the best", "note"):
+        table.add_column(column, justify="left" if column in ("schedule", "note") else "right")
+    for choice in choices[:15]:
+        behind = f"{choice.loss - choices[0].loss:.4f}"
+        if choice.behind is not None and choice is not choices[0]:
+            behind += f" ({choice.behind[0]:.4f} to {choice.behind[1]:.4f})"
+        table.add_row(choice.name, f"{choice.loss:.4f}", behind, choice.extrapolates)
+    console.print(table)
+    if len(peaks) == 1:
+        console.print(
+            "[dim]The law knows no instability: among peaks it favours the highest. It was fitted "
+            f"to {found.domain['peak_lr'][0]:.3g} to {found.domain['peak_lr'][1]:.3g}.[/]"
+        )
+    saved["schedules"] = [dataclasses.asdict(c) for c in choices]
+    target = planned_curve(
+        parse_schedule(_settings_text(choices[0].settings))[0], choices[0].settings["lr"], steps,
+        parameters=parameters,
+    )  # fmt: skip
+    frontier, cheapest = cheapest_design(found, target, given.tolerance)
+    saved["designs"] = [dataclasses.asdict(d) for d in frontier]
+    saved["cheapest_design"] = None if cheapest is None else dataclasses.asdict(cheapest)
+    table = Table(title="runs that would pin the law down", title_justify="left")
+    for column in ("steps in all", "error of the final loss", "runs"):
+        table.add_column(column, justify="left" if column == "runs" else "right")
+    for design in frontier[-8:]:
+        style = "bold" if design is cheapest else None
+        table.add_row(
+            f"{design.steps:,}", f"{100 * design.error:.3f} %", "\n".join(design.runs), style=style
+        )
+    console.print(table)
+    if cheapest is None:
+        console.print(f"no three runs reach {100 * given.tolerance:.2g} %")
+    from evals.scaling.figures import draw_schedules
+
+    return _written(given.out, "plan", saved, lambda to: draw_schedules(choices, to))
+
+
+def _settings_text(settings: dict[str, Any]) -> str:
+    return " ".join(f"{k}={v}" for k, v in settings.items())
+
+
+def _compare(given: argparse.Namespace) -> int:
+    console, families = Console(), dict[str, Points]()
+    for word in given.families:
+        name, equals, sources = word.partition("=")
+        if not equals or not sources:
+            raise UserError(f"found '{word}', expected NAME=SOURCE[,SOURCE...]")
+        if name in families:
+            raise UserError(f"the family {name} is given twice")
+        paths = [Path(s) for s in sources.split(",")]
+        if len(paths) == 1 and is_points_table(paths[0]):
+            families[name] = read_points(paths[0], _columns(given.columns))
+        else:
+            curves, left_out = read_curves(paths, Reading(_columns(given.columns)))
+            for sentence in left_out:
+                console.print(f"[yellow]{sentence}[/]")
+            families[name] = points_of(curves)
+    if len(families) < 2:
+        raise UserError("compare needs two families or more, such as gdn=runs/gdn attn=runs/attn")
+    fits = fit_families(families, given.bootstrap or 200, given.seed)
+    comparisons = compare(fits, families, given.at)
+    for name, found in fits.items():
+        _show(found, console, name)
+    for comparison in comparisons:
+        for sentence in sentences(comparison):
+            console.print(sentence)
+    from evals.scaling.figures import draw_comparison
+
+    saved = {
+        "fits": {name: found.to_json() for name, found in fits.items()},
+        "comparisons": [dataclasses.asdict(c) for c in comparisons],
+    }
+    return _written(
+        given.out, "comparison", saved,
+        lambda to: draw_comparison(fits, families, comparisons, to),
+    )  # fmt: skip
+
+
+def sentences(found: Comparison) -> list[str]:
+    """What a comparison says."""
+    first, second = found.families
+    other = second if found.better == first else first
+    low, high = sorted(abs(x) if found.difference_interval[0] * found.difference_interval[1] > 0
+                       else x for x in found.difference_interval)  # fmt: skip
+    told = [
+        f"{found.better} is ahead of {other} by {found.difference:.4f} nats at the largest budget "
+        f"of both (95 %: {low:.4f} to {high:.4f})"
+    ]
+    if found.crossing is None:
+        told.append("their laws do not cross beyond the smallest budget of both")
+    else:
+        where = f"their laws cross at {found.crossing:.3g} FLOPs"
+        if found.crossing_interval is not None:
+            low, high = found.crossing_interval
+            where += f" (95 % of the samples that cross: {low:.3g} to {high:.3g})"
+        told.append(f"{where}; {found.crossing_share:.0%} of the samples cross at all")
+    ahead = first if found.target_difference < 0 else second
+    sure = found.target_interval[0] * found.target_interval[1] > 0
+    told.append(
+        f"at {found.target:.3g} FLOPs {ahead} is predicted to be ahead by "
+        f"{abs(found.target_difference):.4f}, {'which is' if sure else 'which is not'} beyond doubt"
+    )
+    if found.cost is None:
+        told.append("no pair of further runs up to that budget would decide it")
+    elif found.cost > 0:
+        told.append(f"to know it, one more run of each, {found.cost:.3g} FLOPs together")
+    return told
+
+
+def _show_size(size: Any, console: Console) -> None:
+    def ends(interval: tuple[float, float] | None) -> str:
+        return "" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
+
+    table = Table(title=f"{size.flops:.3g} FLOPs", title_justify="left")
+    for column in ("", "best", "95 % interval"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("parameters", f"{size.parameters:.4g}", ends(size.parameters_interval))
+    table.add_row("tokens", f"{size.tokens:.4g}", ends(size.tokens_interval))
+    table.add_row("tokens per parameter", f"{size.tokens / size.parameters:.3g}", "")
+    table.add_row("loss", f"{size.loss:.4f}", ends(size.loss_interval))
+    table.add_row("parameters within 0.5 % of the loss", "", ends(size.alike))
+    if size.schedule:
+        table.add_row("schedule", size.schedule, "")
+    console.print(table)
+
+
+def _show(found: Fit, console: Console, name: str = "") -> None:
+    title = f"{name + ': ' if name else ''}{found.law.title}: {found.law.formula}"
+    table = Table(title=title, title_justify="left")
+    for column in ("parameter", "value", "95 % interval", "unit"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for parameter in found.law.parameters:
+        ends = found.intervals.get(parameter.name)
+        table.add_row(
+            parameter.name, f"{found.values[parameter.name]:.5g}",
+            f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "", parameter.unit,
+        )  # fmt: skip
+    for quantity, value in found.law.derived(found.values).items():
+        table.add_row(quantity, f"{value:.5g}", "", "", style="dim")
+    console.print(table)
+    for parameter_name, why in found.undetermined.items():
+        console.print(f"[yellow]the data do not determine {parameter_name}: {why}[/]")
+    objectives = sorted(s.objective for s in found.starts)
+    alike = sum(o <= 1.01 * objectives[0] for o in objectives)
+    console.print(
+        f"objective {1e6 * found.objective:.4f}e-6; {alike} of {len(objectives)} starts end there"
+    )
+    by_sentence: dict[str, list[str]] = {}
+    for warning in found.warnings:
+        curve, _, sentence = warning.partition(": ")
+        by_sentence.setdefault(sentence, []).append(curve)
+    for sentence, named_curves in by_sentence.items():
+        console.print(f"[yellow]{', '.join(named_curves)}: {sentence}[/]")
+
+
+def _written(out: Path, name: str, saved: dict[str, Any], draw: Callable[[Path], Path]) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{name}.json", saved)
+    picture = draw(out / f"{name}.png")
+    print(f"written to {out / f'{name}.json'} and {picture}")
+    return 0

@@ -1,0 +1,126 @@
+"""Loss curves with the learning rate of every step, and runs reduced to one point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import UserError
+from evals.scaling.parameters import Array
+
+
+@dataclass
+class Curve:
+    """One run.
+
+    step: (n,) int64, ascending, optimizer steps done at each logged loss; loss: (n,) nats per
+    token; lr: (T,) learning rate of each optimizer step, T at least the last logged step; warmup:
+    steps until the learning rate first stops rising; parameters: N, or None where not known;
+    tokens_per_step, flops_per_token: or None; labels: settings that tell runs apart; warnings:
+    what a reader of a fit should know.
+    """
+
+    name: str
+    step: NDArray[np.int64]
+    loss: Array
+    lr: Array
+    warmup: int
+    parameters: float | None = None
+    tokens_per_step: float | None = None
+    flops_per_token: float | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not len(self.step):
+            raise UserError(f"{self.name}: no logged loss is left to fit")
+        if len(self.lr) < self.step[-1]:
+            raise UserError(
+                f"{self.name}: the learning rate is known for {len(self.lr):,} steps, the loss up "
+                f"to step {self.step[-1]:,}"
+            )
+
+    @property
+    def peak(self) -> float:
+        return float(self.lr.max())
+
+    @property
+    def tokens(self) -> Array | None:
+        """(n,) tokens seen at each logged step."""
+        if self.tokens_per_step is None:
+            return None
+        return self.step.astype(np.float64) * self.tokens_per_step
+
+
+@dataclass
+class Points:
+    """Runs reduced to a size, tokens and a final loss.
+
+    parameters, tokens, loss: (n,); unique_tokens: (n,) tokens of the data before they repeat, or
+    None; flops: (n,) training FLOPs, 6 N D where not given; names: (n,).
+    """
+
+    parameters: Array
+    tokens: Array
+    loss: Array
+    unique_tokens: Array | None = None
+    flops: Array | None = None
+    names: Sequence[str] = ()
+    name: str = "runs"
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.parameters, self.tokens, self.loss = (
+            np.asarray(x, dtype=float) for x in (self.parameters, self.tokens, self.loss)
+        )
+        for what in ("parameters", "tokens", "loss"):
+            values = getattr(self, what)
+            if len(values) and not (np.isfinite(values).all() and (values > 0).all()):
+                bad = values[~(np.isfinite(values) & (values > 0))][0]
+                raise UserError(f"{self.name}: {what} holds {bad}, expected positive numbers")
+        if self.flops is None:
+            self.flops = 6 * self.parameters * self.tokens
+        if not len(self.names):
+            self.names = [f"run {i + 1}" for i in range(len(self.loss))]
+
+    def without(self, indices: Sequence[int]) -> Points:
+        keep = np.setdiff1d(np.arange(len(self.loss)), np.asarray(indices, dtype=int))
+        return self.only(keep)
+
+    def only(self, keep: Any) -> Points:
+        keep = np.asarray(keep, dtype=int)
+        unique = None if self.unique_tokens is None else self.unique_tokens[keep]
+        assert self.flops is not None
+        return Points(
+            self.parameters[keep], self.tokens[keep], self.loss[keep], unique, self.flops[keep],
+            [self.names[i] for i in keep], self.name, list(self.warnings),
+        )  # fmt: skip
+
+
+def end_of_warmup(lr: Array) -> int:
+    """The first step, counted from 0, after which the learning rate does not rise; 0 where it
+    does not rise at first."""
+    falls = np.flatnonzero(np.diff(lr) <= 0)
+    return int(falls[0]) if len(falls) else len(lr) - 1
+
+
+def points_of(curves: Sequence[Curve], last: int = 5) -> Points:
+    """Each curve's end: the mean of its ``last`` logged losses.
+
+    Raises UserError where a curve's size or tokens are not known.
+    """
+    for curve in curves:
+        if curve.parameters is None or curve.tokens_per_step is None:
+            what = "parameters" if curve.parameters is None else "tokens per step"
+            raise UserError(f"{curve.name}: the {what} are not known: give them by an option")
+    sizes = np.array([float(c.parameters or 0) for c in curves])
+    tokens = np.array([float(c.step[-1]) * (c.tokens_per_step or 0) for c in curves])
+    per_token = np.array([c.flops_per_token or 6 * (c.parameters or 0) for c in curves])
+    return Points(
+        sizes, tokens, np.array([c.loss[-last:].mean() for c in curves]),
+        flops=tokens * per_token, names=[c.name for c in curves],
+    )  # fmt: skip

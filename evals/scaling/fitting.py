@@ -1,0 +1,372 @@
+"""Fits a law: Huber loss, linear parameters in closed form, bounded search from many starts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy.optimize import minimize, nnls
+
+from data_prep.errors import UserError
+from data_prep.manifest import write_json
+from evals.scaling.parameters import Array, Law, named
+
+Residual = Literal["relative", "log"]
+HUBER = 1e-3
+# Logged losses of a run are not independent: about so many tell as much as one, where priors are
+# weighed against them.
+CORRELATED = 20
+_SAME = 1.01  # objectives within 1 % are not told apart
+
+
+@dataclass
+class Options:
+    """residual: of the loss, ``relative`` (predicted / seen - 1) or ``log``; huber: beyond which
+    residuals count linearly; starts: at most so many; priors: use the law's."""
+
+    residual: Residual = "relative"
+    huber: float = HUBER
+    starts: int | None = None
+    priors: bool = True
+
+
+@dataclass
+class Start:
+    """One local optimum: where the search began, where it ended, and the objective there."""
+
+    begun: dict[str, float]
+    found: dict[str, float]
+    objective: float
+    converged: bool
+
+
+@dataclass
+class Fit:
+    """A fitted law.
+
+    theta: non-linear parameters in the space of the search; beta: linear ones; objective: mean
+    Huber loss and priors; residuals: predicted against seen, one array per curve; intervals:
+    parameter -> (low, high), once bootstrapped; samples: (number, parameters) of the bootstrap,
+    theta and beta side by side; undetermined: parameter -> why; warnings.
+    """
+
+    law: Law
+    theta: Array
+    beta: Array
+    objective: float
+    residuals: list[Array]
+    names: list[str]
+    starts: list[Start]
+    options: Options = field(default_factory=Options)
+    undetermined: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    samples: Array | None = None
+    domain: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, float]:
+        found = named(self.law.nonlinear, self.theta)
+        return found | named(self.law.linear, self.beta)
+
+    def predict(self, data: Any) -> Array:
+        """Loss (n,) of a curve's logged steps, or of points."""
+        return self.law.loss(self.theta, self.beta, self.law.prepared(data))
+
+    def predict_samples(self, data: Any) -> Array:
+        """(samples, n), one prediction per sample of the bootstrap."""
+        if self.samples is None:
+            raise UserError("the fit has no intervals: fit with --bootstrap")
+        prepared, own = self.law.prepared(data), len(self.theta)
+        return np.stack([self.law.loss(row[:own], row[own:], prepared) for row in self.samples])
+
+    def mape(self) -> dict[str, float]:
+        """Mean absolute percentage error of every curve that was fitted."""
+        pairs = zip(self.names, self.residuals, strict=True)
+        return {name: 100 * float(np.abs(r).mean()) for name, r in pairs}
+
+    def to_json(self) -> dict[str, Any]:
+        law = self.law
+        return {
+            "law": law.name, "title": law.title, "formula": law.formula, "source": law.source,
+            "settings": law.settings(),
+            "parameters": {
+                p.name: {
+                    "value": self.values[p.name], "unit": p.unit, "meaning": p.meaning,
+                    "interval_95": self.intervals.get(p.name),
+                    "undetermined": self.undetermined.get(p.name),
+                }
+                for p in law.parameters
+            },
+            "derived": law.derived(self.values),
+            "objective": self.objective, "residual": self.options.residual,
+            "huber": self.options.huber, "mape_of_fitted": self.mape(),
+            "starts": [vars(s) for s in self.starts], "warnings": self.warnings,
+            "domain": self.domain,
+            "samples": None if self.samples is None else self.samples.tolist(),
+        }  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.to_json())
+
+
+def load_fit(path: Path) -> Fit:
+    """Read what :meth:`Fit.save` wrote; residuals are not kept. Raises UserError."""
+    from evals.scaling.laws import LAWS
+
+    try:
+        saved = json.loads(path.read_text())
+        law: Law = LAWS[saved["law"]](**saved["settings"])
+        told = saved["parameters"].items()
+        values = {name: entry["value"] for name, entry in told}
+        samples = saved["samples"]
+        return Fit(
+            law, np.array([p.to_search(values[p.name]) for p in law.nonlinear]),
+            np.array([values[p.name] for p in law.linear]), saved["objective"], [], [],
+            [Start(**s) for s in saved["starts"]],
+            Options(saved["residual"], saved["huber"]),
+            {n: e["undetermined"] for n, e in told if e["undetermined"]}, saved["warnings"],
+            {n: tuple(e["interval_95"]) for n, e in told if e["interval_95"]},
+            None if samples is None else np.array(samples), saved.get("domain", {}),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a fit that this command wrote ({error})") from None
+
+
+class Problem:
+    """All data of a fit beside each other, and its objective as a function of theta alone."""
+
+    def __init__(self, law: Law, prepared: Sequence[Any], options: Options) -> None:
+        self.law, self.prepared, self.options = law, prepared, options
+        self.loss = np.concatenate([p.loss for p in prepared])
+        self.beta: Array | None = None
+        priors = [p.prior if options.priors else None for p in law.nonlinear]
+        self.centre = np.array([p[0] if p else 0.0 for p in priors])
+        self.precision = np.array([p[1] ** -2 if p else 0.0 for p in priors])
+        # As -log likelihood with a standard deviation of ``huber``, per point.
+        self.weight = options.huber**2 * min(CORRELATED, len(self.loss)) / len(self.loss)
+
+    def designs(self, theta: Array) -> tuple[Array, Array]:
+        found = [self.law.design(theta, p) for p in self.prepared]
+        return np.concatenate([x for x, _ in found]), np.concatenate([d for _, d in found], axis=1)
+
+    def residuals(self, predicted: Array) -> Array:
+        ratio = predicted / self.loss
+        if self.options.residual == "relative":
+            return ratio - 1
+        result: Array = np.log(np.maximum(ratio, 1e-12))
+        return result
+
+    def __call__(self, theta: Array) -> tuple[float, Array]:
+        """Objective x 1e6 and its gradient: at the best beta, the derivative by beta is 0."""
+        columns, derivatives = self.designs(theta)
+        beta = self.solve(columns)
+        predicted = columns @ beta
+        residual = self.residuals(predicted)
+        delta, size = self.options.huber, np.abs(residual)
+        value = np.where(size < delta, residual**2 / 2, delta * (size - delta / 2)).mean()
+        slope = np.clip(residual, -delta, delta) / len(residual)
+        slope = slope / (self.loss if self.options.residual == "relative" else predicted)
+        gradient = np.einsum("n,pnk,k->p", slope, derivatives, beta)
+        apart = theta - self.centre
+        value += self.weight * (self.precision * apart**2).sum() / 2
+        gradient = gradient + self.weight * self.precision * apart
+        return 1e6 * float(value), 1e6 * gradient
+
+    def solve(self, columns: Array) -> Array:
+        """The linear parameters that are best for these columns, none negative: iteratively
+        reweighted least squares."""
+        beta = self.beta
+        delta = self.options.huber
+        weights = np.ones(len(self.loss))
+        logs = self.options.residual == "log"
+        for _ in range(100):
+            if beta is not None:
+                predicted = columns @ beta
+                residual = self.residuals(predicted)
+                weights = 1 / np.maximum(1.0, np.abs(residual) / delta)
+            if logs and beta is not None:
+                # residual(new) ~ residual + columns (new - beta) / predicted
+                scaled = columns / predicted[:, None]
+                target = scaled @ beta - residual
+            else:
+                scaled, target = columns / self.loss[:, None], np.ones(len(self.loss))
+            new = _least_squares(scaled, target, weights)
+            if logs and (columns @ new <= 0).any():
+                new = np.ones(columns.shape[1]) * self.loss.mean() if beta is None else beta
+            done = beta is not None and np.abs(new - beta).max() <= 1e-10 * np.abs(new).max()
+            beta = new
+            if done:
+                break
+        assert beta is not None
+        self.beta = beta
+        return beta
+
+
+def _least_squares(columns: Array, target: Array, weights: Array) -> Array:
+    root = np.sqrt(weights)
+    weighted, goal = columns * root[:, None], target * root
+    scale = np.sqrt((weighted**2).sum(axis=0))
+    scale[scale == 0] = 1.0
+    weighted = weighted / scale
+    gram, right = weighted.T @ weighted, weighted.T @ goal
+    try:
+        beta = np.linalg.solve(gram + 1e-14 * np.eye(len(gram)), right)
+    except np.linalg.LinAlgError:
+        beta = np.full(len(gram), -1.0)
+    if (beta < 0).any():
+        beta = nnls(weighted, goal)[0]
+    result: Array = beta / scale
+    return result
+
+
+def fit(law: Law, data: Sequence[Any], options: Options | None = None) -> Fit:
+    """Fit ``law`` to curves (or to one set of points in a list).
+
+    Raises UserError where there are fewer points than parameters.
+    """
+    options = options or Options()
+    prepared = [law.prepared(item) for item in data]
+    count = sum(len(p.loss) for p in prepared)
+    if count < len(law.parameters):
+        raise UserError(
+            f"{law.title} has {len(law.parameters)} parameters, there are {count} losses to fit: "
+            "expected at least as many"
+        )
+    problem = Problem(law, prepared, options)
+    starts, best = [], None
+    for begun in law.start_points()[: options.starts]:
+        found = search(problem, begun)
+        starts.append(
+            Start(named(law.nonlinear, begun), named(law.nonlinear, found.x),
+                  float(found.fun) * 1e-6, bool(found.success))
+        )  # fmt: skip
+        if best is None or found.fun < best.fun:
+            best = found
+    assert best is not None
+    theta = np.asarray(best.x)
+    columns, _ = problem.designs(theta)
+    beta = problem.solve(columns)
+    residual = problem.residuals(columns @ beta)
+    edges = np.cumsum([len(p.loss) for p in prepared])[:-1]
+    result = Fit(
+        law, theta, beta, float(best.fun) * 1e-6, np.split(residual, edges),
+        [item.name for item in data], starts, options, warnings=[],
+        domain=_domain(data),
+    )  # fmt: skip
+    for item in data:
+        result.warnings += [f"{item.name}: {w}" for w in getattr(item, "warnings", [])]
+    result.undetermined = _undetermined(result, problem)
+    return result
+
+
+def search(problem: Problem, begun: Array) -> Any:
+    law = problem.law
+    problem.beta = None
+    if not len(begun):
+        value, _ = problem(begun)
+        return type("Found", (), {"x": begun, "fun": value, "success": True})
+    return minimize(
+        problem, begun, jac=True, method="L-BFGS-B", bounds=law.bounds(),
+        options={"maxiter": 300, "ftol": 1e-13, "gtol": 1e-8},
+    )  # fmt: skip
+
+
+def jacobian(fit_: Fit, prepared: Sequence[Any]) -> Array:
+    """(n, parameters): derivatives of the log loss by theta and beta side by side."""
+    rows = []
+    for item in prepared:
+        columns, derivatives = fit_.law.design(fit_.theta, item)
+        predicted = columns @ fit_.beta
+        by_theta = np.einsum("pnk,k->np", derivatives, fit_.beta)
+        rows.append(np.concatenate([by_theta, columns], axis=1) / predicted[:, None])
+    return np.concatenate(rows)
+
+
+def correlation_length(residuals: Sequence[Array]) -> float:
+    """Integrated autocorrelation of the residuals along the curves, at least 1 point."""
+    total, own = 1.0, sum(float(r @ r) for r in residuals)
+    if own == 0:
+        return 1.0
+    for lag in range(1, max(len(r) for r in residuals) // 2):
+        shared = sum(float(r[lag:] @ r[:-lag]) for r in residuals if len(r) > lag) / own
+        if shared < 0.05:
+            break
+        total += 2 * shared
+    return total
+
+
+def covariance(fit_: Fit, prepared: Sequence[Any], priors: bool = True) -> Array:
+    """Of theta and beta, to first order, correlated residuals counted as fewer points."""
+    matrix = jacobian(fit_, prepared)
+    residual = np.concatenate(fit_.residuals)
+    # Robust, as the fit: the spread of the middle of the residuals.
+    spread = max(1.4826 * float(np.median(np.abs(residual))), 1e-9)
+    information = matrix.T @ matrix / (spread**2 * correlation_length(fit_.residuals))
+    if priors and fit_.options.priors:
+        for i, parameter in enumerate(fit_.law.nonlinear):
+            if parameter.prior:
+                information[i, i] += parameter.prior[1] ** -2
+    scale = np.sqrt(np.maximum(np.diag(information), 1e-300))
+    inverse = np.linalg.pinv(information / np.outer(scale, scale), rcond=1e-13)
+    result: Array = inverse / np.outer(scale, scale)
+    return result
+
+
+def _undetermined(found: Fit, problem: Problem) -> dict[str, str]:
+    """Which parameters the data do not determine, and how that shows."""
+    law, told = found.law, {}
+    errors = np.sqrt(np.maximum(np.diag(covariance(found, problem.prepared, priors=False)), 0))
+    bounds = law.bounds()
+    alike = [s.found for s in found.starts if s.objective <= found.objective * _SAME]
+    for i, parameter in enumerate(law.parameters):
+        value = found.values[parameter.name]
+        error = float(errors[i])
+        if i < len(found.theta):
+            low, high = bounds[i]
+            width = (found.theta[i] - low, high - found.theta[i])
+            if min(width) < 1e-6 * max(high - low, 1):
+                told[parameter.name] = f"at its bound of {value:.4g}"
+                continue
+            if parameter.prior and found.options.priors and error > parameter.prior[1]:
+                told[parameter.name] = "the data say less of it than its prior"
+                continue
+            others = [other[parameter.name] for other in alike]
+            if others and max(others) - min(others) > 0.5 * abs(value):
+                told[parameter.name] = (
+                    f"{min(others):.4g} to {max(others):.4g} fit alike, from different starts"
+                )
+                continue
+        relative = error if parameter.log else error / max(abs(value), 1e-12)
+        if value == 0:
+            told[parameter.name] = "at its bound of 0"
+        elif relative > 0.5:
+            told[parameter.name] = (
+                f"standard error {error:.3g}" if not parameter.log
+                else f"known to a factor of {math.exp(min(error, 99)):.3g} only"
+            )  # fmt: skip
+    return told
+
+
+def _domain(data: Sequence[Any]) -> dict[str, Any]:
+    """What was fitted, to tell an extrapolation by."""
+    curves = [c for c in data if hasattr(c, "lr")]
+    if curves:
+        sizes = [c.parameters for c in curves if c.parameters is not None]
+        return {
+            "steps": [int(min(c.step[0] for c in curves)), int(max(c.step[-1] for c in curves))],
+            "peak_lr": [min(c.peak for c in curves), max(c.peak for c in curves)],
+            "parameters": [min(sizes), max(sizes)] if sizes else None,
+            "curves": [c.name for c in curves],
+        }
+    points = data[0]
+    return {
+        "parameters": [float(points.parameters.min()), float(points.parameters.max())],
+        "tokens": [float(points.tokens.min()), float(points.tokens.max())],
+        "runs": list(points.names),
+    }

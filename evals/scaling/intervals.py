@@ -1,0 +1,185 @@
+"""Intervals by block bootstrap, and the choice among laws by what was held out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+from data_prep.errors import UserError
+from evals.scaling.curves import Curve, Points
+from evals.scaling.fitting import Fit, Options, Problem, correlation_length, fit
+from evals.scaling.parameters import Array, Law
+
+LEVEL = 0.95
+
+
+def bootstrap(
+    found: Fit, data: Sequence[Any], samples: int = 200, seed: int = 0, processes: int | None = None
+) -> Fit:
+    """Fill ``found.intervals`` and ``found.samples``: refits to fitted loss x resampled residuals.
+
+    Residuals are drawn in blocks of neighbours along a curve, twice their correlation length long,
+    from all curves; those of points one by one. Priors are drawn anew for each sample, so that the
+    interval of a parameter that only its prior knows is the prior's. The result does not depend on
+    the number of processes.
+    """
+    law = found.law
+    prepared = [law.prepared(item) for item in data]
+    residuals = [np.log(item.loss / law.loss(found.theta, found.beta, item)) for item in prepared]
+    curves = hasattr(prepared[0], "step")
+    length = max(1, math.ceil(2 * correlation_length(residuals))) if curves else 1
+    # Fitted residuals are smaller than true ones by the parameters they were fitted with.
+    count = sum(len(r) for r in residuals)
+    spread = math.sqrt(count / max(count - len(law.parameters), 1)) if not curves else 1.0
+    tasks = [
+        (found, prepared, [r * spread for r in residuals], length, (seed, i))
+        for i in range(samples)
+    ]
+    workers = min(processes or os.cpu_count() or 1, samples)
+    if workers > 1 and samples >= 8:
+        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+            rows = list(pool.map(_refit, tasks, chunksize=max(1, samples // (4 * workers))))
+    else:
+        rows = [_refit(task) for task in tasks]
+    found.samples = np.stack(rows)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(found.samples, [tail, 1 - tail], axis=0)
+    for i, parameter in enumerate(law.parameters):
+        ends = [float(low[i]), float(high[i])]
+        if i < len(found.theta):
+            ends = [parameter.from_search(x) for x in ends]
+        found.intervals[parameter.name] = (ends[0], ends[1])
+    return found
+
+
+def _refit(task: tuple[Fit, list[Any], list[Array], int, tuple[int, int]]) -> Array:
+    found, prepared, residuals, length, seed = task
+    law, generator = found.law, np.random.default_rng(seed)
+    new = []
+    for item in prepared:
+        drawn = _blocks(residuals, len(item.loss), length, generator)
+        copy = object.__new__(type(item))
+        copy.__dict__.update(item.__dict__)
+        copy.loss = law.loss(found.theta, found.beta, item) * np.exp(drawn)
+        new.append(copy)
+    problem = Problem(law, new, found.options)
+    spread = np.where(problem.precision > 0, np.maximum(problem.precision, 1e-300) ** -0.5, 0.0)
+    problem.centre = problem.centre + spread * generator.standard_normal(len(spread))
+    theta = found.theta
+    if len(theta):
+        result = minimize(
+            problem, theta, jac=True, method="L-BFGS-B", bounds=law.bounds(),
+            options={"maxiter": 60, "ftol": 1e-9, "gtol": 1e-6},
+        )  # fmt: skip
+        theta = np.asarray(result.x)
+    beta = problem.solve(problem.designs(theta)[0])
+    row: Array = np.concatenate([theta, beta])
+    return row
+
+
+def _blocks(
+    residuals: list[Array], count: int, length: int, generator: np.random.Generator
+) -> Array:
+    sizes = np.array([len(r) for r in residuals])
+    pieces, have = [], 0
+    while have < count:
+        source = residuals[generator.choice(len(residuals), p=sizes / sizes.sum())]
+        start = int(generator.integers(len(source)))
+        piece = source[(start + np.arange(min(length, len(source)))) % len(source)]
+        pieces.append(piece)
+        have += len(piece)
+    drawn: Array = np.concatenate(pieces)[:count]
+    return drawn
+
+
+def interval(found: Fit, data: Any, *, new_run: bool = False, seed: int = 0) -> tuple[Array, Array]:
+    """Low and high (n,) of the predicted loss: of the law, or with ``new_run`` of what a run would
+    log, residuals like those of the fitted runs included."""
+    predictions = found.predict_samples(data)
+    if new_run:
+        if not found.residuals:
+            raise UserError("the fit was read from a file, which keeps no residuals")
+        generator = np.random.default_rng(seed)
+        length = max(1, math.ceil(2 * correlation_length(found.residuals)))
+        predictions = predictions * np.exp([
+            _blocks(found.residuals, predictions.shape[1], length, generator) for _ in predictions
+        ])  # fmt: skip
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(predictions, [tail, 1 - tail], axis=0)
+    return low, high
+
+
+@dataclass
+class HeldOut:
+    """errors: MAPE in percent by what was held out; mean: over them."""
+
+    law: str
+    errors: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.errors.values())))
+
+
+def hold_out_schedules(
+    make: Callable[[Sequence[Curve]], Law], curves: Sequence[Curve], options: Options | None = None
+) -> HeldOut:
+    """Each curve predicted from the others; curves of one schedule are held out together.
+
+    Raises UserError with fewer than 3 schedules.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, curve in enumerate(curves):
+        groups.setdefault(_schedule_key(curve), []).append(i)
+    if len(groups) < 3:
+        raise UserError(
+            f"there are {len(groups)} different schedules: expected at least 3, to choose a law by "
+            "those held out"
+        )
+    return _hold_out(make, curves, list(groups.values()), options)
+
+
+def hold_out_sizes(
+    make: Callable[[Sequence[Curve]], Law], curves: Sequence[Curve], options: Options | None = None
+) -> HeldOut:
+    """Each size predicted from the others. Raises UserError with fewer than 4 sizes."""
+    groups: dict[float, list[int]] = {}
+    for i, curve in enumerate(curves):
+        groups.setdefault(curve.parameters or 0.0, []).append(i)
+    if len(groups) < 4:
+        raise UserError(
+            f"there are {len(groups)} sizes: expected at least 4, to choose a law by those held out"
+        )
+    return _hold_out(make, curves, list(groups.values()), options)
+
+
+def _hold_out(
+    make: Callable[[Sequence[Curve]], Law], curves: Sequence[Curve], groups: list[list[int]],
+    options: Options | None,
+) -> HeldOut:  # fmt: skip
+    errors, name = dict[str, float](), ""
+    for group in groups:
+        rest = [c for i, c in enumerate(curves) if i not in group]
+        law = make(rest)
+        name, found = law.name, fit(law, rest, options)
+        for i in group:
+            errors[curves[i].name] = mape(found, curves[i])
+    return HeldOut(name, errors)
+
+
+def mape(found: Fit, data: Curve | Points) -> float:
+    """Mean absolute percentage error of the predicted loss."""
+    return 100 * float(np.abs(found.predict(data) / data.loss - 1).mean())
+
+
+def _schedule_key(curve: Curve) -> str:
+    return hashlib.sha256(np.round(curve.lr / curve.peak, 6).tobytes()).hexdigest()

@@ -1,0 +1,109 @@
+"""The learning rate of every step: from settings, or from what was logged."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.config_files import build_config
+from data_prep.errors import UserError
+from evals.scaling.parameters import Array
+from pretrain.config import ScheduleConfig
+from pretrain.schedule import learning_rate
+
+JUMP = 0.2  # relative change between two logged steps that is taken for an abrupt one
+
+
+def schedule_lr(config: ScheduleConfig, peak: float, num_steps: int) -> Array:
+    """(num_steps,) as the training loop computes it."""
+    return np.array([learning_rate(config, peak, step, num_steps) for step in range(num_steps)])
+
+
+def parse_schedule(text: str) -> tuple[ScheduleConfig, float, int]:
+    """Settings, peak learning rate and steps of ``kind=wsd lr=3e-4 steps=24000 warmup_steps=2000
+    decay_fraction=0.2 ...``: the names of ``schedule:`` in a run's config, and ``lr``, ``steps``.
+
+    Raises UserError.
+    """
+    where, values = f"schedule '{text}'", dict[str, str]()
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        if not equals or not value:
+            raise UserError(f"{where}: found '{word}', expected NAME=VALUE")
+        values[name] = value
+    try:
+        peak, steps = float(values.pop("lr")), int(float(values.pop("steps")))
+    except KeyError as error:
+        raise UserError(f"{where}: {error.args[0]} is missing") from None
+    except ValueError:
+        raise UserError(f"{where}: lr and steps are to be numbers") from None
+    if peak <= 0 or steps < 1:
+        raise UserError(f"{where}: lr is {peak} and steps {steps}, expected both above 0")
+    numbers = {n: _number(v) for n, v in values.items()}
+    return build_config(ScheduleConfig, numbers, where), peak, steps
+
+
+def _number(text: str) -> int | float | str:
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def interpolated_lr(
+    step: NDArray[np.int64], logged: Array, warmup_steps: int | None
+) -> tuple[Array, list[str]]:
+    """The learning rate of every step up to the last, from logged samples, and what was assumed.
+
+    Between samples it runs straight; a change by more than 20 % from one sample to the next, with
+    the learning rate constant before or after it, is abrupt and put in the middle. Before the first
+    sample: a ramp from 0 over ``warmup_steps`` (all of it, where None), then the first value.
+    """
+    lr = np.interp(np.arange(step[-1] + 1), step, logged)
+    told = []
+    gaps = np.diff(step)
+    if len(gaps) and gaps.max() > 1:
+        told.append(
+            f"the learning rate was logged every {int(np.median(gaps))} steps and interpolated"
+        )
+    flat = np.abs(np.diff(logged)) <= 1e-6 * logged.max()
+    for i in np.flatnonzero(np.abs(np.diff(logged)) > JUMP * np.maximum(logged[1:], logged[:-1])):
+        if (i > 0 and flat[i - 1]) or (i + 1 < len(flat) and flat[i + 1]):
+            middle = (step[i] + step[i + 1] + 1) // 2
+            lr[step[i] : middle], lr[middle : step[i + 1] + 1] = logged[i], logged[i + 1]
+            if step[i + 1] - step[i] > 1:
+                told.append(
+                    f"the learning rate jumps between steps {step[i]:,} and {step[i + 1]:,}; taken "
+                    f"to be at {middle:,}"
+                )
+    first = int(step[0])
+    rising = len(logged) > 1 and logged[1] > logged[0]
+    if warmup_steps is not None and warmup_steps <= first:
+        lr[:warmup_steps] = logged[0] * np.arange(1, warmup_steps + 1) / max(warmup_steps, 1)
+        lr[warmup_steps:first] = logged[0]
+    elif first > 1:
+        lr[:first] = logged[0] * np.arange(1, first + 1) / first
+        if not rising:
+            told.append(
+                "the steps before the first that was logged are taken for a warm-up from 0 (say "
+                "otherwise by --warmup-steps)"
+            )
+    return lr, told
+
+
+def largest_difference(lr: Array, step: NDArray[np.int64], logged: Array) -> tuple[float, int]:
+    """Between logged and rebuilt learning rates, as a share of the peak, and the step it is at. A
+    log may tell the rate of the step before or of the one after."""
+    best: tuple[float, int] | None = None
+    for shift in (0, 1):
+        at = np.clip(step - shift, 0, len(lr) - 1)
+        difference = np.abs(lr[at] - logged) / lr.max()
+        worst = int(np.argmax(difference))
+        if best is None or difference[worst] < best[0]:
+            best = float(difference[worst]), int(step[worst])
+    assert best is not None
+    return best

@@ -1,0 +1,264 @@
+"""Laws of the final loss by model size and data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import UserError
+from evals.scaling.curves import Points
+from evals.scaling.parameters import Array, Law, Parameter
+
+
+@dataclass
+class PreparedPoints:
+    name: str
+    loss: Array
+    log_n: Array
+    log_d: Array
+    log_unique: Array
+    log_c: Array
+
+
+class _SizeLaw(Law):
+    """references: N and D that others are measured in, so that A and B stay of the order of 1."""
+
+    def __init__(self, size_reference: float = 1.0, token_reference: float = 1.0) -> None:
+        self.size_reference, self.token_reference = size_reference, token_reference
+
+    def settings(self) -> dict[str, Any]:
+        return {"size_reference": self.size_reference, "token_reference": self.token_reference}
+
+    def prepared(self, data: Points) -> PreparedPoints:
+        unique = data.tokens if data.unique_tokens is None else data.unique_tokens
+        return PreparedPoints(
+            data.name, data.loss, np.log(data.parameters / self.size_reference),
+            np.log(data.tokens / self.token_reference), np.log(unique / self.token_reference),
+            np.log(np.asarray(data.flops) / (6 * self.size_reference * self.token_reference)),
+        )  # fmt: skip
+
+
+def _excess(of: str) -> Parameter:
+    return Parameter(of[0], "nats", f"excess at the reference {of[1:]}")
+
+
+class ChinchillaLaw(_SizeLaw):
+    """L = E + A N^-alpha + B D^-beta.
+
+    Source: Hoffmann et al., arXiv 2203.15556, eq. 2 and appendix D.3; fitted as by Besiroglu et
+    al., arXiv 2404.10102. :meth:`derived` gives A and B in raw units, where N = D = 1.
+    """
+
+    name = "chinchilla"
+    title = "Chinchilla"
+    formula = "E + A N^-alpha + B D^-beta"
+    source = "arXiv 2203.15556, 2404.10102"
+    nonlinear: tuple[Parameter, ...] = (
+        Parameter("alpha", "", "exponent of N", 0.02, 1.5, (0.2, 0.5, 0.9)),
+        Parameter("beta", "", "exponent of D", 0.02, 1.5, (0.2, 0.5, 0.9)),
+    )
+    linear = (
+        Parameter("E", "nats", "loss that is left in the end"),
+        _excess("AN"),
+        _excess("BD"),
+    )
+
+    def effective_data(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
+        """log D and its derivatives by what of theta comes after alpha and beta."""
+        return prepared.log_d, np.zeros((len(theta) - 2, len(prepared.loss)))
+
+    def design(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
+        alpha, beta = theta[:2]
+        log_d, d_log_d = self.effective_data(theta, prepared)
+        by_n, by_d = np.exp(-alpha * prepared.log_n), np.exp(-beta * log_d)
+        columns = np.stack([np.ones_like(by_n), by_n, by_d], axis=1)
+        derivatives = np.zeros((len(theta), len(by_n), 3))
+        derivatives[0, :, 1] = -prepared.log_n * by_n
+        derivatives[1, :, 2] = -log_d * by_d
+        derivatives[2:, :, 2] = -beta * by_d * d_log_d
+        return columns, derivatives
+
+    def derived(self, values: dict[str, float]) -> dict[str, float]:
+        return {
+            "raw A": values["A"] * self.size_reference ** values["alpha"],
+            "raw B": values["B"] * self.token_reference ** values["beta"],
+            "compute-optimal exponent of N": values["beta"] / (values["alpha"] + values["beta"]),
+        }
+
+    def optimum(self, values: dict[str, float], flops: Array) -> tuple[Array, Array]:
+        """N and D of the lowest loss for a budget of ``flops`` = 6 N D (eq. 4)."""
+        alpha, beta = values["alpha"], values["beta"]
+        raw = self.derived(values)
+        scale = (alpha * raw["raw A"] / (beta * raw["raw B"])) ** (1 / (alpha + beta))
+        n = scale * (np.asarray(flops) / 6) ** (beta / (alpha + beta))
+        return n, np.asarray(flops) / (6 * n)
+
+
+class DataConstrainedLaw(ChinchillaLaw):
+    """Chinchilla's with D' = U (1 + R (1 - exp(-r / R))) in place of D: U unique tokens, seen
+    r = D / U - 1 times again, each time worth less.
+
+    Source: Muennighoff et al., arXiv 2305.16264, eq. 5; the twin term for excess parameters is
+    left out (their R_N without bound).
+    """
+
+    name = "data_constrained"
+    title = "Data-constrained"
+    formula = "E + A N^-alpha + B D'^-beta, D' = U (1 + R (1 - exp(-r/R)))"
+    source = "arXiv 2305.16264"
+    nonlinear = (
+        *ChinchillaLaw.nonlinear,
+        Parameter("R", "epochs", "worth of repeating without end", 0.1, 1000.0, (5.0, 30.0), True),
+    )
+
+    def effective_data(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
+        worth = math.exp(theta[2])
+        repeats = np.maximum(np.exp(prepared.log_d - prepared.log_unique) - 1, 0.0)
+        left = np.exp(-repeats / worth)
+        factor = 1 + worth * (1 - left)
+        d_factor = worth * (1 - left) - repeats * left
+        return prepared.log_unique + np.log(factor), (d_factor / factor)[None]
+
+
+class KaplanLaw(_SizeLaw):
+    """L = k ((N_c/N)^(alpha_N/alpha_D) + D_c/D)^alpha_D, written with k = 1 at the references:
+    L = scale (w N^(-alpha_N/alpha_D) + (1 - w) D^-1)^alpha_D.
+
+    Source: Kaplan et al., arXiv 2001.08361, eq. 1.5; :meth:`derived` gives N_c and D_c.
+    """
+
+    name = "kaplan"
+    title = "Kaplan"
+    formula = "((N_c/N)^(alpha_N/alpha_D) + D_c/D)^alpha_D"
+    source = "arXiv 2001.08361"
+    nonlinear = (
+        Parameter("alpha_N", "", "exponent of N", 0.005, 1.0, (0.05, 0.2)),
+        Parameter("alpha_D", "", "exponent of D", 0.005, 1.0, (0.05, 0.2)),
+        Parameter("w", "", "share of the size at the references", 1e-6, 1 - 1e-6, (0.2, 0.8)),
+    )
+    linear = (Parameter("scale", "nats", "loss at the references"),)
+
+    def design(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
+        a, d, w = theta
+        by_n, by_d = np.exp(-a / d * prepared.log_n), np.exp(-prepared.log_d)
+        inner = w * by_n + (1 - w) * by_d
+        column = inner**d
+        slope = d * column / inner
+        derivatives = np.zeros((3, len(column), 1))
+        derivatives[0, :, 0] = -slope * w * by_n * prepared.log_n / d
+        derivatives[1, :, 0] = column * np.log(inner) + slope * w * by_n * prepared.log_n * a / d**2
+        derivatives[2, :, 0] = slope * (by_n - by_d)
+        return column[:, None], derivatives
+
+    def derived(self, values: dict[str, float]) -> dict[str, float]:
+        a, d, w = values["alpha_N"], values["alpha_D"], values["w"]
+        base = values["scale"] ** (1 / d)
+        return {
+            "N_c": self.size_reference * (base * w) ** (d / a),
+            "D_c": self.token_reference * base * (1 - w),
+        }
+
+
+class ComputeLaw(_SizeLaw):
+    """L = E + K C^-kappa in the training FLOPs C alone, for runs of one family that each have the
+    size and tokens its makers would give them. K: excess at 6 x both references.
+
+    Source: Hestness et al., arXiv 1712.00409, with the loss that is left (Henighan et al.,
+    arXiv 2010.14701, eq. 1.1).
+    """
+
+    name = "compute"
+    title = "Compute"
+    formula = "E + K C^-kappa"
+    source = "arXiv 1712.00409, 2010.14701"
+    nonlinear = (Parameter("kappa", "", "exponent of C", 0.01, 1.0, (0.05, 0.2, 0.5)),)
+    linear = (
+        Parameter("E", "nats", "loss that is left in the end"),
+        Parameter("K", "nats", "excess at the reference compute"),
+    )
+
+    def design(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
+        by_c = np.exp(-theta[0] * prepared.log_c)
+        derivatives = np.zeros((1, len(by_c), 2))
+        derivatives[0, :, 1] = -prepared.log_c * by_c
+        return np.stack([np.ones_like(by_c), by_c], axis=1), derivatives
+
+
+SIZE_LAWS: dict[str, type[_SizeLaw]] = {
+    law.name: law for law in (ChinchillaLaw, KaplanLaw, DataConstrainedLaw, ComputeLaw)
+}
+
+
+def size_law(name: str, points: Points) -> _SizeLaw:
+    """The law ``name`` with its references in the middle of the points.
+
+    Raises UserError where the sizes or the tokens do not vary.
+    """
+    law = SIZE_LAWS[name]
+    needed: list[tuple[str, Array, str]] = [
+        ("parameters", points.parameters, "alpha"), ("tokens", points.tokens, "beta"),
+    ]  # fmt: skip
+    if name == "compute":
+        needed = [("FLOPs", np.asarray(points.flops), "kappa")]
+    for what, values, exponent in needed:
+        if len(np.unique(values)) < 3:
+            raise UserError(
+                f"{points.name}: {len(np.unique(values))} different numbers of {what} do not "
+                f"determine {exponent} beside the loss that is left: expected at least 3"
+            )
+    if name == "data_constrained" and points.unique_tokens is None:
+        raise UserError(f"{points.name}: {law.title} needs the unique tokens of every run")
+    return law(
+        float(np.exp(np.log(points.parameters).mean())), float(np.exp(np.log(points.tokens).mean()))
+    )
+
+
+def isoflop_profiles(points: Points, width: float = 0.1) -> list[dict[str, Any]]:
+    """For each budget (FLOPs alike within ``width``) of at least 3 runs: a parabola of the loss in
+    log N, and the N, D and loss at its bottom (arXiv 2203.15556, approach 2). ``inside`` is false
+    where the bottom lies outside the runs."""
+    flops = np.asarray(points.flops)
+    order = np.argsort(flops)
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and flops[i] <= flops[groups[-1][0]] * (1 + width):
+            groups[-1].append(int(i))
+        else:
+            groups.append([int(i)])
+    profiles = []
+    for group in groups:
+        logs, loss = np.log(points.parameters[group]), points.loss[group]
+        if len(np.unique(logs)) < 3:
+            continue
+        curvature, slope, level = np.polyfit(logs - logs.mean(), loss, 2)
+        if curvature <= 0:
+            continue
+        at = -slope / (2 * curvature)
+        n, budget = math.exp(at + logs.mean()), float(flops[group].mean())
+        profiles.append({
+            "flops": budget, "parameters": n,
+            "tokens": float(np.exp(np.interp(at + logs.mean(), *_ascending(
+                logs, np.log(points.tokens[group]))))),
+            "loss": float(level + slope * at + curvature * at**2),
+            "inside": bool(logs.min() <= at + logs.mean() <= logs.max()),
+            "runs": [points.names[i] for i in group],
+            "parabola": [float(curvature), float(slope), float(level), float(logs.mean())],
+        })  # fmt: skip
+    return profiles
+
+
+def frontier_exponents(profiles: list[dict[str, Any]]) -> dict[str, float]:
+    """Exponents a, b of N ~ C^a and D ~ C^b over the profiles' bottoms; at least 2 are needed."""
+    logs = np.log([p["flops"] for p in profiles])
+    return {
+        "N": float(np.polyfit(logs, np.log([p["parameters"] for p in profiles]), 1)[0]),
+        "D": float(np.polyfit(logs, np.log([p["tokens"] for p in profiles]), 1)[0]),
+    }
+
+
+def _ascending(x: Array, y: Array) -> tuple[Array, Array]:
+    order = np.argsort(x)
+    return x[order], y[order]
