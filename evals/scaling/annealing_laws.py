@@ -7,6 +7,7 @@ some delay, when the learning rate does.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from evals.scaling.curves import Curve
 from evals.scaling.parameters import Array, Law, Parameter
+
+SUDDEN = 0.2  # share of the peak by which a learning rate must fall within the memory to tell it
 
 _SIZE_PARAMETERS = {
     "beta": Parameter("beta", "", "exponent of the size", 0.01, 2.0, (0.2, 0.5)),
@@ -93,6 +96,22 @@ class _CurveLaw(Law):
             change[drops], owner, size,
         )  # fmt: skip
 
+    def doubts(self, values: dict[str, float], prepared: Sequence[PreparedCurve]) -> dict[str, str]:
+        """A smooth decay alone does not tell the memory: a law with another one bends as well."""
+        if "memory" not in values:
+            return {}
+        window = max(1, round(values["memory"]))
+        most = 0.0
+        for curve in prepared:
+            lr = curve.lr / curve.lr.max()
+            begin = np.maximum(curve.drops - window, 0)
+            if len(begin):
+                most = max(most, float((lr[begin] - lr[curve.drops]).max()))
+        if most >= SUDDEN:
+            return {}
+        return {"memory": f"within it no learning rate falls by more than {most:.0%} of its peak; "
+                          "a run with an abrupt drop would tell"}  # fmt: skip
+
     def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
         """progress (n,), its derivatives (p, n), annealing (n,), its derivatives (p, n)."""
         raise NotImplementedError
@@ -158,7 +177,7 @@ class AnnealingLaw(_CurveLaw):
         d_progress = np.stack([-np.log(s1) * progress, np.zeros_like(s1)])
         rate = 1 / memory
         decay = math.exp(-rate)
-        clock = np.arange(len(curve.lr), dtype=float)
+        clock = np.arange(len(curve.lr) + 1, dtype=float)
         sums, (moments,) = decayed_sums(curve, clock, rate, [clock])
         fallen = _fallen(curve)
         # sum over j = 0 .. i - k of lambda^j = (1 - lambda^(i - k + 1)) / (1 - lambda)

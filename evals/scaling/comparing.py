@@ -10,7 +10,7 @@ import numpy as np
 
 from evals.scaling.curves import Points
 from evals.scaling.fitting import Fit, fit, jacobian
-from evals.scaling.intervals import bootstrap
+from evals.scaling.intervals import bootstrap, ends_of
 from evals.scaling.parameters import Array
 from evals.scaling.size_laws import size_law
 
@@ -76,7 +76,7 @@ def _pair(
     crossing = _crossing(grid, apart)
     ends = None
     if len(crossings) >= 0.5 * len(samples):
-        low, high = np.quantile(crossings, [0.025, 0.975])
+        low, high = ends_of(np.array(crossings))
         ends = float(low), float(high)
     now, later = int(np.searchsorted(grid, largest)), int(np.searchsorted(grid, target))
     now, later = min(now, len(grid) - 1), min(later, len(grid) - 1)
@@ -105,7 +105,7 @@ def _crossing(grid: Array, apart: Array) -> float | None:
 
 
 def _ends(values: Array) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
+    low, high = ends_of(values)
     return float(low), float(high)
 
 

@@ -21,6 +21,7 @@ HUBER = 1e-3
 # Logged losses of a run are not independent: about so many tell as much as one, where priors are
 # weighed against them.
 CORRELATED = 20
+FACTOR = math.log(1.6)  # 95 % interval of a logarithm beyond which it counts as not determined
 _SAME = 1.01  # objectives within 1 % are not told apart
 
 
@@ -301,30 +302,41 @@ def correlation_length(residuals: Sequence[Array]) -> float:
     return total
 
 
-def covariance(fit_: Fit, prepared: Sequence[Any], priors: bool = True) -> Array:
-    """Of theta and beta, to first order, correlated residuals counted as fewer points."""
+def covariance(
+    fit_: Fit, prepared: Sequence[Any], *, priors: bool = True, least: float = 0.0
+) -> Array:
+    """Of theta and beta, to first order, correlated residuals counted as fewer points; ``least``:
+    the least relative error of one point."""
     matrix = jacobian(fit_, prepared)
     residual = np.concatenate(fit_.residuals)
     # Robust, as the fit: the spread of the middle of the residuals.
-    spread = max(1.4826 * float(np.median(np.abs(residual))), 1e-9)
+    spread = max(1.4826 * float(np.median(np.abs(residual))), 1e-9, least)
     information = matrix.T @ matrix / (spread**2 * correlation_length(fit_.residuals))
     if priors and fit_.options.priors:
         for i, parameter in enumerate(fit_.law.nonlinear):
             if parameter.prior:
                 information[i, i] += parameter.prior[1] ** -2
     scale = np.sqrt(np.maximum(np.diag(information), 1e-300))
-    inverse = np.linalg.pinv(information / np.outer(scale, scale), rcond=1e-13)
-    result: Array = inverse / np.outer(scale, scale)
+    values, vectors = np.linalg.eigh(information / np.outer(scale, scale))
+    # What the data tell nothing of has a large variance, not none.
+    vectors = vectors / np.maximum(scale, 1e-100)[:, None]
+    result: Array = (vectors / np.maximum(values, 1e-12)) @ vectors.T
     return result
 
 
 def _undetermined(found: Fit, problem: Problem) -> dict[str, str]:
-    """Which parameters the data do not determine, and how that shows."""
-    law, told = found.law, {}
-    errors = np.sqrt(np.maximum(np.diag(covariance(found, problem.prepared, priors=False)), 0))
+    """Which parameters the data do not determine, and how that shows. Residuals are taken for at
+    least as large as the Huber width: no law is truer than that, and a single smooth curve is
+    often fitted better, with any values."""
+    law = found.law
+    told = law.doubts(found.values, problem.prepared)
+    spread = covariance(found, problem.prepared, priors=False, least=found.options.huber)
+    errors = np.sqrt(np.diag(spread))
     bounds = law.bounds()
     alike = [s.found for s in found.starts if s.objective <= found.objective * _SAME]
     for i, parameter in enumerate(law.parameters):
+        if parameter.name in told:
+            continue
         value = found.values[parameter.name]
         error = float(errors[i])
         if i < len(found.theta):

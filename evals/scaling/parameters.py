@@ -79,6 +79,10 @@ class Law(ABC):
         """Other quantities that follow from the parameters, such as the published constants."""
         return {}
 
+    def doubts(self, values: dict[str, float], prepared: Sequence[Any]) -> dict[str, str]:
+        """Parameters that data of this kind cannot determine, whatever the fit says, and why."""
+        return {}
+
     def start_points(self) -> list[Array]:
         """Every combination of the parameters' starts, in the space of the search."""
         columns = [[p.to_search(s) for s in p.starts] for p in self.nonlinear]

@@ -13,6 +13,7 @@ from scipy.optimize import minimize_scalar
 from data_prep.errors import UserError
 from evals.scaling.curves import Curve, Points, end_of_warmup
 from evals.scaling.fitting import Fit, correlation_length, jacobian
+from evals.scaling.intervals import ends_of
 from evals.scaling.parameters import Array
 from evals.scaling.schedules import schedule_lr
 from evals.scaling.size_laws import ChinchillaLaw
@@ -93,7 +94,7 @@ def best_schedules(
         first = found.predict_samples(choices[0][1])[:, -1]
         for choice, curve in choices:
             apart = found.predict_samples(curve)[:, -1] - first
-            low, high = np.quantile(apart, [0.025, 0.975])
+            low, high = ends_of(apart)
             choice.behind = float(low), float(high)
     return [choice for choice, _ in choices]
 
@@ -181,7 +182,7 @@ def best_size(found: Fit, flops: float) -> SizeChoice:
             at({k: p.from_search(x) for k, p, x in zip(names, law.parameters, row, strict=True)})
             for row in found.samples if (row[-2:] > 0).all()
         ])  # fmt: skip
-        low, high = np.quantile(rows, [0.025, 0.975], axis=0)
+        low, high = ends_of(rows)
         ends = [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
     sizes = n * np.logspace(-2, 2, 801)
     points = Points(sizes, flops / (6 * sizes), np.ones(801))

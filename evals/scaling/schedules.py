@@ -86,7 +86,7 @@ def interpolated_lr(
         lr[:warmup_steps] = logged[0] * np.arange(1, warmup_steps + 1) / max(warmup_steps, 1)
         lr[warmup_steps:first] = logged[0]
     elif first > 1:
-        lr[:first] = logged[0] * np.arange(1, first + 1) / first
+        lr[:first] = logged[0] * np.arange(first) / first
         if not rising:
             told.append(
                 "the steps before the first that was logged are taken for a warm-up from 0 (say "

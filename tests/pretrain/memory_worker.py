@@ -44,7 +44,6 @@ DEEPSPEED = {"zero_backend": "deepspeed"}
 LOOP = {"recursion": {"prelude": 1, "coda": 1, "times": 4, "backprop_last": 2, "adapter": True}}
 EXPERTS = {"moe": {"num_experts": 8, "top_k": 2, "intermediate_size": 512}}
 CASES = {
-    "dp2": case("2*(gdn attn)"),
     "dp2-zero0-checkpointing": case(
         "2*(gdn attn)", zero_stage=0, checkpointing="block", seq_len=1024
     ),
@@ -54,7 +53,6 @@ CASES = {
     "newton": case("2*para_gru m2rnn", seq_len=2048, rows=2),
     "loop": case("attn 2*gdn attn", model=LOOP),
     "ep2": case("2*(gdn attn)", expert=2, model=EXPERTS, seq_len=1024),
-    "zero2-deepspeed": case("2*(gdn attn)", zero_stage=2, **DEEPSPEED),
     "zero3-deepspeed": case("2*(gdn attn)", zero_stage=3, **DEEPSPEED),
 }
 

@@ -93,8 +93,7 @@ def test_whichever_process_is_killed_checkpoints_are_whole_or_absent(folder, cor
         return lambda: len(run.losses) >= count
 
     for rank, moment in (
-        (0, writing(3)),
-        (1, writing(6)),
+        (0, writing(6)),
         (chance.randint(0, 1), steps_done(chance.randint(7, 9))),
         (1, writing(12)),
     ):
