@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from evals.scaling.size_laws import (
     size_law,
 )
 
+MOST_PROFILES = 12  # shown; all are in the JSON
 SCHEDULE = '"kind=wsd lr=3e-4 steps=24000 warmup_steps=2000 decay_fraction=0.2"'
 
 
@@ -248,7 +250,7 @@ def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> 
         table = Table(title="isoFLOP profiles", title_justify="left")
         for column in ("FLOPs", "parameters", "tokens", "loss", "bottom"):
             table.add_column(column, justify="right")
-        for p in profiles:
+        for p in profiles[:: math.ceil(len(profiles) / MOST_PROFILES)]:
             table.add_row(
                 f"{p['flops']:.3g}", f"{p['parameters']:.3g}", f"{p['tokens']:.3g}",
                 f"{p['loss']:.4f}", "inside" if p["inside"] else "outside the runs",
@@ -379,7 +381,8 @@ def _plan(given: argparse.Namespace) -> int:
     table = Table(title="runs that would pin the law down", title_justify="left")
     for column in ("steps in all", "error of the final loss", "runs"):
         table.add_column(column, justify="left" if column == "runs" else "right")
-    for design in frontier[-8:]:
+    at = frontier.index(cheapest) if cheapest is not None else len(frontier)
+    for design in frontier[max(0, at - 3) : at + 4]:
         style = "bold" if design is cheapest else None
         table.add_row(
             f"{design.steps:,}", f"{100 * design.error:.3f} %", "\n".join(design.runs), style=style

@@ -291,7 +291,7 @@ def cheapest_design(
 
 
 def _standard_error(information: Array, direction: Array) -> float:
-    scale = np.sqrt(np.maximum(np.diag(information), 1e-300))
+    scale = np.sqrt(np.maximum(np.diag(information), 1e-30))
     scaled = information / np.outer(scale, scale)
     values, vectors = np.linalg.eigh(scaled)
     along = vectors.T @ (direction / scale)

@@ -188,10 +188,11 @@ def _table(path: Path, frame: Any, step: str, loss: str, lr: str | None) -> _Tab
     numbers = {c: pandas.to_numeric(rows[c], errors="coerce") for c in (step, loss, lr) if c}
     if numbers[step].isna().any():
         raise UserError(f"{path}: column '{step}' holds something that is no number")
-    if lr:  # a row may tell of one thing only
-        numbers[lr] = numbers[lr].ffill().bfill()
-    seen = rows[loss].notna() if loss in rows else None
-    kept = {c: v[seen].to_numpy(dtype=float) for c, v in numbers.items()}
+    whole = pandas.DataFrame(numbers)
+    # A row may tell of one thing only: neighbours of the same step are one.
+    whole = whole.groupby((whole[step] != whole[step].shift()).cumsum()).last()
+    whole = whole[whole[loss].notna()]
+    kept = {c: whole[c].to_numpy(dtype=float) for c in numbers}
     return _Table(str(path), kept[step].astype(np.int64), kept[loss], kept[lr] if lr else None)
 
 

@@ -1,0 +1,239 @@
+"""``python -m evals scaling``: what a user types, sees and gets; planning and comparing."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas
+import pytest
+
+from benchmarks.scaling_laws import CURVES, FITTED, grid_of_runs, true_fit
+from data_prep.errors import UserError
+from evals.scaling import Points, fit, points_of
+from evals.scaling.commands import main
+from evals.scaling.comparing import compare, fit_families
+from evals.scaling.planning import best_schedules, best_size, cheapest_design, planned_curve
+from pretrain.config import ScheduleConfig
+from tests.evals.test_scaling_readers import run_directory
+
+SOURCES = [str(CURVES / f"csv_25/{name}.csv") for name in FITTED]
+ONE = "kind=cosine lr=3e-4 steps=24000 warmup_steps=2160 final_ratio=0.1"
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit")
+    words = ["--warmup-steps", "2160", "--bootstrap", "8", "--out", str(folder)]
+    tests = ["--test", str(CURVES / "csv_25/wsdld_20000_24000.csv")]
+    assert main(["fit", *SOURCES, *words, *tests]) == 0
+    return folder
+
+
+def is_picture(path):
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def test_fit_writes_what_it_found(fitted):
+    saved = json.loads((fitted / "fit.json").read_text())
+    assert saved["law"] == "intrinsic"
+    assert 3.1 < saved["parameters"]["L0"]["value"] < 3.2
+    low, high = saved["parameters"]["alpha"]["interval_95"]
+    assert low < saved["parameters"]["alpha"]["value"] < high
+    assert saved["test_mape"]["wsdld_20000_24000"] < 0.1
+    assert len(saved["starts"]) == 2
+    assert saved["seconds"] < 60
+    assert is_picture(fitted / "fit.png")
+
+
+def test_predict_draws_runs_not_run_yet(fitted, tmp_path, capsys):
+    words = ["--schedule", ONE.replace("24000", "48000"), "--run", SOURCES[0]]
+    assert main(["predict", str(fitted / "fit.json"), *words, "--out", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "prediction.json").read_text())["curves"]
+    assert [len(c["loss"]) for c in saved] == [400, 171]
+    assert saved[0]["low"][-1] < saved[0]["loss"][-1] < saved[0]["high"][-1]
+    assert saved[0]["loss"][-1] < saved[1]["loss"][-1]
+    assert is_picture(tmp_path / "prediction.png")
+    assert "2.0 x the longest fitted run" in capsys.readouterr().out
+
+
+def test_plan_lists_schedules_and_runs(fitted, tmp_path, capsys):
+    assert main(["plan", str(fitted / "fit.json"), "--steps", "24000", "--tolerance", "0.01",
+                 "--out", str(tmp_path)]) == 0  # fmt: skip
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    losses = [c["loss"] for c in saved["schedules"]]
+    assert losses == sorted(losses)
+    assert saved["schedules"][0]["settings"]["kind"] == "wsd"
+    assert saved["schedules"][-1]["settings"]["kind"] == "constant"
+    assert saved["cheapest_design"]["error"] <= 0.01
+    assert is_picture(tmp_path / "plan.png")
+    assert "among peaks it favours the highest" in " ".join(capsys.readouterr().out.split())
+
+
+def test_laws_are_chosen_by_what_is_held_out(tmp_path, capsys):
+    assert main(["fit", *SOURCES, "--law", "auto", "--bootstrap", "0", "--warmup-steps", "2160",
+                 "--out", str(tmp_path)]) == 0  # fmt: skip
+    saved = json.loads((tmp_path / "fit.json").read_text())
+    means = {law: errors["mean"] for law, errors in saved["held_out"].items()}
+    assert saved["law"] == min(means, key=lambda law: means[law])
+    assert len(means) == 3
+    assert "error of what was held out" in capsys.readouterr().out
+
+
+def test_sizes_and_tokens(tmp_path):
+    points = grid_of_runs(0.002)
+    table = tmp_path / "runs.csv"
+    pandas.DataFrame({"N": points.parameters, "D": points.tokens, "loss": points.loss}).to_csv(
+        table, index=False
+    )
+    out = ["--out", str(tmp_path)]
+    assert main(["fit", str(table), "--bootstrap", "8", *out]) == 0
+    saved = json.loads((tmp_path / "fit.json").read_text())
+    assert saved["law"] == "chinchilla"
+    assert saved["residual"] == "log"
+    assert saved["isoflop"]["exponents"]["N"] == pytest.approx(0.51, abs=0.03)
+    assert is_picture(tmp_path / "fit.png")
+    assert main(["plan", str(tmp_path / "fit.json"), "--flops", "1e21", *out]) == 0
+    size = json.loads((tmp_path / "plan.json").read_text())["size"]
+    assert size["parameters"] * size["tokens"] * 6 == pytest.approx(1e21, rel=1e-6)
+    low, high = size["parameters_interval"]
+    assert low <= size["parameters"] <= high
+    assert size["alike"][0] < size["parameters"] < size["alike"][1]
+
+
+def test_the_best_size_has_the_lowest_loss():
+    points = grid_of_runs()
+    from evals.scaling import Options, size_law
+
+    found = fit(size_law("chinchilla", points), [points], Options("log"))
+    choice = best_size(found, 1e20)
+    sizes = choice.parameters * np.array([0.9, 1.0, 1.1])
+    losses = found.predict(Points(sizes, 1e20 / (6 * sizes), np.ones(3)))
+    assert losses[1] == pytest.approx(choice.loss)
+    assert losses[1] < min(losses[0], losses[2])
+
+
+def test_the_best_decay_beats_its_neighbours():
+    found, _ = true_fit("intrinsic")
+    found.domain = {"steps": [100, 3000], "peak_lr": [1e-3, 1e-3]}
+    first = best_schedules(found, 3000, [1e-3], 100)[0]
+    at = first.settings["decay_fraction"]
+
+    def loss(fraction):
+        schedule = ScheduleConfig(
+            "wsd", 100, first.settings["decay"], fraction, first.settings["final_ratio"]
+        )
+        return found.predict(planned_curve(schedule, 1e-3, 3000))[-1]
+
+    assert first.loss == pytest.approx(loss(at), abs=1e-6)
+    assert loss(at) <= min(loss(at * 0.8), loss(min(at * 1.2, 0.9)))
+
+
+def test_designs_that_cost_more_tell_more_and_a_drop_is_among_them():
+    truth, _ = true_fit("annealing")
+    target = planned_curve(ScheduleConfig("cosine", 100), 1e-3, 10_000)
+    frontier, cheapest = cheapest_design(truth, target, 0.003)
+    assert [d.steps for d in frontier] == sorted(d.steps for d in frontier)
+    errors = [d.error for d in frontier]
+    assert errors == sorted(errors, reverse=True)
+    assert cheapest is not None
+    assert any("two_stage" in run or "wsd" in run for run in cheapest.runs)
+    assert cheapest.steps < 10_000
+
+
+def family(kappa, level, seed=0, noise=0.0):
+    flops = np.geomspace(1e17, 1e19, 6)
+    drawn = np.exp(noise * np.random.default_rng(seed).standard_normal(6))
+    side = np.sqrt(flops / 6)
+    return Points(side, side, (1.7 + level * (flops / 1e18) ** -kappa) * drawn, flops=flops)
+
+
+def test_where_families_cross_and_what_it_costs_to_know():
+    # Equal where 1.0 c^-0.10 = 0.95 c^-0.08: c = (1 / 0.95)^(1 / 0.02).
+    expected = 1e18 * (1 / 0.95) ** (1 / 0.02)
+    exact = {"steep": family(0.10, 1.0), "low": family(0.08, 0.95)}
+    (found,) = compare(fit_families(exact, 20), exact, 1e21)
+    assert found.crossing == pytest.approx(expected, rel=0.05)
+    assert found.better == "low"
+    assert found.target_difference < 0, "steep is ahead beyond the crossing"
+    assert found.cost == 0
+    noisy = {"steep": family(0.10, 1.0, 0, 0.004), "low": family(0.08, 0.95, 1, 0.004)}
+    (unsure,) = compare(fit_families(noisy, 40), noisy, 1e21)
+    assert unsure.target_interval[0] < 0 < unsure.target_interval[1]
+    assert unsure.cost is None or unsure.cost > 2e19
+    far = {"a": family(0.1, 1.0, 0, 0.0005), "b": family(0.1, 1.3, 1, 0.0005)}
+    (apart,) = compare(fit_families(far, 40), far, 1e20)
+    assert apart.better == "a"
+    assert min(apart.difference_interval) > 0
+    assert apart.cost == 0
+
+
+def test_compare_of_folders(tmp_path, capsys):
+    for name, level in (("a", 1.0), ("b", 1.2)):
+        points = family(0.1, level)
+        frame = pandas.DataFrame({
+            "parameters": points.parameters, "tokens": points.tokens, "loss": points.loss,
+        })  # fmt: skip
+        frame.to_csv(tmp_path / f"{name}.csv", index=False)
+    words = [f"{n}={tmp_path / n}.csv" for n in "ab"]
+    assert main(["compare", *words, "--bootstrap", "12", "--out", str(tmp_path)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "a is ahead of b by 0.1" in told
+    assert is_picture(tmp_path / "comparison.png")
+    saved = json.loads((tmp_path / "comparison.json").read_text())
+    assert saved["comparisons"][0]["better"] == "a"
+
+
+def test_runs_of_this_project_by_size(tmp_path):
+    """Final losses of run directories, as points."""
+    for i in range(4):
+        rows = [{"step": s, "tokens": s * 128, "loss": 4.0 - 0.1 * i, "lr": 1e-3}
+                for s in range(20, 201, 20)]  # fmt: skip
+        directory = run_directory(tmp_path, rows, f"r{i}", schedule={"kind": "constant",
+                                  "warmup_steps": 20})  # fmt: skip
+        model = json.loads((directory / "model.json").read_text())
+        model["parameters"] *= i + 1
+        (directory / "model.json").write_text(json.dumps(model))
+    from evals.scaling import read_curves
+
+    points = points_of(read_curves([tmp_path])[0])
+    assert list(points.parameters) == [5000, 10000, 15000, 20000]
+    with pytest.raises(UserError, match="1 different numbers of tokens do not determine beta"):
+        main(["fit", str(tmp_path), "--law", "chinchilla", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fit", *SOURCES, "--law", "intrinsik"], "did you mean 'intrinsic'"),
+        (["fit", "nowhere"], "no such run directory or file"),
+        (["fit", SOURCES[0], "--columns", "loss"], "--columns holds 'loss', expected WHAT=NAME"),
+        (["fit", SOURCES[0], "--smooth", "1"], "--smooth is 1.0, expected 0 or more"),
+        (["fit", SOURCES[0], "--law", "chinchilla"], "parameters are not known"),
+        (["fit", *SOURCES, "--sized"], "number of parameters is not known; give it"),
+        (["fit", *SOURCES, "--sized", "--parameters", "1e6"], "1 sizes do not determine"),
+        (["fit", *SOURCES[:2], "--law", "auto"], "expected at least 3, to choose a law"),
+        (["predict", "none.json", "--schedule", ONE], "none.json: not a fit"),
+        (["compare", "a"], "found 'a', expected NAME=SOURCE"),
+        (["compare", f"a={SOURCES[0]}"], "parameters are not known"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main([*words, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan"], "plan needs --steps, or --flops"),
+        (["plan", "--steps", "5"], "--steps is 5, expected at least 12"),
+        (["plan", "--flops", "1e18"], "needs --tokens-per-step"),
+        (["plan", "--flops", "1e18", "--tokens-per-step", "1e5"], "the fit has no N"),
+        (["predict"], "predict needs --schedule"),
+    ],
+)
+def test_bad_input_to_what_is_fitted(words, message, fitted, tmp_path):
+    command, *rest = words
+    with pytest.raises(UserError, match=message):
+        main([command, str(fitted / "fit.json"), *rest, "--out", str(tmp_path)])
