@@ -21,9 +21,14 @@ def main() -> int:
         from evals.scaling.commands import main as scaling
 
         return scaling(sys.argv[2:])
+    if sys.argv[1:2] == ["report"]:
+        from evals.report.page import main as report
+
+        return report(sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="python -m evals",
-        description="Score a checkpoint. 'python -m evals scaling' fits scaling laws to runs.",
+        description="Score a checkpoint. 'python -m evals scaling' fits scaling laws to runs, "
+        "'python -m evals report' makes a page of them.",
     )
     parser.add_argument("checkpoint", help="a run directory, or one of its checkpoints/step-N")
     parser.add_argument("--tasks", default="perplexity", help=f"of: {', '.join(TASKS)}")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_prep.errors import run_command
+from data_prep.manifest import write_json
 
 EXIT_FAILED, EXIT_STOPPED = 1, 75
 COMMANDS = ("status", "cancel", "logs", "measure")
@@ -87,6 +88,10 @@ def _start(arguments: argparse.Namespace) -> int:
             script = render(cluster, grid, members, arguments.at_once)
             console.print(script, markup=False, soft_wrap=True)
         return 0
+    if len(grid.members) > 1:
+        grid.directory.mkdir(parents=True, exist_ok=True)
+        told = {"config": str(grid.path), "match": grid.match}
+        write_json(grid.directory / "grid.json", told)
     if not members:
         console.print("nothing to start")
         return EXIT_FAILED if failed else 0

@@ -114,12 +114,13 @@ class _Table:
 
 def _run(path: Path, reading: Reading) -> Curve:
     """A run of this project: the schedule is that of its config."""
-    rows = [r for r in read_metrics(path) if "loss" in r]
+    key = (reading.columns or {}).get("loss", "loss")
+    rows = [r for r in read_metrics(path) if key in r]
     if not rows:
-        raise UserError(f"{path / 'metrics.jsonl'}: no training loss is logged")
+        raise UserError(f"{path / 'metrics.jsonl'}: no '{key}' is logged")
     table = _Table(
         str(path / "metrics.jsonl"), np.array([r["step"] for r in rows]),
-        np.array([math.nan if r["loss"] is None else float(r["loss"]) for r in rows]),
+        np.array([math.nan if r[key] is None else float(r[key]) for r in rows]),
         np.array([float(r.get("lr") or math.nan) for r in rows]),
     )  # fmt: skip
     config = load_config(RunConfig, path / "config.yaml")

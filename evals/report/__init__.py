@@ -1,0 +1,1 @@
+"""``python -m evals report RUN...``: one self-contained page over runs and grids."""

@@ -1,0 +1,169 @@
+"""Makes the page: ``report.html`` without any file beside it, and the pictures as PNG too."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+from data_prep.errors import UserError
+from data_prep.manifest import write_bytes
+from evals.report.figures import draw_losses, draw_speeds
+from evals.report.runs import Group, find_runs, grouped, matches_of
+
+TITLES = {
+    "tokens": "Loss by tokens", "flops": "Loss by training FLOPs", "seconds": "Loss by time",
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m evals report", description="One page over runs and grids of runs."
+    )
+    parser.add_argument("runs", nargs="+", help="run directories, or folders of them")
+    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="(runs/report)")
+    parser.add_argument("--title", help="(the folders' names)")
+    parser.add_argument("--no-fits", action="store_true", help="leave out the scaling fits")
+    given = parser.parse_args(arguments)
+    page = make_report(given.runs, given.out, given.title, fits=not given.no_fits)
+    print(f"written to {page}")
+    return 0
+
+
+def make_report(
+    paths: Sequence[str | Path], out: Path, title: str | None = None, *, fits: bool = True
+) -> Path:
+    """Write ``out/report.html`` and its pictures. Raises UserError where there is no run."""
+    runs, notes = find_runs(paths)
+    groups = grouped(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for over, heading in TITLES.items():
+        path = draw_losses(groups, over, out / f"loss-by-{over}.png")
+        if path is not None:
+            pictures.append(_picture(heading, path))
+    path = draw_speeds(groups, out / "speed.png")
+    if path is not None:
+        pictures.append(_picture("Speed", path))
+    scaling = _scaling(paths, out) if fits else []
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"])
+    )
+    html = environment.get_template("report.html.j2").render(
+        title=title or ", ".join(Path(p).name for p in paths), pictures=pictures, scaling=scaling,
+        table=_table(groups), notes=[*matches_of(paths), *notes],
+        counts=f"{len(runs)} runs, {len(groups)} settings",
+        made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )  # fmt: skip
+    page = out / "report.html"
+    write_bytes(page, html.encode())
+    return page
+
+
+def _picture(heading: str, path: Path) -> dict[str, str]:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {"heading": heading, "data": f"data:image/png;base64,{data}", "name": path.name}
+
+
+def _table(groups: Sequence[Group]) -> dict[str, Any]:
+    """Columns and rows; a cell is what is shown and what it is sorted by."""
+    settings = list(dict.fromkeys(k for g in groups for k in g.differing))
+    scores = sorted({s for g in groups for r in g.runs for s in r.scores})
+    measures: list[tuple[str, Any, str]] = [
+        ("parameters", lambda r: r.parameters, "{:,.0f}"),
+        ("tokens", lambda r: r.tokens[-1], "{:,.0f}"),
+        ("final loss", lambda r: r.final, "{:.4f}"),
+        ("best loss", lambda r: r.best, "{:.4f}"),
+        ("validation loss", lambda r: r.valid[-1][1] if r.valid else None, "{:.4f}"),
+        ("bits per byte", lambda r: r.valid[-1][2] if r.valid else None, "{:.4f}"),
+        ("tokens/s", lambda r: r.tokens_per_second, "{:,.0f}"),
+        ("MFU %", lambda r: None if r.mfu is None else 100 * r.mfu, "{:.1f}"),
+        ("hours", lambda r: r.seconds[-1] / 3600, "{:.2f}"),
+        *((s, lambda r, s=s: r.scores.get(s), "{:.4f}") for s in scores),
+    ]
+    rows = []
+    for group in groups:
+        cells = [_cell(group.differing.get(k)) for k in settings] or [_cell(group.label)]
+        seeds = len(group.runs)
+        cells.append({"text": str(seeds), "sort": seeds})
+        for _, value, form in measures:
+            found = group.mean([value(run) for run in group.runs])
+            if found is None:
+                cells.append({"text": "", "sort": ""})
+                continue
+            mean, spread = found
+            text = form.format(mean) + (f" ± {form.format(spread)}" if spread is not None else "")
+            cells.append({"text": text, "sort": mean})
+        states = sorted({run.state for run in group.runs})
+        cells.append({"text": "; ".join(states), "sort": states[0]})
+        rows.append(cells)
+    columns = [*(settings or ["run"]), "runs", *(name for name, _, _ in measures), "state"]
+    kept = [i for i in range(len(columns)) if any(row[i]["text"] for row in rows)]
+    return {
+        "columns": [columns[i] for i in kept], "rows": [[row[i] for i in kept] for row in rows],
+    }  # fmt: skip
+
+
+def _cell(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {"text": "-", "sort": ""}
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return {"text": str(value), "sort": str(value)}
+    return {"text": f"{value:g}" if isinstance(value, float) else f"{value:,}", "sort": value}
+
+
+def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:
+    """Laws of the loss curves: with N where there are at least three sizes, else one per size of
+    which there are several schedules. What cannot be fitted is told in a sentence."""
+    from evals.scaling import Reading, curve_law, fit, read_curves
+    from evals.scaling.figures import draw_curves
+
+    try:
+        curves, left_out = read_curves(paths, Reading())
+    except UserError as error:
+        return [{"heading": "Scaling fit", "sentences": [str(error)]}]
+    sizes = sorted({c.parameters for c in curves if c.parameters is not None})
+    if len(sizes) >= 3:
+        sets = [("of all sizes", curves, True)]
+    else:
+        sets = [
+            (f"of {n:,.0f} parameters", [c for c in curves if c.parameters == n], False)
+            for n in sizes
+        ]
+        sets = [
+            s
+            for s in sets
+            if len({(np.round(c.lr / c.peak, 6).tobytes(), c.peak) for c in s[1]}) > 1
+        ]
+    found = []
+    for number, (what, chosen, sized) in enumerate(sets):
+        section: dict[str, Any] = {"heading": f"Loss curves {what}", "sentences": list(left_out)}
+        found.append(section)
+        try:
+            law = curve_law("intrinsic", chosen, sized)
+            result = fit(law, chosen)
+        except UserError as error:
+            section["sentences"].append(str(error))
+            continue
+        path = draw_curves(result, chosen, out / f"scaling-{number}.png")
+        section["picture"] = _picture(law.title, path)
+        section["law"] = f"{law.title}: {law.formula}{' + B N^-beta' if sized else ''}"
+        section["parameters"] = [
+            {"name": p.name, "value": f"{result.values[p.name]:.5g}", "unit": p.unit,
+             "meaning": p.meaning, "note": result.undetermined.get(p.name, "")}
+            for p in law.parameters
+        ]  # fmt: skip
+        errors = list(result.mape().values())
+        section["sentences"].append(f"mean error of the fitted curves {np.mean(errors):.3f} %")
+    if not sets:
+        found.append({
+            "heading": "Scaling fit",
+            "sentences": ["No size has several schedules, so no law of the loss curve is fitted."],
+        })  # fmt: skip
+    return found

@@ -1,0 +1,213 @@
+"""What run directories tell, as a report needs it: settings that differ, losses, speeds, scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.config_files import flattened, load_config
+from data_prep.errors import UserError
+from evals.scaling.parameters import Array
+from pretrain.config import RunConfig
+from pretrain.metrics_file import read_metrics
+
+LAST = 5  # logged losses that the final one is the mean of
+# Settings that do not say what was trained.
+_ASIDE = ("name", "directory", "logging.", "checkpoint.", "sample.", "parallel.timeout_minutes",
+          "train.threads", "validation.")  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One run directory. steps, tokens, loss, seconds: (n,) of the log; valid: (tokens, nats per
+    token, bits per byte or None) of every validation; scores: result of each evaluation."""
+
+    name: str
+    directory: Path
+    settings: dict[str, Any]
+    seed: int
+    steps: Array
+    tokens: Array
+    loss: Array
+    seconds: Array
+    num_steps: int
+    valid: list[tuple[float, float, float | None]]
+    tokens_per_second: float | None
+    mfu: float | None
+    parameters: int | None = None
+    flops_per_token: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def final(self) -> float:
+        return float(self.loss[-LAST:].mean())
+
+    @property
+    def best(self) -> float:
+        """Lowest mean of so many neighbours as the final loss is the mean of."""
+        width = min(LAST, len(self.loss))
+        return float(np.convolve(self.loss, np.full(width, 1 / width), "valid").min())
+
+    @property
+    def flops(self) -> Array | None:
+        return None if self.flops_per_token is None else self.tokens * self.flops_per_token
+
+    @property
+    def state(self) -> str:
+        done = int(self.steps[-1])
+        return "done" if done >= self.num_steps else f"step {done:,} of {self.num_steps:,}"
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but their seed. label: what tells it from the others."""
+
+    label: str
+    differing: dict[str, Any]
+    runs: list[Run]
+
+    def mean(self, values: Sequence[float | None]) -> tuple[float, float | None] | None:
+        """Mean, and standard deviation over the seeds where there are several; None where a run
+        has no value."""
+        known = [v for v in values if v is not None]
+        if not known or len(known) < len(values):
+            return None
+        return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
+
+
+def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
+    """Every run under ``paths``, and a sentence for each directory that holds none.
+
+    Raises UserError where a path does not exist or no run has logged a loss.
+    """
+    runs, told = list[Run](), list[str]()
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such run directory")
+        found = sorted({p.parent for p in path.rglob("metrics.jsonl")})
+        if not found:
+            told.append(f"{path} holds no run (no metrics.jsonl)")
+        for directory in found:
+            run = read_run(directory)
+            if run is None:
+                told.append(f"{directory} has logged no loss yet")
+            else:
+                runs.append(run)
+    if not runs:
+        raise UserError(f"nothing to report: {'; '.join(told)}")
+    return runs, told
+
+
+def read_run(directory: Path) -> Run | None:
+    """None where no loss is logged yet. Raises UserError for a damaged config."""
+    every = read_metrics(directory)
+    by_step = {r["step"]: r for r in every if isinstance(r.get("loss"), int | float)}
+    rows = [by_step[s] for s in sorted(by_step) if np.isfinite(by_step[s]["loss"])]
+    if not rows or not (directory / "config.yaml").exists():
+        return None
+    config = load_config(RunConfig, directory / "config.yaml")
+    settings = {
+        k: v for k, v in flattened(dataclasses.asdict(config)).items()
+        if not k.startswith(_ASIDE) and k != "seed"
+    }  # fmt: skip
+    model: dict[str, Any] = {}
+    if (directory / "model.json").exists():
+        model = json.loads((directory / "model.json").read_text())
+    speeds = [r["tokens_per_second"] for r in rows if r.get("tokens_per_second")]
+    shares = [r["mfu"] for r in rows if r.get("mfu")]
+    return Run(
+        directory.name, directory, settings, config.seed,
+        np.array([r["step"] for r in rows]), np.array([float(r["tokens"]) for r in rows]),
+        np.array([float(r["loss"]) for r in rows]), _seconds(rows), config.train.num_steps,
+        [(float(r["tokens"]), float(r["valid_loss"]), r.get("valid_bits_per_byte"))
+         for r in every if isinstance(r.get("valid_loss"), int | float)],
+        float(np.median(speeds)) if speeds else None,
+        float(np.median(shares)) if shares else None,
+        model.get("parameters"), model.get("training_flops_per_token"), _scores(directory),
+    )  # fmt: skip
+
+
+def _seconds(rows: Sequence[dict[str, Any]]) -> Array:
+    """Seconds of training; the clock of the log begins anew with each start."""
+    total, before = [], 0.0
+    offset = 0.0
+    for row in rows:
+        now = float(row.get("seconds") or 0.0)
+        if now < before:
+            offset += before
+        before = now
+        total.append(offset + now)
+    return np.array(total)
+
+
+def _scores(directory: Path) -> dict[str, float]:
+    """The latest result of each evaluation: bits per byte of perplexity, numbers called accuracy
+    or score of others."""
+    found: dict[str, tuple[int, float]] = {}
+    for path in sorted((directory / "evals").glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+        except ValueError:
+            continue
+        task, step = str(result.get("task", path.stem)), int(result.get("step", 0))
+        for key in ("bits_per_byte", "accuracy", "score"):
+            if isinstance(result.get(key), int | float):
+                name = f"{task} {key.replace('_', ' ')}"
+                if step >= found.get(name, (-1, 0.0))[0]:
+                    found[name] = step, float(result[key])
+    return {name: value for name, (_, value) in found.items()}
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs alike but for the seed together, in the order of their final loss."""
+    keys = sorted({k for run in runs for k in run.settings})
+    differing = [
+        k for k in keys if len({json.dumps(r.settings.get(k), sort_keys=True) for r in runs}) > 1
+    ]
+    by_settings: dict[str, list[Run]] = {}
+    for run in runs:
+        values = json.dumps([run.settings.get(k) for k in differing], sort_keys=True)
+        by_settings.setdefault(values, []).append(run)
+    short = _short_names(differing)
+    groups = []
+    for members in by_settings.values():
+        told = {short[k]: members[0].settings.get(k) for k in differing}
+        words = [f"{k}={_value(v)}" for k, v in told.items()]
+        groups.append(Group(", ".join(words) or members[0].name, told, members))
+    return sorted(groups, key=lambda g: float(np.mean([r.final for r in g.runs])))
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted name, and as much before it as tells it from others."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        for count in range(1, len(parts) + 1):
+            name = ".".join(parts[-count:])
+            if sum(k == name or k.endswith("." + name) for k in keys) == 1:
+                break
+        names[key] = name
+    return names
+
+
+def _value(value: Any) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def matches_of(paths: Sequence[str | Path]) -> list[str]:
+    """What grids were made alike in, as ``python -m launch`` noted it."""
+    told = []
+    for path in map(Path, paths):
+        for file in sorted({path / "grid.json", path.parent / "grid.json"}):
+            if file.exists():
+                grid = json.loads(file.read_text())
+                alike = grid.get("match")
+                words = f"made alike in {alike}" if alike else "not made alike (no grid.match)"
+                told.append(f"{file.parent.name}: {words}")
+    return list(dict.fromkeys(told))

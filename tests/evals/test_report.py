@@ -1,0 +1,161 @@
+"""The report: what it says of runs, and that a browser shows it without a network."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from data_prep.errors import UserError
+from evals.report.page import main
+from evals.report.runs import find_runs, grouped, matches_of
+from tests.evals.test_scaling_readers import run_directory
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def rows(level, steps=200, every=5):
+    found = []
+    for step in range(every, steps + 1, every):
+        row = {"step": step, "tokens": step * 128, "loss": level + 3 * step**-0.5, "lr": 1e-3,
+               "tokens_per_second": 1000.0 + step, "mfu": 0.25, "seconds": step * 0.5}  # fmt: skip
+        found.append(row)
+    found.append({"step": steps, "tokens": steps * 128, "valid_loss": level + 0.3,
+                  "valid_bits_per_byte": 1.5})  # fmt: skip
+    return found
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two learning rates, three seeds of one and one of the other; a run that is not done."""
+    folder = tmp_path / "grid"
+    folder.mkdir()
+    for seed, level in enumerate((3.0, 3.02, 3.04)):
+        run_directory(folder, rows(level), f"low-{seed}", seed=seed)
+    high = run_directory(folder, rows(2.5), "high", optimizer={"lr": 3e-3})
+    (high / "evals").mkdir()
+    (high / "evals/perplexity-step-1.json").write_text(
+        json.dumps({"task": "perplexity", "step": 200, "bits_per_byte": 1.25})
+    )
+    run_directory(folder, rows(3.5)[:10], "short", optimizer={"lr": 1e-4})
+    (folder / "grid.json").write_text(json.dumps({"config": "g.yaml", "match": "flops"}))
+    (folder / "empty").mkdir()
+    return folder
+
+
+def test_seeds_are_one_row_with_their_spread(runs):
+    found, told = find_runs([runs])
+    groups = grouped(found)
+    assert [len(g.runs) for g in groups] == [1, 3, 1]
+    assert [g.label for g in groups] == ["lr=0.003", "lr=0.001", "lr=0.0001"]
+    low = groups[1]
+    mean, spread = low.mean([r.final for r in low.runs]) or (None, None)
+    last = np.mean([3 * s**-0.5 for s in range(180, 201, 5)])
+    assert mean == pytest.approx(3.02 + last)
+    assert spread == pytest.approx(0.02)
+    assert low.runs[0].best == pytest.approx(low.runs[0].final)
+    assert groups[0].runs[0].scores == {"perplexity bits per byte": 1.25}
+    assert groups[2].runs[0].state == "step 50 of 200"
+    assert groups[2].mean([None, 1.0]) is None
+    assert matches_of([runs]) == ["grid: made alike in flops"]
+    assert not told
+
+
+def test_a_resumed_run_counts_each_step_once_and_its_time_on(tmp_path):
+    before, after = rows(3.0, 100)[:-1], rows(2.9, 200)[15:-1]
+    for row in after:
+        row["seconds"] -= 40  # the clock begins anew with step 80
+    directory = run_directory(tmp_path, before + after)
+    (run,), _ = find_runs([directory])
+    assert len(run.steps) == len(set(run.steps)) == 40
+    assert run.loss[15] == pytest.approx(2.9 + 3 * 80**-0.5)
+    assert (np.diff(run.seconds) >= 0).all()
+
+
+def test_the_page_holds_all_of_it(runs, tmp_path):
+    out = tmp_path / "out"
+    assert main([str(runs), "--out", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    for text in (
+        "grid: made alike in flops", "± 0.0200", "step 50 of 200", "Loss by training FLOPs",
+        "perplexity bits per byte", "25.0", "5 runs, 3 settings",
+    ):  # fmt: skip
+        assert text in html.unescape(page), text
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page), "nothing is loaded from elsewhere"
+    assert "http" not in page.replace("http-equiv", "")
+    for name in ("loss-by-tokens", "loss-by-flops", "loss-by-seconds", "speed"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_schedules_of_one_size_get_a_law(tmp_path):
+    for kind in ("cosine", "two_stage"):
+        run_directory(tmp_path, rows(3.0), kind, schedule={"kind": kind, "warmup_steps": 20})
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Intrinsic-time law" in page
+    assert "Loss curves of 5,000 parameters" in page
+
+
+# What a reader does: sort by the last numeric column, twice; then say what is seen.
+PROBE = """<script>
+const errors = [];
+addEventListener("error", (event) => errors.push(event.message || "a file"), true);
+addEventListener("load", () => {
+  const column = [...document.querySelectorAll("#runs th")]
+    .findIndex((head) => head.textContent === "final loss");
+  const values = () => [...document.querySelectorAll("#runs tbody tr")]
+    .map((row) => Number(row.cells[column].dataset.sort));
+  const button = document.querySelectorAll("#runs th button")[column];
+  button.click();
+  const up = values();
+  button.click();
+  document.body.dataset.seen = JSON.stringify({
+    errors, up, down: values(),
+    pictures: [...document.images].map((image) => image.naturalWidth),
+    wide: document.documentElement.scrollWidth, screen: innerWidth,
+  });
+});
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_shows_it(width, runs, tmp_path):
+    main([str(runs), "--out", str(tmp_path / "out")])
+    page = tmp_path / "out/report.html"
+    page.write_text(page.read_text().replace("<body>", "<body>" + PROBE))
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+         "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--window-size={width},900", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    (seen,) = re.findall(r'data-seen="(.*?)"', done.stdout)
+    found = json.loads(html.unescape(seen))
+    assert found["errors"] == []
+    assert found["up"] == sorted(found["up"])
+    assert found["down"] == found["up"][::-1]
+    assert len(found["up"]) == 3
+    assert len(found["pictures"]) >= 4
+    assert min(found["pictures"]) > 500
+    assert found["wide"] <= found["screen"], "no sideways scrolling of the page itself"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "none", "none: no such run directory"),
+        (lambda folder: folder, r"nothing to report: .* holds no run \(no metrics.jsonl\)"),
+        (lambda folder: run_directory(folder, []), "has logged no loss yet"),
+    ],
+)
+def test_bad_input_is_one_sentence(make, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main([str(make(tmp_path)), "--out", str(tmp_path / "out")])
