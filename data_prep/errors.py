@@ -6,6 +6,10 @@ import os
 import sys
 from collections.abc import Callable
 
+# Of a run that was stopped and saved, and goes on by the same command: EX_TEMPFAIL, "try again
+# later".
+EXIT_STOPPED = 75
+
 
 class UserError(Exception):
     """Bad input. The message names the field or file, what was found, and what was expected."""

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from data_prep.errors import run_command
+from data_prep.errors import EXIT_STOPPED, run_command
 from data_prep.manifest import write_json
 
-EXIT_FAILED, EXIT_STOPPED = 1, 75
+EXIT_FAILED = 1
 COMMANDS = ("status", "cancel", "logs", "measure")
 
 

@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-EXIT_STOPPED, EXIT_FAILED = 75, 1
+from data_prep.errors import EXIT_STOPPED
+
+EXIT_FAILED = 1
 _SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 

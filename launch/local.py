@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.errors import UserError
+from data_prep.errors import EXIT_STOPPED, UserError
 from data_prep.manifest import write_bytes
 from launch.grid import Member
 from launch.members import last_error, write_launch
 from pretrain.config import RunConfig, to_yaml
-
-EXIT_STOPPED = 75
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config_files import ConfigError, flattened, load_config
-from data_prep.errors import UserError
+from data_prep.errors import EXIT_STOPPED, UserError
 from data_prep.manifest import write_json
 from launch.grid import Member
 from pretrain.checkpoint import find_checkpoint, read_state
@@ -60,7 +60,7 @@ def member_state(member: Member, *, held: bool = True) -> MemberState:
         found.state = RUNNING
     elif _steps_saved(directory) >= member.config.train.num_steps:
         found.state = DONE
-    elif launched.get("status") == 75:
+    elif launched.get("status") == EXIT_STOPPED:
         found.state = STOPPED
     elif launched.get("status") not in (None, 0):
         found.state, found.reason = FAILED, launched.get("reason") or ""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data_prep.config_files import load_config
-from data_prep.errors import UserError
+from data_prep.errors import EXIT_STOPPED, UserError
 from data_prep.manifest import write_bytes, write_json
 from pretrain.checkpoint import (
     CheckpointState,
@@ -63,7 +63,7 @@ from pretrain.spikes import SpikeDetector, roll_back
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _MAX_SKIPS = 20
-EXIT_DONE, EXIT_NONFINITE, EXIT_STOPPED = 0, 3, 75  # 75: EX_TEMPFAIL, "try again later"
+EXIT_DONE, EXIT_NONFINITE = 0, 3
 
 
 def train(config: RunConfig, config_path: str) -> int:
@@ -324,6 +324,7 @@ def _roll_back(
     if found is None:
         log.say(f"no checkpoint is {spikes.rollback_steps} steps older; going on")
         state.recent_losses.append(loss)
+        del state.recent_losses[: -spikes.window]
         return None
     writer.save(engine, state)  # so that whatever comes, the data is left out
     log.rewind(state.step)

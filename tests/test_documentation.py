@@ -16,11 +16,12 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md", "docs/data.md", "docs/training.md", "docs/planner.md", "docs/launching.md",
-    "docs/evaluation.md", "docs/laptop-to-cluster.md", "docs/reproduce-a-table.md",
+    "docs/evaluation.md", "docs/scaling.md", "docs/laptop-to-cluster.md",
+    "docs/reproduce-a-table.md",
 ]  # fmt: skip
 # Whose commands have a test of their own, or which have none.
 OTHERS = {"docs/add-a-layer.md", "docs/index.md", "docs/layers.md", "docs/parallel.md"}
-COPIED = ("configs", "data_prep", "evals", "launch", "pretrain")
+COPIED = ("configs", "data_prep", "evals", "launch", "pretrain", "tests/data")
 
 
 def commands(page):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -131,8 +132,9 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("families", nargs="+", metavar="NAME=SOURCE[,SOURCE...]",
-                        help="a folder of runs, or a table, for each family")  # fmt: skip
+    parser.add_argument("families", nargs="+", metavar="NAME=SOURCE",
+                        help="of each family its runs, folders of them or a table; * and ? stand "
+                        "for any; a name may be given again")  # fmt: skip
     parser.add_argument("--at", type=float, help="FLOPs to compare at (100 x the largest run)")
     parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[])
     parser.add_argument("--bootstrap", type=int, default=200, metavar="SAMPLES")
@@ -401,13 +403,16 @@ def _settings_text(settings: dict[str, Any]) -> str:
 
 def _compare(given: argparse.Namespace) -> int:
     console, families = Console(), dict[str, Points]()
+    sources = dict[str, list[Path]]()
     for word in given.families:
-        name, equals, sources = word.partition("=")
-        if not equals or not sources:
-            raise UserError(f"found '{word}', expected NAME=SOURCE[,SOURCE...]")
-        if name in families:
-            raise UserError(f"the family {name} is given twice")
-        paths = [Path(s) for s in sources.split(",")]
+        name, equals, pattern = word.partition("=")
+        if not equals or not pattern:
+            raise UserError(f"found '{word}', expected NAME=SOURCE")
+        paths = [Path(p) for p in sorted(glob.glob(pattern))]  # noqa: PTH207
+        if not paths:
+            raise UserError(f"{pattern}: no such run directory or file")
+        sources.setdefault(name, []).extend(paths)
+    for name, paths in sources.items():
         if len(paths) == 1 and is_points_table(paths[0]):
             families[name] = read_points(paths[0], _columns(given.columns))
         else:

@@ -94,7 +94,7 @@ def test_a_whole_run_leaves_what_a_user_expects(uninterrupted):
     assert [row["step"] for row in run.metrics if "valid_loss" in row] == [5, 10, 15, 16]
     losses = [row["loss"] for row in run.metrics if "loss" in row]
     assert losses[-1] < losses[0] - 0.5
-    for name in ("config.yaml", "environment.json", "log.txt", "plots/loss.png",
+    for name in ("config.yaml", "environment.json", "model.json", "log.txt", "plots/loss.png",
                  "checkpoints/latest", "checkpoints/step-00000016/files.json"):  # fmt: skip
         assert (run.directory / name).stat().st_size > 0, name
     for part in ("parameters", "a sample of what it writes", "python -m evals", "step 16/16"):
