@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m evals runs/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict --quiet

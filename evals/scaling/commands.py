@@ -135,6 +135,9 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("families", nargs="+", metavar="NAME=SOURCE",
                         help="of each family its runs, folders of them or a table; * and ? stand "
                         "for any; a name may be given again")  # fmt: skip
+    parser.add_argument("--by", metavar="SETTING",
+                        help="families by a setting of the runs, such as model.pattern; sources "
+                        "then have no names")  # fmt: skip
     parser.add_argument("--at", type=float, help="FLOPs to compare at (100 x the largest run)")
     parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[])
     parser.add_argument("--bootstrap", type=int, default=200, metavar="SAMPLES")
@@ -404,7 +407,9 @@ def _settings_text(settings: dict[str, Any]) -> str:
 def _compare(given: argparse.Namespace) -> int:
     console, families = Console(), dict[str, Points]()
     sources = dict[str, list[Path]]()
-    for word in given.families:
+    if given.by is not None:
+        families = _by_setting(given.families, given.by, console)
+    for word in [] if given.by is not None else given.families:
         name, equals, pattern = word.partition("=")
         if not equals or not pattern:
             raise UserError(f"found '{word}', expected NAME=SOURCE")
@@ -439,6 +444,19 @@ def _compare(given: argparse.Namespace) -> int:
         given.out, "comparison", saved,
         lambda to: draw_comparison(fits, families, comparisons, to),
     )  # fmt: skip
+
+
+def _by_setting(runs: Sequence[str], setting: str, console: Console) -> dict[str, Points]:
+    curves, left_out = read_curves(runs)
+    for sentence in left_out:
+        console.print(f"[yellow]{sentence}[/]")
+    groups: dict[str, list[Curve]] = {}
+    for curve in curves:
+        if setting not in curve.labels:
+            known = nearest(setting, list(curve.labels))
+            raise UserError(f"--by is '{setting}'{known}, which {curve.name} has no setting of")
+        groups.setdefault(str(curve.labels[setting]), []).append(curve)
+    return {name: points_of(chosen) for name, chosen in groups.items()}
 
 
 def sentences(found: Comparison) -> list[str]:

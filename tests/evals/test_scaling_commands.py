@@ -216,6 +216,7 @@ def test_runs_of_this_project_by_size(tmp_path):
         (["predict", "none.json", "--schedule", ONE], "none.json: not a fit"),
         (["compare", "a"], "found 'a', expected NAME=SOURCE"),
         (["compare", f"a={SOURCES[0]}"], "parameters are not known"),
+        (["compare", SOURCES[0], "--by", "model.pattern"], "--by is 'model.pattern', which"),
     ],
 )
 def test_bad_input_is_one_sentence(words, message, tmp_path):
