@@ -18,6 +18,7 @@ RUN apt-get update \
       git make procps python3 python3-dev python3-venv \
  && rm -rf /var/lib/apt/lists/*
 
+# hadolint ignore=DL3006
 FROM base-${VARIANT} AS final
 ARG VARIANT
 ARG TORCH_INDEX=
@@ -25,7 +26,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN useradd --create-home --uid 10001 researcher \
  && mkdir /workspace \
  && chown researcher /workspace
-USER researcher
+USER 10001
 WORKDIR /workspace
 # The environment that `make` looks for, made before the sources so that edits do not make it anew.
 COPY --chown=researcher pyproject.toml constraints.txt README.md Makefile ./
