@@ -44,7 +44,12 @@ SwitchType=switch/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 NodeName=n[1-2] NodeAddr=127.0.0.1 NodeHostname={host} Port={first}-{second} CPUs=2 State=UNKNOWN
-PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO \
+  PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP OverSubscribe=NO \
+  PriorityTier=10 PreemptMode=OFF
 """
 
 

@@ -133,6 +133,24 @@ def test_the_signal_saves_and_the_job_goes_on_bit_for_bit(slurm, uninterrupted, 
 
 
 @pytest.mark.slow
+def test_a_preempted_job_saves_and_goes_on_bit_for_bit(slurm, uninterrupted, tmp_path, corpus):
+    job = Job(tmp_path / "job", corpus, steps=40)
+    job.launch()
+    slurm.wait_for(lambda: len(job.steps()) >= 5, 90)
+    urgent = subprocess.run(
+        ["srun", "--partition=urgent", "--nodes=2", "--ntasks=2", "--cpus-per-task=2", "true"],
+        env=slurm.environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert urgent.returncode == 0, urgent.stderr
+    stopped = len(job.steps())
+    assert 5 <= stopped < 40
+    slurm.wait_for(lambda: "COMPLETED" in slurm.job_state(job.id), 180)
+    assert "start 1" in job.output()
+    assert f"resumed from {job.directory}/checkpoints/step-{stopped:08d}" in job.output()
+    assert job.steps() == uninterrupted.steps()
+
+
+@pytest.mark.slow
 def test_a_time_limit_is_chained_until_the_budget_is_done(slurm, tmp_path, corpus):
     """A limit of a minute, and more steps than are done before the signal."""
     job = Job(tmp_path / "job", corpus, steps=1500, time="1:00", signal_seconds=40, nodes=1,
