@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.config_files import nearest
 from data_prep.errors import UserError, run_command
 from data_prep.manifest import write_json
 
-TASKS = ("perplexity",)
+TASKS = ("perplexity", "positions")
 
 
 def main() -> int:
@@ -21,6 +22,10 @@ def main() -> int:
         from evals.scaling.commands import main as scaling
 
         return scaling(sys.argv[2:])
+    if sys.argv[1:2] == ["sample"]:
+        from evals.sampling import main as sample
+
+        return sample(sys.argv[2:])
     if sys.argv[1:2] == ["report"]:
         from evals.report.page import main as report
 
@@ -28,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m evals",
         description="Score a checkpoint. 'python -m evals scaling' fits scaling laws to runs, "
-        "'python -m evals report' makes a page of them.",
+        "'report' makes a page of them, 'sample' continues a text.",
     )
     parser.add_argument("checkpoint", help="a run directory, or one of its checkpoints/step-N")
     parser.add_argument("--tasks", default="perplexity", help=f"of: {', '.join(TASKS)}")
@@ -44,36 +49,64 @@ def main() -> int:
         help="of the last step, or averaged over steps by optimizer.ema_decay",
     )  # fmt: skip
     parser.add_argument("--max-tokens", type=_positive, help="stop after so many (all)")
+    parser.add_argument(
+        "--factor", type=_positive, help="positions: up to so many times the training length (16)"
+    )
+    parser.add_argument("--sequences", type=_positive, help="positions: how many (8)")
     arguments = parser.parse_args()
-    for task in arguments.tasks.split(","):
+    tasks = arguments.tasks.split(",")
+    for task in tasks:
         if task not in TASKS:
-            raise UserError(f"--tasks names '{task}', expected: {', '.join(TASKS)}")
+            raise UserError(
+                f"--tasks names '{task}'{nearest(task, TASKS)}, expected: {', '.join(TASKS)}"
+            )
 
     from evals.model_loading import load_model
     from pretrain.parallel.processes import stop_processes
 
     averaged = arguments.weights == "ema"
     loaded = load_model(arguments.checkpoint, recurrences=arguments.recurrences, averaged=averaged)
+    for task in tasks:
+        result, given = _run(task, loaded, arguments)
+        # Scores under other settings than the default ones get a file of their own.
+        mark = "" if not any(given) else "-" + hashlib.sha256(repr(given).encode()).hexdigest()[:8]
+        if arguments.recurrences is not None:
+            mark = f"-recurrences-{arguments.recurrences}{mark}"
+            result["recurrences"] = arguments.recurrences
+        if averaged:
+            mark, result["weights"] = f"-ema{mark}", "ema"
+        path = loaded.evals_directory / f"{task}-{loaded.checkpoint.name}{mark}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, result)
+        if task == "positions":
+            from evals.positions import draw_positions
+
+            _show_positions(
+                result, str(path), str(draw_positions(result, path.with_suffix(".png")))
+            )
+        else:
+            _show(result, str(path))
+    stop_processes()
+    return 0
+
+
+def _run(
+    task: str, loaded: Any, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """The result, and the settings that are not the default ones."""
+    if task == "positions":
+        from evals.positions import evaluate_positions
+
+        factor, sequences = arguments.factor or 16, arguments.sequences or 8
+        result = evaluate_positions(loaded, data=arguments.data, factor=factor, sequences=sequences)
+        return result, (arguments.data, arguments.factor, arguments.sequences)
     from evals.perplexity import evaluate_perplexity
 
     result = evaluate_perplexity(
         loaded, data=arguments.data, window=arguments.window, stride=arguments.stride,
         max_tokens=arguments.max_tokens,
     )  # fmt: skip
-    # Scores under other settings than the default ones get a file of their own.
-    given = (arguments.data, arguments.window, arguments.stride, arguments.max_tokens)
-    mark = "" if not any(given) else "-" + hashlib.sha256(repr(given).encode()).hexdigest()[:8]
-    if arguments.recurrences is not None:
-        mark = f"-recurrences-{arguments.recurrences}{mark}"
-        result["recurrences"] = arguments.recurrences
-    if averaged:
-        mark, result["weights"] = f"-ema{mark}", "ema"
-    path = loaded.evals_directory / f"perplexity-{loaded.checkpoint.name}{mark}.json"
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, result)
-    _show(result, str(path))
-    stop_processes()
-    return 0
+    return result, (arguments.data, arguments.window, arguments.stride, arguments.max_tokens)
 
 
 def _positive(text: str) -> int:
@@ -96,6 +129,29 @@ def _show(result: dict[str, Any], path: str) -> None:
     table.add_row("window, stride", f"{result['window']:,}, {result['stride']:,}")
     Console().print(table)
     print(f"written to {path}")
+
+
+def _show_positions(result: dict[str, Any], path: str, picture: str) -> None:
+    title = f"{result['checkpoint']}: {result['sequences']} sequences"
+    table = Table(title=title, title_justify="left")
+    for column in ("positions", "of the training length", "nats per token"):
+        table.add_column(column, justify="right")
+    for row in result["bins"]:
+        table.add_row(
+            f"{row['from']:,} to {row['to']:,}", f"{row['to'] / result['seq_len']:g}",
+            f"{row['nats_per_token']:.4f}",
+        )  # fmt: skip
+    Console().print(table)
+    if result["state_rms"]:
+        at = result["positions_of_state_rms"].index(result["seq_len"])
+        growth = {name: values[-1] / max(values[at], 1e-30)
+                  for name, values in result["state_rms"].items()}  # fmt: skip
+        name = max(growth, key=lambda n: growth[n])
+        print(
+            f"states at the end, as a share of their size at the training length: "
+            f"{min(growth.values()):.3g} to {growth[name]:.3g} (block {name})"
+        )
+    print(f"written to {path} and {picture}")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def evaluate_perplexity(
             )
         entropies[directory] = asdict(manifest.byte_entropy)
         waiting: list[Window] = []
-        for document in _validation_documents(Path(directory), manifest):
+        for document in validation_documents(Path(directory), manifest):
             if budget is not None and totals.tokens - before >= budget:
                 break
             totals.count_document(document, bytes_per_token)
@@ -158,7 +158,7 @@ def _score_some(
     return waiting[count:]
 
 
-def _validation_documents(directory: Path, manifest: Manifest) -> Iterator[np.ndarray]:
+def validation_documents(directory: Path, manifest: Manifest) -> Iterator[np.ndarray]:
     manifest.verify_sizes(directory)
     for shard in manifest.shards:
         if shard.split == "valid":

@@ -2,8 +2,8 @@
 of a run's processes; on the first node, what becomes of the run when they end.
 
 SIGUSR2 is handed on to the training processes, which save at the end of their step, and the job is
-to be queued again; so it is after a failure, but not when the same step fails twice. SIGTERM
-(scancel, preemption) also saves; Slurm then decides itself.
+to be queued again; so it is after a failure, but not when the same step fails twice. SIGTERM also
+saves; then the job is queued again if it was preempted, and not if it was cancelled.
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ def _decide(config: Any, directory: Path, received: list[int]) -> int:
         write_launch(directory, ended=time.time(), status=0, reason=None)
         return 0
     if received:
-        if signal.SIGUSR2 in received:
-            (directory / ".requeue").touch()
+        # SIGTERM: the batch script asks Slurm whether it comes from a preemption.
+        name = ".requeue" if signal.SIGUSR2 in received else ".terminated"
+        (directory / name).touch()
         write_launch(directory, ended=time.time(), status=EXIT_STOPPED, reason=None)
         return 0  # the others may still be ending
     reason = last_error(directory)

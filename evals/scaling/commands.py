@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -67,7 +68,8 @@ def _reading_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[],
                         help="names of columns, such as loss=train/ce step=it")  # fmt: skip
-    parser.add_argument("--schedule", help=f"of all sources, such as {SCHEDULE}")
+    parser.add_argument("--schedule", help="of all sources, such as "
+                        f"{SCHEDULE}, or a YAML file with CURVE: SETTINGS")  # fmt: skip
     parser.add_argument("--warmup-steps", type=int)
     parser.add_argument("--parameters", type=float, help="N of all sources")
     parser.add_argument("--tokens-per-step", type=float)
@@ -159,10 +161,23 @@ def _reading(given: argparse.Namespace) -> Reading:
     if not 0 <= given.smooth < 1:
         raise UserError(f"--smooth is {given.smooth}, expected 0 or more and below 1")
     return Reading(
-        _columns(given.columns), given.schedule, given.warmup_steps, given.parameters,
+        _columns(given.columns), _schedules(given.schedule), given.warmup_steps, given.parameters,
         given.tokens_per_step, given.from_step, given.smooth, not given.no_embeddings,
         given.keep_diverged,
     )  # fmt: skip
+
+
+def _schedules(given: str | None) -> str | dict[str, str] | None:
+    """Settings, or a YAML file with some for each curve by name."""
+    if given is None or Path(given).suffix not in (".yaml", ".yml"):
+        return given
+    try:
+        found = yaml.safe_load(Path(given).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--schedule {given}: {str(error).splitlines()[0]}") from None
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise UserError(f"--schedule {given}: expected CURVE: SETTINGS, such as a: {SCHEDULE}")
+    return {str(name): settings for name, settings in found.items()}
 
 
 def _options(given: argparse.Namespace, points: bool) -> Options:

@@ -38,11 +38,12 @@ MISMATCH = 1e-3
 @dataclass
 class Reading:
     """Options for what a file does not tell. columns: names of step, lr, loss; schedule: as
-    :func:`parse_schedule` takes it; from_step: losses before it are left out (None: those of the
-    warm-up); smooth: factor of an exponential mean, 0 = off; embeddings: whether N counts them."""
+    :func:`parse_schedule` takes it, or one for each curve by name; from_step: losses before it are
+    left out (None: those of the warm-up); smooth: factor of an exponential mean, 0 = off;
+    embeddings: whether N counts them."""
 
     columns: dict[str, str] | None = None
-    schedule: str | None = None
+    schedule: str | dict[str, str] | None = None
     warmup_steps: int | None = None
     parameters: float | None = None
     tokens_per_step: float | None = None
@@ -243,6 +244,8 @@ def _curve(name: str, table: _Table, reading: Reading, lr: Array | None = None) 
         at = int(np.argmax(gaps))
         warnings.append(f"nothing is logged between steps {step[at]:,} and {step[at + 1]:,}")
     given = reading.schedule
+    if isinstance(given, dict):
+        given = given.get(name)
     if given is not None:
         config, peak, steps = parse_schedule(given)
         lr = schedule_lr(config, peak, max(steps, int(step[-1])))

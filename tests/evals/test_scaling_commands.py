@@ -46,6 +46,21 @@ def test_fit_writes_what_it_found(fitted):
     assert is_picture(fitted / "fit.png")
 
 
+def test_schedules_of_each_curve_from_a_file(tmp_path):
+    file, out = tmp_path / "schedules.yaml", ["--bootstrap", "0", "--out", str(tmp_path)]
+    rest = "lr=3e-4 warmup_steps=2160"
+    file.write_text(
+        f"cosine_24000: kind=cosine {rest} steps=24000\nconstant_24000: kind=constant {rest} "
+        f"steps=24000\nwsdcon_9: kind=two_stage {rest} steps=16000 decay_fraction=0.5 "
+        "final_ratio=0.3\n"
+    )
+    assert main(["fit", *SOURCES, "--schedule", str(file), *out]) == 0
+    assert json.loads((tmp_path / "fit.json").read_text())["warnings"] == []
+    file.write_text("- cosine")
+    with pytest.raises(UserError, match="expected CURVE: SETTINGS"):
+        main(["fit", *SOURCES, "--schedule", str(file), *out])
+
+
 def test_predict_draws_runs_not_run_yet(fitted, tmp_path, capsys):
     words = ["--schedule", ONE.replace("24000", "48000"), "--run", SOURCES[0]]
     assert main(["predict", str(fitted / "fit.json"), *words, "--out", str(tmp_path)]) == 0

@@ -1,0 +1,170 @@
+"""Loss by position, far beyond the training length, and what the recurrent states do there.
+
+Held-out documents, each opened by the end-of-document token as in training, are read as one text
+with nothing reset between them, in sequences of up to 16 times the training length. A model that
+extrapolates keeps its loss; one whose state fills up or grows loses it beyond some position, and
+its state's size shows why (state collapse, arXiv 2410.07145).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from data_prep.errors import UserError
+from data_prep.manifest import Manifest
+from evals.model_loading import LoadedModel
+from evals.perplexity import validation_documents
+from pretrain.models.blocks import block_specs
+from pretrain.models.mixers.base import State
+
+
+@torch.no_grad()
+def evaluate_positions(
+    loaded: LoadedModel, *, data: str | None = None, factor: int = 16, sequences: int = 8
+) -> dict[str, Any]:
+    """Mean loss in bins of positions, each twice as long as the one before, and the root mean
+    square of each recurrent block's state where the bins end.
+
+    ``sequences`` of ``factor`` x the training length; fewer where the validation text is shorter.
+    Raises UserError where it is shorter than one, or was made with another tokenizer.
+    """
+    seq_len = loaded.run.train.seq_len
+    length = factor * seq_len
+    directory = Path(data or loaded.run.data.path or loaded.run.data.blend[0].path)
+    text = _text(loaded, directory, sequences * length + 1)
+    count = (len(text) - 1) // length
+    if count == 0:
+        raise UserError(
+            f"{directory}: {len(text):,} tokens of validation text are fewer than one sequence of "
+            f"{factor} x {seq_len}; expected more text, or a smaller --factor"
+        )
+    ends = _bin_ends(seq_len, length)
+    losses = np.zeros(length)
+    sizes: dict[str, np.ndarray] = {}
+    for start in range(0, count * length, length):
+        own, states = _one(loaded, text[start : start + length + 1], ends)
+        losses += own / count
+        for name, values in states.items():
+            sizes[name] = sizes.get(name, np.zeros(len(ends))) + np.array(values) / count
+    begins = [0, *ends[:-1]]
+    inside = losses[seq_len // 2 : seq_len].mean()
+    return {
+        "task": "positions", "seq_len": seq_len, "factor": factor, "sequences": count,
+        "bins": [
+            {"from": a, "to": b, "nats_per_token": float(losses[a:b].mean())}
+            for a, b in zip(begins, ends, strict=True)
+        ],
+        "beyond_training_length": float(losses[seq_len:].mean() - inside),
+        "state_rms": {name: values.tolist() for name, values in sizes.items()},
+        "positions_of_state_rms": ends, "data": str(directory),
+        "tokenizer_sha256": loaded.tokenizer.sha256, "checkpoint": str(loaded.checkpoint),
+        "step": loaded.state.step, "tokens_trained": loaded.state.tokens,
+    }  # fmt: skip
+
+
+def _text(loaded: LoadedModel, directory: Path, wanted: int) -> np.ndarray:
+    manifest = Manifest.load(str(directory))
+    if manifest.tokenizer.sha256 != loaded.tokenizer.sha256:
+        raise UserError(
+            f"{directory} was made with another tokenizer ({manifest.tokenizer.sha256[:12]}...) "
+            f"than the model's ({loaded.tokenizer.sha256[:12]}...)"
+        )
+    parts, have = [np.array([loaded.tokenizer.eod_id])], 1
+    for document in validation_documents(directory, manifest):
+        parts.append(document)
+        have += len(document)
+        if have >= wanted:
+            break
+    return np.concatenate(parts)[:wanted]
+
+
+def _bin_ends(seq_len: int, length: int) -> list[int]:
+    """Half the training length, it, twice it and so on, and thirds between: where the state is
+    looked at as well."""
+    ends = {length}
+    for power in range(-2, math.ceil(math.log2(length / seq_len)) + 1):
+        for part in (1.0, 1.5):
+            ends.add(round(seq_len * 2.0**power * part))
+    return sorted(e for e in ends if 0 < e <= length)
+
+
+def _one(
+    loaded: LoadedModel, tokens: np.ndarray, ends: list[int]
+) -> tuple[np.ndarray, dict[str, list[float]]]:
+    """Loss of every position, and each state's size at every end: chunk by chunk, the state
+    handed on."""
+    model = loaded.model
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(tokens[None]).to(device)
+    names = _block_names(loaded)
+    states: list[State] | None = None
+    losses, sizes, before = [], dict[str, list[float]](), list[int]()
+    for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+        logits, states = model.forward_with_state(ids[:, begin:end], states)
+        flat = torch.nn.functional.cross_entropy(
+            logits[0].float(), ids[0, begin + 1 : end + 1], reduction="none"
+        )
+        losses.append(flat.double().cpu().numpy())
+        numbers = [sum(t.numel() for t in state.values()) for state in states]
+        for i, state in enumerate(states):
+            # What grows with the text is a cache of it, not a state.
+            if state and (not before or numbers[i] == before[i]):
+                sizes.setdefault(names[i], []).append(_rms(state))
+            else:
+                sizes.pop(names[i], None)
+        before = numbers
+    return np.concatenate(losses), {n: v for n, v in sizes.items() if len(v) == len(ends)}
+
+
+def _rms(state: State) -> float:
+    wide: list[Tensor] = [t.float() for t in state.values() if t.is_floating_point()]
+    total = sum(float((t * t).sum()) for t in wide)
+    return math.sqrt(total / max(sum(t.numel() for t in wide), 1))
+
+
+def _block_names(loaded: LoadedModel) -> list[str]:
+    """One for every state: the block's number and mixer, and the pass of a loop."""
+    specs, recursion = block_specs(loaded.run.model), loaded.model.recursion
+    plain = [f"{i} {spec.name}" for i, spec in enumerate(specs)]
+    if recursion is None:
+        return plain
+    first, last = recursion.config.prelude, len(specs) - recursion.config.coda
+    looped = [
+        f"{n}, pass {t + 1}"
+        for t in range(recursion.times or recursion.config.times)
+        for n in plain[first:last]
+    ]
+    return [*plain[:first], *looped, *plain[last:]]
+
+
+def draw_positions(result: dict[str, Any], path: Path) -> Path:
+    """Loss by position, and below it the states' sizes, 1 at the training length."""
+    recurrent = bool(result["state_rms"])
+    figure = Figure(figsize=(8, 7 if recurrent else 4), layout="constrained")
+    grid: Any = figure.subplots(2 if recurrent else 1, 1, sharex=True)
+    axes = np.atleast_1d(grid)
+    middles = [math.sqrt(max(b["from"], 1) * b["to"]) for b in result["bins"]]
+    axes[0].plot(middles, [b["nats_per_token"] for b in result["bins"]], "o-")
+    axes[0].set(xscale="log", ylabel="loss (nats per token)",
+                title=f"{result['sequences']} sequences")  # fmt: skip
+    if recurrent:
+        ends = result["positions_of_state_rms"]
+        at = ends.index(result["seq_len"])
+        for name, values in result["state_rms"].items():
+            axes[1].plot(ends, np.array(values) / max(values[at], 1e-30), label=name, linewidth=1)
+        axes[1].set(yscale="log", ylabel="state's root mean square,\n1 at the training length")
+        axes[1].legend(fontsize=7)
+    for one in axes:
+        one.axvline(result["seq_len"], color="gray", linestyle="--", linewidth=1)
+        one.grid(alpha=0.3)
+    axes[-1].set(xlabel="position (dashed: training length)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path

@@ -1,0 +1,148 @@
+"""``python -m evals sample CHECKPOINT --prompt TEXT``: what a model writes, as it writes it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_prep.errors import UserError
+from evals.model_loading import LoadedModel, load_model
+from pretrain.generation import generate
+from pretrain.parallel.processes import stop_processes
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Completion:
+    """The text that follows a prompt, piece by piece. After the last piece, ``reason`` tells why it
+    ended: ``end of document``, ``stop string`` or ``length``; ``tokens``: how many were made.
+
+    A character whose bytes are not all there is held back, and so is what may be the beginning of a
+    stop string; the stop string itself is left out.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, prompt: str, *, max_tokens: int, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        tokenizer = loaded.tokenizer
+        self.prompt_ids = [tokenizer.eod_id, *tokenizer.encode(prompt)]
+        self.reason, self.tokens = "", 0
+        self._tokenizer, self._stop, self._most = tokenizer, [s for s in stop if s], max_tokens
+        self._ids = generate(
+            loaded.model, self.prompt_ids, max_tokens=max_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, seed=seed, vocab_size=tokenizer.vocab_size,
+            stop_id=tokenizer.eod_id,
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[str]:
+        start = self._tokenizer.decode(self.prompt_ids)
+        made, shown = list[int](), 0
+        for token in self._ids:
+            made.append(token)
+            self.tokens += 1
+            # With the prompt: how a token is spelled may depend on what is before it.
+            text = self._tokenizer.decode([*self.prompt_ids, *made])[len(start) :]
+            found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+            if found:
+                self.reason = "stop string"
+                yield text[shown : min(found)]
+                return
+            safe = len(text.rstrip(_REPLACEMENT)) - self._beginning(text.rstrip(_REPLACEMENT))
+            if safe > shown:
+                yield text[shown:safe]
+                shown = safe
+        self.reason = "length" if self.tokens == self._most else "end of document"
+        rest = self._tokenizer.decode([*self.prompt_ids, *made])[len(start) :][shown:]
+        if rest:
+            yield rest
+
+    def _beginning(self, text: str) -> int:
+        """Length of the longest end of ``text`` that a stop string begins with."""
+        longest = 0
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m evals sample", description="Continue a text with a checkpoint."
+    )
+    parser.add_argument("checkpoint", help="a run directory, or one of its checkpoints/step-N")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", default="", help="(nothing: a new document)")
+    text.add_argument("--prompt-file", type=Path, help="UTF-8 text; - reads the standard input")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument(
+        "--stop", action="append", default=[], help="text to end before; repeatable"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recurrences", type=int, help="passes of a recursive model's loop")
+    parser.add_argument("--weights", choices=("last", "ema"), default="last")
+    given = parser.parse_args(arguments)
+    _check(given)
+    prompt = given.prompt if given.prompt_file is None else _read(given.prompt_file)
+    loaded = load_model(
+        given.checkpoint, recurrences=given.recurrences, averaged=given.weights == "ema"
+    )
+    completion = Completion(
+        loaded, prompt, max_tokens=given.max_tokens, temperature=given.temperature,
+        top_k=given.top_k, top_p=given.top_p, stop=given.stop, seed=given.seed,
+    )  # fmt: skip
+    seen = loaded.run.train.seq_len
+    if len(completion.prompt_ids) + given.max_tokens > seen:
+        print(
+            f"note: the prompt has {len(completion.prompt_ids):,} tokens, with --max-tokens more "
+            f"than the {seen:,} that the model was trained on at once; nothing is cut",
+            file=sys.stderr,
+        )
+    print(prompt, end="", flush=True)
+    begun = time.perf_counter()
+    for piece in completion:
+        print(piece, end="", flush=True)
+    seconds = time.perf_counter() - begun
+    print()
+    print(
+        f"{completion.tokens} tokens after {len(completion.prompt_ids)} of the prompt, "
+        f"{completion.tokens / seconds:,.1f} tokens/s, ended by {completion.reason}",
+        file=sys.stderr,
+    )
+    stop_processes()
+    return 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    if given.max_tokens < 1:
+        raise UserError(f"--max-tokens is {given.max_tokens}, expected 1 or more")
+    if given.temperature < 0:
+        raise UserError(f"--temperature is {given.temperature}, expected 0 or more")
+    if given.top_k is not None and given.top_k < 1:
+        raise UserError(f"--top-k is {given.top_k}, expected 1 or more")
+    if given.top_p is not None and not 0 < given.top_p <= 1:
+        raise UserError(f"--top-p is {given.top_p}, expected above 0 and at most 1")
+    if given.recurrences is not None and given.recurrences < 1:
+        raise UserError(f"--recurrences is {given.recurrences}, expected 1 or more")
+
+
+def _read(path: Path) -> str:
+    where = "the standard input" if str(path) == "-" else str(path)
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: is not UTF-8 at byte {error.start:,}; convert it first"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from None

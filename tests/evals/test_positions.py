@@ -1,0 +1,90 @@
+"""Loss by position: state by state the same as in one pass, and states that grow are seen."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from data_prep.manifest import Manifest
+from data_prep.tokenizer import Tokenizer
+from evals.positions import _bin_ends, _text, draw_positions, evaluate_positions
+from pretrain.models.language_model import build_model
+from tests.pretrain.test_language_model import settings
+
+pytestmark = pytest.mark.usefixtures("processes")
+
+
+def loaded(corpus, pattern="gdn attn", seq_len=16, **changes) -> Any:
+    config = settings(pattern=pattern, **changes)
+    model = build_model(config, 384, seed=0, dtype=torch.float64)
+    run = SimpleNamespace(
+        train=SimpleNamespace(seq_len=seq_len), model=config,
+        data=SimpleNamespace(path=str(corpus), blend=[]),
+    )  # fmt: skip
+    state = SimpleNamespace(step=3, tokens=100)
+    return SimpleNamespace(model=model.eval(), tokenizer=Tokenizer.load(corpus), run=run,
+                           state=state, checkpoint="x")  # fmt: skip
+
+
+def test_bins_double_and_end_with_the_text():
+    assert _bin_ends(16, 64) == [4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert 16 in _bin_ends(16, 16)
+
+
+def test_losses_are_those_of_one_pass(corpus):
+    found = loaded(corpus)
+    result = evaluate_positions(found, factor=4, sequences=2)
+    assert result["sequences"] == 2
+    text = _text(found, corpus, 2 * 64 + 1)
+    rows = []
+    for start in (0, 64):
+        ids = torch.from_numpy(text[start : start + 65][None])
+        rows.append(found.model(ids[:, :-1], ids[:, 1:])[0].detach().numpy())
+    whole = np.mean(rows, axis=0)
+    for entry in result["bins"]:
+        expected = whole[entry["from"] : entry["to"]].mean()
+        assert entry["nats_per_token"] == pytest.approx(expected, rel=1e-5)
+    expected = whole[16:].mean() - whole[8:16].mean()
+    assert result["beyond_training_length"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_states_are_told_apart_from_caches(corpus, tmp_path):
+    result = evaluate_positions(loaded(corpus, "gdn attn m2rnn"), factor=4, sequences=1)
+    assert list(result["state_rms"]) == ["0 gdn", "2 m2rnn"]
+    for sizes in result["state_rms"].values():
+        assert len(sizes) == len(result["positions_of_state_rms"])
+        assert min(sizes) > 0
+    assert draw_positions(result, tmp_path / "p.png").stat().st_size > 5000
+    plain = evaluate_positions(loaded(corpus, "2*attn"), factor=2, sequences=1)
+    assert plain["state_rms"] == {}
+    assert draw_positions(plain, tmp_path / "q.png").stat().st_size > 5000
+
+
+def test_a_state_that_never_forgets_grows(corpus):
+    """Linear attention without decay sums up all it has seen; a decay bounds it."""
+    sums = evaluate_positions(loaded(corpus, "linear_attn"), factor=16, sequences=1)
+    forgets = evaluate_positions(loaded(corpus, "retnet"), factor=16, sequences=1)
+    growth = []
+    for result in (sums, forgets):
+        (sizes,) = result["state_rms"].values()
+        growth.append(sizes[-1] / sizes[result["positions_of_state_rms"].index(16)])
+    assert growth[0] > 4
+    assert growth[0] > 1.5 * growth[1]
+
+
+def test_every_pass_of_a_loop_has_a_state(corpus):
+    looped = loaded(corpus, "attn gdn gdn", recursion={"prelude": 1, "coda": 1, "times": 2})
+    result = evaluate_positions(looped, factor=2, sequences=1)
+    assert list(result["state_rms"]) == ["1 gdn, pass 1", "1 gdn, pass 2", "2 gdn"]
+
+
+def test_bad_input(corpus, tmp_path):
+    tokens = Manifest.load(str(corpus))
+    assert tokens.shards
+    with pytest.raises(UserError, match="fewer than one sequence of 100000 x 16"):
+        evaluate_positions(loaded(corpus), factor=100_000)

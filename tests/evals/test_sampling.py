@@ -1,0 +1,151 @@
+"""Choosing tokens, streaming text, and the command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from data_prep.tokenizer import Tokenizer
+from evals.sampling import Completion
+from pretrain.generation import choose, generate
+from pretrain.models.language_model import build_model
+from tests.pretrain.test_language_model import VOCAB, settings
+from tests.pretrain.test_training_run import ENVIRONMENT, ROOT, Run
+
+LOGITS = torch.log(torch.tensor([0.05, 0.5, 0.15, 0.3]))
+
+
+def drawn(count=4000, **options):
+    generator = torch.Generator().manual_seed(0)
+    found = [choose(LOGITS, 1.0, generator, **options) for _ in range(count)]
+    return [found.count(i) / count for i in range(4)]
+
+
+def test_tokens_are_drawn_as_likely_as_they_are():
+    assert drawn() == pytest.approx([0.05, 0.5, 0.15, 0.3], abs=0.03)
+    assert choose(LOGITS, 0.0, torch.Generator()) == 1
+    cold = [choose(LOGITS, 0.05, torch.Generator().manual_seed(i)) for i in range(50)]
+    assert cold == [1] * 50
+
+
+def test_top_k_and_top_p_leave_out_the_unlikely():
+    assert drawn(top_k=2) == pytest.approx([0, 0.625, 0, 0.375], abs=0.03)
+    assert drawn(top_k=1) == [0, 1, 0, 0]
+    # 0.5 + 0.3 is not 0.85 yet: the third is in, the fourth is not.
+    assert drawn(top_p=0.85) == pytest.approx([0, 0.526, 0.158, 0.316], abs=0.03)
+    assert drawn(top_p=0.4) == [0, 1, 0, 0]
+    # After top_k: of 0.625 and 0.375 the first is enough.
+    assert drawn(top_k=2, top_p=0.6) == [0, 1, 0, 0]
+
+
+@pytest.mark.usefixtures("processes")
+def test_a_seed_gives_the_same_text():
+    model = build_model(settings(), VOCAB, seed=0)
+
+    def ids(seed):
+        return list(generate(model, [1, 2], max_tokens=12, temperature=1.0, seed=seed,
+                             vocab_size=VOCAB, top_k=20, top_p=0.9))  # fmt: skip
+
+    assert ids(0) == ids(0)
+    assert ids(0) != ids(1)
+
+
+class Letters:
+    """A tokenizer of bytes; 0 ends a document."""
+
+    eod_id, vocab_size = 0, 256
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i).decode(errors="replace")
+
+
+def completion(monkeypatch, text, ended=False, **options):
+    """One of a model that writes ``text``."""
+    made = list(text.encode())
+    monkeypatch.setattr("evals.sampling.generate", lambda *_, **__: iter(made))
+    loaded: Any = SimpleNamespace(tokenizer=Letters(), model=None)
+    return Completion(loaded, "ab", max_tokens=len(made) + ended, **options)
+
+
+def test_characters_come_whole(monkeypatch):
+    found = completion(monkeypatch, "aé漢🙂b")
+    assert list(found) == ["a", "é", "漢", "🙂", "b"]
+    assert (found.reason, found.tokens) == ("length", 11)
+    assert found.prompt_ids == [0, 97, 98]
+
+
+def test_bytes_that_never_become_a_character_are_shown_in_the_end(monkeypatch):
+    found = completion(monkeypatch, "ab")
+    found._ids = iter([0xE6, 0xBC])
+    assert "".join(found) == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("stop", [["END"], ["nothing", "END", "x"], ["", "END"]])
+def test_a_stop_string_ends_the_text_and_is_never_shown(monkeypatch, stop):
+    found = completion(monkeypatch, "one ENtwo ENDthree", stop=stop)
+    pieces = list(found)
+    assert "".join(pieces) == "one ENtwo "
+    assert not any(piece.endswith("E") for piece in pieces[:4]), "held back, it may be a beginning"
+    assert found.reason == "stop string"
+    assert found.tokens == len("one ENtwo END")
+
+
+def test_what_was_held_back_comes_when_the_text_ends(monkeypatch):
+    found = completion(monkeypatch, "one EN", ended=True, stop=["END"])
+    assert "".join(found) == "one EN"
+    assert found.reason == "end of document"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus):
+    run = Run(tmp_path_factory.mktemp("sampled"), corpus, "sampled")
+    status, output = run.finish()
+    assert status == 0, output
+    return run
+
+
+def sample(run, *words, stdin=b""):
+    return subprocess.run(
+        [sys.executable, "-m", "evals", "sample", str(run.directory), *words], cwd=ROOT,
+        env=ENVIRONMENT, input=stdin, capture_output=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_continues_a_text(trained):
+    done = sample(trained, "--prompt", "def function_1", "--max-tokens", "20", "--temperature", "0")
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode()
+    assert text.startswith("def function_1")
+    told = done.stderr.decode()
+    assert "tokens/s, ended by" in told
+    piped = sample(trained, "--prompt-file", "-", "--max-tokens", "20", "--temperature", "0",
+                   stdin=b"def function_1")  # fmt: skip
+    assert piped.stdout.decode() == text
+    tokenizer = Tokenizer.load(trained.directory / "checkpoints" / "step-00000016")
+    assert len(tokenizer.encode(text)) > 5
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "message"),
+    [
+        (["--prompt-file", "-"], b"ab\xff", "the standard input: is not UTF-8 at byte 2"),
+        (["--prompt-file", "none.txt"], b"", "none.txt: No such file"),
+        (["--top-p", "1.5"], b"", "--top-p is 1.5, expected above 0 and at most 1"),
+        (["--max-tokens", "0"], b"", "--max-tokens is 0, expected 1 or more"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, stdin, message, tmp_path):
+    run = SimpleNamespace(directory=tmp_path)
+    done = sample(run, *words, stdin=stdin)
+    assert done.returncode == 2
+    assert message in done.stderr.decode()
+    assert len(done.stderr.decode().splitlines()) == 1
