@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m evals runs/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict --quiet

@@ -17,6 +17,16 @@ settings.register_profile("default", deadline=None, max_examples=12, derandomize
 settings.load_profile("default")
 
 
+# Of those that take long, first, so that no worker ends long after the others.
+LONGEST = ("test_parallel_layouts", "test_training_run", "test_documentation", "test_planner",
+           "test_failing_processes", "test_tensor_parallel", "test_local", "test_prepare",
+           "test_shard_by_shard", "test_golden_curves", "test_training_options")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda x: LONGEST.index(x.path.stem) if x.path.stem in LONGEST else 99)
+
+
 @pytest.fixture(scope="session")
 def processes():
     """megatron-core's groups on a single process."""

@@ -67,8 +67,11 @@ def test_states_are_told_apart_from_caches(corpus, tmp_path):
 
 def test_a_state_that_never_forgets_grows(corpus):
     """Linear attention without decay sums up all it has seen; a decay bounds it."""
-    sums = evaluate_positions(loaded(corpus, "linear_attn"), factor=16, sequences=1)
-    forgets = evaluate_positions(loaded(corpus, "retnet"), factor=16, sequences=1)
+    heads = {"num_heads": 2, "chunk_size": 8}
+    sums, forgets = (
+        evaluate_positions(loaded(corpus, mixer, mixers={mixer: heads}), factor=16, sequences=1)
+        for mixer in ("linear_attn", "retnet")
+    )
     growth = []
     for result in (sums, forgets):
         (sizes,) = result["state_rms"].values()

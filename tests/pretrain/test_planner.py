@@ -14,7 +14,7 @@ from pretrain.metrics import PEAK_FLOPS
 from pretrain.models.blocks import block_flops, block_parameters, block_specs, count_model
 from pretrain.models.mixers import registry
 from pretrain.planner.hardware import load_hardware
-from tests.pretrain.memory_worker import CASES, VOCAB, case
+from tests.pretrain.memory_worker import CASES, MORE_CASES, VOCAB, case
 from tests.pretrain.test_mixers import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -129,7 +129,7 @@ def test_flops_and_parameters_are_the_layers_own_counts(every_mixer, name):
 
 
 def test_recomputation_is_what_checkpointing_does():
-    base = CASES["dp2"]
+    base = MORE_CASES["dp2"]
     found = plan({
         kind: {"settings": {**base, "checkpointing": kind, "rows": 1}, "devices": 1}
         for kind in ("none", "block")
