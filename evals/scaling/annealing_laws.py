@@ -7,6 +7,7 @@ some delay, when the learning rate does.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,9 @@ class _CurveLaw(Law):
         size = Parameter("B", "nats", f"excess at N = {size_reference:.3g}")
         self.linear = (*self.own_linear(), *([size] if sized else []))
 
+    @abstractmethod
     def own_nonlinear(self) -> tuple[Parameter, ...]:
-        raise NotImplementedError
+        """Without those of the size."""
 
     def own_linear(self) -> tuple[Parameter, ...]:
         return (
@@ -112,9 +114,9 @@ class _CurveLaw(Law):
         return {"memory": f"within it no learning rate falls by more than {most:.0%} of its peak; "
                           "a run with an abrupt drop would tell"}  # fmt: skip
 
+    @abstractmethod
     def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
         """progress (n,), its derivatives (p, n), annealing (n,), its derivatives (p, n)."""
-        raise NotImplementedError
 
     def design(self, theta: Array, prepared: PreparedCurve) -> tuple[Array, Array]:
         own, n = len(theta) - len(self.size_names), len(prepared.loss)

@@ -8,6 +8,7 @@ import glob
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from evals.scaling.curves import Curve, Points, points_of
 from evals.scaling.fitting import HUBER, Fit, Options, Residual, fit, load_fit
 from evals.scaling.intervals import bootstrap, hold_out_schedules, hold_out_sizes, interval, mape
 from evals.scaling.laws import CURVE_LAWS, LAWS, curve_law
+from evals.scaling.parameters import Law
 from evals.scaling.planning import (
     best_schedules,
     best_size,
@@ -234,9 +236,7 @@ def _choose(
 ) -> tuple[str, dict[str, Any]]:
     hold_out = hold_out_sizes if any(sizes) else hold_out_schedules
     table = Table(title="error of what was held out (%)", title_justify="left")
-    results = []
-    for name in CURVE_LAWS:
-        results.append(hold_out(lambda rest, n=name: curve_law(n, rest, *sizes), curves, options))  # type: ignore[misc]
+    results = [hold_out(partial(_law_of, name, sizes), curves, options) for name in CURVE_LAWS]
     table.add_column("held out")
     for result in results:
         table.add_column(result.law, justify="right")
@@ -247,6 +247,10 @@ def _choose(
     console.print(table)
     best = min(results, key=lambda r: r.mean)
     return best.law, {r.law: r.errors | {"mean": r.mean} for r in results}
+
+
+def _law_of(name: str, sizes: tuple[bool, bool, bool], curves: Sequence[Curve]) -> Law:
+    return curve_law(name, curves, *sizes)
 
 
 def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> int:
@@ -391,10 +395,8 @@ def _plan(given: argparse.Namespace) -> int:
             f"to {found.domain['peak_lr'][0]:.3g} to {found.domain['peak_lr'][1]:.3g}.[/]"
         )
     saved["schedules"] = [dataclasses.asdict(c) for c in choices]
-    target = planned_curve(
-        parse_schedule(_settings_text(choices[0].settings))[0], choices[0].settings["lr"], steps,
-        parameters=parameters,
-    )  # fmt: skip
+    first = choices[0]
+    target = planned_curve(first.schedule, first.peak, steps, parameters=parameters)
     frontier, cheapest = cheapest_design(found, target, given.tolerance)
     saved["designs"] = [dataclasses.asdict(d) for d in frontier]
     saved["cheapest_design"] = None if cheapest is None else dataclasses.asdict(cheapest)
@@ -415,34 +417,19 @@ def _plan(given: argparse.Namespace) -> int:
     return _written(given.out, "plan", saved, lambda to: draw_schedules(choices, to))
 
 
-def _settings_text(settings: dict[str, Any]) -> str:
-    return " ".join(f"{k}={v}" for k, v in settings.items())
-
-
 def _compare(given: argparse.Namespace) -> int:
-    console, families = Console(), dict[str, Points]()
-    sources = dict[str, list[Path]]()
+    console = Console()
+    if given.bootstrap < 2:
+        raise UserError(
+            f"--bootstrap is {given.bootstrap}, expected 2 samples or more to compare by"
+        )
     if given.by is not None:
         families = _by_setting(given.families, given.by, console)
-    for word in [] if given.by is not None else given.families:
-        name, equals, pattern = word.partition("=")
-        if not equals or not pattern:
-            raise UserError(f"found '{word}', expected NAME=SOURCE")
-        paths = [Path(p) for p in sorted(glob.glob(pattern))]  # noqa: PTH207
-        if not paths:
-            raise UserError(f"{pattern}: no such run directory or file")
-        sources.setdefault(name, []).extend(paths)
-    for name, paths in sources.items():
-        if len(paths) == 1 and is_points_table(paths[0]):
-            families[name] = read_points(paths[0], _columns(given.columns))
-        else:
-            curves, left_out = read_curves(paths, Reading(_columns(given.columns)))
-            for sentence in left_out:
-                console.print(f"[yellow]{sentence}[/]")
-            families[name] = points_of(curves)
+    else:
+        families = _by_name(given.families, _columns(given.columns), console)
     if len(families) < 2:
         raise UserError("compare needs two families or more, such as gdn=runs/gdn attn=runs/attn")
-    fits = fit_families(families, given.bootstrap or 200, given.seed)
+    fits = fit_families(families, given.bootstrap, given.seed)
     comparisons = compare(fits, families, given.at)
     for name, found in fits.items():
         _show(found, console, name)
@@ -459,6 +446,28 @@ def _compare(given: argparse.Namespace) -> int:
         given.out, "comparison", saved,
         lambda to: draw_comparison(fits, families, comparisons, to),
     )  # fmt: skip
+
+
+def _by_name(words: Sequence[str], columns: dict[str, str], console: Console) -> dict[str, Points]:
+    sources, families = dict[str, list[Path]](), dict[str, Points]()
+    for word in words:
+        name, equals, pattern = word.partition("=")
+        if not equals or not pattern:
+            raise UserError(f"found '{word}', expected NAME=SOURCE")
+        # Not Path.glob, which takes no absolute pattern.
+        paths = [Path(p) for p in sorted(glob.glob(pattern))]  # noqa: PTH207
+        if not paths:
+            raise UserError(f"{pattern}: no such run directory or file")
+        sources.setdefault(name, []).extend(paths)
+    for name, paths in sources.items():
+        if len(paths) == 1 and is_points_table(paths[0]):
+            families[name] = read_points(paths[0], columns)
+            continue
+        curves, left_out = read_curves(paths, Reading(columns))
+        for sentence in left_out:
+            console.print(f"[yellow]{sentence}[/]")
+        families[name] = points_of(curves)
+    return families
 
 
 def _by_setting(runs: Sequence[str], setting: str, console: Console) -> dict[str, Points]:
@@ -478,8 +487,7 @@ def sentences(found: Comparison) -> list[str]:
     """What a comparison says."""
     first, second = found.families
     other = second if found.better == first else first
-    low, high = sorted(abs(x) if found.difference_interval[0] * found.difference_interval[1] > 0
-                       else x for x in found.difference_interval)  # fmt: skip
+    low, high = found.difference_interval
     told = [
         f"{found.better} is ahead of {other} by {found.difference:.4f} nats at the largest budget "
         f"of both (95 %: {low:.4f} to {high:.4f})"

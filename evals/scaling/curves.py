@@ -87,10 +87,6 @@ class Points:
         if not len(self.names):
             self.names = [f"run {i + 1}" for i in range(len(self.loss))]
 
-    def without(self, indices: Sequence[int]) -> Points:
-        keep = np.setdiff1d(np.arange(len(self.loss)), np.asarray(indices, dtype=int))
-        return self.only(keep)
-
     def only(self, keep: Any) -> Points:
         keep = np.asarray(keep, dtype=int)
         unique = None if self.unique_tokens is None else self.unique_tokens[keep]

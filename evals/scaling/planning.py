@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -55,12 +54,15 @@ def describe(schedule: ScheduleConfig, peak: float) -> str:
 
 @dataclass
 class Choice:
-    """loss: predicted at the end; behind: (low, high) of how much worse than the first choice, or
-    None without intervals; extrapolates: in what it lies outside the fitted runs."""
+    """loss: predicted at the end; schedule, peak: of the learning rate; behind: (low, high) of how
+    much worse than the first choice, or None without intervals; extrapolates: in what it lies
+    outside the fitted runs."""
 
     name: str
     loss: float
-    settings: dict[str, Any]
+    schedule: ScheduleConfig
+    peak: float
+    steps: int
     behind: tuple[float, float] | None = None
     extrapolates: str = ""
 
@@ -100,14 +102,14 @@ def best_schedules(
 
 
 def _choice(found: Fit, option: ScheduleConfig, peak: float, steps: int, curve: Curve) -> Choice:
-    settings = {
-        "kind": option.kind, "lr": peak, "steps": steps, "warmup_steps": option.warmup_steps,
-        "decay": option.decay, "decay_fraction": round(option.decay_fraction, 4),
-        "final_ratio": option.final_ratio,
-    }  # fmt: skip
     outside = outside_of(found, curve)
     return Choice(
-        describe(option, peak), float(found.predict(curve)[-1]), settings, extrapolates=outside
+        describe(option, peak),
+        float(found.predict(curve)[-1]),
+        option,
+        peak,
+        steps,
+        extrapolates=outside,
     )
 
 

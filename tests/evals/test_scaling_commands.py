@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas
@@ -78,8 +79,8 @@ def test_plan_lists_schedules_and_runs(fitted, tmp_path, capsys):
     saved = json.loads((tmp_path / "plan.json").read_text())
     losses = [c["loss"] for c in saved["schedules"]]
     assert losses == sorted(losses)
-    assert saved["schedules"][0]["settings"]["kind"] == "wsd"
-    assert saved["schedules"][-1]["settings"]["kind"] == "constant"
+    assert saved["schedules"][0]["schedule"]["kind"] == "wsd"
+    assert saved["schedules"][-1]["schedule"]["kind"] == "constant"
     assert saved["cheapest_design"]["error"] <= 0.01
     assert is_picture(tmp_path / "plan.png")
     assert "among peaks it favours the highest" in " ".join(capsys.readouterr().out.split())
@@ -132,12 +133,10 @@ def test_the_best_decay_beats_its_neighbours():
     found, _ = true_fit("intrinsic")
     found.domain = {"steps": [100, 3000], "peak_lr": [1e-3, 1e-3]}
     first = best_schedules(found, 3000, [1e-3], 100)[0]
-    at = first.settings["decay_fraction"]
+    at = first.schedule.decay_fraction
 
     def loss(fraction):
-        schedule = ScheduleConfig(
-            "wsd", 100, first.settings["decay"], fraction, first.settings["final_ratio"]
-        )
+        schedule = replace(first.schedule, decay_fraction=fraction)
         return found.predict(planned_curve(schedule, 1e-3, 3000))[-1]
 
     assert first.loss == pytest.approx(loss(at), abs=1e-6)
