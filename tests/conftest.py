@@ -11,6 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+# Without a GPU kernels run in Triton's interpreter, which must be chosen before they are made.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")
+
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, max_examples=12, derandomize=True)
@@ -20,6 +26,7 @@ settings.load_profile("default")
 # Of those that take long, first, so that no worker ends long after the others.
 LONGEST = ("test_parallel_layouts", "test_training_run", "test_documentation", "test_planner",
            "test_failing_processes", "test_tensor_parallel", "test_local", "test_prepare",
+           "test_scoring_layouts", "test_export", "test_commands", "test_in_loop",
            "test_shard_by_shard", "test_golden_curves", "test_training_options")  # fmt: skip
 
 

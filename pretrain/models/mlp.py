@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.mixers.base import LayerContext
+from pretrain.ops.gating import swiglu
 from pretrain.parallel.layers import column_input, column_linear, row_linear
 
 
@@ -24,7 +25,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = column_input(x, self.parallel)
         up = self.up_proj(x)[0]
-        inner = F.silu(self.gate_proj(x)[0]) * up if self.kind == "swiglu" else F.gelu(up)
+        inner = swiglu(self.gate_proj(x)[0], up) if self.kind == "swiglu" else F.gelu(up)
         return self.down_proj(inner)[0]
 
 

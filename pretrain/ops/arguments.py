@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +20,38 @@ _definitions_only: ContextVar[bool] = ContextVar("_definitions_only", default=Fa
 _planned: ContextVar[str] = ContextVar("_planned", default="cpu")
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a kernel does, for plans: matrix-multiply FLOPs, instructions of warps that it issues,
+    and cycles of its longest chain of steps that wait for each other, by what it compiles to."""
+
+    flops: float
+    instructions: float
+    cycles: float
+
+
+# (work, bytes of its tensors, their dtype) of a kernel that would run
+Observer = Callable[[Work, float, torch.dtype], None]
+_observer: ContextVar[Observer | None] = ContextVar("_observer", default=None)
+
+
 @contextmanager
-def planned_device(kind: str) -> Iterator[None]:
-    """While open, tensors on the meta device stand for ones on a device of this type."""
-    token = _planned.set(kind)
+def planned_device(kind: str, observer: Observer | None = None) -> Iterator[None]:
+    """While open, tensors on the meta device stand for ones on a device of this type, and
+    ``observer`` is told of kernels that would run."""
+    tokens = _planned.set(kind), _observer.set(observer)
     try:
         yield
     finally:
-        _planned.reset(token)
+        _planned.reset(tokens[0])
+        _observer.reset(tokens[1])
+
+
+def observe(work: Work, moved: float, dtype: torch.dtype) -> None:
+    """Tell whoever plans of a kernel that would run."""
+    observer = _observer.get()
+    if observer is not None:
+        observer(work, moved, dtype)
 
 
 def device_type(x: Tensor) -> str:
@@ -54,6 +82,40 @@ def choose_backend(op: str, backend: str, known: Sequence[str], definition: str,
     if backend != "auto":
         return backend
     return definition if _definitions_only.get() else fast
+
+
+def triton_fits(x: Tensor, shared_memory: int = 0) -> bool:
+    """Whether ``auto`` may take a Triton kernel for ``x``: on CUDA, in float32 or narrower, where a
+    program may have so many bytes of shared memory. On the meta device kernels allocate what they
+    would, and compute nothing."""
+    if device_type(x) != "cuda" or x.dtype == torch.float64 or not _has_triton():
+        return False
+    return x.is_meta or _shared_memory(x.device) >= shared_memory
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """What a program may have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def check_triton(op: str, x: Tensor) -> None:
+    """Raises ValueError where no kernel can run on ``x``."""
+    if not _has_triton():
+        raise ValueError(f"{op}: backend 'triton' needs the package triton: pip install triton")
+    from pretrain.ops.kernels.launching import interpreted
+
+    if not (x.is_cuda or x.is_meta or interpreted()):
+        raise ValueError(
+            f"{op}: backend 'triton' needs CUDA tensors, found one on '{x.device.type}'; "
+            "TRITON_INTERPRET=1 runs it there, slowly"
+        )
 
 
 def check_shapes(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +20,7 @@ from pretrain.ops.packing import (
     token_positions,
 )
 
-BACKENDS = ("auto", "explicit", "sdpa", "flash")
+BACKENDS = ("auto", "explicit", "sdpa", "varlen", "flash")
 
 
 def attention(
@@ -37,10 +41,11 @@ def attention(
     ``cu_seqlens_k`` says where their keys lie when there are more keys than queries.
 
     backend: ``explicit`` is the definition, every weight written out; ``sdpa`` (torch) anywhere;
-    ``flash`` (flash-attn) on CUDA in bf16 or fp16; ``auto`` takes flash where it can. Raises
+    on CUDA in bf16 or fp16 ``flash`` (flash-attn: version 3 on Hopper where it is installed, else
+    2) and ``varlen`` (what torch itself has of it). ``auto`` takes the last that it can. Raises
     ValueError for shapes that do not fit or a backend that this machine lacks.
     """
-    fast = "flash" if _flash_fits(q) else "sdpa"
+    fast = fast_attention(q)
     backend = choose_backend("attention", backend, BACKENDS, "explicit", fast)
     if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[2] % k.shape[2]:
         raise ValueError(
@@ -58,20 +63,36 @@ def attention(
         raise ValueError(
             f"attention: cu_seqlens names {len(lengths)} sequences, cu_seqlens_k {len(lengths_k)}"
         )
-    run = {"explicit": _explicit, "sdpa": _sdpa, "flash": _flash}[backend]
+    run = {"explicit": _explicit, "sdpa": _sdpa, "varlen": _varlen, "flash": _flash}[backend]
     output = run(
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens_k, scale, window
     )
     return output.view(q.shape)
 
 
-def _flash_fits(q: Tensor) -> bool:
-    return (
-        q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] <= 256
-        and importlib.util.find_spec("flash_attn") is not None
-    )
+def fast_attention(q: Tensor) -> str:
+    """The backend that ``auto`` takes for ``q`` ``[..., D]``."""
+    narrow = q.dtype in (torch.bfloat16, torch.float16)
+    if not q.is_cuda or not narrow or q.shape[-1] > 256 or q.shape[-1] % 8 or not q.numel():
+        return "sdpa"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "sdpa"
+    return "flash" if _flash_attention(q.device) else "varlen"
+
+
+@functools.cache
+def _flash_attention(device: torch.device) -> Any:
+    """``flash_attn_varlen_func`` of the newest flash-attn here, or None."""
+    names = ["flash_attn"]
+    if torch.cuda.get_device_capability(device)[0] == 9:
+        names.insert(0, "flash_attn_interface")  # version 3, for Hopper alone
+    for name in names:
+        if importlib.util.find_spec(name) is not None:
+            try:
+                return importlib.import_module(name).flash_attn_varlen_func
+            except (ImportError, OSError, AttributeError):
+                continue  # built for another torch; the log names what is taken instead
+    return None
 
 
 def _flash(
@@ -83,16 +104,42 @@ def _flash(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        raise ValueError(
-            "attention: backend 'flash' needs flash-attn and CUDA, which are not here"
-        ) from None
-    return flash_attn_varlen_func(
+    run = _flash_attention(q.device) if q.is_cuda else None
+    if run is None:
+        raise ValueError("attention: backend 'flash' needs flash-attn and CUDA, which are not here")
+    output = run(
         q, k, v, cu_q.int(), cu_k.int(), max_length(cu_q), max_length(cu_k),
         softmax_scale=scale, causal=True, window_size=(-1 if window is None else window - 1, 0),
     )  # fmt: skip
+    return output[0] if isinstance(output, tuple) else output  # version 3 once gave more
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    if not q.is_cuda:
+        raise ValueError(
+            f"attention: backend 'varlen' needs CUDA tensors, found one on '{q.device.type}'"
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    output: Any = varlen_attn(
+        q, k, v, cu_q.int(), cu_k.int(), max_length(cu_q), max_length(cu_k), scale=scale,
+        window_size=(-1 if window is None else window - 1, 0), **grouped,
+    )  # fmt: skip
+    return output
 
 
 def _explicit(

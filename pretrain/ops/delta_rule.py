@@ -23,8 +23,9 @@ from pretrain.ops.arguments import (
     sequence_rows,
 )
 from pretrain.ops.delta_rule_chunked import chunked_delta_rule
+from pretrain.ops.flash_linear_attention import check_fla, fla_delta_rule, fla_fits
 
-BACKENDS = ("auto", "recurrent", "chunked")
+BACKENDS = ("auto", "recurrent", "chunked", "fla")
 
 
 def delta_rule(
@@ -53,14 +54,16 @@ def delta_rule(
 
     backend: ``recurrent`` is the definition, a plain loop; ``chunked`` is parallel over chunks of
     ``chunk_size`` sub-steps (rounded up to a power of two tokens where decays are per channel);
-    ``auto`` takes ``chunked`` unless every sequence is a single token.
+    ``fla`` is flash-linear-attention's kernel (bfloat16 and float16; one sub-step where decays are
+    per channel). ``auto`` takes ``fla`` on CUDA where it can, ``chunked`` elsewhere, ``recurrent``
+    where every sequence is a single token.
 
     Returns the output ``[B, T, H, V]`` in q's dtype and the final state, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
     _check(q, k, v, beta, log_decay, num_householder, chunk_size)
     batch_size, length, num_heads, head_dim = q.shape
-    value_dim = v.shape[-1]
+    value_dim, packed = v.shape[-1], cu_seqlens
     cu_seqlens, lengths = resolve_sequences("delta_rule", batch_size, length, cu_seqlens, q.device)
     initial_state = resolve_state(
         "delta_rule", initial_state, (len(lengths), num_heads, head_dim, value_dim), q,
@@ -68,6 +71,23 @@ def delta_rule(
     )  # fmt: skip
     dtype = initial_state.dtype
     scale = head_dim**-0.5 if scale is None else scale
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    fast = "fla" if fla_fits(q) and not (per_channel and num_householder > 1) else "chunked"
+    if max(lengths, default=0) <= 1:
+        fast = "recurrent"
+    backend = choose_backend("delta_rule", backend, BACKENDS, "recurrent", fast)
+    if backend == "fla":
+        check_fla("delta_rule", q)
+        if per_channel and num_householder > 1:
+            raise ValueError(
+                "delta_rule: backend 'fla' has no decay per channel with num_householder "
+                f"{num_householder}, expected 1"
+            )
+        return fla_delta_rule(
+            q, k.to(q.dtype), v.to(q.dtype), beta,
+            None if log_decay is None else log_decay.to(dtype),
+            num_householder, scale, initial_state, packed,
+        )  # fmt: skip
     tokens = batch_size * length
     arguments = (
         q.reshape(tokens, num_heads, head_dim).to(dtype) * scale,
@@ -77,8 +97,6 @@ def delta_rule(
         None if log_decay is None else log_decay.flatten(0, 1).to(dtype),
         initial_state,
     )
-    fast = "chunked" if max(lengths, default=0) > 1 else "recurrent"
-    backend = choose_backend("delta_rule", backend, BACKENDS, "recurrent", fast)
     if backend == "recurrent":
         output, state = recurrent_delta_rule(*arguments, lengths)
     else:

@@ -25,9 +25,10 @@ from pretrain.ops.arguments import (
 )
 from pretrain.ops.chunk_decay import chunk_decay, chunk_tokens
 from pretrain.ops.chunking import from_chunks, to_chunks
+from pretrain.ops.flash_linear_attention import check_fla, fla_fits, fla_linear_attention
 from pretrain.ops.packing import chunk_layout, max_length
 
-BACKENDS = ("auto", "recurrent", "chunked")
+BACKENDS = ("auto", "recurrent", "chunked", "fla")
 
 
 def linear_attention(
@@ -50,8 +51,9 @@ def linear_attention(
     otherwise ``[B, H, K, V]``.
 
     backend: ``recurrent`` is the definition, a plain loop; ``chunked`` is parallel over chunks of
-    ``chunk_size`` tokens (rounded up to a power of two for decays per channel); ``auto`` takes
-    ``chunked`` unless every sequence is a single token.
+    ``chunk_size`` tokens (rounded up to a power of two for decays per channel); ``fla`` is
+    flash-linear-attention's kernel (bfloat16 and float16). ``auto`` takes ``fla`` on CUDA where it
+    can, ``chunked`` elsewhere, ``recurrent`` where every sequence is a single token.
 
     Returns the output ``[B, T, H, V]`` in q's dtype and the final state, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
@@ -60,7 +62,7 @@ def linear_attention(
     if chunk_size < 1:
         raise ValueError(f"linear_attention: chunk_size is {chunk_size}, expected at least 1")
     batch_size, length, num_heads, head_dim = q.shape
-    value_dim = v.shape[-1]
+    value_dim, packed = v.shape[-1], cu_seqlens
     check_shapes(
         "linear_attention",
         {
@@ -77,15 +79,24 @@ def linear_attention(
         "sequences, heads, key dim, value dim",
     )  # fmt: skip
     dtype = initial_state.dtype
+    scale = head_dim**-0.5 if scale is None else scale
+    fast = "fla" if fla_fits(q) else "chunked"
+    if max(lengths, default=0) <= 1:
+        fast = "recurrent"
+    backend = choose_backend("linear_attention", backend, BACKENDS, "recurrent", fast)
+    if backend == "fla":
+        check_fla("linear_attention", q)
+        return fla_linear_attention(
+            q, k.to(q.dtype), v.to(q.dtype), None if log_decay is None else log_decay.to(dtype),
+            scale, initial_state, packed,
+        )  # fmt: skip
     arguments = (
-        q.flatten(0, 1).to(dtype) * (head_dim**-0.5 if scale is None else scale),
+        q.flatten(0, 1).to(dtype) * scale,
         k.flatten(0, 1).to(dtype),
         v.flatten(0, 1).to(dtype),
         None if log_decay is None else log_decay.flatten(0, 1).to(dtype),
         initial_state,
     )
-    fast = "chunked" if max(lengths, default=0) > 1 else "recurrent"
-    backend = choose_backend("linear_attention", backend, BACKENDS, "recurrent", fast)
     if backend == "recurrent":
         output, state = recurrent_linear_attention(*arguments, lengths)
     else:

@@ -16,10 +16,12 @@ from torch import Tensor
 from pretrain.ops.arguments import (
     check_heads,
     check_shapes,
+    check_triton,
     choose_backend,
     resolve_sequences,
     resolve_state,
     sequence_rows,
+    triton_fits,
 )
 from pretrain.ops.checkpointed_recurrence import (
     States,
@@ -28,7 +30,7 @@ from pretrain.ops.checkpointed_recurrence import (
     previous_rows,
 )
 
-BACKENDS = ("auto", "recurrent", "checkpointed")
+BACKENDS = ("auto", "recurrent", "checkpointed", "triton")
 
 
 def m2rnn(
@@ -51,14 +53,19 @@ def m2rnn(
     before (not the part that enters through y), as in the published runs. With ``cu_seqlens``
     (``[N + 1]``) B must be 1 and N sequences are packed; ``initial_state`` is ``[N, H, K, V]``.
 
-    backend: ``recurrent`` is the definition, a plain loop through autograd; ``checkpointed`` (and
-    ``auto``) the same loop with a backward pass of its own, which keeps the state of every
-    ``checkpoint_every``-th step alone.
+    backend: ``recurrent`` is the definition, a plain loop through autograd; ``checkpointed`` the
+    same loop with a backward pass of its own, which keeps the state of every
+    ``checkpoint_every``-th step alone; ``triton`` the same in one kernel each way, q, k, v of one
+    dtype, ``checkpoint_every`` a multiple of 4 (64 by default). ``auto`` takes ``triton`` on CUDA
+    for V of at most 128 (float32: 64) and ``checkpointed`` elsewhere.
 
     Returns y ``[B, T, H, V]`` in v's dtype and the final state, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
-    backend = choose_backend("m2rnn", backend, BACKENDS, "recurrent", "checkpointed")
+    widest = 256 // v.element_size()  # a head's W must fit a multiprocessor, several times
+    on_chip = triton_fits(v, 100 * 1024) and v.shape[-1] <= widest
+    fast = "triton" if on_chip else "checkpointed"
+    backend = choose_backend("m2rnn", backend, BACKENDS, "recurrent", fast)
     check_heads("m2rnn", q, v)
     check_heads("m2rnn", k, v, "k")
     batch_size, length, num_heads, value_dim = v.shape
@@ -84,6 +91,21 @@ def m2rnn(
         "m2rnn", initial_state, (len(lengths), num_heads, key_dim, value_dim), v,
         "sequences, heads, key dim, value dim",
     )  # fmt: skip
+    if backend == "triton":
+        check_triton("m2rnn", v)
+        from pretrain.ops.kernels.m2rnn import CHUNK, M2RNN, PIECE
+
+        chunk = CHUNK if checkpoint_every is None else checkpoint_every
+        if chunk < 1 or chunk % PIECE:
+            raise ValueError(
+                f"m2rnn: checkpoint_every is {chunk}, expected a multiple of {PIECE} for triton"
+            )
+        output, state = M2RNN.apply(
+            q.flatten(0, 1).to(v.dtype), k.flatten(0, 1).to(v.dtype), v.flatten(0, 1), weight,
+            forget.flatten(0, 1), initial_state, cu_seqlens, state_grad_clip, chunk,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
+        return output.view(v.shape), state
     dtype = initial_state.dtype
     rows = [x.flatten(0, 1).to(dtype) for x in (q, k, v, forget)]
     weight = weight.to(dtype)

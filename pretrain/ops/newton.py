@@ -11,7 +11,6 @@ sequence that has not converged is computed again step by step, and counted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,27 +34,51 @@ _USUAL_STEPS = 3  # Newton steps that bounded recurrent weights take in float32
 Linear = tuple[Tensor, Tensor, Any]
 
 
-@dataclass
 class NewtonReport:
-    """What the solver did since the report was made or reset.
+    """What the solver did since the report was made.
 
     residual: largest |f(h_{l-1}, x_l) - h_l| (of the public cells' bounded states; else divided by
     1 + |h_l|) after the last Newton step, before any fallback;
     fallbacks: sequences that had not converged and were computed step by step; sequences: of how
     many; iterations: the most Newton steps that any stretch of time took.
+
+    On a GPU the numbers stay there until one is asked for, so that nothing waits for them.
     """
 
-    residual: float = 0.0
-    fallbacks: int = 0
-    sequences: int = 0
-    iterations: int = 0
+    def __init__(self) -> None:
+        self.sequences = 0
+        self._worst: Tensor | None = None  # [2]: residual, iterations
+        self._fallbacks: Tensor | int = 0
 
-    def add(self, residual: float, fallbacks: int, sequences: int, iterations: int) -> None:
-        # A residual that is not a number is the largest of all.
-        self.residual = residual if math.isnan(residual) else max(self.residual, residual)
-        self.fallbacks += fallbacks
+    def add(
+        self, residual: float | Tensor, fallbacks: int | Tensor, sequences: int,
+        iterations: int | Tensor,
+    ) -> None:  # fmt: skip
+        device = residual.device if isinstance(residual, Tensor) else None
+        pair = [torch.as_tensor(x, device=device).double() for x in (residual, iterations)]
+        new = torch.stack(pair)
+        # A residual that is not a number is the largest of all, and stays it.
+        self._worst = new if self._worst is None else torch.maximum(self._worst, new)
+        self._fallbacks = self._fallbacks + fallbacks
         self.sequences += sequences
-        self.iterations = max(self.iterations, iterations)
+
+    def __repr__(self) -> str:
+        return (
+            f"NewtonReport(residual={self.residual:.3g}, fallbacks={self.fallbacks}, "
+            f"sequences={self.sequences}, iterations={self.iterations})"
+        )
+
+    @property
+    def residual(self) -> float:
+        return 0.0 if self._worst is None else float(self._worst[0])
+
+    @property
+    def iterations(self) -> int:
+        return 0 if self._worst is None else int(self._worst[1])
+
+    @property
+    def fallbacks(self) -> int:
+        return int(self._fallbacks)
 
 
 class ElementwiseCell:
@@ -135,8 +158,7 @@ def elementwise_recurrence(
         raise ValueError(f"{op}: the input is {tuple(x.shape)}, expected [B, T, gates, D]")
     batch_size, length, _, dim = x.shape
     check_shapes(op, {"parameters": (parameters, (parameters.shape[0], dim))})
-    if iterations < 1:
-        raise ValueError(f"{op}: iterations is {iterations}, expected at least 1")
+    check_iterations(op, iterations)
     cu_seqlens, lengths = resolve_sequences(op, batch_size, length, cu_seqlens, x.device)
     state = resolve_state(
         op, initial_state, (len(lengths), cell.num_states, dim), x, "sequences, states, channels"
@@ -148,13 +170,23 @@ def elementwise_recurrence(
     if backend == "sequential":
         states, state = _sequential(cell, rows, parameters, state, cu_seqlens)
     else:
-        double = dtype == torch.float64
         states, state = _Newton.apply(
             rows, parameters, state, cell, cu_seqlens,
-            iterations, (1e-11 if double else 1e-5) if tolerance is None else tolerance,
+            iterations, default_tolerance(dtype) if tolerance is None else tolerance,
             fallback, report,
         )  # fmt: skip
     return states.to(x.dtype).view(batch_size, length, cell.num_states, dim), state
+
+
+def check_iterations(op: str, iterations: int) -> None:
+    """Raises ValueError for less than one Newton step."""
+    if iterations < 1:
+        raise ValueError(f"{op}: iterations is {iterations}, expected at least 1")
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Of residuals of states in ``dtype``."""
+    return 1e-11 if dtype == torch.float64 else 1e-5
 
 
 def _sequential(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, TypeVar
+from functools import update_wrapper
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,19 +20,24 @@ from torch.utils.weak import WeakIdKeyDictionary
 R = TypeVar("R")
 
 
-def remember(function: Callable[..., R]) -> Callable[..., R]:
+class remember(Generic[R]):
     """Cache a function's results on its first argument, a tensor, by identity."""
-    results: Any = WeakIdKeyDictionary()
 
-    @wraps(function)
-    def wrapper(cu_seqlens: Tensor, *arguments: Any) -> R:
-        known = results.setdefault(cu_seqlens, {})
+    def __init__(self, function: Callable[..., R]):
+        self._function = function
+        self._results: Any = WeakIdKeyDictionary()
+        update_wrapper(self, function)
+
+    def __call__(self, cu_seqlens: Tensor, *arguments: Any) -> R:
+        known = self._results.setdefault(cu_seqlens, {})
         if arguments not in known:
             with torch.inference_mode(False):  # what is remembered must serve training too
-                known[arguments] = function(cu_seqlens, *arguments)
+                known[arguments] = self._function(cu_seqlens, *arguments)
         return known[arguments]
 
-    return wrapper
+    def learn(self, cu_seqlens: Tensor, result: R) -> None:
+        """Remember what is known from elsewhere, of a call without further arguments."""
+        self._results.setdefault(cu_seqlens, {})[()] = result
 
 
 @remember
@@ -48,6 +53,30 @@ def sequence_lengths(cu_seqlens: Tensor) -> list[int]:
     if ends[0] != 0 or min(lengths, default=0) < 0:
         raise ValueError(f"cu_seqlens must start at 0 and never fall, found {ends[:20]}")
     return lengths
+
+
+@remember
+def cu_seqlens_on_host(cu_seqlens: Tensor) -> Tensor:
+    """The same ``[N + 1]`` int64 on the CPU, without asking the device once more."""
+    return torch.tensor([0, *itertools.accumulate(sequence_lengths(cu_seqlens))])
+
+
+def to_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """``cu_seqlens``, which is on the CPU, on ``device``; its lengths stay known, so that no layer
+    has to wait for the device to learn them."""
+    moved = cu_seqlens.to(device, non_blocking=True)
+    if moved is not cu_seqlens:
+        sequence_lengths.learn(moved, sequence_lengths(cu_seqlens))
+    return moved
+
+
+@remember
+def last_tokens(cu_seqlens: Tensor, count: int) -> Tensor:
+    """The indices of each sequence's last ``count`` tokens, or of all that it has."""
+    ends = itertools.accumulate(sequence_lengths(cu_seqlens))
+    parts = [torch.arange(end - min(n, count), end)
+             for n, end in zip(sequence_lengths(cu_seqlens), ends, strict=True)]  # fmt: skip
+    return torch.cat(parts or [torch.arange(0)]).to(cu_seqlens.device, non_blocking=True)
 
 
 @remember
@@ -71,8 +100,22 @@ def token_positions(cu_seqlens: Tensor) -> Tensor:
 
 
 def rows_as_sequences(batch_size: int, length: int, device: torch.device) -> Tensor:
-    """``cu_seqlens`` of ``batch_size`` rows of equal length laid one after another."""
-    return torch.arange(batch_size + 1, device=device, dtype=torch.int64) * length
+    """``cu_seqlens`` of ``batch_size`` rows of equal length laid one after another, the lengths
+    being known without asking the device."""
+    rows = torch.arange(batch_size + 1, device=device, dtype=torch.int64) * length
+    if not rows.is_meta:
+        sequence_lengths.learn(rows, [length] * batch_size)
+    return rows
+
+
+def select_packed(x: Tensor, lengths: Tensor, indices: Tensor) -> Tensor:
+    """Of sequences of ``lengths`` ``[N]``, packed along the first axis, those of ``indices``
+    ``[M]`` in that order, packed likewise."""
+    chosen = lengths[indices]
+    starts = (lengths.cumsum(0) - lengths)[indices]
+    within = torch.arange(int(chosen.sum()), device=x.device)
+    within = within - torch.repeat_interleave(chosen.cumsum(0) - chosen, chosen)
+    return x[torch.repeat_interleave(starts, chosen) + within]
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.ops.arguments import check_shapes
-from pretrain.ops.newton import ElementwiseCell, Linear, NewtonReport, elementwise_recurrence
+from pretrain.ops.arguments import (
+    check_shapes,
+    check_triton,
+    choose_backend,
+    resolve_sequences,
+    resolve_state,
+    triton_fits,
+)
+from pretrain.ops.newton import (
+    ElementwiseCell,
+    Linear,
+    NewtonReport,
+    check_iterations,
+    default_tolerance,
+    elementwise_recurrence,
+)
+
+BACKENDS = ("auto", "sequential", "newton", "triton", "triton_newton", "triton_steps")
 
 
 def para_gru(
     u: Tensor,
     a: Tensor,
+    bias: Tensor | None = None,
     *,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -29,34 +46,39 @@ def para_gru(
     fallback: bool = True,
     report: NewtonReport | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """u ``[B, T, 3, D]``: pre-activations of z, r, c; a ``[3, D]``: their recurrent weights.
+    """u ``[B, T, 3, D]``: pre-activations of z, r, c; a ``[3, D]``: their recurrent weights; bias
+    ``[3, D]``: added to u in float32 or wider.
 
     With ``cu_seqlens`` (``[N + 1]``) B must be 1 and N sequences are packed; ``initial_state`` is
     ``[N, D]``.
 
     backend: ``sequential`` is the definition, a plain loop; ``newton`` solves for all steps at
-    once; ``auto`` takes ``newton`` unless every sequence is a single token. Newton steps are made
-    until a sequence's residual is at most ``tolerance`` (default 1e-5, in float64 1e-11), usually 3
-    (in float64 4). One that is not there after ``iterations`` is computed step by step instead, and
-    ``report`` counts it; without ``fallback`` it stays as it is then.
+    once; ``triton_newton`` does so in one kernel, ``triton_steps`` walks through time in one, and
+    both have the same kernel for the way back; ``triton`` is the former for few channels (of all
+    sequences together) and the latter for many. ``auto`` takes ``triton`` on CUDA and ``newton``
+    elsewhere, ``sequential`` where every sequence is a single token. Newton steps are made until a
+    sequence's residual is at most ``tolerance`` (default 1e-5, in float64 1e-11), usually 3 (in
+    float64 4). One that is not there after ``iterations`` is computed step by step instead (of
+    ``triton_newton``: its stretches of time that are not there), and ``report`` counts it; without
+    ``fallback`` it stays as it is then.
 
     Returns h of all steps ``[B, T, D]`` in u's dtype and the last, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
-    check_shapes("para_gru", {"u": (u, (*u.shape[:2], 3, u.shape[-1])), "a": (a, (3, u.shape[-1]))})
-    states, final = elementwise_recurrence(
-        "para_gru", _ParaGRU(), u, a,
-        initial_state=None if initial_state is None else initial_state[:, None],
-        cu_seqlens=cu_seqlens, backend=backend, iterations=iterations, tolerance=tolerance,
-        fallback=fallback, report=report,
+    weights = {"a": (a, 3)}
+    state = None if initial_state is None else initial_state[:, None]
+    output, final = _para_rnn(
+        "para_gru", _ParaGRU(), u, weights, bias, state, cu_seqlens, backend, iterations,
+        tolerance, fallback, report,
     )  # fmt: skip
-    return states[:, :, 0], final[:, 0]
+    return output, final[:, 0]
 
 
 def para_lstm(
     u: Tensor,
     a: Tensor,
     c: Tensor,
+    bias: Tensor | None = None,
     *,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -69,20 +91,66 @@ def para_lstm(
     """u ``[B, T, 3, D]``: pre-activations of f, o, z; a ``[3, D]``: their recurrent weights; c
     ``[2, D]``: the peepholes of f and o. States are ``[N, 2, D]``: cell state, then h. All else as
     in :func:`para_gru`, and so is the output."""
-    check_shapes(
-        "para_lstm",
-        {
-            "u": (u, (*u.shape[:2], 3, u.shape[-1])),
-            "a": (a, (3, u.shape[-1])),
-            "c": (c, (2, u.shape[-1])),
-        },
-    )
-    states, final = elementwise_recurrence(
-        "para_lstm", _ParaLSTM(), u, torch.cat([a, c]), initial_state=initial_state,
-        cu_seqlens=cu_seqlens, backend=backend, iterations=iterations, tolerance=tolerance,
-        fallback=fallback, report=report,
+    weights = {"a": (a, 3), "c": (c, 2)}
+    return _para_rnn(
+        "para_lstm", _ParaLSTM(), u, weights, bias, initial_state, cu_seqlens, backend, iterations,
+        tolerance, fallback, report,
     )  # fmt: skip
-    return states[:, :, 1], final
+
+
+def _para_rnn(
+    op: str,
+    cell: ElementwiseCell,
+    u: Tensor,
+    weights: dict[str, tuple[Tensor, int]],
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    iterations: int,
+    tolerance: float | None,
+    fallback: bool,
+    report: NewtonReport | None,
+) -> tuple[Tensor, Tensor]:
+    """The output ``[B, T, D]`` and the states ``[N, S, D]``."""
+    dim = u.shape[-1]
+    check_shapes(op, {
+        "u": (u, (*u.shape[:2], 3, dim)), "bias": (bias, (3, dim)),
+        **{name: (tensor, (rows, dim)) for name, (tensor, rows) in weights.items()},
+    })  # fmt: skip
+    wide = torch.promote_types(u.dtype, torch.float32)
+    parameters = torch.cat([tensor.to(wide) for tensor, _ in weights.values()])
+    if backend == "auto" and triton_fits(u):
+        _, lengths = resolve_sequences(op, u.shape[0], u.shape[1], cu_seqlens, u.device)
+        fast = "triton" if max(lengths, default=0) > 1 else "sequential"
+        backend = choose_backend(op, backend, BACKENDS, "sequential", fast)
+    if not backend.startswith("triton"):
+        choose_backend(op, backend, BACKENDS, "sequential", "newton")
+        states, final = elementwise_recurrence(
+            op, cell, u if bias is None else u.to(wide) + bias.to(wide), parameters,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend,
+            iterations=iterations, tolerance=tolerance, fallback=fallback, report=report,
+        )  # fmt: skip
+        return states[:, :, -1].to(u.dtype), final
+
+    choose_backend(op, backend, BACKENDS, "sequential", "triton")
+    check_triton(op, u)
+    from pretrain.ops.kernels.para_rnn import WIDE, ParaRNN
+
+    check_iterations(op, iterations)
+    cu_seqlens, lengths = resolve_sequences(op, u.shape[0], u.shape[1], cu_seqlens, u.device)
+    initial_state = resolve_state(
+        op, initial_state, (len(lengths), cell.num_states, dim), u, "sequences, states, channels"
+    )
+    bias = parameters.new_zeros(3, dim) if bias is None else bias.to(wide)
+    output, final, residuals, failures, steps = ParaRNN.apply(
+        op, u.flatten(0, 1), torch.cat([parameters, bias]), initial_state, cu_seqlens, iterations,
+        default_tolerance(wide) if tolerance is None else tolerance, fallback,
+        len(lengths) * dim >= WIDE if backend == "triton" else backend == "triton_steps",
+    )  # fmt: skip
+    if report is not None and lengths and not u.is_meta:
+        report.add(residuals.amax(), failures.amax(1).sum(), len(lengths), steps.amax())
+    return output.view(*u.shape[:2], dim), final
 
 
 def _over_tokens(a: Tensor, b: Tensor) -> Tensor:

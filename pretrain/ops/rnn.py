@@ -27,9 +27,11 @@ from torch import Tensor
 
 from pretrain.ops.arguments import (
     check_shapes,
+    check_triton,
     choose_backend,
     resolve_sequences,
     sequence_rows,
+    triton_fits,
 )
 from pretrain.ops.checkpointed_recurrence import (
     States,
@@ -39,7 +41,9 @@ from pretrain.ops.checkpointed_recurrence import (
 )
 from pretrain.ops.m2rnn import clip_gradient
 
-BACKENDS = ("auto", "recurrent", "checkpointed")
+BACKENDS = ("auto", "recurrent", "checkpointed", "triton")
+# Channels of a head whose recurrent matrices fit a multiprocessor, by the bytes of a number.
+_WIDEST_ON_CHIP = {2: 128, 4: 64, 8: 32}
 
 
 def _elman(x: Tensor, r: Tensor, states: States) -> States:
@@ -111,15 +115,19 @@ def rnn(
     ``cu_seqlens`` (``[N + 1]``) B must be 1 and N sequences are packed; ``initial_state`` is one
     ``[N, H, D]`` for each of the cell's states (``CELLS``), h first.
 
-    backend: ``recurrent`` is the definition, a plain loop through autograd; ``checkpointed`` (and
-    ``auto``) the same loop with a backward pass that keeps every ``checkpoint_every``-th step.
+    backend: ``recurrent`` is the definition, a plain loop through autograd; ``checkpointed`` the
+    same loop with a backward pass that keeps every ``checkpoint_every``-th step; ``triton`` one
+    kernel each way, for heads of up to 128 channels (float32: 64), which keeps every step's states.
+    ``auto`` takes ``triton`` on CUDA where it can, ``checkpointed`` elsewhere.
 
     Returns h of all steps ``[B, T, H, D]`` in x's dtype and the final states, float32 or wider.
     Raises ValueError for shapes that do not fit, an unknown cell and an unknown backend.
     """
     if cell not in CELLS:
         raise ValueError(f"rnn: cell is '{cell}', expected one of {tuple(CELLS)}")
-    backend = choose_backend("rnn", backend, BACKENDS, "recurrent", "checkpointed")
+    on_chip = triton_fits(x, 160 * 1024) and x.shape[-1] <= _WIDEST_ON_CHIP[x.element_size()]
+    fast = "triton" if on_chip else "checkpointed"
+    backend = choose_backend("rnn", backend, BACKENDS, "recurrent", fast)
     kind = CELLS[cell]
     if x.ndim != 5:
         raise ValueError(f"rnn: x is {tuple(x.shape)}, expected [B, T, gates, H, D]")
@@ -147,6 +155,8 @@ def rnn(
         check_shapes("rnn", {f"initial_state {n}": (s, shape)
                              for n, s in zip(kind.states, initial_state, strict=True)})  # fmt: skip
         states = tuple(s.to(dtype) for s in initial_state)
+    if backend == "triton":
+        return _in_kernels(x, recurrent_weight, bias, cell, states, cu_seqlens, state_grad_clip)
     rows = x.flatten(0, 1).to(dtype)
     if kind.biases > kind.gates:
         rows = F.pad(rows, (0, 0, 0, 0, 0, kind.biases - kind.gates))
@@ -161,6 +171,39 @@ def rnn(
             checkpoint_every,
         )  # fmt: skip
     return output.to(x.dtype).view(batch_size, length, num_heads, dim), states
+
+
+def _in_kernels(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cell: str,
+    states: States,
+    cu_seqlens: Tensor,
+    state_grad_clip: float | None,
+) -> tuple[Tensor, States]:
+    check_triton("rnn", x)
+    from pretrain.ops.kernels.rnn import ClassicalRNN
+
+    most = _WIDEST_ON_CHIP[x.element_size()]
+    if x.shape[-1] > most:
+        raise ValueError(
+            f"rnn: heads have {x.shape[-1]} channels, expected at most {most} for triton "
+            f"in {x.dtype}"
+        )
+    if bias is None:
+        bias = states[0].new_zeros(CELLS[cell].biases, *x.shape[3:])
+    output, final = ClassicalRNN.apply(
+        cell,
+        x.flatten(0, 1),
+        weight,
+        bias,
+        torch.stack(states),
+        cu_seqlens,
+        state_grad_clip,
+        torch.is_grad_enabled(),
+    )
+    return output.view(*x.shape[:2], *x.shape[3:]), final.unbind(0)
 
 
 def _product(h: Tensor, weight: Tensor) -> Tensor:

@@ -8,10 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.ops.arguments import resolve_sequences
+from pretrain.ops.arguments import choose_backend, resolve_sequences
+from pretrain.ops.flash_linear_attention import check_fla, fla_fits, fla_short_convolution
 from pretrain.ops.packing import remember, sequence_ids, sequence_lengths
+
+BACKENDS = ("auto", "taps", "fla")
 
 
 def short_convolution(
@@ -19,15 +23,23 @@ def short_convolution(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    activation: str | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """x ``[B, T, D]``, weight ``[D, W]``, bias ``[D]``; ``cu_seqlens`` packs N sequences (B = 1).
+    """x ``[B, T, D]``, weight ``[D, W]``, bias ``[D]``; ``activation`` of the result: None or
+    ``silu``; ``cu_seqlens`` packs N sequences (B = 1).
 
     ``initial_state`` ``[N, W - 1, D]`` holds the inputs before each sequence's first token, oldest
-    first. Returns y ``[B, T, D]`` in x's dtype and the final state, the last W - 1 inputs of each
-    sequence. Raises ValueError for shapes that do not fit.
+    first. backend: ``taps`` adds shifted copies; ``fla`` is flash-linear-attention's kernel
+    (bfloat16 and float16), which ``auto`` takes on CUDA for more than one token a sequence.
+
+    Returns y ``[B, T, D]`` in x's dtype and the final state, the last W - 1 inputs of each
+    sequence. Raises ValueError for shapes that do not fit and an unknown backend.
     """
+    if activation not in (None, "silu"):
+        raise ValueError(f"short_convolution: activation is '{activation}', expected silu or None")
     batch_size, length, dim = x.shape
     history = weight.shape[1] - 1
     if weight.shape[0] != dim:
@@ -36,6 +48,10 @@ def short_convolution(
         resolve_sequences("short_convolution", batch_size, length, cu_seqlens, x.device)
     packed = cu_seqlens is not None and len(cu_seqlens) != 2
     num_sequences = batch_size if cu_seqlens is None else len(cu_seqlens) - 1
+    several = length > 1 and history > 0 and batch_size * length > num_sequences
+    fast = "fla" if several and fla_fits(x[..., :1]) else "taps"
+    backend = choose_backend("short_convolution", backend, BACKENDS, "taps", fast)
+    given = initial_state
     if initial_state is None:
         initial_state = x.new_zeros(num_sequences, history, dim)
     elif tuple(initial_state.shape) != (num_sequences, history, dim):
@@ -44,6 +60,11 @@ def short_convolution(
             f"expected {(num_sequences, history, dim)}"
         )
     initial_state = initial_state.to(x.dtype)
+    if backend == "fla":
+        check_fla("short_convolution", x[..., :1])
+        before = None if given is None else initial_state
+        y = fla_short_convolution(x, weight, bias, activation, before, cu_seqlens)
+        return y, _last_inputs(x, initial_state, cu_seqlens)
     if not packed:
         extended = torch.cat([initial_state, x], 1)  # each row after its own history
         y = _Taps.apply(extended, weight)
@@ -55,7 +76,22 @@ def short_convolution(
         extended = flat[gather][None]
         y = _Taps.apply(extended, weight)[:, tokens]
         state = extended[0, ends]
-    return (y if bias is None else y + bias), state
+    y = y if bias is None else y + bias
+    return (F.silu(y) if activation else y), state
+
+
+def _last_inputs(x: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last W - 1 inputs of each sequence, those before its first token included."""
+    num_sequences, history, _ = initial_state.shape
+    if cu_seqlens is None:
+        return torch.cat([initial_state, x[:, -history:]], 1)[:, -history:]
+    taps = torch.arange(history, device=x.device)
+    lengths = cu_seqlens.diff().long()[:, None]
+    place = lengths - history + taps  # in the sequence; before its start where negative
+    inside = x[0, (cu_seqlens[:-1].long()[:, None] + place).clamp(0, x.shape[1] - 1)]
+    rows = torch.arange(num_sequences, device=x.device)[:, None]
+    before = initial_state[rows, (place + history).clamp_max(history - 1)]
+    return torch.where((place >= 0)[..., None], inside, before)
 
 
 @remember

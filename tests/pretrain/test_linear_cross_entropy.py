@@ -55,3 +55,31 @@ def test_shapes_that_do_not_fit_are_named():
         linear_cross_entropy(x[:, :2], weight, targets, tokens_at_once=2)
     with pytest.raises(ValueError, match="tokens_at_once is 0"):
         linear_cross_entropy(x, weight, targets, tokens_at_once=0)
+
+
+@pytest.mark.parametrize("z_loss_weight", [0.0, 0.1])
+def test_liger(z_loss_weight):
+    """Its kernel in the place of ours: losses, and gradients of tokens of different weight."""
+    pytest.importorskip("liger_kernel")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight = (torch.randn(n, 16, device=device, requires_grad=True) for n in (13, 50))
+    targets, of_tokens = torch.randint(0, 50, (13,), device=device), torch.rand(13, device=device)
+    results = []
+    for backend in ("chunked", "liger"):
+        losses = linear_cross_entropy(
+            x, weight, targets, tokens_at_once=5, z_loss_weight=z_loss_weight, backend=backend
+        )
+        gradients = torch.autograd.grad((losses * of_tokens).sum(), (x, weight))
+        results.append([losses, *gradients])
+    for expected, found in zip(*results, strict=True):
+        assert relative_error(found, expected) < 1e-5
+
+
+def test_liger_is_refused_where_it_does_not_fit():
+    x = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="and has no softcap"):
+        linear_cross_entropy(
+            x, x, torch.zeros(3).long(), tokens_at_once=2, softcap=5.0, backend="liger"
+        )
+    with pytest.raises(ValueError, match="backend is 'fast', expected one of"):
+        linear_cross_entropy(x, x, torch.zeros(3).long(), tokens_at_once=2, backend="fast")

@@ -35,15 +35,38 @@ heads are whole on each, norms over the full width sum their squares. Three opti
 processes equal those on one to 1e-5, for every mixer and every kind of loop
 (`tests/pretrain/test_tensor_parallel.py`).
 
-**Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. Their backward
-pass is linear in T and keeps every c-th state, c about sqrt(T / 4) up to 32, recomputing the rest.
-`state_grad_clip` bounds the gradient that is carried from step to step.
+**Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. In plain torch
+their backward pass is linear in T and keeps every c-th state, c about sqrt(T / 4) up to 32,
+recomputing the rest. `state_grad_clip` bounds the gradient that is carried from step to step.
 
 **Newton layers.** `para_gru` and `para_lstm` solve for all steps at once, by Newton steps (usually
 3), each a blocked scan, until the residual is at most `tolerance`. A sequence that is not there
 after `iterations` of them is computed step by step instead; `newton_residual_max`,
 `newton_iterations_max` and `newton_fallbacks` in the metrics tell. Recurrent weights stay within
-`max_recurrent` (0.5), which keeps that rare.
+`max_recurrent` (0.5), which keeps that rare. On a GPU, where thousands of channels run side by side
+anyway, stepping in one kernel is less work than solving, and is done instead; the three metrics are
+then 0.
+
+**On a GPU** (`pip install -e ".[cuda]"`, or the Dockerfile's) every op takes the fastest
+implementation that is right for the device and dtype; a line at the start of the log names them,
+and `backend=` of each function of `pretrain.ops` chooses by hand.
+
+* attention, sliding windows: flash-attn 3 on Hopper or 2, where installed; else torch's own kernel
+  for sequences of different lengths
+* linear attention, delta rules, DeltaProduct, short convolution: flash-linear-attention
+* M2RNN: our Triton kernels, the state on chip and kept every 64th token
+* ParaGRU, ParaLSTM: our Triton kernels, by steps or by all Newton iterations in one; the reverse
+  solve in another
+* lstm, gru, slstm, elman of up to 128 channels a head: our Triton kernels, a head's recurrent
+  matrices on chip
+* head and cross entropy, where the vocabulary is not divided: Liger's kernel between the products,
+  some thousand tokens at a time
+* gates, L2 norms, SwiGLU: fused by torch.compile
+
+Documents, starting states and gradients are as in the definitions; our kernels use no atomics, so
+equal inputs give equal bits. `tests/pretrain/test_kernels.py` and `test_fla.py` run them in
+Triton's interpreter without a GPU, and on one where there is one; `benchmarks/ops_gpu.py` and
+`train_gpu.py` measure them (`benchmarks/results/gpu.md` says what has been measured).
 
 ## A cell of one's own
 

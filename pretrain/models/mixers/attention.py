@@ -13,9 +13,10 @@ from pretrain.models.mixers.base import Facts, LayerContext, Mixer, State, heads
 from pretrain.models.norm import rms_norm
 from pretrain.ops import apply_rotary, attention, rotary_embedding
 from pretrain.ops.packing import (
+    last_tokens,
     max_length,
     rows_as_sequences,
-    sequence_ids,
+    select_packed,
     sequence_lengths,
     token_positions,
 )
@@ -111,8 +112,7 @@ class Attention(Mixer):
         """What later tokens can still see."""
         lengths, window = cu_seqlens.diff(), self.config.window
         if window is not None and max_length(cu_seqlens) > window:
-            ids, positions = sequence_ids(cu_seqlens), token_positions(cu_seqlens)
-            kept = positions >= lengths[ids] - window
+            kept = last_tokens(cu_seqlens, window)
             k, v, lengths = k[kept], v[kept], lengths.clamp_max(window)
         return {"k": k, "v": v, "lengths": lengths}
 
@@ -121,6 +121,11 @@ class Attention(Mixer):
         empty = torch.zeros(0, self.num_kv_heads, self.head_dim, dtype=dtype, device=device)
         lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return {"k": empty, "v": empty, "lengths": lengths, "seen": lengths}
+
+    def select_state(self, state: State, indices: Tensor) -> State:
+        lengths = state["lengths"]
+        k, v = (select_packed(state[name], lengths, indices) for name in "kv")
+        return {"k": k, "v": v, "lengths": lengths[indices], "seen": state["seen"][indices]}
 
     @classmethod
     def check(cls, config: AttentionConfig, hidden_size: int) -> None:

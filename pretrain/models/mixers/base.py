@@ -81,6 +81,11 @@ class Mixer(nn.Module, ABC):
     def init_state(self, batch_size: int) -> State:
         """The state before any token."""
 
+    def select_state(self, state: State, indices: Tensor) -> State:
+        """The states of some of the sequences, ``[M]`` int64 numbers from 0; one may be there
+        several times."""
+        return {name: values[indices] for name, values in state.items()}
+
     def metrics(self) -> dict[str, float]:
         """What the layer has to tell of the passes since the last call; each call starts anew.
 

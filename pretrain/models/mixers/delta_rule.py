@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.models.mixers.base import (
@@ -34,6 +33,7 @@ from pretrain.models.mixers.parts import (
 )
 from pretrain.models.norm import rms_norm
 from pretrain.ops import delta_rule
+from pretrain.ops.gating import silu_gate
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -114,7 +114,7 @@ class DeltaRuleMixer(Mixer):
         )  # fmt: skip
         y = rms_norm(y, head_shared(self.norm, self.parallel), self.config.norm_eps)
         if self.output_gate:
-            y = y * F.silu(heads(self.g_proj(x)[0], self.num_heads))
+            y = silu_gate(y, heads(self.g_proj(x)[0], self.num_heads))
         return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
 
     def _steps(self, x: Tensor) -> Tensor:

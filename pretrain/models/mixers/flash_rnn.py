@@ -131,7 +131,7 @@ class ClassicalRNN(Mixer):
         return 4 * len(CELLS[cls.cell].states) * config.num_heads * config.dim(hidden_size)
 
 
-_SEQUENTIAL = "none: sequential, states checkpointed"
+_SEQUENTIAL = "none: sequential, states kept now and then; a kernel on GPUs"
 
 
 @register("lstm")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_prep.config_files import setting
@@ -17,6 +16,7 @@ from pretrain.models.mixers.base import LayerContext, Mixer, State, heads, per_h
 from pretrain.models.mixers.parts import linear_attention_flops, matrix_state
 from pretrain.models.norm import rms_norm
 from pretrain.ops import linear_attention
+from pretrain.ops.gating import silu_gate
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -100,7 +100,7 @@ class LinearFamilyMixer(Mixer):
         y = self.finish(y)
         y = rms_norm(y, head_shared(self.norm, self.parallel), self.config.norm_eps)
         if self.output_gate:
-            y = y * F.silu(heads(self.g_proj(x)[0], self.num_heads))
+            y = silu_gate(y, heads(self.g_proj(x)[0], self.num_heads))
         return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
 
     def init_state(self, batch_size: int) -> State:

@@ -66,7 +66,7 @@ class M2RNN(Mixer):
     config_class = M2RNNConfig
     facts = Facts(
         "M2RNN", "H_t = f_t H_{t-1} + (1 - f_t) tanh(H_{t-1} W + k_t^T v_t);  y_t = q_t H_t",
-        "H K V", "none: sequential, states checkpointed", "arXiv 2603.14360",
+        "H K V", "none: sequential, states kept now and then; a kernel on GPUs", "arXiv 2603.14360",
     )  # fmt: skip
 
     def __init__(self, config: M2RNNConfig, context: LayerContext):

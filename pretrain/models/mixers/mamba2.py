@@ -28,6 +28,7 @@ from pretrain.models.mixers.parts import (
 )
 from pretrain.models.norm import divided_rms_norm, rms_norm
 from pretrain.ops import linear_attention
+from pretrain.ops.gating import silu_gate
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -113,7 +114,7 @@ class Mamba2(Mixer):
             initial_state=None if state is None else state["recurrent"],
         )  # fmt: skip
         y = (y + (self.D[:, None] * wide)).to(x.dtype)
-        y = y * F.silu(heads(self.z_proj(x)[0], self.num_heads))
+        y = silu_gate(y, heads(self.z_proj(x)[0], self.num_heads))
         y = y.flatten(2)
         if self.config.num_groups == 1:
             y = divided_rms_norm(y, self.norm, self.config.norm_eps, self.parallel)

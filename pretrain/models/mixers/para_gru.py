@@ -22,9 +22,11 @@ class ParaGRU(ParaRNNMixer):
         "D", "Newton's method over a blocked scan", "arXiv 2510.21450",
     )  # fmt: skip
 
-    def cell(self, u: Tensor, weights: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def cell(
+        self, u: Tensor, weights: Tensor, bias: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """See :func:`pretrain.ops.para_gru`."""
         if options["initial_state"] is not None:
             options["initial_state"] = options["initial_state"][:, 0]
-        y, state = para_gru(u, weights, **options)
+        y, state = para_gru(u, weights, bias, **options)
         return y, state[:, None]

@@ -28,6 +28,8 @@ class ParaLSTM(ParaRNNMixer):
         "2 D", "Newton's method over a blocked scan", "arXiv 2510.21450",
     )  # fmt: skip
 
-    def cell(self, u: Tensor, weights: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def cell(
+        self, u: Tensor, weights: Tensor, bias: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """See :func:`pretrain.ops.para_lstm`."""
-        return para_lstm(u, weights[:3], weights[3:], **options)
+        return para_lstm(u, weights[:3], weights[3:], bias, **options)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_prep.config_files import setting
@@ -27,6 +26,7 @@ from pretrain.models.mixers.parts import (
 )
 from pretrain.models.norm import rms_norm
 from pretrain.ops import NewtonReport
+from pretrain.ops.gating import silu_gate
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -99,8 +99,11 @@ class ParaRNNMixer(Mixer):
         return bias
 
     @abstractmethod
-    def cell(self, u: Tensor, weights: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """u ``[B, T, 3, D]``, weights ``[recurrent_rows, D]``; output and states ``[N, S, D]``."""
+    def cell(
+        self, u: Tensor, weights: Tensor, bias: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """u ``[B, T, 3, D]``, weights ``[recurrent_rows, D]``, bias ``[3, D]``; output and states
+        ``[N, S, D]``."""
 
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
@@ -111,14 +114,14 @@ class ParaRNNMixer(Mixer):
         batch_size, length, width = inner.shape
         by_head = inner.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
         u = torch.bmm(by_head, self.gates).unflatten(-1, (3, -1)).permute(1, 2, 0, 3)
-        u = u.to(self.bias.dtype) + self.bias.transpose(0, 1)
         weights = self.recurrent.transpose(0, 1).flatten(1)
         if self.config.max_recurrent is not None:
             # A hard clamp has no gradient outside and would hold every weight that overshoots.
             limit = self.config.max_recurrent
             weights = limit * torch.tanh(weights / limit)
         y, states = self.cell(
-            u.reshape(batch_size, length, 3, width), weights, cu_seqlens=cu_seqlens,
+            u.reshape(batch_size, length, 3, width), weights,
+            self.bias.transpose(0, 1).flatten(1), cu_seqlens=cu_seqlens,
             initial_state=None if state is None else state["recurrent"].flatten(2),
             iterations=self.config.iterations, tolerance=self.config.tolerance,
             fallback=self.config.fallback, report=self.newton,
@@ -126,7 +129,7 @@ class ParaRNNMixer(Mixer):
         new_state["recurrent"] = states.unflatten(-1, (self.num_heads, -1))
         y = y.to(x.dtype).unflatten(-1, (self.num_heads, -1))
         y = rms_norm(y, head_shared(self.norm, self.parallel), self.config.norm_eps)
-        y = y * F.silu(heads(self.g_proj(x)[0], self.num_heads))
+        y = silu_gate(y, heads(self.g_proj(x)[0], self.num_heads))
         return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
 
     def init_state(self, batch_size: int) -> State:

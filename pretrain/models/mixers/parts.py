@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pretrain.models.mixers.base import Mixer, State, accumulation_dtype
 from pretrain.ops import short_convolution
+from pretrain.ops.fusing import fused
 from pretrain.parallel.layers import (
     Initializer,
     ParallelContext,
@@ -20,6 +21,7 @@ from pretrain.parallel.layers import (
 )
 
 
+@fused
 def l2_norm(x: Tensor) -> Tensor:
     """``x / sqrt(sum x^2 + 1e-6)`` over the last axis, in float32 or wider."""
     wide = x.to(accumulation_dtype(x.dtype))
@@ -56,6 +58,7 @@ def gate_parameter(
     return divided_parameter(parallel, shape, init, dtype=dtype, decay=False)
 
 
+@fused
 def softplus_decay(x: Tensor, rate_log: Tensor, bias: Tensor) -> Tensor:
     """``-exp(A_log) softplus(x + dt_bias)``, a log-decay, in the gates' dtype."""
     return -rate_log.exp() * F.softplus(x.to(bias.dtype) + bias)
@@ -103,9 +106,10 @@ def convolve(
     weight = _conv_parameter(mixer, key)
     if weight is not None:
         x, new_state[key] = short_convolution(
-            x, weight, _conv_parameter(mixer, f"{key}_bias"), cu_seqlens=cu_seqlens,
-            initial_state=None if state is None else state[key],
+            x, weight, _conv_parameter(mixer, f"{key}_bias"), activation="silu",
+            cu_seqlens=cu_seqlens, initial_state=None if state is None else state[key],
         )  # fmt: skip
+        return x
     return F.silu(x)
 
 

@@ -17,6 +17,7 @@ from data_prep.config_files import setting
 from pretrain.models.mixers.base import Facts, LayerContext, Mixer, State, heads, per_head, register
 from pretrain.models.mixers.parts import gate_parameter, matrix_state
 from pretrain.ops import RATState, rat
+from pretrain.ops.packing import select_packed
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -104,6 +105,11 @@ class RAT(Mixer):
         return {
             "keys": zeros[:0], "values": zeros[:0], "key": zeros, "value": zeros, "seen": seen,
         }  # fmt: skip
+
+    def select_state(self, state: State, indices: Tensor) -> State:
+        ends = state["seen"] // self.config.chunk_size
+        packed = {name: select_packed(state[name], ends, indices) for name in ("keys", "values")}
+        return {**packed, **{name: state[name][indices] for name in ("key", "value", "seen")}}
 
     @classmethod
     def check(cls, config: RATConfig, hidden_size: int) -> None:

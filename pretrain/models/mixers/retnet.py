@@ -5,6 +5,7 @@ Head h of H decays by 1 - 2^(-5-h).
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -27,6 +28,14 @@ class RetNetConfig(LinearFamilyConfig):
     rope_theta: float | None = setting(10_000.0, above=0)
 
 
+@functools.cache
+def _decays(first: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Log-decays of some heads, made once: copying them to a GPU would make it wait."""
+    logs = [math.log1p(-(2.0 ** -(5 + first + h))) for h in range(count)]
+    with torch.inference_mode(False):
+        return torch.tensor(logs, dtype=dtype, device=device)
+
+
 @register("retnet")
 class RetNet(LinearFamilyMixer):
     """State: S ``[N, H, K, V]`` in float32, and the number of tokens seen."""
@@ -40,8 +49,7 @@ class RetNet(LinearFamilyMixer):
     def log_decay(self, x: Tensor) -> Tensor:
         """The same at every token."""
         first = parallel_state.get_tensor_model_parallel_rank() * self.num_heads
-        logs = [math.log1p(-(2.0 ** -(5 + first + h))) for h in range(self.num_heads)]
-        decay = torch.tensor(logs, dtype=accumulation_dtype(x.dtype), device=x.device)
+        decay = _decays(first, self.num_heads, accumulation_dtype(x.dtype), x.device)
         return decay.expand(x.shape[1], x.shape[0], -1)
 
     def prepare(

@@ -1,0 +1,34 @@
+"""Chains of elementwise operations made into one kernel by torch.compile, on GPUs alone.
+
+A CPU gains little from it and would wait for a compiler; there the functions run as they are
+written. Only what needs no more than its tensors belongs here: no groups, no states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def fused(function: F) -> F:
+    """``function``, compiled at its first call with CUDA tensors; ``compiled`` is how."""
+    made: list[Callable[..., Any]] = []
+
+    def compiled(*arguments: Any) -> Any:
+        if not made:
+            made.append(torch.compile(function))
+        return made[0](*arguments)
+
+    @wraps(function)
+    def wrapper(*arguments: Any) -> Any:
+        on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in arguments)
+        return compiled(*arguments) if on_gpu else function(*arguments)
+
+    wrapper.compiled = compiled  # type: ignore[attr-defined]
+    return wrapper  # type: ignore[return-value]
