@@ -1,0 +1,165 @@
+"""Every Triton kernel compiled for a GPU that need not be here: registers, spills, instructions.
+
+    python -m benchmarks.kernels_compiled [--arch 90]
+
+Needs triton alone, no GPU: the ops are called on the meta device, what they would launch is
+compiled for compute capability ARCH and read back with cuobjdump. `spilled`: bytes of a thread's
+stack; `shared`: of a program, at most 227 KB on Hopper; instructions are those of the whole kernel,
+`tanh`: MUFU among them, `tensor`: tensor-core products. Shapes are those of the 410M models, in
+bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import pretrain.ops.kernels.m2rnn
+import pretrain.ops.kernels.para_rnn
+import pretrain.ops.kernels.rnn
+from pretrain.ops import m2rnn, para_gru, para_lstm, rnn
+from pretrain.ops.arguments import planned_device
+from pretrain.ops.rnn import CELLS
+
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+def calls() -> dict[str, Any]:
+    """Name and shape to a call of the op."""
+    wide, tokens = torch.float32, 4096
+    row = torch.tensor([0, tokens])  # lengths must be known
+
+    def matrix(key_dim: int, value_dim: int, heads: int) -> Tensor:
+        return m2rnn(
+            empty(1, tokens, 1, key_dim), empty(1, tokens, 1, key_dim),
+            empty(1, tokens, heads, value_dim), empty(heads, value_dim, value_dim),
+            empty(1, tokens, heads, dtype=wide), cu_seqlens=row, state_grad_clip=1.0,
+        )[0]  # fmt: skip
+
+    def classical(cell: str, dim: int) -> Tensor:
+        kind, heads = CELLS[cell], 1024 // dim
+        x, weight = empty(1, tokens, kind.gates, heads, dim), empty(heads, dim, kind.gates, dim)
+        bias = empty(kind.biases, heads, dim, dtype=wide)
+        return rnn(x, weight, bias, cell=cell, cu_seqlens=row, state_grad_clip=1.0)[0]
+
+    u = empty(1, tokens, 3, 1024)
+    a, c, bias = (empty(n, 1024, dtype=wide) for n in (3, 2, 3))
+    return {
+        **{f"m2rnn K={k} V={v}": lambda k=k, v=v, h=h: matrix(k, v, h)
+           for k, v, h in ((64, 16, 84), (64, 64, 16), (128, 128, 8))},
+        **{f"para_gru {kind}": lambda kind=kind: para_gru(
+               u, a, bias, cu_seqlens=row, backend=f"triton_{kind}")[0]
+           for kind in ("newton", "steps")},
+        **{f"para_lstm {kind}": lambda kind=kind: para_lstm(
+               u, a, c, bias, cu_seqlens=row, backend=f"triton_{kind}")[0]
+           for kind in ("newton", "steps")},
+        **{f"{cell} D={d}": lambda cell=cell, d=d: classical(cell, d)
+           for cell in CELLS for d in (64, 128)},
+    }  # fmt: skip
+
+
+def launches(call: Any) -> list[Launch]:
+    """What one forward and one backward pass would run."""
+    found: list[Launch] = []
+
+    def record(kernel: Any, grid: Any, work: Any, *arguments: Any, **options: Any) -> None:
+        found.append((kernel, arguments, options))
+
+    kernels = pretrain.ops.kernels
+    modules: list[Any] = [kernels.m2rnn, kernels.para_rnn, kernels.rnn]
+    kept = [module.launch for module in modules]
+    try:
+        for module in modules:
+            module.launch = record
+        with planned_device("cuda"):
+            call().sum().backward()
+    finally:
+        for module, launch in zip(modules, kept, strict=True):
+            module.launch = launch
+    return found
+
+
+def compiled(launch: Launch, arch: int) -> Any:
+    """As ``kernel[grid](*arguments, **options)`` would on a GPU of compute capability ``arch``."""
+    kernel, arguments, options = launch
+    given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    signature, constants, facts = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = given.pop(parameter.name)
+        if isinstance(value, Tensor):
+            signature[parameter.name] = f"*{TYPES[value.dtype]}"
+            facts[(index,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            # A number that is 1 is a constant to kernels compiled when they are called.
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                facts[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, facts)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=given)
+
+
+def counted(kernel: Any) -> dict[str, int]:
+    """Registers, bytes on the stack, shared memory and instructions of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        usage, code = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
+            for flag in ("-res-usage", "-sass")
+        )
+    sizes = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout))
+    pattern = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)"
+    operations = collections.Counter(re.findall(pattern, code.stdout, re.MULTILINE))
+    return {
+        "registers": int(sizes["REG"]), "spilled": int(sizes["STACK"]),
+        "shared": kernel.metadata.shared, "instructions": operations.total(),
+        "tanh": operations["MUFU"], "tensor": operations["HMMA"] + operations["HGMMA"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for Hopper")
+    parser.add_argument("--only", nargs="*", help="ops whose name contains one of these")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET is 1: kernels are interpreted then, expected it unset")
+    print(f"triton {triton.__version__}, torch {torch.__version__}, sm_{arguments.arch}, bfloat16")
+    header = f"{'op':<20} {'pass':<9} {'warps':>5} {'registers':>9} {'spilled':>8} {'shared':>8}"
+    print(f"{header} {'instructions':>12} {'tanh':>5} {'tensor':>6} {'seconds':>8}")
+    for name, call in calls().items():
+        if arguments.only and not any(part in name for part in arguments.only):
+            continue
+        for launch, which in zip(launches(call), ("forward", "backward"), strict=True):
+            start = time.perf_counter()
+            kernel = compiled(launch, arguments.arch)
+            seconds, found = time.perf_counter() - start, counted(kernel)
+            print(f"{name:<20} {which:<9} {launch[2]['num_warps']:>5} {found['registers']:>9} "
+                  f"{found['spilled']:>8} {found['shared']:>8,} {found['instructions']:>12,} "
+                  f"{found['tanh']:>5} {found['tensor']:>6} {seconds:>8.1f}",
+                  flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

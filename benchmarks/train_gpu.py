@@ -1,0 +1,217 @@
+"""The training step of whole models on one GPU: tokens/s, MFU, memory, and where the time goes.
+
+    python -m benchmarks.train_gpu [--sizes 410m 1b] [--only NAME ...] [--lengths 4096 16384]
+                                   [--profile FOLDER] [--smoke]
+
+Every model of configs/models in bfloat16, through the engine that trains: megatron-core's schedule,
+forward, backward, clipping, AdamW. Random tokens, 32,768 in a micro-batch, two micro-batches in a
+step, rows of T as sequences. MFU: model FLOPs (matrix products, attention's causal half counted)
+over the dense peak. ``ratio``: tokens/s over the transformer's of that size and length; the 7:1
+hybrid with one layer replaced by M2RNN is also set against the one without. ``waits``: how often a
+step made the host wait for the GPU, as torch's sync debug mode tells (the loss and the gradient's
+norm are looked at once each). ``--profile`` saves a picture of one step by kernel. ``--smoke``: one
+tiny model wherever it runs, its figures meaning nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config import RunConfig, load_run_config
+from pretrain.data import Batch
+from pretrain.metrics import peak_flops
+from pretrain.models.blocks import count_model
+from pretrain.models.language_model import build_model
+from pretrain.ops.backends import describe_backends
+from pretrain.parallel.engine import Engine
+from pretrain.parallel.processes import start_processes
+
+MODELS = (
+    "transformer", "gdn-hybrid-3to1", "gdn-hybrid-7to1", "gdn-hybrid-one-m2rnn", "m2rnn-hybrid",
+    "delta-product", "para-gru", "para-lstm", "recursive-relaxed-2x",
+)  # fmt: skip
+MICRO_BATCHES = 2
+SETTINGS = [
+    "name=benchmark", "data.path=none", "train.tokens=1000000", "train.precision=bf16",
+]  # fmt: skip
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def batches(vocab_size: int, length: int, tokens: int) -> list[Batch]:
+    made = []
+    for _ in range(MICRO_BATCHES):
+        ids = torch.randint(0, vocab_size, (2, tokens))
+        made.append(Batch(ids[:1], ids[1:], torch.ones(1, tokens),
+                          torch.arange(tokens // length + 1) * length))  # fmt: skip
+    return made
+
+
+def loaded(path: Path, length: int, tokens: int) -> RunConfig:
+    return load_run_config(str(path), [
+        *SETTINGS, f"train.seq_len={length}", f"train.global_batch_tokens={MICRO_BATCHES * tokens}",
+        f"parallel.micro_batch_size={tokens // length}",
+    ])  # fmt: skip
+
+
+def waits(step: Callable[[], Any]) -> int | str:
+    """How often the host waited for the GPU in a step."""
+    if not torch.cuda.is_available():
+        return "-"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(w.message) for w in seen)
+
+
+def measure(config: RunConfig, name: str, steps: int, tokens: int, profile: Path | None) -> Any:
+    """(tokens per second, MFU or None, peak GB, waits)."""
+    torch._dynamo.reset()  # what earlier models had compiled counts against a limit
+    vocab_size, length = config.model.vocab_size or 32000, config.train.seq_len
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    engine = Engine(build_model(config.model, vocab_size, seed=0, dtype=dtype), config.optimizer,
+                    config.parallel, MICRO_BATCHES)  # fmt: skip
+    data, number = batches(vocab_size, length, tokens), 0
+
+    def step() -> None:
+        nonlocal number
+        engine.begin_step(0, number)
+        engine.train_step(data, 1e-4)
+        number += 1
+
+    for _ in range(3):
+        step()
+    synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    speed = MICRO_BATCHES * tokens / statistics.median(times)
+    peak = peak_flops("bf16")
+    flops = count_model(config.model, vocab_size, length).training_flops()
+    memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    found = speed, peak and speed * flops / peak, memory, waits(step)
+    if profile is not None:
+        save_profile(step, profile / f"step-{name}-{length}.png", f"{name}, T = {length}")
+    return found
+
+
+def save_profile(step: Callable[[], Any], path: Path, title: str) -> None:
+    """The kernels of one step, those that take most of the GPU's time, as a picture."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        kinds.append(ProfilerActivity.CUDA)
+    with profile(activities=kinds) as seen:
+        step()
+        synchronize()
+    spent: collections.Counter[str] = collections.Counter()
+    gpu = torch.cuda.is_available()
+    for event in seen.key_averages():
+        # Operations' rows repeat the time of the kernels that they launched.
+        if not gpu:
+            spent[event.key] += int(event.self_cpu_time_total)
+        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            spent[event.key] += int(event.self_device_time_total)
+    most = spent.most_common(20)
+    rest = spent.total() - sum(time for _, time in most)
+    names = [name[:60] for name, _ in most] + ["everything else"]
+    values = [time / 1e3 for _, time in most] + [rest / 1e3]
+    figure, axes = plt.subplots(figsize=(10, 7), layout="constrained")
+    axes.barh(names[::-1], values[::-1])
+    for place, value in enumerate(values[::-1]):
+        axes.text(value, place, f" {value:.2f} ({value / max(sum(values), 1e-9):.0%})", va="center",
+                  fontsize=8)  # fmt: skip
+    axes.set_xlabel("milliseconds of one step")
+    axes.set_title(f"{title}: {sum(values):.1f} ms in kernels")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.margins(x=0.15)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="*", default=["410m", "1b"])
+    parser.add_argument("--only", nargs="*", help="models whose name contains one of these")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[4096])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", type=Path, help="folder for a picture of a step of each")
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() and not arguments.smoke:
+        raise SystemExit("there is no GPU here: --smoke runs a tiny model wherever it is")
+    start_processes()
+    tokens = 128 if arguments.smoke else 32768
+    lengths = [64] if arguments.smoke else arguments.lengths
+    names = [m for m in MODELS
+             if not arguments.only or any(part in m for part in arguments.only)]  # fmt: skip
+    paths = [(size, name, Path(f"configs/models/{size}/{name}.yaml"))
+             for size in arguments.sizes for name in names]  # fmt: skip
+    if arguments.smoke:
+        paths = [("tiny", "gdn-hybrid", Path("configs/models/tiny-gdn-hybrid.yaml"))]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{device}, {datetime.date.today()}, torch {torch.__version__}, "
+          f"{describe_backends()}")  # fmt: skip
+    print(f"{'size':<5} {'model':<22} {'T':>6} {'tokens/s':>9} {'MFU':>6} {'peak GB':>8} "
+          f"{'waits':>6} {'ratio':>6}")  # fmt: skip
+    for length in lengths:
+        speeds: dict[tuple[str, str], float] = {}
+        for size, name, path in paths:
+            config = loaded(path, length, tokens)
+            try:
+                speed, mfu, memory, waited = measure(
+                    config, f"{size}-{name}", 2 if arguments.smoke else arguments.steps, tokens,
+                    arguments.profile,
+                )  # fmt: skip
+            except Exception as problem:  # one model that fails must not cost the others' figures
+                print(f"{size:<5} {name:<22} {length:>6} {type(problem).__name__}: "
+                      f"{(str(problem).strip().splitlines() or [''])[0]}", flush=True)  # fmt: skip
+                continue
+            finally:
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            speeds[size, name] = speed
+            against = speeds.get((size, "transformer"))
+            ratio = "" if against is None else f"{speed / against:.2f}"
+            share = "-" if mfu is None else f"{mfu:.1%}"
+            print(f"{size:<5} {name:<22} {length:>6} {speed:>9,.0f} {share:>6} {memory:>8.1f} "
+                  f"{waited!s:>6} {ratio:>6}", flush=True)  # fmt: skip
+        for size in arguments.sizes:
+            pair = [speeds.get((size, f"gdn-hybrid-{kind}")) for kind in ("one-m2rnn", "7to1")]
+            if pair[0] and pair[1]:
+                print(f"{size}, T = {length}: one M2RNN layer in the hybrid, "
+                      f"{pair[0] / pair[1]:.3f} of its speed without")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
