@@ -20,6 +20,8 @@ class Hardware:
     device: ``cuda`` or ``cpu``; memory_gb: of a device, of which ``usable_memory`` is there for
     tensors (the rest: driver, kernels, communication library, fragmentation); peak_tflops: matrix
     multiplication by dtype; op_overhead_us: the least time from one operation to the next;
+    clock_ghz, warp_schedulers: of a GPU, each of which issues an instruction of a warp per clock,
+    ``issue_efficiency`` of them in our kernels; 0 where that is of no interest;
     intra_node_gbs, inter_node_gbs: what a device can send inside its node, and beyond it;
     latency_us: of a message; watts, cooling: of a device with its share of the node, and the
     building's factor on it; dollars_per_hour: of a device.
@@ -35,6 +37,9 @@ class Hardware:
     matmul_efficiency: float = setting(0.7, above=0, maximum=1)
     bandwidth_efficiency: float = setting(0.8, above=0, maximum=1)
     op_overhead_us: float = setting(6, minimum=0)
+    clock_ghz: float = setting(0, minimum=0)
+    warp_schedulers: int = setting(0, minimum=0)
+    issue_efficiency: float = setting(0.6, above=0, maximum=1)
     intra_node_gbs: float = setting(100, above=0)
     inter_node_gbs: float = setting(25, above=0)
     link_efficiency: float = setting(0.75, above=0, maximum=1)
@@ -70,6 +75,14 @@ class Hardware:
     def memory_seconds(self, moved: float) -> float:
         """To read and write so many bytes of a device's memory."""
         return moved / (self.memory_bandwidth_gbs * 1e9 * self.bandwidth_efficiency)
+
+    def kernel_seconds(self, instructions: float, cycles: float) -> float:
+        """To issue so many instructions of warps, the longest chain of which takes so many
+        cycles."""
+        if not self.clock_ghz or not self.warp_schedulers:
+            return 0.0
+        issued = instructions / (self.warp_schedulers * self.issue_efficiency)
+        return max(issued, cycles) / (self.clock_ghz * 1e9)
 
     def link_seconds(self, sent: float, messages: float, *, spans_nodes: bool) -> float:
         """For a process to send so many bytes in so many messages or collectives."""

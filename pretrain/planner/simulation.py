@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from pretrain.ops.arguments import planned_device
+from pretrain.ops.arguments import Work, planned_device
 from pretrain.planner.hardware import Hardware
 
 _aten: Any = torch.ops.aten
@@ -64,7 +64,7 @@ class Simulation(TorchDispatchMode):
         self._base = 0
         self._known: dict[int, Any] = {}
         self._functions = _fused_attention(self)
-        self._planned = planned_device(hardware.device)
+        self._planned = planned_device(hardware.device, self._kernel)
 
     def __enter__(self) -> Simulation:
         self._planned.__enter__()
@@ -156,6 +156,15 @@ class Simulation(TorchDispatchMode):
         """An operation: as long as its arithmetic or its memory traffic takes, or its launch."""
         self._cost.flops += flops
         self._cost.seconds += self._hardware.seconds(flops, moved, dtype)
+
+    def _kernel(self, work: Work, moved: float, dtype: torch.dtype) -> None:
+        """A kernel of ours, of which torch sees nothing."""
+        self._cost.operations += 1
+        self._cost.flops += work.flops
+        self._cost.seconds += max(
+            self._hardware.seconds(work.flops, moved, dtype),
+            self._hardware.kernel_seconds(work.instructions, work.cycles),
+        )
 
     def _communicate(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Nothing is sent; the fake group must not see tensors without memory."""
