@@ -13,16 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from data_prep.config_files import nearest
 from data_prep.errors import UserError
 from data_prep.manifest import write_json
-from evals.scaling.comparing import Comparison, compare, fit_families
+from evals.scaling.arguments import (
+    SCHEDULE,
+    columns_of,
+    compare_options,
+    fit_options,
+    options_of,
+    plan_options,
+    predict_options,
+    reading_of,
+)
+from evals.scaling.comparing import compare, fit_families
 from evals.scaling.curves import Curve, Points, points_of
-from evals.scaling.fitting import HUBER, Fit, Options, Residual, fit, load_fit
+from evals.scaling.fitting import Fit, Options, fit, load_fit
 from evals.scaling.intervals import bootstrap, hold_out_schedules, hold_out_sizes, interval, mape
 from evals.scaling.laws import CURVE_LAWS, LAWS, curve_law
 from evals.scaling.parameters import Law
@@ -42,9 +51,9 @@ from evals.scaling.size_laws import (
     isoflop_profiles,
     size_law,
 )
+from evals.scaling.tables import sentences, show_fit, show_size
 
 MOST_PROFILES = 12  # shown; all are in the JSON
-SCHEDULE = '"kind=wsd lr=3e-4 steps=24000 warmup_steps=2000 decay_fraction=0.2"'
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,141 +61,15 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m evals scaling", description="Scaling laws from the logs of runs."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _fit_options(commands.add_parser("fit", help="fit a law to loss curves, or to a table of runs"))
-    _predict_options(commands.add_parser("predict", help="the loss curve of a run not run yet"))
-    _plan_options(commands.add_parser("plan", help="schedule, size, tokens; runs to fit from"))
-    _compare_options(commands.add_parser("compare", help="where families of runs cross"))
+    fit_options(commands.add_parser("fit", help="fit a law to loss curves, or to a table of runs"))
+    predict_options(commands.add_parser("predict", help="the loss curve of a run not run yet"))
+    plan_options(commands.add_parser("plan", help="schedule, size, tokens; runs to fit from"))
+    compare_options(commands.add_parser("compare", help="where families of runs cross"))
     given = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = {
         "fit": _fit, "predict": _predict, "plan": _plan, "compare": _compare,
     }[given.command]  # fmt: skip
     return run(given)
-
-
-def _reading_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "sources", nargs="+",
-        help="run directories or folders of them, .csv, .parquet, TensorBoard events",
-    )  # fmt: skip
-    parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[],
-                        help="names of columns, such as loss=train/ce step=it")  # fmt: skip
-    parser.add_argument("--schedule", help="of all sources, such as "
-                        f"{SCHEDULE}, or a YAML file with CURVE: SETTINGS")  # fmt: skip
-    parser.add_argument("--warmup-steps", type=int)
-    parser.add_argument("--parameters", type=float, help="N of all sources")
-    parser.add_argument("--tokens-per-step", type=float)
-    parser.add_argument("--from-step", type=int, help="leave out losses before (the warm-up)")
-    parser.add_argument("--smooth", type=float, default=0.0, metavar="FACTOR",
-                        help="exponential mean of the losses (off)")  # fmt: skip
-    parser.add_argument("--no-embeddings", action="store_true", help="N without embeddings")
-    parser.add_argument("--keep-diverged", action="store_true")
-
-
-def _fitting_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bootstrap", type=int, default=200, metavar="SAMPLES",
-                        help="for 95 %% intervals (200); 0 = none")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--residual", choices=("relative", "log"))
-    parser.add_argument("--huber", type=float, default=HUBER)
-    parser.add_argument("--no-priors", action="store_true")
-
-
-def _out_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/scaling"),
-                        help="directory of the JSON and the picture (runs/scaling)")  # fmt: skip
-
-
-def _fit_options(parser: argparse.ArgumentParser) -> None:
-    _reading_options(parser)
-    parser.add_argument(
-        "--law", default=None, metavar="LAW",
-        help=f"{', '.join(LAWS)}; 'auto' chooses a curve law by held-out schedules (or sizes)",
-    )  # fmt: skip
-    parser.add_argument("--sized", action="store_true", help="curve laws: with B N^-beta")
-    parser.add_argument("--size-in-annealing", action="store_true", help="N^gamma on annealing")
-    parser.add_argument("--size-in-progress", action="store_true", help="N^eta on progress")
-    parser.add_argument("--test", nargs="+", default=[], metavar="SOURCE",
-                        help="curves to predict from the fit and compare with")  # fmt: skip
-    _fitting_options(parser)
-    _out_option(parser)
-
-
-def _predict_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("fit", type=Path, help="fit.json")
-    parser.add_argument("--schedule", action="append", default=[], metavar="SETTINGS",
-                        help=f"such as {SCHEDULE}; may be given again")  # fmt: skip
-    parser.add_argument("--run", action="append", default=[], metavar="SOURCE",
-                        help="a run or CSV to compare the prediction with")  # fmt: skip
-    parser.add_argument("--parameters", type=float, help="N, for laws that have it")
-    _out_option(parser)
-
-
-def _plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("fit", type=Path, help="fit.json")
-    parser.add_argument("--steps", type=int, help="curve laws: of the planned run")
-    parser.add_argument("--flops", type=float, help="laws with N: the budget, 6 N D")
-    parser.add_argument("--tokens-per-step", type=float)
-    parser.add_argument("--parameters", type=float, help="N of the planned run")
-    parser.add_argument("--lr", type=float, nargs="+", help="peaks to choose from (the fitted)")
-    parser.add_argument("--warmup-steps", type=int, help="(2 %% of the steps)")
-    parser.add_argument("--tolerance", type=float, default=0.002,
-                        help="for the runs that would pin the law down: standard error of the "
-                        "final loss, as a share of it (0.002)")  # fmt: skip
-    _out_option(parser)
-
-
-def _compare_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("families", nargs="+", metavar="NAME=SOURCE",
-                        help="of each family its runs, folders of them or a table; * and ? stand "
-                        "for any; a name may be given again")  # fmt: skip
-    parser.add_argument("--by", metavar="SETTING",
-                        help="families by a setting of the runs, such as model.pattern; sources "
-                        "then have no names")  # fmt: skip
-    parser.add_argument("--at", type=float, help="FLOPs to compare at (100 x the largest run)")
-    parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[])
-    parser.add_argument("--bootstrap", type=int, default=200, metavar="SAMPLES")
-    parser.add_argument("--seed", type=int, default=0)
-    _out_option(parser)
-
-
-def _columns(given: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for word in given:
-        what, equals, name = word.partition("=")
-        if not equals or not name:
-            raise UserError(f"--columns holds '{word}', expected WHAT=NAME, such as loss=train/ce")
-        found[what] = name
-    return found
-
-
-def _reading(given: argparse.Namespace) -> Reading:
-    if not 0 <= given.smooth < 1:
-        raise UserError(f"--smooth is {given.smooth}, expected 0 or more and below 1")
-    return Reading(
-        _columns(given.columns), _schedules(given.schedule), given.warmup_steps, given.parameters,
-        given.tokens_per_step, given.from_step, given.smooth, not given.no_embeddings,
-        given.keep_diverged,
-    )  # fmt: skip
-
-
-def _schedules(given: str | None) -> str | dict[str, str] | None:
-    """Settings, or a YAML file with some for each curve by name."""
-    if given is None or Path(given).suffix not in (".yaml", ".yml"):
-        return given
-    try:
-        found = yaml.safe_load(Path(given).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--schedule {given}: {str(error).splitlines()[0]}") from None
-    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise UserError(f"--schedule {given}: expected CURVE: SETTINGS, such as a: {SCHEDULE}")
-    return {str(name): settings for name, settings in found.items()}
-
-
-def _options(given: argparse.Namespace, points: bool) -> Options:
-    if given.huber <= 0 or given.bootstrap < 0:
-        raise UserError("--huber is to be above 0, --bootstrap 0 or more")
-    residual: Residual = given.residual or ("log" if points else "relative")
-    return Options(residual, given.huber, priors=not given.no_priors)
 
 
 def _fit(given: argparse.Namespace) -> int:
@@ -197,15 +80,15 @@ def _fit(given: argparse.Namespace) -> int:
             f"{', '.join(LAWS)}"
         )
     if len(sources) == 1 and is_points_table(sources[0]):
-        return _fit_points(given, read_points(sources[0], _columns(given.columns)), console)
-    reading = _reading(given)
+        return _fit_points(given, read_points(sources[0], columns_of(given.columns)), console)
+    reading = reading_of(given)
     curves, left_out = read_curves(sources, reading)
     for sentence in left_out:
         console.print(f"[yellow]{sentence}[/]")
     if given.law in SIZE_LAWS:
         return _fit_points(given, points_of(curves), console)
     tests = read_curves(given.test, reading)[0] if given.test else []
-    options = _options(given, points=False)
+    options = options_of(given, points=False)
     sizes = (given.sized, given.size_in_annealing, given.size_in_progress)
     name = given.law or next(iter(CURVE_LAWS))
     choice = None
@@ -221,7 +104,7 @@ def _fit(given: argparse.Namespace) -> int:
     saved["seconds"] = seconds
     saved["held_out"] = choice
     saved["test_mape"] = {c.name: mape(found, c) for c in tests}
-    _show(found, console)
+    show_fit(found, console)
     for label, errors in (("fitted", found.mape()), ("predicted", saved["test_mape"])):
         if errors:
             each = ", ".join(f"{n} {e:.3f}" for n, e in errors.items())
@@ -262,12 +145,12 @@ def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> 
         )
     law = size_law(name, points)
     begun = time.perf_counter()
-    found = fit(law, [points], _options(given, points=True))
+    found = fit(law, [points], options_of(given, points=True))
     seconds = time.perf_counter() - begun
     if given.bootstrap:
         bootstrap(found, [points], given.bootstrap, given.seed)
     saved = found.to_json() | {"seconds": seconds}
-    _show(found, console)
+    show_fit(found, console)
     profiles = isoflop_profiles(points)
     if len(profiles) >= 2:
         saved["isoflop"] = {"profiles": profiles, "exponents": frontier_exponents(profiles)}
@@ -350,7 +233,7 @@ def _plan(given: argparse.Namespace) -> int:
         if given.flops is None:
             raise UserError("plan needs --flops, the budget, for a law of size and tokens")
         size = best_size(found, given.flops)
-        _show_size(size, console)
+        show_size(size, console)
         from evals.scaling.figures import draw_sizes
 
         chosen = size
@@ -368,7 +251,7 @@ def _plan(given: argparse.Namespace) -> int:
             raise UserError("plan with --flops needs --tokens-per-step")
         guess = given.warmup_steps if given.warmup_steps is not None else 100
         size = best_size_and_schedule(found, given.flops, given.tokens_per_step, peaks[0], guess)
-        _show_size(size, console)
+        show_size(size, console)
         saved["size"] = dataclasses.asdict(size)
         parameters = size.parameters
         steps = int(size.tokens / given.tokens_per_step)
@@ -426,13 +309,13 @@ def _compare(given: argparse.Namespace) -> int:
     if given.by is not None:
         families = _by_setting(given.families, given.by, console)
     else:
-        families = _by_name(given.families, _columns(given.columns), console)
+        families = _by_name(given.families, columns_of(given.columns), console)
     if len(families) < 2:
         raise UserError("compare needs two families or more, such as gdn=runs/gdn attn=runs/attn")
     fits = fit_families(families, given.bootstrap, given.seed)
     comparisons = compare(fits, families, given.at)
     for name, found in fits.items():
-        _show(found, console, name)
+        show_fit(found, console, name)
     for comparison in comparisons:
         for sentence in sentences(comparison):
             console.print(sentence)
@@ -481,82 +364,6 @@ def _by_setting(runs: Sequence[str], setting: str, console: Console) -> dict[str
             raise UserError(f"--by is '{setting}'{known}, which {curve.name} has no setting of")
         groups.setdefault(str(curve.labels[setting]), []).append(curve)
     return {name: points_of(chosen) for name, chosen in groups.items()}
-
-
-def sentences(found: Comparison) -> list[str]:
-    """What a comparison says."""
-    first, second = found.families
-    other = second if found.better == first else first
-    low, high = found.difference_interval
-    told = [
-        f"{found.better} is ahead of {other} by {found.difference:.4f} nats at the largest budget "
-        f"of both (95 %: {low:.4f} to {high:.4f})"
-    ]
-    if found.crossing is None:
-        told.append("their laws do not cross beyond the smallest budget of both")
-    else:
-        where = f"their laws cross at {found.crossing:.3g} FLOPs"
-        if found.crossing_interval is not None:
-            low, high = found.crossing_interval
-            where += f" (95 % of the samples that cross: {low:.3g} to {high:.3g})"
-        told.append(f"{where}; {found.crossing_share:.0%} of the samples cross at all")
-    ahead = first if found.target_difference < 0 else second
-    sure = found.target_interval[0] * found.target_interval[1] > 0
-    told.append(
-        f"at {found.target:.3g} FLOPs {ahead} is predicted to be ahead by "
-        f"{abs(found.target_difference):.4f}, {'which is' if sure else 'which is not'} beyond doubt"
-    )
-    if found.cost is None:
-        told.append("no pair of further runs up to that budget would decide it")
-    elif found.cost > 0:
-        told.append(f"to know it, one more run of each, {found.cost:.3g} FLOPs together")
-    return told
-
-
-def _show_size(size: Any, console: Console) -> None:
-    def ends(interval: tuple[float, float] | None) -> str:
-        return "" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
-
-    table = Table(title=f"{size.flops:.3g} FLOPs", title_justify="left")
-    for column in ("", "best", "95 % interval"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row("parameters", f"{size.parameters:.4g}", ends(size.parameters_interval))
-    table.add_row("tokens", f"{size.tokens:.4g}", ends(size.tokens_interval))
-    table.add_row("tokens per parameter", f"{size.tokens / size.parameters:.3g}", "")
-    table.add_row("loss", f"{size.loss:.4f}", ends(size.loss_interval))
-    table.add_row("parameters within 0.5 % of the loss", "", ends(size.alike))
-    if size.schedule:
-        table.add_row("schedule", size.schedule, "")
-    console.print(table)
-
-
-def _show(found: Fit, console: Console, name: str = "") -> None:
-    title = f"{name + ': ' if name else ''}{found.law.title}: {found.law.formula}"
-    table = Table(title=title, title_justify="left")
-    for column in ("parameter", "value", "95 % interval", "unit"):
-        table.add_column(column, justify="right" if column == "value" else "left")
-    for parameter in found.law.parameters:
-        ends = found.intervals.get(parameter.name)
-        table.add_row(
-            parameter.name, f"{found.values[parameter.name]:.5g}",
-            f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "", parameter.unit,
-        )  # fmt: skip
-    for quantity, value in found.law.derived(found.values).items():
-        table.add_row(quantity, f"{value:.5g}", "", "", style="dim")
-    console.print(table)
-    for parameter_name, why in found.undetermined.items():
-        console.print(f"[yellow]the data do not determine {parameter_name}: {why}[/]")
-    objectives = sorted(s.objective for s in found.starts)
-    alike = sum(o <= 1.01 * objectives[0] for o in objectives)
-    console.print(
-        f"objective {1e6 * found.objective:.4f}e-6; {alike} of {len(objectives)} starts end there"
-    )
-    by_sentence: dict[str, list[str]] = {}
-    for warning in found.warnings:
-        curve, _, sentence = warning.partition(": ")
-        by_sentence.setdefault(sentence, []).append(curve)
-    for sentence, named_curves in by_sentence.items():
-        console.print(f"[yellow]{', '.join(named_curves)}: {sentence}[/]")
 
 
 def _written(out: Path, name: str, saved: dict[str, Any], draw: Callable[[Path], Path]) -> int:

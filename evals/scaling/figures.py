@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from evals.scaling.comparing import Comparison, budgets
 from evals.scaling.curves import Curve, Points
 from evals.scaling.fitting import Fit
-from evals.scaling.intervals import ends_of, interval
+from evals.scaling.intervals import interval
 from evals.scaling.planning import Choice, SizeChoice
 from evals.scaling.size_laws import ChinchillaLaw
 
@@ -132,7 +132,7 @@ def draw_sizes(found: Fit, choice: SizeChoice, path: Path) -> Path:
     points = Points(sizes, choice.flops / (6 * sizes), np.ones(101))
     axes.plot(sizes, found.predict(points), color="tab:blue")
     if found.samples is not None:
-        low, high = ends_of(found.predict_samples(points))
+        low, high = interval(found, points)
         axes.fill_between(sizes, low, high, color="tab:blue", alpha=0.2, linewidth=0)
     axes.axvspan(*choice.alike, color="tab:green", alpha=0.15, label="within 0.5 % of the best")
     axes.plot([choice.parameters], [choice.loss], "o", color="tab:orange",
@@ -157,7 +157,7 @@ def draw_comparison(
         axes.plot(np.asarray(families[name].flops), families[name].loss, "o", color=color,
                   markersize=4)  # fmt: skip
         axes.plot(grid, found.predict(at), color=color, label=name)
-        low, high = ends_of(found.predict_samples(at))
+        low, high = interval(found, at)
         axes.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
     for comparison in comparisons:
         if comparison.crossing is not None:

@@ -1,0 +1,143 @@
+"""The options of ``python -m evals scaling`` and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from data_prep.errors import UserError
+from evals.scaling.fitting import HUBER, Options, Residual
+from evals.scaling.laws import LAWS
+from evals.scaling.readers import Reading
+
+SCHEDULE = '"kind=wsd lr=3e-4 steps=24000 warmup_steps=2000 decay_fraction=0.2"'
+
+
+def reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources", nargs="+",
+        help="run directories or folders of them, .csv, .parquet, TensorBoard events",
+    )  # fmt: skip
+    parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[],
+                        help="names of columns, such as loss=train/ce step=it")  # fmt: skip
+    parser.add_argument("--schedule", help="of all sources, such as "
+                        f"{SCHEDULE}, or a YAML file with CURVE: SETTINGS")  # fmt: skip
+    parser.add_argument("--warmup-steps", type=int)
+    parser.add_argument("--parameters", type=float, help="N of all sources")
+    parser.add_argument("--tokens-per-step", type=float)
+    parser.add_argument("--from-step", type=int, help="leave out losses before (the warm-up)")
+    parser.add_argument("--smooth", type=float, default=0.0, metavar="FACTOR",
+                        help="exponential mean of the losses (off)")  # fmt: skip
+    parser.add_argument("--no-embeddings", action="store_true", help="N without embeddings")
+    parser.add_argument("--keep-diverged", action="store_true")
+
+
+def fitting_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bootstrap", type=int, default=200, metavar="SAMPLES",
+                        help="for 95 %% intervals (200); 0 = none")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--residual", choices=("relative", "log"))
+    parser.add_argument("--huber", type=float, default=HUBER)
+    parser.add_argument("--no-priors", action="store_true")
+
+
+def out_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/scaling"),
+                        help="directory of the JSON and the picture (runs/scaling)")  # fmt: skip
+
+
+def fit_options(parser: argparse.ArgumentParser) -> None:
+    reading_options(parser)
+    parser.add_argument(
+        "--law", default=None, metavar="LAW",
+        help=f"{', '.join(LAWS)}; 'auto' chooses a curve law by held-out schedules (or sizes)",
+    )  # fmt: skip
+    parser.add_argument("--sized", action="store_true", help="curve laws: with B N^-beta")
+    parser.add_argument("--size-in-annealing", action="store_true", help="N^gamma on annealing")
+    parser.add_argument("--size-in-progress", action="store_true", help="N^eta on progress")
+    parser.add_argument("--test", nargs="+", default=[], metavar="SOURCE",
+                        help="curves to predict from the fit and compare with")  # fmt: skip
+    fitting_options(parser)
+    out_option(parser)
+
+
+def predict_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("fit", type=Path, help="fit.json")
+    parser.add_argument("--schedule", action="append", default=[], metavar="SETTINGS",
+                        help=f"such as {SCHEDULE}; may be given again")  # fmt: skip
+    parser.add_argument("--run", action="append", default=[], metavar="SOURCE",
+                        help="a run or CSV to compare the prediction with")  # fmt: skip
+    parser.add_argument("--parameters", type=float, help="N, for laws that have it")
+    out_option(parser)
+
+
+def plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("fit", type=Path, help="fit.json")
+    parser.add_argument("--steps", type=int, help="curve laws: of the planned run")
+    parser.add_argument("--flops", type=float, help="laws with N: the budget, 6 N D")
+    parser.add_argument("--tokens-per-step", type=float)
+    parser.add_argument("--parameters", type=float, help="N of the planned run")
+    parser.add_argument("--lr", type=float, nargs="+", help="peaks to choose from (the fitted)")
+    parser.add_argument("--warmup-steps", type=int, help="(2 %% of the steps)")
+    parser.add_argument("--tolerance", type=float, default=0.002,
+                        help="for the runs that would pin the law down: standard error of the "
+                        "final loss, as a share of it (0.002)")  # fmt: skip
+    out_option(parser)
+
+
+def compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("families", nargs="+", metavar="NAME=SOURCE",
+                        help="of each family its runs, folders of them or a table; * and ? stand "
+                        "for any; a name may be given again")  # fmt: skip
+    parser.add_argument("--by", metavar="SETTING",
+                        help="families by a setting of the runs, such as model.pattern; sources "
+                        "then have no names")  # fmt: skip
+    parser.add_argument("--at", type=float, help="FLOPs to compare at (100 x the largest run)")
+    parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[])
+    parser.add_argument("--bootstrap", type=int, default=200, metavar="SAMPLES")
+    parser.add_argument("--seed", type=int, default=0)
+    out_option(parser)
+
+
+def columns_of(given: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for word in given:
+        what, equals, name = word.partition("=")
+        if not equals or not name:
+            raise UserError(f"--columns holds '{word}', expected WHAT=NAME, such as loss=train/ce")
+        found[what] = name
+    return found
+
+
+def reading_of(given: argparse.Namespace) -> Reading:
+    if not 0 <= given.smooth < 1:
+        raise UserError(f"--smooth is {given.smooth}, expected 0 or more and below 1")
+    return Reading(
+        columns_of(given.columns), schedules_of(given.schedule), given.warmup_steps,
+        given.parameters,
+        given.tokens_per_step, given.from_step, given.smooth, not given.no_embeddings,
+        given.keep_diverged,
+    )  # fmt: skip
+
+
+def schedules_of(given: str | None) -> str | dict[str, str] | None:
+    """Settings, or a YAML file with some for each curve by name."""
+    if given is None or Path(given).suffix not in (".yaml", ".yml"):
+        return given
+    try:
+        found = yaml.safe_load(Path(given).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--schedule {given}: {str(error).splitlines()[0]}") from None
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise UserError(f"--schedule {given}: expected CURVE: SETTINGS, such as a: {SCHEDULE}")
+    return {str(name): settings for name, settings in found.items()}
+
+
+def options_of(given: argparse.Namespace, points: bool) -> Options:
+    if given.huber <= 0 or given.bootstrap < 0:
+        raise UserError("--huber is to be above 0, --bootstrap 0 or more")
+    residual: Residual = given.residual or ("log" if points else "relative")
+    return Options(residual, given.huber, priors=not given.no_priors)

@@ -1,0 +1,87 @@
+"""What a fit or a comparison says, on the screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from evals.scaling.comparing import Comparison
+from evals.scaling.fitting import Fit
+
+
+def sentences(found: Comparison) -> list[str]:
+    """What a comparison says."""
+    first, second = found.families
+    other = second if found.better == first else first
+    low, high = found.difference_interval
+    told = [
+        f"{found.better} is ahead of {other} by {found.difference:.4f} nats at the largest budget "
+        f"of both (95 %: {low:.4f} to {high:.4f})"
+    ]
+    if found.crossing is None:
+        told.append("their laws do not cross beyond the smallest budget of both")
+    else:
+        where = f"their laws cross at {found.crossing:.3g} FLOPs"
+        if found.crossing_interval is not None:
+            low, high = found.crossing_interval
+            where += f" (95 % of the samples that cross: {low:.3g} to {high:.3g})"
+        told.append(f"{where}; {found.crossing_share:.0%} of the samples cross at all")
+    ahead = first if found.target_difference < 0 else second
+    sure = found.target_interval[0] * found.target_interval[1] > 0
+    told.append(
+        f"at {found.target:.3g} FLOPs {ahead} is predicted to be ahead by "
+        f"{abs(found.target_difference):.4f}, {'which is' if sure else 'which is not'} beyond doubt"
+    )
+    if found.cost is None:
+        told.append("no pair of further runs up to that budget would decide it")
+    elif found.cost > 0:
+        told.append(f"to know it, one more run of each, {found.cost:.3g} FLOPs together")
+    return told
+
+
+def show_size(size: Any, console: Console) -> None:
+    def ends(interval: tuple[float, float] | None) -> str:
+        return "" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
+
+    table = Table(title=f"{size.flops:.3g} FLOPs", title_justify="left")
+    for column in ("", "best", "95 % interval"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("parameters", f"{size.parameters:.4g}", ends(size.parameters_interval))
+    table.add_row("tokens", f"{size.tokens:.4g}", ends(size.tokens_interval))
+    table.add_row("tokens per parameter", f"{size.tokens / size.parameters:.3g}", "")
+    table.add_row("loss", f"{size.loss:.4f}", ends(size.loss_interval))
+    table.add_row("parameters within 0.5 % of the loss", "", ends(size.alike))
+    if size.schedule:
+        table.add_row("schedule", size.schedule, "")
+    console.print(table)
+
+
+def show_fit(found: Fit, console: Console, name: str = "") -> None:
+    title = f"{name + ': ' if name else ''}{found.law.title}: {found.law.formula}"
+    table = Table(title=title, title_justify="left")
+    for column in ("parameter", "value", "95 % interval", "unit"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for parameter in found.law.parameters:
+        ends = found.intervals.get(parameter.name)
+        table.add_row(
+            parameter.name, f"{found.values[parameter.name]:.5g}",
+            f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "", parameter.unit,
+        )  # fmt: skip
+    for quantity, value in found.law.derived(found.values).items():
+        table.add_row(quantity, f"{value:.5g}", "", "", style="dim")
+    console.print(table)
+    for parameter_name, why in found.undetermined.items():
+        console.print(f"[yellow]the data do not determine {parameter_name}: {why}[/]")
+    objectives = sorted(s.objective for s in found.starts)
+    alike = sum(o <= 1.01 * objectives[0] for o in objectives)
+    console.print(
+        f"objective {1e6 * found.objective:.4f}e-6; {alike} of {len(objectives)} starts end there"
+    )
+    by_sentence: dict[str, list[str]] = {}
+    for warning in found.warnings:
+        curve, _, sentence = warning.partition(": ")
+        by_sentence.setdefault(sentence, []).append(curve)
+    for sentence, named_curves in by_sentence.items():
+        console.print(f"[yellow]{', '.join(named_curves)}: {sentence}[/]")
