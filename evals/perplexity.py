@@ -4,6 +4,8 @@ Every document is scored alone. It is opened by the end-of-document token, as in
 rule), and its own end-of-document token is the last target. Windows of ``window`` tokens move on by
 ``stride``; each target is scored once, with at least ``window - stride`` tokens of context where
 the document has them. Windows are packed without padding, so no state ever sees a padding token.
+With ``carry_state`` windows follow one another instead, the mixers' states handed on: every target
+has the whole document before it (attention then looks back as far, beyond its training length).
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ def evaluate_perplexity(
     data: str | None = None,
     window: int | None = None,
     stride: int | None = None,
+    carry_state: bool = False,
     max_tokens: int | None = None,
     tokens_per_pass: int = 8192,
 ) -> dict[str, Any]:
@@ -75,13 +78,12 @@ def evaluate_perplexity(
     Raises UserError for settings that do not fit or data of another tokenizer.
     """
     window = window or loaded.run.train.seq_len
-    stride = stride or max(window // 2, 1)
+    if carry_state and stride is not None:
+        raise UserError("--stride is of windows that overlap; with --carry-state none do")
+    stride = window if carry_state else stride or max(window // 2, 1)
     if not 1 <= stride <= window:
         raise UserError(f"stride is {stride}, expected 1 to the window of {window}")
-    directories = [data] if data else [
-        loaded.run.data.path, *(source.path for source in loaded.run.data.blend)
-    ]  # fmt: skip
-    directories = [d for d in directories if d is not None]
+    directories = own_directories(loaded, data)
     bytes_per_token = loaded.tokenizer.bytes_per_token()
     totals = Totals()
     entropies = {}
@@ -100,6 +102,9 @@ def evaluate_perplexity(
             if budget is not None and totals.tokens - before >= budget:
                 break
             totals.count_document(document, bytes_per_token)
+            if carry_state:
+                totals.nats += _score_whole(loaded, document, window)
+                continue
             waiting += windows(document, loaded.tokenizer.eod_id, window, stride)
             while sum(len(w.inputs) for w in waiting) >= tokens_per_pass:
                 waiting = _score_some(loaded.model, waiting, totals, tokens_per_pass)
@@ -116,7 +121,8 @@ def evaluate_perplexity(
         "tokens": totals.tokens,
         "bytes": totals.bytes,
         "window": window,
-        "stride": stride,
+        "stride": None if carry_state else stride,
+        "carry_state": carry_state,
         "max_tokens": max_tokens,
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "bos_rule": "each document is opened by the end-of-document token; its own is scored",
@@ -127,6 +133,32 @@ def evaluate_perplexity(
         "step": loaded.state.step,
         "tokens_trained": loaded.state.tokens,
     }
+
+
+def own_directories(loaded: LoadedModel, data: str | None) -> list[str]:
+    """``data``, or the prepared directories that a run was trained on. Raises UserError where
+    there are none, as of an imported model."""
+    blend = [source.path for source in loaded.run.data.blend]
+    found = [d for d in ([data] if data else [loaded.run.data.path, *blend]) if d is not None]
+    if not found:
+        raise UserError(
+            f"{loaded.checkpoint} was trained on no data of its own: give --data, a directory "
+            "prepared with its tokenizer"
+        )
+    return found
+
+
+@torch.no_grad()
+def _score_whole(loaded: LoadedModel, document: np.ndarray, window: int) -> float:
+    """Negative log-likelihood of a document, window after window with the state handed on."""
+    model, total, states = loaded.model, 0.0, None
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(np.concatenate([[loaded.tokenizer.eod_id], document])).to(device)
+    for start in range(0, len(document), window):
+        end = min(start + window, len(document))
+        x, states = model.hidden_with_state(ids[None, start:end], states)
+        total -= float(model.score(x, ids[start + 1 : end + 1])[0].double().sum())
+    return total
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest
 from evals.model_loading import LoadedModel
-from evals.perplexity import validation_documents
+from evals.perplexity import own_directories, validation_documents
 from pretrain.models.blocks import block_specs
 from pretrain.models.mixers.base import State
 
@@ -37,7 +37,7 @@ def evaluate_positions(
     """
     seq_len = loaded.run.train.seq_len
     length = factor * seq_len
-    directory = Path(data or loaded.run.data.path or loaded.run.data.blend[0].path)
+    directory = Path(own_directories(loaded, data)[0])
     text = _text(loaded, directory, sequences * length + 1)
     count = (len(text) - 1) // length
     if count == 0:
@@ -66,6 +66,7 @@ def evaluate_positions(
         "positions_of_state_rms": ends, "data": str(directory),
         "tokenizer_sha256": loaded.tokenizer.sha256, "checkpoint": str(loaded.checkpoint),
         "step": loaded.state.step, "tokens_trained": loaded.state.tokens,
+        "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from pretrain.metrics_file import read_metrics
 LAST = 5  # logged losses that the final one is the mean of
 # Settings that do not say what was trained.
 _ASIDE = ("name", "directory", "logging.", "checkpoint.", "sample.", "parallel.timeout_minutes",
-          "train.threads", "validation.")  # fmt: skip
+          "train.threads", "validation.", "eval.")  # fmt: skip
 
 
 @dataclass
@@ -148,7 +148,7 @@ def _seconds(rows: Sequence[dict[str, Any]]) -> Array:
 
 def _scores(directory: Path) -> dict[str, float]:
     """The latest result of each evaluation: bits per byte of perplexity, numbers called accuracy
-    or score of others."""
+    or score of others, the first score of lm-eval's tasks (normalised by length where it is)."""
     found: dict[str, tuple[int, float]] = {}
     for path in sorted((directory / "evals").glob("*.json")):
         try:
@@ -156,11 +156,16 @@ def _scores(directory: Path) -> dict[str, float]:
         except ValueError:
             continue
         task, step = str(result.get("task", path.stem)), int(result.get("step", 0))
-        for key in ("bits_per_byte", "accuracy", "score"):
-            if isinstance(result.get(key), int | float):
+        own = result.get("scores")
+        scores = own if isinstance(own, dict) else result
+        wanted = [k for k in ("bits_per_byte", "accuracy", "score") if k in scores]
+        if scores is own and own:
+            wanted = ["acc_norm" if "acc_norm" in own else next(iter(own))]
+        for key in wanted:
+            if isinstance(scores[key], int | float):
                 name = f"{task} {key.replace('_', ' ')}"
                 if step >= found.get(name, (-1, 0.0))[0]:
-                    found[name] = step, float(result[key])
+                    found[name] = step, float(scores[key])
     return {name: value for name, (_, value) in found.items()}
 
 

@@ -1,6 +1,7 @@
 """``python -m evals.synthetic TASK --pattern PATTERN``: train on a synthetic task and score it.
 
 ``--suite FILE.yaml`` does a list of such runs and prints them as a markdown table.
+``python -m evals.synthetic text NAME`` writes problems and answers in English to train on.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from rich.table import Table
 from data_prep.config_files import ConfigError, build_config, load_config
 from data_prep.errors import UserError, run_command
 from data_prep.manifest import write_json
+from evals.synthetic.tasks import TASKS
 from evals.synthetic.training import LAST, TEST_FACTORS, SyntheticConfig, check_config, run
 from pretrain.models.blocks import block_specs
 from pretrain.parallel.processes import start_processes, stop_processes
@@ -38,6 +41,11 @@ class SuiteConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["text"]:
+        from evals.synthetic.text_files import main as write_text
+
+        return write_text(arguments[1:])
     options = _parser().parse_args(arguments)
     output = Path(options.output)
     if (options.task is None) == (options.suite is None):
@@ -60,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals.synthetic", description="Train a model on a synthetic task, score it."
     )
-    parser.add_argument("task", nargs="?", help="s3, parity, modular_addition or mqar")
+    parser.add_argument("task", nargs="?", help=", ".join(TASKS))
     parser.add_argument("--suite", help="a YAML file of runs, instead of a task")
     parser.add_argument("--output", default=OUTPUT, help=f"folder of the JSON files ({OUTPUT})")
     parser.add_argument(

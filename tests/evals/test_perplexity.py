@@ -87,6 +87,26 @@ def test_settings_that_do_not_fit_are_named(corpus):
         evaluate_perplexity(loaded(corpus), stride=17)
 
 
+def test_a_model_without_data_of_its_own_asks_for_some(corpus):
+    subject = loaded(corpus)
+    subject.run.data = SimpleNamespace(path=None, blend=[])
+    with pytest.raises(UserError, match="was trained on no data of its own: give --data"):
+        evaluate_perplexity(subject)
+    assert evaluate_perplexity(subject, data=str(corpus), max_tokens=1)["documents"] == 1
+
+
 def test_it_stops_after_the_document_that_fills_max_tokens(corpus):
     few = evaluate_perplexity(loaded(corpus), max_tokens=1)
     assert few["documents"] == 1
+
+
+def test_a_state_that_is_handed_on_makes_one_window_of_all(corpus):
+    subject = loaded(corpus)
+    whole = evaluate_perplexity(subject, window=10**6, stride=1)
+    carried = evaluate_perplexity(subject, window=7, carry_state=True)
+    assert carried["nats_per_token"] == pytest.approx(whole["nats_per_token"], rel=1e-5)
+    assert (carried["tokens"], carried["stride"]) == (whole["tokens"], None)
+    cut = evaluate_perplexity(subject, window=7, stride=7)
+    assert abs(cut["nats_per_token"] - whole["nats_per_token"]) > 1e-4
+    with pytest.raises(UserError, match="--stride is of windows that overlap"):
+        evaluate_perplexity(subject, window=7, stride=3, carry_state=True)

@@ -12,7 +12,15 @@ import pytest
 
 from data_prep.errors import UserError
 from evals.synthetic import __main__ as command
-from evals.synthetic.tasks import MQAR_KEYS, TASKS, Rows, cyclic_table, make_rows, s3_table
+from evals.synthetic.tasks import (
+    MQAR_KEYS,
+    TASKS,
+    Rows,
+    cyclic_table,
+    elements_of,
+    make_rows,
+    permutation_table,
+)
 from evals.synthetic.training import SyntheticConfig, learning_rate, run, train_length
 
 PERMUTATIONS = list(permutations(range(3)))
@@ -23,8 +31,34 @@ def rows_of(task: str, **changes) -> Rows:
     return make_rows(task, **(values | changes))
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_targets_are_what_the_definition_says(task):
+    for length in (32, 8, 64):
+        rows = rows_of(task, rows=30, length=length)
+        assert rows.scored.any(1).all()
+        for tokens, targets, scored in zip(rows.tokens, rows.targets, rows.scored, strict=True):
+            assert tokens.min() >= 0 and tokens.max() < TASKS[task].vocab_size
+            expected = TASKS[task].solve(tokens.tolist())
+            assert np.where(scored, targets, -1).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("things", "even", "order"), [(4, False, 24), (5, True, 60), (5, False, 120)]
+)
+def test_permutations_are_a_group(things, even, order):
+    elements = elements_of(things, even=even)
+    table = permutation_table(elements)
+    assert table.shape == (order, order)
+    assert (np.sort(table, 1) == np.arange(order)).all()
+    a, b, c = np.random.default_rng(0).integers(0, order, (3, 500))
+    assert (table[table[a, b], c] == table[a, table[b, c]]).all()
+    assert (table != table.T).any()
+    swaps = sum(sum(x != i for i, x in enumerate(p)) == 2 for p in elements)
+    assert swaps == (0 if even else things * (things - 1) // 2)
+
+
 def test_s3_is_a_group_that_does_not_commute():
-    table = s3_table()
+    table = permutation_table(elements_of(3))
     assert np.array_equal(np.sort(table, 0), np.sort(table, 1).T)
     assert (np.sort(table, 1) == np.arange(6)).all()  # closed, and every element has an inverse
     assert (table[0] == np.arange(6)).all() and (table[:, 0] == np.arange(6)).all()
@@ -150,7 +184,7 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys, monkeypatch):
     ("arguments", "message"),
     [
         ("", "expected either a task or --suite"),
-        ("s4 --pattern gru", "command line: task is 's4'.*expected one of: s3, parity"),
+        ("s9 --pattern gru", "command line: task is 's9'.*expected one of: s3, s4"),
         ("s3", "command line: pattern must be set"),
         ("s3 --pattern grü", "model.pattern 'grü'"),
         ("s3 --pattern gruu", "unknown mixer 'gruu' .did you mean 'gru'"),

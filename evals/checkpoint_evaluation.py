@@ -1,0 +1,41 @@
+"""lm-eval's tasks on a checkpoint of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from evals.evaluation import evaluate_tasks, seeded
+from evals.harness import HarnessModel
+from evals.model_loading import LoadedModel
+from evals.scoring import StateScorer
+from evals.tasks import load_tasks
+
+
+def evaluate_checkpoint(
+    loaded: LoadedModel,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    bos: str = "document",
+    max_length: int | None = None,
+    tokens_per_pass: int = 8192,
+) -> dict[str, dict[str, Any]]:
+    """Results by task, with every setting that they depend on. ``max_length`` defaults to the
+    training length."""
+    scorer = StateScorer(loaded.model, loaded.tokenizer.vocab_size, tokens_per_pass=tokens_per_pass)
+    length = max_length or loaded.run.train.seq_len
+    model = HarnessModel(scorer, loaded.tokenizer, length, bos=bos)
+    results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        with seeded():
+            tasks = load_tasks([name], model.text_settings(limit))
+        model.cut = 0
+        results |= evaluate_tasks(model, tasks, limit=limit, num_fewshot=num_fewshot)
+    about = {
+        **model.settings(), "checkpoint": str(loaded.checkpoint), "step": loaded.state.step,
+        "tokens_trained": loaded.state.tokens,
+        "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+    }  # fmt: skip
+    return {name: {**result, **about} for name, result in results.items()}

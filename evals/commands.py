@@ -1,0 +1,209 @@
+"""``python -m evals CHECKPOINT --tasks ...`` and ``python -m evals tasks``."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.manifest import write_json
+from evals.tables import show_perplexity, show_positions, show_scores, show_tasks
+
+HELD_OUT = ("perplexity", "positions")  # of the run's own validation text
+HF = "hf:"
+
+
+def main(arguments: Sequence[str]) -> int:
+    given = _parser().parse_args(arguments)
+    names = list(dict.fromkeys(name for name in given.tasks.split(",") if name))
+    if not names:
+        raise UserError("--tasks names nothing; 'python -m evals tasks' lists what there is")
+    harness = [name for name in names if name not in HELD_OUT]
+    if harness:  # before a model is loaded: a name that is wrong shows at once
+        from evals.tasks import check_tasks
+
+        check_tasks(harness)
+    if given.checkpoint.startswith(HF):
+        if len(harness) < len(names):
+            raise UserError(
+                f"{', '.join(n for n in names if n in HELD_OUT)} is of a run's own validation "
+                f"text, which {given.checkpoint} does not have"
+            )
+        return _score_hugging_face(given, harness)
+    from evals.model_loading import load_model
+    from pretrain.parallel.processes import stop_processes
+    from pretrain.train import DTYPES
+
+    averaged = given.weights == "ema"
+    loaded = load_model(
+        given.checkpoint, recurrences=given.recurrences, averaged=averaged,
+        dtype=DTYPES[given.precision],
+    )  # fmt: skip
+    extra: dict[str, Any] = {} if given.precision == "float32" else {"precision": given.precision}
+    if given.recurrences is not None:
+        extra["recurrences"] = given.recurrences
+    if averaged:
+        extra["weights"] = "ema"
+    for name in (n for n in names if n in HELD_OUT):
+        _score_held_out(name, loaded, given, extra)
+    if harness:
+        from evals.checkpoint_evaluation import evaluate_checkpoint
+
+        results = evaluate_checkpoint(
+            loaded, harness, limit=given.limit, num_fewshot=given.num_fewshot, bos=given.bos,
+            max_length=given.max_length, tokens_per_pass=given.tokens_per_pass,
+        )  # fmt: skip
+        options = (given.limit, given.num_fewshot, given.bos, given.max_length, given.precision)
+        defaults = tuple(_parser().get_default(n) for n in
+                         ("limit", "num_fewshot", "bos", "max_length", "precision"))  # fmt: skip
+        mark = _mark(extra, options if options != defaults else ())
+        paths = [
+            _write(loaded.evals_directory, f"{name}-{loaded.checkpoint.name}{mark}", result, extra)
+            for name, result in results.items()
+        ]
+        show_scores(str(loaded.checkpoint), results, paths)
+    stop_processes()
+    return 0
+
+
+def _score_held_out(name: str, loaded: Any, given: argparse.Namespace, extra: Any) -> None:
+    directory, checkpoint = loaded.evals_directory, loaded.checkpoint.name
+    if name == "positions":
+        from evals.positions import draw_positions, evaluate_positions
+
+        factor, sequences = given.factor or 16, given.sequences or 8
+        result = evaluate_positions(loaded, data=given.data, factor=factor, sequences=sequences)
+        mark = _mark(extra, (given.data, given.factor, given.sequences))
+        path = _write(directory, f"{name}-{checkpoint}{mark}", result, extra)
+        show_positions(result, path, draw_positions(result, path.with_suffix(".png")))
+        return
+    from evals.perplexity import evaluate_perplexity
+
+    result = evaluate_perplexity(
+        loaded, data=given.data, window=given.window, stride=given.stride,
+        carry_state=given.carry_state, max_tokens=given.max_tokens,
+    )  # fmt: skip
+    settings = (given.data, given.window, given.stride, given.max_tokens)
+    mark = _mark(extra, (*settings, True) if given.carry_state else settings)
+    show_perplexity(result, _write(directory, f"{name}-{checkpoint}{mark}", result, extra))
+
+
+def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
+    from evals.hugging_face import evaluate_hugging_face
+
+    source = given.checkpoint.removeprefix(HF)
+    results = evaluate_hugging_face(
+        source, names, limit=given.limit, num_fewshot=given.num_fewshot,
+        max_length=given.max_length, precision=given.precision,
+        trust_remote_code=given.trust_remote_code,
+    )  # fmt: skip
+    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in source.strip("/"))
+    settings = (given.limit, given.num_fewshot, given.max_length, given.precision)
+    mark = _mark({}, settings)
+    directory = Path("runs") / f"hf-{plain}" / "evals"
+    paths = [_write(directory, f"{name}{mark}", result, {}) for name, result in results.items()]
+    show_scores(given.checkpoint, results, paths)
+    return 0
+
+
+def _mark(extra: dict[str, Any], options: tuple[Any, ...]) -> str:
+    """Tells the file of scores under other settings than the default ones from theirs."""
+    mark = "-ema" if "weights" in extra else ""
+    mark += f"-{extra['precision']}" if "precision" in extra else ""
+    if "recurrences" in extra:
+        mark += f"-recurrences-{extra['recurrences']}"
+    if any(options):
+        mark += "-" + hashlib.sha256(repr(options).encode()).hexdigest()[:8]
+    return mark
+
+
+def _write(directory: Path, name: str, result: dict[str, Any], extra: dict[str, Any]) -> Path:
+    path = directory / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result.update(extra)
+    write_json(path, result)
+    return path
+
+
+def list_tasks(arguments: Sequence[str]) -> int:
+    argparse.ArgumentParser(
+        prog="python -m evals tasks", description="List the tasks that need no network."
+    ).parse_args(arguments)
+    from evals.tasks import own_tasks
+
+    show_tasks({"held-out text of the run": list(HELD_OUT), **own_tasks()})
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m evals",
+        description="Score a checkpoint. 'python -m evals tasks' lists tasks, 'sample' continues a "
+        "text, 'scaling' fits scaling laws to runs, 'report' makes a page of them.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        help="a run directory, one of its checkpoints/step-N, or hf:NAME, a Hugging Face model "
+        "(a name or a folder)",
+    )
+    parser.add_argument(
+        "--tasks", default="perplexity",
+        help=f"separated by commas: {', '.join(HELD_OUT)}, or any task of 'python -m evals tasks' "
+        "or of lm-eval",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recurrences", type=_positive,
+        help="passes through the loop of a recursive model (the configured number)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", choices=("last", "ema"), default="last",
+        help="of the last step, or averaged over steps by optimizer.ema_decay",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="of hf:NAME: run the code it comes with"
+    )
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    held_out = parser.add_argument_group("perplexity and positions")
+    held_out.add_argument("--data", help="a prepared directory; the run's own by default")
+    held_out.add_argument("--window", type=_positive, help="tokens seen at once (training length)")
+    held_out.add_argument(
+        "--stride", type=_positive, help="tokens the window moves on (half of it)"
+    )
+    held_out.add_argument(
+        "--carry-state", action="store_true", help="hand the mixers' states on between windows"
+    )
+    held_out.add_argument("--max-tokens", type=_positive, help="stop after so many (all)")
+    held_out.add_argument(
+        "--factor", type=_positive, help="positions: up to so many times the training length (16)"
+    )
+    held_out.add_argument("--sequences", type=_positive, help="positions: how many (8)")
+    tasks = parser.add_argument_group("tasks of lm-eval")
+    tasks.add_argument("--limit", type=_positive, help="documents of each task (all)")
+    tasks.add_argument("--num-fewshot", type=_number, help="examples in a prompt (the task's)")
+    tasks.add_argument(
+        "--max-length", type=_positive,
+        help="tokens of a request; the beginning of longer ones is cut (training length)",
+    )  # fmt: skip
+    tasks.add_argument(
+        "--bos", choices=("document", "none"), default="document",
+        help="what opens a request: the end-of-document token, as in training, or nothing",
+    )  # fmt: skip
+    tasks.add_argument(
+        "--tokens-per-pass", type=_positive, default=8192, help="computed together (8192)"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from 1")
+    return int(text)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from 0")
+    return int(text)

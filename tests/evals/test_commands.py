@@ -1,0 +1,84 @@
+"""``python -m evals``: what is wrong is one sentence, before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.pretrain.test_training_run import ENVIRONMENT, ROOT, Run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus):
+    run = Run(tmp_path_factory.mktemp("scored"), corpus, "scored")
+    status, output = run.finish("train.steps=3")
+    assert status == 0, output
+    return run
+
+
+def evals(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "evals", *map(str, words)], cwd=ROOT, env=ENVIRONMENT, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", ","], "--tasks names nothing"),
+        (["--limit", "0"], "found '0', expected a whole number from 1"),
+        (["--tasks", "passkey@x"], "expected passkey@LENGTH, such as passkey@1024"),
+        (["--tasks", "passkey@9999", "--limit", "1"], "give --max-length 9999"),
+        (["--stride", "3", "--carry-state"], "--stride is of windows that overlap"),
+    ],
+)
+def test_bad_input_is_one_sentence(trained, words, message):
+    done = evals(trained.directory, *words)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hugging_face_model_that_is_not_there(tmp_path):
+    pytest.importorskip("transformers")
+    done = evals(f"hf:{tmp_path / 'none'}", "--tasks", "text_parity")
+    assert done.returncode == 2 and "could not be loaded" in done.stderr.splitlines()[-1]
+    done = evals(f"hf:{tmp_path / 'none'}", "--tasks", "perplexity")
+    assert "perplexity is of a run's own validation text" in done.stderr
+
+
+@pytest.mark.slow
+def test_half_a_checkpoint_is_refused(trained, tmp_path):
+    folder = tmp_path / "half"
+    shutil.copytree(trained.directory, folder)
+    (checkpoint,) = (folder / "checkpoints").glob("step-*3")
+    largest = max(checkpoint.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    done = evals(folder, "--tasks", "text_parity", "--limit", "2")
+    assert done.returncode == 2
+    assert f"{largest.name} has 100 bytes, expected" in done.stderr
+    (checkpoint / "files.json").unlink()
+    done = evals(checkpoint, "--tasks", "text_parity", "--limit", "2")
+    assert done.returncode == 2 and "files.json is missing or unreadable" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_request_that_is_cut_is_said(trained):
+    done = evals(trained.directory, "--tasks", "text_s5@30", "--limit", "2")
+    assert done.returncode == 0, done.stderr
+    assert "requests were longer than 32 tokens and lost their beginning" in done.stdout
+    (path,) = (trained.directory / "evals").glob("text_s5@30-*.json")
+    assert json.loads(path.read_text())["cut_requests"] == 8
+
+
+@pytest.mark.slow
+def test_tasks_are_listed():
+    done = evals("tasks")
+    assert done.returncode == 0
+    for name in ("hellaswag", "recall_squad_twice", "niah_multikey_3", "text_a5", "positions"):
+        assert name in done.stdout
