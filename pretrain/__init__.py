@@ -1,5 +1,6 @@
 """Training of hybrid language models: ``python -m pretrain CONFIG``."""
 
+import os
 import warnings
 
 # What the libraries warn each other about; nothing that a user of ours could act on.
@@ -13,3 +14,6 @@ for message in (
     ".*`load_state_dict` is deprecated and will be removed.*",
 ):
     warnings.filterwarnings("ignore", message=message)
+
+# Libraries draw progress bars of fractions of a second between the lines of a log.
+os.environ.setdefault("TQDM_DISABLE", "1")

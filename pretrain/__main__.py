@@ -1,6 +1,7 @@
 """``python -m pretrain CONFIG [key=value ...]``: train, or go on where the run left off;
 ``python -m pretrain verify CONFIG``: check that a layout of processes trains the same model;
-``python -m pretrain plan CONFIG``: what a run will need and cost."""
+``python -m pretrain plan CONFIG``: what a run will need and cost;
+``python -m pretrain export CHECKPOINT FOLDER``, ``import NAME RUN``: to and from Hugging Face."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ def main() -> int:
         prog="python -m pretrain",
         description="Train a model, or go on where the run left off. 'python -m pretrain verify "
         "CONFIG' checks that a layout of processes trains the same model as one, 'python -m "
-        "pretrain plan CONFIG' tells what a run will need and cost.",
+        "pretrain plan CONFIG' tells what a run will need and cost, 'python -m pretrain export "
+        "CHECKPOINT FOLDER' writes a Hugging Face model, 'python -m pretrain import NAME RUN' "
+        "makes a run of one.",
         epilog="Exit status: 0 done, 2 bad input, 3 a loss that is not finite, "
         "75 stopped by a signal and saved: run the same command again.",
     )
@@ -25,6 +28,14 @@ def main() -> int:
         from pretrain.verify import main as verify
 
         return verify(sys.argv[2:])
+    if sys.argv[1:2] == ["export"]:
+        from pretrain.export import export_command
+
+        return export_command(sys.argv[2:])
+    if sys.argv[1:2] == ["import"]:
+        from pretrain.export import import_command
+
+        return import_command(sys.argv[2:])
     if sys.argv[1:2] == ["plan"]:
         from pretrain.planner.report import main as plan
 

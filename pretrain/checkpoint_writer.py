@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.errors import UserError
@@ -29,7 +30,7 @@ from pretrain.checkpoint import (
 from pretrain.config import RunConfig, to_yaml
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import local_device, on_every_process, on_main_process
-from pretrain.parallel.sharded_state import State, save_state
+from pretrain.parallel.sharded_state import State, save_state, weights_state
 
 
 class CheckpointWriter:
@@ -51,8 +52,12 @@ class CheckpointWriter:
 
     def save(self, engine: Engine, state: CheckpointState) -> None:
         """Begin to write ``directory/step-N``. Raises UserError where the last save failed."""
+        self.begin(_own_state(engine), state)
+
+    def begin(self, own: State, state: CheckpointState) -> None:
+        """:meth:`save` of what this process has to write."""
         self.wait()
-        own, state = _own_state(engine), copy.deepcopy(state)
+        state = copy.deepcopy(state)
         if not self.config.checkpoint.background:
             self._pending = _finished(lambda: self._write(own, state))
             self.check()
@@ -109,6 +114,17 @@ def save_checkpoint(
     """Write ``directory/step-N`` now; see :class:`CheckpointWriter`."""
     writer = CheckpointWriter(directory, config)
     writer.save(engine, state)
+    path = writer.wait()
+    assert path is not None
+    return path
+
+
+def write_weights(
+    directory: Path, model: nn.Module, config: RunConfig, state: CheckpointState, tokenizer: Path
+) -> Path:
+    """Write ``directory/step-N`` of weights alone, which training cannot go on from."""
+    writer = CheckpointWriter(directory, config, tokenizer)
+    writer.begin(weights_state([model], saving=True), state)
     path = writer.wait()
     assert path is not None
     return path

@@ -353,6 +353,23 @@ class LoggingConfig:
 
 
 @dataclass
+class EvalConfig:
+    """Tasks of ``python -m evals`` while training. tasks: their names; every: steps between
+    evaluations, 0 = only at the end; limit: documents of each task, null = all; num_fewshot:
+    examples in a prompt, null = the task's own; max_length: tokens of a request, null = seq_len;
+    bos: what opens a request, the token that opens a ``document`` or ``none``; tokens_per_pass: of
+    one forward pass."""
+
+    tasks: list[str] = field(default_factory=list)
+    every: int = setting(0, minimum=0)
+    limit: int | None = setting(None, minimum=1)
+    num_fewshot: int | None = setting(None, minimum=0)
+    max_length: int | None = setting(None, minimum=2)
+    bos: str = setting("document", choices=("document", "none"))
+    tokens_per_pass: int = setting(8192, minimum=1)
+
+
+@dataclass
 class SampleConfig:
     """Text generated when the run ends; tokens = 0 for none."""
 
@@ -373,6 +390,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)

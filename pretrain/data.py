@@ -27,6 +27,7 @@ from data_prep.errors import UserError
 from data_prep.manifest import Manifest
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import DataConfig, TrainConfig
+from pretrain.ops.packing import to_device
 
 
 @dataclass
@@ -43,12 +44,10 @@ class Batch:
     cu_seqlens: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            *(
-                x.to(device, non_blocking=True)
-                for x in (self.tokens, self.targets, self.loss_mask, self.cu_seqlens)
-            )
+        tokens, targets, mask = (
+            x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.loss_mask)
         )
+        return Batch(tokens, targets, mask, to_device(self.cu_seqlens, device))
 
 
 def open_shard(prefix: Path) -> Any:

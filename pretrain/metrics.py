@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from data_prep.errors import UserError
 from data_prep.manifest import write_bytes
 from pretrain.config import LoggingConfig
+from pretrain.merged_metrics import merge_metrics
 from pretrain.metrics_file import read_metrics
 
 # Dense bf16 matrix-multiply peaks in FLOP/s, by a part of the device's name, as the vendors' data
@@ -44,16 +45,6 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def merge_metrics(into: dict[str, float], found: dict[str, float]) -> None:
-    """Add up; the largest where a name ends in ``_max``, and what is not a number is largest."""
-    for name, value in found.items():
-        before = into.get(name, 0.0)
-        if not name.endswith("_max"):
-            into[name] = before + value
-        elif not math.isnan(before):
-            into[name] = value if math.isnan(value) else max(before, value)
 
 
 class LayerMetrics:

@@ -7,24 +7,20 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from data_prep.config_files import load_config
 from data_prep.errors import EXIT_STOPPED, UserError
 from data_prep.manifest import write_bytes, write_json
 from pretrain.checkpoint import (
     CheckpointState,
     check_files,
-    check_same_model,
     find_checkpoint,
-    list_checkpoints,
     load_checkpoint,
     read_state,
-    recover_replaced,
 )
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.config import RunConfig, to_yaml
@@ -42,6 +38,7 @@ from pretrain.metrics import LayerMetrics, RunLog, peak_flops, peak_memory_bytes
 from pretrain.models.blocks import ModelCounts, count_model
 from pretrain.models.initialization import initialize_from
 from pretrain.models.language_model import build_stages, padded_vocab_size
+from pretrain.ops.backends import describe_backends
 from pretrain.parallel.deepspeed_updates import divide_parameters
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.layout import check_layout, describe_layout
@@ -57,9 +54,13 @@ from pretrain.parallel.processes import (
     world_size,
 )
 from pretrain.parallel.watchdog import Watchdog
+from pretrain.resuming import checkpoint_to_resume, last_checkpoint
 from pretrain.run_control import Interval, RunLock, StopSignals, log_seconds, seed_step
 from pretrain.schedule import learning_rate
 from pretrain.spikes import SpikeDetector, roll_back
+
+if TYPE_CHECKING:
+    from evals.in_loop import InLoopEvaluation
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _MAX_SKIPS = 20
@@ -100,7 +101,7 @@ def _train(config: RunConfig, config_path: str, watchdog: Watchdog) -> int:
     counts = count_model(config.model, vocab_size, settings.seq_len)
     lock = RunLock(directory)
     on_main_process(lock.take)
-    found = on_main_process(lambda: _checkpoint_to_resume(config, data, vocab_size))
+    found = on_main_process(lambda: checkpoint_to_resume(config, data, vocab_size))
     if found is not None and config.checkpoint.verify == "sha256":
         watchdog.at("checking the checkpoint")
         own_share = dist.get_rank(), world_size()
@@ -153,14 +154,17 @@ def _train(config: RunConfig, config_path: str, watchdog: Watchdog) -> int:
             f"{settings.precision}, {describe_layout(config.parallel, world_size())} on "
             f"{'GPU' if torch.cuda.is_available() else 'CPU'}"
         )
+        log.say(describe_backends(DTYPES[settings.precision]))
         if found is not None:
             log.say(f"resumed from {found}")
         if not valid:
             log.say(
                 f"no validation: no source has {settings.seq_len + 1} tokens of validation text"
             )
+        evaluation = _evaluation(config, engine, data, watchdog)
         with StopSignals() as stop:
-            return _loop(config, engine, batches, valid, data, state, counts, log, stop, watchdog)
+            return _loop(config, engine, batches, valid, data, state, counts, log, stop, watchdog,
+                         evaluation)  # fmt: skip
     finally:
         log.close()
         lock.release()
@@ -184,6 +188,7 @@ def _loop(
     log: RunLog,
     stop: StopSignals,
     watchdog: Watchdog,
+    evaluation: InLoopEvaluation | None,
 ) -> int:
     settings, directory = config.train, config.run_directory
     rank, size = data_parallel_place()
@@ -238,13 +243,13 @@ def _loop(
                 log.say(
                     f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: not "
                     f"finite, stopped without updating (train.nonfinite=skip goes on past it); "
-                    f"{_last_checkpoint(checkpoints)}"
+                    f"{last_checkpoint(checkpoints)}"
                 )
                 return EXIT_NONFINITE
             log.say(f"step {state.step}: not finite, skipped ({state.skipped} so far)")
             if skips_in_a_row == _MAX_SKIPS:
                 log.say(f"{_MAX_SKIPS} steps in a row were not finite, stopped; "
-                        f"{_last_checkpoint(checkpoints)}")  # fmt: skip
+                        f"{last_checkpoint(checkpoints)}")  # fmt: skip
                 return EXIT_NONFINITE
         if result.applied and (state.step % config.logging.every == 0 or state.step == num_steps):
             speed = interval.tokens_per_second()
@@ -288,6 +293,13 @@ def _loop(
                 watchdog.at(f"saving step {state.step}")
                 writer.save(engine, state)
         writer.check()
+        if evaluation is not None and evaluation.due(state.step) and not stopping:
+            # After the save: an evaluation that fails, or is stopped, costs no training.
+            layer_metrics.collect(engine)
+            watchdog.at(f"evaluating step {state.step}")
+            with interval.paused():
+                _evaluate(evaluation, state, log)
+            engine.layer_metrics()
         if stopping and state.step < num_steps:
             log.say(f"stopped by {stop.name} after step {state.step}, saved {writer.wait()}; run "
                     "the same command again to go on")  # fmt: skip
@@ -318,7 +330,7 @@ def _roll_back(
             f"{max(state.recent_losses):.4f}")  # fmt: skip
     if state.rollbacks == spikes.most:
         log.say(f"rolled back {spikes.most} times already (train.spikes.most), stopped; "
-                f"{_last_checkpoint(writer.directory)}")  # fmt: skip
+                f"{last_checkpoint(writer.directory)}")  # fmt: skip
         return EXIT_NONFINITE
     found = roll_back(config, engine, writer.directory, state)
     if found is None:
@@ -376,63 +388,27 @@ def _validate(
     log.say(f"step {state.step}: validation loss {loss:.4f} nats per token{shown}")
 
 
+def _evaluation(
+    config: RunConfig, engine: Engine, data: PreparedData, watchdog: Watchdog
+) -> InLoopEvaluation | None:
+    if not config.eval.tasks:
+        return None
+    from evals.in_loop import InLoopEvaluation
+
+    watchdog.at("loading the tasks of eval")
+    return InLoopEvaluation(config, engine, data.tokenizer, alive=watchdog.moving)
+
+
+def _evaluate(evaluation: InLoopEvaluation, state: CheckpointState, log: RunLog) -> None:
+    found = evaluation.run(state)
+    log.record({"step": state.step, "tokens": state.tokens, **found})
+    shown = ", ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in found.items())
+    log.say(f"step {state.step}: {shown}")
+
+
 def _bytes_per_token(data: PreparedData, log: RunLog) -> torch.Tensor | None:
     try:
         return torch.from_numpy(data.tokenizer.bytes_per_token())
     except UserError as error:
         log.say(f"no bits per byte: {error}")
         return None
-
-
-def _checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int) -> Path | None:
-    """The checkpoint to go on from, checked in every way, or None for a new run."""
-    directory = config.run_directory
-    checkpoints = directory / "checkpoints"
-    recover_replaced(checkpoints)
-    if config.checkpoint.resume is None and not list_checkpoints(checkpoints):
-        return None
-    found = find_checkpoint(
-        checkpoints / config.checkpoint.resume if config.checkpoint.resume else directory
-    )
-    if config.checkpoint.resume:
-        # The same command again goes on from what it has done since, not from there once more.
-        latest = find_checkpoint(directory)
-        if load_config(RunConfig, latest / "config.yaml").checkpoint.resume == found.name:
-            found = latest
-    check_files(found, "size")
-    state = read_state(found)
-    check_same_model(state, config.model, vocab_size, found)
-    if state.tokenizer_sha256 != data.tokenizer.sha256:
-        raise UserError(
-            f"{found} was trained with another tokenizer ({state.tokenizer_sha256[:12]}...) than "
-            f"the shards of the config ({data.tokenizer.sha256[:12]}...)"
-        )
-    before = load_config(RunConfig, found / "config.yaml")
-    for name, was, now in (
-        ("seed", before.seed, config.seed),
-        ("train.seq_len", before.train.seq_len, config.train.seq_len),
-        (
-            "train.global_batch_tokens",
-            before.train.global_batch_tokens,
-            config.train.global_batch_tokens,
-        ),
-        (
-            "train.batch_warmup_steps, batch_warmup_start",
-            (before.train.batch_warmup_steps, before.train.batch_warmup_start),
-            (config.train.batch_warmup_steps, config.train.batch_warmup_start),
-        ),
-        ("train.precision", before.train.precision, config.train.precision),
-        ("data", ", ".join(state.data), ", ".join(data.identity)),
-    ):
-        if was != now:
-            raise UserError(
-                f"{directory} was trained with {name} {was}, the config says {now}: going on would "
-                "repeat or leave out data; choose another name for a new run"
-            )
-    return found
-
-
-def _last_checkpoint(directory: Path) -> str:
-    if not list_checkpoints(directory):
-        return "there is no checkpoint yet"
-    return f"the last checkpoint is {find_checkpoint(directory)}"

@@ -15,7 +15,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
-from pretrain.metrics import merge_metrics
+from pretrain.merged_metrics import merge_metrics
 from pretrain.models.blocks import BlockSpec, block_specs, passes
 from pretrain.models.depth_lora import add_depth_lora, set_depth
 from pretrain.models.mixers import LayerContext, State
@@ -25,6 +25,7 @@ from pretrain.models.norm import RMSNorm
 from pretrain.models.recursive import Recursion
 from pretrain.models.stages import Stage, divide_into_stages, whole_model
 from pretrain.ops.linear_cross_entropy import linear_cross_entropy
+from pretrain.ops.target_scores import target_scores
 from pretrain.parallel.layers import (
     ParallelContext,
     column_input,
@@ -148,18 +149,24 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        scored: Tensor | None = None,
+        candidates: int | None = None,
     ) -> Tensor:
         """tokens, targets ``[B, T]`` int64; with ``cu_seqlens`` B is 1 and sequences are packed.
 
         Returns each target's cross entropy ``[B, T]`` in nats, float32; without targets,
         the logits ``[B, T, vocab]`` (this process's part of the vocabulary). A stage that is not
-        the last returns what the next one goes on from, ``[T, B, d]``.
+        the last returns what the next one goes on from, ``[T, B, d]``. With ``scored``, ``[M]``
+        numbers of tokens of one row: :meth:`score` of their targets.
         """
         x, _, ponder = self._hidden(tokens, cu_seqlens, None, with_states=False)
         if not self.stage.last:
             return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
         if targets is None:
             return self._logits(x).transpose(0, 1)
+        if scored is not None:
+            x = column_input(self._head_input(x), self.context)[:, 0]
+            return self._score(x[scored], targets[0, scored], candidates)
         losses = self._losses(x, targets.t().contiguous()).t()
         if ponder is not None and self.training:
             # In the gradient, not in the value: the loss stays a cross entropy.
@@ -179,6 +186,52 @@ class LanguageModel(nn.Module):
         block, for those of a loop one for every pass."""
         x, states, _ = self._hidden(tokens, cu_seqlens, states, with_states=True)
         return self._logits(x).transpose(0, 1), states
+
+    def hidden_with_state(
+        self, tokens: Tensor, states: list[State] | None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, list[State]]:
+        """What :meth:`score` and :meth:`next_logits` start from, ``[B * T, d]`` row by row, and the
+        states as of :meth:`forward_with_state`. For a whole model without sequence parallelism."""
+        x, states, _ = self._hidden(tokens, cu_seqlens, states, with_states=True)
+        return x.transpose(0, 1).flatten(0, 1), states
+
+    def score(self, x: Tensor, targets: Tensor, candidates: int | None = None) -> Tensor:
+        """``[2, M]``: log-likelihoods of ``targets`` ``[M]`` after the tokens whose hidden rows are
+        x ``[M, d]``, and the likeliest of the first ``candidates`` ids there."""
+        return self._score(self._head_rows(x), targets, candidates)
+
+    def next_logits(self, x: Tensor) -> Tensor:
+        """``[M, vocab]``, the whole vocabulary, after the tokens whose hidden rows are x."""
+        logits = nn.functional.linear(self._head_rows(x), self._head_weight)
+        if self.context.tensor_size > 1:
+            logits = tensor_parallel.gather_from_tensor_model_parallel_region(
+                logits, self.context.group
+            )
+        return self._capped(logits)
+
+    def select_states(self, states: list[State], indices: Tensor) -> list[State]:
+        """The states of some of the sequences, in the order of ``indices``."""
+        return [
+            cast(Block, block).mixer.select_state(state, indices)
+            for block, state in zip(self._blocks_by_state(), states, strict=True)
+        ]
+
+    def _blocks_by_state(self) -> list[nn.Module]:
+        loop = self._loop
+        times = 1 if self.recursion is None else self.recursion.num_passes()
+        own = self.stage.blocks
+        order = [*range(own.start, loop.start), *[*loop] * times, *range(loop.stop, own.stop)]
+        return [self.blocks[index] for index in (order if loop else own)]
+
+    def _head_rows(self, x: Tensor) -> Tensor:
+        return column_input(self._head_input(x[:, None]), self.context)[:, 0]
+
+    def _score(self, x: Tensor, targets: Tensor, candidates: int | None) -> Tensor:
+        return target_scores(
+            x, self._head_weight, targets, candidates=candidates or self.vocab_size,
+            tokens_at_once=max(self.logits_at_once // len(self._head_weight), 1),
+            group=self.context.group, softcap=self.model_config.logit_softcap,
+        )  # fmt: skip
 
     def _hidden(
         self,

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data import Batch
-from pretrain.metrics import merge_metrics
+from pretrain.merged_metrics import merge_metrics
 from pretrain.models.language_model import LanguageModel
 from pretrain.parallel.deepspeed_updates import DeepSpeedUpdates
-from pretrain.parallel.forward_backward import run_schedule
+from pretrain.parallel.forward_backward import run_schedule, score_schedule
 from pretrain.parallel.megatron_updates import MegatronUpdates
 from pretrain.parallel.processes import local_device, sum_over_replicas
 
@@ -105,6 +105,17 @@ class Engine:
         for part in self.parts:
             part.train()
         return float(sums[0] / sums[1].clamp_min(1)), int(sums[1]), int(sums[2])
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[Batch], candidates: int) -> list[Tensor]:
+        """See :func:`.forward_backward.score_schedule`; in evaluation mode."""
+        for part in self.parts:
+            part.eval()
+        try:
+            return score_schedule(self.updates.modules, batches, candidates)
+        finally:
+            for part in self.parts:
+                part.train()
 
     def layer_metrics(self) -> dict[str, float]:
         """What this process's layers have to tell since the last call."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,18 +32,47 @@ def run_schedule(
         group = list(alike)
         if forward_only:
             group = _whole_rounds(group)
-        iterators = [iter(group) for _ in modules]
-        with device_scope():
-            results = get_forward_backward_func()(
-                forward_step_func=_forward_step,
-                data_iterator=iterators if len(modules) > 1 else iterators[0],
-                model=list(modules) if len(modules) > 1 else modules[0],
-                num_microbatches=len(group), seq_length=group[0].tokens.shape[1],
-                micro_batch_size=1, forward_only=forward_only,
-            )  # fmt: skip
-        for result in results:
+        for result in _through(_forward_step, modules, group, forward_only):
             total += result["sums"]
     return total
+
+
+def score_schedule(
+    modules: Sequence[nn.Module], batches: Sequence[Batch], candidates: int
+) -> list[Tensor]:
+    """``[2, M]`` of each micro-batch, on the last stage (elsewhere none): log-likelihoods of the
+    targets that its mask counts, and the likeliest of the first ``candidates`` ids in their places.
+
+    All micro-batches must be of one length, and as many on every process."""
+
+    def step(batches: Iterator[Batch], module: nn.Module) -> tuple[Tensor, Any]:
+        batch = next(batches).to(local_device())
+        with model_scope():
+            scored = torch.nonzero(batch.loss_mask[0]).squeeze(-1)
+            output = module(
+                batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, scored=scored,
+                candidates=candidates,
+            )  # fmt: skip
+        return output, lambda scores: (scores.sum(), scores.new_ones((), dtype=torch.int32), scores)
+
+    group = _whole_rounds(list(batches))
+    return list(_through(step, modules, group, forward_only=True))[: len(batches)]
+
+
+def _through(
+    step: Callable[..., Any], modules: Sequence[nn.Module], group: list[Batch], forward_only: bool
+) -> list[Any]:
+    """What megatron-core's schedule collects of micro-batches of one length."""
+    iterators = [iter(group) for _ in modules]
+    with device_scope():
+        found: list[Any] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(modules) > 1 else iterators[0],
+            model=list(modules) if len(modules) > 1 else modules[0],
+            num_microbatches=len(group), seq_length=group[0].tokens.shape[1],
+            micro_batch_size=1, forward_only=forward_only,
+        )  # fmt: skip
+    return found
 
 
 def _whole_rounds(batches: list[Batch]) -> list[Batch]:

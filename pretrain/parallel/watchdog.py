@@ -38,12 +38,17 @@ class Watchdog:
         self._timeout, self._directory = timeout, directory
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._work, self._ended = "starting", threading.Event()
+        self._steps = 0  # of the work at hand
         self._heard: dict[int, tuple[str, float]] = {}  # last word of each, and since when
         self._moved: dict[int, tuple[str, float]] = {}  # the same without the beats
 
     def at(self, work: str) -> None:
         """Say what this process does from now on, in words that fit behind "it has been at"."""
         self._work = work
+
+    def moving(self) -> None:
+        """Say that the work goes on: some kinds may take longer than the timeout in all."""
+        self._steps += 1
 
     def __enter__(self) -> Watchdog:
         if self._size > 1:
@@ -110,7 +115,7 @@ class Watchdog:
         while not self._ended.wait(_BEAT_SECONDS):
             try:
                 beats += 1
-                self._store.set(f"beat-{self._rank}", f"{beats}:{self._work}")
+                self._store.set(f"beat-{self._rank}", f"{beats}:{self._steps}:{self._work}")
                 if self._store.check(["failure"]):
                     if not self._ended.wait(_GRACE_SECONDS):
                         os._exit(EXIT_FAILED)
@@ -131,9 +136,9 @@ class Watchdog:
             word = self._store.get(key).decode() if self._store.check([key]) else ""
             if self._heard.get(rank, ("?", 0.0))[0] != word:
                 self._heard[rank] = (word, now)
-            work = word.partition(":")[2]
-            if self._moved.get(rank, ("?", 0.0))[0] != work:
-                self._moved[rank] = (work, now)
+            said = word.partition(":")[2]
+            if self._moved.get(rank, ("?", 0.0))[0] != said:
+                self._moved[rank] = (said, now)
 
     def _check(self) -> None:
         now = time.monotonic()
@@ -146,9 +151,10 @@ class Watchdog:
         if self._rank != 0 or now - self._moved[0][1] <= self._timeout:
             return
         # No step has ended: who is elsewhere than the most, who wait for it?
-        most, _ = Counter(work for work, _ in self._moved.values()).most_common(1)[0]
-        stuck = [r for r, (work, _) in self._moved.items() if work != most] or [0]
-        work = self._moved[stuck[0]][0]
+        works = {rank: said.partition(":")[2] for rank, (said, _) in self._moved.items()}
+        most, _ = Counter(works.values()).most_common(1)[0]
+        stuck = [rank for rank, work in works.items() if work != most] or [0]
+        work = works[stuck[0]]
         who = self._name(stuck[0]) if work != most else "every process"
         self._leave(
             f"{who} has been at {work} for {now - self._moved[stuck[0]][1]:.0f} s, longer than "

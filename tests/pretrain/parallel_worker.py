@@ -122,7 +122,7 @@ MUON_LAYOUTS = {
     "tp2-pp2-sequence-zero0": ParallelConfig(tensor=2, pipeline=2, sequence=True, zero_stage=0),
     "tp2-dp2-zero0": ParallelConfig(tensor=2, zero_stage=0),
 }
-# Every layout trains the first model, and every fourth one each of the rest, by turns.
+# Every layout trains the first model, and every eighth one each of the rest, by turns.
 _MODELS, _LAYOUTS = list(MODELS), list(LAYOUTS)
 # Not: stages that a model does not have ("depth" is one block and the rest); what is refused.
 CASES = {
@@ -130,7 +130,7 @@ CASES = {
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
     if model not in ("experts", "muon")
-    and (model in ("tied", "options") or (_MODELS.index(model) + _LAYOUTS.index(layout)) % 4 == 0)
+    and (model in ("tied", "options") or (_MODELS.index(model) + _LAYOUTS.index(layout)) % 8 == 0)
     and (model != "options" or layout in OPTION_LAYOUTS)
     and (model != "depth" or parallel.pipeline * parallel.virtual_pipeline <= 2)
     and (model != "bf16" or layout != "deepspeed-dp4-zero0")

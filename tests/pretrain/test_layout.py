@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -23,6 +24,7 @@ from pretrain.models import language_model
 from pretrain.models.stages import Stage, balance, divide_into_stages
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.layout import check_layout, describe_layout
+from pretrain.parallel.processes import order_kernels
 from tests.pretrain.test_engine import make
 
 RECURSIVE = {"prelude": 1, "coda": 1, "times": 3}
@@ -188,3 +190,19 @@ def test_no_process_makes_a_sample_of_a_model_that_it_does_not_have():
         ParallelConfig(zero_backend="deepspeed", zero_stage=3),
     ):
         assert not parallel.one_has_all
+
+
+@pytest.mark.parametrize(("tensor", "set_before", "expected"),
+                         [(1, None, None), (2, None, "1"), (2, "8", "8")])  # fmt: skip
+def test_gpus_take_kernels_in_order_where_tensors_are_divided(
+    tensor, set_before, expected, monkeypatch
+):
+    """megatron-core's exchanges run beside products only then."""
+    if set_before is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", set_before)
+    order_kernels(ParallelConfig(tensor=tensor))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
+    monkeypatch.undo()
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
