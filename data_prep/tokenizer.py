@@ -82,6 +82,10 @@ class Tokenizer(ABC):
         """Text of ids among which no end-of-document id is left."""
 
     @abstractmethod
+    def name_of(self, index: int) -> str:
+        """How the tokenizer's own file writes the token ``index``."""
+
+    @abstractmethod
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
         """``[vocab_size]``: how many UTF-8 bytes each id stands for, 0 for special ids.
 
@@ -168,6 +172,9 @@ class SentencePieceTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
+    def name_of(self, index: int) -> str:
+        return self._pieces[index]
+
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
         if not self.lossless:
             raise UserError(f"{self.path}: {_LOSSY}")
@@ -226,6 +233,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False)
+
+    def name_of(self, index: int) -> str:
+        return str(self._model.id_to_token(index))
 
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
         if not (_byte_level(self._spec) and self.lossless):

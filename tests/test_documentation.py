@@ -25,8 +25,8 @@ COPIED = ("configs", "data_prep", "evals", "launch", "pretrain", "tests/data")
 
 
 def commands(page):
-    """Lines of the page's ``bash`` blocks; those marked ``bash gpu`` or ``bash slurm`` need what is
-    not here."""
+    """Lines of the page's ``bash`` blocks; those marked ``bash gpu``, ``slurm`` or ``hub`` need
+    what is not here."""
     text = (ROOT / page).read_text()
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
@@ -70,14 +70,26 @@ def test_every_page_is_known_and_reachable():
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
         # A command outside a block is no command that anyone runs; inside, it is run.
         fences = re.findall(r"^```(\S*.*)$", text, re.MULTILINE)
-        assert set(fences) <= {"", "bash", "bash gpu", "bash slurm", "yaml", "python", "diff"}, page
+        assert set(fences) <= {
+            "",
+            "bash",
+            "bash gpu",
+            "bash slurm",
+            "bash hub",
+            "yaml",
+            "python",
+            "diff",
+        }, page
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_needs_gpus_says_so(page):
     lines = (ROOT / page).read_text().splitlines()
     for number, line in enumerate(lines):
-        needed = {"```bash gpu": "needs gpus", "```bash slurm": "needs slurm"}.get(line)
+        needed = {
+            "```bash gpu": "needs gpus", "```bash slurm": "needs slurm",
+            "```bash hub": "needs a network",
+        }.get(line)  # fmt: skip
         assert needed is None or needed in " ".join(lines[number - 4 : number]).lower(), page
 
 
