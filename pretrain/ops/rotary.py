@@ -7,10 +7,14 @@ from torch import Tensor
 
 
 def rotary_embedding(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin ``[*positions.shape, dim / 2]`` in float32 for integer positions."""
-    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-    angles = positions[..., None] * theta**-exponents
-    return angles.cos().float(), angles.sin().float()
+    """cos and sin ``[*positions.shape, dim / 2]`` in float32 for integer positions.
+
+    Angles are rounded to float32 step by step as in transformers, so that Llama-shaped models give
+    the same logits in both to the last bit; exact ones are 5e-4 away in logits after 1,700 tokens.
+    """
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

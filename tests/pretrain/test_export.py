@@ -277,7 +277,7 @@ def test_a_real_checkpoint_gives_transformers_logits(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, dtype=torch.float32
     ).eval()
-    ids = torch.tensor([loaded.tokenizer.encode(Path(__file__).read_text()[:500])])
-    assert ids.shape[1] > 100
+    ids = torch.tensor([loaded.tokenizer.encode(Path(__file__).read_text()[:3500])])
+    assert ids.shape[1] > 1000
     with torch.no_grad():
-        assert (theirs(ids).logits - loaded.model(ids)).abs().max() < 1e-4
+        assert (theirs(ids).logits - loaded.model(ids)).abs().max() < 1e-5
