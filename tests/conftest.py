@@ -34,6 +34,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda x: LONGEST.index(x.path.stem) if x.path.stem in LONGEST else 99)
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """As it was, after every test: what one sets would reach the processes that others start."""
+    before = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    yield
+    for name in set(os.environ) - set(before) - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def processes():
     """megatron-core's groups on a single process."""

@@ -7,7 +7,6 @@ import contextlib
 import io
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from pretrain.models.language_model import LanguageModel
 from pretrain.parallel.forward_backward import run_schedule
 from pretrain.parallel.gradient_norm import global_norm
 from pretrain.parallel.megatron_on_cpu import device_scope
-from pretrain.parallel.processes import data_parallel_place, local_device
+from pretrain.parallel.processes import data_parallel_place, local_device, name_local_rank
 from pretrain.parallel.sharded_state import (
     MOMENTS,
     Boxes,
@@ -66,6 +65,7 @@ def _import_deepspeed() -> Any:
                 "parallel.zero_backend is deepspeed, which is not installed: pip install deepspeed"
             ) from None
         import deepspeed.comm.torch
+    name_local_rank()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         deepspeed.comm.torch.build_shm_op = lambda: None
@@ -167,7 +167,6 @@ class DeepSpeedUpdates:
             "steps_per_print": None,
         }
         module = self.parts[0] if self._own_backward else nn.ModuleList(self.parts)
-        os.environ.setdefault("LOCAL_RANK", "0")  # asked for also where no launcher was needed
         with contextlib.redirect_stdout(io.StringIO()):
             engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, mpu=_Topology(),

@@ -18,6 +18,8 @@ from pretrain.merged_metrics import merge_metrics
 
 T = TypeVar("T")
 
+_named_here: list[str] = []  # environment variables that no launcher set
+
 
 def local_device() -> torch.device:
     """This process's device."""
@@ -90,8 +92,18 @@ def order_kernels(config: ParallelConfig) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
+def name_local_rank() -> None:
+    """Set ``LOCAL_RANK``, which DeepSpeed asks for also where no launcher was needed, until
+    :func:`stop_processes`: other libraries take it for a launcher's, and wait for its processes."""
+    if "LOCAL_RANK" not in os.environ:
+        os.environ["LOCAL_RANK"] = "0"
+        _named_here.append("LOCAL_RANK")
+
+
 def stop_processes() -> None:
     """Leave all process groups."""
+    while _named_here:
+        os.environ.pop(_named_here.pop(), None)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
