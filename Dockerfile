@@ -8,14 +8,14 @@ ARG VARIANT=cpu
 FROM python:3.11.11-slim-bookworm AS base-cpu
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends g++ git make procps \
+ && apt-get install --yes --no-install-recommends g++ git libaio-dev make procps \
  && rm -rf /var/lib/apt/lists/*
 
 FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04 AS base-cuda
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends \
-      git make procps python3 python3-dev python3-venv \
+      git libaio-dev make procps python3 python3-dev python3-venv \
  && rm -rf /var/lib/apt/lists/*
 
 # hadolint ignore=DL3006

@@ -289,7 +289,8 @@ class ParallelConfig:
     zero_stage: what data-parallel processes divide among them: 0 nothing, 1 the optimizer's state,
     2 gradients too, 3 parameters too; zero_backend: ``megatron`` (0 and 1) or ``deepspeed`` (0 and
     1, without a pipeline also 2 and 3); offload: where DeepSpeed keeps the optimizer's state, on
-    the ``device`` or in ``cpu`` memory.
+    the ``device``, in ``cpu`` memory or, of zero_stage 3, in files on a local ``nvme`` disk, in the
+    folder offload_path.
 
     overlap: exchange gradients while the backward pass goes on, and parameters while the next
     forward pass does. timeout_minutes: how long processes wait for one that does not answer.
@@ -303,7 +304,8 @@ class ParallelConfig:
     micro_batch_size: int = setting(8, minimum=1)
     zero_stage: int = setting(1, minimum=0, maximum=3)
     zero_backend: str = setting("megatron", choices=ZERO_BACKENDS)
-    offload: str = setting("device", choices=("device", "cpu"))
+    offload: str = setting("device", choices=("device", "cpu", "nvme"))
+    offload_path: str | None = None
     overlap: bool = True
     timeout_minutes: float = setting(30, above=0)
 

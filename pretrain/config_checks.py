@@ -187,3 +187,13 @@ def _check_parallel(config: RunConfig, where: str) -> None:
             f"{where}: parallel.offload is {parallel.offload}, expected device, or "
             "parallel.zero_backend=deepspeed with parallel.zero_stage 1 to 3"
         )
+    if parallel.offload == "nvme" and stage < 3:
+        raise ConfigError(
+            f"{where}: parallel.offload is nvme with parallel.zero_stage {stage}, expected 3: "
+            "DeepSpeed moves no other state to files; or offload=cpu"
+        )
+    if (parallel.offload == "nvme") != (parallel.offload_path is not None):
+        raise ConfigError(
+            f"{where}: parallel.offload is {parallel.offload} and parallel.offload_path "
+            f"{parallel.offload_path}, expected a folder on a local disk with offload=nvme alone"
+        )

@@ -1,5 +1,6 @@
 """Gradients and updates by DeepSpeed: ZeRO-0 and 1 behind megatron-core's schedules, ZeRO-2 and 3
-with DeepSpeed's own backward pass, the optimizer's state in the processor's memory if wanted."""
+with DeepSpeed's own backward pass, the optimizer's state in the processor's memory or in files if
+wanted."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,22 +24,14 @@ from data_prep.errors import UserError
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data import Batch
 from pretrain.models.language_model import LanguageModel
+from pretrain.parallel.deepspeed_state import DeepSpeedState
 from pretrain.parallel.forward_backward import run_schedule
 from pretrain.parallel.gradient_norm import global_norm
 from pretrain.parallel.megatron_on_cpu import device_scope
-from pretrain.parallel.processes import data_parallel_place, local_device, name_local_rank
-from pretrain.parallel.sharded_state import (
-    MOMENTS,
-    Boxes,
-    State,
-    flat_part,
-    optimizer_key,
-    weights_state,
-    whole_part,
-    writes,
-)
+from pretrain.parallel.processes import local_device, name_local_rank
 
 _BUCKET = 200_000_000  # elements of a gradient bucket at most: DeepSpeed allocates it whole
+_IN_FILES = 100_000_000  # parameters whose state is in memory at once, where it lies in files
 
 
 class _Topology:
@@ -87,7 +82,7 @@ def divide_parameters(unit: nn.Module) -> None:
     )  # fmt: skip
 
 
-class DeepSpeedUpdates:
+class DeepSpeedUpdates(DeepSpeedState):
     """Owns DeepSpeed's engine around this process's stages."""
 
     step_seed = (0, 0)
@@ -99,10 +94,9 @@ class DeepSpeedUpdates:
         parallel: ParallelConfig,
         micro_batches: int,
     ):
-        self.parts, self.config, self.stage = list(parts), config, parallel.zero_stage
-        self.replicas = data_parallel_place()[1]
-        dtype = parts[0].context.dtype
-        self.narrow = dtype != torch.float32
+        # Before DeepSpeed divides the parameters: names, shapes and marks are the model's own.
+        super().__init__(parts, parallel.zero_stage)
+        self.config, dtype = config, parts[0].context.dtype
         if self.stage == 0 and self.narrow:
             raise UserError(
                 "parallel.zero_stage is 0 with DeepSpeed, which in bf16 divides the optimizer's "
@@ -110,10 +104,6 @@ class DeepSpeedUpdates:
             )
         self._own_backward = self.stage > 1
         self._micro_batches, self._scale = micro_batches, 1.0
-        # Before DeepSpeed divides the parameters: names, shapes and marks are the model's own.
-        self._named: dict[str, Any] = {
-            n: p for part in self.parts for n, p in part.named_parameters()
-        }
         self._sequence = [p for p in self._named.values() if getattr(p, "sequence_parallel", False)]
         megatron = parts[0].config
         if self._own_backward:
@@ -156,6 +146,10 @@ class DeepSpeedUpdates:
             zero["offload_optimizer"] = {
                 "device": parallel.offload, "pin_memory": torch.cuda.is_available(),
             }  # fmt: skip
+        if parallel.offload == "nvme":
+            self._files = folder_for_files(parallel)
+            zero["offload_optimizer"]["nvme_path"] = self._files.name
+            zero["sub_group_size"] = _IN_FILES
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self._micro_batches if self._own_backward else 1,
@@ -256,91 +250,22 @@ class DeepSpeedUpdates:
     def complete_weights(self) -> None:
         """Nothing: DeepSpeed's step ends with whole weights, or ZeRO-3 has none."""
 
-    def weights_state(self, *, saving: bool) -> State:
-        """Every parameter by its name, as far as this process has it."""
-        if self.stage < 3:
-            return weights_state(self.parts, saving=saving)
-        return {
-            name: self._part_of_three(p, p.ds_tensor.data)
-            for name, p in self._named.items()
-            if not saving or writes(name, p, replicas=1)
-        }
 
-    def optimizer_state(self, *, saving: bool) -> State:
-        """As :meth:`pretrain.parallel.megatron_updates.MegatronUpdates.optimizer_state`."""
-        state: State = {}
-        for name, parameter in self._named.items():
-            replicas = self.replicas if self.stage == 0 else 1
-            if saving and not writes(name, parameter, replicas=replicas):
-                continue
-            for key, boxes in self._optimizer_boxes(parameter):
-                state[optimizer_key(key, name)] = boxes
-        return state
+def folder_for_files(parallel: ParallelConfig) -> tempfile.TemporaryDirectory[str]:
+    """This process's own, removed when it ends."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    def _optimizer_boxes(self, parameter: Any) -> Iterator[tuple[str, Boxes]]:
-        keys = (*MOMENTS, "param") if self.narrow else MOMENTS
-        if self.stage == 0:
-            for key in MOMENTS:
-                yield key, whole_part(parameter, self._moments(self.optimizer, parameter)[key])
-        elif self.stage == 3:
-            for key in keys:
-                yield key, self._part_of_three(parameter, self._flat_of_three(parameter, key))
-        elif parameter._hp_mapping is not None:  # else another data-parallel process's
-            start = parameter._hp_mapping.lp_fragment_address.start
-            for key in keys:
-                yield key, flat_part(parameter, start, self._flat_of_two(parameter, key))
-
-    def _moments(self, optimizer: Any, main: Tensor) -> dict[str, Tensor]:
-        moments: dict[str, Tensor] = optimizer.state[main]
-        for key in MOMENTS:
-            if key not in moments:
-                moments[key] = torch.zeros_like(main)
-        moments.setdefault("step", torch.tensor(0.0))
-        return moments
-
-    def _mains(self) -> list[Any]:
-        """What the optimizer updates: parameters, or this process's ranges of them, flattened."""
-        if self.stage == 0:
-            return list(self._named.values())
-        if self.stage == 3:
-            return list(self.optimizer.fp32_partitioned_groups_flat)
-        return list(self.optimizer.single_partition_of_fp32_groups)
-
-    def _flat_of_two(self, parameter: Any, key: str) -> Tensor:
-        """ZeRO-1 and 2: this process's range of a flattened parameter, in float32."""
-        mapping = parameter._hp_mapping
-        if key == "param":
-            return mapping.hp_fragment.data
-        flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-        address = mapping.hp_fragment_address
-        moments = self._moments(self.optimizer.optimizer, flat)
-        return moments[key].narrow(0, address.start, address.numel)
-
-    def _flat_of_three(self, parameter: Any, key: str) -> Tensor:
-        group, start, count = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        flat = self.optimizer.fp32_partitioned_groups_flat[group]
-        source = flat.data if key == "param" else self._moments(self.optimizer.optimizer, flat)[key]
-        return source.narrow(0, start, count)
-
-    def _part_of_three(self, parameter: Any, values: Tensor) -> Boxes:
-        """ZeRO-3 cuts a flattened parameter in equal ranges, the last one filled up."""
-        start = dist.get_rank(parallel_state.get_data_parallel_group()) * values.numel()
-        held = max(0, min(values.numel(), parameter.ds_numel - start))
-        return flat_part(parameter, start, values.view(-1)[:held], tuple(parameter.ds_shape))
-
-    def loaded(self, updates: int) -> None:
-        """Called when weights and optimizer state have been loaded, of so many updates."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        for main in self._mains():
-            self._moments(inner, main)["step"].fill_(float(updates))
-        if self.narrow or self.stage == 0:
-            return
-        # float32: the weights are their own masters, but DeepSpeed keeps a copy.
-        for parameter in self._named.values():
-            if self.stage == 3:
-                self._flat_of_three(parameter, "param").copy_(parameter.ds_tensor.data)
-            elif parameter._hp_mapping is not None:
-                parameter._hp_mapping.update_hp()
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "parallel.offload is nvme, for which DeepSpeed compiles its asynchronous reading and "
+            "writing; that needs a C++ compiler and libaio (apt install libaio-dev), or offload=cpu"
+        )
+    path = Path(str(parallel.offload_path))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix="optimizer-", dir=path)
+    except OSError as error:
+        raise UserError(f"parallel.offload_path: {path}: cannot be written ({error})") from None
 
 
 def _gradient(parameter: Any) -> Tensor:

@@ -53,6 +53,11 @@ def run_config(pattern="4*gdn", recursion=None, batch=1024, **parallel):
         ({"zero_stage": 2}, "which the megatron backend does not have; .*zero_backend=deepspeed"),
         ({"virtual_pipeline": 2}, "virtual_pipeline is 2, which needs parallel.pipeline above 1"),
         ({"offload": "cpu"}, "offload is cpu, expected device, or .*zero_backend=deepspeed"),
+        ({"offload": "nvme", "offload_path": "x", "zero_stage": 2, "zero_backend": "deepspeed"},
+         "offload is nvme with parallel.zero_stage 2, expected 3"),
+        ({"offload": "nvme", "zero_stage": 3, "zero_backend": "deepspeed"},
+         "offload_path None, expected a folder"),
+        ({"offload_path": "x"}, "offload is device and parallel.offload_path x, expected"),
         ({"sequence": True}, "over parallel.tensor processes, found 1"),
     ],
 )  # fmt: skip
