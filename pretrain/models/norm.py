@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
+from pretrain.ops.rms_norm import rms_norm
 from pretrain.parallel.layers import (
     ParallelContext,
     constant,
     replicated_parameter,
     used_on_part_of_the_tokens,
 )
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Normalise the last axis of ``x``; the result has x's dtype."""
-    if x.is_cuda and (weight is None or weight.dtype == x.dtype):
-        return F.rms_norm(x, x.shape[-1:], weight, eps)  # one kernel, in float32 inside
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    y = F.rms_norm(x.to(dtype), x.shape[-1:], eps=eps)
-    return (y if weight is None else y * weight).to(x.dtype)
 
 
 def divided_rms_norm(x: Tensor, weight: Tensor, eps: float, context: ParallelContext) -> Tensor:

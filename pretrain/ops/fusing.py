@@ -15,6 +15,8 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_FORMS = 64  # that a function may be compiled in: mixers' shapes, with gradients and without, ...
+
 
 def fused(function: F) -> F:
     """``function``, compiled at its first call with CUDA tensors; ``compiled`` is how."""
@@ -22,6 +24,9 @@ def fused(function: F) -> F:
 
     def compiled(*arguments: Any) -> Any:
         if not made:
+            # torch's own limit of 8 ends within one hybrid, which then runs uncompiled.
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, _FORMS)
             made.append(torch.compile(function))
         return made[0](*arguments)
 

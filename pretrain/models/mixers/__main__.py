@@ -61,7 +61,7 @@ and `backend=` of each function of `pretrain.ops` chooses by hand.
   matrices on chip
 * head and cross entropy, where the vocabulary is not divided: Liger's kernel between the products,
   some thousand tokens at a time
-* gates, L2 norms, SwiGLU: fused by torch.compile
+* gates with the norms before them, L2 norms, SwiGLU: fused by torch.compile
 
 Documents, starting states and gradients are as in the definitions; our kernels use no atomics, so
 equal inputs give equal bits. `tests/pretrain/test_kernels.py` and `test_fla.py` run them in

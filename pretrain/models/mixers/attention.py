@@ -10,7 +10,6 @@ from torch import Tensor
 
 from data_prep.config_files import setting
 from pretrain.models.mixers.base import Facts, LayerContext, Mixer, State, heads, register
-from pretrain.models.norm import rms_norm
 from pretrain.ops import apply_rotary, attention, rotary_embedding
 from pretrain.ops.packing import (
     last_tokens,
@@ -20,6 +19,7 @@ from pretrain.ops.packing import (
     sequence_lengths,
     token_positions,
 )
+from pretrain.ops.rms_norm import rms_norm
 from pretrain.parallel.layers import (
     column_input,
     column_linear,

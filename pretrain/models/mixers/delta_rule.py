@@ -31,9 +31,8 @@ from pretrain.models.mixers.parts import (
     softplus_decay,
     time_step_init,
 )
-from pretrain.models.norm import rms_norm
 from pretrain.ops import delta_rule
-from pretrain.ops.gating import silu_gate
+from pretrain.ops.rms_norm import rms_norm, rms_norm_silu_gate
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -112,9 +111,11 @@ class DeltaRuleMixer(Mixer):
             cu_seqlens=cu_seqlens, initial_state=None if state is None else state["recurrent"],
             chunk_size=self.config.chunk_size,
         )  # fmt: skip
-        y = rms_norm(y, head_shared(self.norm, self.parallel), self.config.norm_eps)
+        norm, eps = head_shared(self.norm, self.parallel), self.config.norm_eps
         if self.output_gate:
-            y = silu_gate(y, heads(self.g_proj(x)[0], self.num_heads))
+            y = rms_norm_silu_gate(y, norm, heads(self.g_proj(x)[0], self.num_heads), eps)
+        else:
+            y = rms_norm(y, norm, eps)
         return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
 
     def _steps(self, x: Tensor) -> Tensor:

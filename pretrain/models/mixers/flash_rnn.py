@@ -24,8 +24,8 @@ from pretrain.models.mixers.base import (
     register,
 )
 from pretrain.models.mixers.parts import gate_parameter
-from pretrain.models.norm import rms_norm
 from pretrain.ops import rnn
+from pretrain.ops.rms_norm import rms_norm
 from pretrain.ops.rnn import CELLS
 from pretrain.parallel.layers import (
     column_input,

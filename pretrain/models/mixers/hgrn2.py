@@ -25,6 +25,7 @@ from pretrain.models.mixers.parts import (
 )
 from pretrain.models.norm import divided_rms_norm
 from pretrain.ops import linear_attention
+from pretrain.ops.fusing import fused
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -82,12 +83,7 @@ class HGRN2(Mixer):
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel)
         q = F.silu(self.q_proj(x)[0])
-        gate = self.f_proj(x)[0].to(self.lower_bound.dtype)
-        # f and 1 - f by forms that neither cancel nor reach log 0.
-        bound = self.lower_bound
-        closing = torch.sigmoid(-bound) * torch.sigmoid(-gate)  # 1 - f
-        opening = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(gate))
-        log_f = torch.where(closing < 0.5, torch.log1p(-closing.clamp_max(0.5)), opening)
+        closing, log_f = _forget(self.f_proj(x)[0], self.lower_bound)
         q, k, log_f = (heads(t, self.num_heads) for t in (q, closing, log_f))
         v = heads(self.i_proj(x)[0], self.num_heads)
         y, recurrent = linear_attention(
@@ -127,3 +123,12 @@ class HGRN2(Mixer):
     def state_bytes(cls, config: HGRN2Config, hidden_size: int, seq_len: int) -> int:
         num_heads, key_dim, value_dim = config.shape(hidden_size)
         return 4 * num_heads * key_dim * value_dim
+
+
+@fused
+def _forget(gate: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - f and log f, by forms that neither cancel nor reach log 0."""
+    gate = gate.to(bound.dtype)
+    closing = torch.sigmoid(-bound) * torch.sigmoid(-gate)
+    opening = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(gate))
+    return closing, torch.where(closing < 0.5, torch.log1p(-closing.clamp_max(0.5)), opening)

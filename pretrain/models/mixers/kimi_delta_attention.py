@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from data_prep.config_files import setting
@@ -34,8 +33,8 @@ from pretrain.models.mixers.parts import (
     softplus_decay,
     time_step_init,
 )
-from pretrain.models.norm import rms_norm
 from pretrain.ops import delta_rule
+from pretrain.ops.rms_norm import rms_norm_sigmoid_gate
 from pretrain.parallel.layers import (
     SharedLinear,
     column_input,
@@ -118,8 +117,8 @@ class KimiDeltaAttention(Mixer):
             log_decay=log_decay, cu_seqlens=cu_seqlens, chunk_size=self.config.chunk_size,
             initial_state=None if state is None else state["recurrent"],
         )  # fmt: skip
-        y = rms_norm(y, head_shared(self.norm, self.parallel), self.config.norm_eps)
-        y = y * torch.sigmoid(gate)
+        norm = head_shared(self.norm, self.parallel)
+        y = rms_norm_sigmoid_gate(y, norm, gate, self.config.norm_eps)
         return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
 
     def init_state(self, batch_size: int) -> State:

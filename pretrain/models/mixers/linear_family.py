@@ -14,9 +14,8 @@ from torch import Tensor
 from data_prep.config_files import setting
 from pretrain.models.mixers.base import LayerContext, Mixer, State, heads, per_head, whole
 from pretrain.models.mixers.parts import linear_attention_flops, matrix_state
-from pretrain.models.norm import rms_norm
 from pretrain.ops import linear_attention
-from pretrain.ops.gating import silu_gate
+from pretrain.ops.rms_norm import rms_norm, rms_norm_silu_gate
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -98,9 +97,11 @@ class LinearFamilyMixer(Mixer):
             initial_state=None if state is None else state["recurrent"],
         )  # fmt: skip
         y = self.finish(y)
-        y = rms_norm(y, head_shared(self.norm, self.parallel), self.config.norm_eps)
+        norm, eps = head_shared(self.norm, self.parallel), self.config.norm_eps
         if self.output_gate:
-            y = silu_gate(y, heads(self.g_proj(x)[0], self.num_heads))
+            y = rms_norm_silu_gate(y, norm, heads(self.g_proj(x)[0], self.num_heads), eps)
+        else:
+            y = rms_norm(y, norm, eps)
         return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
 
     def init_state(self, batch_size: int) -> State:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_prep.config_files import setting
@@ -31,6 +30,7 @@ from pretrain.models.mixers.parts import (
 )
 from pretrain.models.norm import divided_rms_norm
 from pretrain.ops import m2rnn
+from pretrain.ops.gating import skip_silu_gate
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -114,7 +114,7 @@ class M2RNN(Mixer):
             state_grad_clip=self.config.state_grad_clip,
             initial_state=None if state is None else state["recurrent"],
         )  # fmt: skip
-        y = (y + self.D * v).to(x.dtype) * F.silu(heads(self.g_proj(x)[0], self.num_heads))
+        y = skip_silu_gate(y, v, self.D, heads(self.g_proj(x)[0], self.num_heads))
         y = divided_rms_norm(y.flatten(2), self.norm, self.config.norm_eps, self.parallel)
         return self.o_proj(y.transpose(0, 1))[0], new_state
 

@@ -26,9 +26,10 @@ from pretrain.models.mixers.parts import (
     matrix_state,
     time_step_init,
 )
-from pretrain.models.norm import divided_rms_norm, rms_norm
+from pretrain.models.norm import divided_rms_norm
 from pretrain.ops import linear_attention
-from pretrain.ops.gating import silu_gate
+from pretrain.ops.gating import skip_silu_gate
+from pretrain.ops.rms_norm import rms_norm
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -113,8 +114,7 @@ class Mamba2(Mixer):
             cu_seqlens=cu_seqlens, chunk_size=self.config.chunk_size,
             initial_state=None if state is None else state["recurrent"],
         )  # fmt: skip
-        y = (y + (self.D[:, None] * wide)).to(x.dtype)
-        y = silu_gate(y, heads(self.z_proj(x)[0], self.num_heads))
+        y = skip_silu_gate(y, wide, self.D[:, None], heads(self.z_proj(x)[0], self.num_heads))
         y = y.flatten(2)
         if self.config.num_groups == 1:
             y = divided_rms_norm(y, self.norm, self.config.norm_eps, self.parallel)

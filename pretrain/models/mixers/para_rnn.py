@@ -24,9 +24,8 @@ from pretrain.models.mixers.parts import (
     gate_parameter,
     matrix_state,
 )
-from pretrain.models.norm import rms_norm
 from pretrain.ops import NewtonReport
-from pretrain.ops.gating import silu_gate
+from pretrain.ops.rms_norm import rms_norm_silu_gate
 from pretrain.parallel.layers import (
     column_input,
     column_linear,
@@ -128,8 +127,10 @@ class ParaRNNMixer(Mixer):
         )  # fmt: skip
         new_state["recurrent"] = states.unflatten(-1, (self.num_heads, -1))
         y = y.to(x.dtype).unflatten(-1, (self.num_heads, -1))
-        y = rms_norm(y, head_shared(self.norm, self.parallel), self.config.norm_eps)
-        y = silu_gate(y, heads(self.g_proj(x)[0], self.num_heads))
+        y = rms_norm_silu_gate(
+            y, head_shared(self.norm, self.parallel),
+            heads(self.g_proj(x)[0], self.num_heads), self.config.norm_eps,
+        )  # fmt: skip
         return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
 
     def init_state(self, batch_size: int) -> State:
