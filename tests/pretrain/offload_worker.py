@@ -1,4 +1,4 @@
-"""ZeRO-3 with the optimizer's state in files, against ZeRO-3 in memory: one line of JSON.
+"""ZeRO-3 with the optimizer's state in files, in memory, and a plain loop: one line of JSON.
 
 DeepSpeed's compiled reading and writing takes minutes to build, so that a plain one stands in; what
 moves states to files and back is DeepSpeed's own.
@@ -7,6 +7,7 @@ moves states to files and back is DeepSpeed's own.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor
 
 from pretrain.config import ParallelConfig
-from pretrain.models.language_model import build_stages
+from pretrain.models.language_model import build_model, build_stages
 from pretrain.parallel.deepspeed_updates import divide_parameters
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import start_processes, stop_processes
 from pretrain.parallel.sharded_state import load_state, save_state
-from tests.pretrain.test_engine import OPTIMIZER, VOCAB, batches, settings
+from tests.pretrain.test_engine import OPTIMIZER, VOCAB, batches, plain_loop, settings
+
+# Wide enough for files: DeepSpeed leaves less than 1 MB in memory.
+MODEL = {"init_std": 0.05, "hidden_size": 120}
 
 
 class PlainHandle:
@@ -79,8 +83,8 @@ def compare(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     )
 
     def engine(parallel: ParallelConfig) -> Engine:
-        stages = build_stages(  # wide enough for files: DeepSpeed leaves less than 1 MB in memory
-            settings(init_std=0.05, hidden_size=120), VOCAB, seed=0, seq_len=33, dtype=dtype,
+        stages = build_stages(
+            settings(**MODEL), VOCAB, seed=0, seq_len=33, dtype=dtype,
             filled=divide_parameters,
         )  # fmt: skip
         return Engine(stages, OPTIMIZER, parallel, 2)
@@ -101,6 +105,8 @@ def compare(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         engine.updates.loaded(2)
 
     found: dict[str, Any] = {}
+    model = build_model(settings(**MODEL), VOCAB, seed=0, dtype=dtype)
+    found["plain"] = plain_loop(model) if dtype == torch.float32 else []
     first, second = engine(memory), engine(files)
     moved = second.updates.optimizer.optimizer_swapper.aio_handle
     found["memory"], found["files"] = steps(first, 0, 1), steps(second, 0, 1)
@@ -121,9 +127,10 @@ def main(folder: Path) -> None:
     deepspeed.ops.op_builder.AsyncIOBuilder = PlainBuilder
     swapper.AsyncIOBuilder = PlainBuilder
     start_processes()
-    found = {str(dtype): compare(folder / str(dtype), dtype)
+    found: dict[str, Any] = {str(dtype): compare(folder / str(dtype), dtype)
              for dtype in (torch.float32, torch.bfloat16)}  # fmt: skip
     stop_processes()
+    found["left"] = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
     print("RESULT", json.dumps(found))
 
 

@@ -173,36 +173,3 @@ def test_two_data_parallel_processes_equal_one(tmp_path):
     assert done.returncode == 0, done.stderr
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
     assert np.allclose(json.loads(line.removeprefix("RESULT")), engine_loop(make()), rtol=1e-5)
-
-
-_ZERO_3_ALONE = """
-import json, os
-from tests.pretrain.test_engine import OPTIMIZER, STEPS, VOCAB, batches, settings
-from pretrain.config import ParallelConfig
-from pretrain.models.language_model import build_stages
-from pretrain.parallel.deepspeed_updates import divide_parameters
-from pretrain.parallel.engine import Engine
-from pretrain.parallel.processes import start_processes, stop_processes
-parallel = ParallelConfig(zero_stage=3, zero_backend="deepspeed")
-start_processes(parallel)
-stages = build_stages(settings(init_std=0.05), VOCAB, seed=0, seq_len=33, filled=divide_parameters)
-engine = Engine(stages, OPTIMIZER, parallel, 2)
-results = [engine.train_step(batches(step), 1e-3) for step in range(STEPS)]
-stop_processes()
-left = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
-print("RESULT", json.dumps([[(r.loss, r.grad_norm) for r in results], left]))
-"""
-
-
-def test_zero_3_needs_no_launcher():
-    """And leaves nothing in the environment that others would take for a launcher's."""
-    done = subprocess.run(
-        [sys.executable, "-c", _ZERO_3_ALONE], cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, timeout=300, check=False,
-        env={"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    found, left = json.loads(line.removeprefix("RESULT"))
-    assert np.allclose(found, plain_loop(make(torch.float32)), rtol=1e-5)
-    assert left == []
