@@ -1,10 +1,12 @@
 """What layouts of four CPU processes cost, measured against formulas.
 
 Bytes sent per step and process by kind of group, as ring collectives send them; bytes of weights,
-gradients and optimizer state held by a process; the pipeline's idle share against (p - 1) / m.
+gradients and optimizer state held by a process; the pipeline's idle share against (p - 1) / m; the
+most memory that a process takes against the planner's figure.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/parallel_cpu.py
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/parallel_cpu.py --bubble
+    python benchmarks/parallel_cpu.py --memory
 """
 
 from __future__ import annotations
@@ -270,7 +272,29 @@ def bubble() -> None:
         Console(width=110).print(table)
 
 
+def memory() -> None:
+    """Models of width 512 and more on two processes that it starts; planned by itself, without."""
+    from tests.pretrain.memory_worker import CASES, MORE_CASES
+    from tests.pretrain.test_planner import measure, plan
+
+    cases = {**CASES, **MORE_CASES}
+    planned = plan({n: {"settings": settings, "devices": 2} for n, settings in cases.items()})
+    table = Table(title="most memory of a process for training steps", title_justify="left")
+    for column in ("case", "process", "measured MB", "planned MB", "planned / measured"):
+        table.add_column(column)
+    for name, found in measure(cases).items():
+        stages = planned[name]["memory"]
+        for rank, got in enumerate(found):
+            wanted = stages[rank % len(stages)]
+            table.add_row(
+                name, str(rank), f"{got / 1e6:.0f}", f"{wanted / 1e6:.0f}", f"{wanted / got:.3f}"
+            )
+    Console(width=110).print(table)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bubble", action="store_true")
-    bubble() if parser.parse_args().bubble else costs()
+    parser.add_argument("--memory", action="store_true")
+    chosen = parser.parse_args()
+    bubble() if chosen.bubble else memory() if chosen.memory else costs()

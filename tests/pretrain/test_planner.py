@@ -72,8 +72,8 @@ def planned():
     return plan({n: {"settings": settings, "devices": 2} for n, settings in CASES.items()})
 
 
-@pytest.fixture(scope="module")
-def measured():
+def measure(names):
+    """Bytes of each of two processes, by case."""
     # Memory that is let go goes back to the system at once, so that its count is of what is used.
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",
@@ -81,12 +81,17 @@ def measured():
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "tests.pretrain.memory_worker"],
+         "-m", "tests.pretrain.memory_worker", *names],
         capture_output=True, text=True, check=False, env=environment, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(x for x in done.stdout.splitlines() if x.startswith("measured "))
     return json.loads(line.removeprefix("measured "))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return measure(CASES)
 
 
 @pytest.mark.slow
