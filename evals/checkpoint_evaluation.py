@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from evals.evaluation import evaluate_tasks, seeded
+from evals.evaluation import evaluate_tasks, seeded, set_examples
 from evals.harness import HarnessModel
 from evals.model_loading import LoadedModel
 from evals.scoring import StateScorer
@@ -21,21 +21,24 @@ def evaluate_checkpoint(
     bos: str = "document",
     max_length: int | None = None,
     tokens_per_pass: int = 8192,
-) -> dict[str, dict[str, Any]]:
-    """Results by task, with every setting that they depend on. ``max_length`` defaults to the
-    training length."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each task's result as soon as it is there, with every setting that it depends on; what cannot
+    work raises before the first. ``max_length`` defaults to the training length."""
     scorer = StateScorer(loaded.model, loaded.tokenizer.vocab_size, tokens_per_pass=tokens_per_pass)
     length = max_length or loaded.run.train.seq_len
     model = HarnessModel(scorer, loaded.tokenizer, length, bos=bos)
-    results: dict[str, dict[str, Any]] = {}
-    for name in names:
-        with seeded():
-            tasks = load_tasks([name], model.text_settings(limit))
-        model.cut = 0
-        results |= evaluate_tasks(model, tasks, limit=limit, num_fewshot=num_fewshot)
+    with seeded():
+        loaded_tasks = [load_tasks([name], model.text_settings(limit)) for name in names]
+    for tasks in loaded_tasks:
+        set_examples(tasks, num_fewshot)
+        for name, task in tasks["tasks"].items():
+            model.check_task(name, task, sampled=True)
     about = {
         **model.settings(), "checkpoint": str(loaded.checkpoint), "step": loaded.state.step,
         "tokens_trained": loaded.state.tokens,
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip
-    return {name: {**result, **about} for name, result in results.items()}
+    for tasks in loaded_tasks:
+        model.cut = 0
+        results = evaluate_tasks(model, tasks, limit=limit, num_fewshot=num_fewshot)
+        yield from ((name, {**result, **about}) for name, result in results.items())

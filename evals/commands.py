@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     if harness:
         from evals.checkpoint_evaluation import evaluate_checkpoint
 
-        results = evaluate_checkpoint(
+        found = evaluate_checkpoint(
             loaded, harness, limit=given.limit, num_fewshot=given.num_fewshot, bos=given.bos,
             max_length=given.max_length, tokens_per_pass=given.tokens_per_pass,
         )  # fmt: skip
@@ -60,10 +60,12 @@ def main(arguments: Sequence[str]) -> int:
         defaults = tuple(_parser().get_default(n) for n in
                          ("limit", "num_fewshot", "bos", "max_length", "precision"))  # fmt: skip
         mark = _mark(extra, options if options != defaults else ())
-        paths = [
-            _write(loaded.evals_directory, f"{name}-{loaded.checkpoint.name}{mark}", result, extra)
-            for name, result in results.items()
-        ]
+        results, paths = {}, []
+        for name, result in found:
+            results[name] = result
+            paths.append(_write(
+                loaded.evals_directory, f"{name}-{loaded.checkpoint.name}{mark}", result, extra
+            ))  # fmt: skip
         show_scores(str(loaded.checkpoint), results, paths)
     stop_processes()
     return 0
@@ -95,7 +97,14 @@ def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
     from evals.hugging_face import evaluate_hugging_face
 
     source = given.checkpoint.removeprefix(HF)
-    results = evaluate_hugging_face(
+    for option in ("bos", "weights", "recurrences"):
+        value = getattr(given, option)
+        if value != _parser().get_default(option):
+            raise UserError(
+                f"--{option} is {value}, which is of a run's own checkpoint; {given.checkpoint} "
+                "has what its tokenizer and weights say"
+            )
+    found = evaluate_hugging_face(
         source, names, limit=given.limit, num_fewshot=given.num_fewshot,
         max_length=given.max_length, precision=given.precision,
         trust_remote_code=given.trust_remote_code,
@@ -104,7 +113,10 @@ def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
     settings = (given.limit, given.num_fewshot, given.max_length, given.precision)
     mark = _mark({}, settings)
     directory = Path("runs") / f"hf-{plain}" / "evals"
-    paths = [_write(directory, f"{name}{mark}", result, {}) for name, result in results.items()]
+    results, paths = {}, []
+    for name, result in found:
+        results[name] = result
+        paths.append(_write(directory, f"{name}{mark}", result, {}))
     show_scores(given.checkpoint, results, paths)
     return 0
 

@@ -74,10 +74,22 @@ class HarnessModel(TemplateLM):
     ) -> list[int]:
         return self.text.encode(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both, cut where those of the whole text leave the context's own: a tokenizer
+        may merge a continuation into the context's last token."""
+        found: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        if found[1] or not continuation:
+            return found
+        whole = self.tok_encode(context + continuation)
+        kept = 0
+        while kept < len(whole) - 1 and whole[kept] == found[0][kept]:
+            kept += 1
+        return whole[:kept], whole[kept:]
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [self._fitted(*_told_apart(texts, a, b)) for texts, a, b in requests]
+        pairs = [self._fitted(context, rest) for _, context, rest in requests]
         # An empty continuation (a choice of no text) is certain.
         some = [pair for pair in pairs if pair.continuation]
         found = iter(self.scorer.log_likelihoods(some))
@@ -192,12 +204,3 @@ class HarnessModel(TemplateLM):
             self.cut += 1
             return Pair(context[:1], continuation[-self.max_length :])
         return Pair(self._trimmed(context, self.max_length - len(continuation) + 1), continuation)
-
-
-def _told_apart(
-    texts: tuple[str, str], context: list[int], continuation: list[int]
-) -> tuple[list[int], list[int]]:
-    """A tokenizer may merge a continuation into the context's last token: that is then scored."""
-    if texts[1] and not continuation:
-        return context[:-1], context[-1:]
-    return context, continuation

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_prep.errors import UserError
 from evals.downstream.generated import COUNT, TextSettings
-from evals.evaluation import evaluate_tasks, seeded
+from evals.evaluation import evaluate_tasks, seeded, set_examples
 from evals.tasks import load_tasks
 
 
@@ -26,8 +26,9 @@ def evaluate_hugging_face(
     precision: str = "float32",
     trust_remote_code: bool = False,
     batch_size: int = 8,
-) -> dict[str, dict[str, Any]]:
-    """Results by task of a causal model by name or folder, run by lm-eval's own ``hf`` model;
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each task's result, as soon as it is there, of a causal model by name or folder, run by
+    lm-eval's own ``hf`` model;
     ``trust_remote_code``: run the code that comes with it."""
     try:
         import torch
@@ -44,21 +45,24 @@ def evaluate_hugging_face(
             trust_remote_code=trust_remote_code, batch_size=batch_size, max_length=max_length,
             dtype={"float32": "float32", "bf16": "bfloat16"}[precision],
         )  # fmt: skip
-    except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise UserError(f"hf:{source}: could not be loaded ({said})") from None
+    except Exception as error:  # of transformers, of the formats that it reads, of the model's code
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"hf:{source}: could not be loaded ({said[0]})") from None
     settings = TextSettings(
         lambda text: len(model.tok_encode(text)), model.max_length, limit or COUNT
     )
     with seeded():
-        tasks = load_tasks(names, settings)
-    results = evaluate_tasks(model, tasks, limit=limit, num_fewshot=num_fewshot)
+        loaded_tasks = [load_tasks([name], settings) for name in names]
+    for tasks in loaded_tasks:
+        set_examples(tasks, num_fewshot)
     about = {
         "bos_rule": "as the tokenizer has it", "max_length": model.max_length,
         "tokenizer_sha256": hashlib.sha256(_written(model.tokenizer).encode()).hexdigest(),
         "checkpoint": f"hf:{source}", "precision": precision,
     }  # fmt: skip
-    return {name: {**result, **about} for name, result in results.items()}
+    for tasks in loaded_tasks:
+        results = evaluate_tasks(model, tasks, limit=limit, num_fewshot=num_fewshot)
+        yield from ((name, {**result, **about}) for name, result in results.items())
 
 
 def _written(tokenizer: Any) -> str:

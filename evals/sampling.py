@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -125,8 +126,13 @@ def main(arguments: Sequence[str]) -> int:
 def _check(given: argparse.Namespace) -> None:
     if given.max_tokens < 1:
         raise UserError(f"--max-tokens is {given.max_tokens}, expected 1 or more")
-    if given.temperature < 0:
-        raise UserError(f"--temperature is {given.temperature}, expected 0 or more")
+    if not (given.temperature == 0 or 1e-4 <= given.temperature < math.inf):
+        raise UserError(f"--temperature is {given.temperature}, expected 0, or 1e-4 or more")
+    for option, text in (("--prompt", given.prompt or ""), *(("--stop", s) for s in given.stop)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{option} is not UTF-8: {text!r}") from None
     if given.top_k is not None and given.top_k < 1:
         raise UserError(f"--top-k is {given.top_k}, expected 1 or more")
     if given.top_p is not None and not 0 < given.top_p <= 1:

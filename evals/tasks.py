@@ -34,7 +34,7 @@ def own_tasks() -> dict[str, list[str]]:
 def check_tasks(names: Sequence[str]) -> None:
     """Before anything is loaded. Raises UserError for names that nobody knows, naming the nearest,
     and where lm-eval is not installed."""
-    _require_harness()
+    require_harness()
     with _manager(names):
         pass
 
@@ -43,7 +43,7 @@ def load_tasks(names: Sequence[str], settings: TextSettings) -> dict[str, Any]:
     """What lm-eval's ``evaluate`` takes: tasks and groups by name; ``settings`` of those that are
     generated. Raises UserError as :func:`check_tasks`, and for data that cannot be had, naming what
     installs it."""
-    _require_harness()
+    require_harness()
     from lm_eval.api.task import ConfigurableTask
 
     built: list[Any] = []
@@ -78,7 +78,8 @@ def _manager(names: Sequence[str]) -> Iterator[Any]:
         yield manager
 
 
-def _require_harness() -> None:
+def require_harness() -> None:
+    """Raises UserError where lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"this task runs on lm-eval, which is not installed: {INSTALL}")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -243,16 +244,23 @@ def import_llama(source: str, run_directory: Path, *, gguf_file: str | None = No
             source, dtype=torch.float32, **options
         )
         text: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: could not be loaded by transformers ({said})") from None
+    except Exception as error:  # of transformers, and of the formats that it reads
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{source}: could not be loaded by transformers ({said[0]})") from None
+    backend: Any = getattr(text, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{source}: its tokenizer has no tokenizer.json, which is what runs use")
     config, vocab_size, seq_len = model_of_llama(original.config)
     start_processes()
     model = build_model(config, vocab_size, seed=0)
     fill_from_llama(model, original.state_dict())
+    written = backend.to_str().encode()
+    with tempfile.TemporaryDirectory() as folder:  # a tokenizer that is refused leaves no run
+        write_bytes(Path(folder) / "tokenizer.json", written)
+        Tokenizer.load(Path(folder) / "tokenizer.json")
     run_directory.mkdir(parents=True)
     tokenizer_file = run_directory / "tokenizer.json"
-    write_bytes(tokenizer_file, text.backend_tokenizer.to_str().encode())
+    write_bytes(tokenizer_file, written)
     tokenizer = Tokenizer.load(tokenizer_file)
     run = RunConfig(
         name=run_directory.name, model=config, train=TrainConfig(steps=1, seq_len=seq_len),

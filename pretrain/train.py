@@ -393,6 +393,9 @@ def _evaluation(
 ) -> InLoopEvaluation | None:
     if not config.eval.tasks:
         return None
+    from evals.tasks import require_harness
+
+    require_harness()
     from evals.in_loop import InLoopEvaluation
 
     watchdog.at("loading the tasks of eval")

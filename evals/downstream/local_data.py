@@ -41,7 +41,7 @@ def arrow_splits(folder: str) -> dict[str, Any]:
     files = sorted(root.glob("*/data-00000-of-00001.arrow"))
     if not files:
         raise UserError(f"{root}: no data of this name, expected it in {PACKAGE} 0.9.0 or newer")
-    return {path.parent.name: Dataset.from_file(str(path)) for path in files}
+    return {path.parent.name: Dataset.from_file(str(path), in_memory=True) for path in files}
 
 
 def documents(folder: str) -> Iterator[Document]:

@@ -39,7 +39,9 @@ OFFLINE: dict[str, OfflineTask] = {
         "gsm8k/gsm8k.yaml", "gsm8k", (("training_split", None), ("fewshot_split", "test"))
     ),
     "hellaswag": OfflineTask("hellaswag/hellaswag.yaml", "hellaswag/none"),
-    "lambada_openai": OfflineTask("lambada/lambada_openai.yaml", "lambada"),
+    "lambada_openai": OfflineTask(
+        "lambada/lambada_openai.yaml", "lambada", (("fewshot_split", "test"),)
+    ),
     "mrpc": OfflineTask(_GLUE.format("mrpc"), "glue/mrpc"),
     "nq_open": OfflineTask("nq_open/nq_open.yaml", "nq_open/none"),
     "openbookqa": OfflineTask("openbookqa/openbookqa.yaml", "openbookqa"),

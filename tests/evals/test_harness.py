@@ -129,10 +129,17 @@ def test_a_long_prompt_leaves_room_for_its_text():
         model.generate_until(requests("generate_until", ("a", {"max_gen_toks": 10})))
 
 
-def test_a_continuation_that_merges_into_its_context_is_scored_with_it():
+def test_a_continuation_that_merges_into_its_context_is_scored_with_it(monkeypatch):
+    """What is scored is the token that both make, not the context's."""
     model = harness()
-    model._loglikelihood_tokens([(("ab", "c"), [97, 200], []), (("ab", ""), [97], [])])
-    assert model.scorer.pairs == [Pair([0, 97], [200])]
+    tokens = {"sel": [5], "self": [9], "a sel": [3, 5], "a self": [3, 9], "a selx": [3, 5, 7]}
+    monkeypatch.setattr(model, "tok_encode", lambda text, *_, **__: tokens[text])
+    assert model._encode_pair("sel", "f") == ([], [9])
+    assert model._encode_pair("a sel", "f") == ([3], [9])
+    assert model._encode_pair("a sel", "x") == ([3, 5], [7])
+    assert model._encode_pair("sel", "") == ([5], [])
+    model.loglikelihood(requests("loglikelihood", ("a sel", "f"), ("a sel", "")))
+    assert model.scorer.pairs == [Pair([0, 3], [9])]
 
 
 def test_repeated_samples_differ():
