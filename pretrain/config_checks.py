@@ -182,6 +182,11 @@ def _check_parallel(config: RunConfig, where: str) -> None:
             f"{where}: parallel.zero_stage is {stage}, which the {backend} backend does not have; "
             "expected 0 or 1, or parallel.zero_backend=deepspeed"
         )
+    if backend == "deepspeed" and stage == 0 and config.train.precision != "float32":
+        raise ConfigError(
+            f"{where}: parallel.zero_stage is 0 with DeepSpeed, which in {config.train.precision} "
+            "divides the optimizer's state anyway; expected zero_stage 1, or zero_backend=megatron"
+        )
     if parallel.offload != "device" and (backend != "deepspeed" or stage == 0):
         raise ConfigError(
             f"{where}: parallel.offload is {parallel.offload}, expected device, or "

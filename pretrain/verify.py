@@ -70,7 +70,10 @@ def main(arguments: list[str]) -> int:
 
 def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: int) -> int:
     config.train.steps, config.train.tokens = steps, None
-    config.schedule.warmup_steps = min(config.schedule.warmup_steps, steps // 2)
+    # What fits a run of so few steps, and asks nothing of its checkpoints.
+    flat = int(steps * (1 - config.schedule.decay_fraction))
+    config.schedule.warmup_steps = min(config.schedule.warmup_steps, steps // 2, flat)
+    config.train.spikes.policy = "none"
     config.logging.every, config.sample.tokens, config.validation.every = 1, 0, 0
     config.validation.tokens, config.checkpoint.resume = 1, None
     config.checkpoint.every, config.checkpoint.keep_last = steps // 2, 2

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from data_prep.errors import UserError
 from pretrain.models.language_model import LanguageModel
 from pretrain.parallel.processes import data_parallel_place
 from pretrain.parallel.sharded_state import (
@@ -127,12 +128,29 @@ class DeepSpeedState:
                 for parameter in self._of_group(group):
                     self._fill_three(parameter)
         self._read = {}
+        if self.stage == 3:
+            # Small parameters lie whole on every process after a step: what they were before.
+            self.optimizer._partition_all_parameters()
         if self.narrow or self.stage in (0, 3):
             return
         # float32: the weights are their own masters, but DeepSpeed keeps a copy.
         for parameter in self._named.values():
             if parameter._hp_mapping is not None:
                 parameter._hp_mapping.update_hp()
+
+    def check_alignment(self) -> None:
+        """Raise UserError where DeepSpeed would read a gradient from a file into memory that direct
+        reading cannot begin at; it looks at no errors."""
+        for name, parameter in self._named.items():
+            place = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            group, start, count = place
+            moved = self.optimizer._swappable_optimizer_subgroup(group) and 4 * count >= 2**20
+            if moved and start * 4 % 512:
+                raise UserError(
+                    f"parallel.offload is nvme, but on {self.replicas} data-parallel processes the "
+                    f"gradient of {name} begins {start * 4} bytes into a file's, expected a "
+                    "multiple of 512; expected another number of processes, or offload=cpu"
+                )
 
     def _fill_three(self, parameter: Any) -> None:
         """ZeRO-3: what was read for a parameter of a group that lies in files; and in float32 the

@@ -8,9 +8,7 @@ import contextlib
 import io
 import logging
 import math
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from pretrain.parallel.deepspeed_state import DeepSpeedState
 from pretrain.parallel.forward_backward import run_schedule
 from pretrain.parallel.gradient_norm import global_norm
 from pretrain.parallel.megatron_on_cpu import device_scope
+from pretrain.parallel.offload_folder import make_offload_folder
 from pretrain.parallel.processes import local_device, name_local_rank
 
 _BUCKET = 200_000_000  # elements of a gradient bucket at most: DeepSpeed allocates it whole
@@ -97,11 +96,6 @@ class DeepSpeedUpdates(DeepSpeedState):
         # Before DeepSpeed divides the parameters: names, shapes and marks are the model's own.
         super().__init__(parts, parallel.zero_stage)
         self.config, dtype = config, parts[0].context.dtype
-        if self.stage == 0 and self.narrow:
-            raise UserError(
-                "parallel.zero_stage is 0 with DeepSpeed, which in bf16 divides the optimizer's "
-                "state anyway; expected zero_stage 1, or zero_backend=megatron"
-            )
         self._own_backward = self.stage > 1
         self._micro_batches, self._scale = micro_batches, 1.0
         self._sequence = [p for p in self._named.values() if getattr(p, "sequence_parallel", False)]
@@ -117,6 +111,8 @@ class DeepSpeedUpdates(DeepSpeedState):
         self._engine = self._initialize(dtype, parallel)
         self.optimizer = self._engine.optimizer
         self.modules: list[Any] = list(self.parts)
+        if parallel.offload == "nvme":
+            self.check_alignment()
         self.loaded(0)
 
     def _initialize(self, dtype: torch.dtype, parallel: ParallelConfig) -> Any:
@@ -147,8 +143,7 @@ class DeepSpeedUpdates(DeepSpeedState):
                 "device": parallel.offload, "pin_memory": torch.cuda.is_available(),
             }  # fmt: skip
         if parallel.offload == "nvme":
-            self._files = folder_for_files(parallel)
-            zero["offload_optimizer"]["nvme_path"] = self._files.name
+            zero["offload_optimizer"]["nvme_path"] = str(make_offload_folder(parallel))
             zero["sub_group_size"] = _IN_FILES
         settings = {
             "train_micro_batch_size_per_gpu": 1,
@@ -191,6 +186,9 @@ class DeepSpeedUpdates(DeepSpeedState):
                 f"{len(batches)} micro-batches per step, but DeepSpeed was set up for "
                 f"{self._micro_batches}"
             )
+        if self.stage == 3:
+            # It keeps the last step's gradient of a parameter that has none in this one.
+            self.optimizer.grad_partitions_flat_buffer.zero_()
         sums = torch.zeros(2, dtype=torch.float64, device=local_device())
         for number, batch in enumerate(batches):
             batch = batch.to(local_device())
@@ -249,23 +247,6 @@ class DeepSpeedUpdates(DeepSpeedState):
 
     def complete_weights(self) -> None:
         """Nothing: DeepSpeed's step ends with whole weights, or ZeRO-3 has none."""
-
-
-def folder_for_files(parallel: ParallelConfig) -> tempfile.TemporaryDirectory[str]:
-    """This process's own, removed when it ends."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise UserError(
-            "parallel.offload is nvme, for which DeepSpeed compiles its asynchronous reading and "
-            "writing; that needs a C++ compiler and libaio (apt install libaio-dev), or offload=cpu"
-        )
-    path = Path(str(parallel.offload_path))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix="optimizer-", dir=path)
-    except OSError as error:
-        raise UserError(f"parallel.offload_path: {path}: cannot be written ({error})") from None
 
 
 def _gradient(parameter: Any) -> Tensor:

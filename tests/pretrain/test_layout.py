@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import pytest
@@ -24,7 +23,6 @@ from pretrain.models import language_model
 from pretrain.models.stages import Stage, balance, divide_into_stages
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.layout import check_layout, describe_layout
-from pretrain.parallel.processes import order_kernels
 from tests.pretrain.test_engine import make
 
 RECURSIVE = {"prelude": 1, "coda": 1, "times": 3}
@@ -179,11 +177,14 @@ def test_deepspeed_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match="pip install deepspeed"):
         Engine(make(), OptimizerConfig(), ParallelConfig(zero_backend="deepspeed"))
-    with pytest.raises(UserError, match=r"expected zero_stage 1, or zero_backend=megatron"):
-        Engine(
-            make(torch.bfloat16), OptimizerConfig(),
-            ParallelConfig(zero_backend="deepspeed", zero_stage=0),
-        )  # fmt: skip
+
+
+def test_deepspeed_divides_in_bf16():
+    config = run_config(zero_backend="deepspeed", zero_stage=0)
+    check_run_config(config, "test")
+    config.train.precision = "bf16"
+    with pytest.raises(ConfigError, match=r"expected zero_stage 1, or zero_backend=megatron"):
+        check_run_config(config, "test")
 
 
 def test_no_process_makes_a_sample_of_a_model_that_it_does_not_have():
@@ -195,19 +196,3 @@ def test_no_process_makes_a_sample_of_a_model_that_it_does_not_have():
         ParallelConfig(zero_backend="deepspeed", zero_stage=3),
     ):
         assert not parallel.one_has_all
-
-
-@pytest.mark.parametrize(("tensor", "set_before", "expected"),
-                         [(1, None, None), (2, None, "1"), (2, "8", "8")])  # fmt: skip
-def test_gpus_take_kernels_in_order_where_tensors_are_divided(
-    tensor, set_before, expected, monkeypatch
-):
-    """megatron-core's exchanges run beside products only then."""
-    if set_before is None:
-        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", set_before)
-    order_kernels(ParallelConfig(tensor=tensor))
-    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
-    monkeypatch.undo()
-    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)

@@ -13,31 +13,59 @@ import pytest
 
 from data_prep.errors import UserError
 from pretrain.config import ParallelConfig
-from pretrain.parallel.deepspeed_updates import folder_for_files
+from pretrain.parallel.offload_folder import make_offload_folder
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_state_in_files_trains_and_resumes_as_in_memory(tmp_path):
-    """On one process that no launcher started; DeepSpeed asks the environment for what one sets."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_state_in_files_trains_and_resumes_as_in_memory(processes, tmp_path):
+    """One process with no launcher; DeepSpeed asks the environment for what one sets."""
     environment = {k: v for k, v in os.environ.items() if "RANK" not in k and k != "WORLD_SIZE"}
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.pretrain.offload_worker", str(tmp_path)], cwd=ROOT,
+        [sys.executable, "-m", *(torchrun if processes == 2 else []),
+         "tests.pretrain.offload_worker", str(tmp_path)], cwd=ROOT,
         capture_output=True, text=True, timeout=300, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
     results = json.loads(line.removeprefix("RESULT"))
-    assert results.pop("left") == [], "other libraries would take it for a launcher's"
+    left = results.pop("left")
+    assert left == [] or processes == 2, "other libraries would take it for a launcher's"
     for dtype, found in results.items():
         assert found["moved"] > 1e6
         for step, expected in zip(found["memory"], found["plain"], strict=False):
             np.testing.assert_allclose(step, expected, rtol=1e-5)
-        for name, steps in (("files", 4), ("files from memory", 2), ("memory from files", 2)):
-            expected = np.array(found["memory"][-steps:])
+        # A norm's last digit decides how some bf16 weight is rounded.
+        close = 1e-5 if dtype == "torch.float32" else 1e-2
+        np.testing.assert_allclose(found["files"], found["memory"], rtol=close, err_msg=dtype)
+        for name, source in (
+            ("files from memory", "memory"),
+            ("memory from files", "files"),
+            ("memory rolled back", "memory"),
+            ("files rolled back", "files"),
+        ):
+            expected = found[source][2:]
             np.testing.assert_allclose(found[name], expected, rtol=1e-5, err_msg=f"{dtype} {name}")
         assert not list((tmp_path / dtype / "files").iterdir()), "removed when the process ends"
+
+
+def test_what_killed_processes_leave_is_removed(tmp_path, monkeypatch):
+    builder = pytest.importorskip("deepspeed.ops.op_builder").AsyncIOBuilder
+    monkeypatch.setattr(builder, "is_compatible", lambda self, verbose=False: True)
+    parallel = ParallelConfig(
+        zero_stage=3, zero_backend="deepspeed", offload="nvme", offload_path=str(tmp_path)
+    )
+    (tmp_path / "optimizer-dead").mkdir()
+    (tmp_path / "optimizer-dead" / "moments").write_text("1")
+    (tmp_path / "optimizer-dead.lock").touch()
+    alive = make_offload_folder(parallel)
+    assert not (tmp_path / "optimizer-dead").exists()
+    assert make_offload_folder(parallel) != alive
+    assert alive.is_dir()
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_what_files_need_is_said(tmp_path, monkeypatch):
@@ -47,8 +75,8 @@ def test_what_files_need_is_said(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(builder, "is_compatible", lambda self, verbose=False: False)
     with pytest.raises(UserError, match="apt install libaio-dev"):
-        folder_for_files(parallel)
+        make_offload_folder(parallel)
     monkeypatch.setattr(builder, "is_compatible", lambda self, verbose=False: True)
     (tmp_path / "x").write_text("a file")
     with pytest.raises(UserError, match=r"offload_path: .*x: cannot be written"):
-        folder_for_files(parallel)
+        make_offload_folder(parallel)
