@@ -45,9 +45,9 @@ LOOP = {"recursion": {"prelude": 1, "coda": 1, "times": 4, "backprop_last": 2, "
 EXPERTS = {"moe": {"num_experts": 8, "top_k": 2, "intermediate_size": 512}}
 CASES = {
     "dp2-zero0-checkpointing": case(
-        "2*(gdn attn)", zero_stage=0, checkpointing="block", seq_len=1024, rows=2
+        "2*(gdn attn)", zero_stage=0, checkpointing="block", seq_len=1024
     ),
-    "dp2-bf16": case("2*(gdn attn)", precision="bf16", model={"hidden_size": 768}, rows=2),
+    "dp2-bf16": case("2*(gdn attn)", precision="bf16", model={"hidden_size": 768}),
     "tp2-sequence": case("2*(attn mamba2)", tensor=2, sequence=True, seq_len=1024, rows=2),
     "pp2": case("2*(gdn attn)", pipeline=2, model={"tie_embeddings": False}),
     "ep2": case("2*(gdn attn)", expert=2, model=EXPERTS, seq_len=1024, rows=2),
