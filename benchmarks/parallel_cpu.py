@@ -134,12 +134,15 @@ def expected_bytes(parallel: ParallelConfig, engine: Engine, own: int) -> Counte
     expected["data"] = round(4 * own * (data - 1) / data * times_whole(parallel, micro_batches))
     activation = 4 * SEQ_LEN * HIDDEN
     # One all-reduce of activations per mixer and MLP forward and one backward, one each for the
-    # embedding and the head; or their two halves, where the tokens are divided.
+    # embedding and the head; or their two halves, where the tokens are divided, and once more the
+    # inputs for the weights' gradients.
     ends = sum(part.stage.first + part.stage.last for part in engine.parts)
     blocks = sum(len(part.stage.blocks) for part in engine.parts)
     each = 2 * activation * (tensor - 1) / tensor
     losses = 3 * 2 * 4 * SEQ_LEN * (tensor - 1) / tensor * engine.parts[-1].stage.last
-    expected["tensor"] = round(micro_batches * ((4 * blocks + ends) * each + losses))
+    expected["tensor"] = round(
+        micro_batches * (((4 + parallel.sequence) * blocks + ends) * each + losses)
+    )
     crossing = 0
     for part in engine.parts:
         crossing += (not part.stage.first) + (not part.stage.last)

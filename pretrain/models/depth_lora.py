@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pretrain.parallel.layers import (
     ParallelContext,
+    ReadsSharedInput,
     SharedLinear,
     constant,
     head_shared,
@@ -25,9 +26,10 @@ from pretrain.parallel.layers import (
     used_on_part_of_the_tokens,
     with_init,
 )
+from pretrain.parallel.shared_input import project
 
 
-class DepthLoRA(nn.Module):
+class DepthLoRA(ReadsSharedInput):
     """Wraps a column-parallel, row-parallel or shared linear layer. ``depth`` says which pass is
     going on.
 
@@ -54,16 +56,20 @@ class DepthLoRA(nn.Module):
             used_on_part_of_the_tokens(self.lora_b, context)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
         """The wrapped layer's."""
-        return cast(Tensor, self.inner.weight)
+        return cast(nn.Parameter, self.inner.weight)
+
+    def input_weight(self) -> Tensor | None:
+        return None if self._row else self._shared(self.lora_a[self.depth])
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """As the wrapped layer."""
         y = self.inner(x)[0]
         a, b = self.lora_a[self.depth], self.lora_b[self.depth]
         if not self._row:
-            low = nn.functional.linear(x, self._shared(a))
+            shared = project(x, a, id(self))
+            low = nn.functional.linear(x, self._shared(a)) if shared is None else shared
             return y + nn.functional.linear(low, b if self._column else self._shared(b)), None
         low = nn.functional.linear(x, a)
         group = self._context.group

@@ -23,7 +23,7 @@ class MLP(nn.Module):
         self.down_proj = row_linear(self.parallel, intermediate_size, d, context.output_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = column_input(x, self.parallel)
+        x = column_input(x, self.parallel, self)
         up = self.up_proj(x)[0]
         inner = swiglu(self.gate_proj(x)[0], up) if self.kind == "swiglu" else F.gelu(up)
         return self.down_proj(inner)[0]

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pretrain.parallel.processes import local_device
+from pretrain.parallel.shared_input import project, share_input
 
 Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
@@ -147,22 +148,45 @@ def used_on_part_of_the_tokens(parameter: nn.Parameter, context: ParallelContext
     return parameter
 
 
+class ReadsSharedInput(nn.Module):
+    """A projection that calls :func:`project` on its input, with ``id(self)``."""
+
+    weight: nn.Parameter
+
+    def input_weight(self) -> Tensor | None:
+        """What the input is multiplied by, to give its gradient to; None: it is not shared."""
+        return self.weight
+
+
+def _may_share(projection: ReadsSharedInput) -> bool:
+    """DeepSpeed's ZeRO-3 takes weights away again behind the layer that uses them."""
+    return projection.weight.requires_grad and not hasattr(projection.weight, "ds_id")
+
+
+class ColumnLinear(tensor_parallel.ColumnParallelLinear, ReadsSharedInput):
+    """Linear without bias whose outputs are divided."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
+        shared = project(input, weight, id(self))
+        return super()._forward_impl(input, weight, **settings) if shared is None else shared
+
+
 def column_linear(
     context: ParallelContext, d_in: int, d_out: int, std: float, *, grows: bool = True
 ) -> nn.Module:
     """Linear without bias whose outputs are divided; its input comes from :func:`column_input`.
     ``grows``: whether d_in does with the model, see :func:`hidden_matrix`."""
-    layer = tensor_parallel.ColumnParallelLinear(
+    layer: Any = ColumnLinear(
         d_in, d_out, config=context.megatron, init_method=None, bias=False, gather_output=False,
         disable_grad_reduce=True, tp_group=context.group,
     )  # fmt: skip
     layer.sequence_parallel = False  # column_input has gathered already, once for all projections
     set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
     hidden_matrix(layer.weight, context, std, grows=grows)
-    return layer
+    return cast(nn.Module, layer)
 
 
-class SharedLinear(nn.Module):
+class SharedLinear(ReadsSharedInput):
     """Linear without bias that every tensor-parallel process computes whole, for divided heads."""
 
     def __init__(self, context: ParallelContext, d_in: int, d_out: int, std: float):
@@ -173,7 +197,11 @@ class SharedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """``[..., d_in]`` from :func:`column_input` to ``[..., d_out]``."""
-        return nn.functional.linear(x, head_shared(self.weight, self._context)), None
+        shared = project(x, self.weight, id(self))
+        return nn.functional.linear(x, self.input_weight()) if shared is None else shared, None
+
+    def input_weight(self) -> Tensor:
+        return head_shared(self.weight, self._context)
 
 
 def group_linear(
@@ -214,8 +242,22 @@ def vocab_embedding(context: ParallelContext, vocab_size: int, dim: int, std: fl
     return layer
 
 
-def column_input(x: Tensor, context: ParallelContext) -> Tensor:
-    """Prepare ``[T, B, d]`` for several :func:`column_linear`: one collective for all of them."""
+def column_input(x: Tensor, context: ParallelContext, reader: nn.Module | None = None) -> Tensor:
+    """Prepare ``[T, B, d]`` for several :func:`column_linear`: one collective for all of them.
+
+    The gradient's, in the backward pass, runs beside the weights' gradients of the projections that
+    ``reader`` has, see :mod:`.shared_input`; without a reader it is waited for.
+    """
+    if reader is not None and context.tensor_size > 1 and torch.is_grad_enabled():
+        found = {
+            id(module): module.input_weight()
+            for module in reader.modules()
+            if isinstance(module, ReadsSharedInput) and _may_share(module)
+        }
+        return share_input(
+            x, {key: weight for key, weight in found.items() if weight is not None},
+            context.group, sequence_parallel=context.megatron.sequence_parallel,
+        )  # fmt: skip
     if context.megatron.sequence_parallel:
         return tensor_parallel.gather_from_sequence_parallel_region(x, group=context.group)
     return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=context.group)

@@ -60,6 +60,7 @@ def start_processes(config: ParallelConfig | None = None) -> None:
     if not parallel_state.model_parallel_is_initialized():
         check_world_size(config, world_size())
     if not dist.is_initialized():
+        order_kernels(config)
         device = local_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -81,6 +82,14 @@ def start_processes(config: ParallelConfig | None = None) -> None:
             expert_tensor_parallel_size=1,
             distributed_timeout_minutes=2 * config.timeout_minutes,
         )
+
+
+def order_kernels(config: ParallelConfig) -> None:
+    """Have GPUs take kernels in the order that they are given, where tensors are divided: the
+    exchange of a gradient comes before the products that it runs beside, which would otherwise take
+    the whole GPU. Before CUDA starts; whoever set the variable knows better."""
+    if config.tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def name_local_rank() -> None:

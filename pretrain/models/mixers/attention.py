@@ -82,7 +82,7 @@ class Attention(Mixer):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        x = column_input(x, self.parallel)
+        x = column_input(x, self.parallel, self)
         q = heads(self.q_proj(x)[0], self.num_heads)
         k = heads(self.k_proj(x)[0], self.num_kv_heads)
         v = heads(self.v_proj(x)[0], self.num_kv_heads)

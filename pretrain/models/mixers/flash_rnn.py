@@ -90,7 +90,7 @@ class ClassicalRNN(Mixer):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        x = column_input(x, self.parallel)
+        x = column_input(x, self.parallel, self)
         kind = CELLS[self.cell]
         gates = self.x_proj(x)[0].transpose(0, 1)
         gates = gates.unflatten(-1, (self.num_heads, kind.gates, -1)).transpose(2, 3)

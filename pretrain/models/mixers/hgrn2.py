@@ -81,7 +81,7 @@ class HGRN2(Mixer):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        x = column_input(x, self.parallel)
+        x = column_input(x, self.parallel, self)
         q = F.silu(self.q_proj(x)[0])
         closing, log_f = _forget(self.f_proj(x)[0], self.lower_bound)
         q, k, log_f = (heads(t, self.num_heads) for t in (q, closing, log_f))

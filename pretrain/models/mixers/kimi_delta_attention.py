@@ -95,7 +95,7 @@ class KimiDeltaAttention(Mixer):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        x = column_input(x, self.parallel)
+        x = column_input(x, self.parallel, self)
         new_state: State = {}
         q, k, v = (
             convolve(self, name, getattr(self, f"{name}_proj")(x)[0], cu_seqlens, state, new_state)

@@ -87,7 +87,7 @@ class LinearFamilyMixer(Mixer):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        x = column_input(x, self.parallel)
+        x = column_input(x, self.parallel, self)
         new_state: State = {}
         q, k, v = (heads(getattr(self, f"{name}_proj")(x)[0], self.num_heads) for name in "qkv")
         q, k, v = self.prepare(q, k, v, cu_seqlens, state, new_state)

@@ -98,7 +98,7 @@ class Mamba2(Mixer):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        x = column_input(x, self.parallel)
+        x = column_input(x, self.parallel, self)
         new_state: State = {}
         inner, b, c = (
             convolve(self, name, getattr(self, f"{name}_proj")(x)[0], cu_seqlens, state, new_state)

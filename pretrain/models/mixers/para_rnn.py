@@ -107,7 +107,7 @@ class ParaRNNMixer(Mixer):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        x = column_input(x, self.parallel)
+        x = column_input(x, self.parallel, self)
         new_state: State = {}
         inner = convolve(self, "x", self.x_proj(x)[0], cu_seqlens, state, new_state)
         batch_size, length, width = inner.shape

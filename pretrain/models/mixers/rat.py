@@ -83,7 +83,7 @@ class RAT(Mixer):
     def forward(
         self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        x = column_input(x, self.parallel)
+        x = column_input(x, self.parallel, self)
         v = heads(self.v_proj(x)[0], self.num_heads)
         gate = torch.sigmoid(self.g_proj(x)[0].to(self.g_bias.dtype) + self.g_bias)
         q, k = (
