@@ -31,7 +31,7 @@ from pretrain.config import (
     RunConfig,
 )
 from pretrain.metrics import peak_memory_bytes
-from pretrain.models.language_model import build_stages
+from pretrain.models.building import build_stages
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.layers import draw_like
 from pretrain.parallel.processes import gather, is_main_process, stop_processes

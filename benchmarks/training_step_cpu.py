@@ -19,7 +19,8 @@ import torch
 
 from pretrain.config import load_run_config
 from pretrain.data import Batch, TrainingBatches, open_data
-from pretrain.models.language_model import LanguageModel, build_model, padded_vocab_size
+from pretrain.models.building import build_model, padded_vocab_size
+from pretrain.models.language_model import LanguageModel
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import start_processes
 

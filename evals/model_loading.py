@@ -18,7 +18,8 @@ from pretrain.checkpoint import (
     read_state,
 )
 from pretrain.config import RunConfig
-from pretrain.models.language_model import LanguageModel, build_model
+from pretrain.models.building import build_model
+from pretrain.models.language_model import LanguageModel
 from pretrain.parallel.processes import start_processes
 
 

@@ -51,7 +51,7 @@ def _whole_counts(config: RunConfig, where: str, *, embeddings_alike: bool = Fal
     if config.model.vocab_size is not None or embeddings_alike:
         return counts_of(config)
     from pretrain.data import open_data
-    from pretrain.models.language_model import padded_vocab_size
+    from pretrain.models.building import padded_vocab_size
 
     try:
         rows = padded_vocab_size(config.model, open_data(config.data).tokenizer.vocab_size)

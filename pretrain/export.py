@@ -26,7 +26,8 @@ from data_prep.tokenizer import Tokenizer
 from pretrain.checkpoint import CheckpointState
 from pretrain.config import ModelConfig, RunConfig, TrainConfig
 from pretrain.models.blocks import block_specs
-from pretrain.models.language_model import LanguageModel, build_model
+from pretrain.models.building import build_model
+from pretrain.models.language_model import LanguageModel
 from pretrain.models.mixers import registry
 from pretrain.standalone_model import TOKENIZER_CLASS, TOKENIZER_FILE, write_standalone_model
 

@@ -61,7 +61,7 @@ def write_standalone_model(
 
 def modeling_source() -> str:
     """The text of the file."""
-    sources = _sources("pretrain.models.language_model")
+    sources = _sources("pretrain.models.building")
     text = json.dumps(sources, sort_keys=True)
     package = "_hybrid_pretrain_" + hashlib.sha256(text.encode()).hexdigest()[:12]
     parts = []

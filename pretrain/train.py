@@ -36,8 +36,8 @@ from pretrain.environment import describe_environment
 from pretrain.generation import generate
 from pretrain.metrics import LayerMetrics, RunLog, peak_flops, peak_memory_bytes, plot_loss_curve
 from pretrain.models.blocks import ModelCounts, count_model
+from pretrain.models.building import build_stages, padded_vocab_size
 from pretrain.models.initialization import initialize_from
-from pretrain.models.language_model import build_stages, padded_vocab_size
 from pretrain.ops.backends import describe_backends
 from pretrain.parallel.deepspeed_updates import divide_parameters
 from pretrain.parallel.engine import Engine

@@ -161,7 +161,7 @@ def _metrics(directory: Path) -> dict[int, dict[str, Any]]:
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
     from pretrain.checkpoint import find_checkpoint, load_weights, read_state
-    from pretrain.models.language_model import build_model
+    from pretrain.models.building import build_model
 
     checkpoint = find_checkpoint(directory)
     state = read_state(checkpoint)

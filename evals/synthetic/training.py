@@ -16,7 +16,8 @@ from data_prep.config_files import ConfigError, setting
 from evals.synthetic.tasks import MQAR_KEYS, TASKS, make_rows
 from pretrain.config import MLPConfig, ModelConfig
 from pretrain.models.blocks import block_specs, count_model
-from pretrain.models.language_model import LanguageModel, build_model
+from pretrain.models.building import build_model
+from pretrain.models.language_model import LanguageModel
 
 TEST_FACTORS = (1, 2, 4)
 LAST = 8  # positions at the end of a row that are reported on their own

@@ -180,8 +180,9 @@ def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
         return 0
     import torch
 
+    from pretrain.models.building import parallel_context
     from pretrain.models.depth_lora import linear_shapes
-    from pretrain.models.language_model import Block, parallel_context
+    from pretrain.models.language_model import Block
     from pretrain.parallel.processes import start_processes
 
     start_processes()

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from pretrain.config import InitializeConfig
 from pretrain.models.blocks import block_specs
+from pretrain.models.building import build_model
 from pretrain.models.depth_lora import DepthLoRA
-from pretrain.models.language_model import LanguageModel, build_model
+from pretrain.models.language_model import LanguageModel
 
 
 def initialize_from(

@@ -25,7 +25,7 @@ from pretrain.models.blocks import (
     count_model,
     passes,
 )
-from pretrain.models.language_model import padded_vocab_size
+from pretrain.models.building import padded_vocab_size
 from pretrain.parallel.layout import check_layout, describe_layout
 from pretrain.planner.estimate import Estimate, Planner
 from pretrain.planner.hardware import Hardware, load_hardware

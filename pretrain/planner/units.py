@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pretrain.config import ModelConfig, ParallelConfig
 from pretrain.models.blocks import block_specs
-from pretrain.models.language_model import LanguageModel, parallel_context
+from pretrain.models.building import parallel_context
+from pretrain.models.language_model import LanguageModel
 from pretrain.models.moe import MoE
 from pretrain.ops.packing import rows_as_sequences
 from pretrain.parallel.fake_processes import as_process

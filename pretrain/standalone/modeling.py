@@ -83,11 +83,11 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         schema, settings = _module("data_prep.config_files"), _module("pretrain.config")
-        language_model = _module("pretrain.models.language_model")
+        building = _module("pretrain.models.building")
         model = schema.build_config(settings.ModelConfig, config.model, "config.json")
         dtype = torch.get_default_dtype()
-        self.model = language_model.LanguageModel(
-            model, config.vocab_size, language_model.parallel_context(dtype)
+        self.model = building.LanguageModel(
+            model, config.vocab_size, building.parallel_context(dtype)
         )
         self.post_init()
 

@@ -19,7 +19,7 @@ from data_prep.errors import UserError
 from evals.evaluation import evaluate_tasks, random_numbers_kept
 from evals.harness import HarnessModel
 from evals.scoring import Pair, Scorer, StateScorer
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from tests.evals.test_sampling import Letters
 from tests.pretrain.test_language_model import settings
 

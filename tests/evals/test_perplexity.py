@@ -16,7 +16,7 @@ from data_prep.manifest import Manifest
 from data_prep.tokenizer import Tokenizer
 from evals.perplexity import evaluate_perplexity, score, windows
 from pretrain.data import open_shard
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from tests.pretrain.test_language_model import VOCAB, settings
 
 pytestmark = pytest.mark.usefixtures("processes")

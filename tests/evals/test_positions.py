@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from data_prep.manifest import Manifest
 from data_prep.tokenizer import Tokenizer
 from evals.positions import _bin_ends, _text, draw_positions, evaluate_positions
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from tests.pretrain.test_language_model import settings
 
 pytestmark = pytest.mark.usefixtures("processes")

@@ -13,7 +13,7 @@ import torch
 from data_prep.tokenizer import Tokenizer
 from evals.sampling import Completion
 from pretrain.generation import choose, generate
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from tests.pretrain.test_language_model import VOCAB, settings
 from tests.pretrain.test_training_run import ENVIRONMENT, ROOT, Run
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from evals.prefix_tree import Node, prefix_tree
 from evals.scoring import Pair, Prompt, StateScorer
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from pretrain.models.mixers import registry
 from tests.pretrain.test_language_model import VOCAB, settings
 from tests.pretrain.test_mixers import SMALL

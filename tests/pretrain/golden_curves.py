@@ -17,7 +17,7 @@ import torch
 from data_prep.config_files import build_config
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.data import pack_rows
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import start_processes
 

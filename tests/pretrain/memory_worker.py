@@ -13,7 +13,7 @@ import torch
 from data_prep.config_files import build_config
 from pretrain.config import ModelConfig, OptimizerConfig, ParallelConfig
 from pretrain.data import pack_rows
-from pretrain.models.language_model import build_stages
+from pretrain.models.building import build_stages
 from pretrain.parallel.deepspeed_updates import divide_parameters
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import (

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import ParallelConfig
-from pretrain.models.language_model import build_model, build_stages
+from pretrain.models.building import build_model, build_stages
 from pretrain.parallel.deepspeed_updates import divide_parameters
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import data_parallel_place, start_processes, stop_processes

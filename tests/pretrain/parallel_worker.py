@@ -26,7 +26,7 @@ from pretrain.config import (
     RunConfig,
 )
 from pretrain.data import share_of
-from pretrain.models.language_model import build_stages
+from pretrain.models.building import build_stages
 from pretrain.parallel.deepspeed_updates import divide_parameters
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import (

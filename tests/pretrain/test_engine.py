@@ -13,7 +13,7 @@ import torch
 
 from pretrain.config import OptimizerConfig
 from pretrain.data import pack_rows
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from pretrain.parallel.engine import Engine
 from tests.pretrain.test_language_model import VOCAB, settings
 

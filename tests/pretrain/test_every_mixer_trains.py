@@ -17,7 +17,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.checkpoint_writer import save_checkpoint
 from pretrain.config import CheckpointConfig, ModelConfig, RunConfig
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from pretrain.models.mixers import registry
 from pretrain.parallel.engine import Engine
 from tests.pretrain.test_checkpoint import STATE

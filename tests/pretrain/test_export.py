@@ -25,7 +25,7 @@ from pretrain.export import (
     write_hugging_face,
     write_tokenizer,
 )
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from pretrain.models.mixers import registry
 from pretrain.ops import m2rnn
 from tests.pretrain.test_language_model import VOCAB, settings

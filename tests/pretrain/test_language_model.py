@@ -11,7 +11,7 @@ from data_prep.config_files import build_config
 from pretrain.config import ModelConfig
 from pretrain.generation import generate
 from pretrain.models.blocks import count_model
-from pretrain.models.language_model import build_model, padded_vocab_size
+from pretrain.models.building import build_model, padded_vocab_size
 from tests.relative_error import relative_error
 
 pytestmark = pytest.mark.usefixtures("processes")

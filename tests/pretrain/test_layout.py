@@ -19,7 +19,7 @@ from pretrain.config import (
     TrainConfig,
 )
 from pretrain.config_checks import check_run_config
-from pretrain.models import language_model
+from pretrain.models import building
 from pretrain.models.stages import Stage, balance, divide_into_stages
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.layout import check_layout, describe_layout
@@ -136,10 +136,10 @@ def test_stages_are_balanced_by_flops_not_by_blocks():
 @pytest.mark.parametrize("parts", [None, 2])
 def test_settings_of_megatron_that_go_wrong_silently_are_put_right(monkeypatch, parts):
     """What gloo sends must not be freed; two messages between two processes not be batched."""
-    state = language_model.parallel_state
+    state = building.parallel_state
     monkeypatch.setattr(state, "get_pipeline_model_parallel_world_size", lambda: 2)
     monkeypatch.setattr(state, "get_virtual_pipeline_model_parallel_world_size", lambda: parts)
-    megatron = language_model.parallel_context(torch.float32, hidden_size=24).megatron
+    megatron = building.parallel_context(torch.float32, hidden_size=24).megatron
     assert megatron.deallocate_pipeline_outputs == torch.cuda.is_available()
     assert (megatron.batch_p2p_comm, megatron.overlap_p2p_comm) == (parts is None, parts == 2)
 

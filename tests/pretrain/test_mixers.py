@@ -11,7 +11,7 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.models.language_model import parallel_context
+from pretrain.models.building import parallel_context
 from pretrain.models.mixers import LayerContext, registry
 from pretrain.ops import definitions
 from pretrain.parallel.layers import fill_parameters

@@ -16,7 +16,7 @@ from pretrain.config import (
 from pretrain.config_checks import check_run_config
 from pretrain.data import pack_rows
 from pretrain.models.blocks import count_model
-from pretrain.models.language_model import build_model, parallel_context
+from pretrain.models.building import build_model, parallel_context
 from pretrain.models.mixers import LayerContext
 from pretrain.models.moe import MoE
 from pretrain.parallel.engine import Engine

@@ -13,9 +13,9 @@ from data_prep.config_files import ConfigError, build_config
 from data_prep.errors import UserError
 from pretrain.config import InitializeConfig, ModelConfig
 from pretrain.models.blocks import block_specs, count_model
+from pretrain.models.building import build_model
 from pretrain.models.depth_lora import DepthLoRA
 from pretrain.models.initialization import fill_from
-from pretrain.models.language_model import build_model
 from pretrain.models.recursive import sample_recurrences
 from tests.relative_error import relative_error
 

@@ -31,7 +31,7 @@ def build_seven_billion():
     import resource
 
     from pretrain.models.blocks import count_model
-    from pretrain.models.language_model import build_stages
+    from pretrain.models.building import build_stages
     from pretrain.parallel.fake_processes import as_process
 
     settings = yaml.safe_load(SEVEN_BILLION.read_text())["model"]
@@ -70,7 +70,7 @@ WIDE = {"hidden_size": 1024, "pattern": "attn", "mlp": {"intermediate_size": 307
 def compare_parts():
     import torch
 
-    from pretrain.models.language_model import build_stages
+    from pretrain.models.building import build_stages
     from pretrain.parallel.fake_processes import as_process
 
     config = build_config(ModelConfig, WIDE, "test")

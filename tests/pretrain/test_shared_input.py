@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ParallelConfig
-from pretrain.models.language_model import LanguageModel, parallel_context
+from pretrain.models.building import parallel_context
+from pretrain.models.language_model import LanguageModel
 from pretrain.parallel import shared_input
 from pretrain.parallel.fake_processes import as_process
 from pretrain.parallel.layers import fill_parameters
@@ -45,10 +46,15 @@ def layer(x, weights, whole, linear):
     return first.tanh() @ first.transpose(-1, -2).sin() @ second + rest
 
 
+def share(x, weights, sequence_parallel):
+    group = dist.group.WORLD
+    assert group is not None
+    numbered = dict(enumerate(weights))
+    return share_input(x, numbered, group, sequence_parallel=sequence_parallel)
+
+
 def shared_layer(x, weights, sequence_parallel):
-    whole = share_input(
-        x, dict(enumerate(weights)), dist.group.WORLD, sequence_parallel=sequence_parallel
-    )
+    whole = share(x, weights, sequence_parallel)
     return layer(x, weights, whole, project)
 
 
@@ -121,12 +127,12 @@ def test_exchanges_run_beside_products(sequence_parallel, monkeypatch):
     with as_process(0, 2, ParallelConfig(tensor=2)), _Log(monkeypatch) as log:
         x = torch.randn(6, 1, 5, requires_grad=True)
         weights = [torch.randn(out, 5, requires_grad=True) for out in (3, 4)]
-        whole = share_input(
-            x, dict(enumerate(weights)), dist.group.WORLD, sequence_parallel=sequence_parallel
-        )
-        outputs = [project(whole, w, number) for number, w in enumerate(weights)]
+        whole = share(x, weights, sequence_parallel)
+        first, second = (project(whole, w, number) for number, w in enumerate(weights))
+        assert first is not None
+        assert second is not None
         log.events.clear()
-        sum(y.sum() for y in outputs).backward()
+        (first.sum() + second.sum()).backward()
     if not sequence_parallel:
         assert log.events == ["6x5", "6x5", "all_reduce", "4x5", "3x5", "wait all_reduce"]
         return

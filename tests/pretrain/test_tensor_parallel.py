@@ -25,7 +25,7 @@ from pretrain.config import (
     RunConfig,
 )
 from pretrain.models.blocks import check_tensor_parallel
-from pretrain.models.language_model import build_model
+from pretrain.models.building import build_model
 from pretrain.models.mixers import registry
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import data_parallel_place, start_processes
