@@ -132,8 +132,9 @@ class ModelConfig:
     differs from a mixer's own defaults (an entry with ``kind: NAME`` makes a variant of mixer NAME
     under a name of its own); vocab_size: null = the tokenizer's, rounded up to a multiple of 128;
     block_norm: ``pre``, or ``sandwich``, which also normalises the stream behind mixer and MLP;
-    scale_embeddings: multiply embeddings by sqrt(hidden_size); moe: see MoEConfig; recursion: see
-    RecursionConfig.
+    scale_embeddings: multiply embeddings by sqrt(hidden_size); dropout: the probability with which
+    training leaves out a channel of what a mixer or an MLP adds to the stream, or of an embedding;
+    moe: see MoEConfig; recursion: see RecursionConfig.
 
     depth_scaled_init: output projections start smaller by sqrt(2 x blocks passed) (GPT-2).
     mup_base_hidden_size: maximal-update parametrization (arXiv 2203.03466, table 8): what was tuned
@@ -157,6 +158,7 @@ class ModelConfig:
     z_loss_weight: float = setting(0.0, minimum=0)
     block_norm: str = setting("pre", choices=("pre", "sandwich"))
     scale_embeddings: bool = False
+    dropout: float = setting(0.0, minimum=0, below=1)
     moe: MoEConfig | None = None
     recursion: RecursionConfig | None = None
 

@@ -99,8 +99,9 @@ def build_stages(
     """This process's stages of an initialised model, as :func:`build_model` makes it: one, or
     one for each part of a virtual pipeline; without a pipeline the whole model.
 
-    ``seq_len`` is what the mixers' FLOPs, by which stages are divided, are counted at; ``filled``
-    is called with each unit (embedding, block, ...) when it has its values.
+    ``seq_len``: of the training batches' sequences, also what the mixers' FLOPs, by which stages
+    are divided, are counted at; ``filled`` is called with each unit (embedding, block, ...) when it
+    has its values.
     """
     models = empty_stages(
         config, vocab_size, seq_len=seq_len, dtype=dtype,
@@ -134,7 +135,7 @@ def empty_stages(
     for part, stage in enumerate(stages[rank::count]):
         with torch.device("meta"):
             model = LanguageModel(
-                config, vocab_size, context, stage=stage,
+                config, vocab_size, context, stage=stage, seq_len=seq_len,
                 activation_checkpointing=activation_checkpointing,
             )  # fmt: skip
         model.vp_stage = None if parts is None else part

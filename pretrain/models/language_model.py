@@ -18,6 +18,7 @@ from pretrain.config import ModelConfig
 from pretrain.merged_metrics import merge_metrics
 from pretrain.models.blocks import BlockSpec, block_specs, passes
 from pretrain.models.depth_lora import add_depth_lora, set_depth
+from pretrain.models.dropout import EMBEDDING, DropAt, Dropout
 from pretrain.models.mixers import LayerContext, State
 from pretrain.models.mlp import MLP
 from pretrain.models.moe import MoE
@@ -50,21 +51,28 @@ class Block(nn.Module):
                 self.mlp = MoE(spec.moe, context)
             else:
                 self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
-        self.sandwich = config.block_norm == "sandwich"
+        self.index, self.sandwich = context.index, config.block_norm == "sandwich"
         if self.sandwich:
             self.mixer_post_norm = RMSNorm(d, config.norm_eps, parallel)
             if self.mlp is not None:
                 self.mlp_post_norm = RMSNorm(d, config.norm_eps, parallel)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor | None, state: State | None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        state: State | None,
+        drop: DropAt | None = None,
+        depth: int = 0,
     ) -> tuple[Tensor, State]:
+        """``drop``: from what mixer and MLP add, at pass ``depth`` of a loop."""
         y, state = self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, state=state)
-        x = x + y
+        x = x + (y if drop is None else drop(y, (self.index, depth, 0)))
         if self.sandwich:
             x = self.mixer_post_norm(x)
         if self.mlp is not None:
-            x = x + self.mlp(self.mlp_norm(x))
+            y = self.mlp(self.mlp_norm(x))
+            x = x + (y if drop is None else drop(y, (self.index, depth, 1)))
             if self.sandwich:
                 x = self.mlp_post_norm(x)
         return x, state
@@ -92,7 +100,9 @@ class LanguageModel(nn.Module):
         *,
         stage: Stage | None = None,
         activation_checkpointing: str = "none",
+        seq_len: int | None = None,
     ):
+        """``seq_len``: of the training batches' sequences, for dropout."""
         super().__init__()
         specs = block_specs(config)
         self.stage = stage = stage or whole_model(config)
@@ -110,6 +120,7 @@ class LanguageModel(nn.Module):
             self.embedding = vocab_embedding(context, vocab_size, d, config.init_std)
             if config.tie_embeddings and not (stage.first and stage.last):
                 _mark_as_copy(self.embedding.weight, counted=stage.first)
+        self.dropout = Dropout(config.dropout, seq_len, context) if config.dropout > 0 else None
         self._received: Tensor | None = None
         self.blocks = nn.ModuleList()
         for index, spec in enumerate(specs):
@@ -133,6 +144,14 @@ class LanguageModel(nn.Module):
             if not config.tie_embeddings:
                 self.head = column_linear(context, d, vocab_size, config.init_std)
                 cast(Any, self.head.weight).hidden_matrix = False
+
+    def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
+        """Draw what follows in training from (seed, step) and the number of the micro-batch in the
+        global batch, which this process, the ``place``-th of ``places`` data-parallel ones, takes
+        by turns."""
+        for drawing in (self.dropout, self.recursion):
+            if drawing is not None:
+                drawing.begin_step(seed, step, place, places)
 
     def set_input_tensor(self, tensor: Sequence[Tensor | None]) -> None:
         """Called by megatron-core's schedules with the previous stage's output ``[T, B, d]``."""
@@ -243,10 +262,14 @@ class LanguageModel(nn.Module):
         """The last block's output ``[T, B, d]``, the blocks' states, and a loop's ponder cost."""
         x = self._embed(tokens)
         new_states: list[State] = []
+        drop = None
+        if self.dropout is not None and self.training and not with_states:
+            drop = self.dropout.next_micro_batch()
+            x = drop(x, EMBEDDING) if self.stage.first else x
 
         def run(x: Tensor, indices: range, depth: int = 0) -> Tensor:
             if not with_states:
-                return self.run_blocks(x, indices, cu_seqlens, depth)
+                return self.run_blocks(x, indices, cu_seqlens, depth, drop)
             for index in indices:
                 set_depth(self.blocks[index], depth)
                 old = None if states is None else states[len(new_states)]
@@ -269,17 +292,22 @@ class LanguageModel(nn.Module):
         return x, new_states, ponder
 
     def run_blocks(
-        self, x: Tensor, indices: range, cu_seqlens: Tensor | None, depth: int = 0
+        self,
+        x: Tensor,
+        indices: range,
+        cu_seqlens: Tensor | None,
+        depth: int = 0,
+        drop: DropAt | None = None,
     ) -> Tensor:
         """x ``[T, B, d]`` through some blocks, at pass ``depth`` of a loop, without states."""
         for index in indices:
             block = cast(Block, self.blocks[index])
             if self.checkpoint_blocks and self.training:
                 x = torch.utils.checkpoint.checkpoint(
-                    _run_block, block, x, cu_seqlens, depth, use_reentrant=False
+                    _run_block, block, x, cu_seqlens, depth, drop, use_reentrant=False
                 )
             else:
-                x = _run_block(block, x, cu_seqlens, depth)
+                x = _run_block(block, x, cu_seqlens, depth, drop)
         return x
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -346,9 +374,11 @@ class LanguageModel(nn.Module):
                 mlp.update_bias()
 
 
-def _run_block(block: Block, x: Tensor, cu_seqlens: Tensor | None, depth: int) -> Tensor:
+def _run_block(
+    block: Block, x: Tensor, cu_seqlens: Tensor | None, depth: int, drop: DropAt | None
+) -> Tensor:
     set_depth(block, depth)
-    return block(x, cu_seqlens, None)[0]
+    return block(x, cu_seqlens, None, drop, depth)[0]
 
 
 def _mark_as_copy(weight: object, *, counted: bool) -> None:

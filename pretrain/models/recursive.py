@@ -66,9 +66,7 @@ class Recursion(nn.Module):
         return used_on_part_of_the_tokens(parameter, self._context)
 
     def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
-        """Draw what follows in training from (seed, step) and the number of the micro-batch in the
-        global batch, which this process, the ``place``-th of ``places`` data-parallel ones, takes
-        by turns."""
+        """See :meth:`pretrain.models.language_model.LanguageModel.begin_step`."""
         self._seed, self._step, self._micro_batch = seed, step, 0
         self._place, self._places = place, places
 

@@ -143,7 +143,9 @@ class DeepSpeedUpdates(DeepSpeedState):
                 "device": parallel.offload, "pin_memory": torch.cuda.is_available(),
             }  # fmt: skip
         if parallel.offload == "nvme":
-            zero["offload_optimizer"]["nvme_path"] = str(make_offload_folder(parallel))
+            zero["offload_optimizer"]["nvme_path"] = str(
+                make_offload_folder(parallel, -(-total // self.replicas))
+            )
             zero["sub_group_size"] = _IN_FILES
         settings = {
             "train_micro_batch_size_per_gpu": 1,

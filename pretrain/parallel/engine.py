@@ -57,11 +57,10 @@ class Engine:
             self.updates = MegatronUpdates(self.parts, config, parallel)
 
     def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
-        """See :meth:`pretrain.models.recursive.Recursion.begin_step`."""
+        """See :meth:`pretrain.models.language_model.LanguageModel.begin_step`."""
         self.updates.step_seed = (seed, step)
         for part in self.parts:
-            if part.recursion is not None:
-                part.recursion.begin_step(seed, step, place, places)
+            part.begin_step(seed, step, place, places)
 
     def train_step(
         self,

@@ -14,11 +14,17 @@ from data_prep.errors import UserError
 from pretrain.config import ParallelConfig
 
 
-def make_offload_folder(parallel: ParallelConfig) -> Path:
-    """A new folder in ``parallel.offload_path``, removed when the process ends. One that was killed
-    leaves its own, which the next one there removes: nobody holds its lock.
+# float32: weight, two moments, gradient.
+_BYTES = 16
 
-    Raises UserError where DeepSpeed could not read and write files, or there can be no folder.
+
+def make_offload_folder(parallel: ParallelConfig, parameters: int) -> Path:
+    """A new folder in ``parallel.offload_path`` for the state of so many ``parameters``, removed
+    when the process ends. One that was killed leaves its own, which the next one there removes:
+    nobody holds its lock.
+
+    Raises UserError where DeepSpeed could not read and write files, there can be no folder, or it
+    has no room for what this machine's processes need; DeepSpeed notices no failing write.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -32,6 +38,7 @@ def make_offload_folder(parallel: ParallelConfig) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         for lock in path.glob("optimizer-*.lock"):
             _remove_left_over(lock)
+        _check_room(path, parameters)
         folder = path / f"optimizer-{uuid.uuid4().hex[:12]}"
         lock, new = folder.with_suffix(".lock"), folder.with_suffix(".new")
         # Named when it is locked, so that nobody takes it for a left-over; held until the end.
@@ -42,6 +49,16 @@ def make_offload_folder(parallel: ParallelConfig) -> Path:
         raise UserError(f"parallel.offload_path: {path}: cannot be written ({error})") from None
     atexit.register(_remove, lock)
     return folder
+
+
+def _check_room(path: Path, parameters: int) -> None:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free, needed = shutil.disk_usage(path).free, _BYTES * parameters * here
+    if free < needed:
+        raise UserError(
+            f"parallel.offload_path: {path}: {free / 1e9:.1f} GB are free, expected at least "
+            f"{needed / 1e9:.1f} GB for the optimizer's state of {here} processes"
+        )
 
 
 def _remove_left_over(lock: Path) -> None:

@@ -257,8 +257,10 @@ class Planner:
         width = 2 if narrow else 4
         bucket = 4.0 * min(_DEEPSPEED_BUCKET, total)
         moments = (8.0 if parallel.zero_stage == 0 else 12.0) * total / shares
-        if parallel.offload != "device":
-            moments = 0.0
+        if parallel.offload == "nvme" or (
+            parallel.offload == "cpu" and self.hardware.device != "cpu"
+        ):
+            moments = 0.0  # not in this device's memory
         memory = {"weights": float(width * total), "gradients": float(width * total),
                   "optimizer": moments, "update": update}  # fmt: skip
         if parallel.zero_stage >= 2:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.config_files import build_config
-from pretrain.checkpoint import load_checkpoint
+from pretrain.checkpoint import find_checkpoint, load_checkpoint
 from pretrain.checkpoint_writer import save_checkpoint
 from pretrain.config import (
     CheckpointConfig,
@@ -31,7 +31,6 @@ from pretrain.parallel.deepspeed_updates import divide_parameters
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import (
     data_parallel_place,
-    is_main_process,
     start_processes,
     stop_processes,
 )
@@ -44,7 +43,7 @@ OPTIMIZERS = {
     "options": dataclasses.replace(OPTIMIZER, ema_decay=0.9, gradient_noise=1e-4),
     "muon": dataclasses.replace(OPTIMIZER, kind="muon", ema_decay=0.9),
 }
-STEPS, ROWS, SEQ_LEN = 2, 8, 32
+STEPS, ROWS, SEQ_LEN = 3, 8, 32
 
 
 def settings(pattern, **changes):
@@ -55,7 +54,8 @@ def settings(pattern, **changes):
     return build_config(ModelConfig, values, "test")
 
 
-OPTIONS = {"mup_base_hidden_size": 12, "logit_softcap": 2.0, "z_loss_weight": 0.01}
+OPTIONS = {"mup_base_hidden_size": 12, "logit_softcap": 2.0, "z_loss_weight": 0.01,
+           "dropout": 0.2}  # fmt: skip
 MODELS = {
     "tied": settings("gdn attn m2rnn gdn", scale_embeddings=True),
     "bf16": settings("gdn attn m2rnn gdn"),
@@ -68,7 +68,7 @@ MODELS = {
         "num_experts": 4, "top_k": 2, "intermediate_size": 16, "shared_intermediate_size": 16,
         "first_dense": 1, "balance_weight": 0.1, "z_loss_weight": 0.01, "bias_update_rate": 0.01,
     }),
-    "loop": settings("attn gdn para_gru gdn", recursion={
+    "loop": settings("attn gdn para_gru gdn", dropout=0.2, recursion={
         "prelude": 1, "coda": 2, "times": 2, "lora_rank": 2, "step_signal": "learned",
     }),
     "depth": settings("gdn attn gdn", recursion={
@@ -90,6 +90,10 @@ LAYOUTS = {
     "deepspeed-dp4-zero3": ParallelConfig(zero_backend="deepspeed", zero_stage=3),
     "deepspeed-dp4-zero2-offload": ParallelConfig(
         zero_backend="deepspeed", zero_stage=2, offload="cpu"
+    ),
+    "deepspeed-dp4-zero1-offload": ParallelConfig(zero_backend="deepspeed", offload="cpu"),
+    "deepspeed-dp4-zero3-offload": ParallelConfig(
+        zero_backend="deepspeed", zero_stage=3, offload="cpu"
     ),
     "deepspeed-tp2-dp2-zero1-sequence": ParallelConfig(
         zero_backend="deepspeed", tensor=2, sequence=True
@@ -122,7 +126,13 @@ MUON_LAYOUTS = {
     "tp2-pp2-sequence-zero0": ParallelConfig(tensor=2, pipeline=2, sequence=True, zero_stage=0),
     "tp2-dp2-zero0": ParallelConfig(tensor=2, zero_stage=0),
 }
-# Every layout trains the first model, and every eighth one each of the rest, by turns.
+# Three hybrids and a loop are trained under each of these, the first of them under every layout.
+EVERYWHERE = ("tied", "untied", "pieces", "loop")
+MAIN_LAYOUTS = (
+    "tp2-pp2", "pp2-vpp2-dp2", "dp4", "deepspeed-dp4-zero2", "deepspeed-dp4-zero3",
+    "tp2-dp2-sequence",
+)  # fmt: skip
+# The others by turns under every eighth.
 _MODELS, _LAYOUTS = list(MODELS), list(LAYOUTS)
 # Not: stages that a model does not have ("depth" is one block and the rest); what is refused.
 CASES = {
@@ -130,18 +140,29 @@ CASES = {
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
     if model not in ("experts", "muon")
-    and (model in ("tied", "options") or (_MODELS.index(model) + _LAYOUTS.index(layout)) % 8 == 0)
+    and (
+        model in ("tied", "options")
+        or (model in EVERYWHERE and layout in MAIN_LAYOUTS)
+        or (_MODELS.index(model) + _LAYOUTS.index(layout)) % 8 == 0
+    )
     and (model != "options" or layout in OPTION_LAYOUTS)
     and (model != "depth" or parallel.pipeline * parallel.virtual_pipeline <= 2)
     and (model != "bf16" or layout != "deepspeed-dp4-zero0")
 }
 CASES.update({f"experts-{layout}": ("experts", layout) for layout in EXPERT_LAYOUTS})
 CASES.update({f"muon-{layout}": ("muon", layout) for layout in MUON_LAYOUTS})
+# Of fewer processes than there are, the rest of which wait.
+FEWER = {"alone": 1, "dp2": 2, "tp2": 2}
 # Layouts of the same name are the same.
-ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS | MUON_LAYOUTS
+ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS | MUON_LAYOUTS | {
+    "alone": ParallelConfig(), "dp2": ParallelConfig(), "tp2": ParallelConfig(tensor=2),
+}  # fmt: skip
 # One step under each layout, each from the checkpoint of the one before.
 ACROSS = {
-    "resharded-tied": ("tied", ["tp2-pp2", "dp4", "pp2-vpp2-dp2", "tp2-dp2-sequence"]),
+    "resharded-tied": (
+        "tied",
+        ["tp2-pp2", "alone", "dp2", "tp2", "dp4", "pp2-vpp2-dp2", "tp2-dp2-sequence"],
+    ),
     "resharded-untied": (
         "untied",
         [
@@ -149,6 +170,7 @@ ACROSS = {
             "tp2-pp2",
             "deepspeed-dp4-zero2-offload",
             "dp4-zero0",
+            "deepspeed-dp4-zero3-offload",
             "deepspeed-tp2-dp2-zero3",
             "dp4",
             "deepspeed-pp2-vpp2-dp2",
@@ -171,24 +193,42 @@ ACROSS = {
     ),
     "resharded-options": ("options", ["tp2-pp2-sequence", "dp4", "dp4-zero0"]),
     "resharded-muon": ("muon", ["tp2-pp2-sequence-zero0", "pp2-dp2-zero0"]),
-    "resharded-loop": ("loop", ["pp2-vpp2-dp2", "pp2-dp2-zero0", "tp2-pp2-sequence", "dp4-zero0"]),
+    "resharded-loop": (
+        "loop",
+        [
+            "tp2-pp2",
+            "alone",
+            "dp2",
+            "tp2",
+            "pp2-vpp2-dp2",
+            "pp2-dp2-zero0",
+            "tp2-pp2-sequence",
+            "dp4-zero0",
+        ],
+    ),
 }
 
 
 _LAYOUT_NUMBERS = itertools.count()
 
 
-def start(parallel):
+def start(parallel, size=None):
     """Groups for this layout, and no others: every gloo group has threads of its own, and a hundred
-    of them leave nothing to the work."""
+    of them leave nothing to the work. Returns whether this process is one of the first ``size``;
+    the others join no group."""
     stop_processes()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(host, port, size, is_master=False)
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    size = size or count
     # Keys of an earlier layout must not be found.
-    prefixed = dist.PrefixStore(f"layout-{next(_LAYOUT_NUMBERS)}", store)
+    prefix = f"layout-{next(_LAYOUT_NUMBERS)}"
+    if rank >= size:
+        return False
+    store = dist.TCPStore(host, port, count, is_master=False)
+    prefixed = dist.PrefixStore(prefix, store)
     dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size)
     start_processes(parallel)
+    return True
 
 
 def make(model, parallel, seed=0):
@@ -225,19 +265,20 @@ def train(model, parallel):
 
 
 def train_across(model, names, folder):
-    config, results, path = MODELS[model], [], None
+    config, results = MODELS[model], []
     for step, name in enumerate(names):
-        start(ALL_LAYOUTS[name])
+        if not start(ALL_LAYOUTS[name], FEWER.get(name)):
+            continue
         engine = make(model, ALL_LAYOUTS[name], seed=step)  # what is not loaded shows
-        if path is not None:
-            load_checkpoint(path, engine)
+        if step > 0:
+            load_checkpoint(find_checkpoint(folder), engine)
         results.append(step_of(engine, step))
         state = dataclasses.replace(STATE, step=step + 1, model=dataclasses.asdict(config))
         optimizer = OPTIMIZERS.get(model, OPTIMIZER)
         run = RunConfig(
             "test", config, optimizer=optimizer, checkpoint=CheckpointConfig(keep_last=9)
         )
-        path = save_checkpoint(folder, engine, run, state)
+        save_checkpoint(folder, engine, run, state)
     return results
 
 
@@ -258,7 +299,7 @@ def main(folder, wanted):
     for name, (model, layouts) in ACROSS.items():
         if not wanted or name in wanted:
             found[name] = train_across(model, layouts, folder / name)
-    if is_main_process():
+    if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(found))
     stop_processes()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.config import OptimizerConfig
+from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data import pack_rows
 from pretrain.models.building import build_model
 from pretrain.parallel.engine import Engine
@@ -102,31 +103,42 @@ def test_masked_targets_do_not_count():
     assert result.loss == pytest.approx(expected.item(), rel=1e-5)
 
 
+DEEPSPEED = [
+    ParallelConfig(zero_backend="deepspeed", zero_stage=stage, offload=offload)
+    for stage, offload in ((0, "device"), (1, "device"), (2, "device"), (3, "device"), (2, "cpu"))
+]
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(zero_stage=0), ParallelConfig(), *DEEPSPEED],
+    ids=lambda p: f"{p.zero_backend}-{p.zero_stage}-{p.offload}",
+)
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_updates_nothing(where):
-    model = make()
-    engine = Engine(model, OPTIMIZER)
-    engine.train_step(batches(0), 1e-2)
-    if where == "loss":
-        kept = model.embedding.weight[3, 0].item()
-        model.embedding.weight.data[3, 0] = torch.nan
-    else:
-        hook = model.final_norm.weight.register_hook(lambda g: g * torch.inf)
-    before = [p.clone() for p in model.parameters()]
-    result = engine.train_step(batches(1), 1e-2)
-    assert not result.applied
-    assert all(
-        torch.equal(a, b) or bool(a.isnan().any())
-        for a, b in zip(model.parameters(), before, strict=True)
-    )
-    if where == "loss":
-        model.embedding.weight.data[3, 0] = kept
-    else:
-        hook.remove()
-    fresh = make()
-    reference = Engine(fresh, OPTIMIZER)
+def test_what_is_not_finite_updates_nothing(where, parallel):
+    if parallel.zero_backend == "deepspeed":
+        pytest.importorskip("deepspeed")
+    scale = [1.0]
+
+    def engine():
+        """Whose loss, or the gradient of one parameter, is multiplied by the scale."""
+        model = make()
+        weight = model.final_norm.weight
+        if where == "loss":
+            model.final_norm.register_forward_hook(lambda *x: x[-1] * scale[0])
+        elif weight.requires_grad:
+            weight.register_hook(lambda g: g * scale[0])
+        return Engine(model, OPTIMIZER, parallel, micro_batches=2)
+
+    found, reference = engine(), engine()
+    found.train_step(batches(0), 1e-2)
     reference.train_step(batches(0), 1e-2)
-    assert engine.train_step(batches(2), 1e-2) == reference.train_step(batches(2), 1e-2)
+    scale[0] = math.inf
+    result = found.train_step(batches(1), 1e-2)
+    scale[0] = 1.0
+    assert not result.applied
+    for step in (2, 3):
+        assert found.train_step(batches(step), 1e-2) == reference.train_step(batches(step), 1e-2)
 
 
 def test_validation_counts_tokens_and_bytes():

@@ -61,9 +61,9 @@ def test_what_killed_processes_leave_is_removed(tmp_path, monkeypatch):
     (tmp_path / "optimizer-dead").mkdir()
     (tmp_path / "optimizer-dead" / "moments").write_text("1")
     (tmp_path / "optimizer-dead.lock").touch()
-    alive = make_offload_folder(parallel)
+    alive = make_offload_folder(parallel, 10)
     assert not (tmp_path / "optimizer-dead").exists()
-    assert make_offload_folder(parallel) != alive
+    assert make_offload_folder(parallel, 10) != alive
     assert alive.is_dir()
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -75,8 +75,12 @@ def test_what_files_need_is_said(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(builder, "is_compatible", lambda self, verbose=False: False)
     with pytest.raises(UserError, match="apt install libaio-dev"):
-        make_offload_folder(parallel)
+        make_offload_folder(parallel, 10)
     monkeypatch.setattr(builder, "is_compatible", lambda self, verbose=False: True)
+    with pytest.raises(UserError, match=r"GB are free, expected at least 1600000000\.0 GB"):
+        make_offload_folder(parallel, 10**17)
+    assert not list((tmp_path / "x").iterdir())
+    (tmp_path / "x").rmdir()
     (tmp_path / "x").write_text("a file")
     with pytest.raises(UserError, match=r"offload_path: .*x: cannot be written"):
-        make_offload_folder(parallel)
+        make_offload_folder(parallel, 10)
