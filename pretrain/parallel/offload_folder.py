@@ -13,7 +13,6 @@ from pathlib import Path
 from data_prep.errors import UserError
 from pretrain.config import ParallelConfig
 
-
 # float32: weight, two moments, gradient.
 _BYTES = 16
 

@@ -34,9 +34,12 @@ CASES = {
 }  # fmt: skip
 
 
+ROWS = 4  # of a training step
+
+
 def run(model: str, parallel: Any, *, score: bool = True) -> dict[str, Any]:
     """Two training steps and scores before each; ``score=False``: the steps alone."""
-    engine = make(model, parallel)
+    engine = make(model, parallel, ROWS)
     config: Any = RunConfig("test", MODELS[model], parallel=parallel,
                             eval=EvalConfig(tokens_per_pass=64))  # fmt: skip
     tokenizer: Any = SimpleNamespace(vocab_size=VOCAB - 3, eod_id=0)
@@ -47,7 +50,7 @@ def run(model: str, parallel: Any, *, score: bool = True) -> dict[str, Any]:
             engine.updates.complete_weights()
             found["scores"].append(scorer.log_likelihoods(PAIRS))
             found["texts"].append(scorer.generate(PROMPTS))
-        found["steps"].append(step_of(engine, step))
+        found["steps"].append(step_of(engine, step, ROWS))
     return found
 
 

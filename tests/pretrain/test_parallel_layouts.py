@@ -39,8 +39,8 @@ def four_processes(tmp_path_factory) -> dict[str, Any]:
 
 
 @cache
-def one_process(model, backend):
-    return parallel_worker.train(model, _alone(model, backend))
+def one_process(model, backend, rows):
+    return parallel_worker.train(model, _alone(model, backend), rows)
 
 
 def _alone(model, backend="megatron"):
@@ -55,7 +55,10 @@ def test_every_layout_equals_one_process(name, four_processes):
     *steps, valid = four_processes[name]
     # Only the options know an optimizer that DeepSpeed does not.
     deepspeed = model == "options" and layout.startswith("deepspeed")
-    *expected, expected_valid = one_process(model, "deepspeed" if deepspeed else "megatron")
+    *expected, expected_valid = one_process(
+        model, "deepspeed" if deepspeed else "megatron",
+        parallel_worker.rows_of(parallel_worker.ALL_LAYOUTS[layout]),
+    )  # fmt: skip
     assert len(steps) == STEPS
     tolerance = TOLERANCE.get(model, FLOAT32)
     assert np.allclose(steps, expected, rtol=tolerance)
@@ -65,6 +68,7 @@ def test_every_layout_equals_one_process(name, four_processes):
 @pytest.mark.parametrize("name", ACROSS)
 def test_checkpoints_load_under_every_other_layout(name, four_processes):
     model, layouts = ACROSS[name]
-    engine = parallel_worker.make(model, _alone(model))
-    expected = [parallel_worker.step_of(engine, step) for step in range(len(layouts))]
+    rows = parallel_worker.ACROSS_ROWS
+    engine = parallel_worker.make(model, _alone(model), rows)
+    expected = [parallel_worker.step_of(engine, step, rows) for step in range(len(layouts))]
     assert np.allclose(four_processes[name], expected, rtol=TOLERANCE.get(model, FLOAT32))
