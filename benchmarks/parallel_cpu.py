@@ -5,7 +5,7 @@ gradients and optimizer state held by a process; the pipeline's idle share again
 most memory that a process takes against the planner's figure.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/parallel_cpu.py
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/parallel_cpu.py --bubble
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/parallel_cpu.py --bubble
     python benchmarks/parallel_cpu.py --memory
 """
 
@@ -33,7 +33,7 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.processes import data_parallel_place, gather, is_main_process
 from tests.pretrain.parallel_worker import start
 
-COUNTS = (2, 4, 8, 16)  # micro-batches of the bubble's steps
+COUNTS = (4, 8, 16)  # micro-batches of the bubble's steps
 VOCAB, HIDDEN, SEQ_LEN, MICRO_BATCHES = 1024, 128, 512, 8  # micro-batches: of the global batch
 LAYOUTS = [
     ParallelConfig(zero_stage=0),
@@ -241,35 +241,92 @@ def layout_name(parallel: ParallelConfig) -> str:
     return f"{' x '.join(parts)}, {parallel.zero_backend} ZeRO-{parallel.zero_stage}"
 
 
+class _Clock:
+    """Of a process: a stage takes 1 forward and 2 backward, and goes on when what it needs is there
+    and it has nothing earlier to do. A number in every activation and gradient that is sent says
+    when that was."""
+
+    now = 0.0
+
+    @classmethod
+    def work(cls, seconds: float, received: torch.Tensor | None) -> None:
+        ready = 0.0 if received is None else float(received.flatten()[0])
+        cls.now = max(cls.now, ready) + seconds
+
+    @classmethod
+    def stamp(cls, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x.view(-1)[0] = cls.now
+        return x
+
+
+class _Arrives(torch.autograd.Function):
+    """A stage's input, whose gradient goes to the stage before."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return _Clock.stamp(grad)
+
+
+class _Leaves(torch.autograd.Function):
+    """A stage's output, or the losses of the last."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, received: torch.Tensor | None, length: float, last: bool
+    ) -> torch.Tensor:
+        ctx.length, ctx.last = length, last
+        _Clock.work(length, received)
+        return x.clone() if last else _Clock.stamp(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        _Clock.work(2 * ctx.length, None if ctx.last else grad)
+        return grad, None, None, None
+
+
+def _keep_time(part: Any, length: float) -> None:
+    received: list[torch.Tensor | None] = [None]
+
+    def before(*_: Any) -> None:
+        received[0] = part._received
+        if part._received is not None:
+            part._received = _Arrives.apply(part._received)
+
+    part.register_forward_pre_hook(before)
+    part.register_forward_hook(
+        lambda module, inputs, output: _Leaves.apply(output, received[0], length, part.stage.last)
+    )
+
+
 def bubble() -> None:
-    """T(m) = t (m + b): b, the idle micro-batches, from a straight line through step times."""
+    """Idle micro-batches of a step, by clocks of the processes' own that real steps of the real
+    schedules carry along: two busy cores are no instrument for it. And the step's time on them."""
     table = Table(title="idle time of the pipeline, in micro-batches", title_justify="left")
-    for column in ("layout", *(f"s, m={m}" for m in COUNTS), "measured", "(p - 1) / v"):
+    for column in ("layout", "m", "measured", "(p - 1) / v", "seconds of the step"):
         table.add_column(column)
-    # Equal blocks; the head is next to nothing.
     config, seq_len = model_config("8*gdn"), 256
-    for parallel in (
-        ParallelConfig(pipeline=2),
-        ParallelConfig(pipeline=2, virtual_pipeline=2),
-        ParallelConfig(pipeline=2, virtual_pipeline=4),
-    ):
+    for stages, parts in ((2, 1), (2, 2), (2, 4), (4, 1), (4, 2)):
+        parallel = ParallelConfig(pipeline=stages, virtual_pipeline=parts)
         start(parallel)
-        (engine, _), times = make(config, parallel, seq_len, 1), {}
+        engine, _ = make(config, parallel, seq_len, 1)
+        for part in engine.parts:
+            _keep_time(part, 1 / parts)
         for count in COUNTS:
-            own = batches(count, seq_len)
-            runs = []
-            for _ in range(5):
-                dist.barrier()
-                begin = time.perf_counter()
-                engine.updates.gradients(own)
-                dist.barrier()
-                runs.append(time.perf_counter() - begin)
-            times[count] = min(runs)
-        slope, intercept = np.polyfit(list(times), list(times.values()), 1)
-        table.add_row(
-            layout_name(parallel), *(f"{t:.2f}" for t in times.values()),
-            f"{intercept / slope:.2f}", f"{1 / parallel.virtual_pipeline:.2f}",
-        )  # fmt: skip
+            own = batches(count * data_parallel_place()[1], seq_len)[:count]
+            dist.barrier()
+            begin, _Clock.now = time.perf_counter(), 0.0
+            engine.updates.gradients(own)
+            dist.barrier()
+            seconds, end = time.perf_counter() - begin, max(gather(_Clock.now))
+            table.add_row(
+                layout_name(parallel), str(count), f"{end / 3 - count:.3f}",
+                f"{(stages - 1) / parts:.3f}", f"{seconds:.2f}",
+            )  # fmt: skip
         del engine
     if is_main_process():
         Console(width=110).print(table)

@@ -143,7 +143,8 @@ def read_state(checkpoint: Path) -> CheckpointState:
 
 # Settings of a model that say how it begins or is trained, not what it computes.
 _NOT_THE_MODEL = {
-    "init_std", "depth_scaled_init", "z_loss_weight", "moe.balance_weight", "moe.z_loss_weight",
+    "init_std", "depth_scaled_init", "z_loss_weight", "dropout", "moe.balance_weight",
+    "moe.z_loss_weight",
 }  # fmt: skip
 
 

@@ -74,6 +74,7 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
     flat = int(steps * (1 - config.schedule.decay_fraction))
     config.schedule.warmup_steps = min(config.schedule.warmup_steps, steps // 2, flat)
     config.train.spikes.policy = "none"
+    config.eval.tasks, config.logging.wandb = [], "disabled"
     config.logging.every, config.sample.tokens, config.validation.every = 1, 0, 0
     config.validation.tokens, config.checkpoint.resume = 1, None
     config.checkpoint.every, config.checkpoint.keep_last = steps // 2, 2

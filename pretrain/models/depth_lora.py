@@ -37,6 +37,8 @@ class DepthLoRA(ReadsSharedInput):
     divides is divided alike.
     """
 
+    replicated = True  # lora_a, but a row-parallel layer's, whose input is no shared one
+
     def __init__(self, inner: nn.Module, passes: int, rank: int, context: ParallelContext):
         super().__init__()
         self.inner, self.depth, self._context = inner, 0, context
@@ -60,8 +62,8 @@ class DepthLoRA(ReadsSharedInput):
         """The wrapped layer's."""
         return cast(nn.Parameter, self.inner.weight)
 
-    def input_weight(self) -> Tensor | None:
-        return None if self._row else self._shared(self.lora_a[self.depth])
+    def input_weight(self) -> Tensor:
+        return self.lora_a[self.depth]
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """As the wrapped layer."""

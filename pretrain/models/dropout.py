@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,9 +48,7 @@ class Dropout:
         return partial(self._apply, (*self._seeds, number))
 
     def _apply(self, seeds: tuple[int, int, int], x: Tensor, place: tuple[int, int, int]) -> Tensor:
-        mask = self._mask(seeds, x, place)
-        # Times the mask and the scale at once; its name is for what it does in a backward pass.
-        result: Tensor = torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - self.probability))
+        result: Tensor = _Masked.apply(x, self._mask(seeds, x, place), 1 / (1 - self.probability))
         return result
 
     def _mask(self, seeds: tuple[int, int, int], x: Tensor, place: tuple[int, int, int]) -> Tensor:
@@ -79,3 +78,20 @@ class Dropout:
             if whole is not own:
                 own.copy_(whole[low - number * length : high - number * length])
         return mask
+
+
+class _Masked(torch.autograd.Function):
+    """x times mask times scale; of x nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        # One kernel, named for what torch's own dropout does with it.
+        result: Tensor = torch.ops.aten.native_dropout_backward(x, mask, scale)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return torch.ops.aten.native_dropout_backward(grad, mask, ctx.scale), None, None

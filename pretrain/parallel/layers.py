@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pretrain.parallel.processes import local_device
-from pretrain.parallel.shared_input import project, share_input
+from pretrain.parallel.shared_input import project, share_input, summed_gradient
 
 Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
@@ -152,9 +152,10 @@ class ReadsSharedInput(nn.Module):
     """A projection that calls :func:`project` on its input, with ``id(self)``."""
 
     weight: nn.Parameter
+    replicated = False  # whether every process has the whole weight
 
-    def input_weight(self) -> Tensor | None:
-        """What the input is multiplied by, to give its gradient to; None: it is not shared."""
+    def input_weight(self) -> Tensor:
+        """What the input is multiplied by, to give its gradient to."""
         return self.weight
 
 
@@ -189,6 +190,8 @@ def column_linear(
 class SharedLinear(ReadsSharedInput):
     """Linear without bias that every tensor-parallel process computes whole, for divided heads."""
 
+    replicated = True
+
     def __init__(self, context: ParallelContext, d_in: int, d_out: int, std: float):
         super().__init__()
         self.weight = replicated_parameter(context, (d_out, d_in), normal(std))
@@ -198,10 +201,9 @@ class SharedLinear(ReadsSharedInput):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """``[..., d_in]`` from :func:`column_input` to ``[..., d_out]``."""
         shared = project(x, self.weight, id(self))
-        return nn.functional.linear(x, self.input_weight()) if shared is None else shared, None
-
-    def input_weight(self) -> Tensor:
-        return head_shared(self.weight, self._context)
+        if shared is None:
+            shared = nn.functional.linear(x, head_shared(self.weight, self._context))
+        return shared, None
 
 
 def group_linear(
@@ -248,24 +250,29 @@ def column_input(x: Tensor, context: ParallelContext, reader: nn.Module | None =
     The gradient's, in the backward pass, runs beside the weights' gradients of the projections that
     ``reader`` has, see :mod:`.shared_input`; without a reader it is waited for.
     """
-    if reader is not None and context.tensor_size > 1 and torch.is_grad_enabled():
-        found = {
-            id(module): module.input_weight()
-            for module in reader.modules()
-            if isinstance(module, ReadsSharedInput) and _may_share(module)
-        }
-        return share_input(
-            x, {key: weight for key, weight in found.items() if weight is not None},
-            context.group, sequence_parallel=context.megatron.sequence_parallel,
-        )  # fmt: skip
-    if context.megatron.sequence_parallel:
-        return tensor_parallel.gather_from_sequence_parallel_region(x, group=context.group)
-    return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=context.group)
+    if context.tensor_size == 1:
+        return x
+    sequence_parallel = context.megatron.sequence_parallel
+    if not torch.is_grad_enabled():
+        if sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(x, group=context.group)
+        return x
+    readers: dict[int, ReadsSharedInput] = {}
+    for module in () if reader is None else reader.modules():
+        if isinstance(module, ReadsSharedInput) and _may_share(module):
+            readers[id(module)] = module
+    return share_input(
+        x, {key: module.input_weight() for key, module in readers.items()}, context.group,
+        sequence_parallel=sequence_parallel,
+        replicated=[key for key, module in readers.items() if module.replicated],
+    )  # fmt: skip
 
 
 def head_shared(parameter: Tensor, context: ParallelContext) -> Tensor:
     """A replicated parameter used by divided heads: its gradient is summed over their processes."""
-    return tensor_parallel.copy_to_tensor_model_parallel_region(parameter, group=context.group)
+    if context.tensor_size == 1 or not torch.is_grad_enabled():
+        return parameter
+    return summed_gradient(parameter, context.group)
 
 
 def divided_parameter(

@@ -13,6 +13,12 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
     """Raise ConfigError, or UserError for the number of processes, with what would work."""
     parallel, train = config.parallel, config.train
     check_tensor_parallel(config.model, parallel.tensor, where)
+    if config.model.vocab_size is None and 128 % parallel.tensor:
+        raise ConfigError(
+            f"{where}: model.vocab_size is null, the tokenizer's rounded up to a multiple of 128, "
+            f"which parallel.tensor = {parallel.tensor} does not divide; set it to a multiple of "
+            f"{parallel.tensor}"
+        )
     stages = parallel.pipeline * parallel.virtual_pipeline
     # How large the vocabulary is moves the stages' borders, not their possible number.
     divide_into_stages(config.model, config.model.vocab_size or 1, train.seq_len, stages, where)

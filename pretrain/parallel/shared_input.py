@@ -10,7 +10,7 @@ more while the projections' backward passes run. Megatron-LM does this for each 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,12 @@ _ATTRIBUTE = "shared_input"
 @dataclass
 class _Gradients:
     """What the projections leave for their input's backward pass. ``weights``: of the outputs, by
-    the number of the weight; ``gathered``: the whole input and whether it has come."""
+    the number of the weight; ``summed``: of which weights over processes; ``gathered``: the whole
+    input and whether it has come."""
 
     group: dist.ProcessGroup
     sequence_parallel: bool
+    summed: frozenset[int]
     input: Tensor | None = None
     outputs: dict[int, Tensor] = field(default_factory=dict)
     gathered: tuple[Tensor, dist.Work] | None = None
@@ -66,17 +68,26 @@ def share_input(
     group: dist.ProcessGroup,
     *,
     sequence_parallel: bool,
+    replicated: Collection[int] = (),
 ) -> Tensor:
     """The whole input for :func:`project`; x ``[T, B, d]``, or this process's tokens of it.
 
     ``weights`` ``[d_out, d]`` by a number of the projection's, whichever may follow: one that does
-    not takes no harm, nor does any other use of the result.
+    not takes no harm, nor does any other use of the result. Gradients of the ``replicated`` ones,
+    which every process has whole for outputs that differ, are summed over processes.
     """
-    gradients = _Gradients(group, sequence_parallel)
+    summed = frozenset(number for number, key in enumerate(weights) if key in replicated)
+    gradients = _Gradients(group, sequence_parallel, summed)
     whole: Any = _SharedInput.apply(x, gradients, *weights.values())
     numbers = {key: number for number, key in enumerate(weights)}
     setattr(whole, _ATTRIBUTE, _Shared(x.detach(), gradients, numbers))
     return whole
+
+
+def summed_gradient(parameter: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """A parameter that every process has whole, for outputs that differ: its gradient is summed."""
+    result: Tensor = _SummedGradient.apply(parameter, group)
+    return result
 
 
 def project(x: Tensor, weight: Tensor, key: int) -> Tensor | None:
@@ -139,16 +150,21 @@ class _SharedInput(torch.autograd.Function):
             return None, None, *weight_grads
         if total is None:
             assert grad is not None
-            total = grad.flatten(0, -2).clone()  # others may hold it too
+            # Others may hold it too, and exchanges want it in order.
+            total = grad.flatten(0, -2).clone(memory_format=torch.contiguous_format)
         elif grad is not None:
             total += grad.flatten(0, -2)
         total = total.view(-1, *x.shape[1:])
         result, exchange = _exchange(total, gradients)
+        sums = []
         if outputs:
             whole = gradients.whole_input(x).flatten(0, -2)
             for number, rows in outputs.items():
-                weight_grads[number] = rows.t() @ whole
-        exchange.wait()
+                weight_grads[number] = product = rows.t() @ whole
+                if number in gradients.summed:
+                    sums.append(dist.all_reduce(product, group=gradients.group, async_op=True))
+        for work in (exchange, *sums):
+            work.wait()
         return result, None, *weight_grads
 
 
@@ -159,3 +175,19 @@ def _exchange(total: Tensor, gradients: _Gradients) -> tuple[Tensor, dist.Work]:
         return total, dist.all_reduce(total, group=group, async_op=True)
     own = total.new_empty(total.shape[0] // group.size(), *total.shape[1:])
     return own, dist.reduce_scatter_tensor(own, total, group=group, async_op=True)
+
+
+class _SummedGradient(torch.autograd.Function):
+    """As megatron-core's, but right for a gradient that is not contiguous, or that others hold."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None

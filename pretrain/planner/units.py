@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pretrain.config import ModelConfig, ParallelConfig
 from pretrain.models.blocks import block_specs
 from pretrain.models.building import parallel_context
+from pretrain.models.dropout import EMBEDDING
 from pretrain.models.language_model import LanguageModel
 from pretrain.models.moe import MoE
 from pretrain.ops.packing import rows_as_sequences
@@ -174,7 +175,9 @@ class _Measurement:
     def _block(self, length: int, index: int) -> tuple[Cost, Cost]:
         tokens, cu_seqlens = self._tokens(length)
         x = self._hidden(tokens)
-        return self._run([x], lambda: self.model.run_blocks(x, range(index, index + 1), cu_seqlens))
+        drop = None if self.model.dropout is None else self.model.dropout.next_micro_batch()
+        blocks = range(index, index + 1)
+        return self._run([x], lambda: self.model.run_blocks(x, blocks, cu_seqlens, drop=drop))
 
     def _loop(self, length: int) -> tuple[Cost, Cost]:
         x, recursion = self._hidden(self.rows * length), self.model.recursion
@@ -183,7 +186,13 @@ class _Measurement:
 
     def _embedding(self, length: int) -> tuple[Cost, Cost]:
         tokens = torch.zeros(1, self.rows * length, dtype=torch.int64)
-        return self._run([], lambda: self.model._embed(tokens))
+        drop = None if self.model.dropout is None else self.model.dropout.next_micro_batch()
+
+        def embed() -> Tensor:
+            x = self.model._embed(tokens)
+            return x if drop is None else drop(x, EMBEDDING)
+
+        return self._run([], embed)
 
     def _head(self, length: int) -> tuple[Cost, Cost]:
         tokens = self.rows * length

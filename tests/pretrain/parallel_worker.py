@@ -107,6 +107,9 @@ LAYOUTS = {
         zero_backend="deepspeed", zero_stage=2, tensor=2, sequence=True
     ),
     "deepspeed-tp2-dp2-zero3": ParallelConfig(zero_backend="deepspeed", zero_stage=3, tensor=2),
+    "deepspeed-tp2-dp2-zero3-sequence": ParallelConfig(
+        zero_backend="deepspeed", zero_stage=3, tensor=2, sequence=True
+    ),
     "deepspeed-pp2-vpp2-dp2": ParallelConfig(
         zero_backend="deepspeed", pipeline=2, virtual_pipeline=2
     ),

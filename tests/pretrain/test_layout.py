@@ -132,6 +132,19 @@ def test_stages_are_balanced_by_flops_not_by_blocks():
     assert divide_into_stages(looped, 64, 32, 3, "test")[1].blocks == range(1, 5)
 
 
+def test_a_vocabulary_that_is_not_known_yet_may_not_divide():
+    """The tokenizer's, rounded up to 128, is read when processes have met."""
+    config = run_config("4*attn", batch=192, tensor=3)
+    config.model.mixers["attn"] = {"num_heads": 3, "head_dim": 8}
+    config.model.mlp.intermediate_size, config.model.vocab_size = 48, None
+    with pytest.raises(
+        ConfigError, match=r"128, which parallel\.tensor = 3 does not .*multiple of 3"
+    ):
+        check_layout(config, 3, "test")
+    config.model.vocab_size = 384
+    check_layout(config, 3, "test")
+
+
 @pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("parts", [None, 2])
 def test_settings_of_megatron_that_go_wrong_silently_are_put_right(monkeypatch, parts):

@@ -51,6 +51,7 @@ def cases():
     found = {name: settings(f"2*{name}", {name: SMALL[name][0]}) for name in registry()}
     found["one-kv-head"] = settings("attn", {"attn": {"num_heads": 4, "num_kv_heads": 1}})
     found["untied"] = settings("attn", {"attn": {"num_heads": 4}}, tie_embeddings=False)
+    found["dropout"] = settings("gdn attn", {m: SMALL[m][0] for m in ("gdn", "attn")}, dropout=0.2)
     for name in ("mamba2", "m2rnn", "kda", "gla"):  # with projections that all processes share
         found[f"{name}-lora"] = settings(
             f"2*{name}", {name: SMALL[name][0]}, recursion={"times": 2, "lora_rank": 2}
@@ -64,13 +65,15 @@ def cases():
     return found
 
 
-def train(config, sequence_parallel=False):
+def train(config, sequence_parallel=False, checkpointing="none"):
     """(loss, gradient norm) of a few steps."""
-    model = build_model(config, VOCAB, seed=0, sequence_parallel=sequence_parallel)
+    model = build_model(
+        config, VOCAB, seed=0, sequence_parallel=sequence_parallel,
+        activation_checkpointing=checkpointing,
+    )  # fmt: skip
     engine, results = Engine(model, OPTIMIZER), []
     for step in range(STEPS):
-        if model.recursion is not None:
-            model.recursion.begin_step(0, step, 0)
+        engine.begin_step(0, step)
         results.append(engine.train_step(batches(step), 1e-3))
     return [(r.loss, r.grad_norm) for r in results]
 
@@ -94,6 +97,7 @@ def train_across_layouts(config, directory, layouts):
 
 
 ACROSS = ("gdn", "m2rnn-lora", "mamba2-lora", "recursion-lora")
+RECOMPUTED = ("dropout", "recursion-lora")
 LAYOUTS = (2, 1, 2)  # tensor parallel; with 1 the two processes are data-parallel
 _WORKER = """
 import json, sys
@@ -101,7 +105,9 @@ from pathlib import Path
 from pretrain.config import ParallelConfig
 from pretrain.parallel.processes import is_main_process, start_processes, stop_processes
 start_processes(ParallelConfig(tensor=2))
-from tests.pretrain.test_tensor_parallel import ACROSS, LAYOUTS, cases, train, train_across_layouts
+from tests.pretrain.test_tensor_parallel import (
+    ACROSS, LAYOUTS, RECOMPUTED, cases, train, train_across_layouts
+)
 found = {}
 for name, config in cases().items():
     for sequence in (False, True):
@@ -109,6 +115,10 @@ for name, config in cases().items():
             found[f"{name}{'-sequence' * sequence}"] = train(config, sequence)
         except Exception as error:
             raise RuntimeError(f"{name}, sequence parallel {sequence}") from error
+for name in RECOMPUTED:
+    for sequence in (False, True):
+        key = f"{name}{'-sequence' * sequence}-recomputed"
+        found[key] = train(cases()[name], sequence, "block")
 for name in ACROSS:
     folder = Path(sys.argv[1]) / name
     found[f"{name}-across"] = train_across_layouts(cases()[name], folder, LAYOUTS)
@@ -138,7 +148,8 @@ def two_processes(tmp_path_factory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", cases())
 def test_two_processes_equal_one(name, two_processes):
     expected = train(cases()[name])
-    for kind in (name, f"{name}-sequence"):
+    ways = ("", "-sequence", "-recomputed", "-sequence-recomputed")
+    for kind in (f"{name}{way}" for way in ways[: 4 if name in RECOMPUTED else 2]):
         assert np.allclose(two_processes[kind], expected, rtol=1e-5), kind
 
 
