@@ -60,6 +60,7 @@ MORE_CASES = {
     "dp2": case("2*(gdn attn)"),
     "newton": case("2*para_gru m2rnn", seq_len=2048, rows=2),
     "loop": case("attn 2*gdn attn", model=LOOP),
+    "dropout": case("2*(gdn attn)", model={"dropout": 0.2}),
     "zero2-deepspeed": case("2*(gdn attn)", zero_stage=2, **DEEPSPEED),
 }
 
