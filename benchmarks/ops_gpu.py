@@ -24,6 +24,7 @@ import argparse
 import datetime
 import importlib.metadata
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.m2rnn_history import M2RNNWithHistory
+from pretrain.models.mixers.parts import delta_rule_flops, linear_attention_flops
 from pretrain.ops import (
     attention,
     delta_rule,
@@ -66,6 +68,7 @@ class Case:
     fast: str
     alternative: str
     longest_alternative: int = 65536
+    states: int = 0  # tensors as large as the output that the backward pass reads, that among them
 
 
 class Device:
@@ -82,7 +85,7 @@ class Device:
         self.smoke = smoke
 
     def milliseconds(self, run: Callable[[], Any]) -> float:
-        """Median over about half a second, after warming up."""
+        """Median of several runs, after warming up."""
         if not self.gpu:
             start = time.perf_counter()
             run()
@@ -205,12 +208,16 @@ def cases(device: str) -> list[Case]:
             x, weight, targets, tokens_at_once=4096, backend=backend
         )
 
-    def chunk(steps: int) -> Callable[[Sequence[Tensor]], float]:
-        # Chunks of 64: within them and their states.
+    def rule(steps: int, per_channel: bool = False) -> Callable[[Sequence[Tensor]], float]:
         return lambda t: (
             t[0].shape[2]
-            * steps
-            * (2 * 64 * (2 * t[1].shape[-1] + t[2].shape[-1]) + 6 * t[1].shape[-1] * t[2].shape[-1])
+            * delta_rule_flops(t[0].shape[-1], t[2].shape[-1], 64, steps, per_channel=per_channel)
+        )
+
+    def read(per_channel: bool = False) -> Callable[[Sequence[Tensor]], float]:
+        return lambda t: (
+            t[0].shape[2]
+            * linear_attention_flops(t[0].shape[-1], t[2].shape[-1], 64, per_channel=per_channel)
         )
 
     fastest = fast_attention(torch.empty(1, 128, dtype=torch.bfloat16, device=device))
@@ -221,16 +228,18 @@ def cases(device: str) -> list[Case]:
     return [
         Case("attention", softmax, lambda t: 2.0 * t[0].shape[1] * t[0].shape[2] * 128,
              "explicit", fastest, "sdpa"),
-        Case("delta_rule (gdn)", delta(1), chunk(1), "recurrent", "fla", "chunked"),
-        Case("delta_rule n=2", delta(2), chunk(2), "recurrent", "fla", "chunked"),
-        Case("delta_rule (kda)", delta(1, True), chunk(1), "recurrent", "fla", "chunked", 4096),
-        Case("linear_attention (mamba2)", linear(3), chunk(1), "recurrent", "fla", "chunked"),
-        Case("linear_attention (gla)", linear(4), chunk(1), "recurrent", "fla", "chunked", 4096),
+        Case("delta_rule (gdn)", delta(1), rule(1), "recurrent", "fla", "chunked"),
+        Case("delta_rule n=2", delta(2), rule(2), "recurrent", "fla", "chunked"),
+        Case("delta_rule (kda)", delta(1, True), rule(1, True), "recurrent", "fla", "chunked",
+             4096),
+        Case("linear_attention (mamba2)", linear(3), read(), "recurrent", "fla", "chunked"),
+        Case("linear_attention (gla)", linear(4), read(True), "recurrent", "fla", "chunked", 4096),
         Case("m2rnn", matrix_rnn,
              lambda t: 2.0 * t[2].shape[2] * t[0].shape[-1] * t[2].shape[-1] ** 2,
              "recurrent", "triton", "checkpointed", 1024),
-        *(Case(f"para_{cell}, {how}", para(cell), none, "sequential", f"triton_{how}", "newton")
-          for cell in ("gru", "lstm") for how in ("newton", "steps")),
+        *(Case(f"para_{cell}, {how}", para(cell), none, "sequential", f"triton_{how}", "newton",
+                states=states)
+          for cell, states in (("gru", 1), ("lstm", 2)) for how in ("newton", "steps")),
         *(Case(f"rnn {cell} D={d}", classical(cell, d),
                lambda t: 2.0 * t[1].numel(), "recurrent", "triton", "checkpointed", 1024)
           for cell in CELLS for d in (64, 128)),
@@ -284,12 +293,15 @@ def largest_error(case: Case, device: Device) -> float:
     )
 
 
-def floors(wanted: list[Tensor], output: Tensor, flops: float, copy: float, product: float) -> Any:
+def floors(
+    wanted: list[Tensor], output: Tensor, flops: float, states: int, copy: float, product: float
+) -> Any:
     """Milliseconds of a forward pass, and of a forward and a backward pass."""
     read, written = sum(t.nbytes for t in wanted), output.nbytes
     forward = max((read + written) / copy, flops / product)
-    backward = max((2 * read + written) / copy, 2 * flops / product)
-    return 1e3 * forward, 1e3 * (forward + backward)
+    kept = max((read + max(states, 1) * written) / copy, flops / product)
+    backward = max((2 * read + (1 + states) * written) / copy, 2 * flops / product)
+    return 1e3 * forward, 1e3 * (kept + backward)
 
 
 def said(problem: Exception) -> str:
@@ -328,7 +340,7 @@ def row(
     wanted, call = case.make(width, batch, length, device.dtype)
     forward, both = passes(wanted, call, case.fast)
     tokens = batch * length
-    floor = floors(wanted, first(forward()), case.flops(wanted) * tokens, *rates)
+    floor = floors(wanted, first(forward()), case.flops(wanted) * tokens, case.states, *rates)
     times = device.milliseconds(forward), device.milliseconds(both)
     ratio = ""
     if length <= case.longest_alternative and case.alternative != case.fast:
@@ -384,7 +396,7 @@ def against_stepping(device: Device, chosen: list[Case], rates: Any, longest: in
             batch, width = (1, 16) if device.smoke else (8, 1024)
             wanted, call = kinds[0].make(width, batch, 2**power, device.dtype)
             forward, loop = passes(wanted, call, "sequential")
-            floor = floors(wanted, first(forward()), 0, *rates)[1]
+            floor = floors(wanted, first(forward()), 0, kinds[0].states, *rates)[1]
             slow = device.milliseconds(loop)
             for case in kinds:
                 _, both = passes(wanted, call, case.fast)
@@ -465,6 +477,7 @@ def main() -> None:
     torch.manual_seed(0)
     copy, product = device.rates()
     packages = ("torch", "triton", "flash-linear-attention", "flash-attn", "liger-kernel")
+    print(f"$ python -m benchmarks.ops_gpu {' '.join(sys.argv[1:])}")
     print(f"{torch.cuda.get_device_name() if device.gpu else 'CPU, interpreted'}, "
           f"{datetime.date.today()}, {', '.join(map(version, packages))}")  # fmt: skip
     print(f"copy {copy / 1e12:.2f} TB/s, {device.dtype} product {product / 1e12:.0f} TFLOP/s")

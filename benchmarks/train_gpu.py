@@ -7,7 +7,8 @@ Every model of configs/models in bfloat16, through the engine that trains: megat
 forward, backward, clipping, AdamW. Random tokens, 32,768 in a micro-batch, two micro-batches in a
 step, rows of T as sequences. MFU: model FLOPs (matrix products, attention's causal half counted)
 over the dense peak. ``ratio``: tokens/s over the transformer's of that size and length; the 7:1
-hybrid with one layer replaced by M2RNN is also set against the one without. ``waits``: how often a
+hybrid with one M2RNN layer is also set against the one without, which has as many parameters (its
+MLP is wider instead, and its attention lies elsewhere). ``waits``: how often a
 step made the host wait for the GPU, as torch's sync debug mode tells (the loss and the gradient's
 norm are looked at once each). ``--profile`` saves a picture of one step by kernel. ``--smoke``: one
 tiny model wherever it runs, its figures meaning nothing.
@@ -20,6 +21,7 @@ import collections
 import datetime
 import gc
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -114,7 +116,10 @@ def measure(config: RunConfig, name: str, steps: int, tokens: int, profile: Path
     memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
     found = speed, peak and speed * flops / peak, memory, waits(step)
     if profile is not None:
-        save_profile(step, profile / f"step-{name}-{length}.png", f"{name}, T = {length}")
+        try:
+            save_profile(step, profile / f"step-{name}-{length}.png", f"{name}, T = {length}")
+        except Exception as problem:  # a picture that fails must not cost the figures
+            print(f"no profile of {name}: {type(problem).__name__}: {problem}", flush=True)
     return found
 
 
@@ -179,6 +184,7 @@ def main() -> None:
     if arguments.smoke:
         paths = [("tiny", "gdn-hybrid", Path("configs/models/tiny-gdn-hybrid.yaml"))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"$ python -m benchmarks.train_gpu {' '.join(sys.argv[1:])}")
     print(f"{device}, {datetime.date.today()}, torch {torch.__version__}, "
           f"{describe_backends()}")  # fmt: skip
     print(f"{'size':<5} {'model':<22} {'T':>6} {'tokens/s':>9} {'MFU':>6} {'peak GB':>8} "

@@ -27,7 +27,7 @@ from data_prep.errors import UserError
 from data_prep.manifest import Manifest
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import DataConfig, TrainConfig
-from pretrain.ops.packing import to_device
+from pretrain.ops.packing import to_device, without_waiting
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         tokens, targets, mask = (
-            x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.loss_mask)
+            without_waiting(x, device) for x in (self.tokens, self.targets, self.loss_mask)
         )
         return Batch(tokens, targets, mask, to_device(self.cu_seqlens, device))
 

@@ -13,7 +13,7 @@ from pretrain.ops.newton import NewtonReport, newton_recurrence
 from pretrain.ops.para_rnn import para_gru, para_lstm
 from pretrain.ops.rat import RATState, rat
 from pretrain.ops.rnn import rnn
-from pretrain.ops.rotary import apply_rotary, rotary_embedding
+from pretrain.ops.rotary import apply_rotary, rotary_embedding, rotary_of
 from pretrain.ops.short_convolution import short_convolution
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "rat",
     "rnn",
     "rotary_embedding",
+    "rotary_of",
     "short_convolution",
 ]

@@ -29,6 +29,10 @@ class Work:
     instructions: float
     cycles: float
 
+    def share(self, part: float) -> Work:
+        """So much of it."""
+        return Work(self.flops * part, self.instructions * part, self.cycles * part)
+
 
 # (work, bytes of its tensors, their dtype) of a kernel that would run
 Observer = Callable[[Work, float, torch.dtype], None]

@@ -61,10 +61,17 @@ def cu_seqlens_on_host(cu_seqlens: Tensor) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(sequence_lengths(cu_seqlens))])
 
 
+def without_waiting(x: Tensor, device: torch.device) -> Tensor:
+    """``x``, which is on the CPU, on ``device``; a GPU copies from pinned memory by itself."""
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def to_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     """``cu_seqlens``, which is on the CPU, on ``device``; its lengths stay known, so that no layer
     has to wait for the device to learn them."""
-    moved = cu_seqlens.to(device, non_blocking=True)
+    moved = without_waiting(cu_seqlens, device)
     if moved is not cu_seqlens:
         sequence_lengths.learn(moved, sequence_lengths(cu_seqlens))
     return moved
@@ -76,7 +83,7 @@ def last_tokens(cu_seqlens: Tensor, count: int) -> Tensor:
     ends = itertools.accumulate(sequence_lengths(cu_seqlens))
     parts = [torch.arange(end - min(n, count), end)
              for n, end in zip(sequence_lengths(cu_seqlens), ends, strict=True)]  # fmt: skip
-    return torch.cat(parts or [torch.arange(0)]).to(cu_seqlens.device, non_blocking=True)
+    return without_waiting(torch.cat(parts or [torch.arange(0)]), cu_seqlens.device)
 
 
 @remember

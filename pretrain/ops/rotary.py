@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pretrain.ops.fusing import fused
+from pretrain.ops.packing import remember, token_positions
+
 
 def rotary_embedding(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin ``[*positions.shape, dim / 2]`` in float32 for integer positions.
@@ -17,6 +20,14 @@ def rotary_embedding(positions: Tensor, dim: int, theta: float) -> tuple[Tensor,
     return angles.cos(), angles.sin()
 
 
+@remember
+def rotary_of(cu_seqlens: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """:func:`rotary_embedding` of each token's place in its own sequence, made once for all
+    layers."""
+    return rotary_embedding(token_positions(cu_seqlens), dim, theta)
+
+
+@fused
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x ``[..., H, D]`` by cos, sin ``[..., D / 2]``; computed in float32 or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)

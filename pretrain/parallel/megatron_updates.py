@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -61,6 +63,25 @@ def _gather_before_use(wrapped: Any, part: LanguageModel) -> None:
         register(part.final_norm, [*part.final_norm.parameters(), *head.parameters()])
 
 
+def _finalize_gradients(
+    modules: Sequence[Any], num_targets: Tensor | None = None, **options: Any
+) -> None:
+    """megatron-core's, and the mean over targets without its look at their number, for which the
+    host would wait."""
+    finalize_model_grads(modules, None, **options)
+    if num_targets is None:
+        return
+    dist.broadcast(
+        num_targets, parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )  # fmt: skip
+    dist.all_reduce(
+        num_targets, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    for module in modules:
+        module.scale_gradients(1.0 / num_targets.clamp(min=1))
+
+
 def _is_hidden_matrix(parameter: Any) -> bool:
     return getattr(parameter, "hidden_matrix", False)
 
@@ -85,7 +106,7 @@ class MegatronUpdates:
         self.replicas = data_parallel_place()[1]
         megatron, dtype = parts[0].config, parts[0].context.dtype
         self.narrow = dtype != torch.float32
-        megatron.finalize_model_grads_func = finalize_model_grads
+        megatron.finalize_model_grads_func = _finalize_gradients
         settings = MegatronOptimizerConfig(
             optimizer="adam", lr=config.lr, min_lr=0.0, weight_decay=config.weight_decay,
             adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_eps=config.eps,

@@ -19,6 +19,7 @@ from pretrain.merged_metrics import merge_metrics
 T = TypeVar("T")
 
 _named_here: list[str] = []  # environment variables that no launcher set
+_host_groups: list[dist.ProcessGroup] = []  # of all processes, where those of NCCL need the GPU
 
 
 def local_device() -> torch.device:
@@ -72,6 +73,8 @@ def start_processes(config: ParallelConfig | None = None) -> None:
         else:
             store = dist.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        if dist.get_backend() == "nccl" and dist.get_world_size() > 1:
+            _host_groups.append(dist.new_group(timeout=timeout, backend="gloo"))
     if not parallel_state.model_parallel_is_initialized():
         parts = config.virtual_pipeline
         parallel_state.initialize_model_parallel(
@@ -106,6 +109,7 @@ def stop_processes() -> None:
         os.environ.pop(_named_here.pop(), None)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    _host_groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -185,9 +189,10 @@ def sum_over_replicas(values: Tensor) -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether ``flag`` is set on any process; every process must call."""
+    """Whether ``flag`` is set on any process; every process must call. Waits for no GPU."""
     if dist.get_world_size() == 1:
         return flag
-    value = torch.tensor([float(flag)], device=local_device())
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    group = _host_groups[0] if _host_groups else None
+    value = torch.tensor([float(flag)], device="cpu" if group else local_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
     return bool(value.item())

@@ -13,6 +13,7 @@ from pretrain.models.mixers.parts import l2_norm, softplus_decay
 from pretrain.ops.fusing import fused
 from pretrain.ops.gating import silu_gate, skip_silu_gate, swiglu
 from pretrain.ops.rms_norm import rms_norm_sigmoid_gate, rms_norm_silu_gate
+from pretrain.ops.rotary import apply_rotary
 from tests.relative_error import relative_error
 
 
@@ -25,6 +26,7 @@ from tests.relative_error import relative_error
         (swiglu, [(7, 16), (7, 16)], ()),
         (rms_norm_silu_gate, [(2, 5, 8), (8,), (2, 5, 8)], (1e-5,)),
         (rms_norm_sigmoid_gate, [(2, 5, 3, 8), (3, 8), (2, 5, 3, 8)], (1e-5,)),
+        (apply_rotary, [(2, 5, 3, 8), (2, 5, 4), (2, 5, 4)], ()),
         (l2_norm, [(3, 4, 6)], ()),
         (softplus_decay, [(3, 4), (4,), (4,)], ()),
         (hgrn2._forget, [(3, 4), (4,)], ()),

@@ -11,6 +11,8 @@ import torch
 
 from pretrain.ops import NewtonReport, m2rnn, para_gru, para_lstm, rnn
 from pretrain.ops.rnn import CELLS
+from pretrain.planner.hardware import load_hardware
+from pretrain.planner.simulation import Simulation
 from tests.relative_error import relative_error
 
 triton = pytest.importorskip("triton")
@@ -73,11 +75,18 @@ def test_m2rnn(seed):
 
 
 def test_m2rnn_gradients_of_many_sequences_are_left_in_few_parts(monkeypatch):
-    """Programs share sequences where there are more of them than parts."""
+    """Programs share sequences where there are more of them than parts, and go on with theirs in
+    the next stretch of time."""
     monkeypatch.setattr(m2rnn_kernels, "DW_SLOTS", 2)
-    q, k, v, weight = normal(5, 3, 1, 4), normal(5, 3, 1, 4), normal(5, 3, 2, 4), normal(2, 4, 4)
-    forget = torch.rand(5, 3, 2, dtype=DTYPE, device=DEVICE, requires_grad=True)
-    compare(m2rnn, lambda b: m2rnn(q, k, v, weight, forget, backend=b), [q, k, v, weight, forget])
+    monkeypatch.setattr(m2rnn_kernels, "STRETCHES", 2)
+    q, k, v, weight = normal(5, 9, 1, 4), normal(5, 9, 1, 4), normal(5, 9, 2, 4), normal(2, 4, 4)
+    forget = torch.rand(5, 9, 2, dtype=DTYPE, device=DEVICE, requires_grad=True)
+
+    def run(backend):
+        every = None if backend == "recurrent" else 4
+        return m2rnn(q, k, v, weight, forget, backend=backend, checkpoint_every=every)
+
+    compare(m2rnn, run, [q, k, v, weight, forget])
 
 
 def test_m2rnn_keeps_little():
@@ -96,6 +105,27 @@ def test_m2rnn_keeps_little():
         m2rnn(q, k, v, weight, forget, backend="triton")
     inputs = sum(t.numel() * 4 for t in (q, k, v, weight, forget))
     assert saved - inputs < 1.3 * 256 * 16 * 16 * 4 / 64 + 100
+
+
+def test_m2rnn_backward_takes_an_eighth_of_the_states_of_all_tokens():
+    """At the sizes of 410M, of which the published kernel writes 172 KB a token; from allocations
+    alone, without a device."""
+    heads, k_dim, v_dim, tokens = 84, 64, 16, 8 * 4096
+    cu_seqlens = torch.arange(9) * 4096
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+    q, k, v = empty(1, tokens, 1, k_dim), empty(1, tokens, 1, k_dim), empty(1, tokens, heads, v_dim)
+    weight, forget = empty(heads, v_dim, v_dim), empty(1, tokens, heads)
+    with Simulation(load_hardware("configs/hardware/h200.yaml")) as simulation:
+        simulation.own([q, k, v, weight, forget])
+        y, ahead = simulation.measure(
+            lambda: m2rnn(q, k, v, weight, forget, cu_seqlens=cu_seqlens, backend="triton")[0]
+        )
+        like = torch.empty_like(y)
+        _, back = simulation.measure(lambda: y.backward(like))
+    assert ahead.kept + back.peak < 172e3 * tokens / 8
 
 
 def small_tiles(monkeypatch):
@@ -176,12 +206,13 @@ def test_newton_without_fallback_and_with_few_steps(monkeypatch):
         options: dict[str, Any] = {
             "backend": "triton",
             "iterations": steps,
+            "tolerance": 0.0,  # every step is made, also in float32
             "fallback": False,
             "report": report,
         }
         errors.append((para_gru(u, a, **options)[0] - exact).abs().max().item())
         assert (report.fallbacks, report.iterations) == (0, steps)
-    assert errors[0] > errors[1] > errors[2] > errors[3]
+    assert errors[0] > errors[1] > errors[2]
     assert errors[3] < (1e-5 if ON_GPU else 1e-8)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_prep.config_files import setting
 from pretrain.models.mixers.base import Facts, LayerContext, Mixer, State, heads, register
-from pretrain.ops import apply_rotary, attention, rotary_embedding
+from pretrain.ops import apply_rotary, attention, rotary_embedding, rotary_of
 from pretrain.ops.packing import (
     last_tokens,
     max_length,
@@ -93,11 +93,13 @@ class Attention(Mixer):
         if cu_seqlens is None:
             cu_seqlens = rows_as_sequences(batch_size, length, q.device)
             q, k, v = (t.reshape(1, batch_size * length, *t.shape[2:]) for t in (q, k, v))
-        positions = token_positions(cu_seqlens)
-        if state is not None:
-            positions = positions + torch.repeat_interleave(state["seen"], cu_seqlens.diff())
         if self.config.rope_theta is not None:
-            cos, sin = rotary_embedding(positions, self.head_dim, self.config.rope_theta)
+            dim, theta = self.head_dim, self.config.rope_theta
+            if state is None:
+                cos, sin = rotary_of(cu_seqlens, dim, theta)
+            else:
+                seen = torch.repeat_interleave(state["seen"], cu_seqlens.diff())
+                cos, sin = rotary_embedding(token_positions(cu_seqlens) + seen, dim, theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         k, v, cu_seqlens_k = _append(state, k[0], v[0], cu_seqlens)
         y = attention(

@@ -9,7 +9,9 @@ The forward pass stores the state before every ``chunk``-th token, in float32. B
 chunk to chunk to the front. Within a chunk it runs forward once, leaving the state before every
 short piece in a scratch of some tens of megabytes, meant to stay in the L2 cache (in the inputs'
 dtype, which is what W multiplies anyway); then it takes the pieces from the last to the first:
-forward once more with every state and tanh in registers, then back.
+forward once more with every state and tanh in registers, then back. It is launched for one stretch
+of the sequences' time after another, so that gradients that every head and part has of its own, to
+be added up, take a fraction of the memory.
 
 Its bound is not memory but the instructions issued, then tanh (K V for each token and head forward,
 less than 2 K V backward; 16 per clock and multiprocessor).
@@ -17,6 +19,7 @@ less than 2 K V backward; 16 per clock and multiprocessor).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,11 +30,18 @@ from torch import Tensor
 from pretrain.ops.arguments import Work
 from pretrain.ops.kernels.elementary import tanh
 from pretrain.ops.kernels.launching import approximate, launch, power_of_two
-from pretrain.ops.packing import max_length
+from pretrain.ops.packing import (
+    cu_seqlens_on_host,
+    max_length,
+    remember,
+    sequence_lengths,
+    without_waiting,
+)
 
 CHUNK = 64  # tokens between stored states, unless asked otherwise
 PIECE = 4  # tokens of a chunk whose inner values are in registers at once
 DW_SLOTS = 256  # most parts that the gradient of W is left in: programs may share sequences
+STRETCHES = 8  # of a sequence's time whose gradients exist for every head at once
 PROGRAMS = 4096  # about as many as may run at once: more would only need more scratch
 
 
@@ -100,11 +110,11 @@ def _forward_kernel(
     tl.store(final + of_sequence + in_state, h, mask=state_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["own_total", "done", "most"])
 def _backward_kernel(
-    q, k, v, weight, forget, checkpoints, dy, d_final,
-    dq, dk, dv, df, dw, d_initial, starts, cu_seqlens, chunk_starts,
-    total, num_sequences, clip,
+    q, k, v, weight, forget, checkpoints, dy, d_after,
+    dq, dk, dv, df, dw, d_before, starts, cu_seqlens, chunk_starts, places,
+    total, own_total, num_sequences, done, most, clip,
     num_heads: tl.constexpr, q_heads: tl.constexpr, k_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr, PIECE: tl.constexpr, CLIP: tl.constexpr, APPROXIMATE: tl.constexpr,
@@ -117,7 +127,7 @@ def _backward_kernel(
     square_ok = column_ok[:, None] & column_ok[None, :]
     state_ok = row_ok[:, None] & column_ok[None, :]
     dtype = q.dtype.element_ty
-    wide = d_final.dtype.element_ty
+    wide = d_after.dtype.element_ty
     in_weight = columns[:, None] * V + columns[None, :]
     w = tl.load(weight + head * V * V + in_weight, mask=square_ok, other=0.0).to(dtype)
     w_back = tl.trans(w)
@@ -127,17 +137,22 @@ def _backward_kernel(
     program = (slot.to(tl.int64) * num_heads + head) * tl.num_programs(2) + part
     starts += program * (CHUNK // PIECE * BLOCK_K * BLOCK_V)
     limit = tl.cast(clip, wide)
-    d_weight = tl.zeros([BLOCK_V, BLOCK_V], wide)
+    of_weight = dw + ((part * tl.num_programs(0) + slot) * num_heads + head) * V * V
+    d_weight = tl.load(of_weight + in_weight, mask=square_ok & (done > 0), other=0.0)
 
     for sequence in range(slot, num_sequences, tl.num_programs(0)):
         start = tl.load(cu_seqlens + sequence).to(tl.int64)
         length = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - start
         chunk = tl.load(chunk_starts + sequence).to(tl.int64)
         of_sequence = (tl.cast(sequence, tl.int64) * num_heads + head) * K * V
-        dh = tl.load(d_final + of_sequence + in_state, mask=state_ok, other=0.0)
+        dh = tl.load(d_after + of_sequence + in_state, mask=state_ok, other=0.0)
         num_chunks = (length + CHUNK - 1) // CHUNK
-        for back in range(0, num_chunks):
+        until = tl.minimum(num_chunks, done + most)
+        # Gradients that are left in parts lie at rows of this launch's own.
+        place_of_start = tl.load(places + sequence) - (num_chunks - until) * CHUNK
+        for back in range(done, until):
             c = num_chunks - 1 - back
+            own = place_of_start + c * CHUNK
             first = start + c * CHUNK
             count = length - c * CHUNK  # tokens from here on
             place = checkpoints + ((chunk + c) * num_heads + head) * K * V
@@ -147,9 +162,9 @@ def _backward_kernel(
             f_c = forget + first * num_heads + head
             q_c = q + (first * q_heads + q_head) * K + rows
             dy_c = dy + (first * num_heads + head) * V + columns
-            dq_c = dq + (first * num_heads + head) * K + rows
-            dk_c = dk + (first * num_heads + head) * K + rows
-            dv_c = dv + ((part * total + first) * num_heads + head) * V + columns
+            dq_c = dq + (own * num_heads + head) * K + rows
+            dk_c = dk + (own * num_heads + head) * K + rows
+            dv_c = dv + ((part * own_total + own) * num_heads + head) * V + columns
             df_c = df + (part * total + first) * num_heads + head
 
             # Tokens behind the end have f = 1 and all else 0: they change nothing.
@@ -221,9 +236,8 @@ def _backward_kernel(
                     )  # fmt: skip
                     tl.store(df_c + t * num_heads, df_t, mask=here)
             tl.debug_barrier()  # the next chunk's starts take the place of this one's
-        tl.store(d_initial + of_sequence + in_state, dh, mask=state_ok)
-    place = dw + ((part * tl.num_programs(0) + slot) * num_heads + head) * V * V
-    tl.store(place + in_weight, d_weight, mask=square_ok)
+        tl.store(d_before + of_sequence + in_state, dh, mask=state_ok)
+    tl.store(of_weight + in_weight, d_weight, mask=square_ok)
 
 
 def blocks(key_dim: int, value_dim: int, *, backward: bool) -> dict[str, int]:
@@ -298,10 +312,7 @@ class M2RNN(torch.autograd.Function):
         sizes = blocks(key_dim, value_dim, backward=True)
         parts, wide = triton.cdiv(key_dim, sizes["BLOCK_K"]), like.dtype
         slots = max(1, min(ctx.num_sequences, DW_SLOTS, PROGRAMS // (num_heads * parts) + 1))
-        # One gradient for every head; those of shared queries and keys are added up below.
-        dq, dk = (torch.empty(total, num_heads, key_dim, dtype=x.dtype, device=x.device)
-                  for x in (q, k))  # fmt: skip
-        dv = like.new_empty(parts, *v.shape, dtype=v.dtype if parts == 1 else wide)
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         df = like.new_empty(parts, *forget.shape)
         dw = like.new_empty(parts * slots, *weight.shape)
         d_initial = like.new_empty(ctx.num_sequences, num_heads, key_dim, value_dim)
@@ -309,17 +320,32 @@ class M2RNN(torch.autograd.Function):
             slots * num_heads * parts * (ctx.chunk // sizes["PIECE"])
             * sizes["BLOCK_K"] * sizes["BLOCK_V"]
         )  # fmt: skip
-        launch(
-            _backward_kernel, (slots, num_heads, parts),
-            _work(v, key_dim, cu_seqlens, backward=True), q, k, v, weight, forget, checkpoints,
-            dy.contiguous(), d_final.contiguous(), dq, dk, dv, df, dw, d_initial, starts,
-            cu_seqlens, chunk_starts, total, ctx.num_sequences, ctx.clip or 0.0,
-            num_heads, q.shape[1], k.shape[1], K=key_dim, V=value_dim,
-            CHUNK=ctx.chunk, CLIP=ctx.clip is not None, APPROXIMATE=approximate(q.dtype), **sizes,
-        )  # fmt: skip
+        dy, d_after = dy.contiguous(), d_final.contiguous()
+        whole = _work(v, key_dim, cu_seqlens, backward=True).share(1 / max(total, 1))
+        for stretch in _stretches(cu_seqlens, ctx.chunk, STRETCHES):
+            # One gradient for every head and part, added up before the next stretch has its own.
+            own_dq, own_dk = (
+                torch.empty(stretch.total, num_heads, key_dim, dtype=x.dtype, device=x.device)
+                for x in (q, k)
+            )
+            own_dv = like.new_empty(
+                parts, stretch.total, *v.shape[1:], dtype=v.dtype if parts == 1 else wide
+            )
+            launch(
+                _backward_kernel, (slots, num_heads, parts), whole.share(stretch.total),
+                q, k, v, weight, forget, checkpoints, dy, d_after, own_dq, own_dk, own_dv, df, dw,
+                d_initial, starts, cu_seqlens, chunk_starts, stretch.places, total, stretch.total,
+                ctx.num_sequences, stretch.done, stretch.most, ctx.clip or 0.0,
+                num_heads, q.shape[1], k.shape[1], K=key_dim, V=value_dim, CHUNK=ctx.chunk,
+                CLIP=ctx.clip is not None, APPROXIMATE=approximate(q.dtype), **sizes,
+            )  # fmt: skip
+            d_after = d_initial
+            for target, found in ((dq, _shared(own_dq, q)), (dk, _shared(own_dk, k)),
+                                  (dv, _added(own_dv, v))):  # fmt: skip
+                target.index_copy_(0, stretch.tokens, found)
         return (
-            _shared(dq, q), _shared(dk, k), _added(dv, v), dw.sum(0).to(weight.dtype),
-            _added(df, forget), d_initial, None, None, None, None,
+            dq, dk, dv, dw.sum(0).to(weight.dtype), _added(df, forget), d_initial,
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -331,6 +357,43 @@ def _work(v: Tensor, key_dim: int, cu_seqlens: Tensor, *, backward: bool) -> Wor
     flops = numbers * (8 * value_dim + 4 if backward else 2 * value_dim + 2)
     instructions = numbers * (790 / 512 if backward else 640 / 1024)
     return Work(flops, instructions, max_length(cu_seqlens) * (1500 if backward else 450))
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """What one launch of the backward kernel works off of every sequence: at the most ``most``
+    chunks before its last ``done``. ``tokens`` ``[total]``: where the rows of its gradients belong;
+    ``places`` ``[N]``: the first row of each sequence."""
+
+    done: int
+    most: int
+    total: int
+    tokens: Tensor
+    places: Tensor
+
+
+@remember
+def _stretches(cu_seqlens: Tensor, chunk: int, count: int) -> list[_Stretch]:
+    """About ``count`` of the longest sequence, the last first."""
+    lengths = sequence_lengths(cu_seqlens)
+    chunks = [-(-length // chunk) for length in lengths]
+    most = max(-(-max(chunks, default=0) // count), 1)
+    starts = cu_seqlens_on_host(cu_seqlens)[:-1].tolist()
+    found = []
+    for done in range(0, max(chunks, default=1) or 1, most):
+        tokens, places, total = [], [], 0
+        for start, length, number in zip(starts, lengths, chunks, strict=True):
+            first = max(number - done - most, 0) * chunk
+            last = min(max(number - done, 0) * chunk, length)
+            tokens.append(torch.arange(start + first, start + max(first, last)))
+            places.append(total)
+            total += len(tokens[-1])
+        rows, device = torch.cat(tokens or [torch.arange(0)]), cu_seqlens.device
+        at = torch.tensor(places, dtype=torch.int64)
+        found.append(_Stretch(
+            done, most, total, without_waiting(rows, device), without_waiting(at, device)
+        ))  # fmt: skip
+    return found
 
 
 def _chunk_starts(cu_seqlens: Tensor, chunk: int) -> Tensor:
