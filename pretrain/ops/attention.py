@@ -95,6 +95,12 @@ def _flash_attention(device: torch.device) -> Any:
     return None
 
 
+def flash_attention_name(device: torch.device) -> str:
+    """Which flash-attn runs, in words."""
+    module = getattr(_flash_attention(device), "__module__", "")
+    return "flash-attn 2" if module.startswith("flash_attn.") else "flash-attn 3"
+
+
 def _flash(
     q: Tensor,
     k: Tensor,

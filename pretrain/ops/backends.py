@@ -7,8 +7,9 @@ import importlib.metadata
 import torch
 
 from pretrain.ops.arguments import triton_fits
-from pretrain.ops.attention import fast_attention
+from pretrain.ops.attention import fast_attention, flash_attention_name
 from pretrain.ops.flash_linear_attention import fla_fits
+from pretrain.ops.linear_cross_entropy import has_liger
 
 
 def describe_backends(dtype: torch.dtype = torch.bfloat16) -> str:
@@ -18,18 +19,19 @@ def describe_backends(dtype: torch.dtype = torch.bfloat16) -> str:
         return "kernels: plain torch, on the CPU"
     x = torch.empty(1, 128, dtype=dtype, device="cuda")
     attention = fast_attention(x)
-    named = {"flash": "flash-attn", "varlen": "torch's varlen", "sdpa": "torch's sdpa"}[attention]
+    named = {"varlen": "torch's varlen", "sdpa": "torch's sdpa"}
+    softmax = flash_attention_name(x.device) if attention == "flash" else named[attention]
     linear = _version("flash-linear-attention") if fla_fits(x) else "chunked torch"
     own = f"our kernels on {_version('triton')}" if triton_fits(x) else "plain torch"
-    head = _version("liger-kernel", otherwise="chunked torch")
+    head = _version("liger-kernel") if has_liger() else "chunked torch"
     return (
-        f"kernels: attention {named}; linear attention, delta rules and short convolutions "
+        f"kernels: attention {softmax}; linear attention, delta rules and short convolutions "
         f"{linear}; M2RNN, ParaRNN and classical cells {own}; cross entropy {head}"
     )
 
 
-def _version(package: str, otherwise: str = "") -> str:
+def _version(package: str) -> str:
     try:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
-        return otherwise or package
+        return package

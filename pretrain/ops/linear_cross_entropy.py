@@ -55,7 +55,7 @@ def linear_cross_entropy(
     if backend == "liger" and not whole:
         raise ValueError("backend 'liger' needs the whole vocabulary here, and has no softcap")
     if backend == "auto" and whole and x.is_cuda and x.dtype != torch.float64:
-        backend = "liger" if _has_liger() else "chunked"
+        backend = "liger" if has_liger() else "chunked"
     if backend == "liger":
         liger: Tensor = _LigerCrossEntropy.apply(x, weight, targets, tokens_at_once, z_loss_weight)
         return liger
@@ -66,7 +66,7 @@ def linear_cross_entropy(
 
 
 @functools.cache
-def _has_liger() -> bool:
+def has_liger() -> bool:
     """Of the versions whose kernel has the arguments that are given to it here."""
     try:
         return importlib.metadata.version("liger-kernel").startswith("0.8.")

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.ops import apply_rotary, attention, rotary_embedding, short_convolution
+from pretrain.ops.attention import fast_attention
 from tests.relative_error import relative_error
 
 
@@ -20,6 +21,30 @@ def written_out(q, k, v, window):
     keys = torch.arange(len(k))
     hidden = (keys > last) | (keys <= last - (window or len(k) + 1))
     return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels of a GPU")
+@pytest.mark.parametrize("backend", ["flash", "varlen", "sdpa"])
+@pytest.mark.parametrize(("past", "window"), [(0, None), (0, 33), (70, None), (70, 33)])
+def test_kernels_of_a_gpu(backend, past, window):
+    """In bfloat16, against the definition in float64 on the same numbers."""
+    if backend == "flash" and fast_attention(torch.empty(1, 64).bfloat16().cuda()) != "flash":
+        pytest.skip("flash-attn is not installed")
+    lengths = [1, 200, 63, 64, 130]
+    cu_q = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    cu_k = torch.tensor([0, *(n + past for n in lengths)], device="cuda").cumsum(0)
+    shapes = [(1, int(cu_q[-1]), 6, 64), *[(1, int(cu_k[-1]), 2, 64)] * 2]
+    narrow = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
+    probe = torch.randn(shapes[0], device="cuda").double()
+    results = []
+    for kind, dtype in ((backend, torch.bfloat16), ("explicit", torch.float64)):
+        inputs = [t.to(dtype).requires_grad_() for t in narrow]
+        y = attention(
+            *inputs, window=window, cu_seqlens=cu_q, cu_seqlens_k=cu_k, backend=kind
+        )  # fmt: skip
+        results.append([y, *torch.autograd.grad((y.double() * probe).sum(), inputs)])
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) < 1e-2
 
 
 @given(

@@ -185,6 +185,15 @@ def test_many_channels_are_stepped_and_few_solved_for(monkeypatch):
         assert (report.sequences, min(report.iterations, 1)) == (2, steps)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="two minutes in the interpreter")
+@pytest.mark.parametrize("op", [para_gru, para_lstm])
+def test_newton_in_the_tiles_that_train(op):
+    """Several of them, scanned by several warps, forward and back."""
+    cu_seqlens = torch.tensor([0, 150, 163], device=DEVICE)
+    run, wanted = para(op, 18, [150, 13], cu_seqlens, 0.5, NewtonReport())
+    compare(op, run, wanted, 1e-4 if ON_GPU else 1e-8, fast="triton_newton")
+
+
 @pytest.mark.parametrize("op", [para_gru, para_lstm])
 def test_what_does_not_converge_is_stepped_and_counted(op, monkeypatch):
     small_tiles(monkeypatch)
