@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -23,6 +24,7 @@ from pretrain.models import building
 from pretrain.models.stages import Stage, balance, divide_into_stages
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.layout import check_layout, describe_layout
+from pretrain.parallel.processes import order_kernels
 from tests.pretrain.test_engine import make
 
 RECURSIVE = {"prelude": 1, "coda": 1, "times": 3}
@@ -130,6 +132,19 @@ def test_stages_are_balanced_by_flops_not_by_blocks():
     assert head == [Stage(range(6), True, False), Stage(range(6, 6), False, True)]
     looped = run_config("6*gdn", {"prelude": 1, "coda": 1, "times": 9}).model
     assert divide_into_stages(looped, 64, 32, 3, "test")[1].blocks == range(1, 5)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "set_before", "expected"), [(2, None, "1"), (2, "8", "8"), (1, None, None)]
+)
+def test_exchanges_come_before_the_products_beside_them(tensor, set_before, expected, monkeypatch):
+    """GPUs keep to the order of kernels only with one connection."""
+    if set_before is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", set_before)
+    order_kernels(ParallelConfig(tensor=tensor))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
 def test_a_vocabulary_that_is_not_known_yet_may_not_divide():
