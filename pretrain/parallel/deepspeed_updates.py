@@ -5,6 +5,7 @@ wanted."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -58,11 +59,12 @@ def _import_deepspeed() -> Any:
             raise UserError(
                 "parallel.zero_backend is deepspeed, which is not installed: pip install deepspeed"
             ) from None
-        import deepspeed.comm.torch
+        # As an attribute of deepspeed.comm the name means torch itself.
+        backend = importlib.import_module("deepspeed.comm.torch")
     name_local_rank()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        setattr(backend, "build_shm_op", lambda: None)  # noqa: B010
     return deepspeed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
@@ -170,6 +171,19 @@ def test_settings_of_megatron_that_go_wrong_silently_are_put_right(monkeypatch, 
     megatron = building.parallel_context(torch.float32, hidden_size=24).megatron
     assert megatron.deallocate_pipeline_outputs == torch.cuda.is_available()
     assert (megatron.batch_p2p_comm, megatron.overlap_p2p_comm) == (parts is None, parts == 2)
+
+
+@pytest.mark.usefixtures("processes")
+def test_deepspeed_compiles_nothing_on_a_cpu(monkeypatch):
+    """Its shared-memory collectives take minutes, at the first start on every machine."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    loaded: list[str] = []
+    monkeypatch.setattr(ShareMemCommBuilder, "load", lambda self: loaded.append("compiled"))
+    Engine(make(), OptimizerConfig(), ParallelConfig(zero_backend="deepspeed"))
+    backend = importlib.import_module("deepspeed.comm.torch")
+    assert (backend.build_shm_op() is None, loaded) == (not torch.cuda.is_available(), [])
 
 
 @pytest.mark.usefixtures("processes")
