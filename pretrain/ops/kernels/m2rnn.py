@@ -342,7 +342,7 @@ class M2RNN(torch.autograd.Function):
             d_after = d_initial
             for target, found in ((dq, _shared(own_dq, q)), (dk, _shared(own_dk, k)),
                                   (dv, _added(own_dv, v))):  # fmt: skip
-                target.index_copy_(0, stretch.tokens, found)
+                target.index_copy_(0, stretch.tokens.to(target.device), found)
         return (
             dq, dk, dv, dw.sum(0).to(weight.dtype), _added(df, forget), d_initial,
             None, None, None, None,
