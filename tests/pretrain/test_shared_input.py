@@ -167,3 +167,15 @@ def test_no_layer_keeps_the_tokens_of_other_processes(name, monkeypatch):
     *layers, _ = gathered  # the head, the last one, keeps its own
     assert len(layers) >= len(model.blocks)
     assert not kept & set(layers)
+
+
+def test_a_gradient_that_is_not_contiguous_is_summed_in_place_of_itself(monkeypatch):
+    """megatron-core sums a copy of it, and returns what it was."""
+    monkeypatch.setattr(shared_input.dist, "all_reduce", lambda tensor, group: tensor.mul_(2))
+    parameter, group = torch.randn(3, 4, requires_grad=True), dist.group.WORLD
+    given = torch.randn(4, 3).t()
+    before = given.clone()
+    shared_input.summed_gradient(parameter, group).backward(given)  # type: ignore[arg-type]
+    assert parameter.grad is not None
+    assert torch.equal(parameter.grad, 2 * before)
+    assert torch.equal(given, before)  # others may hold it too
