@@ -58,7 +58,7 @@ class DepthLoRA(ReadsSharedInput):
             used_on_part_of_the_tokens(self.lora_b, context)
 
     @property
-    def weight(self) -> nn.Parameter:  # type: ignore[override]
+    def weight(self) -> nn.Parameter:
         """The wrapped layer's."""
         return cast(nn.Parameter, self.inner.weight)
 

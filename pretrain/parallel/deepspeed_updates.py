@@ -60,11 +60,11 @@ def _import_deepspeed() -> Any:
                 "parallel.zero_backend is deepspeed, which is not installed: pip install deepspeed"
             ) from None
         # As an attribute of deepspeed.comm the name means torch itself.
-        backend = importlib.import_module("deepspeed.comm.torch")
+        backend: Any = importlib.import_module("deepspeed.comm.torch")
     name_local_rank()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
-        setattr(backend, "build_shm_op", lambda: None)  # noqa: B010
+        backend.build_shm_op = lambda: None
     return deepspeed
 
 

@@ -151,17 +151,17 @@ def used_on_part_of_the_tokens(parameter: nn.Parameter, context: ParallelContext
 class ReadsSharedInput(nn.Module):
     """A projection that calls :func:`project` on its input, with ``id(self)``."""
 
-    weight: nn.Parameter
     replicated = False  # whether every process has the whole weight
 
     def input_weight(self) -> Tensor:
         """What the input is multiplied by, to give its gradient to."""
-        return self.weight
+        return cast(Tensor, self.weight)
 
 
 def _may_share(projection: ReadsSharedInput) -> bool:
     """DeepSpeed's ZeRO-3 takes weights away again behind the layer that uses them."""
-    return projection.weight.requires_grad and not hasattr(projection.weight, "ds_id")
+    weight = cast(nn.Parameter, projection.weight)
+    return weight.requires_grad and not hasattr(weight, "ds_id")
 
 
 class ColumnLinear(tensor_parallel.ColumnParallelLinear, ReadsSharedInput):
