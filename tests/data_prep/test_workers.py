@@ -78,7 +78,7 @@ def test_workers_leave_signals_to_the_parent_and_go_with_an_error():
             for number in (signal.SIGINT, signal.SIGTERM):
                 os.kill(worker, number)
             assert pool.result(pool.submit(os.getpid)) == worker
-            busy = pool.submit(time.sleep, 60)
+            busy = pool.submit(time.sleep, 300)
             while not busy.running():
                 time.sleep(0.01)
             time.sleep(0.5)
@@ -88,4 +88,4 @@ def test_workers_leave_signals_to_the_parent_and_go_with_an_error():
     with pytest.raises(RuntimeError) as error:
         fail()
     wait_until_gone([int(str(error.value))])
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60, "the pool waited for its workers' work"

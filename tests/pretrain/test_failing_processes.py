@@ -39,14 +39,12 @@ def folder(tmp_path_factory):
 )  # fmt: skip
 def test_one_process_that_fails_ends_all_with_one_message(kind, message, folder, corpus):
     run = Run(folder, corpus, f"failing-{kind}")
-    start = time.monotonic()
     done = subprocess.run(
         [*TORCHRUN, "-m", "tests.pretrain.failing_run", kind, str(run.config),
          "parallel.timeout_minutes=0.25"],
         cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False, timeout=150,
     )  # fmt: skip
     assert done.returncode != 0
-    assert time.monotonic() - start < 120
     errors = [x for x in done.stderr.splitlines() if x.startswith("error:")]
     assert len(errors) == 1, done.stderr
     # That of step 6 may still have been on its way to the disk.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.golden_curves import FAMILIES, RECORD, STEPS, machine
+from tests.pretrain.golden_curves import FAMILIES, RECORD, STEPS
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads(RECORD.read_text())
@@ -27,9 +27,13 @@ def curves():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_are_those_recorded(curves, family):
+    """In float32, whose rounding errors differ between CPUs and grow from step to step."""
     found, expected = curves[family], RECORDED[family]
     assert len(found) == STEPS and found[-1] < found[0] - 1
-    if RECORDED["machine"] == machine():
-        assert found == expected  # to the last bit
-    else:
-        assert found == pytest.approx(expected, rel=1e-5)
+    assert found[:10] == pytest.approx(expected[:10], rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_one_machine_finds_the_same_bits_twice(curves):
+    for family, curve in curves["again"].items():
+        assert curve == curves[family]

@@ -38,7 +38,7 @@ def test_state_in_files_trains_and_resumes_as_in_memory(processes, tmp_path):
         assert found["moved"] > 1e6
         for step, expected in zip(found["memory"], found["plain"], strict=False):
             np.testing.assert_allclose(step, expected, rtol=1e-5)
-        # A norm's last digit decides how some bf16 weight is rounded.
+        # A norm's last digit decides how some bf16 weight is rounded, by up to 2^-8.
         close = 1e-5 if dtype == "torch.float32" else 1e-2
         np.testing.assert_allclose(found["files"], found["memory"], rtol=close, err_msg=dtype)
         for name, source in (
@@ -48,7 +48,7 @@ def test_state_in_files_trains_and_resumes_as_in_memory(processes, tmp_path):
             ("files rolled back", "files"),
         ):
             expected = found[source][2:]
-            np.testing.assert_allclose(found[name], expected, rtol=1e-5, err_msg=f"{dtype} {name}")
+            np.testing.assert_allclose(found[name], expected, rtol=close, err_msg=f"{dtype} {name}")
         assert not list((tmp_path / dtype / "files").iterdir()), "removed when the process ends"
 
 
