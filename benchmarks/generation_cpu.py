@@ -11,9 +11,9 @@ import time
 
 import torch
 
-from data_prep.config_files import build_config
+from pretrain.common.config_loader import build_config
 from pretrain.config import ModelConfig
-from pretrain.models.building import build_model
+from pretrain.model.build import build_model
 from pretrain.parallel.processes import start_processes, stop_processes
 
 CONTEXTS = (512, 4096, 32_768)
@@ -21,10 +21,12 @@ TOKENS, VOCAB = 32, 4096
 PATTERNS = {
     "attention": ("4*attn", {"attn": {"num_heads": 4, "num_kv_heads": 2}}),
     "gdn": ("4*gdn", {"gdn": {"num_heads": 3, "head_dim": 64}}),
-    "gdn hybrid 3:1": ("3*gdn attn", {"gdn": {"num_heads": 3, "head_dim": 64},
-                                      "attn": {"num_heads": 4, "num_kv_heads": 2}}),
+    "gdn hybrid 3:1": (
+        "3*gdn attn",
+        {"gdn": {"num_heads": 3, "head_dim": 64}, "attn": {"num_heads": 4, "num_kv_heads": 2}},
+    ),
     "para_lstm": ("4*para_lstm", {"para_lstm": {"num_heads": 2}}),
-}  # fmt: skip
+}
 
 
 def measure(pattern: str, mixers: dict[str, dict[str, int]], context: int) -> tuple[float, int]:
@@ -49,14 +51,19 @@ def measure(pattern: str, mixers: dict[str, dict[str, int]], context: int) -> tu
 def main() -> None:
     torch.manual_seed(0)
     start_processes()
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          "4 blocks, 256 wide, float32")  # fmt: skip
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        "4 blocks, 256 wide, float32"
+    )
     print(f"{'model':16}" + "".join(f"{c:>10,} tokens before     " for c in CONTEXTS) + "growth")
     for name, (pattern, mixers) in PATTERNS.items():
         found = [measure(pattern, mixers, context) for context in CONTEXTS]
         row = "".join(f"{1 / s:8.1f} tok/s {b / 2**20:8.2f} MiB   " for s, b in found)
-        print(f"{name:16}{row}{found[-1][0] / found[0][0]:5.2f}x time "
-              f"{found[-1][1] / found[0][1]:5.1f}x bytes", flush=True)  # fmt: skip
+        print(
+            f"{name:16}{row}{found[-1][0] / found[0][0]:5.2f}x time "
+            f"{found[-1][1] / found[0][1]:5.1f}x bytes",
+            flush=True,
+        )
     stop_processes()
 
 

@@ -27,12 +27,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import pretrain.ops.kernels.m2rnn
-import pretrain.ops.kernels.para_rnn
-import pretrain.ops.kernels.rnn
 from pretrain.ops import m2rnn, para_gru, para_lstm, rnn
-from pretrain.ops.arguments import planned_device
-from pretrain.ops.rnn import CELLS
+from pretrain.ops.m2rnn import kernels as m2rnn_kernels
+from pretrain.ops.para_rnn import kernels as para_rnn_kernels
+from pretrain.ops.rnn import kernels as rnn_kernels
+from pretrain.ops.rnn.dispatch import CELLS
+from pretrain.ops.shared.arguments import planned_device
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -49,10 +49,14 @@ def calls() -> dict[str, Any]:
 
     def matrix(key_dim: int, value_dim: int, heads: int) -> Tensor:
         return m2rnn(
-            empty(1, tokens, 1, key_dim), empty(1, tokens, 1, key_dim),
-            empty(1, tokens, heads, value_dim), empty(heads, value_dim, value_dim),
-            empty(1, tokens, heads, dtype=wide), cu_seqlens=row, state_grad_clip=1.0,
-        )[0]  # fmt: skip
+            empty(1, tokens, 1, key_dim),
+            empty(1, tokens, 1, key_dim),
+            empty(1, tokens, heads, value_dim),
+            empty(heads, value_dim, value_dim),
+            empty(1, tokens, heads, dtype=wide),
+            cu_seqlens=row,
+            state_grad_clip=1.0,
+        )[0]
 
     def classical(cell: str, dim: int) -> Tensor:
         kind, heads = CELLS[cell], 1024 // dim
@@ -63,17 +67,28 @@ def calls() -> dict[str, Any]:
     u = empty(1, tokens, 3, 1024)
     a, c, bias = (empty(n, 1024, dtype=wide) for n in (3, 2, 3))
     return {
-        **{f"m2rnn K={k} V={v}": lambda k=k, v=v, h=h: matrix(k, v, h)
-           for k, v, h in ((64, 16, 84), (64, 64, 16), (128, 128, 8))},
-        **{f"para_gru {kind}": lambda kind=kind: para_gru(
-               u, a, bias, cu_seqlens=row, backend=f"triton_{kind}")[0]
-           for kind in ("newton", "steps")},
-        **{f"para_lstm {kind}": lambda kind=kind: para_lstm(
-               u, a, c, bias, cu_seqlens=row, backend=f"triton_{kind}")[0]
-           for kind in ("newton", "steps")},
-        **{f"{cell} D={d}": lambda cell=cell, d=d: classical(cell, d)
-           for cell in CELLS for d in (64, 128)},
-    }  # fmt: skip
+        **{
+            f"m2rnn K={k} V={v}": lambda k=k, v=v, h=h: matrix(k, v, h)
+            for k, v, h in ((64, 16, 84), (64, 64, 16), (128, 128, 8))
+        },
+        **{
+            f"para_gru {kind}": lambda kind=kind: para_gru(
+                u, a, bias, cu_seqlens=row, backend=f"triton_{kind}"
+            )[0]
+            for kind in ("newton", "steps")
+        },
+        **{
+            f"para_lstm {kind}": lambda kind=kind: para_lstm(
+                u, a, c, bias, cu_seqlens=row, backend=f"triton_{kind}"
+            )[0]
+            for kind in ("newton", "steps")
+        },
+        **{
+            f"{cell} D={d}": lambda cell=cell, d=d: classical(cell, d)
+            for cell in CELLS
+            for d in (64, 128)
+        },
+    }
 
 
 def launches(call: Any) -> list[Launch]:
@@ -84,8 +99,7 @@ def launches(call: Any) -> list[Launch]:
         if all(kernel is not known for known, *_ in found):
             found.append((kernel, arguments, options))
 
-    kernels = pretrain.ops.kernels
-    modules: list[Any] = [kernels.m2rnn, kernels.para_rnn, kernels.rnn]
+    modules: list[Any] = [m2rnn_kernels, para_rnn_kernels, rnn_kernels]
     kept = [module.launch for module in modules]
     try:
         for module in modules:
@@ -102,12 +116,12 @@ def compiled(launch: Launch, arch: int) -> Any:
     """As ``kernel[grid](*arguments, **options)`` would on a GPU of compute capability ``arch``."""
     kernel, arguments, options = launch
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-    signature, constants, facts = {}, {}, {}
+    signature, constants, card = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = given.pop(parameter.name)
         if isinstance(value, Tensor):
             signature[parameter.name] = f"*{TYPES[value.dtype]}"
-            facts[(index,)] = [["tt.divisibility", 16]]
+            card[(index,)] = [["tt.divisibility", 16]]
         elif parameter.do_not_specialize:
             signature[parameter.name] = "i32"
         elif parameter.is_constexpr or (isinstance(value, int) and value == 1):
@@ -117,8 +131,8 @@ def compiled(launch: Launch, arch: int) -> Any:
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0:
-                facts[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, facts)
+                card[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, card)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=given)
 
 
@@ -135,10 +149,13 @@ def counted(kernel: Any) -> dict[str, int]:
     pattern = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)"
     operations = collections.Counter(re.findall(pattern, code.stdout, re.MULTILINE))
     return {
-        "registers": int(sizes["REG"]), "spilled": int(sizes["STACK"]),
-        "shared": kernel.metadata.shared, "instructions": operations.total(),
-        "tanh": operations["MUFU"], "tensor": operations["HMMA"] + operations["HGMMA"],
-    }  # fmt: skip
+        "registers": int(sizes["REG"]),
+        "spilled": int(sizes["STACK"]),
+        "shared": kernel.metadata.shared,
+        "instructions": operations.total(),
+        "tanh": operations["MUFU"],
+        "tensor": operations["HMMA"] + operations["HGMMA"],
+    }
 
 
 def main() -> None:
@@ -158,10 +175,12 @@ def main() -> None:
             start = time.perf_counter()
             kernel = compiled(launch, arguments.arch)
             seconds, found = time.perf_counter() - start, counted(kernel)
-            print(f"{name:<20} {which:<9} {launch[2]['num_warps']:>5} {found['registers']:>9} "
-                  f"{found['spilled']:>8} {found['shared']:>8,} {found['instructions']:>12,} "
-                  f"{found['tanh']:>5} {found['tensor']:>6} {seconds:>8.1f}",
-                  flush=True)  # fmt: skip
+            print(
+                f"{name:<20} {which:<9} {launch[2]['num_warps']:>5} {found['registers']:>9} "
+                f"{found['spilled']:>8} {found['shared']:>8,} {found['instructions']:>12,} "
+                f"{found['tanh']:>5} {found['tensor']:>6} {seconds:>8.1f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -15,18 +15,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pretrain.ops.arguments import Work
-from pretrain.ops.kernels.elementary import tanh
-from pretrain.ops.kernels.launching import approximate, launch
-from pretrain.ops.kernels.m2rnn import _forward_kernel
+from pretrain.ops.m2rnn.kernels import _forward_kernel
+from pretrain.ops.shared.arguments import Work
+from pretrain.ops.shared.elementary_kernels import tanh
+from pretrain.ops.shared.launching import approximate, launch
 
 
 @triton.jit
 def _backward_kernel(
-    q, k, v, weight, forget, history, dy, dq, dk, dv, df, dw, cu_seqlens,
-    num_heads: tl.constexpr, q_heads: tl.constexpr, k_heads: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, APPROXIMATE: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    weight,
+    forget,
+    history,
+    dy,
+    dq,
+    dk,
+    dv,
+    df,
+    dw,
+    cu_seqlens,
+    num_heads: tl.constexpr,
+    q_heads: tl.constexpr,
+    k_heads: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
     sequence, head = tl.program_id(0), tl.program_id(1)
     rows, columns = tl.arange(0, K), tl.arange(0, V)
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
@@ -66,7 +82,7 @@ def _backward_kernel(
 
 
 class M2RNNWithHistory(torch.autograd.Function):
-    """As :class:`pretrain.ops.kernels.m2rnn.M2RNN` without states and clip; K and V powers of two,
+    """As :class:`pretrain.ops.m2rnn.kernels.M2RNN` without states and clip; K and V powers of two,
     K at most 64."""
 
     @staticmethod
@@ -91,25 +107,73 @@ class M2RNNWithHistory(torch.autograd.Function):
             torch.zeros(weight.shape, **wide),
         )
         launch(
-            _backward_kernel, (len(cu) - 1, heads), Work(0, 0, 0), q, k, v, weight, forget, history,
-            dy.contiguous(), dq, dk, dv, df, dw, cu, heads, q.shape[1], k.shape[1],
-            K=key_dim, V=value_dim, APPROXIMATE=approximate(q.dtype), num_warps=4,
-        )  # fmt: skip
+            _backward_kernel,
+            (len(cu) - 1, heads),
+            Work(0, 0, 0),
+            q,
+            k,
+            v,
+            weight,
+            forget,
+            history,
+            dy.contiguous(),
+            dq,
+            dk,
+            dv,
+            df,
+            dw,
+            cu,
+            heads,
+            q.shape[1],
+            k.shape[1],
+            K=key_dim,
+            V=value_dim,
+            APPROXIMATE=approximate(q.dtype),
+            num_warps=4,
+        )
         return dq.to(q.dtype), dk.to(k.dtype), dv, dw.to(weight.dtype), df, None
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor, cu: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    cu: Tensor,
     history: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     (total, heads, value_dim), key_dim = v.shape, q.shape[-1]
     y = torch.empty_like(v)
     state = torch.zeros(len(cu) - 1, heads, key_dim, value_dim, device=v.device)
     save = history is not None
     launch(
-        _forward_kernel, (len(cu) - 1, heads, 1), Work(0, 0, 0), q, k, v, weight, forget, state, y,
-        torch.empty_like(state), history if save else state, cu, cu[:-1].clone(), total,
-        heads, q.shape[1], k.shape[1], K=key_dim, V=value_dim, BLOCK_K=key_dim, BLOCK_V=value_dim,
-        CHUNK=1, SAVE=save, APPROXIMATE=approximate(q.dtype), num_warps=1, num_stages=1,
-    )  # fmt: skip
+        _forward_kernel,
+        (len(cu) - 1, heads, 1),
+        Work(0, 0, 0),
+        q,
+        k,
+        v,
+        weight,
+        forget,
+        state,
+        y,
+        torch.empty_like(state),
+        history if save else state,
+        cu,
+        cu[:-1].clone(),
+        total,
+        heads,
+        q.shape[1],
+        k.shape[1],
+        K=key_dim,
+        V=value_dim,
+        BLOCK_K=key_dim,
+        BLOCK_V=value_dim,
+        CHUNK=1,
+        SAVE=save,
+        APPROXIMATE=approximate(q.dtype),
+        num_warps=1,
+        num_stages=1,
+    )
     return y

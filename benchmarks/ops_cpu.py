@@ -33,7 +33,7 @@ from pretrain.ops import (
     rat,
     rnn,
 )
-from pretrain.ops.rnn import CELLS
+from pretrain.ops.rnn.dispatch import CELLS
 
 LENGTHS = (512, 2048, 8192)
 Call = Callable[[str], tuple[Any, ...]]  # backend to the op's result
@@ -116,19 +116,28 @@ MATRIX, VECTOR = "B1 H4 K128 V256", "B4 H4 D64"
 CASES = [
     Case("delta_rule, decay per head (gdn)", MATRIX, "recurrent", "chunked", delta(1)),
     Case("delta_rule, n=2 (delta_product)", MATRIX, "recurrent", "chunked", delta(2)),
-    Case("delta_rule, decay per channel (kda)", "B1 H4 K128 V128", "recurrent", "chunked",
-         delta(1, per_channel=True, values=128)),
+    Case(
+        "delta_rule, decay per channel (kda)",
+        "B1 H4 K128 V128",
+        "recurrent",
+        "chunked",
+        delta(1, per_channel=True, values=128),
+    ),
     Case("linear_attention", MATRIX, "recurrent", "chunked", linear("none")),
     Case("linear_attention, per head (mamba2)", MATRIX, "recurrent", "chunked", linear("head")),
-    Case("linear_attention, per channel (gla)", MATRIX, "recurrent", "chunked",
-         linear("channel")),
+    Case("linear_attention, per channel (gla)", MATRIX, "recurrent", "chunked", linear("channel")),
     Case("m2rnn", "B1 H16 K64 V16", "recurrent", "checkpointed", matrix_rnn, 8192),
-    *(Case(f"rnn, {cell}", VECTOR, "recurrent", "checkpointed", classical(cell), 512)
-      for cell in CELLS),
-    *(Case(f"para_{cell}", f"B{b} D{d}", "sequential", "newton", para(cell, b, d), 8192)
-      for cell in ("gru", "lstm") for b, d in ((1, 64), (1, 256), (4, 256))),
+    *(
+        Case(f"rnn, {cell}", VECTOR, "recurrent", "checkpointed", classical(cell), 512)
+        for cell in CELLS
+    ),
+    *(
+        Case(f"para_{cell}", f"B{b} D{d}", "sequential", "newton", para(cell, b, d), 8192)
+        for cell in ("gru", "lstm")
+        for b, d in ((1, 64), (1, 256), (4, 256))
+    ),
     Case("rat", "B1 H4 D64 L16", "recurrent", "chunked", chunk_attention, 512),
-]  # fmt: skip
+]
 
 
 def seconds(case: Case, length: int, backend: str, repeats: int) -> float:
@@ -169,8 +178,10 @@ def memory() -> None:
     # Inputs' gradients, the output and its gradient, of a token: what any form must hold.
     sizes = [sum(t.numel() for t in matrix_rnn(length)[0]) for length in (1, 2)]
     unavoidable = 4 * (sizes[1] - sizes[0] + 2 * 16 * 16)
-    print(f"\n{'m2rnn memory':<14} {'T':>5} {'every state':>12} {'peak growth':>12} {'share':>6} "
-          f"{'without gradients and output':>29} {'share':>6}")  # fmt: skip
+    print(
+        f"\n{'m2rnn memory':<14} {'T':>5} {'every state':>12} {'peak growth':>12} {'share':>6} "
+        f"{'without gradients and output':>29} {'share':>6}"
+    )
     for backend, length in (("recurrent", 2048), ("checkpointed", 2048), ("checkpointed", 8192)):
         results = context.SimpleQueue()
         process = context.Process(target=_peak, args=(backend, length, results))
@@ -178,8 +189,10 @@ def memory() -> None:
         process.join()
         peak, states = results.get(), every_state * length
         net = peak - unavoidable * length
-        print(f"{backend:<14} {length:>5} {states / 1e6:>9.0f} MB {peak / 1e6:>9.0f} MB "
-              f"{peak / states:>6.3f} {net / 1e6:>26.0f} MB {net / states:>6.3f}")  # fmt: skip
+        print(
+            f"{backend:<14} {length:>5} {states / 1e6:>9.0f} MB {peak / 1e6:>9.0f} MB "
+            f"{peak / states:>6.3f} {net / 1e6:>26.0f} MB {net / states:>6.3f}"
+        )
 
 
 def main() -> None:
@@ -190,8 +203,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print(f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'op':<36} {'shape':<16} {'T':>5} {'definition s':>13} {'fast s':>8} {'tokens/s':>9} "
-          f"{'ratio':>7} {'growth':>7}")  # fmt: skip
+    print(
+        f"{'op':<36} {'shape':<16} {'T':>5} {'definition s':>13} {'fast s':>8} {'tokens/s':>9} "
+        f"{'ratio':>7} {'growth':>7}"
+    )
     found: dict[tuple[str, str, int], float] = {}
     for case in CASES:
         if arguments.only and not any(part in case.name for part in arguments.only):
@@ -207,8 +222,11 @@ def main() -> None:
                 before = found[case.name, case.shape, LENGTHS[-2]]
                 growth = f"{math.log(fast / before) / math.log(LENGTHS[-1] / LENGTHS[-2]):.2f}"
             batch = int(case.shape[1 : case.shape.index(" ")])
-            print(f"{case.name:<36} {case.shape:<16} {length:>5} {slow:>13} {fast:>8.4f} "
-                  f"{batch * length / fast:>9,.0f} {ratio:>7} {growth:>7}", flush=True)  # fmt: skip
+            print(
+                f"{case.name:<36} {case.shape:<16} {length:>5} {slow:>13} {fast:>8.4f} "
+                f"{batch * length / fast:>9,.0f} {ratio:>7} {growth:>7}",
+                flush=True,
+            )
     gdn, product = ([found.get((c.name, c.shape, n)) for n in LENGTHS] for c in CASES[:2])
     pairs = [f"{n}: {g / p:.2f}" for n, g, p in zip(LENGTHS, gdn, product, strict=True) if g and p]
     if pairs:

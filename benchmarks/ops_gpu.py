@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.m2rnn_history import M2RNNWithHistory
-from pretrain.models.mixers.parts import delta_rule_flops, linear_attention_flops
+from pretrain.nn.mixers.parts import delta_rule_flops, linear_attention_flops
 from pretrain.ops import (
     attention,
     delta_rule,
@@ -46,9 +46,9 @@ from pretrain.ops import (
     rnn,
     short_convolution,
 )
-from pretrain.ops.attention import fast_attention
-from pretrain.ops.linear_cross_entropy import linear_cross_entropy
-from pretrain.ops.rnn import CELLS
+from pretrain.ops.attention.dispatch import fast_attention
+from pretrain.ops.cross_entropy.linear_cross_entropy import linear_cross_entropy
+from pretrain.ops.rnn.dispatch import CELLS
 
 SIZES = {"410M": 1024, "1B": 2048, "7B": 4096}  # model widths
 TOKENS = 32768
@@ -226,27 +226,67 @@ def cases(device: str) -> list[Case]:
         return 0.0
 
     return [
-        Case("attention", softmax, lambda t: 2.0 * t[0].shape[1] * t[0].shape[2] * 128,
-             "explicit", fastest, "sdpa"),
+        Case(
+            "attention",
+            softmax,
+            lambda t: 2.0 * t[0].shape[1] * t[0].shape[2] * 128,
+            "explicit",
+            fastest,
+            "sdpa",
+        ),
         Case("delta_rule (gdn)", delta(1), rule(1), "recurrent", "fla", "chunked"),
         Case("delta_rule n=2", delta(2), rule(2), "recurrent", "fla", "chunked"),
-        Case("delta_rule (kda)", delta(1, True), rule(1, True), "recurrent", "fla", "chunked",
-             4096),
+        Case(
+            "delta_rule (kda)", delta(1, True), rule(1, True), "recurrent", "fla", "chunked", 4096
+        ),
         Case("linear_attention (mamba2)", linear(3), read(), "recurrent", "fla", "chunked"),
         Case("linear_attention (gla)", linear(4), read(True), "recurrent", "fla", "chunked", 4096),
-        Case("m2rnn", matrix_rnn,
-             lambda t: 2.0 * t[2].shape[2] * t[0].shape[-1] * t[2].shape[-1] ** 2,
-             "recurrent", "triton", "checkpointed", 1024),
-        *(Case(f"para_{cell}, {how}", para(cell), none, "sequential", f"triton_{how}", "newton",
-                states=states)
-          for cell, states in (("gru", 1), ("lstm", 2)) for how in ("newton", "steps")),
-        *(Case(f"rnn {cell} D={d}", classical(cell, d),
-               lambda t: 2.0 * t[1].numel(), "recurrent", "triton", "checkpointed", 1024)
-          for cell in CELLS for d in (64, 128)),
+        Case(
+            "m2rnn",
+            matrix_rnn,
+            lambda t: 2.0 * t[2].shape[2] * t[0].shape[-1] * t[2].shape[-1] ** 2,
+            "recurrent",
+            "triton",
+            "checkpointed",
+            1024,
+        ),
+        *(
+            Case(
+                f"para_{cell}, {how}",
+                para(cell),
+                none,
+                "sequential",
+                f"triton_{how}",
+                "newton",
+                states=states,
+            )
+            for cell, states in (("gru", 1), ("lstm", 2))
+            for how in ("newton", "steps")
+        ),
+        *(
+            Case(
+                f"rnn {cell} D={d}",
+                classical(cell, d),
+                lambda t: 2.0 * t[1].numel(),
+                "recurrent",
+                "triton",
+                "checkpointed",
+                1024,
+            )
+            for cell in CELLS
+            for d in (64, 128)
+        ),
         Case("short_convolution", convolution, none, "taps", "fla", "taps"),
-        Case("linear_cross_entropy", head, lambda t: 2.0 * t[1].numel(), "chunked", "liger",
-             "chunked", 4096),
-    ]  # fmt: skip
+        Case(
+            "linear_cross_entropy",
+            head,
+            lambda t: 2.0 * t[1].numel(),
+            "chunked",
+            "liger",
+            "chunked",
+            4096,
+        ),
+    ]
 
 
 def first(output: Any) -> Tensor:
@@ -309,12 +349,17 @@ def said(problem: Exception) -> str:
 
 
 def op_table(
-    device: Device, chosen: list[Case], chosen_sizes: Sequence[str], lengths: Sequence[int],
+    device: Device,
+    chosen: list[Case],
+    chosen_sizes: Sequence[str],
+    lengths: Sequence[int],
     rates: Any,
-) -> None:  # fmt: skip
-    print(f"\n{'op':<26} {'size':>5} {'T':>6} {'B':>3} {'forward ms':>10} {'floor':>8} "
-          f"{'share':>6} {'both ms':>9} {'floor':>8} {'share':>6} {'tokens/s':>11} "
-          f"{'against':<13} {'ratio':>7} {'error':>8}")  # fmt: skip
+) -> None:
+    print(
+        f"\n{'op':<26} {'size':>5} {'T':>6} {'B':>3} {'forward ms':>10} {'floor':>8} "
+        f"{'share':>6} {'both ms':>9} {'floor':>8} {'share':>6} {'tokens/s':>11} "
+        f"{'against':<13} {'ratio':>7} {'error':>8}"
+    )
     for case in chosen:
         error: float | str
         try:
@@ -329,14 +374,22 @@ def op_table(
                 try:
                     row(device, case, size, width, batch, length, rates, error)
                 except Exception as problem:
-                    print(f"{case.name:<26} {size:>5} {length:>6} {batch:>3} {said(problem)}",
-                          flush=True)  # fmt: skip
+                    print(
+                        f"{case.name:<26} {size:>5} {length:>6} {batch:>3} {said(problem)}",
+                        flush=True,
+                    )
 
 
 def row(
-    device: Device, case: Case, size: str, width: int, batch: int, length: int, rates: Any,
+    device: Device,
+    case: Case,
+    size: str,
+    width: int,
+    batch: int,
+    length: int,
+    rates: Any,
     error: str,
-) -> None:  # fmt: skip
+) -> None:
     wanted, call = case.make(width, batch, length, device.dtype)
     forward, both = passes(wanted, call, case.fast)
     tokens = batch * length
@@ -349,10 +402,13 @@ def row(
             ratio = f"{device.milliseconds(other) / times[1]:.1f}x"
         except torch.cuda.OutOfMemoryError:
             ratio = "memory"
-    print(f"{case.name:<26} {size:>5} {length:>6} {batch:>3} {times[0]:>10.3f} {floor[0]:>8.3f} "
-          f"{floor[0] / times[0]:>6.1%} {times[1]:>9.3f} {floor[1]:>8.3f} "
-          f"{floor[1] / times[1]:>6.1%} {tokens / times[1] * 1e3:>11,.0f} {case.alternative:<13} "
-          f"{ratio:>7} {error:>8}", flush=True)  # fmt: skip
+    print(
+        f"{case.name:<26} {size:>5} {length:>6} {batch:>3} {times[0]:>10.3f} {floor[0]:>8.3f} "
+        f"{floor[0] / times[0]:>6.1%} {times[1]:>9.3f} {floor[1]:>8.3f} "
+        f"{floor[1] / times[1]:>6.1%} {tokens / times[1] * 1e3:>11,.0f} {case.alternative:<13} "
+        f"{ratio:>7} {error:>8}",
+        flush=True,
+    )
 
 
 def against_history(device: Device, case: Case) -> None:
@@ -380,14 +436,19 @@ def against_history(device: Device, case: Case) -> None:
                 peak = (torch.cuda.max_memory_allocated() - before) / 1e6
             found.append((took, peak))
             print(f"{name:<28} {length:>6} {batch:>3} {took:>9.3f} {peak:>9,.0f}", flush=True)
-        print(f"{'':<28} {'ratio':>10} {found[1][0] / found[0][0]:>9.2f} "
-              f"{found[1][1] / max(found[0][1], 1e-9):>9.2f}", flush=True)  # fmt: skip
+        print(
+            f"{'':<28} {'ratio':>10} {found[1][0] / found[0][0]:>9.2f} "
+            f"{found[1][1] / max(found[0][1], 1e-9):>9.2f}",
+            flush=True,
+        )
 
 
 def against_stepping(device: Device, chosen: list[Case], rates: Any, longest: int) -> None:
     """The ParaRNN kernels against the sequential torch loop, forward and backward."""
-    print(f"\n{'cell':<10} {'D':>5} {'B':>3} {'T':>6} {'loop ms':>10} {'kernel':<7} {'ms':>10} "
-          f"{'ratio':>8} {'floor ms':>9} {'kernel / floor':>15}")  # fmt: skip
+    print(
+        f"\n{'cell':<10} {'D':>5} {'B':>3} {'T':>6} {'loop ms':>10} {'kernel':<7} {'ms':>10} "
+        f"{'ratio':>8} {'floor ms':>9} {'kernel / floor':>15}"
+    )
     cells: dict[str, list[Case]] = {}
     for case in chosen:
         cells.setdefault(case.name.split(",")[0], []).append(case)
@@ -401,20 +462,27 @@ def against_stepping(device: Device, chosen: list[Case], rates: Any, longest: in
             for case in kinds:
                 _, both = passes(wanted, call, case.fast)
                 took = device.milliseconds(both)
-                print(f"{name:<10} {width:>5} {batch:>3} {2**power:>6} {slow:>10.1f} "
-                      f"{case.fast.split('_')[1]:<7} {took:>10.3f} {slow / took:>7.0f}x "
-                      f"{floor:>9.3f} {took / floor:>15.1f}", flush=True)  # fmt: skip
+                print(
+                    f"{name:<10} {width:>5} {batch:>3} {2**power:>6} {slow:>10.1f} "
+                    f"{case.fast.split('_')[1]:<7} {took:>10.3f} {slow / took:>7.0f}x "
+                    f"{floor:>9.3f} {took / floor:>15.1f}",
+                    flush=True,
+                )
 
 
 def tune(device: Device, found: dict[str, Case]) -> None:
     """Times of our kernels at other tile sizes; the ones in use are marked."""
-    from pretrain.ops.kernels import m2rnn as of_m2rnn
-    from pretrain.ops.kernels import para_rnn as of_para_rnn
+    from pretrain.ops.m2rnn import kernels as of_m2rnn
+    from pretrain.ops.para_rnn import kernels as of_para_rnn
 
     def attempt(name: str, module: Any, blocks: Any, label: str) -> None:
         case = found[f"{name}, newton" if "para" in name else name]
-        wanted, call = case.make(64 if device.smoke else 1024, 1 if device.smoke else 8,
-                                        16 if device.smoke else 4096, device.dtype)  # fmt: skip
+        wanted, call = case.make(
+            64 if device.smoke else 1024,
+            1 if device.smoke else 8,
+            16 if device.smoke else 4096,
+            device.dtype,
+        )
         used, module.blocks = module.blocks, blocks
         backend = "triton_newton" if "para" in name else "triton"
         try:
@@ -436,8 +504,16 @@ def tune(device: Device, found: dict[str, Case]) -> None:
             return sizes if backward else sizes | {"BLOCK_K": r, "num_warps": w}
 
         attempt("m2rnn", of_m2rnn, forward_tiles, f"forward {rows} rows, {warps} warps")
-    for rows, warps, piece in ((16, 1, 4), (16, 1, 8), (32, 1, 2), (32, 1, 8), (32, 2, 4),
-                               (64, 1, 2), (64, 2, 4), (64, 4, 8)):  # fmt: skip
+    for rows, warps, piece in (
+        (16, 1, 4),
+        (16, 1, 8),
+        (32, 1, 2),
+        (32, 1, 8),
+        (32, 2, 4),
+        (64, 1, 2),
+        (64, 2, 4),
+        (64, 4, 8),
+    ):
 
         def backward_tiles(
             k: int, v: int, *, backward: bool, r: int = rows, w: int = warps, p: int = piece
@@ -449,8 +525,14 @@ def tune(device: Device, found: dict[str, Case]) -> None:
         attempt("m2rnn", of_m2rnn, backward_tiles, label)
     for name in ("para_gru", "para_lstm"):
         attempt(name, of_para_rnn, of_para_rnn.blocks, "as they are")
-        for tokens, channels, warps in ((32, 16, 4), (64, 16, 4), (64, 32, 8), (128, 16, 8),
-                                        (256, 16, 8), (128, 32, 16)):  # fmt: skip
+        for tokens, channels, warps in (
+            (32, 16, 4),
+            (64, 16, 4),
+            (64, 32, 8),
+            (128, 16, 8),
+            (256, 16, 8),
+            (128, 32, 16),
+        ):
             sizes = {"BLOCK_T": tokens, "BLOCK_D": channels, "num_warps": warps, "num_stages": 1}
             label = f"{tokens} tokens, {channels} channels, {warps} warps"
             attempt(name, of_para_rnn, lambda op, sizes=sizes: sizes, label)
@@ -468,8 +550,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="ops whose name contains one of these")
     parser.add_argument("--sizes", nargs="*", choices=list(SIZES), default=["410M"])
     parser.add_argument("--lengths", nargs="*", type=int, default=[4096, 16384])
-    parser.add_argument("--longest-loop", type=int, default=14, metavar="P",
-                        help="the sequential loop goes up to T = 2^P")  # fmt: skip
+    parser.add_argument(
+        "--longest-loop",
+        type=int,
+        default=14,
+        metavar="P",
+        help="the sequential loop goes up to T = 2^P",
+    )
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
@@ -478,12 +565,15 @@ def main() -> None:
     copy, product = device.rates()
     packages = ("torch", "triton", "flash-linear-attention", "flash-attn", "liger-kernel")
     print(f"$ python -m benchmarks.ops_gpu {' '.join(sys.argv[1:])}")
-    print(f"{torch.cuda.get_device_name() if device.gpu else 'CPU, interpreted'}, "
-          f"{datetime.date.today()}, {', '.join(map(version, packages))}")  # fmt: skip
+    print(
+        f"{torch.cuda.get_device_name() if device.gpu else 'CPU, interpreted'}, "
+        f"{datetime.date.today()}, {', '.join(map(version, packages))}"
+    )
     print(f"copy {copy / 1e12:.2f} TB/s, {device.dtype} product {product / 1e12:.0f} TFLOP/s")
     every = cases(device.name)
-    chosen = [c for c in every
-              if not arguments.only or any(part in c.name for part in arguments.only)]  # fmt: skip
+    chosen = [
+        c for c in every if not arguments.only or any(part in c.name for part in arguments.only)
+    ]
     op_table(device, chosen, arguments.sizes, arguments.lengths, (copy, product))
     names = {case.name: case for case in chosen}
     if "m2rnn" in names:

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_prep.config_files import build_config
+from pretrain.common.config_loader import build_config
 from pretrain.config import ModelConfig, OptimizerConfig, ParallelConfig
-from pretrain.data import pack_rows
-from pretrain.models.building import build_stages
-from pretrain.parallel.engine import Engine
-from pretrain.parallel.processes import data_parallel_place, gather, is_main_process
-from tests.pretrain.parallel_worker import start
+from pretrain.data.batches import pack_rows
+from pretrain.model.build import build_stages
+from pretrain.parallel.processes import data_parallel_rank_and_size, gather, is_main_process
+from pretrain.training.engine import Engine
+from tests.helpers.parallel_worker import start
 
 COUNTS = (4, 8, 16)  # micro-batches of the bubble's steps
 VOCAB, HIDDEN, SEQ_LEN, MICRO_BATCHES = 1024, 128, 512, 8  # micro-batches: of the global batch
@@ -84,8 +84,14 @@ class SentBytes(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: Any) -> None:
-        boxed = next((a for a in args if isinstance(a, torch.ScriptObject)
-                      and "ProcessGroup" in str(a._type())), None)  # fmt: skip
+        boxed = next(
+            (
+                a
+                for a in args
+                if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
+            ),
+            None,
+        )
         if boxed is None:
             return
         group: dist.ProcessGroup = dist.ProcessGroup.unbox(boxed)
@@ -127,7 +133,7 @@ def times_whole(parallel: ParallelConfig, micro_batches: int) -> int:
 
 def expected_bytes(parallel: ParallelConfig, engine: Engine, own: int) -> Counter[str]:
     """Per step, of this process, which holds ``own`` parameters, in float32."""
-    size, data = dist.get_world_size(), data_parallel_place()[1]
+    size, data = dist.get_world_size(), data_parallel_rank_and_size()[1]
     tensor, stages = parallel.tensor, parallel.pipeline
     micro_batches = MICRO_BATCHES // data
     expected: Counter[str] = Counter()
@@ -169,7 +175,7 @@ def held_bytes() -> int:
 def expected_held(parallel: ParallelConfig, own: int) -> float:
     """float32: 4 bytes a parameter for weights, 4 for gradients, 8 for the moments; DeepSpeed has a
     second copy of the weights that it updates and lets go of gradients, but at stage 3."""
-    data = data_parallel_place()[1]
+    data = data_parallel_rank_and_size()[1]
     if parallel.zero_backend == "deepspeed":
         return own * {1: 4 + 12 / data, 2: 4 + 12 / data, 3: 20 / data}[parallel.zero_stage]
     return own * (4 + 4 + 8 / (1 if parallel.zero_stage == 0 else data))
@@ -202,7 +208,7 @@ def costs() -> None:
         tables[1].add_column(column)
     for parallel in LAYOUTS:
         start(parallel)
-        rank, size = data_parallel_place()
+        rank, size = data_parallel_rank_and_size()
         before = held_bytes()
         engine, parameters = make(model_config(), parallel, SEQ_LEN, MICRO_BATCHES // size)
         own = batches(MICRO_BATCHES)[rank::size]
@@ -236,8 +242,8 @@ def layout_name(parallel: ParallelConfig) -> str:
         parts.append(f"PP{parallel.pipeline}")
     if parallel.virtual_pipeline > 1:
         parts.append(f"VPP{parallel.virtual_pipeline}")
-    if data_parallel_place()[1] > 1:
-        parts.append(f"DP{data_parallel_place()[1]}")
+    if data_parallel_rank_and_size()[1] > 1:
+        parts.append(f"DP{data_parallel_rank_and_size()[1]}")
     return f"{' x '.join(parts)}, {parallel.zero_backend} ZeRO-{parallel.zero_stage}"
 
 
@@ -317,16 +323,19 @@ def bubble() -> None:
         for part in engine.parts:
             _keep_time(part, 1 / parts)
         for count in COUNTS:
-            own = batches(count * data_parallel_place()[1], seq_len)[:count]
+            own = batches(count * data_parallel_rank_and_size()[1], seq_len)[:count]
             dist.barrier()
             begin, _Clock.now = time.perf_counter(), 0.0
-            engine.updates.gradients(own)
+            engine.backend.gradients(own)
             dist.barrier()
             seconds, end = time.perf_counter() - begin, max(gather(_Clock.now))
             table.add_row(
-                layout_name(parallel), str(count), f"{end / 3 - count:.3f}",
-                f"{(stages - 1) / parts:.3f}", f"{seconds:.2f}",
-            )  # fmt: skip
+                layout_name(parallel),
+                str(count),
+                f"{end / 3 - count:.3f}",
+                f"{(stages - 1) / parts:.3f}",
+                f"{seconds:.2f}",
+            )
         del engine
     if is_main_process():
         Console(width=110).print(table)
@@ -334,8 +343,8 @@ def bubble() -> None:
 
 def memory() -> None:
     """Models of width 512 and more on two processes that it starts; planned by itself, without."""
-    from tests.pretrain.memory_worker import CASES, MORE_CASES
-    from tests.pretrain.test_planner import measure, plan
+    from tests.helpers.memory_worker import CASES, MORE_CASES
+    from tests.pretrain.planner.test_planner import measure, plan
 
     cases = {**CASES, **MORE_CASES}
     planned = plan({n: {"settings": settings, "devices": 2} for n, settings in cases.items()})

@@ -93,8 +93,10 @@ def errors(folders: list[Path], fitted: tuple[str, ...]) -> None:
             each = " ".join(
                 f"{n} {mape(found, c):.3f}" for n, c in curves.items() if n not in fitted
             )
-            print(f"  {law:12} {len(found.law.parameters)} parameters  {error:.4f}  "
-                  f"fit and predictions {seconds:.2f} s   {each}")  # fmt: skip
+            print(
+                f"  {law:12} {len(found.law.parameters)} parameters  {error:.4f}  "
+                f"fit and predictions {seconds:.2f} s   {each}"
+            )
         chosen = [curves[name] for name in fitted]
         law = next(iter(CURVE_LAWS))
         begun = time.perf_counter()
@@ -114,8 +116,10 @@ def splits(folders: list[Path], longest: int = 30_000) -> None:
         chosen = list(itertools.combinations(short, 3))
         for law in ("intrinsic", "annealing"):
             found = [held_out(curves, three, law)[0] for three in chosen]
-            print(f"  {folder.name} {law:12} {len(chosen)} splits: mean {np.mean(found):.4f} "
-                  f"median {np.median(found):.4f} worst {max(found):.4f}")  # fmt: skip
+            print(
+                f"  {folder.name} {law:12} {len(chosen)} splits: mean {np.mean(found):.4f} "
+                f"median {np.median(found):.4f} worst {max(found):.4f}"
+            )
 
 
 TRUTH = {"alpha": 0.3478, "beta": 0.3658, "E": 1.8172, "A": 482.01, "B": 2085.43}
@@ -143,12 +147,14 @@ def true_fit(name: str) -> tuple[Fit, list[Any]]:
     """A law with known parameters and the runs that it is simulated on."""
     if name in CURVE_LAWS:
         schedules = (
-            ScheduleConfig("cosine", 100), ScheduleConfig("constant", 100),
+            ScheduleConfig("cosine", 100),
+            ScheduleConfig("constant", 100),
             ScheduleConfig("two_stage", 100, decay_fraction=0.5, final_ratio=0.3),
             ScheduleConfig("two_stage", 100, decay_fraction=0.25, final_ratio=0.1),
-        )  # fmt: skip
-        curves = [planned_curve(s, 1e-3, 3000, points=150, name=str(i))
-                  for i, s in enumerate(schedules)]  # fmt: skip
+        )
+        curves = [
+            planned_curve(s, 1e-3, 3000, points=150, name=str(i)) for i, s in enumerate(schedules)
+        ]
         law = curve_law(name, curves)
         values = {
             "intrinsic": [0.5, np.log(100.0), 0.75, 3.0, 0.6, 0.2],
@@ -163,13 +169,15 @@ def true_fit(name: str) -> tuple[Fit, list[Any]]:
     points.unique_tokens = np.minimum(points.tokens, 2e10)
     law = size_law(name, points)
     values = {
-        "chinchilla": [0.35, 0.37, 1.8, 0.3, 0.4], "compute": [0.15, 1.8, 0.7],
+        "chinchilla": [0.35, 0.37, 1.8, 0.3, 0.4],
+        "compute": [0.15, 1.8, 0.7],
         "kaplan": [0.08, 0.1, 0.5, 3.0],
         "data_constrained": [0.35, 0.37, np.log(15.0), 1.8, 0.3, 0.4],
-    }[name]  # fmt: skip
+    }[name]
     own = len(law.nonlinear)
-    return Fit(law, np.array(values[:own]), np.array(values[own:]), 0, [], [], [],
-               Options("log")), [points]  # fmt: skip
+    return Fit(
+        law, np.array(values[:own]), np.array(values[own:]), 0, [], [], [], Options("log")
+    ), [points]
 
 
 def simulated(task: tuple[str, int, int]) -> np.ndarray:
@@ -199,14 +207,14 @@ def simulated(task: tuple[str, int, int]) -> np.ndarray:
         ]
     found = bootstrap(fit(truth.law, noisy, options), noisy, samples, seed, processes=1)
     true = truth.values
-    return np.array([
-        low <= true[p] <= high for p, (low, high) in found.intervals.items()
-    ])  # fmt: skip
+    return np.array([low <= true[p] <= high for p, (low, high) in found.intervals.items()])
 
 
 def coverage(count: int, samples: int, laws: list[str]) -> None:
-    print(f"\n95 % intervals ({samples} bootstrap samples) that cover the truth, of {count} "
-          "simulated data sets with 0.1 % noise (along curves: correlated, 0.6)")  # fmt: skip
+    print(
+        f"\n95 % intervals ({samples} bootstrap samples) that cover the truth, of {count} "
+        "simulated data sets with 0.1 % noise (along curves: correlated, 0.6)"
+    )
     for name in laws:
         begun = time.perf_counter()
         with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:

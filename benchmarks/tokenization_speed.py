@@ -26,9 +26,9 @@ from data_prep.progress import Progress
 from data_prep.screen import ProgressDisplay
 from data_prep.shards import indexed_dataset, write_shards
 from data_prep.sources import StandardLibrary, open_source
-from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_training import train_sentencepiece
 from data_prep.workers import WorkerPool
+from pretrain.data.tokenizer import Tokenizer
 
 
 def main() -> None:

@@ -31,22 +31,27 @@ from typing import Any
 import torch
 
 from pretrain.config import RunConfig, load_run_config
-from pretrain.data import Batch
-from pretrain.metrics import peak_flops
-from pretrain.models.blocks import count_model
-from pretrain.models.building import build_model
-from pretrain.ops.backends import describe_backends
-from pretrain.parallel.engine import Engine
+from pretrain.data.batches import Batch
+from pretrain.model.build import build_model
+from pretrain.model.spec import count_model
+from pretrain.ops.shared.backends import describe_backends
 from pretrain.parallel.processes import start_processes
+from pretrain.training.engine import Engine
+from pretrain.training.metrics import peak_flops
 
 MODELS = (
-    "transformer", "gdn-hybrid-3to1", "gdn-hybrid-7to1", "gdn-hybrid-one-m2rnn", "m2rnn-hybrid",
-    "delta-product", "para-gru", "para-lstm", "recursive-relaxed-2x",
-)  # fmt: skip
+    "transformer",
+    "gdn-hybrid-3to1",
+    "gdn-hybrid-7to1",
+    "gdn-hybrid-one-m2rnn",
+    "m2rnn-hybrid",
+    "delta-product",
+    "para-gru",
+    "para-lstm",
+    "recursive-relaxed-2x",
+)
 MICRO_BATCHES = 2
-SETTINGS = [
-    "name=benchmark", "data.path=none", "train.tokens=1000000", "train.precision=bf16",
-]  # fmt: skip
+SETTINGS = ["name=benchmark", "data.path=none", "train.tokens=1000000", "train.precision=bf16"]
 
 
 def synchronize() -> None:
@@ -58,16 +63,24 @@ def batches(vocab_size: int, length: int, tokens: int) -> list[Batch]:
     made = []
     for _ in range(MICRO_BATCHES):
         ids = torch.randint(0, vocab_size, (2, tokens))
-        made.append(Batch(ids[:1], ids[1:], torch.ones(1, tokens),
-                          torch.arange(tokens // length + 1) * length))  # fmt: skip
+        made.append(
+            Batch(
+                ids[:1], ids[1:], torch.ones(1, tokens), torch.arange(tokens // length + 1) * length
+            )
+        )
     return made
 
 
 def loaded(path: Path, length: int, tokens: int) -> RunConfig:
-    return load_run_config(str(path), [
-        *SETTINGS, f"train.seq_len={length}", f"train.global_batch_tokens={MICRO_BATCHES * tokens}",
-        f"parallel.micro_batch_size={tokens // length}",
-    ])  # fmt: skip
+    return load_run_config(
+        str(path),
+        [
+            *SETTINGS,
+            f"train.seq_len={length}",
+            f"train.global_batch_tokens={MICRO_BATCHES * tokens}",
+            f"parallel.micro_batch_size={tokens // length}",
+        ],
+    )
 
 
 def waits(step: Callable[[], Any]) -> int | str:
@@ -89,8 +102,12 @@ def measure(config: RunConfig, name: str, steps: int, tokens: int, profile: Path
     torch._dynamo.reset()  # what earlier models had compiled counts against a limit
     vocab_size, length = config.model.vocab_size or 32000, config.train.seq_len
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    engine = Engine(build_model(config.model, vocab_size, seed=0, dtype=dtype), config.optimizer,
-                    config.parallel, MICRO_BATCHES)  # fmt: skip
+    engine = Engine(
+        build_model(config.model, vocab_size, seed=0, dtype=dtype),
+        config.optimizer,
+        config.parallel,
+        MICRO_BATCHES,
+    )
     data, number = batches(vocab_size, length, tokens), 0
 
     def step() -> None:
@@ -152,8 +169,13 @@ def save_profile(step: Callable[[], Any], path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(10, 7), layout="constrained")
     axes.barh(names[::-1], values[::-1])
     for place, value in enumerate(values[::-1]):
-        axes.text(value, place, f" {value:.2f} ({value / max(sum(values), 1e-9):.0%})", va="center",
-                  fontsize=8)  # fmt: skip
+        axes.text(
+            value,
+            place,
+            f" {value:.2f} ({value / max(sum(values), 1e-9):.0%})",
+            va="center",
+            fontsize=8,
+        )
     axes.set_xlabel("milliseconds of one step")
     axes.set_title(f"{title}: {sum(values):.1f} ms in kernels")
     axes.tick_params(axis="y", labelsize=8)
@@ -177,30 +199,39 @@ def main() -> None:
     start_processes()
     tokens = 128 if arguments.smoke else 32768
     lengths = [64] if arguments.smoke else arguments.lengths
-    names = [m for m in MODELS
-             if not arguments.only or any(part in m for part in arguments.only)]  # fmt: skip
-    paths = [(size, name, Path(f"configs/models/{size}/{name}.yaml"))
-             for size in arguments.sizes for name in names]  # fmt: skip
+    names = [m for m in MODELS if not arguments.only or any(part in m for part in arguments.only)]
+    paths = [
+        (size, name, Path(f"configs/models/{size}/{name}.yaml"))
+        for size in arguments.sizes
+        for name in names
+    ]
     if arguments.smoke:
         paths = [("tiny", "gdn-hybrid", Path("configs/models/tiny-gdn-hybrid.yaml"))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"$ python -m benchmarks.train_gpu {' '.join(sys.argv[1:])}")
-    print(f"{device}, {datetime.date.today()}, torch {torch.__version__}, "
-          f"{describe_backends()}")  # fmt: skip
-    print(f"{'size':<5} {'model':<22} {'T':>6} {'tokens/s':>9} {'MFU':>6} {'peak GB':>8} "
-          f"{'waits':>6} {'ratio':>6}")  # fmt: skip
+    print(f"{device}, {datetime.date.today()}, torch {torch.__version__}, {describe_backends()}")
+    print(
+        f"{'size':<5} {'model':<22} {'T':>6} {'tokens/s':>9} {'MFU':>6} {'peak GB':>8} "
+        f"{'waits':>6} {'ratio':>6}"
+    )
     for length in lengths:
         speeds: dict[tuple[str, str], float] = {}
         for size, name, path in paths:
             config = loaded(path, length, tokens)
             try:
                 speed, mfu, memory, waited = measure(
-                    config, f"{size}-{name}", 2 if arguments.smoke else arguments.steps, tokens,
+                    config,
+                    f"{size}-{name}",
+                    2 if arguments.smoke else arguments.steps,
+                    tokens,
                     arguments.profile,
-                )  # fmt: skip
+                )
             except Exception as problem:  # one model that fails must not cost the others' figures
-                print(f"{size:<5} {name:<22} {length:>6} {type(problem).__name__}: "
-                      f"{(str(problem).strip().splitlines() or [''])[0]}", flush=True)  # fmt: skip
+                print(
+                    f"{size:<5} {name:<22} {length:>6} {type(problem).__name__}: "
+                    f"{(str(problem).strip().splitlines() or [''])[0]}",
+                    flush=True,
+                )
                 continue
             finally:
                 gc.collect()
@@ -210,13 +241,18 @@ def main() -> None:
             against = speeds.get((size, "transformer"))
             ratio = "" if against is None else f"{speed / against:.2f}"
             share = "-" if mfu is None else f"{mfu:.1%}"
-            print(f"{size:<5} {name:<22} {length:>6} {speed:>9,.0f} {share:>6} {memory:>8.1f} "
-                  f"{waited!s:>6} {ratio:>6}", flush=True)  # fmt: skip
+            print(
+                f"{size:<5} {name:<22} {length:>6} {speed:>9,.0f} {share:>6} {memory:>8.1f} "
+                f"{waited!s:>6} {ratio:>6}",
+                flush=True,
+            )
         for size in arguments.sizes:
             pair = [speeds.get((size, f"gdn-hybrid-{kind}")) for kind in ("one-m2rnn", "7to1")]
             if pair[0] and pair[1]:
-                print(f"{size}, T = {length}: one M2RNN layer in the hybrid, "
-                      f"{pair[0] / pair[1]:.3f} of its speed without")  # fmt: skip
+                print(
+                    f"{size}, T = {length}: one M2RNN layer in the hybrid, "
+                    f"{pair[0] / pair[1]:.3f} of its speed without"
+                )
 
 
 if __name__ == "__main__":

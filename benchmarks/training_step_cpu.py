@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from pretrain.config import load_run_config
-from pretrain.data import Batch, TrainingBatches, open_data
-from pretrain.models.building import build_model, padded_vocab_size
-from pretrain.models.language_model import LanguageModel
-from pretrain.parallel.engine import Engine
+from pretrain.data.batches import Batch, TrainingBatches, open_data
+from pretrain.model.build import build_model, padded_vocab_size
+from pretrain.model.language_model import LanguageModel
 from pretrain.parallel.processes import start_processes
+from pretrain.training.engine import Engine
 
 
 class BareLoop:
@@ -60,8 +60,11 @@ def main() -> None:
     vocab_size = padded_vocab_size(config.model, data.tokenizer.vocab_size)
     loader = TrainingBatches(data, config.train, config.parallel.micro_batch_size, config.seed)
     engine = Engine(build_model(config.model, vocab_size, seed=0), config.optimizer)
-    bare = BareLoop(build_model(config.model, vocab_size, seed=0), config.optimizer.lr,
-                    config.optimizer.weight_decay)  # fmt: skip
+    bare = BareLoop(
+        build_model(config.model, vocab_size, seed=0),
+        config.optimizer.lr,
+        config.optimizer.weight_decay,
+    )
 
     ours, plain, loading = [], [], []
     for step in range(arguments.steps + 3):
@@ -80,11 +83,15 @@ def main() -> None:
     tokens = config.train.global_batch_tokens
     mean_ours, mean_plain = (statistics.median(x[3:]) for x in (ours, plain))
     share = sum(loading[3:]) / sum(ours[3:])
-    print(f"{config.name}: {tokens} tokens per step, {arguments.steps} steps each, medians, "
-          f"{torch.get_num_threads()} threads")  # fmt: skip
+    print(
+        f"{config.name}: {tokens} tokens per step, {arguments.steps} steps each, medians, "
+        f"{torch.get_num_threads()} threads"
+    )
     print(f"bare torch loop   {tokens / mean_plain:>9,.0f} tokens/s")
-    print(f"training step     {tokens / mean_ours:>9,.0f} tokens/s   "
-          f"ratio {mean_plain / mean_ours:.3f} (target 0.95)")  # fmt: skip
+    print(
+        f"training step     {tokens / mean_ours:>9,.0f} tokens/s   "
+        f"ratio {mean_plain / mean_ours:.3f} (target 0.95)"
+    )
     print(f"loader's share    {share:>9.2%} of the step (target 1 %)")
 
 

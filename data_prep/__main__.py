@@ -7,7 +7,7 @@ import signal
 import sys
 from types import FrameType
 
-from data_prep.errors import run_command
+from pretrain.common.errors import run_command
 
 
 class Terminated(BaseException):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.config_files import ConfigError, load_config, setting
+from pretrain.common.config_loader import ConfigError, load_config, setting
 
 KINDS = ("stdlib", "files", "huggingface")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.config import SourceConfig
-from data_prep.errors import UserError
 from data_prep.sources import Document, Source, text_of
+from pretrain.common.errors import UserError
 
 T = TypeVar("T")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
 from data_prep.screen import print_counts
 from data_prep.shards import file_hash, indexed_dataset
-from data_prep.tokenizer import Tokenizer
+from pretrain.common.errors import UserError
+from pretrain.data.manifest import Manifest
+from pretrain.data.tokenizer import Tokenizer
 
 _BAR = 40
 _SAMPLES = 3

@@ -15,8 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DataPrepConfig
-from data_prep.errors import UserError
-from data_prep.manifest import (
+from data_prep.progress import NAME as PROGRESS
+from data_prep.progress import Progress, shard_files
+from data_prep.screen import ProgressDisplay, print_summary
+from data_prep.shards import file_hash, indexed_dataset, write_shards
+from data_prep.sources import Source, open_source
+from data_prep.tokenizer_training import train_tokenizer
+from data_prep.workers import SPLITS, WorkerPool
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_bytes
+from pretrain.data.manifest import (
     FORMAT,
     ByteEntropy,
     Manifest,
@@ -24,17 +32,9 @@ from data_prep.manifest import (
     TokenizerEntry,
     content_hash,
     settings_hash,
-    write_bytes,
 )
-from data_prep.manifest import NAME as MANIFEST
-from data_prep.progress import NAME as PROGRESS
-from data_prep.progress import Progress, shard_files
-from data_prep.screen import ProgressDisplay, print_summary
-from data_prep.shards import file_hash, indexed_dataset, write_shards
-from data_prep.sources import Source, open_source
-from data_prep.tokenizer import FILE_NAMES, Tokenizer
-from data_prep.tokenizer_training import train_tokenizer
-from data_prep.workers import SPLITS, WorkerPool
+from pretrain.data.manifest import NAME as MANIFEST
+from pretrain.data.tokenizer import FILE_NAMES, Tokenizer
 
 
 def prepare(config: DataPrepConfig, overwrite: bool = False) -> Manifest:

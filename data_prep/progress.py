@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.config_files import ConfigError, build_config
-from data_prep.errors import UserError
-from data_prep.manifest import Counts, ShardEntry, write_json
 from data_prep.workers import TokenizedBatch
+from pretrain.common.config_loader import ConfigError, build_config
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_json
+from pretrain.data.manifest import Counts, ShardEntry
 
 NAME = "progress.json"
 

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from data_prep.manifest import Manifest
+from pretrain.data.manifest import Manifest
 
 _SECONDS_BETWEEN_LINES = 5.0
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.manifest import Counts, ShardEntry, sync
 from data_prep.progress import Position, Progress
 from data_prep.screen import ProgressDisplay
 from data_prep.sources import Source
-from data_prep.tokenizer import Tokenizer
 from data_prep.workers import SPLITS, TokenizedBatch, WorkerPool, tokenize
+from pretrain.common.files import sync
+from pretrain.data.manifest import Counts, ShardEntry
+from pretrain.data.tokenizer import Tokenizer
 
 BATCH_BYTES = 1_000_000
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import SourceConfig
-from data_prep.errors import UserError
+from pretrain.common.errors import UserError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.zst", ".parquet")
 _LEFT_OUT_OF_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages"}

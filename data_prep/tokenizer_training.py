@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from data_prep.config import DataPrepConfig, TokenizerConfig
-from data_prep.errors import UserError
 from data_prep.sources import Source, open_source
+from pretrain.common.errors import UserError
 
 _LINE = 2_000  # characters: at most 8,000 bytes, below max_sentence_length, so nothing is skipped
 

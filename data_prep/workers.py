@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.errors import UserError
-from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_training import is_validation
+from pretrain.common.errors import UserError
+from pretrain.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
 U = TypeVar("U")

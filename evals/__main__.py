@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from data_prep.errors import run_command
+from pretrain.common.errors import run_command
 
 
 def main() -> int:
     commands: dict[str, Callable[[], Callable[[Sequence[str]], int]]] = {
-        "report": _report, "sample": _sample, "scaling": _scaling, "tasks": _tasks,
-    }  # fmt: skip
+        "report": _report,
+        "sample": _sample,
+        "scaling": _scaling,
+        "tasks": _tasks,
+    }
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in commands:
         return commands[name]()(sys.argv[2:])

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
-from data_prep.manifest import write_json
 from evals.tables import show_perplexity, show_positions, show_scores, show_tasks
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_json
 
 HELD_OUT = ("perplexity", "positions")  # of the run's own validation text
 HF = "hf:"
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--tasks names nothing; 'python -m evals tasks' lists what there is")
     harness = [name for name in names if name not in HELD_OUT]
     if harness:  # before a model is loaded: a name that is wrong shows at once
-        from evals.tasks import check_tasks
+        from evals.tasks.loading import check_tasks
 
         check_tasks(harness)
     if given.checkpoint.startswith(HF):
@@ -33,15 +33,17 @@ def main(arguments: Sequence[str]) -> int:
                 f"text, which {given.checkpoint} does not have"
             )
         return _score_hugging_face(given, harness)
-    from evals.model_loading import load_model
+    from pretrain.inference.load import load_model
     from pretrain.parallel.processes import stop_processes
-    from pretrain.train import DTYPES
+    from pretrain.training.trainer import DTYPES
 
     averaged = given.weights == "ema"
     loaded = load_model(
-        given.checkpoint, recurrences=given.recurrences, averaged=averaged,
+        given.checkpoint,
+        recurrences=given.recurrences,
+        averaged=averaged,
         dtype=DTYPES[given.precision],
-    )  # fmt: skip
+    )
     extra: dict[str, Any] = {} if given.precision == "float32" else {"precision": given.precision}
     if given.recurrences is not None:
         extra["recurrences"] = given.recurrences
@@ -50,22 +52,31 @@ def main(arguments: Sequence[str]) -> int:
     for name in (n for n in names if n in HELD_OUT):
         _score_held_out(name, loaded, given, extra)
     if harness:
-        from evals.checkpoint_evaluation import evaluate_checkpoint
+        from evals.harness.checkpoint_evaluation import evaluate_checkpoint
 
         found = evaluate_checkpoint(
-            loaded, harness, limit=given.limit, num_fewshot=given.num_fewshot, bos=given.bos,
-            max_length=given.max_length, tokens_per_pass=given.tokens_per_pass,
-        )  # fmt: skip
+            loaded,
+            harness,
+            limit=given.limit,
+            num_fewshot=given.num_fewshot,
+            bos=given.bos,
+            max_length=given.max_length,
+            tokens_per_pass=given.tokens_per_pass,
+        )
         options = (given.limit, given.num_fewshot, given.bos, given.max_length, given.precision)
-        defaults = tuple(_parser().get_default(n) for n in
-                         ("limit", "num_fewshot", "bos", "max_length", "precision"))  # fmt: skip
+        defaults = tuple(
+            _parser().get_default(n)
+            for n in ("limit", "num_fewshot", "bos", "max_length", "precision")
+        )
         mark = _mark(extra, options if options != defaults else ())
         results, paths = {}, []
         for name, result in found:
             results[name] = result
-            paths.append(_write(
-                loaded.evals_directory, f"{name}-{loaded.checkpoint.name}{mark}", result, extra
-            ))  # fmt: skip
+            paths.append(
+                _write(
+                    loaded.evals_directory, f"{name}-{loaded.checkpoint.name}{mark}", result, extra
+                )
+            )
         show_scores(str(loaded.checkpoint), results, paths)
     stop_processes()
     return 0
@@ -85,16 +96,20 @@ def _score_held_out(name: str, loaded: Any, given: argparse.Namespace, extra: An
     from evals.perplexity import evaluate_perplexity
 
     result = evaluate_perplexity(
-        loaded, data=given.data, window=given.window, stride=given.stride,
-        carry_state=given.carry_state, max_tokens=given.max_tokens,
-    )  # fmt: skip
+        loaded,
+        data=given.data,
+        window=given.window,
+        stride=given.stride,
+        carry_state=given.carry_state,
+        max_tokens=given.max_tokens,
+    )
     settings = (given.data, given.window, given.stride, given.max_tokens)
     mark = _mark(extra, (*settings, True) if given.carry_state else settings)
     show_perplexity(result, _write(directory, f"{name}-{checkpoint}{mark}", result, extra))
 
 
 def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
-    from evals.hugging_face import evaluate_hugging_face
+    from evals.harness.hugging_face import evaluate_hugging_face
 
     source = given.checkpoint.removeprefix(HF)
     for option in ("bos", "weights", "recurrences"):
@@ -105,10 +120,14 @@ def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
                 "has what its tokenizer and weights say"
             )
     found = evaluate_hugging_face(
-        source, names, limit=given.limit, num_fewshot=given.num_fewshot,
-        max_length=given.max_length, precision=given.precision,
+        source,
+        names,
+        limit=given.limit,
+        num_fewshot=given.num_fewshot,
+        max_length=given.max_length,
+        precision=given.precision,
         trust_remote_code=given.trust_remote_code,
-    )  # fmt: skip
+    )
     plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in source.strip("/"))
     settings = (given.limit, given.num_fewshot, given.max_length, given.precision)
     mark = _mark({}, settings)
@@ -144,7 +163,7 @@ def list_tasks(arguments: Sequence[str]) -> int:
     argparse.ArgumentParser(
         prog="python -m evals tasks", description="List the tasks that need no network."
     ).parse_args(arguments)
-    from evals.tasks import own_tasks
+    from evals.tasks.loading import own_tasks
 
     show_tasks({"held-out text of the run": list(HELD_OUT), **own_tasks()})
     return 0
@@ -162,18 +181,22 @@ def _parser() -> argparse.ArgumentParser:
         "(a name or a folder)",
     )
     parser.add_argument(
-        "--tasks", default="perplexity",
+        "--tasks",
+        default="perplexity",
         help=f"separated by commas: {', '.join(HELD_OUT)}, or any task of 'python -m evals tasks' "
         "or of lm-eval",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--recurrences", type=_positive,
+        "--recurrences",
+        type=_positive,
         help="passes through the loop of a recursive model (the configured number)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--weights", choices=("last", "ema"), default="last",
+        "--weights",
+        choices=("last", "ema"),
+        default="last",
         help="of the last step, or averaged over steps by optimizer.ema_decay",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="of hf:NAME: run the code it comes with"
     )
@@ -196,13 +219,16 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument("--limit", type=_positive, help="documents of each task (all)")
     tasks.add_argument("--num-fewshot", type=_number, help="examples in a prompt (the task's)")
     tasks.add_argument(
-        "--max-length", type=_positive,
+        "--max-length",
+        type=_positive,
         help="tokens of a request; the beginning of longer ones is cut (training length)",
-    )  # fmt: skip
+    )
     tasks.add_argument(
-        "--bos", choices=("document", "none"), default="document",
+        "--bos",
+        choices=("document", "none"),
+        default="document",
         help="what opens a request: the end-of-document token, as in training, or nothing",
-    )  # fmt: skip
+    )
     tasks.add_argument(
         "--tokens-per-pass", type=_positive, default=8192, help="computed together (8192)"
     )

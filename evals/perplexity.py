@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
-from evals.model_loading import LoadedModel
-from pretrain.data import open_shard
-from pretrain.models.language_model import LanguageModel
+from pretrain.common.errors import UserError
+from pretrain.data.batches import open_shard
+from pretrain.data.manifest import Manifest
+from pretrain.inference.load import LoadedModel
+from pretrain.model.language_model import LanguageModel
 
 
 @dataclass

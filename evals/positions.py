@@ -17,12 +17,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
-from evals.model_loading import LoadedModel
 from evals.perplexity import own_directories, validation_documents
-from pretrain.models.blocks import block_specs
-from pretrain.models.mixers.base import State
+from pretrain.common.errors import UserError
+from pretrain.data.manifest import Manifest
+from pretrain.inference.load import LoadedModel
+from pretrain.model.spec import block_specs
+from pretrain.nn.mixers.base import State
 
 
 @torch.no_grad()
@@ -56,18 +56,24 @@ def evaluate_positions(
     begins = [0, *ends[:-1]]
     inside = losses[seq_len // 2 : seq_len].mean()
     return {
-        "task": "positions", "seq_len": seq_len, "factor": factor, "sequences": count,
+        "task": "positions",
+        "seq_len": seq_len,
+        "factor": factor,
+        "sequences": count,
         "bins": [
             {"from": a, "to": b, "nats_per_token": float(losses[a:b].mean())}
             for a, b in zip(begins, ends, strict=True)
         ],
         "beyond_training_length": float(losses[seq_len:].mean() - inside),
         "state_rms": {name: values.tolist() for name, values in sizes.items()},
-        "positions_of_state_rms": ends, "data": str(directory),
-        "tokenizer_sha256": loaded.tokenizer.sha256, "checkpoint": str(loaded.checkpoint),
-        "step": loaded.state.step, "tokens_trained": loaded.state.tokens,
+        "positions_of_state_rms": ends,
+        "data": str(directory),
+        "tokenizer_sha256": loaded.tokenizer.sha256,
+        "checkpoint": str(loaded.checkpoint),
+        "step": loaded.state.step,
+        "tokens_trained": loaded.state.tokens,
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }
 
 
 def _text(loaded: LoadedModel, directory: Path, wanted: int) -> np.ndarray:
@@ -153,8 +159,9 @@ def draw_positions(result: dict[str, Any], path: Path) -> Path:
     axes = np.atleast_1d(grid)
     middles = [math.sqrt(max(b["from"], 1) * b["to"]) for b in result["bins"]]
     axes[0].plot(middles, [b["nats_per_token"] for b in result["bins"]], "o-")
-    axes[0].set(xscale="log", ylabel="loss (nats per token)",
-                title=f"{result['sequences']} sequences")  # fmt: skip
+    axes[0].set(
+        xscale="log", ylabel="loss (nats per token)", title=f"{result['sequences']} sequences"
+    )
     if recurrent:
         ends = result["positions_of_state_rms"]
         at = ends.index(result["seq_len"])

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.errors import UserError
-from evals.model_loading import LoadedModel, load_model
-from pretrain.generation import generate
+from pretrain.common.errors import UserError
+from pretrain.inference.generate import generate
+from pretrain.inference.load import LoadedModel, load_model
 from pretrain.parallel.processes import stop_processes
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -26,19 +26,32 @@ class Completion:
     """
 
     def __init__(
-        self, loaded: LoadedModel, prompt: str, *, max_tokens: int, temperature: float = 1.0,
-        top_k: int | None = None, top_p: float | None = None, stop: Sequence[str] = (),
+        self,
+        loaded: LoadedModel,
+        prompt: str,
+        *,
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Sequence[str] = (),
         seed: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         tokenizer = loaded.tokenizer
         self.prompt_ids = [tokenizer.eod_id, *tokenizer.encode(prompt)]
         self.reason, self.tokens = "", 0
         self._tokenizer, self._stop, self._most = tokenizer, [s for s in stop if s], max_tokens
         self._ids = generate(
-            loaded.model, self.prompt_ids, max_tokens=max_tokens, temperature=temperature,
-            top_k=top_k, top_p=top_p, seed=seed, vocab_size=tokenizer.vocab_size,
+            loaded.model,
+            self.prompt_ids,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            vocab_size=tokenizer.vocab_size,
             stop_id=tokenizer.eod_id,
-        )  # fmt: skip
+        )
 
     def __iter__(self) -> Iterator[str]:
         start = self._tokenizer.decode(self.prompt_ids)
@@ -98,9 +111,15 @@ def main(arguments: Sequence[str]) -> int:
         given.checkpoint, recurrences=given.recurrences, averaged=given.weights == "ema"
     )
     completion = Completion(
-        loaded, prompt, max_tokens=given.max_tokens, temperature=given.temperature,
-        top_k=given.top_k, top_p=given.top_p, stop=given.stop, seed=given.seed,
-    )  # fmt: skip
+        loaded,
+        prompt,
+        max_tokens=given.max_tokens,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        stop=given.stop,
+        seed=given.seed,
+    )
     seen = loaded.run.train.seq_len
     if len(completion.prompt_ids) + given.max_tokens > seen:
         print(

@@ -36,14 +36,17 @@ def show_positions(result: dict[str, Any], path: Path, picture: Path) -> None:
         table.add_column(column, justify="right")
     for row in result["bins"]:
         table.add_row(
-            f"{row['from']:,} to {row['to']:,}", f"{row['to'] / result['seq_len']:g}",
+            f"{row['from']:,} to {row['to']:,}",
+            f"{row['to'] / result['seq_len']:g}",
             f"{row['nats_per_token']:.4f}",
-        )  # fmt: skip
+        )
     Console().print(table)
     if result["state_rms"]:
         at = result["positions_of_state_rms"].index(result["seq_len"])
-        growth = {name: values[-1] / max(values[at], 1e-30)
-                  for name, values in result["state_rms"].items()}  # fmt: skip
+        growth = {
+            name: values[-1] / max(values[at], 1e-30)
+            for name, values in result["state_rms"].items()
+        }
         name = max(growth, key=lambda n: growth[n])
         print(
             f"states at the end, as a share of their size at the training length: "
@@ -60,8 +63,12 @@ def show_scores(checkpoint: str, results: dict[str, dict[str, Any]], paths: Sequ
     table.add_column("metric")
     table.add_column("score", justify="right")
     for name, result in results.items():
-        said = [name, _said(result["version"]), _said(result["num_fewshot"]),
-                _said(result["documents"])]  # fmt: skip
+        said = [
+            name,
+            _said(result["version"]),
+            _said(result["num_fewshot"]),
+            _said(result["documents"]),
+        ]
         for metric, value in result["scores"].items():
             error = result["stderr"].get(metric)
             shown = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")

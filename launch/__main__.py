@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from data_prep.errors import EXIT_STOPPED, run_command
-from data_prep.manifest import write_json
+from pretrain.common.errors import EXIT_STOPPED, run_command
+from pretrain.common.files import write_json
 
 EXIT_FAILED = 1
 COMMANDS = ("status", "cancel", "logs", "measure")
@@ -39,9 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every member")
     parser.add_argument("--cluster", help="file of configs/clusters (this machine)")
     parser.add_argument(
-        "--dry-run", action="store_true",
+        "--dry-run",
+        action="store_true",
         help="show the members, the plan and the job script; start nothing",
-    )  # fmt: skip
+    )
     parser.add_argument("--at-once", type=_positive, help="members at a time (here 1; Slurm: all)")
     parser.add_argument(
         "--processes", type=_positive, help="per run, here (tensor x pipeline: one model)"

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import EXIT_STOPPED
+from pretrain.common.errors import EXIT_STOPPED
 
 EXIT_FAILED = 1
 _SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -40,8 +40,8 @@ def main() -> int:
     parser.add_argument("--nproc-per-node", type=int, required=True)
     arguments = parser.parse_args()
 
-    from data_prep.config_files import load_config
     from launch.members import write_launch
+    from pretrain.common.config_loader import load_config
     from pretrain.config import RunConfig
 
     config = load_config(RunConfig, arguments.config)
@@ -49,9 +49,14 @@ def main() -> int:
     command = _torchrun(arguments.config, arguments.nproc_per_node, node)
     if node == 0:
         write_launch(
-            directory, started=time.time(), status=None, reason=None, command=command,
-            job=_job(), restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        )  # fmt: skip
+            directory,
+            started=time.time(),
+            status=None,
+            reason=None,
+            command=command,
+            job=_job(),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        )
     # Out of the reach of signals to the whole task: torchrun would end its processes at once.
     process = subprocess.Popen(command, start_new_session=True)
     status = None
@@ -76,14 +81,20 @@ def _torchrun(config: Path, processes: int, node: int) -> list[str]:
     job = int(os.environ.get("SLURM_JOB_ID", "0"))
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return [
-        sys.executable, "-m", "torch.distributed.run",
-        f"--nnodes={os.environ.get('SLURM_NNODES', '1')}", f"--node-rank={node}",
-        f"--nproc-per-node={processes}", "--max-restarts=0",
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={os.environ.get('SLURM_NNODES', '1')}",
+        f"--node-rank={node}",
+        f"--nproc-per-node={processes}",
+        "--max-restarts=0",
         # The batch script runs on the first node, and srun in it.
         f"--master-addr={os.environ.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1')}",
         f"--master-port={20000 + (7 * job + restarts) % 20000}",
-        "-m", "pretrain", str(config),
-    ]  # fmt: skip
+        "-m",
+        "pretrain",
+        str(config),
+    ]
 
 
 def _job() -> str:
@@ -136,6 +147,6 @@ def _decide(config: Any, directory: Path, received: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    from data_prep.errors import run_command
+    from pretrain.common.errors import run_command
 
     run_command(main)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.config_files import ConfigError, load_config, setting
+from pretrain.common.config_loader import ConfigError, load_config, setting
 
 _TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from data_prep.errors import UserError
 from launch import throughput
 from launch.grid import Grid, load_grid
 from launch.matching import counts_of
@@ -31,6 +30,7 @@ from launch.members import (
 )
 from launch.slurm import cancel as cancel_jobs
 from launch.slurm import queue_states
+from pretrain.common.errors import UserError
 
 
 def status(arguments: Sequence[str]) -> int:
@@ -92,8 +92,9 @@ def logs(arguments: Sequence[str]) -> int:
             sys.stdout.flush()
             if not text:
                 if not options.follow or states_of(grid)[member.name].state not in (
-                    RUNNING, QUEUED,
-                ):  # fmt: skip
+                    RUNNING,
+                    QUEUED,
+                ):
                     return 0
                 time.sleep(1)
 
@@ -179,7 +180,7 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
                 "" if state.tokens_per_second is None else f"{state.tokens_per_second:,.0f}",
                 "" if left is None or state.state in (DONE, FAILED, STOPPED) else _minutes(left),
                 state.reason,
-            ]  # fmt: skip
+            ]
         found.add_row(*row)
     if plan and len(grid.members) > 1:
         found.add_section()

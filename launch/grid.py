@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_files import ConfigError, load_config, load_values
+from pretrain.common.config_loader import ConfigError, load_config, load_values
 from pretrain.config import RunConfig
-from pretrain.config_checks import check_run_config
-from pretrain.models.blocks import block_specs
+from pretrain.config.checks import check_run_config
+from pretrain.model.spec import block_specs
 
 _LONGEST_NAME = 80
 _RESERVED = ("zip", "exclude", "include", "match")
@@ -113,8 +113,11 @@ def _points(section: Any, where: str) -> list[dict[str, Choice]]:
     """The settings of each member, by dotted name, in the order of the axes."""
     if not isinstance(section, Mapping) or not section:
         raise ConfigError(f"{where}: grid is {section!r}, expected axes: setting: [values]")
-    axes = [[{key: c} for c in _choices(key, values, where)]
-            for key, values in section.items() if key not in _RESERVED]  # fmt: skip
+    axes = [
+        [{key: c} for c in _choices(key, values, where)]
+        for key, values in section.items()
+        if key not in _RESERVED
+    ]
     zips = section.get("zip") or []
     for group in [zips] if isinstance(zips, Mapping) else zips:
         axes.append(_zipped(group, where))
@@ -123,10 +126,12 @@ def _points(section: Any, where: str) -> list[dict[str, Choice]]:
     points = [p for p in points if not any(_matches(p, e) for e in excluded)]
     labelled = {(key, choice.label): choice for point in points for key, choice in point.items()}
     for extra in _conditions(section, "include", where):
-        points.append({
-            key: labelled.get((key, _text(value)), Choice(value, _text(value)))
-            for key, value in extra.items()
-        })  # fmt: skip
+        points.append(
+            {
+                key: labelled.get((key, _text(value)), Choice(value, _text(value)))
+                for key, value in extra.items()
+            }
+        )
     if not points:
         raise ConfigError(f"{where}: grid has no members left")
     return points
@@ -193,8 +198,9 @@ def _name(point: dict[str, Choice], differing: Sequence[str]) -> str:
 def _short_keys(keys: Sequence[str]) -> dict[str, str]:
     """The last part of a dotted name, as long as that tells it from the others."""
     last = [key.rsplit(".", 1)[-1] for key in keys]
-    return {key: name if last.count(name) == 1 else key
-            for key, name in zip(keys, last, strict=True)}  # fmt: skip
+    return {
+        key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)
+    }
 
 
 def _text(value: Any) -> str:

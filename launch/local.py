@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.errors import EXIT_STOPPED, UserError
-from data_prep.manifest import write_bytes
 from launch.grid import Member
 from launch.members import last_error, write_launch
+from pretrain.common.errors import EXIT_STOPPED, UserError
+from pretrain.common.files import write_bytes
 from pretrain.config import RunConfig, to_yaml
 
 
@@ -104,11 +104,13 @@ def _start(member: Member, processes: int | None, at_once: int, alone: bool) -> 
     output = None if alone else (directory / "output.txt").open("ab")
     write_launch(directory, command=command, started=time.time(), status=None, reason=None)
     process = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT if output else None,
+        command,
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
         env=environment_of(count, at_once),
         # Ctrl-C reaches the whole group of the terminal: children get it from here alone.
         start_new_session=True,
-    )  # fmt: skip
+    )
     write_launch(directory, pid=process.pid, host=os.uname().nodename)
     return Running(member, process, output)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from data_prep.config_files import ConfigError
-from data_prep.errors import UserError
 from launch.grid import Member
+from pretrain.common.config_loader import ConfigError
+from pretrain.common.errors import UserError
 from pretrain.config import RunConfig
-from pretrain.models.blocks import ModelCounts, count_model
+from pretrain.model.spec import ModelCounts, count_model
 
 MATCHES = ("parameters", "flops", "tokens", "time")
 _CLOSE = 0.01
@@ -50,8 +50,8 @@ def _whole_counts(config: RunConfig, where: str, *, embeddings_alike: bool = Fal
     there, unless all that will be compared has the same ``embeddings_alike``."""
     if config.model.vocab_size is not None or embeddings_alike:
         return counts_of(config)
-    from pretrain.data import open_data
-    from pretrain.models.building import padded_vocab_size
+    from pretrain.data.batches import open_data
+    from pretrain.model.build import padded_vocab_size
 
     try:
         rows = padded_vocab_size(config.model, open_data(config.data).tokenizer.vocab_size)

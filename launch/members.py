@@ -10,19 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.config_files import ConfigError, flattened, load_config
-from data_prep.errors import EXIT_STOPPED, UserError
-from data_prep.manifest import write_json
 from launch.grid import Member
-from pretrain.checkpoint import find_checkpoint, read_state
-from pretrain.config import RunConfig
-from pretrain.metrics_file import read_metrics
+from pretrain.checkpoint.state import find_checkpoint, read_state
+from pretrain.common.config_loader import ConfigError, flattened
+from pretrain.common.errors import EXIT_STOPPED, UserError
+from pretrain.common.files import write_json
+from pretrain.config import RunConfig, load_saved_config
+from pretrain.run_directory import read_metrics
 
 WAITING, QUEUED, RUNNING = "waiting", "queued", "running"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 # Settings that a run may be started again with.
-_FREE = ("train.steps", "train.tokens", "train.threads", "logging.", "checkpoint.", "validation.",
-         "sample.", "parallel.", "directory", "name")  # fmt: skip
+_FREE = (
+    "train.steps",
+    "train.tokens",
+    "train.threads",
+    "logging.",
+    "checkpoint.",
+    "validation.",
+    "sample.",
+    "parallel.",
+    "directory",
+    "name",
+)
 
 
 @dataclass
@@ -79,7 +89,7 @@ def check_same_settings(member: Member) -> None:
     directory = member.config.run_directory
     if not (directory / "config.yaml").exists():
         return
-    before = load_config(RunConfig, directory / "config.yaml")
+    before = load_saved_config(directory / "config.yaml")
     was, now = (flattened(dataclasses.asdict(c)) for c in (before, member.config))
     differences = [
         f"{key} is {was.get(key)} there and {now.get(key)} here"

@@ -27,8 +27,12 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
     plans: dict[str, Any] = {}
     total, remarks = 0.0, []
     for member in members:
-        key = json.dumps([dataclasses.asdict(x) for x in (
-            member.config.model, member.config.train, member.config.parallel)])  # fmt: skip
+        key = json.dumps(
+            [
+                dataclasses.asdict(x)
+                for x in (member.config.model, member.config.train, member.config.parallel)
+            ]
+        )
         if key not in plans:
             plans[key] = plan(member.config, hardware, devices)
         found = plans[key]
@@ -43,8 +47,13 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
                 f"{member.name or member.config.name} does not fit: {peak / 1e9:,.1f} GB of "
                 f"{found['memory_limit'] / 1e9:,.1f} GB"
             )
-        table.add_row(member.name, f"{peak / 1e9:,.1f}", f"{found['mfu']:.1%}",
-                      f"{found['hours']:,.4g}", f"{found['device_hours']:,.4g}")  # fmt: skip
+        table.add_row(
+            member.name,
+            f"{peak / 1e9:,.1f}",
+            f"{found['mfu']:.1%}",
+            f"{found['hours']:,.4g}",
+            f"{found['device_hours']:,.4g}",
+        )
     table.add_section()
     table.add_row("together", "", "", "", f"{total:,.4g}")
     console.print(table)
@@ -59,10 +68,23 @@ def plan(config: RunConfig, hardware: str, devices: int) -> dict[str, Any] | str
         path, result = Path(folder) / "config.yaml", Path(folder) / "plan.json"
         path.write_text(to_yaml(config))
         done = subprocess.run(
-            [sys.executable, "-m", "pretrain", "plan", str(path), "--devices", str(devices),
-             "--hardware", hardware, "--json", str(result)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "pretrain",
+                "plan",
+                str(path),
+                "--devices",
+                str(devices),
+                "--hardware",
+                hardware,
+                "--json",
+                str(result),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
             return errors[0].removeprefix("error: ") if errors else "the planner failed"

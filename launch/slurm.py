@@ -13,11 +13,11 @@ from pathlib import Path
 
 import jinja2
 
-from data_prep.errors import UserError
-from data_prep.manifest import write_bytes
 from launch.cluster import ClusterConfig
 from launch.grid import Grid, Member
 from launch.members import launch_values, write_launch
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_bytes
 from pretrain.config import to_yaml
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -28,19 +28,26 @@ def render(
 ) -> str:
     """The batch script for some members of a grid. Raises ConfigError."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
     environment.filters["quote"] = shlex.quote
     directories = [str(m.config.run_directory.resolve()) for m in members]
     python = cluster.python
     if cluster.container is not None and cluster.container.runtime == "apptainer":
         python = _apptainer(cluster, python)
     return environment.get_template("slurm.sh.j2").render(
-        name=grid.name, cluster=cluster, directories=directories, python=python,
-        options=_sbatch_options(cluster, grid, len(members), at_once), srun=_srun_options(cluster),
-        processes=processes_per_node(cluster, members), working_directory=str(Path.cwd()),
-    )  # fmt: skip
+        name=grid.name,
+        cluster=cluster,
+        directories=directories,
+        python=python,
+        options=_sbatch_options(cluster, grid, len(members), at_once),
+        srun=_srun_options(cluster),
+        processes=processes_per_node(cluster, members),
+        working_directory=str(Path.cwd()),
+    )
 
 
 def processes_per_node(cluster: ClusterConfig, members: Sequence[Member]) -> int:
@@ -58,11 +65,16 @@ def _sbatch_options(
     cluster: ClusterConfig, grid: Grid, count: int, at_once: int | None
 ) -> list[str]:
     given = {
-        "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos,
-        "constraint": cluster.constraint, "nodes": cluster.nodes, "time": cluster.time,
-        "gpus-per-node": cluster.gpus_per_node or None, "cpus-per-task": cluster.cpus_per_node,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "nodes": cluster.nodes,
+        "time": cluster.time,
+        "gpus-per-node": cluster.gpus_per_node or None,
+        "cpus-per-task": cluster.cpus_per_node,
         "mem": cluster.memory,
-    }  # fmt: skip
+    }
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     options.append(f"--output={(grid.directory / 'slurm-%j.txt').resolve()}")
     if count > 1:
@@ -118,9 +130,15 @@ def submit(
     for index, member in enumerate(members):
         number = f"{job}_{index}" if len(members) > 1 else job
         write_launch(
-            member.config.run_directory, job=number, script=str(path), submitted=time.time(),
-            status=None, reason=None, failures=[], command=sys.argv,
-        )  # fmt: skip
+            member.config.run_directory,
+            job=number,
+            script=str(path),
+            submitted=time.time(),
+            status=None,
+            reason=None,
+            failures=[],
+            command=sys.argv,
+        )
     return job, path
 
 
@@ -132,10 +150,18 @@ def queue_states(members: Sequence[Member]) -> dict[str, tuple[str, str]]:
         return {}
     numbers = sorted({job.split("_")[0] for job in jobs})
     done = subprocess.run(
-        ["squeue", "--noheader", "--array", f"--jobs={','.join(numbers)}", "--states=all",
-         "--format=%i|%T|%r"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            "squeue",
+            "--noheader",
+            "--array",
+            f"--jobs={','.join(numbers)}",
+            "--states=all",
+            "--format=%i|%T|%r",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     found = {}
     for line in done.stdout.splitlines():  # none where Slurm has forgotten the jobs
         number, state, reason = line.split("|")

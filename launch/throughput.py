@@ -11,12 +11,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.config_files import ConfigError
-from data_prep.errors import UserError
-from data_prep.manifest import write_json
 from launch.local import command_of, environment_of, processes_of
+from pretrain.common.config_loader import ConfigError
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_json
 from pretrain.config import RunConfig, to_yaml
-from pretrain.metrics_file import read_metrics
+from pretrain.run_directory import read_metrics
 
 FILE = "throughput.json"
 _WARM = 2  # steps that are not timed
@@ -54,14 +54,20 @@ def measure(config: RunConfig, steps: int, processes: int | None) -> float:
         path.write_text(to_yaml(config))
         count = processes_of(config, processes)
         done = subprocess.run(
-            command_of(path, count), capture_output=True, text=True, check=False,
+            command_of(path, count),
+            capture_output=True,
+            text=True,
+            check=False,
             env=environment_of(count),
-        )  # fmt: skip
+        )
         if done.returncode:
             errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
             raise UserError(f"{config.name} could not be measured: {(errors or ['?'])[0]}")
-        rows = [row["tokens_per_second"] for row in read_metrics(Path(config.directory))
-                if row.get("tokens_per_second")]  # fmt: skip
+        rows = [
+            row["tokens_per_second"]
+            for row in read_metrics(Path(config.directory))
+            if row.get("tokens_per_second")
+        ]
     return statistics.median(rows[_WARM:])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from data_prep.errors import run_command
+from pretrain.common.errors import run_command
 
 
 def main() -> int:
@@ -25,15 +25,15 @@ def main() -> int:
     parser.add_argument("config", help="a run's YAML file, such as configs/runs/demo.yaml")
     parser.add_argument("overrides", nargs="*", help="dotted settings, such as optimizer.lr=3e-4")
     if sys.argv[1:2] == ["verify"]:
-        from pretrain.verify import main as verify
+        from pretrain.training.verify import main as verify
 
         return verify(sys.argv[2:])
     if sys.argv[1:2] == ["export"]:
-        from pretrain.export import export_command
+        from pretrain.export.hugging_face import export_command
 
         return export_command(sys.argv[2:])
     if sys.argv[1:2] == ["import"]:
-        from pretrain.export import import_command
+        from pretrain.export.hugging_face import import_command
 
         return import_command(sys.argv[2:])
     if sys.argv[1:2] == ["plan"]:
@@ -46,12 +46,12 @@ def main() -> int:
 
     config = load_run_config(arguments.config, [*arguments.overrides, *extra])
 
-    from pretrain.models.blocks import block_specs
+    from pretrain.model.spec import block_specs
 
     block_specs(config.model, arguments.config)  # refuse a bad model before anything is started
 
     from pretrain.parallel.processes import stop_processes
-    from pretrain.train import train
+    from pretrain.training.trainer import train
 
     try:
         return train(config, arguments.config)

@@ -24,10 +24,23 @@ settings.load_profile("default")
 
 
 # Of those that take long, first, so that no worker ends long after the others.
-LONGEST = ("test_parallel_layouts", "test_training_run", "test_documentation", "test_planner",
-           "test_failing_processes", "test_tensor_parallel", "test_local", "test_prepare",
-           "test_scoring_layouts", "test_export", "test_commands", "test_in_loop",
-           "test_shard_by_shard", "test_golden_curves", "test_training_options")  # fmt: skip
+LONGEST = (
+    "test_parallel_layouts",
+    "test_training_run",
+    "test_documentation",
+    "test_planner",
+    "test_failing_processes",
+    "test_tensor_parallel",
+    "test_local",
+    "test_prepare",
+    "test_scoring_layouts",
+    "test_export",
+    "test_commands",
+    "test_in_loop",
+    "test_shard_by_shard",
+    "test_golden_curves",
+    "test_training_options",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -15,10 +15,16 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    "README.md", "docs/data.md", "docs/training.md", "docs/planner.md", "docs/launching.md",
-    "docs/evaluation.md", "docs/scaling.md", "docs/laptop-to-cluster.md",
+    "README.md",
+    "docs/data.md",
+    "docs/training.md",
+    "docs/planner.md",
+    "docs/launching.md",
+    "docs/evaluation.md",
+    "docs/scaling.md",
+    "docs/laptop-to-cluster.md",
     "docs/reproduce-a-table.md",
-]  # fmt: skip
+]
 # Whose commands have a test of their own, or which have none.
 OTHERS = {"docs/add-a-layer.md", "docs/index.md", "docs/layers.md", "docs/parallel.md"}
 COPIED = ("configs", "data_prep", "evals", "launch", "pretrain", "tests/data")
@@ -42,8 +48,11 @@ def project(tmp_path_factory, corpus):
     (folder / "data").mkdir()
     shutil.copytree(corpus, folder / "data/stdlib")
     # A run to score: make demo's, but short.
-    run(folder, "python -m pretrain configs/runs/demo.yaml train.steps=2 schedule.warmup_steps=1 "
-                "sample.tokens=0")  # fmt: skip
+    run(
+        folder,
+        "python -m pretrain configs/runs/demo.yaml train.steps=2 schedule.warmup_steps=1 "
+        "sample.tokens=0",
+    )
     return folder
 
 
@@ -53,9 +62,14 @@ def run(folder, command):
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", *words[1:]]
     done = subprocess.run(
-        [sys.executable, *words[1:]], cwd=folder, text=True, capture_output=True, check=False,
-        timeout=300, env={**os.environ, "PYTHONPATH": str(folder)},
-    )  # fmt: skip
+        [sys.executable, *words[1:]],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 
@@ -87,9 +101,10 @@ def test_what_needs_gpus_says_so(page):
     lines = (ROOT / page).read_text().splitlines()
     for number, line in enumerate(lines):
         needed = {
-            "```bash gpu": "needs gpus", "```bash slurm": "needs slurm",
+            "```bash gpu": "needs gpus",
+            "```bash slurm": "needs slurm",
             "```bash hub": "needs a network",
-        }.get(line)  # fmt: skip
+        }.get(line)
         assert needed is None or needed in " ".join(lines[number - 4 : number]).lower(), page
 
 

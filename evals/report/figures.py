@@ -29,8 +29,14 @@ def draw_losses(groups: Sequence[Group], over: str, path: Path) -> Path | None:
             x = getattr(run, over)
             if x is None or not len(x) or not np.any(x > 0):
                 continue
-            axes.plot(x, run.loss, style, color=color, linewidth=1,
-                      label=group.label if number == 0 else None)  # fmt: skip
+            axes.plot(
+                x,
+                run.loss,
+                style,
+                color=color,
+                linewidth=1,
+                label=group.label if number == 0 else None,
+            )
             late += [run.loss[len(run.loss) // 10], run.loss.min()]
             drawn += 1
     if not drawn:
@@ -46,8 +52,10 @@ def draw_losses(groups: Sequence[Group], over: str, path: Path) -> Path | None:
 
 def draw_speeds(groups: Sequence[Group], path: Path) -> Path | None:
     """Tokens per second of every group, MFU written beside where it is known."""
-    speeds = [(g.label, g.mean([r.tokens_per_second for r in g.runs]),
-               g.mean([r.mfu for r in g.runs])) for g in groups]  # fmt: skip
+    speeds = [
+        (g.label, g.mean([r.tokens_per_second for r in g.runs]), g.mean([r.mfu for r in g.runs]))
+        for g in groups
+    ]
     known = [(label, s[0], m) for label, s, m in speeds if s is not None][::-1]
     if not known:
         return None

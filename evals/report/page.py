@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from data_prep.errors import UserError
-from data_prep.manifest import write_bytes
 from evals.report.figures import draw_losses, draw_speeds
 from evals.report.runs import Group, find_runs, grouped, matches_of
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_bytes
 
-TITLES = {
-    "tokens": "Loss by tokens", "flops": "Loss by training FLOPs", "seconds": "Loss by time",
-}  # fmt: skip
+TITLES = {"tokens": "Loss by tokens", "flops": "Loss by training FLOPs", "seconds": "Loss by time"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,11 +54,14 @@ def make_report(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"])
     )
     html = environment.get_template("report.html.j2").render(
-        title=title or ", ".join(Path(p).name for p in paths), pictures=pictures, scaling=scaling,
-        table=_table(groups), notes=[*matches_of(paths), *notes],
+        title=title or ", ".join(Path(p).name for p in paths),
+        pictures=pictures,
+        scaling=scaling,
+        table=_table(groups),
+        notes=[*matches_of(paths), *notes],
         counts=f"{len(runs)} runs, {len(groups)} settings",
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )  # fmt: skip
+    )
     page = out / "report.html"
     write_bytes(page, html.encode())
     return page
@@ -105,9 +106,7 @@ def _table(groups: Sequence[Group]) -> dict[str, Any]:
         rows.append(cells)
     columns = [*(settings or ["run"]), "runs", *(name for name, _, _ in measures), "state"]
     kept = [i for i in range(len(columns)) if any(row[i]["text"] for row in rows)]
-    return {
-        "columns": [columns[i] for i in kept], "rows": [[row[i] for i in kept] for row in rows],
-    }  # fmt: skip
+    return {"columns": [columns[i] for i in kept], "rows": [[row[i] for i in kept] for row in rows]}
 
 
 def _cell(value: Any) -> dict[str, Any]:
@@ -155,15 +154,24 @@ def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:
         section["picture"] = _picture(law.title, path)
         section["law"] = f"{law.title}: {law.formula}{' + B N^-beta' if sized else ''}"
         section["parameters"] = [
-            {"name": p.name, "value": f"{result.values[p.name]:.5g}", "unit": p.unit,
-             "meaning": p.meaning, "note": result.undetermined.get(p.name, "")}
+            {
+                "name": p.name,
+                "value": f"{result.values[p.name]:.5g}",
+                "unit": p.unit,
+                "meaning": p.meaning,
+                "note": result.undetermined.get(p.name, ""),
+            }
             for p in law.parameters
-        ]  # fmt: skip
+        ]
         errors = list(result.mape().values())
         section["sentences"].append(f"mean error of the fitted curves {np.mean(errors):.3f} %")
     if not sets:
-        found.append({
-            "heading": "Scaling fit",
-            "sentences": ["No size has several schedules, so no law of the loss curve is fitted."],
-        })  # fmt: skip
+        found.append(
+            {
+                "heading": "Scaling fit",
+                "sentences": [
+                    "No size has several schedules, so no law of the loss curve is fitted."
+                ],
+            }
+        )
     return found

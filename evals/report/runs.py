@@ -11,16 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.config_files import flattened, load_config
-from data_prep.errors import UserError
 from evals.scaling.parameters import Array
-from pretrain.config import RunConfig
-from pretrain.metrics_file import read_metrics
+from pretrain.common.config_loader import flattened
+from pretrain.common.errors import UserError
+from pretrain.config import load_saved_config
+from pretrain.run_directory import read_metrics
 
 LAST = 5  # logged losses that the final one is the mean of
 # Settings that do not say what was trained.
-_ASIDE = ("name", "directory", "logging.", "checkpoint.", "sample.", "parallel.timeout_minutes",
-          "train.threads", "validation.", "eval.")  # fmt: skip
+_ASIDE = (
+    "name",
+    "directory",
+    "logging.",
+    "checkpoint.",
+    "sample.",
+    "parallel.timeout_minutes",
+    "train.threads",
+    "validation.",
+    "eval.",
+)
 
 
 @dataclass
@@ -111,26 +120,38 @@ def read_run(directory: Path) -> Run | None:
     rows = [by_step[s] for s in sorted(by_step) if np.isfinite(by_step[s]["loss"])]
     if not rows or not (directory / "config.yaml").exists():
         return None
-    config = load_config(RunConfig, directory / "config.yaml")
+    config = load_saved_config(directory / "config.yaml")
     settings = {
-        k: v for k, v in flattened(dataclasses.asdict(config)).items()
+        k: v
+        for k, v in flattened(dataclasses.asdict(config)).items()
         if not k.startswith(_ASIDE) and k != "seed"
-    }  # fmt: skip
+    }
     model: dict[str, Any] = {}
     if (directory / "model.json").exists():
         model = json.loads((directory / "model.json").read_text())
     speeds = [r["tokens_per_second"] for r in rows if r.get("tokens_per_second")]
     shares = [r["mfu"] for r in rows if r.get("mfu")]
     return Run(
-        directory.name, directory, settings, config.seed,
-        np.array([r["step"] for r in rows]), np.array([float(r["tokens"]) for r in rows]),
-        np.array([float(r["loss"]) for r in rows]), _seconds(rows), config.train.num_steps,
-        [(float(r["tokens"]), float(r["valid_loss"]), r.get("valid_bits_per_byte"))
-         for r in every if isinstance(r.get("valid_loss"), int | float)],
+        directory.name,
+        directory,
+        settings,
+        config.seed,
+        np.array([r["step"] for r in rows]),
+        np.array([float(r["tokens"]) for r in rows]),
+        np.array([float(r["loss"]) for r in rows]),
+        _seconds(rows),
+        config.train.num_steps,
+        [
+            (float(r["tokens"]), float(r["valid_loss"]), r.get("valid_bits_per_byte"))
+            for r in every
+            if isinstance(r.get("valid_loss"), int | float)
+        ],
         float(np.median(speeds)) if speeds else None,
         float(np.median(shares)) if shares else None,
-        model.get("parameters"), model.get("training_flops_per_token"), _scores(directory),
-    )  # fmt: skip
+        model.get("parameters"),
+        model.get("training_flops_per_token"),
+        _scores(directory),
+    )
 
 
 def _seconds(rows: Sequence[dict[str, Any]]) -> Array:

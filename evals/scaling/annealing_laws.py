@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
 from evals.scaling.curves import Curve
 from evals.scaling.parameters import Array, Law, Parameter
+from pretrain.common.errors import UserError
 
 SUDDEN = 0.2  # share of the peak by which a learning rate must fall within the memory to tell it
 
@@ -50,9 +50,13 @@ class _CurveLaw(Law):
     """reference: the learning rate that others are measured in (raw units: 1)."""
 
     def __init__(
-        self, reference: float = 1.0, sized: bool = False, size_reference: float = 1.0,
-        size_in_annealing: bool = False, size_in_progress: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        reference: float = 1.0,
+        sized: bool = False,
+        size_reference: float = 1.0,
+        size_in_annealing: bool = False,
+        size_in_progress: bool = False,
+    ) -> None:
         self.reference, self.size_reference = reference, size_reference
         self.sized = sized
         self.size_in_annealing, self.size_in_progress = size_in_annealing, size_in_progress
@@ -75,10 +79,12 @@ class _CurveLaw(Law):
 
     def settings(self) -> dict[str, Any]:
         return {
-            "reference": self.reference, "sized": self.sized,
-            "size_reference": self.size_reference, "size_in_annealing": self.size_in_annealing,
+            "reference": self.reference,
+            "sized": self.sized,
+            "size_reference": self.size_reference,
+            "size_in_annealing": self.size_in_annealing,
             "size_in_progress": self.size_in_progress,
-        }  # fmt: skip
+        }
 
     def prepared(self, data: Curve) -> PreparedCurve:
         if (self.sized or self.size_names) and data.parameters is None:
@@ -94,9 +100,16 @@ class _CurveLaw(Law):
         owner = np.searchsorted(data.step, drops, side="left")
         size = (data.parameters or 1.0) / self.size_reference
         return PreparedCurve(
-            data.name, data.loss, data.step, lr, np.log(np.maximum(lr, 1e-30)), drops,
-            change[drops], owner, size,
-        )  # fmt: skip
+            data.name,
+            data.loss,
+            data.step,
+            lr,
+            np.log(np.maximum(lr, 1e-30)),
+            drops,
+            change[drops],
+            owner,
+            size,
+        )
 
     def doubts(self, values: dict[str, float], prepared: Sequence[PreparedCurve]) -> dict[str, str]:
         """A smooth decay alone does not tell the memory: a law with another one bends as well."""
@@ -111,8 +124,10 @@ class _CurveLaw(Law):
                 most = max(most, float((lr[begin] - lr[curve.drops]).max()))
         if most >= SUDDEN:
             return {}
-        return {"memory": f"within it no learning rate falls by more than {most:.0%} of its peak; "
-                          "a run with an abrupt drop would tell"}  # fmt: skip
+        return {
+            "memory": f"within it no learning rate falls by more than {most:.0%} of its peak; "
+            "a run with an abrupt drop would tell"
+        }
 
     @abstractmethod
     def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
@@ -157,10 +172,15 @@ class AnnealingLaw(_CurveLaw):
         return (
             Parameter("alpha", "", "exponent of S1", 0.05, 2.0, (0.3, 0.7)),
             Parameter(
-                "memory", "steps", "over which S2 forgets, -1/log(lambda)", 20.0, 50_000.0,
-                (100.0, 1000.0), log=True,
+                "memory",
+                "steps",
+                "over which S2 forgets, -1/log(lambda)",
+                20.0,
+                50_000.0,
+                (100.0, 1000.0),
+                log=True,
             ),
-        )  # fmt: skip
+        )
 
     def own_linear(self) -> tuple[Parameter, ...]:
         return (
@@ -214,13 +234,17 @@ class IntrinsicTimeLaw(_CurveLaw):
         return (
             Parameter("alpha", "", "exponent of the clock", 0.05, 2.0, (0.5,)),
             Parameter(
-                "memory", "reference steps", "until an annealing step has acted", 5.0, 10_000.0,
-                (80.0, 500.0), log=True, prior=(math.log(middle), math.log(10) / 2),
+                "memory",
+                "reference steps",
+                "until an annealing step has acted",
+                5.0,
+                10_000.0,
+                (80.0, 500.0),
+                log=True,
+                prior=(math.log(middle), math.log(10) / 2),
             ),
-            Parameter(
-                "q", "", "the clock runs with lr^q", 0.5, 1.0, (0.75,), prior=(0.75, 0.125)
-            ),
-        )  # fmt: skip
+            Parameter("q", "", "the clock runs with lr^q", 0.5, 1.0, (0.75,), prior=(0.75, 0.125)),
+        )
 
     def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
         alpha, rate, q = theta[0], math.exp(-theta[1]), theta[2]

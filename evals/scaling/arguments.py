@@ -8,36 +8,54 @@ from pathlib import Path
 
 import yaml
 
-from data_prep.errors import UserError
 from evals.scaling.fitting import HUBER, Options, Residual
 from evals.scaling.laws import LAWS
 from evals.scaling.readers import Reading
+from pretrain.common.errors import UserError
 
 SCHEDULE = '"kind=wsd lr=3e-4 steps=24000 warmup_steps=2000 decay_fraction=0.2"'
 
 
 def reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "sources", nargs="+",
+        "sources",
+        nargs="+",
         help="run directories or folders of them, .csv, .parquet, TensorBoard events",
-    )  # fmt: skip
-    parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[],
-                        help="names of columns, such as loss=train/ce step=it")  # fmt: skip
-    parser.add_argument("--schedule", help="of all sources, such as "
-                        f"{SCHEDULE}, or a YAML file with CURVE: SETTINGS")  # fmt: skip
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="WHAT=NAME",
+        default=[],
+        help="names of columns, such as loss=train/ce step=it",
+    )
+    parser.add_argument(
+        "--schedule",
+        help=f"of all sources, such as {SCHEDULE}, or a YAML file with CURVE: SETTINGS",
+    )
     parser.add_argument("--warmup-steps", type=int)
     parser.add_argument("--parameters", type=float, help="N of all sources")
     parser.add_argument("--tokens-per-step", type=float)
     parser.add_argument("--from-step", type=int, help="leave out losses before (the warm-up)")
-    parser.add_argument("--smooth", type=float, default=0.0, metavar="FACTOR",
-                        help="exponential mean of the losses (off)")  # fmt: skip
+    parser.add_argument(
+        "--smooth",
+        type=float,
+        default=0.0,
+        metavar="FACTOR",
+        help="exponential mean of the losses (off)",
+    )
     parser.add_argument("--no-embeddings", action="store_true", help="N without embeddings")
     parser.add_argument("--keep-diverged", action="store_true")
 
 
 def fitting_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bootstrap", type=int, default=200, metavar="SAMPLES",
-                        help="for 95 %% intervals (200); 0 = none")  # fmt: skip
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=200,
+        metavar="SAMPLES",
+        help="for 95 %% intervals (200); 0 = none",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--residual", choices=("relative", "log"))
     parser.add_argument("--huber", type=float, default=HUBER)
@@ -45,31 +63,52 @@ def fitting_options(parser: argparse.ArgumentParser) -> None:
 
 
 def out_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/scaling"),
-                        help="directory of the JSON and the picture (runs/scaling)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/scaling"),
+        help="directory of the JSON and the picture (runs/scaling)",
+    )
 
 
 def fit_options(parser: argparse.ArgumentParser) -> None:
     reading_options(parser)
     parser.add_argument(
-        "--law", default=None, metavar="LAW",
+        "--law",
+        default=None,
+        metavar="LAW",
         help=f"{', '.join(LAWS)}; 'auto' chooses a curve law by held-out schedules (or sizes)",
-    )  # fmt: skip
+    )
     parser.add_argument("--sized", action="store_true", help="curve laws: with B N^-beta")
     parser.add_argument("--size-in-annealing", action="store_true", help="N^gamma on annealing")
     parser.add_argument("--size-in-progress", action="store_true", help="N^eta on progress")
-    parser.add_argument("--test", nargs="+", default=[], metavar="SOURCE",
-                        help="curves to predict from the fit and compare with")  # fmt: skip
+    parser.add_argument(
+        "--test",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="curves to predict from the fit and compare with",
+    )
     fitting_options(parser)
     out_option(parser)
 
 
 def predict_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fit", type=Path, help="fit.json")
-    parser.add_argument("--schedule", action="append", default=[], metavar="SETTINGS",
-                        help=f"such as {SCHEDULE}; may be given again")  # fmt: skip
-    parser.add_argument("--run", action="append", default=[], metavar="SOURCE",
-                        help="a run or CSV to compare the prediction with")  # fmt: skip
+    parser.add_argument(
+        "--schedule",
+        action="append",
+        default=[],
+        metavar="SETTINGS",
+        help=f"such as {SCHEDULE}; may be given again",
+    )
+    parser.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="a run or CSV to compare the prediction with",
+    )
     parser.add_argument("--parameters", type=float, help="N, for laws that have it")
     out_option(parser)
 
@@ -82,19 +121,29 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parameters", type=float, help="N of the planned run")
     parser.add_argument("--lr", type=float, nargs="+", help="peaks to choose from (the fitted)")
     parser.add_argument("--warmup-steps", type=int, help="(2 %% of the steps)")
-    parser.add_argument("--tolerance", type=float, default=0.002,
-                        help="for the runs that would pin the law down: standard error of the "
-                        "final loss, as a share of it (0.002)")  # fmt: skip
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.002,
+        help="for the runs that would pin the law down: standard error of the "
+        "final loss, as a share of it (0.002)",
+    )
     out_option(parser)
 
 
 def compare_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("families", nargs="+", metavar="NAME=SOURCE",
-                        help="of each family its runs, folders of them or a table; * and ? stand "
-                        "for any; a name may be given again")  # fmt: skip
-    parser.add_argument("--by", metavar="SETTING",
-                        help="families by a setting of the runs, such as model.pattern; sources "
-                        "then have no names")  # fmt: skip
+    parser.add_argument(
+        "families",
+        nargs="+",
+        metavar="NAME=SOURCE",
+        help="of each family its runs, folders of them or a table; * and ? stand "
+        "for any; a name may be given again",
+    )
+    parser.add_argument(
+        "--by",
+        metavar="SETTING",
+        help="families by a setting of the runs, such as model.pattern; sources then have no names",
+    )
     parser.add_argument("--at", type=float, help="FLOPs to compare at (100 x the largest run)")
     parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[])
     parser.add_argument("--bootstrap", type=int, default=200, metavar="SAMPLES")
@@ -116,11 +165,16 @@ def reading_of(given: argparse.Namespace) -> Reading:
     if not 0 <= given.smooth < 1:
         raise UserError(f"--smooth is {given.smooth}, expected 0 or more and below 1")
     return Reading(
-        columns_of(given.columns), schedules_of(given.schedule), given.warmup_steps,
+        columns_of(given.columns),
+        schedules_of(given.schedule),
+        given.warmup_steps,
         given.parameters,
-        given.tokens_per_step, given.from_step, given.smooth, not given.no_embeddings,
+        given.tokens_per_step,
+        given.from_step,
+        given.smooth,
+        not given.no_embeddings,
         given.keep_diverged,
-    )  # fmt: skip
+    )
 
 
 def schedules_of(given: str | None) -> str | dict[str, str] | None:

@@ -16,9 +16,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.config_files import nearest
-from data_prep.errors import UserError
-from data_prep.manifest import write_json
 from evals.scaling.arguments import (
     SCHEDULE,
     columns_of,
@@ -52,6 +49,9 @@ from evals.scaling.size_laws import (
     size_law,
 )
 from evals.scaling.tables import sentences, show_fit, show_size
+from pretrain.common.config_loader import nearest
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_json
 
 MOST_PROFILES = 12  # shown; all are in the JSON
 
@@ -67,8 +67,11 @@ def main(arguments: Sequence[str]) -> int:
     compare_options(commands.add_parser("compare", help="where families of runs cross"))
     given = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = {
-        "fit": _fit, "predict": _predict, "plan": _plan, "compare": _compare,
-    }[given.command]  # fmt: skip
+        "fit": _fit,
+        "predict": _predict,
+        "plan": _plan,
+        "compare": _compare,
+    }[given.command]
     return run(given)
 
 
@@ -159,9 +162,12 @@ def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> 
             table.add_column(column, justify="right")
         for p in profiles[:: math.ceil(len(profiles) / MOST_PROFILES)]:
             table.add_row(
-                f"{p['flops']:.3g}", f"{p['parameters']:.3g}", f"{p['tokens']:.3g}",
-                f"{p['loss']:.4f}", "inside" if p["inside"] else "outside the runs",
-            )  # fmt: skip
+                f"{p['flops']:.3g}",
+                f"{p['parameters']:.3g}",
+                f"{p['tokens']:.3g}",
+                f"{p['loss']:.4f}",
+                "inside" if p["inside"] else "outside the runs",
+            )
         console.print(table)
         exponents = saved["isoflop"]["exponents"]
         console.print(f"N ~ C^{exponents['N']:.3f}, D ~ C^{exponents['D']:.3f}")
@@ -179,10 +185,18 @@ def _predict(given: argparse.Namespace) -> int:
     curves, seen = list[Curve](), list[bool]()
     for text in given.schedule:
         schedule, peak, steps = parse_schedule(text)
-        curves.append(planned_curve(
-            schedule, peak, steps, points=400, parameters=given.parameters,
-            name=f"{schedule.kind} {len(curves) + 1}" if len(given.schedule) > 1 else schedule.kind,
-        ))  # fmt: skip
+        curves.append(
+            planned_curve(
+                schedule,
+                peak,
+                steps,
+                points=400,
+                parameters=given.parameters,
+                name=f"{schedule.kind} {len(curves) + 1}"
+                if len(given.schedule) > 1
+                else schedule.kind,
+            )
+        )
         seen.append(False)
     if given.run:
         reading = Reading(parameters=given.parameters)
@@ -197,25 +211,33 @@ def _predict(given: argparse.Namespace) -> int:
         predicted = found.predict(curve)
         low, high = interval(found, curve) if found.samples is not None else (None, None)
         table.add_row(
-            curve.name, f"{curve.step[-1]:,}", f"{predicted[-1]:.4f}",
+            curve.name,
+            f"{curve.step[-1]:,}",
+            f"{predicted[-1]:.4f}",
             f"{low[-1]:.4f} to {high[-1]:.4f}" if low is not None and high is not None else "",
             f"{curve.loss[-1]:.4f}" if has_loss else "",
             f"{mape(found, curve):.3f} %" if has_loss else "",
-        )  # fmt: skip
-        saved.append({
-            "name": curve.name, "step": curve.step.tolist(), "loss": predicted.tolist(),
-            "low": None if low is None else low.tolist(),
-            "high": None if high is None else high.tolist(),
-            "seen": curve.loss.tolist() if has_loss else None,
-        })  # fmt: skip
+        )
+        saved.append(
+            {
+                "name": curve.name,
+                "step": curve.step.tolist(),
+                "loss": predicted.tolist(),
+                "low": None if low is None else low.tolist(),
+                "high": None if high is None else high.tolist(),
+                "seen": curve.loss.tolist() if has_loss else None,
+            }
+        )
     console.print(table)
     _warn_of_extrapolation(found, curves, console)
     from evals.scaling.figures import draw_prediction
 
     return _written(
-        given.out, "prediction", {"fit": str(given.fit), "curves": saved},
+        given.out,
+        "prediction",
+        {"fit": str(given.fit), "curves": saved},
         lambda to: draw_prediction(found, curves, seen, to),
-    )  # fmt: skip
+    )
 
 
 def _warn_of_extrapolation(found: Fit, curves: Sequence[Curve], console: Console) -> None:
@@ -238,9 +260,11 @@ def _plan(given: argparse.Namespace) -> int:
 
         chosen = size
         return _written(
-            given.out, "plan", {"size": dataclasses.asdict(size)},
+            given.out,
+            "plan",
+            {"size": dataclasses.asdict(size)},
             lambda to: draw_sizes(found, chosen, to),
-        )  # fmt: skip
+        )
     if found.law.name not in CURVE_LAWS:
         raise UserError(f"{given.fit}: {found.law.title} has nothing to plan with")
     peaks = given.lr or [found.domain["peak_lr"][1]]
@@ -326,9 +350,8 @@ def _compare(given: argparse.Namespace) -> int:
         "comparisons": [dataclasses.asdict(c) for c in comparisons],
     }
     return _written(
-        given.out, "comparison", saved,
-        lambda to: draw_comparison(fits, families, comparisons, to),
-    )  # fmt: skip
+        given.out, "comparison", saved, lambda to: draw_comparison(fits, families, comparisons, to)
+    )
 
 
 def _by_name(words: Sequence[str], columns: dict[str, str], console: Console) -> dict[str, Points]:

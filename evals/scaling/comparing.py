@@ -82,10 +82,18 @@ def _pair(
     now, later = min(now, len(grid) - 1), min(later, len(grid) - 1)
     here, there = _ends(samples[:, now]), _ends(samples[:, later])
     return Comparison(
-        names, names[0] if apart[now] < 0 else names[1], float(abs(apart[now])),
-        _sign(here, apart[now]), crossing, ends, len(crossings) / len(samples), target,
-        float(apart[later]), there, _cost(first, second, families, names, target),
-    )  # fmt: skip
+        names,
+        names[0] if apart[now] < 0 else names[1],
+        float(abs(apart[now])),
+        _sign(here, apart[now]),
+        crossing,
+        ends,
+        len(crossings) / len(samples),
+        target,
+        float(apart[later]),
+        there,
+        _cost(first, second, families, names, target),
+    )
 
 
 def budgets(flops: Array) -> Points:

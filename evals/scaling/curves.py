@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
 from evals.scaling.parameters import Array
+from pretrain.common.errors import UserError
 
 
 @dataclass
@@ -92,9 +92,15 @@ class Points:
         unique = None if self.unique_tokens is None else self.unique_tokens[keep]
         assert self.flops is not None
         return Points(
-            self.parameters[keep], self.tokens[keep], self.loss[keep], unique, self.flops[keep],
-            [self.names[i] for i in keep], self.name, list(self.warnings),
-        )  # fmt: skip
+            self.parameters[keep],
+            self.tokens[keep],
+            self.loss[keep],
+            unique,
+            self.flops[keep],
+            [self.names[i] for i in keep],
+            self.name,
+            list(self.warnings),
+        )
 
 
 def end_of_warmup(lr: Array) -> int:
@@ -117,6 +123,9 @@ def points_of(curves: Sequence[Curve], last: int = 5) -> Points:
     tokens = np.array([float(c.step[-1]) * (c.tokens_per_step or 0) for c in curves])
     per_token = np.array([c.flops_per_token or 6 * (c.parameters or 0) for c in curves])
     return Points(
-        sizes, tokens, np.array([c.loss[-last:].mean() for c in curves]),
-        flops=tokens * per_token, names=[c.name for c in curves],
-    )  # fmt: skip
+        sizes,
+        tokens,
+        np.array([c.loss[-last:].mean() for c in curves]),
+        flops=tokens * per_token,
+        names=[c.name for c in curves],
+    )

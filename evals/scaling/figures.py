@@ -40,8 +40,9 @@ def draw_curves(
         top.plot(curve.step, curve.loss, ".", color=color, markersize=2.5, alpha=0.5)
         error = 100 * np.abs(predicted / curve.loss - 1).mean()
         label = f"{curve.name}: {error:.3f} %{'' if fitted else ', not fitted'}"
-        top.plot(curve.step, predicted, "-" if fitted else "--", color=color, linewidth=1.3,
-                 label=label)  # fmt: skip
+        top.plot(
+            curve.step, predicted, "-" if fitted else "--", color=color, linewidth=1.3, label=label
+        )
         bottom.plot(curve.step, 100 * (predicted / curve.loss - 1), color=color, linewidth=0.9)
         low.append(np.quantile(curve.loss, 0.97))
     top.set(ylabel="loss (nats per token)", title=f"{found.law.title}: {found.law.formula}")
@@ -66,15 +67,19 @@ def draw_points(found: Fit, points: Points, path: Path) -> Path:
         top.plot(flops[at], points.loss[at], "o", color=color, markersize=4, label=label)
         order = np.argsort(flops[at])
         top.plot(flops[at][order], predicted[at][order], "-", color=color, linewidth=1)
-        bottom.plot(flops[at], 100 * (predicted[at] / points.loss[at] - 1), "o", color=color,
-                    markersize=4)  # fmt: skip
+        bottom.plot(
+            flops[at], 100 * (predicted[at] / points.loss[at] - 1), "o", color=color, markersize=4
+        )
     if isinstance(found.law, ChinchillaLaw):
         grid = np.geomspace(flops.min(), flops.max() * 10, 100)
         n, d = found.law.optimum(found.values, grid)
         frontier = found.predict(Points(n, d, np.ones(100)))
         top.plot(grid, frontier, "k--", linewidth=1, label="compute-optimal")
-    top.set(xscale="log", ylabel="loss (nats per token)",
-            title=f"{found.law.title}: {found.law.formula}")  # fmt: skip
+    top.set(
+        xscale="log",
+        ylabel="loss (nats per token)",
+        title=f"{found.law.title}: {found.law.formula}",
+    )
     if top.get_legend_handles_labels()[0]:
         top.legend(fontsize=8)
     bottom.axhline(0, color="black", linewidth=0.6)
@@ -90,8 +95,13 @@ def draw_prediction(found: Fit, curves: Sequence[Curve], seen: Sequence[bool], p
     highest = []
     for i, (curve, has_loss) in enumerate(zip(curves, seen, strict=True)):
         color, predicted = COLORS[i % len(COLORS)], found.predict(curve)
-        top.plot(curve.step, predicted, color=color, linewidth=1.3,
-                 label=f"{curve.name}: ends at {predicted[-1]:.4f}")  # fmt: skip
+        top.plot(
+            curve.step,
+            predicted,
+            color=color,
+            linewidth=1.3,
+            label=f"{curve.name}: ends at {predicted[-1]:.4f}",
+        )
         if found.samples is not None:
             low, high = interval(found, curve)
             top.fill_between(curve.step, low, high, color=color, alpha=0.2, linewidth=0)
@@ -117,8 +127,15 @@ def draw_schedules(choices: Sequence[Choice], path: Path, most: int = 15) -> Pat
     if shown[0].behind is not None:
         ends = 1000 * np.array([c.behind or (0, 0) for c in shown])
         sides = np.abs(ends.T - 1000 * values)
-        axes.errorbar(1000 * values, range(len(shown)), xerr=sides, fmt="none", color="black",
-                      linewidth=1, capsize=2)  # fmt: skip
+        axes.errorbar(
+            1000 * values,
+            range(len(shown)),
+            xerr=sides,
+            fmt="none",
+            color="black",
+            linewidth=1,
+            capsize=2,
+        )
     axes.set_yticks(range(len(shown)), [c.name for c in shown], fontsize=8)
     axes.set(xlabel=f"predicted final loss above the best, {best:.4f} (thousandths of a nat)")
     return save(figure, path)
@@ -135,10 +152,19 @@ def draw_sizes(found: Fit, choice: SizeChoice, path: Path) -> Path:
         low, high = interval(found, points)
         axes.fill_between(sizes, low, high, color="tab:blue", alpha=0.2, linewidth=0)
     axes.axvspan(*choice.alike, color="tab:green", alpha=0.15, label="within 0.5 % of the best")
-    axes.plot([choice.parameters], [choice.loss], "o", color="tab:orange",
-              label=f"{choice.parameters:.3g} parameters, {choice.tokens:.3g} tokens")  # fmt: skip
-    axes.set(xscale="log", xlabel="parameters", ylabel="loss (nats per token)",
-             title=f"{choice.flops:.3g} FLOPs")  # fmt: skip
+    axes.plot(
+        [choice.parameters],
+        [choice.loss],
+        "o",
+        color="tab:orange",
+        label=f"{choice.parameters:.3g} parameters, {choice.tokens:.3g} tokens",
+    )
+    axes.set(
+        xscale="log",
+        xlabel="parameters",
+        ylabel="loss (nats per token)",
+        title=f"{choice.flops:.3g} FLOPs",
+    )
     axes.legend(fontsize=8)
     return save(figure, path)
 
@@ -154,15 +180,20 @@ def draw_comparison(
     at: Any = budgets(grid)
     for i, (name, found) in enumerate(fits.items()):
         color = COLORS[i % len(COLORS)]
-        axes.plot(np.asarray(families[name].flops), families[name].loss, "o", color=color,
-                  markersize=4)  # fmt: skip
+        axes.plot(
+            np.asarray(families[name].flops), families[name].loss, "o", color=color, markersize=4
+        )
         axes.plot(grid, found.predict(at), color=color, label=name)
         low, high = interval(found, at)
         axes.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
     for comparison in comparisons:
         if comparison.crossing is not None:
             axes.axvline(comparison.crossing, color="gray", linestyle=":", linewidth=1)
-    axes.set(xscale="log", xlabel="training FLOPs", ylabel="loss (nats per token)",
-             title="laws with 95 % intervals, crossings dotted")  # fmt: skip
+    axes.set(
+        xscale="log",
+        xlabel="training FLOPs",
+        ylabel="loss (nats per token)",
+        title="laws with 95 % intervals, crossings dotted",
+    )
     axes.legend(fontsize=8)
     return save(figure, path)

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import minimize, nnls
 
-from data_prep.errors import UserError
-from data_prep.manifest import write_json
 from evals.scaling.parameters import Array, Law, named
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_json
 
 Residual = Literal["relative", "log"]
 HUBER = 1e-3
@@ -94,23 +94,31 @@ class Fit:
     def to_json(self) -> dict[str, Any]:
         law = self.law
         return {
-            "law": law.name, "title": law.title, "formula": law.formula, "source": law.source,
+            "law": law.name,
+            "title": law.title,
+            "formula": law.formula,
+            "source": law.source,
             "settings": law.settings(),
             "parameters": {
                 p.name: {
-                    "value": self.values[p.name], "unit": p.unit, "meaning": p.meaning,
+                    "value": self.values[p.name],
+                    "unit": p.unit,
+                    "meaning": p.meaning,
                     "interval_95": self.intervals.get(p.name),
                     "undetermined": self.undetermined.get(p.name),
                 }
                 for p in law.parameters
             },
             "derived": law.derived(self.values),
-            "objective": self.objective, "residual": self.options.residual,
-            "huber": self.options.huber, "mape_of_fitted": self.mape(),
-            "starts": [vars(s) for s in self.starts], "warnings": self.warnings,
+            "objective": self.objective,
+            "residual": self.options.residual,
+            "huber": self.options.huber,
+            "mape_of_fitted": self.mape(),
+            "starts": [vars(s) for s in self.starts],
+            "warnings": self.warnings,
             "domain": self.domain,
             "samples": None if self.samples is None else self.samples.tolist(),
-        }  # fmt: skip
+        }
 
     def save(self, path: Path) -> None:
         write_json(path, self.to_json())
@@ -127,14 +135,20 @@ def load_fit(path: Path) -> Fit:
         values = {name: entry["value"] for name, entry in told}
         samples = saved["samples"]
         return Fit(
-            law, np.array([p.to_search(values[p.name]) for p in law.nonlinear]),
-            np.array([values[p.name] for p in law.linear]), saved["objective"], [], [],
+            law,
+            np.array([p.to_search(values[p.name]) for p in law.nonlinear]),
+            np.array([values[p.name] for p in law.linear]),
+            saved["objective"],
+            [],
+            [],
             [Start(**s) for s in saved["starts"]],
             Options(saved["residual"], saved["huber"]),
-            {n: e["undetermined"] for n, e in told if e["undetermined"]}, saved["warnings"],
+            {n: e["undetermined"] for n, e in told if e["undetermined"]},
+            saved["warnings"],
             {n: tuple(e["interval_95"]) for n, e in told if e["interval_95"]},
-            None if samples is None else np.array(samples), saved.get("domain", {}),
-        )  # fmt: skip
+            None if samples is None else np.array(samples),
+            saved.get("domain", {}),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a fit that this command wrote ({error})") from None
 
@@ -244,9 +258,13 @@ def fit(law: Law, data: Sequence[Any], options: Options | None = None) -> Fit:
     for begun in law.start_points()[: options.starts]:
         found = search(problem, begun)
         starts.append(
-            Start(named(law.nonlinear, begun), named(law.nonlinear, found.x),
-                  float(found.fun) * 1e-6, bool(found.success))
-        )  # fmt: skip
+            Start(
+                named(law.nonlinear, begun),
+                named(law.nonlinear, found.x),
+                float(found.fun) * 1e-6,
+                bool(found.success),
+            )
+        )
         if best is None or found.fun < best.fun:
             best = found
     assert best is not None
@@ -256,10 +274,17 @@ def fit(law: Law, data: Sequence[Any], options: Options | None = None) -> Fit:
     residual = problem.residuals(columns @ beta)
     edges = np.cumsum([len(p.loss) for p in prepared])[:-1]
     result = Fit(
-        law, theta, beta, float(best.fun) * 1e-6, np.split(residual, edges),
-        [item.name for item in data], starts, options, warnings=[],
+        law,
+        theta,
+        beta,
+        float(best.fun) * 1e-6,
+        np.split(residual, edges),
+        [item.name for item in data],
+        starts,
+        options,
+        warnings=[],
         domain=_domain(data),
-    )  # fmt: skip
+    )
     for item in data:
         result.warnings += [f"{item.name}: {w}" for w in getattr(item, "warnings", [])]
     result.undetermined = _undetermined(result, problem)
@@ -273,9 +298,13 @@ def search(problem: Problem, begun: Array) -> Any:
         value, _ = problem(begun)
         return type("Found", (), {"x": begun, "fun": value, "success": True})
     return minimize(
-        problem, begun, jac=True, method="L-BFGS-B", bounds=law.bounds(),
+        problem,
+        begun,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=law.bounds(),
         options={"maxiter": 300, "ftol": 1e-13, "gtol": 1e-8},
-    )  # fmt: skip
+    )
 
 
 def jacobian(fit_: Fit, prepared: Sequence[Any]) -> Array:
@@ -359,9 +388,10 @@ def _undetermined(found: Fit, problem: Problem) -> dict[str, str]:
             told[parameter.name] = "at its bound of 0"
         elif relative > 0.5:
             told[parameter.name] = (
-                f"standard error {error:.3g}" if not parameter.log
+                f"standard error {error:.3g}"
+                if not parameter.log
                 else f"known to a factor of {math.exp(min(error, 99)):.3g} only"
-            )  # fmt: skip
+            )
     return told
 
 

@@ -15,10 +15,10 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.stats import t as student_t
 
-from data_prep.errors import UserError
 from evals.scaling.curves import Curve, Points
 from evals.scaling.fitting import Fit, Options, Problem, correlation_length, fit
 from evals.scaling.parameters import Array, Law
+from pretrain.common.errors import UserError
 
 LEVEL = 0.95
 
@@ -90,9 +90,13 @@ def _refit(task: tuple[Fit, list[Any], list[Array], int, tuple[int, int]]) -> Ar
     theta = found.theta
     if len(theta):
         result = minimize(
-            problem, theta, jac=True, method="L-BFGS-B", bounds=law.bounds(),
+            problem,
+            theta,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=law.bounds(),
             options={"maxiter": 60, "ftol": 1e-9, "gtol": 1e-6},
-        )  # fmt: skip
+        )
         theta = np.asarray(result.x)
     beta = problem.solve(problem.designs(theta)[0])
     row: Array = np.concatenate([theta, beta])
@@ -123,9 +127,9 @@ def interval(found: Fit, data: Any, *, new_run: bool = False, seed: int = 0) -> 
             raise UserError("the fit was read from a file, which keeps no residuals")
         generator = np.random.default_rng(seed)
         length = max(1, math.ceil(2 * correlation_length(found.residuals)))
-        predictions = predictions + np.stack([
-            _blocks(found.residuals, predictions.shape[1], length, generator) for _ in predictions
-        ])  # fmt: skip
+        predictions = predictions + np.stack(
+            [_blocks(found.residuals, predictions.shape[1], length, generator) for _ in predictions]
+        )
     low, high = ends_around(np.log(found.predict(data)), predictions)
     return np.exp(low), np.exp(high)
 
@@ -193,9 +197,11 @@ def hold_out_sizes(
 
 
 def _hold_out(
-    make: Callable[[Sequence[Curve]], Law], curves: Sequence[Curve], groups: list[list[int]],
+    make: Callable[[Sequence[Curve]], Law],
+    curves: Sequence[Curve],
+    groups: list[list[int]],
     options: Options | None,
-) -> HeldOut:  # fmt: skip
+) -> HeldOut:
     errors, name = dict[str, float](), ""
     for group in groups:
         rest = [c for i, c in enumerate(curves) if i not in group]

@@ -6,19 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.errors import UserError
 from evals.scaling.annealing_laws import CURVE_LAWS, AnnealingLaw
 from evals.scaling.curves import Curve
 from evals.scaling.parameters import Law
 from evals.scaling.size_laws import SIZE_LAWS
+from pretrain.common.errors import UserError
 
 LAWS: dict[str, type[Law]] = {**CURVE_LAWS, **SIZE_LAWS}
 
 
 def curve_law(
-    name: str, curves: Sequence[Curve], sized: bool = False, size_in_annealing: bool = False,
+    name: str,
+    curves: Sequence[Curve],
+    sized: bool = False,
+    size_in_annealing: bool = False,
     size_in_progress: bool = False,
-) -> Law:  # fmt: skip
+) -> Law:
     """The law ``name`` with learning rates in units of the highest of the curves (the annealing
     law's own: as they are) and, where ``sized``, N in units of their geometric mean.
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from data_prep.errors import UserError
 from evals.scaling.curves import Curve, Points, end_of_warmup
 from evals.scaling.fitting import Fit, correlation_length, jacobian
 from evals.scaling.intervals import ends_of
 from evals.scaling.parameters import Array
 from evals.scaling.schedules import schedule_lr
 from evals.scaling.size_laws import ChinchillaLaw
+from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -26,9 +26,15 @@ POINTS = 150  # logged losses that a planned run is taken to have
 
 
 def planned_curve(
-    schedule: ScheduleConfig, peak: float, steps: int, *, parameters: float | None = None,
-    tokens_per_step: float | None = None, points: int = 1, name: str = "",
-) -> Curve:  # fmt: skip
+    schedule: ScheduleConfig,
+    peak: float,
+    steps: int,
+    *,
+    parameters: float | None = None,
+    tokens_per_step: float | None = None,
+    points: int = 1,
+    name: str = "",
+) -> Curve:
     """A run that has not been: its loss is not known (1 everywhere), its steps are ``points``
     spread evenly up to the last."""
     lr = schedule_lr(schedule, peak, steps)
@@ -36,9 +42,14 @@ def planned_curve(
     first = max(warmup + 1, 1) if points > 1 else steps
     at = np.unique(np.linspace(min(first, steps), steps, points).astype(np.int64))
     return Curve(
-        name or describe(schedule, peak), at, np.ones(len(at)), lr, warmup, parameters,
+        name or describe(schedule, peak),
+        at,
+        np.ones(len(at)),
+        lr,
+        warmup,
+        parameters,
         tokens_per_step,
-    )  # fmt: skip
+    )
 
 
 def describe(schedule: ScheduleConfig, peak: float) -> str:
@@ -68,9 +79,12 @@ class Choice:
 
 
 def best_schedules(
-    found: Fit, steps: int, peaks: Sequence[float], warmup_steps: int,
+    found: Fit,
+    steps: int,
+    peaks: Sequence[float],
+    warmup_steps: int,
     parameters: float | None = None,
-) -> list[Choice]:  # fmt: skip
+) -> list[Choice]:
     """Schedules of ``steps`` steps by their predicted final loss, best first; the decay of WSD is
     optimised over its share of the steps."""
     choices = list[tuple[Choice, Curve]]()
@@ -84,10 +98,15 @@ def best_schedules(
             for decay in ("linear", "sqrt", "exponential"):
                 if decay == "exponential" and ratio == 0:
                     continue
-                options.append(_best_decay(
-                    found, ScheduleConfig("wsd", warmup_steps, decay, 0.2, ratio), peak, steps,
-                    parameters,
-                ))  # fmt: skip
+                options.append(
+                    _best_decay(
+                        found,
+                        ScheduleConfig("wsd", warmup_steps, decay, 0.2, ratio),
+                        peak,
+                        steps,
+                        parameters,
+                    )
+                )
         for option in options:
             curve = planned_curve(option, peak, steps, parameters=parameters)
             choices.append((_choice(found, option, peak, steps, curve), curve))
@@ -180,10 +199,18 @@ def best_size(found: Fit, flops: float) -> SizeChoice:
     ends: list[tuple[float, float] | None] = [None, None, None]
     if found.samples is not None:
         names = [p.name for p in law.parameters]
-        rows = np.array([
-            at({k: p.from_search(x) for k, p, x in zip(names, law.parameters, row, strict=True)})
-            for row in found.samples if (row[-2:] > 0).all()
-        ])  # fmt: skip
+        rows = np.array(
+            [
+                at(
+                    {
+                        k: p.from_search(x)
+                        for k, p, x in zip(names, law.parameters, row, strict=True)
+                    }
+                )
+                for row in found.samples
+                if (row[-2:] > 0).all()
+            ]
+        )
         low, high = ends_of(rows)
         ends = [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
     sizes = n * np.logspace(-2, 2, 801)
@@ -221,9 +248,16 @@ def best_size_and_schedule(
     n = float(sizes[best])
     alike = sizes[losses <= 1.005 * losses[best]]
     return SizeChoice(
-        flops, n, flops / (6 * n), float(losses[best]), None, None, None,
-        (float(alike.min()), float(alike.max())), choose(n)[1],
-    )  # fmt: skip
+        flops,
+        n,
+        flops / (6 * n),
+        float(losses[best]),
+        None,
+        None,
+        None,
+        (float(alike.min()), float(alike.max())),
+        choose(n)[1],
+    )
 
 
 @dataclass
@@ -257,11 +291,12 @@ def cheapest_design(
         if steps < 4 * warmup:
             continue
         for option in (
-            ScheduleConfig("constant", warmup), ScheduleConfig("cosine", warmup),
+            ScheduleConfig("constant", warmup),
+            ScheduleConfig("cosine", warmup),
             ScheduleConfig("two_stage", warmup, decay_fraction=0.5, final_ratio=0.3),
             ScheduleConfig("two_stage", warmup, decay_fraction=0.25, final_ratio=0.1),
             ScheduleConfig("wsd", warmup, decay_fraction=0.2, final_ratio=0.1),
-        ):  # fmt: skip
+        ):
             curve = planned_curve(option, peak, steps, points=POINTS, parameters=target.parameters)
             trunk = {"constant": steps, "cosine": 0}.get(
                 option.kind, int(steps * (1 - option.decay_fraction))
@@ -274,9 +309,9 @@ def cheapest_design(
     for i, parameter in enumerate(found.law.nonlinear):
         if parameter.prior:
             prior[i, i] = parameter.prior[1] ** -2
-    end = jacobian(found, [found.law.prepared(replace(
-        target, step=target.step[-1:], loss=np.ones(1)
-    ))])[0]  # fmt: skip
+    end = jacobian(
+        found, [found.law.prepared(replace(target, step=target.step[-1:], loss=np.ones(1)))]
+    )[0]
     designs = list[Design]()
     for size in range(1, most + 1):
         for chosen in itertools.combinations(candidates, size):

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.config_files import flattened, load_config
-from data_prep.errors import UserError
 from evals.scaling.curves import Curve, Points, end_of_warmup
 from evals.scaling.parameters import Array
 from evals.scaling.schedules import (
@@ -23,15 +21,17 @@ from evals.scaling.schedules import (
     parse_schedule,
     schedule_lr,
 )
-from pretrain.config import RunConfig
-from pretrain.metrics_file import read_metrics
+from pretrain.common.config_loader import flattened
+from pretrain.common.errors import UserError
+from pretrain.config import load_saved_config
+from pretrain.run_directory import read_metrics
 
 # What others call the columns, first found first taken.
 KNOWN = {
     "step": ("step", "_step", "Step", "global_step", "iteration", "iterations", "iter"),
     "lr": ("lr", "learning_rate", "train/lr", "train/learning_rate", "learning-rate", "optim/lr"),
     "loss": ("loss", "train/loss", "train_loss", "training_loss", "lm loss", "lm_loss"),
-}  # fmt: skip
+}
 MISMATCH = 1e-3
 
 
@@ -120,11 +120,12 @@ def _run(path: Path, reading: Reading) -> Curve:
     if not rows:
         raise UserError(f"{path / 'metrics.jsonl'}: no '{key}' is logged")
     table = _Table(
-        str(path / "metrics.jsonl"), np.array([r["step"] for r in rows]),
+        str(path / "metrics.jsonl"),
+        np.array([r["step"] for r in rows]),
         np.array([math.nan if r[key] is None else float(r[key]) for r in rows]),
         np.array([float(r.get("lr") or math.nan) for r in rows]),
-    )  # fmt: skip
-    config = load_config(RunConfig, path / "config.yaml")
+    )
+    config = load_saved_config(path / "config.yaml")
     lr = schedule_lr(config.schedule, config.optimizer.lr, config.train.num_steps)
     curve = _curve(path.name, table, reading, lr)
     found: dict[str, Any] = {}
@@ -151,9 +152,11 @@ def _tables(path: Path, reading: Reading) -> list[tuple[str, _Table]]:
     # wandb's own export has a column per run: "RUN - train/loss", with __MIN and __MAX beside it.
     given = (reading.columns or {}).get("loss")
     per_run = {
-        run: name for name in names for run, dash, metric in [name.rpartition(" - ")]
+        run: name
+        for name in names
+        for run, dash, metric in [name.rpartition(" - ")]
         if dash and metric in ((given,) if given else KNOWN["loss"])
-    }  # fmt: skip
+    }
     if per_run:
         rates = {
             run: f"{run} - {m}" for run in per_run for m in KNOWN["lr"] if f"{run} - {m}" in names
@@ -212,9 +215,11 @@ def _events(path: Path, reading: Reading) -> _Table:
     rows = events.Scalars(loss)
     rates = {e.step: e.value for e in events.Scalars(lr)} if lr else {}
     return _Table(
-        str(path), np.array([e.step for e in rows]), np.array([e.value for e in rows]),
+        str(path),
+        np.array([e.step for e in rows]),
+        np.array([e.value for e in rows]),
         np.array([rates.get(e.step, math.nan) for e in rows]) if rates else None,
-    )  # fmt: skip
+    )
 
 
 def _curve(name: str, table: _Table, reading: Reading, lr: Array | None = None) -> Curve:
@@ -287,9 +292,8 @@ def _curve(name: str, table: _Table, reading: Reading, lr: Array | None = None) 
         loss = _smoothed(loss, reading.smooth)
         warnings.append(f"the loss is an exponential mean with factor {reading.smooth}")
     curve = Curve(
-        name, step, loss, lr, warmup, reading.parameters, reading.tokens_per_step,
-        warnings=warnings,
-    )  # fmt: skip
+        name, step, loss, lr, warmup, reading.parameters, reading.tokens_per_step, warnings=warnings
+    )
     if ends_bad:
         curve.labels["diverged"] = "its last losses are not finite"
     return curve
@@ -332,10 +336,12 @@ def read_points(path: Path, columns: dict[str, str] | None = None) -> Points:
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from None
     known = {
         "parameters": ("parameters", "params", "N", "n", "Model Size"),
-        "tokens": ("tokens", "D", "d", "Training Tokens"), "loss": ("loss", "L", "final_loss"),
-        "unique_tokens": ("unique_tokens", "U"), "flops": ("flops", "FLOPs", "C", "Training FLOP"),
+        "tokens": ("tokens", "D", "d", "Training Tokens"),
+        "loss": ("loss", "L", "final_loss"),
+        "unique_tokens": ("unique_tokens", "U"),
+        "flops": ("flops", "FLOPs", "C", "Training FLOP"),
         "name": ("name", "run"),
-    }  # fmt: skip
+    }
     found = dict[str, Any]()
     for what, names in known.items():
         given = (columns or {}).get(what)
@@ -353,15 +359,19 @@ def read_points(path: Path, columns: dict[str, str] | None = None) -> Points:
         )
     numbers = {
         w: pandas.to_numeric(v, errors="coerce").to_numpy(dtype=float)
-        for w, v in found.items() if w != "name"
-    }  # fmt: skip
+        for w, v in found.items()
+        if w != "name"
+    }
     finite = np.isfinite(numbers["loss"])
     points = Points(
-        numbers["parameters"][finite], numbers["tokens"][finite], numbers["loss"][finite],
+        numbers["parameters"][finite],
+        numbers["tokens"][finite],
+        numbers["loss"][finite],
         numbers["unique_tokens"][finite] if "unique_tokens" in numbers else None,
         numbers["flops"][finite] if "flops" in numbers else None,
-        [str(x) for x in found["name"][finite]] if "name" in found else (), path.name,
-    )  # fmt: skip
+        [str(x) for x in found["name"][finite]] if "name" in found else (),
+        path.name,
+    )
     if not finite.all():
         points.warnings.append(f"{int((~finite).sum())} runs without a finite loss are left out")
     return points

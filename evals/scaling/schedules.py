@@ -7,11 +7,11 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.config_files import build_config
-from data_prep.errors import UserError
 from evals.scaling.parameters import Array
+from pretrain.common.config_loader import build_config
+from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
-from pretrain.schedule import learning_rate
+from pretrain.optim.schedule import learning_rate
 
 JUMP = 0.2  # relative change between two logged steps that is taken for an abrupt one
 

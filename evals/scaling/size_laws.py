@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import UserError
 from evals.scaling.curves import Points
 from evals.scaling.parameters import Array, Law, Parameter
+from pretrain.common.errors import UserError
 
 
 @dataclass
@@ -35,10 +35,13 @@ class _SizeLaw(Law):
     def prepared(self, data: Points) -> PreparedPoints:
         unique = data.tokens if data.unique_tokens is None else data.unique_tokens
         return PreparedPoints(
-            data.name, data.loss, np.log(data.parameters / self.size_reference),
-            np.log(data.tokens / self.token_reference), np.log(unique / self.token_reference),
+            data.name,
+            data.loss,
+            np.log(data.parameters / self.size_reference),
+            np.log(data.tokens / self.token_reference),
+            np.log(unique / self.token_reference),
             np.log(np.asarray(data.flops) / (6 * self.size_reference * self.token_reference)),
-        )  # fmt: skip
+        )
 
 
 def _excess(of: str) -> Parameter:
@@ -199,8 +202,9 @@ def size_law(name: str, points: Points) -> _SizeLaw:
     """
     law = SIZE_LAWS[name]
     needed: list[tuple[str, Array, str]] = [
-        ("parameters", points.parameters, "alpha"), ("tokens", points.tokens, "beta"),
-    ]  # fmt: skip
+        ("parameters", points.parameters, "alpha"),
+        ("tokens", points.tokens, "beta"),
+    ]
     if name == "compute":
         needed = [("FLOPs", np.asarray(points.flops), "kappa")]
     for what, values, exponent in needed:
@@ -238,15 +242,21 @@ def isoflop_profiles(points: Points, width: float = 0.1) -> list[dict[str, Any]]
             continue
         at = -slope / (2 * curvature)
         n, budget = math.exp(at + logs.mean()), float(flops[group].mean())
-        profiles.append({
-            "flops": budget, "parameters": n,
-            "tokens": float(np.exp(np.interp(at + logs.mean(), *_ascending(
-                logs, np.log(points.tokens[group]))))),
-            "loss": float(level + slope * at + curvature * at**2),
-            "inside": bool(logs.min() <= at + logs.mean() <= logs.max()),
-            "runs": [points.names[i] for i in group],
-            "parabola": [float(curvature), float(slope), float(level), float(logs.mean())],
-        })  # fmt: skip
+        profiles.append(
+            {
+                "flops": budget,
+                "parameters": n,
+                "tokens": float(
+                    np.exp(
+                        np.interp(at + logs.mean(), *_ascending(logs, np.log(points.tokens[group])))
+                    )
+                ),
+                "loss": float(level + slope * at + curvature * at**2),
+                "inside": bool(logs.min() <= at + logs.mean() <= logs.max()),
+                "runs": [points.names[i] for i in group],
+                "parabola": [float(curvature), float(slope), float(level), float(logs.mean())],
+            }
+        )
     return profiles
 
 

@@ -66,9 +66,11 @@ def show_fit(found: Fit, console: Console, name: str = "") -> None:
     for parameter in found.law.parameters:
         ends = found.intervals.get(parameter.name)
         table.add_row(
-            parameter.name, f"{found.values[parameter.name]:.5g}",
-            f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "", parameter.unit,
-        )  # fmt: skip
+            parameter.name,
+            f"{found.values[parameter.name]:.5g}",
+            f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "",
+            parameter.unit,
+        )
     for quantity, value in found.law.derived(found.values).items():
         table.add_row(quantity, f"{value:.5g}", "", "", style="dim")
     console.print(table)

@@ -20,12 +20,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.config_files import ConfigError, build_config, load_config
-from data_prep.errors import UserError, run_command
-from data_prep.manifest import write_json
 from evals.synthetic.tasks import TASKS
 from evals.synthetic.training import LAST, TEST_FACTORS, SyntheticConfig, check_config, run
-from pretrain.models.blocks import block_specs
+from pretrain.common.config_loader import ConfigError, build_config, load_config
+from pretrain.common.errors import UserError, run_command
+from pretrain.common.files import write_json
+from pretrain.model.spec import block_specs
 from pretrain.parallel.processes import start_processes, stop_processes
 
 OUTPUT = "runs/synthetic"
@@ -72,9 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", help="a YAML file of runs, instead of a task")
     parser.add_argument("--output", default=OUTPUT, help=f"folder of the JSON files ({OUTPUT})")
     parser.add_argument(
-        "--mixer", action="append", default=[], metavar="[NAME.]KEY=VALUE",
+        "--mixer",
+        action="append",
+        default=[],
+        metavar="[NAME.]KEY=VALUE",
         help="a mixer's setting; NAME where the pattern has several mixers",
-    )  # fmt: skip
+    )
     for item in dataclasses.fields(SyntheticConfig):
         if item.name not in ("task", "mixers"):
             parser.add_argument(f"--{item.name.replace('_', '-')}", metavar="VALUE")
@@ -207,11 +210,14 @@ def _line(seeds: list[dict[str, Any]]) -> list[str]:
     settings = seeds[0]["settings"]
     scores = zip(*[[c for score in r["tests"] for c in _cells(score)] for r in seeds], strict=True)
     return [
-        f"`{label(settings)}`", f"{seeds[0]['parameters']:,}", str(settings["steps"]),
+        f"`{label(settings)}`",
+        f"{seeds[0]['parameters']:,}",
+        str(settings["steps"]),
         " ".join(str(r["settings"]["seed"]) for r in seeds),
-        " ".join(f"{r['final_loss']:.3f}" for r in seeds), *(" ".join(cells) for cells in scores),
+        " ".join(f"{r['final_loss']:.3f}" for r in seeds),
+        *(" ".join(cells) for cells in scores),
         f"{sum(r['minutes'] for r in seeds):.1f}",
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

@@ -44,9 +44,15 @@ class LongTask:
 
 
 def needles(
-    generator: np.random.Generator, size: int, *, haystack: str, keys: int = 1, values: int = 1,
-    queries: int = 1, uuid: bool = False,
-) -> Text:  # fmt: skip
+    generator: np.random.Generator,
+    size: int,
+    *,
+    haystack: str,
+    keys: int = 1,
+    values: int = 1,
+    queries: int = 1,
+    uuid: bool = False,
+) -> Text:
     """``keys`` magic numbers (or uuids), with ``values`` each, hidden in ``size`` sentences;
     asked for are those of ``queries`` keys. haystack: noise, essay, or needles (more keys)."""
     kind = "uuid" if uuid else "number"
@@ -56,8 +62,9 @@ def needles(
     told = {name: [_value(generator, uuid) for _ in range(values)] for name in names}
     hidden = [
         f"One of the special magic {kind}s for {name} is: {value}."
-        for name, own in told.items() for value in own
-    ]  # fmt: skip
+        for name, own in told.items()
+        for value in own
+    ]
     hidden = [hidden[i] for i in generator.permutation(len(hidden))]
     if haystack == "needles":
         lines = hidden
@@ -154,8 +161,9 @@ def frequent_words(generator: np.random.Generator, size: int, *, alpha: float = 
     often = np.maximum((count * shares / shares.sum()).astype(int), 1)
     often[1:4] = np.maximum(often[1:4], [7, 6, 5])  # told apart at any length
     coded = ["..." if i == 0 else word for i, word in enumerate(vocabulary)]
-    words = [coded[i] for i, n in enumerate(often) for _ in range(min(n, often[3] - 1)
-             if i > 3 else n)]  # fmt: skip
+    words = [
+        coded[i] for i, n in enumerate(often) for _ in range(min(n, often[3] - 1) if i > 3 else n)
+    ]
     text = " ".join(words[i] for i in generator.permutation(len(words)))
     prompt = (
         "Read the following coded text and track the frequency of each coded word. Find the three "
@@ -193,7 +201,7 @@ def _names(generator: np.random.Generator, count: int) -> list[str]:
     longer = count > 2_000
     numbers = generator.choice(
         pairs * (len(ADJECTIVES) if longer else 1), count, replace=False
-    ).tolist()  # fmt: skip
+    ).tolist()
     for number in numbers:
         rest, noun = divmod(number % pairs, len(NOUNS))
         first = f"{ADJECTIVES[number // pairs]}-" if longer else ""
@@ -230,7 +238,7 @@ def _hide(
 def _needle_task(**options: Any) -> LongTask:
     return LongTask(
         lambda generator, size: needles(generator, size, **options), 128, _solve_needles
-    )  # fmt: skip
+    )
 
 
 LONG_TASKS: dict[str, LongTask] = {
@@ -252,9 +260,14 @@ LONG_TASKS: dict[str, LongTask] = {
 
 
 def make_texts(
-    task: str, *, count: int, length: int, tokens: Callable[[str], int], seed: int = 0,
+    task: str,
+    *,
+    count: int,
+    length: int,
+    tokens: Callable[[str], int],
+    seed: int = 0,
     stream: str = "test",
-) -> list[Text]:  # fmt: skip
+) -> list[Text]:
     """``count`` texts of about ``length`` tokens, never more, room for the answer included; a
     function of the arguments alone, ``train`` independent of ``test``. ``tokens``: how many a text
     has. Raises ValueError where even the shortest is longer."""

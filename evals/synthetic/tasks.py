@@ -159,10 +159,11 @@ def induction(generator: np.random.Generator, rows: int, length: int) -> Rows:
 
 def _group(table: np.ndarray, product: Callable[[int, int], int]) -> Task:
     return Task(
-        len(table) + 1, 1 / len(table),
+        len(table) + 1,
+        1 / len(table),
         lambda generator, rows, length, _: word_problem(table, generator, rows, length),
         lambda tokens: [-1, *accumulate(tokens[1:], product)],
-    )  # fmt: skip
+    )
 
 
 def _permutations(things: int, *, even: bool = False) -> Task:
@@ -218,31 +219,44 @@ TASKS: dict[str, Task] = {
     "parity": _cyclic(2),
     "modular_addition": _cyclic(MODULUS),
     "modular_arithmetic": Task(
-        MODULUS + 4, 1 / MODULUS, lambda g, rows, length, _: modular_arithmetic(g, rows, length),
+        MODULUS + 4,
+        1 / MODULUS,
+        lambda g, rows, length, _: modular_arithmetic(g, rows, length),
         _solve_formula,
     ),
     "copying": Task(
-        LETTERS + 1, 1 / LETTERS, lambda g, rows, length, _: copying(g, rows, length),
+        LETTERS + 1,
+        1 / LETTERS,
+        lambda g, rows, length, _: copying(g, rows, length),
         _solve_copying,
     ),
     "induction": Task(
-        LETTERS + 1, 1 / (LETTERS - 1), lambda g, rows, length, _: induction(g, rows, length),
+        LETTERS + 1,
+        1 / (LETTERS - 1),
+        lambda g, rows, length, _: induction(g, rows, length),
         _solve_induction,
     ),
     "mqar": Task(
-        2 * MQAR_KEYS + 1, 1 / MQAR_KEYS,
+        2 * MQAR_KEYS + 1,
+        1 / MQAR_KEYS,
         lambda generator, rows, length, tokens_per_pair: associative_recall(
             generator, rows, length, length // tokens_per_pair
         ),
         _solve_recall,
     ),
-}  # fmt: skip
+}
 
 
 def make_rows(
-    task: str, *, seed: int, stream: Literal["train", "test"], index: int, rows: int, length: int,
+    task: str,
+    *,
+    seed: int,
+    stream: Literal["train", "test"],
+    index: int,
+    rows: int,
+    length: int,
     tokens_per_pair: int = 8,
-) -> Rows:  # fmt: skip
+) -> Rows:
     """Batch ``index`` of a stream: a function of the arguments alone, independent for each seed,
     stream and index."""
     generator = np.random.default_rng([seed, _STREAMS[stream], index])

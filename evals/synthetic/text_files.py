@@ -8,11 +8,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_prep.errors import UserError
-from data_prep.manifest import write_bytes
-from data_prep.tokenizer import Tokenizer
 from evals.synthetic.long_context import LONG_TASKS, make_texts
 from evals.synthetic.text_problems import DEFAULT_LENGTH, PROBLEMS, make_problems
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_bytes
+from pretrain.data.tokenizer import Tokenizer
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,9 +25,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("output", type=Path, help="a file, such as data/mqar.jsonl")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument(
-        "--length", type=int,
+        "--length",
+        type=int,
         help=f"elements of a problem ({DEFAULT_LENGTH}), or tokens of a long text (1024)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--tokenizer", help="that counts the tokens of a long text; words are counted without"
     )
@@ -50,9 +51,12 @@ def main(arguments: Sequence[str]) -> int:
 def _texts(given: argparse.Namespace) -> list[str]:
     if given.task in PROBLEMS:
         problems = make_problems(
-            given.task, count=given.count, length=given.length or DEFAULT_LENGTH, seed=given.seed,
+            given.task,
+            count=given.count,
+            length=given.length or DEFAULT_LENGTH,
+            seed=given.seed,
             stream="train",
-        )  # fmt: skip
+        )
         return [f"{p.prompt} {p.answer}" for p in problems]
     if given.task not in LONG_TASKS:
         near = difflib.get_close_matches(given.task, [*LONG_TASKS, *PROBLEMS], 1)
@@ -61,9 +65,13 @@ def _texts(given: argparse.Namespace) -> list[str]:
             f"{', '.join([*LONG_TASKS, *PROBLEMS])}"
         )
     texts = make_texts(
-        given.task, count=given.count, length=given.length or 1024,
-        tokens=_counter(given.tokenizer), seed=given.seed, stream="train",
-    )  # fmt: skip
+        given.task,
+        count=given.count,
+        length=given.length or 1024,
+        tokens=_counter(given.tokenizer),
+        seed=given.seed,
+        stream="train",
+    )
     return [f"{text.prompt} {', '.join(text.answers)}." for text in texts]
 
 

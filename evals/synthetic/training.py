@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.config_files import ConfigError, setting
 from evals.synthetic.tasks import MQAR_KEYS, TASKS, make_rows
+from pretrain.common.config_loader import ConfigError, setting
 from pretrain.config import MLPConfig, ModelConfig
-from pretrain.models.blocks import block_specs, count_model
-from pretrain.models.building import build_model
-from pretrain.models.language_model import LanguageModel
+from pretrain.model.build import build_model
+from pretrain.model.language_model import LanguageModel
+from pretrain.model.spec import block_specs, count_model
 
 TEST_FACTORS = (1, 2, 4)
 LAST = 8  # positions at the end of a row that are reported on their own
@@ -55,9 +55,13 @@ class SyntheticConfig:
     def model(self) -> ModelConfig:
         """The model's settings; input and output alphabets differ, so embeddings are not tied."""
         return ModelConfig(
-            pattern=self.pattern, hidden_size=self.hidden_size, mixers=self.mixers,
-            mlp=MLPConfig(kind=self.mlp), tie_embeddings=False, init_std=self.init_std,
-        )  # fmt: skip
+            pattern=self.pattern,
+            hidden_size=self.hidden_size,
+            mixers=self.mixers,
+            mlp=MLPConfig(kind=self.mlp),
+            tie_embeddings=False,
+            init_std=self.init_std,
+        )
 
 
 def check_config(config: SyntheticConfig, where: str) -> None:
@@ -128,10 +132,11 @@ def run(
         "minutes": round(minutes, 2),
         "threads": torch.get_num_threads(),
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
             "numpy": np.__version__,
         },
-    }  # fmt: skip
+    }
 
 
 def train(
@@ -152,9 +157,14 @@ def train(
     losses = []
     for step in range(config.steps):
         rows = make_rows(
-            config.task, seed=config.seed, stream="train", index=step, rows=config.batch_size,
-            length=train_length(config, step), tokens_per_pair=config.tokens_per_pair,
-        )  # fmt: skip
+            config.task,
+            seed=config.seed,
+            stream="train",
+            index=step,
+            rows=config.batch_size,
+            length=train_length(config, step),
+            tokens_per_pair=config.tokens_per_pair,
+        )
         tokens, targets = torch.from_numpy(rows.tokens), torch.from_numpy(rows.targets)
         loss = model(tokens, targets)[torch.from_numpy(rows.scored)].mean()
         optimizer.zero_grad()
@@ -179,9 +189,14 @@ def test(model: LanguageModel, config: SyntheticConfig, length: int) -> dict[str
     """
     model.eval()
     rows = make_rows(
-        config.task, seed=config.seed, stream="test", index=length, rows=config.test_rows,
-        length=length, tokens_per_pair=config.tokens_per_pair,
-    )  # fmt: skip
+        config.task,
+        seed=config.seed,
+        stream="test",
+        index=length,
+        rows=config.test_rows,
+        length=length,
+        tokens_per_pair=config.tokens_per_pair,
+    )
     parts = [
         model(part).argmax(-1) for part in torch.from_numpy(rows.tokens).split(config.batch_size)
     ]

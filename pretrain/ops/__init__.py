@@ -4,17 +4,17 @@ Every function takes tensors laid out ``[B, T, H, D]``, keeps its recurrent stat
 wider, and resets that state at the sequence starts that ``cu_seqlens`` names.
 """
 
-from pretrain.ops.arguments import definitions
-from pretrain.ops.attention import attention
-from pretrain.ops.delta_rule import delta_rule
-from pretrain.ops.linear_attention import linear_attention
-from pretrain.ops.m2rnn import m2rnn
-from pretrain.ops.newton import NewtonReport, newton_recurrence
-from pretrain.ops.para_rnn import para_gru, para_lstm
-from pretrain.ops.rat import RATState, rat
-from pretrain.ops.rnn import rnn
-from pretrain.ops.rotary import apply_rotary, rotary_embedding, rotary_of
-from pretrain.ops.short_convolution import short_convolution
+from pretrain.ops.attention.dispatch import attention
+from pretrain.ops.attention.rotary import apply_rotary, rotary_embedding, rotary_of
+from pretrain.ops.delta_rule.dispatch import delta_rule
+from pretrain.ops.linear_attention.dispatch import linear_attention
+from pretrain.ops.m2rnn.dispatch import m2rnn
+from pretrain.ops.newton.dispatch import NewtonReport, newton_recurrence
+from pretrain.ops.para_rnn.dispatch import para_gru, para_lstm
+from pretrain.ops.rat.dispatch import RATState, rat
+from pretrain.ops.rnn.dispatch import rnn
+from pretrain.ops.shared.arguments import definitions
+from pretrain.ops.short_convolution.dispatch import short_convolution
 
 __all__ = [
     "NewtonReport",

@@ -1,5 +1,5 @@
 """Processes, tensor-parallel layers and the training engine, on megatron-core."""
 
-from pretrain.parallel import megatron_on_cpu
+from pretrain.parallel import cpu as megatron_on_cpu
 
 megatron_on_cpu.install()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from data_prep.config_files import ConfigError
+from pretrain.common.config_loader import ConfigError
 from pretrain.config import ParallelConfig, RunConfig
-from pretrain.models.blocks import check_tensor_parallel
-from pretrain.models.stages import divide_into_stages
+from pretrain.model.spec import check_tensor_parallel
+from pretrain.model.stages import split_into_stages
 from pretrain.parallel.processes import check_world_size
 
 
@@ -21,7 +21,7 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
         )
     stages = parallel.pipeline * parallel.virtual_pipeline
     # How large the vocabulary is moves the stages' borders, not their possible number.
-    divide_into_stages(config.model, config.model.vocab_size or 1, train.seq_len, stages, where)
+    split_into_stages(config.model, config.model.vocab_size or 1, train.seq_len, stages, where)
     check_world_size(parallel, count)
     data = count // parallel.model_size
     tokens = train.seq_len * parallel.micro_batch_size * data

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from data_prep.errors import UserError
+from pretrain.common.errors import UserError
+from pretrain.common.metrics import merge_metrics
 from pretrain.config import ParallelConfig
-from pretrain.merged_metrics import merge_metrics
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def data_parallel_place() -> tuple[int, int]:
+def data_parallel_rank_and_size() -> tuple[int, int]:
     """(rank, size) of this process among the data-parallel ones."""
     return (
         parallel_state.get_data_parallel_rank(),
@@ -158,7 +158,7 @@ def on_every_process(function: Callable[[], T], group: dist.ProcessGroup | None 
     return results
 
 
-def over_processes(metrics: dict[str, float]) -> dict[str, float]:
+def all_reduce_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Metrics of all processes, whatever names each has; see :func:`merge_metrics`. Every process
     must call."""
     merged: dict[str, float] = {}

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from pretrain.parallel.layers import divided_over
+from pretrain.nn.linear import shard_of
 
 Shape = tuple[int, ...]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -99,7 +99,7 @@ def save_state(state: State, folder: Path, group: dist.ProcessGroup | None) -> N
         storage_writer=dcp.FileSystemWriter(folder, per_thread_copy_ahead=0),
         planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         process_group=group,
-    )  # fmt: skip
+    )
 
 
 def load_state(state: State, folder: Path) -> None:
@@ -121,7 +121,7 @@ def place(parameter: Any, shape: Shape) -> tuple[Shape, Shape]:
     """(shape of the whole tensor, offsets of this tensor-parallel process's part of it, which has
     ``shape``)."""
     whole, offsets = list(shape), [0] * len(shape)
-    divided = divided_over(parameter)
+    divided = shard_of(parameter)
     if divided is not None:
         axis, parts, place = divided
         whole[axis] *= parts

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from data_prep.errors import UserError
+from pretrain.common.errors import UserError
 
 _BEAT_SECONDS = 1.0
 _SILENT_BEATS = 5  # without a beat, when connections break: the process is gone
@@ -103,7 +103,7 @@ class Watchdog:
         os._exit(status)  # nothing waits any more for a process that does not answer
 
     def _last_checkpoint(self) -> str:
-        from pretrain.checkpoint import find_checkpoint
+        from pretrain.checkpoint.state import find_checkpoint
 
         try:
             return f"the last checkpoint is {find_checkpoint(self._directory)}"
@@ -146,8 +146,9 @@ class Watchdog:
             if now - since > min(self._timeout, _SILENT_SECONDS):
                 self._leave(
                     f"nothing has been heard of {self._name(rank)} for {now - since:.0f} s: "
-                    "it has stopped, or its machine has", EXIT_FAILED,
-                )  # fmt: skip
+                    "it has stopped, or its machine has",
+                    EXIT_FAILED,
+                )
         if self._rank != 0 or now - self._moved[0][1] <= self._timeout:
             return
         # No step has ended: who is elsewhere than the most, who wait for it?
@@ -158,8 +159,9 @@ class Watchdog:
         who = self._name(stuck[0]) if work != most else "every process"
         self._leave(
             f"{who} has been at {work} for {now - self._moved[stuck[0]][1]:.0f} s, longer than "
-            "parallel.timeout_minutes", EXIT_FAILED,
-        )  # fmt: skip
+            "parallel.timeout_minutes",
+            EXIT_FAILED,
+        )
 
     def _silent_process(self) -> str | None:
         """Of a process whose beat has stopped; waits for some beats."""

@@ -10,8 +10,8 @@ from operator import add
 import torch
 
 from pretrain.config import ParallelConfig, RunConfig
-from pretrain.models.blocks import ModelCounts, count_model
-from pretrain.models.stages import Stage, divide_into_stages
+from pretrain.model.spec import ModelCounts, count_model
+from pretrain.model.stages import Stage, split_into_stages
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.units import ParameterKind, Unit, Units, measure_units
 
@@ -115,10 +115,14 @@ class Planner:
         if key not in self._units:
             train = self.config.train
             self._units[key] = measure_units(
-                self.config.model, self.vocab_size, parallel, self.hardware,
-                seq_len=train.seq_len, dtype=DTYPES[train.precision],
+                self.config.model,
+                self.vocab_size,
+                parallel,
+                self.hardware,
+                seq_len=train.seq_len,
+                dtype=DTYPES[train.precision],
                 activation_checkpointing=checkpointing,
-            )  # fmt: skip
+            )
         return self._units[key]
 
     def estimate(
@@ -134,19 +138,24 @@ class Planner:
         seconds, sent = self._time(parallel, stages, data, micro_batches)
         factor = micro_batches * data * parallel.tensor
         return Estimate(
-            parallel=parallel, devices=devices, micro_batches=micro_batches, stages=stages,
-            seconds=seconds, sent=sent, tokens=train.global_batch_tokens,
+            parallel=parallel,
+            devices=devices,
+            micro_batches=micro_batches,
+            stages=stages,
+            seconds=seconds,
+            sent=sent,
+            tokens=train.global_batch_tokens,
             model_flops=self.counts.training_flops() * train.global_batch_tokens,
             hardware_flops=factor * sum(s.hardware_flops for s in stages),
             peak_flops=self.hardware.peak_flops(train.precision),
-        )  # fmt: skip
+        )
 
     def _stages(
         self, parallel: ParallelConfig, units: Units, data: int, micro_batches: int
     ) -> list[StageEstimate]:
         count, parts = parallel.pipeline, parallel.virtual_pipeline
         model, train = self.config.model, self.config.train
-        divided = divide_into_stages(model, self.vocab_size, train.seq_len, count * parts, "config")
+        divided = split_into_stages(model, self.vocab_size, train.seq_len, count * parts, "config")
         stages = []
         for rank in range(count):
             own = divided[rank::count]
@@ -163,31 +172,47 @@ class Planner:
                     memory[kind] = (max if kind == "update" else add)(memory[kind], more)
             memory.update(self._activation_memory(parallel, chains, rank, micro_batches, memory))
             costs = [(u.forward, u.backward, trained) for chain in chains for u, trained in chain]
-            seconds = [sum(f.seconds for f, _, _ in costs),
-                       sum(b.seconds for _, b, trained in costs if trained)]  # fmt: skip
-            sent = [sum(f.bytes_sent for f, _, _ in costs),
-                    sum(b.bytes_sent for _, b, trained in costs if trained)]  # fmt: skip
-            calls = [sum(f.collectives for f, _, _ in costs),
-                     sum(b.collectives for _, b, trained in costs if trained)]  # fmt: skip
-            waits = [self.hardware.link_seconds(
-                bytes_, number, spans_nodes=parallel.tensor > self.hardware.devices_per_node
-            ) for bytes_, number in zip(sent, calls, strict=True)]  # fmt: skip
+            seconds = [
+                sum(f.seconds for f, _, _ in costs),
+                sum(b.seconds for _, b, trained in costs if trained),
+            ]
+            sent = [
+                sum(f.bytes_sent for f, _, _ in costs),
+                sum(b.bytes_sent for _, b, trained in costs if trained),
+            ]
+            calls = [
+                sum(f.collectives for f, _, _ in costs),
+                sum(b.collectives for _, b, trained in costs if trained),
+            ]
+            waits = [
+                self.hardware.link_seconds(
+                    bytes_, number, spans_nodes=parallel.tensor > self.hardware.devices_per_node
+                )
+                for bytes_, number in zip(sent, calls, strict=True)
+            ]
             travels = [(u.routed, 1 + trained) for chain in chains for u, trained in chain]
             routed = self._routed_bytes(parallel, sum(n * ways for n, ways in travels))
             # There and back, in each direction.
             routing = self.hardware.link_seconds(
-                routed, 2 * sum(ways for n, ways in travels if n) * (parallel.expert > 1),
+                routed,
+                2 * sum(ways for n, ways in travels if n) * (parallel.expert > 1),
                 spans_nodes=parallel.expert > self.hardware.devices_per_node,
-            )  # fmt: skip
-            stages.append(StageEstimate(
-                blocks=[stage.blocks for stage in own], parameters=sum(held.values()),
-                expert_parameters=sum(experts.values()), memory=memory,
-                forward=seconds[0] + waits[0] + routing / 2,
-                backward=seconds[1] + waits[1] + routing / 2,
-                hardware_flops=sum(f.flops + b.flops * trained for f, b, trained in costs),
-                tensor_bytes=sum(sent), tensor_seconds=sum(waits),
-                expert_bytes=routed, expert_seconds=routing,
-            ))  # fmt: skip
+            )
+            stages.append(
+                StageEstimate(
+                    blocks=[stage.blocks for stage in own],
+                    parameters=sum(held.values()),
+                    expert_parameters=sum(experts.values()),
+                    memory=memory,
+                    forward=seconds[0] + waits[0] + routing / 2,
+                    backward=seconds[1] + waits[1] + routing / 2,
+                    hardware_flops=sum(f.flops + b.flops * trained for f, b, trained in costs),
+                    tensor_bytes=sum(sent),
+                    tensor_seconds=sum(waits),
+                    expert_bytes=routed,
+                    expert_seconds=routing,
+                )
+            )
         return stages
 
     def _routed_bytes(self, parallel: ParallelConfig, tokens: int) -> float:
@@ -251,9 +276,11 @@ class Planner:
             state = (8.0 + 4.0 * (optimizer.ema_decay > 0)) * total + 4.0 * masters
             state -= 4.0 * muon * sum(n for kind, n in held.items() if kind[2])
             return {
-                "weights": weights, "gradients": 4.0 * total, "optimizer": state / shares,
+                "weights": weights,
+                "gradients": 4.0 * total,
+                "optimizer": state / shares,
                 "update": update,
-            }  # fmt: skip
+            }
         width = 2 if narrow else 4
         bucket = 4.0 * min(_DEEPSPEED_BUCKET, total)
         moments = (8.0 if parallel.zero_stage == 0 else 12.0) * total / shares
@@ -261,8 +288,12 @@ class Planner:
             parallel.offload == "cpu" and self.hardware.device != "cpu"
         ):
             moments = 0.0  # not in this device's memory
-        memory = {"weights": float(width * total), "gradients": float(width * total),
-                  "optimizer": moments, "update": update}  # fmt: skip
+        memory = {
+            "weights": float(width * total),
+            "gradients": float(width * total),
+            "optimizer": moments,
+            "update": update,
+        }
         if parallel.zero_stage >= 2:
             memory["gradients"] = 4.0 * total / data
             # A CPU's memory counts when it is written to: see _activation_memory.

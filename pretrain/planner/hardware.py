@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.config_files import ConfigError, load_config, setting
+from pretrain.common.config_loader import ConfigError, load_config, setting
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "float32", torch.float64: "float64"}
 

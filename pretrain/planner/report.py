@@ -16,16 +16,16 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.errors import UserError
+from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, load_run_config
-from pretrain.models.blocks import (
+from pretrain.model.build import padded_vocab_size
+from pretrain.model.spec import (
     block_flops,
     block_parameters,
     block_specs,
     count_model,
     passes,
 )
-from pretrain.models.building import padded_vocab_size
 from pretrain.parallel.layout import check_layout, describe_layout
 from pretrain.planner.estimate import Estimate, Planner
 from pretrain.planner.hardware import Hardware, load_hardware
@@ -35,9 +35,13 @@ from pretrain.planner.units import Unit, Units
 # Of a model without a run.
 TOKENS_PER_PARAMETER = 20  # arXiv 2203.15556
 ASSUMED = (
-    "data.path=none", "schedule.warmup_steps=0", "train.precision=bf16", "train.seq_len=4096",
-    "train.global_batch_tokens=1048576", "parallel.micro_batch_size=1",
-)  # fmt: skip
+    "data.path=none",
+    "schedule.warmup_steps=0",
+    "train.precision=bf16",
+    "train.seq_len=4096",
+    "train.global_batch_tokens=1048576",
+    "parallel.micro_batch_size=1",
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -101,7 +105,7 @@ def _load(path: str, overrides: list[str]) -> RunConfig:
 def _vocab_size(config: RunConfig, path: str) -> int:
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    from pretrain.data import open_data
+    from pretrain.data.batches import open_data
 
     try:
         tokenizer = open_data(config.data).tokenizer
@@ -214,9 +218,15 @@ def _parts_table(planner: Planner, estimate: Estimate, units: Units) -> Table:
     config, seq_len = planner.config.model, planner.config.train.seq_len
     d, specs = config.hidden_size, {s.kind: s for s in block_specs(config)}
     table = _table(
-        "model by part", "part", "number", "parameters each", "together",
-        "forward MFLOP/token each", "backward", "kept for backward, MB each",
-    )  # fmt: skip
+        "model by part",
+        "part",
+        "number",
+        "parameters each",
+        "together",
+        "forward MFLOP/token each",
+        "backward",
+        "kept for backward, MB each",
+    )
     repeats = Counter[str]()
     for kind, times in zip(units.kinds, passes(config), strict=True):
         repeats[kind] += times
@@ -227,19 +237,25 @@ def _parts_table(planner: Planner, estimate: Estimate, units: Units) -> Table:
     def row(unit: Unit, number: int, parameters: int, forward: float, used: int) -> None:
         through = f"{number}" if used == number else f"{number} x {used / number:g}"
         table.add_row(
-            unit.name, through, f"{parameters:,}", f"{number * parameters:,}",
+            unit.name,
+            through,
+            f"{parameters:,}",
+            f"{number * parameters:,}",
             f"{forward / 1e6:,.2f}",
             f"{unit.backward.flops * tensor / tokens / 1e6:,.2f}",
             f"{unit.forward.kept / 1e6:,.1f}",
-        )  # fmt: skip
+        )
 
     row(units.embedding, 1, planner.vocab_size * d, 0.0, 1)
     for kind, unit in units.blocks.items():
         spec = specs[kind]
         row(
-            unit, numbers[kind], block_parameters(config, spec),
-            block_flops(config, spec, seq_len), repeats[kind],
-        )  # fmt: skip
+            unit,
+            numbers[kind],
+            block_parameters(config, spec),
+            block_flops(config, spec, seq_len),
+            repeats[kind],
+        )
     if units.loop is not None and config.recursion is not None:
         parameters = sum(units.loop.parameters.values())
         flops = units.loop.forward.flops * tensor / tokens
@@ -260,27 +276,35 @@ def _memory_table(estimate: Estimate, hardware: Hardware) -> Table:
     for number, stage in enumerate(estimate.stages):
         blocks = ", ".join(f"{b.start}-{b.stop - 1}" if len(b) else "head" for b in stage.blocks)
         table.add_row(
-            str(number), blocks, f"{stage.parameters + stage.expert_parameters:,}",
+            str(number),
+            blocks,
+            f"{stage.parameters + stage.expert_parameters:,}",
             *(f"{stage.memory.get(kind, 0.0) / 1e9:,.2f}" for kind in kinds),
             f"{stage.peak / 1e9:,.2f}",
-        )  # fmt: skip
+        )
     return table
 
 
 def _time_table(estimate: Estimate) -> Table:
     table = _table(
         f"a step: {estimate.step_seconds:,.3f} s, {estimate.micro_batches} micro-batches per "
-        "process", "part", "seconds", "share", "sent per process, MB",
-    )  # fmt: skip
+        "process",
+        "part",
+        "seconds",
+        "share",
+        "sent per process, MB",
+    )
     sent = dict(estimate.sent)
     sent["pipeline messages"] = sent.pop("pipeline")
     for part, seconds in estimate.seconds.items():
         if seconds or sent.get(part):
             moved = sent.get(part)
             table.add_row(
-                part, f"{seconds:,.4f}", f"{seconds / estimate.step_seconds:.1%}",
+                part,
+                f"{seconds:,.4f}",
+                f"{seconds / estimate.step_seconds:.1%}",
                 "" if moved is None else f"{moved / 1e6:,.1f}",
-            )  # fmt: skip
+            )
     return table
 
 
@@ -291,19 +315,31 @@ def _print_candidates(
     table = _table(
         f"{planner.config.name} on {devices} x {planner.hardware.name}: {len(fits)} of "
         f"{len(found)} layouts fit, fastest first",
-        "layout", "micro batch", "ckpt", "GB", "s/step", "tokens/s", "MFU", "bubble", "days",
-    )  # fmt: skip
+        "layout",
+        "micro batch",
+        "ckpt",
+        "GB",
+        "s/step",
+        "tokens/s",
+        "MFU",
+        "bubble",
+        "days",
+    )
     for candidate in fits[:top]:
         estimate = candidate.estimate
         assert estimate is not None
         days = _cost(estimate, planner.config, planner.hardware)["hours"] / 24
         table.add_row(
-            _short(candidate.parallel, devices), str(candidate.parallel.micro_batch_size),
-            candidate.checkpointing, f"{estimate.peak_memory / 1e9:,.1f}",
-            f"{estimate.step_seconds:,.2f}", f"{estimate.tokens_per_second:,.0f}",
+            _short(candidate.parallel, devices),
+            str(candidate.parallel.micro_batch_size),
+            candidate.checkpointing,
+            f"{estimate.peak_memory / 1e9:,.1f}",
+            f"{estimate.step_seconds:,.2f}",
+            f"{estimate.tokens_per_second:,.0f}",
             f"{estimate.mfu:.1%}",
-            f"{estimate.seconds['pipeline bubble'] / estimate.step_seconds:.0%}", f"{days:,.1f}",
-        )  # fmt: skip
+            f"{estimate.seconds['pipeline bubble'] / estimate.step_seconds:.0%}",
+            f"{days:,.1f}",
+        )
     console.print(table)
     if fits:
         best = fits[0]
@@ -342,11 +378,14 @@ def _settings(candidate: Candidate) -> str:
     """As overrides of the command line."""
     parallel = candidate.parallel
     chosen = {
-        "tensor": parallel.tensor, "sequence": str(parallel.sequence).lower(),
+        "tensor": parallel.tensor,
+        "sequence": str(parallel.sequence).lower(),
         "expert": parallel.expert,
-        "pipeline": parallel.pipeline, "virtual_pipeline": parallel.virtual_pipeline,
-        "micro_batch_size": parallel.micro_batch_size, "zero_stage": parallel.zero_stage,
+        "pipeline": parallel.pipeline,
+        "virtual_pipeline": parallel.virtual_pipeline,
+        "micro_batch_size": parallel.micro_batch_size,
+        "zero_stage": parallel.zero_stage,
         "zero_backend": parallel.zero_backend,
-    }  # fmt: skip
+    }
     words = [f"parallel.{name}={value}" for name, value in chosen.items()]
     return " ".join([*words, f"train.activation_checkpointing={candidate.checkpointing}"])

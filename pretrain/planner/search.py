@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data_prep.config_files import ConfigError
-from data_prep.errors import UserError
+from pretrain.common.config_loader import ConfigError
+from pretrain.common.errors import UserError
 from pretrain.config import ParallelConfig, RunConfig
-from pretrain.config_checks import check_run_config
+from pretrain.config.checks import check_run_config
 from pretrain.parallel.layout import check_layout
 from pretrain.planner.estimate import Estimate, Planner
 
@@ -42,9 +42,12 @@ def _dense(devices: int, per_node: int) -> Iterator[ParallelConfig]:
             for parts in (1, 2, 4) if pipeline > 1 else (1,):
                 for rows in (1, 2, 4, 8):
                     layout = ParallelConfig(
-                        tensor=tensor, sequence=tensor > 1, pipeline=pipeline,
-                        virtual_pipeline=parts, micro_batch_size=rows,
-                    )  # fmt: skip
+                        tensor=tensor,
+                        sequence=tensor > 1,
+                        pipeline=pipeline,
+                        virtual_pipeline=parts,
+                        micro_batch_size=rows,
+                    )
                     yield layout
                     if pipeline == 1 and devices > tensor:
                         yield dataclasses.replace(layout, zero_stage=3, zero_backend="deepspeed")

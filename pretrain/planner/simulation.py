@@ -22,14 +22,22 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from pretrain.ops.arguments import Work, planned_device
+from pretrain.ops.shared.arguments import Work, planned_device
 from pretrain.planner.hardware import Hardware
 
 _aten: Any = torch.ops.aten
-_INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default,
-            _aten._index_put_impl_.default}  # fmt: skip
-_LOOKUPS = {_aten.index.Tensor, _aten.index_select.default, _aten.embedding.default,
-            _aten.gather.default}  # fmt: skip
+_INDEXED = {
+    _aten.index.Tensor,
+    _aten.index_put.default,
+    _aten.index_put_.default,
+    _aten._index_put_impl_.default,
+}
+_LOOKUPS = {
+    _aten.index.Tensor,
+    _aten.index_select.default,
+    _aten.embedding.default,
+    _aten.gather.default,
+}
 
 
 @dataclass
@@ -48,8 +56,9 @@ class Cost:
 
     def plus(self, other: Cost, times: float) -> Cost:
         """``self + times * other``, field by field."""
-        pairs = {f.name: getattr(self, f.name) + times * getattr(other, f.name)
-                 for f in fields(self)}  # fmt: skip
+        pairs = {
+            f.name: getattr(self, f.name) + times * getattr(other, f.name) for f in fields(self)
+        }
         return Cost(**pairs)
 
 
@@ -169,8 +178,11 @@ class Simulation(TorchDispatchMode):
     def _communicate(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Nothing is sent; the fake group must not see tensors without memory."""
         tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-        boxed = next(x for x in args if isinstance(x, torch.ScriptObject)
-                     and "ProcessGroup" in str(x._type()))  # fmt: skip
+        boxed = next(
+            x
+            for x in args
+            if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type())
+        )
         size = dist.ProcessGroup.unbox(boxed).size()
         name = function.__name__
         share = (size - 1) / size * max(map(_bytes, tensors), default=0)
@@ -231,8 +243,10 @@ def _fused_attention(simulation: Simulation) -> Iterator[None]:
 def _cpu_is_fused(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> bool:
     """What torch would choose, asked with tensors of a few tokens."""
     with _disable_current_modes():
-        small = [torch.empty(1, x.shape[1], 2, x.shape[3], dtype=x.dtype, requires_grad=True)
-                 for x in (q, k, v)]  # fmt: skip
+        small = [
+            torch.empty(1, x.shape[1], 2, x.shape[3], dtype=x.dtype, requires_grad=True)
+            for x in (q, k, v)
+        ]
         mask = settings.pop("attn_mask", None)
         settings["attn_mask"] = None if mask is None else torch.ones(2, 2, dtype=torch.bool)
         choose: Any = torch._fused_sdp_choice

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig, ParallelConfig
-from pretrain.models.blocks import block_specs
-from pretrain.models.building import parallel_context
-from pretrain.models.dropout import EMBEDDING
-from pretrain.models.language_model import LanguageModel
-from pretrain.models.moe import MoE
-from pretrain.ops.packing import rows_as_sequences
-from pretrain.parallel.fake_processes import as_process
+from pretrain.data.sequences import rows_as_sequences
+from pretrain.model.build import parallel_context
+from pretrain.model.language_model import LanguageModel
+from pretrain.model.spec import block_specs
+from pretrain.nn.dropout import EMBEDDING
+from pretrain.nn.moe import MoE
+from pretrain.planner.fake_processes import as_process
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.simulation import Cost, Simulation
 
@@ -109,9 +109,11 @@ class _Measurement:
             head.append(model.head)
         return Units(
             embedding=self._unit("embedding", [model.embedding], self._embedding),
-            blocks=blocks, kinds=kinds, loop=loop,
+            blocks=blocks,
+            kinds=kinds,
+            loop=loop,
             head=self._unit("head", head, self._head),
-        )  # fmt: skip
+        )
 
     def _unit(
         self, name: str, modules: list[nn.Module], measure: Callable[[int], tuple[Cost, Cost]]

@@ -1,59 +1,9 @@
-"""Small corpora, tokenizers and data sets that several tests read."""
+"""Fixtures of these tests."""
 
-import os
-import random
-
-import pytest
-
-from data_prep.config import SourceConfig, TokenizerConfig
-from data_prep.prepare import prepare
-from data_prep.sources import StandardLibrary
-from data_prep.tokenizer import Tokenizer
-from data_prep.tokenizer_training import train_sentencepiece
-from tests.data_prep.helpers import files_config
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-@pytest.fixture(scope="session")
-def stdlib_documents():
-    source = StandardLibrary(SourceConfig(name="stdlib", kind="stdlib"))
-    return [
-        document.content.decode()
-        for file in range(source.file_count)
-        for document in source.read(file)
-    ]
-
-
-@pytest.fixture(scope="session")
-def model_file(tmp_path_factory, stdlib_documents):
-    """A SentencePiece model trained on a little of the standard library."""
-    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
-    config = TokenizerConfig(vocab_size=1000)
-    path.write_bytes(train_sentencepiece(stdlib_documents[:40], config))
-    return path
-
-
-@pytest.fixture(scope="session")
-def tokenizer(model_file):
-    return Tokenizer.load(model_file)
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """A folder of 60 text files, half a megabyte in all, each different."""
-    folder = tmp_path_factory.mktemp("corpus")
-    words = ["alpha", "beta", "gamma", "delta\n\n", "", "", "epsilon\tzeta", "é", "🙂", "theta"]
-    for index in range(60):
-        rng = random.Random(index)
-        text = " ".join(rng.choices(words, k=300 + 50 * index))
-        (folder / f"{index:03d}.txt").write_text(f"{index}\n{text}")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory, corpus, model_file):
-    """A finished data set of the corpus; do not change it."""
-    output = tmp_path_factory.mktemp("data") / "small"
-    prepare(files_config(output, [corpus], model_file))
-    return output
+from tests.helpers.data_fixtures import (  # noqa: F401
+    model_file,
+    small_data,
+    stdlib_documents,
+    text_folder,
+    tokenizer,
+)

@@ -8,9 +8,9 @@ import time
 import pytest
 from rich.console import Console
 
-from data_prep.manifest import Manifest
 from data_prep.screen import ProgressDisplay
-from tests.data_prep.helpers import run_command, write_config
+from pretrain.data.manifest import Manifest
+from tests.helpers.data_preparation import run_command, write_config
 
 
 @pytest.fixture(scope="module")

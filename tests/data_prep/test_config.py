@@ -1,8 +1,8 @@
 import pytest
 
 from data_prep.config import load_data_config
-from data_prep.config_files import ConfigError
-from tests.data_prep.helpers import REPOSITORY, write_config
+from pretrain.common.config_loader import ConfigError
+from tests.helpers.data_preparation import REPOSITORY, write_config
 
 FILES = {"name": "a", "kind": "files", "paths": ["x"]}
 

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from data_prep.config import SourceConfig
-from data_prep.errors import UserError
 from data_prep.sources import open_source
+from pretrain.common.errors import UserError
 
 datasets = pytest.importorskip("datasets")
 

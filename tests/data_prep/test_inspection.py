@@ -3,8 +3,8 @@ import shutil
 import numpy as np
 import pytest
 
-from data_prep.errors import UserError
 from data_prep.inspection import histogram, inspect, verify
+from pretrain.common.errors import UserError
 
 
 def test_verify_is_content_with_a_whole_data_set(small_data, capsys):

@@ -13,13 +13,13 @@ import pytest
 
 from data_prep import shards
 from data_prep.config import DataPrepConfig, TokenizerConfig
-from data_prep.config_files import build_config
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
 from data_prep.prepare import prepare
-from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_training import is_validation
-from tests.data_prep.helpers import (
+from pretrain.common.config_loader import build_config
+from pretrain.common.errors import UserError
+from pretrain.data.manifest import Manifest
+from pretrain.data.tokenizer import Tokenizer
+from tests.helpers.data_preparation import (
     command,
     digests,
     files_config,
@@ -46,17 +46,17 @@ def documents_of(directory, split):
     return texts
 
 
-def test_shards_hold_every_document_once_and_in_order(small_data, corpus):
-    texts = [path.read_bytes().decode() for path in sorted(corpus.iterdir())]
+def test_shards_hold_every_document_once_and_in_order(small_data, text_folder):
+    texts = [path.read_bytes().decode() for path in sorted(text_folder.iterdir())]
     valid = [text for text in texts if is_validation(text.encode(), 0.1)]
     assert valid
     assert documents_of(small_data, "valid") == valid
     assert documents_of(small_data, "train") == [text for text in texts if text not in valid]
 
 
-def test_the_manifest_adds_up(small_data, corpus):
+def test_the_manifest_adds_up(small_data, text_folder):
     manifest = Manifest.load(small_data)
-    texts = [path.read_bytes() for path in corpus.iterdir()]
+    texts = [path.read_bytes() for path in text_folder.iterdir()]
     (source,) = manifest.sources
     assert (source.documents, source.bytes) == (60, sum(map(len, texts)))
     for split in ("train", "valid"):
@@ -72,18 +72,18 @@ def test_the_manifest_adds_up(small_data, corpus):
     assert found == expected | {"manifest.json", "tokenizer.model"}
 
 
-def test_shards_end_soon_after_their_size(tmp_path, corpus, model_file, monkeypatch):
+def test_shards_end_soon_after_their_size(tmp_path, text_folder, model_file, monkeypatch):
     monkeypatch.setattr(shards, "BATCH_BYTES", 5_000)
-    manifest = prepare(files_config(tmp_path / "out", [corpus], model_file))
+    manifest = prepare(files_config(tmp_path / "out", [text_folder], model_file))
     indices = sorted({shard.name[-5:] for shard in manifest.shards})
     sizes = [sum(s.bytes for s in manifest.shards if s.name.endswith(i)) for i in indices]
-    largest = max(path.stat().st_size for path in corpus.iterdir())
+    largest = max(path.stat().st_size for path in text_folder.iterdir())
     assert len(sizes) > 3
     assert all(100_000 <= size < 105_000 + largest for size in sizes[:-1])
 
 
-def test_entropies_are_those_of_the_text(small_data, corpus):
-    documents = [np.frombuffer(path.read_bytes(), np.uint8) for path in corpus.iterdir()]
+def test_entropies_are_those_of_the_text(small_data, text_folder):
+    documents = [np.frombuffer(path.read_bytes(), np.uint8) for path in text_folder.iterdir()]
     counts = np.zeros((256, 256))
     for document in documents:
         np.add.at(counts, (document[:-1], document[1:]), 1)
@@ -97,8 +97,8 @@ def test_entropies_are_those_of_the_text(small_data, corpus):
     assert entropy.bigram == pytest.approx(conditional)
 
 
-def test_the_number_of_processes_changes_nothing(tmp_path, small_data, corpus, model_file):
-    prepare(files_config(tmp_path / "two", [corpus], model_file, processes=2))
+def test_the_number_of_processes_changes_nothing(tmp_path, small_data, text_folder, model_file):
+    prepare(files_config(tmp_path / "two", [text_folder], model_file, processes=2))
     assert digests(tmp_path / "two") == digests(small_data)
     first, second = Manifest.load(small_data), Manifest.load(tmp_path / "two")
     first.created = second.created
@@ -106,29 +106,29 @@ def test_the_number_of_processes_changes_nothing(tmp_path, small_data, corpus, m
 
 
 def test_an_unchanged_rerun_does_nothing_and_says_so(
-    tmp_path, small_data, corpus, model_file, capsys
+    tmp_path, small_data, text_folder, model_file, capsys
 ):
     output = shutil.copytree(small_data, tmp_path / "copy")
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
-    prepare(files_config(output, [corpus], model_file, processes=2))
+    prepare(files_config(output, [text_folder], model_file, processes=2))
     assert "complete and unchanged: nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
 
-def test_a_damaged_data_set_is_not_called_complete(tmp_path, small_data, corpus, model_file):
+def test_a_damaged_data_set_is_not_called_complete(tmp_path, small_data, text_folder, model_file):
     output = shutil.copytree(small_data, tmp_path / "copy")
     (output / "train-text-00001.bin").write_bytes(b"short")
     with pytest.raises(UserError, match=r"train-text-00001.bin has 5 bytes"):
-        prepare(files_config(output, [corpus], model_file))
+        prepare(files_config(output, [text_folder], model_file))
 
 
-def test_other_settings_or_sources_need_overwrite(tmp_path, small_data, corpus, model_file):
+def test_other_settings_or_sources_need_overwrite(tmp_path, small_data, text_folder, model_file):
     output = shutil.copytree(small_data, tmp_path / "copy")
     before = digests(output)
-    other = files_config(output, [corpus], model_file, shard_bytes=300_000)
+    other = files_config(output, [text_folder], model_file, shard_bytes=300_000)
     with pytest.raises(UserError, match=r"shard_bytes was 100000, now is 300000.*--overwrite"):
         prepare(other)
-    grown = shutil.copytree(corpus, tmp_path / "grown")
+    grown = shutil.copytree(text_folder, tmp_path / "grown")
     config = files_config(output, [grown], model_file)
     with pytest.raises(UserError, match=r"sources.0.paths.0 was"):
         prepare(config)
@@ -147,20 +147,26 @@ def test_a_changed_file_is_noticed(tmp_path, model_file):
         prepare(config)
 
 
-def test_shards_of_unknown_origin_are_not_touched(tmp_path, corpus, model_file):
+def test_shards_of_unknown_origin_are_not_touched(tmp_path, text_folder, model_file):
     (tmp_path / "out").mkdir()
     theirs = tmp_path / "out" / "train-theirs-00000.bin"
     theirs.write_text("precious")
     with pytest.raises(UserError, match="shards of unknown origin"):
-        prepare(files_config(tmp_path / "out", [corpus], model_file))
+        prepare(files_config(tmp_path / "out", [text_folder], model_file))
     assert theirs.read_text() == "precious"
 
 
-def test_sources_keep_their_own_shards_and_their_limits(tmp_path, corpus, model_file):
+def test_sources_keep_their_own_shards_and_their_limits(tmp_path, text_folder, model_file):
     rows = "".join(json.dumps({"body": f"row {i}"}) + "\n" for i in range(100))
     (tmp_path / "rows.jsonl").write_text(rows)
     sources = [
-        {"name": "text", "kind": "files", "paths": [str(corpus)], "weight": 3, "max_documents": 7},
+        {
+            "name": "text",
+            "kind": "files",
+            "paths": [str(text_folder)],
+            "weight": 3,
+            "max_documents": 7,
+        },
         {
             "name": "rows-2",
             "kind": "files",
@@ -197,8 +203,8 @@ def test_a_source_without_text_is_refused_and_nothing_is_written(tmp_path, model
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_that_cannot_be_trained_leaves_nothing(tmp_path, corpus):
-    config = files_config(tmp_path / "out", [corpus], "unused")
+def test_a_tokenizer_that_cannot_be_trained_leaves_nothing(tmp_path, text_folder):
+    config = files_config(tmp_path / "out", [text_folder], "unused")
     config.tokenizer = TokenizerConfig(vocab_size=60_000)
     with pytest.raises(UserError, match="vocab_size is 60000"):
         prepare(config)
@@ -206,7 +212,7 @@ def test_a_tokenizer_that_cannot_be_trained_leaves_nothing(tmp_path, corpus):
 
 
 def test_whole_shards_survive_a_broken_file_and_the_run_resumes(
-    tmp_path, small_data, corpus, model_file, monkeypatch
+    tmp_path, small_data, text_folder, model_file, monkeypatch
 ):
     finish = shards.ShardWriter.finish
 
@@ -215,7 +221,7 @@ def test_whole_shards_survive_a_broken_file_and_the_run_resumes(
             raise OSError(errno.ENOSPC, "No space left on device")
         return finish(writer)
 
-    config = files_config(tmp_path / "out", [corpus], model_file)
+    config = files_config(tmp_path / "out", [text_folder], model_file)
     monkeypatch.setattr(shards.ShardWriter, "finish", fail_at_third)
     with pytest.raises(UserError, match=r"the disk that holds .*out is full"):
         prepare(config)
@@ -225,7 +231,7 @@ def test_whole_shards_survive_a_broken_file_and_the_run_resumes(
     with pytest.raises(UserError, match=r"holds no manifest.json: run python -m data_prep"):
         Manifest.load(tmp_path / "out")
     monkeypatch.setattr(shards.ShardWriter, "finish", finish)
-    changed = files_config(tmp_path / "out", [corpus], model_file, validation_fraction=0.2)
+    changed = files_config(tmp_path / "out", [text_folder], model_file, validation_fraction=0.2)
     with pytest.raises(UserError, match=r"validation_fraction was 0.1"):
         prepare(changed)
     # As if killed between a shard's renaming and its listing.
@@ -237,19 +243,19 @@ def test_whole_shards_survive_a_broken_file_and_the_run_resumes(
     assert Manifest.load(tmp_path / "out").byte_entropy == Manifest.load(small_data).byte_entropy
 
 
-def test_two_runs_do_not_write_to_one_place(tmp_path, corpus, model_file):
+def test_two_runs_do_not_write_to_one_place(tmp_path, text_folder, model_file):
     import fcntl
 
     (tmp_path / "out" / ".partial").mkdir(parents=True)
     with (tmp_path / "out" / ".partial" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run is writing to"):
-            prepare(files_config(tmp_path / "out", [corpus], model_file))
+            prepare(files_config(tmp_path / "out", [text_folder], model_file))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_full_disk_names_the_disk_keeps_whole_shards_and_resumes(
-    tmp_path, small_data, corpus, model_file
+    tmp_path, small_data, text_folder, model_file
 ):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -259,7 +265,7 @@ def test_a_full_disk_names_the_disk_keeps_whole_shards_and_resumes(
     if mounted.returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        config = files_config(disk / "out", [corpus], model_file)
+        config = files_config(disk / "out", [text_folder], model_file)
         with pytest.raises(UserError, match=rf"the disk that holds {disk}/out is full"):
             prepare(config)
         kept = {path.name: path.read_bytes() for path in (disk / "out").glob("*-text-*")}
@@ -273,11 +279,11 @@ def test_a_full_disk_names_the_disk_keeps_whole_shards_and_resumes(
 
 
 @pytest.fixture
-def slow_run(tmp_path, corpus, model_file):
+def slow_run(tmp_path, text_folder, model_file):
     """A config file of a run that takes a few seconds, and where its output goes."""
-    folder = tmp_path / "corpus"
+    folder = tmp_path / "text_folder"
     folder.mkdir()
-    text = b"".join(path.read_bytes() for path in sorted(corpus.iterdir()))
+    text = b"".join(path.read_bytes() for path in sorted(text_folder.iterdir()))
     for index in range(24):
         (folder / f"{index:02d}.txt").write_bytes(str(index).encode() + text)
     config = write_config(

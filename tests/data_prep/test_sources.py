@@ -6,8 +6,8 @@ import pytest
 import zstandard
 
 from data_prep.config import SourceConfig
-from data_prep.errors import UserError
 from data_prep.sources import StandardLibrary, find_files, open_source
+from pretrain.common.errors import UserError
 
 TEXTS = ["one", "two\nlines", "", "drei é 🙂", "x" * 300_000, "last"]
 

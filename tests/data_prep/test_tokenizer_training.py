@@ -1,10 +1,10 @@
 import pytest
 
 from data_prep.config import DataPrepConfig, TokenizerConfig
-from data_prep.config_files import build_config
-from data_prep.errors import UserError
-from data_prep.tokenizer import Tokenizer
 from data_prep.tokenizer_training import is_validation, sample, train_sentencepiece
+from pretrain.common.config_loader import build_config
+from pretrain.common.errors import UserError
+from pretrain.data.tokenizer import Tokenizer
 
 
 def sample_config(sample_bytes, validation_fraction=0.0, **folders):
@@ -75,9 +75,9 @@ def test_no_file_crowds_out_the_others_of_the_sample(tmp_path):
     assert len(text) <= 20_000
 
 
-def test_validation_documents_stay_out_of_the_sample(corpus):
-    text = "".join(sample(sample_config(10**9, 0.3, a=(corpus, 1.0))))
-    documents = [path.read_bytes() for path in corpus.iterdir()]
+def test_validation_documents_stay_out_of_the_sample(text_folder):
+    text = "".join(sample(sample_config(10**9, 0.3, a=(text_folder, 1.0))))
+    documents = [path.read_bytes() for path in text_folder.iterdir()]
     assert any(is_validation(document, 0.3) for document in documents)
     for document in documents:
         assert (document.decode() in text) != is_validation(document, 0.3)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.errors import UserError
 from data_prep.tokenizer_training import is_validation
 from data_prep.workers import WorkerPool, count_bytes, tokenize
-from tests.data_prep.helpers import wait_until_gone
+from pretrain.common.errors import UserError
+from tests.helpers.data_preparation import wait_until_gone
 
 
 @given(st.lists(st.binary(min_size=1, max_size=20), max_size=10), st.integers(1, 8))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.pretrain.test_training_run import ENVIRONMENT, ROOT, Run
+from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT, Run
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,13 @@ def trained(tmp_path_factory, corpus):
 
 def evals(*words):
     return subprocess.run(
-        [sys.executable, "-m", "evals", *map(str, words)], cwd=ROOT, env=ENVIRONMENT, text=True,
-        capture_output=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "evals", *map(str, words)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,16 @@ import re
 import numpy as np
 import pytest
 
-from data_prep.errors import UserError
-from evals.downstream.generated import (
+from evals.synthetic import __main__ as command
+from evals.synthetic.long_context import LONG_TASKS, make_texts
+from evals.synthetic.text_problems import PROBLEMS, make_problems
+from evals.tasks.generated import (
     TextSettings,
     generated_config,
     parse_name,
     share_of_answers,
 )
-from evals.synthetic import __main__ as command
-from evals.synthetic.long_context import LONG_TASKS, make_texts
-from evals.synthetic.text_problems import PROBLEMS, make_problems
+from pretrain.common.errors import UserError
 
 
 def words(text: str) -> int:
@@ -38,9 +38,16 @@ def test_reading_a_text_gives_its_answers(task, length):
 
 @pytest.mark.parametrize(
     ("task", "answers"),
-    [("niah_single_1", 1), ("niah_multivalue", 4), ("niah_multiquery", 4), ("ruler_vt", 5),
-     ("ruler_cwe", 10), ("ruler_fwe", 3), ("passkey", 1)],
-)  # fmt: skip
+    [
+        ("niah_single_1", 1),
+        ("niah_multivalue", 4),
+        ("niah_multiquery", 4),
+        ("ruler_vt", 5),
+        ("ruler_cwe", 10),
+        ("ruler_fwe", 3),
+        ("passkey", 1),
+    ],
+)
 def test_as_many_answers_as_ruler_asks_for(task, answers):
     (text,) = make_texts(task, count=1, length=2000, tokens=words)
     assert len(text.answers) == answers

@@ -15,13 +15,13 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
-from data_prep.errors import UserError
-from evals.evaluation import evaluate_tasks, random_numbers_kept
-from evals.harness import HarnessModel
-from evals.scoring import Pair, Scorer, StateScorer
-from pretrain.models.building import build_model
+from evals.harness.evaluation import evaluate_tasks, random_numbers_kept
+from evals.harness.model import HarnessModel
+from pretrain.common.errors import UserError
+from pretrain.inference.score import Pair, Scorer, StateScorer
+from pretrain.model.build import build_model
 from tests.evals.test_sampling import Letters
-from tests.pretrain.test_language_model import settings
+from tests.pretrain.model.test_language_model import settings
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -178,17 +178,28 @@ def task(name="choices", count=30, **changes):
     def load(**_: Any) -> dict[str, Any]:
         from datasets import Dataset
 
-        rows = [{"question": f"q{i}", "options": ["aa", "b" * (i % 3 + 1)], "gold": i % 2}
-                for i in range(count)]  # fmt: skip
+        rows = [
+            {"question": f"q{i}", "options": ["aa", "b" * (i % 3 + 1)], "gold": i % 2}
+            for i in range(count)
+        ]
         return {"test": Dataset.from_list(rows), "train": Dataset.from_list(rows[:5])}
 
-    return ConfigurableTask(config={
-        "task": name, "custom_dataset": load, "test_split": "test", "fewshot_split": "train",
-        "doc_to_text": "{{question}}", "doc_to_choice": "{{options}}", "doc_to_target": "{{gold}}",
-        "output_type": "multiple_choice", "target_delimiter": " ",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}], "metadata": {"version": 7},
-        **changes,
-    })  # fmt: skip
+    return ConfigurableTask(
+        config={
+            "task": name,
+            "custom_dataset": load,
+            "test_split": "test",
+            "fewshot_split": "train",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{options}}",
+            "doc_to_target": "{{gold}}",
+            "output_type": "multiple_choice",
+            "target_delimiter": " ",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            "metadata": {"version": 7},
+            **changes,
+        }
+    )
 
 
 def loaded(*tasks):
@@ -239,8 +250,13 @@ def test_a_model_gets_the_same_scores_whatever_the_batch():
     alone: dict[str, Any] = {"tokens_per_pass": 1, "share_prefixes": False}
     for options in ({}, alone):
         lm = harness(StateScorer(model, 256, **options))
-        found.append(lm.loglikelihood(requests(
-            "loglikelihood", *[(f"question {i % 3} and more", f" answer {i}") for i in range(9)]
-        )))  # fmt: skip
+        found.append(
+            lm.loglikelihood(
+                requests(
+                    "loglikelihood",
+                    *[(f"question {i % 3} and more", f" answer {i}") for i in range(9)],
+                )
+            )
+        )
     for (a, x), (b, y) in zip(*found, strict=True):
         assert math.isclose(a, b, rel_tol=1e-10) and x == y

@@ -10,11 +10,15 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from tests.pretrain.test_training_run import ENVIRONMENT, ROOT, Run
+from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT, Run
 
 pytestmark = pytest.mark.slow
-EVAL = ("eval.tasks=[text_parity@4,text_mqar@2]", "eval.every=8", "eval.limit=5",
-        "eval.max_length=120")  # fmt: skip
+EVAL = (
+    "eval.tasks=[text_parity@4,text_mqar@2]",
+    "eval.every=8",
+    "eval.limit=5",
+    "eval.max_length=120",
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +52,24 @@ def test_training_is_bit_equal(runs):
 
 def test_the_command_gives_the_same_scores_afterwards(runs):
     done = subprocess.run(
-        [sys.executable, "-m", "evals", str(runs[0].directory), "--tasks",
-         "text_parity@4,text_mqar@2", "--limit", "5", "--max-length", "120"],
-        cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "evals",
+            str(runs[0].directory),
+            "--tasks",
+            "text_parity@4,text_mqar@2",
+            "--limit",
+            "5",
+            "--max-length",
+            "120",
+        ],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "text_parity@4" in done.stdout and "written to" in done.stdout
     for name in ("text_parity@4", "text_mqar@2"):

@@ -10,22 +10,37 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from data_prep.errors import UserError
-from evals import tasks as task_module
-from evals.downstream import local_data
-from evals.downstream.generated import TextSettings
-from evals.downstream.offline_tasks import MMLU_GROUPS, OFFLINE
-from evals.downstream.recall import RECALL_TASKS, contains, recall_document
-from evals.tasks import _manager, check_tasks, load_tasks, own_tasks
+from evals.tasks import loading as task_module
+from evals.tasks import local_data
+from evals.tasks.generated import TextSettings
+from evals.tasks.loading import _manager, check_tasks, load_tasks, own_tasks
+from evals.tasks.offline_tasks import MMLU_GROUPS, OFFLINE
+from evals.tasks.recall import RECALL_TASKS, contains, recall_document
+from pretrain.common.errors import UserError
 
 SETTINGS = TextSettings(len, 1000, count=5)
 # Documents that the hub's splits have: test where there is one, validation otherwise.
 DOCUMENTS = {
-    "arc_challenge": 1172, "arc_easy": 2376, "boolq": 3270, "cb": 56, "commonsense_qa": 1221,
-    "copa": 100, "gsm8k": 1319, "hellaswag": 10042, "lambada_openai": 5153, "mrpc": 408,
-    "nq_open": 3610, "openbookqa": 500, "piqa": 1838, "rte": 277, "sciq": 1000, "social_iqa": 1954,
-    "sst2": 872, "triviaqa": 7993, "winogrande": 1267,
-}  # fmt: skip
+    "arc_challenge": 1172,
+    "arc_easy": 2376,
+    "boolq": 3270,
+    "cb": 56,
+    "commonsense_qa": 1221,
+    "copa": 100,
+    "gsm8k": 1319,
+    "hellaswag": 10042,
+    "lambada_openai": 5153,
+    "mrpc": 408,
+    "nq_open": 3610,
+    "openbookqa": 500,
+    "piqa": 1838,
+    "rte": 277,
+    "sciq": 1000,
+    "social_iqa": 1954,
+    "sst2": 872,
+    "triviaqa": 7993,
+    "winogrande": 1267,
+}
 
 
 @pytest.fixture
@@ -115,9 +130,10 @@ def test_only_whole_words_are_found():
 
 def test_a_question_without_an_answer_in_its_passage_is_left_out():
     document: dict[str, Any] = {
-        "passage": "Two and three.", "query": "Two and three.\nQuestion: sum?\nAnswer:",
+        "passage": "Two and three.",
+        "query": "Two and three.\nQuestion: sum?\nAnswer:",
         "answers": [["5"], ["two", "three"]],
-    }  # fmt: skip
+    }
     assert recall_document("drop", document, twice=False) is None
     document["answers"].append(["three"])
     found = recall_document("drop", document, twice=True)

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
-from data_prep.tokenizer import Tokenizer
 from evals.perplexity import evaluate_perplexity, score, windows
-from pretrain.data import open_shard
-from pretrain.models.building import build_model
-from tests.pretrain.test_language_model import VOCAB, settings
+from pretrain.common.errors import UserError
+from pretrain.data.batches import open_shard
+from pretrain.data.manifest import Manifest
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.model.build import build_model
+from tests.pretrain.model.test_language_model import VOCAB, settings
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -50,13 +50,15 @@ def loaded(corpus, window=16):
     vocab_size = 384
     model = build_model(settings(), vocab_size, seed=0, dtype=torch.float64).eval()
     return SimpleNamespace(
-        model=model, tokenizer=tokenizer, checkpoint="here",
+        model=model,
+        tokenizer=tokenizer,
+        checkpoint="here",
         run=SimpleNamespace(
             train=SimpleNamespace(seq_len=window),
             data=SimpleNamespace(path=str(corpus), blend=[]),
         ),
         state=SimpleNamespace(step=1, tokens=1),
-    )  # fmt: skip
+    )
 
 
 def test_one_window_per_document_is_the_plain_likelihood(corpus):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.errors import UserError
-from data_prep.manifest import Manifest
-from data_prep.tokenizer import Tokenizer
 from evals.positions import _bin_ends, _text, draw_positions, evaluate_positions
-from pretrain.models.building import build_model
-from tests.pretrain.test_language_model import settings
+from pretrain.common.errors import UserError
+from pretrain.data.manifest import Manifest
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.model.build import build_model
+from tests.pretrain.model.test_language_model import settings
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -23,12 +23,14 @@ def loaded(corpus, pattern="gdn attn", seq_len=16, **changes) -> Any:
     config = settings(pattern=pattern, **changes)
     model = build_model(config, 384, seed=0, dtype=torch.float64)
     run = SimpleNamespace(
-        train=SimpleNamespace(seq_len=seq_len), model=config,
+        train=SimpleNamespace(seq_len=seq_len),
+        model=config,
         data=SimpleNamespace(path=str(corpus), blend=[]),
-    )  # fmt: skip
+    )
     state = SimpleNamespace(step=3, tokens=100)
-    return SimpleNamespace(model=model.eval(), tokenizer=Tokenizer.load(corpus), run=run,
-                           state=state, checkpoint="x")  # fmt: skip
+    return SimpleNamespace(
+        model=model.eval(), tokenizer=Tokenizer.load(corpus), run=run, state=state, checkpoint="x"
+    )
 
 
 def test_bins_double_and_end_with_the_text():

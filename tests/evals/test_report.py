@@ -11,9 +11,9 @@ import subprocess
 import numpy as np
 import pytest
 
-from data_prep.errors import UserError
 from evals.report.page import main
 from evals.report.runs import find_runs, grouped, matches_of
+from pretrain.common.errors import UserError
 from tests.evals.test_scaling_readers import run_directory
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -22,11 +22,24 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 def rows(level, steps=200, every=5):
     found = []
     for step in range(every, steps + 1, every):
-        row = {"step": step, "tokens": step * 128, "loss": level + 3 * step**-0.5, "lr": 1e-3,
-               "tokens_per_second": 1000.0 + step, "mfu": 0.25, "seconds": step * 0.5}  # fmt: skip
+        row = {
+            "step": step,
+            "tokens": step * 128,
+            "loss": level + 3 * step**-0.5,
+            "lr": 1e-3,
+            "tokens_per_second": 1000.0 + step,
+            "mfu": 0.25,
+            "seconds": step * 0.5,
+        }
         found.append(row)
-    found.append({"step": steps, "tokens": steps * 128, "valid_loss": level + 0.3,
-                  "valid_bits_per_byte": 1.5})  # fmt: skip
+    found.append(
+        {
+            "step": steps,
+            "tokens": steps * 128,
+            "valid_loss": level + 0.3,
+            "valid_bits_per_byte": 1.5,
+        }
+    )
     return found
 
 
@@ -82,9 +95,14 @@ def test_the_page_holds_all_of_it(runs, tmp_path):
     assert main([str(runs), "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
     for text in (
-        "grid: made alike in flops", "± 0.0200", "step 50 of 200", "Loss by training FLOPs",
-        "perplexity bits per byte", "25.0", "5 runs, 3 settings",
-    ):  # fmt: skip
+        "grid: made alike in flops",
+        "± 0.0200",
+        "step 50 of 200",
+        "Loss by training FLOPs",
+        "perplexity bits per byte",
+        "25.0",
+        "5 runs, 3 settings",
+    ):
         assert text in html.unescape(page), text
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page), "nothing is loaded from elsewhere"
     assert "http" not in page.replace("http-equiv", "")
@@ -131,12 +149,26 @@ def test_a_browser_shows_it(width, runs, tmp_path):
     page.write_text(page.read_text().replace("<body>", "<body>" + PROBE))
     assert CHROMIUM is not None
     done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-         "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
-         f"--window-size={width},900", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},900",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     (seen,) = re.findall(r'data-seen="(.*?)"', done.stdout)
     found = json.loads(html.unescape(seen))
     assert found["errors"] == []

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.tokenizer import Tokenizer
 from evals.sampling import Completion
-from pretrain.generation import choose, generate
-from pretrain.models.building import build_model
-from tests.pretrain.test_language_model import VOCAB, settings
-from tests.pretrain.test_training_run import ENVIRONMENT, ROOT, Run
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.inference.generate import choose, generate
+from pretrain.model.build import build_model
+from tests.pretrain.model.test_language_model import VOCAB, settings
+from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT, Run
 
 LOGITS = torch.log(torch.tensor([0.05, 0.5, 0.15, 0.3]))
 
@@ -48,8 +48,18 @@ def test_a_seed_gives_the_same_text():
     model = build_model(settings(), VOCAB, seed=0)
 
     def ids(seed):
-        return list(generate(model, [1, 2], max_tokens=12, temperature=1.0, seed=seed,
-                             vocab_size=VOCAB, top_k=20, top_p=0.9))  # fmt: skip
+        return list(
+            generate(
+                model,
+                [1, 2],
+                max_tokens=12,
+                temperature=1.0,
+                seed=seed,
+                vocab_size=VOCAB,
+                top_k=20,
+                top_p=0.9,
+            )
+        )
 
     assert ids(0) == ids(0)
     assert ids(0) != ids(1)
@@ -114,9 +124,13 @@ def trained(tmp_path_factory, corpus):
 
 def sample(run, *words, stdin=b""):
     return subprocess.run(
-        [sys.executable, "-m", "evals", "sample", str(run.directory), *words], cwd=ROOT,
-        env=ENVIRONMENT, input=stdin, capture_output=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "evals", "sample", str(run.directory), *words],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        input=stdin,
+        capture_output=True,
+        check=False,
+    )
 
 
 @pytest.mark.slow
@@ -127,8 +141,16 @@ def test_the_command_continues_a_text(trained):
     assert text.startswith("def function_1")
     told = done.stderr.decode()
     assert "tokens/s, ended by" in told
-    piped = sample(trained, "--prompt-file", "-", "--max-tokens", "20", "--temperature", "0",
-                   stdin=b"def function_1")  # fmt: skip
+    piped = sample(
+        trained,
+        "--prompt-file",
+        "-",
+        "--max-tokens",
+        "20",
+        "--temperature",
+        "0",
+        stdin=b"def function_1",
+    )
     assert piped.stdout.decode() == text
     tokenizer = Tokenizer.load(trained.directory / "checkpoints" / "step-00000016")
     assert len(tokenizer.encode(text)) > 5

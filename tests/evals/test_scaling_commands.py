@@ -10,11 +10,11 @@ import pandas
 import pytest
 
 from benchmarks.scaling_laws import CURVES, FITTED, grid_of_runs, true_fit
-from data_prep.errors import UserError
 from evals.scaling import Points, fit, points_of
 from evals.scaling.commands import main
 from evals.scaling.comparing import compare, fit_families
 from evals.scaling.planning import best_schedules, best_size, cheapest_design, planned_curve
+from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
 from tests.evals.test_scaling_readers import run_directory
 
@@ -74,8 +74,21 @@ def test_predict_draws_runs_not_run_yet(fitted, tmp_path, capsys):
 
 
 def test_plan_lists_schedules_and_runs(fitted, tmp_path, capsys):
-    assert main(["plan", str(fitted / "fit.json"), "--steps", "24000", "--tolerance", "0.01",
-                 "--out", str(tmp_path)]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "plan",
+                str(fitted / "fit.json"),
+                "--steps",
+                "24000",
+                "--tolerance",
+                "0.01",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     saved = json.loads((tmp_path / "plan.json").read_text())
     losses = [c["loss"] for c in saved["schedules"]]
     assert losses == sorted(losses)
@@ -87,8 +100,23 @@ def test_plan_lists_schedules_and_runs(fitted, tmp_path, capsys):
 
 
 def test_laws_are_chosen_by_what_is_held_out(tmp_path, capsys):
-    assert main(["fit", *SOURCES, "--law", "auto", "--bootstrap", "0", "--warmup-steps", "2160",
-                 "--out", str(tmp_path)]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "fit",
+                *SOURCES,
+                "--law",
+                "auto",
+                "--bootstrap",
+                "0",
+                "--warmup-steps",
+                "2160",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     saved = json.loads((tmp_path / "fit.json").read_text())
     means = {law: errors["mean"] for law, errors in saved["held_out"].items()}
     assert saved["law"] == min(means, key=lambda law: means[law])
@@ -185,9 +213,9 @@ def test_where_families_cross_and_what_it_costs_to_know():
 def test_compare_of_folders(tmp_path, capsys):
     for name, level in (("a", 1.0), ("b", 1.2)):
         points = family(0.1, level)
-        frame = pandas.DataFrame({
-            "parameters": points.parameters, "tokens": points.tokens, "loss": points.loss,
-        })  # fmt: skip
+        frame = pandas.DataFrame(
+            {"parameters": points.parameters, "tokens": points.tokens, "loss": points.loss}
+        )
         frame.to_csv(tmp_path / f"{name}.csv", index=False)
     words = [f"{n}={tmp_path / n}.csv" for n in "ab"]
     assert main(["compare", *words, "--bootstrap", "12", "--out", str(tmp_path)]) == 0
@@ -201,10 +229,13 @@ def test_compare_of_folders(tmp_path, capsys):
 def test_runs_of_this_project_by_size(tmp_path):
     """Final losses of run directories, as points."""
     for i in range(4):
-        rows = [{"step": s, "tokens": s * 128, "loss": 4.0 - 0.1 * i, "lr": 1e-3}
-                for s in range(20, 201, 20)]  # fmt: skip
-        directory = run_directory(tmp_path, rows, f"r{i}", schedule={"kind": "constant",
-                                  "warmup_steps": 20})  # fmt: skip
+        rows = [
+            {"step": s, "tokens": s * 128, "loss": 4.0 - 0.1 * i, "lr": 1e-3}
+            for s in range(20, 201, 20)
+        ]
+        directory = run_directory(
+            tmp_path, rows, f"r{i}", schedule={"kind": "constant", "warmup_steps": 20}
+        )
         model = json.loads((directory / "model.json").read_text())
         model["parameters"] *= i + 1
         (directory / "model.json").write_text(json.dumps(model))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from benchmarks.scaling_laws import CURVES, FITTED, TRUTH, grid_of_runs, read, true_fit
-from data_prep.errors import UserError
 from evals.scaling import (
     CURVE_LAWS,
     LAWS,
@@ -30,6 +29,7 @@ from evals.scaling.fitting import Problem
 from evals.scaling.intervals import hold_out_schedules, mape
 from evals.scaling.planning import planned_curve
 from evals.scaling.size_laws import frontier_exponents, isoflop_profiles
+from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
 
 
@@ -236,8 +236,11 @@ def test_repeated_data_is_worth_less():
 def test_sizes_that_do_not_determine_the_exponent(sizes, message):
     _, runs = true_fit("intrinsic")
     with pytest.raises(UserError, match=message):
-        curve_law("intrinsic", [replace(r, parameters=n) for r, n in zip(runs, sizes, strict=True)],
-                  sized=True)  # fmt: skip
+        curve_law(
+            "intrinsic",
+            [replace(r, parameters=n) for r, n in zip(runs, sizes, strict=True)],
+            sized=True,
+        )
 
 
 def test_too_few_points_are_refused():

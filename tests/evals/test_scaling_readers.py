@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from benchmarks.scaling_laws import CURVES, FITTED, read
-from data_prep.errors import UserError
 from evals.scaling import Reading, curve_law, fit, points_of, read_curves, read_points
 from evals.scaling.intervals import mape
 from evals.scaling.schedules import parse_schedule, schedule_lr
+from pretrain.common.errors import UserError
 
 SCHEDULE = "kind=cosine lr=1e-3 steps=200 warmup_steps=20"
 
@@ -30,8 +30,9 @@ def learning_rates(steps):
 
 
 def table(steps, **columns):
-    return pandas.DataFrame({"step": steps, "lr": learning_rates(steps), "loss": losses(steps)}
-                            | columns)  # fmt: skip
+    return pandas.DataFrame(
+        {"step": steps, "lr": learning_rates(steps), "loss": losses(steps)} | columns
+    )
 
 
 def write(folder, frame, name="a.csv"):
@@ -49,16 +50,25 @@ def run_directory(folder, rows, name="run", **config):
     directory = folder / name
     directory.mkdir()
     settings = {
-        "name": name, "model": {"hidden_size": 8, "pattern": "attn"},
-        "optimizer": {"lr": 1e-3}, "schedule": {"kind": "cosine", "warmup_steps": 20},
-        "train": {"steps": 200, "seq_len": 16, "global_batch_tokens": 128}, **config,
-    }  # fmt: skip
+        "name": name,
+        "model": {"hidden_size": 8, "pattern": "attn"},
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"kind": "cosine", "warmup_steps": 20},
+        "train": {"steps": 200, "seq_len": 16, "global_batch_tokens": 128},
+        **config,
+    }
     (directory / "config.yaml").write_text(yaml.safe_dump(settings))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (directory / "model.json").write_text(json.dumps({
-        "parameters": 5000, "embedding_parameters": 2000, "training_flops_per_token": 31000.0,
-        "vocab_size": 64,
-    }))  # fmt: skip
+    (directory / "model.json").write_text(
+        json.dumps(
+            {
+                "parameters": 5000,
+                "embedding_parameters": 2000,
+                "training_flops_per_token": 31000.0,
+                "vocab_size": 64,
+            }
+        )
+    )
     return directory
 
 
@@ -118,9 +128,7 @@ def test_sparse_learning_rates_are_interpolated_with_a_warning(tmp_path):
 def test_the_published_curves_without_their_schedules(tmp_path):
     """Interpolation of what was logged every 128 steps costs little."""
     exact = read(CURVES / "csv_100")
-    guessed = {
-        name: one(CURVES / f"csv_100/{name}.csv", warmup_steps=2160) for name in exact
-    }  # fmt: skip
+    guessed = {name: one(CURVES / f"csv_100/{name}.csv", warmup_steps=2160) for name in exact}
     assert any("jumps between steps" in w for w in guessed["wsdcon_9"].warnings)
     for found in (exact, guessed):
         chosen = [found[name] for name in FITTED]
@@ -177,18 +185,25 @@ def test_losses_that_are_not_finite_are_left_out_and_divergent_runs_named(tmp_pa
 
 def test_wandb_exports(tmp_path):
     steps = np.arange(10, 201, 10)
-    frame = pandas.DataFrame({
-        "Step": steps, "fast - train/loss": losses(steps), "fast - train/loss__MIN": losses(steps),
-        "slow - train/loss": losses(steps) + 0.1, "slow - train/loss__MAX": losses(steps),
-    })  # fmt: skip
+    frame = pandas.DataFrame(
+        {
+            "Step": steps,
+            "fast - train/loss": losses(steps),
+            "fast - train/loss__MIN": losses(steps),
+            "slow - train/loss": losses(steps) + 0.1,
+            "slow - train/loss__MAX": losses(steps),
+        }
+    )
     curves, _ = read_curves([write(tmp_path, frame)], Reading(schedule=SCHEDULE))
     assert [c.name for c in curves] == ["fast", "slow"]
     assert curves[1].loss[0] == pytest.approx(curves[0].loss[0] + 0.1)
-    history = pandas.DataFrame({
-        "_step": np.repeat(steps, 2),
-        "train/loss": np.ravel([[x, math.nan] for x in losses(steps)]),
-        "train/lr": np.ravel([[math.nan, x] for x in learning_rates(steps)]),
-    })  # fmt: skip
+    history = pandas.DataFrame(
+        {
+            "_step": np.repeat(steps, 2),
+            "train/loss": np.ravel([[x, math.nan] for x in losses(steps)]),
+            "train/lr": np.ravel([[math.nan, x] for x in learning_rates(steps)]),
+        }
+    )
     curve = one(write(tmp_path, history, "history.csv"))
     assert len(curve.loss) == len(steps) - 1
     with pytest.raises(UserError, match="no learning rate is logged; give the schedule"):
@@ -259,10 +274,14 @@ def test_other_bad_input(tmp_path):
 
 
 def test_a_table_of_runs(tmp_path):
-    frame = pandas.DataFrame({
-        "N": [1e6, 2e6, 3e6, 4e6], "D": [1e8, 2e8, 3e8, 4e8], "loss": [4, 3.5, math.nan, 3],
-        "name": list("abcd"),
-    })  # fmt: skip
+    frame = pandas.DataFrame(
+        {
+            "N": [1e6, 2e6, 3e6, 4e6],
+            "D": [1e8, 2e8, 3e8, 4e8],
+            "loss": [4, 3.5, math.nan, 3],
+            "name": list("abcd"),
+        }
+    )
     points = read_points(write(tmp_path, frame))
     assert list(points.names) == ["a", "b", "d"]
     assert points.flops is not None

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
-from evals.prefix_tree import Node, prefix_tree
-from evals.scoring import Pair, Prompt, StateScorer
-from pretrain.models.building import build_model
-from pretrain.models.mixers import registry
-from tests.pretrain.test_language_model import VOCAB, settings
-from tests.pretrain.test_mixers import SMALL
+from pretrain.inference.prefix_tree import Node, prefix_tree
+from pretrain.inference.score import Pair, Prompt, StateScorer
+from pretrain.model.build import build_model
+from pretrain.nn.mixers import registry
+from tests.pretrain.model.test_language_model import VOCAB, settings
+from tests.pretrain.nn.test_mixers import SMALL
 
 pytestmark = pytest.mark.usefixtures("processes")
 CANDIDATES = VOCAB - 7  # as if the last rows padded the vocabulary
@@ -25,9 +25,12 @@ PAIRS = [
     for question in ([5, 6, 7], [5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21])
     for answer in ([3, 4], [3, 9, 2, 2, 7], [11])
 ] + [
-    Pair(HEADER, [5]), Pair(HEADER, [5, 6, 7]), Pair([40], [41] * 20), Pair([40], [41] * 20),
+    Pair(HEADER, [5]),
+    Pair(HEADER, [5, 6, 7]),
+    Pair([40], [41] * 20),
+    Pair([40], [41] * 20),
     Pair([2, 3], [1, 9, 3]),
-]  # fmt: skip
+]
 
 
 def model_of(name, dtype=torch.float64):
@@ -77,7 +80,10 @@ def test_long_prefixes_go_into_smaller_passes(monkeypatch):
     monkeypatch.setattr(StateScorer, "_how_many", noted)
     wide = StateScorer(model, CANDIDATES).log_likelihoods(PAIRS)
     most = max(sizes)
-    monkeypatch.setattr("evals.scoring._STATE_BYTES", 3 * StateScorer(model, 9)._state_bytes(40))
+    monkeypatch.setattr(
+        "pretrain.inference.score._STATE_BYTES",
+        3 * StateScorer(model, 9)._state_bytes(40),
+    )
     sizes.clear()
     assert np.allclose(StateScorer(model, CANDIDATES).log_likelihoods(PAIRS), wide, rtol=1e-9)
     assert 1 <= max(sizes) < most
@@ -145,9 +151,13 @@ def test_a_tree_spells_its_sequences(sequences, copies):
 
 
 def test_what_is_shared_is_computed_once():
-    nodes = [n for root in prefix_tree([[*p.context, *p.continuation] for p in PAIRS])
-             for n in root.walk()]  # fmt: skip
+    nodes = [
+        n
+        for root in prefix_tree([[*p.context, *p.continuation] for p in PAIRS])
+        for n in root.walk()
+    ]
     assert sum(n.tokens[: len(HEADER)] == HEADER for n in nodes) == 1
-    assert sum(len(n.tokens) for n in nodes) < sum(
-        len(p.context) + len(p.continuation) for p in PAIRS
-    ) / 2  # fmt: skip
+    assert (
+        sum(len(n.tokens) for n in nodes)
+        < sum(len(p.context) + len(p.continuation) for p in PAIRS) / 2
+    )

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from pretrain.config import ParallelConfig
-from tests.evals import scoring_worker
-from tests.evals.scoring_worker import CASES, PAIRS
+from tests.helpers import scoring_worker
+from tests.helpers.scoring_worker import CASES, PAIRS
 
 pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.slow]
 BY_STATES = ("tied-tp2-dp2-zero0", "tied-dp4")
@@ -25,11 +25,24 @@ BY_STATES = ("tied-tp2-dp2-zero0", "tied-dp4")
 def four_processes(tmp_path_factory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("scores") / "found.json"
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4",
-         "-m", scoring_worker.__name__, str(path)],
-        capture_output=True, text=True, timeout=600, check=False, cwd=Path(__file__).parents[2],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "4",
+            "-m",
+            scoring_worker.__name__,
+            str(path),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     found: dict[str, Any] = json.loads(path.read_text())
     return found

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.errors import UserError
 from evals.synthetic import __main__ as command
 from evals.synthetic.tasks import (
     MQAR_KEYS,
@@ -22,6 +21,7 @@ from evals.synthetic.tasks import (
     permutation_table,
 )
 from evals.synthetic.training import SyntheticConfig, learning_rate, run, train_length
+from pretrain.common.errors import UserError
 
 PERMUTATIONS = list(permutations(range(3)))
 
@@ -158,10 +158,26 @@ def test_a_run_can_be_repeated():
 def test_the_command_writes_what_it_shows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "stop_processes", lambda: None)  # other tests need them
     arguments = [
-        "mqar", "--pattern", "deltanet attn", "--mixer", "deltanet.num_heads=2",
-        "--mixer", "deltanet.head_dim=8", "--mixer", "attn.num_heads=2", "--hidden-size", "16",
-        "--length", "16", "--steps", "3", "--test-rows", "4", "--output", str(tmp_path),
-    ]  # fmt: skip
+        "mqar",
+        "--pattern",
+        "deltanet attn",
+        "--mixer",
+        "deltanet.num_heads=2",
+        "--mixer",
+        "deltanet.head_dim=8",
+        "--mixer",
+        "attn.num_heads=2",
+        "--hidden-size",
+        "16",
+        "--length",
+        "16",
+        "--steps",
+        "3",
+        "--test-rows",
+        "4",
+        "--output",
+        str(tmp_path),
+    ]
     assert command.main(arguments) == 0
     (path,) = tmp_path.iterdir()
     result = json.loads(path.read_text())

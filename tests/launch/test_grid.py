@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.config_files import ConfigError
 from launch.grid import load_grid
 from launch.matching import counts_of
 from launch.throughput import write_throughput
-from pretrain.models.blocks import block_specs
+from pretrain.common.config_loader import ConfigError
+from pretrain.model.spec import block_specs
 
 ROOT = Path(__file__).parents[2]
 GRIDS = sorted((ROOT / "configs/grids").glob("*.yaml"))

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from data_prep.errors import UserError
 from launch.__main__ import main
-from tests.pretrain.test_training_run import ENVIRONMENT, ROOT
+from pretrain.common.errors import UserError
+from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT
 
 pytestmark = pytest.mark.slow
 GRID = "grid:\n  model.pattern: [gdn, attn]\n  seed: [0, 1]\n"
@@ -111,18 +111,26 @@ def test_a_run_directory_is_enough(tmp_path, corpus, launch):
     status, output = launch(tmp_path / "runs", f"directory={tmp_path}/again", "name=again")
     assert status == 0, output
     losses = [
-        [row["loss"] for row in map(json.loads, (p / "metrics.jsonl").read_text().splitlines())
-         if "loss" in row]
+        [
+            row["loss"]
+            for row in map(json.loads, (p / "metrics.jsonl").read_text().splitlines())
+            if "loss" in row
+        ]
         for p in (tmp_path / "runs", tmp_path / "again")
-    ]  # fmt: skip
+    ]
     assert losses[0] == losses[1]
 
 
 def test_measured_speeds_make_members_alike_in_time(tmp_path, corpus, launch):
-    path = write(tmp_path, corpus, **{
-        "  seed: [0, 1]": "  match: time", "steps: 4": "steps: 50",
-        "[gdn, attn]": '{one: "gdn", many: "12*gdn"}',
-    })  # fmt: skip
+    path = write(
+        tmp_path,
+        corpus,
+        **{
+            "  seed: [0, 1]": "  match: time",
+            "steps: 4": "steps: 50",
+            "[gdn, attn]": '{one: "gdn", many: "12*gdn"}',
+        },
+    )
     status, output = launch("measure", path, "--steps", 4)
     assert (status, output.count("tokens/s")) == (0, 2)
     speeds = json.loads((tmp_path / "runs/throughput.json").read_text())
@@ -140,9 +148,10 @@ def test_measured_speeds_make_members_alike_in_time(tmp_path, corpus, launch):
 def test_failed_members_are_named_and_retried_when_asked(tmp_path, corpus, launch):
     """A learning rate that makes the loss infinite ends its member, not the others."""
     path = write(
-        tmp_path, corpus,
+        tmp_path,
+        corpus,
         **{"  model.pattern: [gdn, attn]\n  seed: [0, 1]": "  optimizer.lr: [1e-3, 1e30]"},
-    )  # fmt: skip
+    )
     status, output = launch(path)
     assert status == 1, output
     found = states(output)
@@ -159,9 +168,13 @@ def test_failed_members_are_named_and_retried_when_asked(tmp_path, corpus, launc
 def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path, corpus, launch):
     path = write(tmp_path, corpus, **{"steps: 4": "steps: 3000"})
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch", str(path), "--at-once", "2"], cwd=ROOT, env=ENVIRONMENT,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, "-m", "launch", str(path), "--at-once", "2"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     directories = [tmp_path / f"runs/pattern=gdn,seed={s}" for s in (0, 1)]
     end = time.monotonic() + 90
     while time.monotonic() < end and process.poll() is None:

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from data_prep.config_files import ConfigError
-from data_prep.errors import UserError
 from launch.__main__ import main
 from launch.cluster import load_cluster
 from launch.grid import load_grid
 from launch.slurm import render
-from tests.launch.slurm_cluster import SlurmCluster, missing
-from tests.pretrain.test_training_run import ROOT
+from pretrain.common.config_loader import ConfigError
+from pretrain.common.errors import UserError
+from tests.helpers.slurm_cluster import SlurmCluster, missing
+from tests.pretrain.training.test_training_run import ROOT
 
 CONFIG = """
 name: run
@@ -59,17 +59,29 @@ def slurm(tmp_path_factory):
 class Job:
     """A config, a cluster's file, and what became of them."""
 
-    def __init__(self, folder, corpus, *, steps=6, grid="", nodes=2, time="30:00",
-                 signal_seconds=5, **changes):  # fmt: skip
+    def __init__(
+        self,
+        folder,
+        corpus,
+        *,
+        steps=6,
+        grid="",
+        nodes=2,
+        time="30:00",
+        signal_seconds=5,
+        **changes,
+    ):
         folder.mkdir(exist_ok=True)
         self.config, self.cluster = folder / "run.yaml", folder / "cluster.yaml"
         text = CONFIG.format(folder=folder, data=corpus, steps=steps) + grid
         for old, new in changes.items():
             text = text.replace(old, new)
         self.config.write_text(text)
-        self.cluster.write_text(CLUSTER.format(
-            nodes=nodes, time=time, signal_seconds=signal_seconds, python=sys.executable,
-        ))  # fmt: skip
+        self.cluster.write_text(
+            CLUSTER.format(
+                nodes=nodes, time=time, signal_seconds=signal_seconds, python=sys.executable
+            )
+        )
         self.directory = folder / "run"
 
     def launch(self, *arguments):
@@ -139,8 +151,12 @@ def test_a_preempted_job_saves_and_goes_on_bit_for_bit(slurm, uninterrupted, tmp
     slurm.wait_for(lambda: len(job.steps()) >= 5, 300)
     urgent = subprocess.run(
         ["srun", "--partition=urgent", "--nodes=2", "--ntasks=2", "--cpus-per-task=2", "true"],
-        env=slurm.environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert urgent.returncode == 0, urgent.stderr
     stopped = len(job.steps())
     assert 5 <= stopped < 40
@@ -153,8 +169,15 @@ def test_a_preempted_job_saves_and_goes_on_bit_for_bit(slurm, uninterrupted, tmp
 @pytest.mark.slow
 def test_a_time_limit_is_chained_until_the_budget_is_done(slurm, tmp_path, corpus):
     """A limit of a minute, and more steps than are done before the signal."""
-    job = Job(tmp_path / "job", corpus, steps=1500, time="1:00", signal_seconds=40, nodes=1,
-              **{"tensor: 2": "tensor: 1"})  # fmt: skip
+    job = Job(
+        tmp_path / "job",
+        corpus,
+        steps=1500,
+        time="1:00",
+        signal_seconds=40,
+        nodes=1,
+        **{"tensor: 2": "tensor: 1"},
+    )
     job.launch()
     slurm.wait_for(lambda: "COMPLETED" in slurm.job_state(job.id), 1200)
     assert "start 1" in job.output()
@@ -195,8 +218,13 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_save(slurm, tmp_path, c
 
 @pytest.mark.slow
 def test_an_array_with_a_throttle(slurm, tmp_path, corpus, capsys):
-    job = Job(tmp_path / "job", corpus, grid="grid: {seed: [0, 1, 2, 3]}\n", nodes=1,
-              **{"tensor: 2": "tensor: 1"})  # fmt: skip
+    job = Job(
+        tmp_path / "job",
+        corpus,
+        grid="grid: {seed: [0, 1, 2, 3]}\n",
+        nodes=1,
+        **{"tensor: 2": "tensor: 1"},
+    )
     job.launch("--at-once", 2)
     assert "--array=0-3%2" in (job.directory / "job.sh").read_text()
     number = json.loads((job.directory / "seed=2/launch.json").read_text())["job"].split("_")[0]
@@ -221,8 +249,12 @@ def test_an_array_with_a_throttle(slurm, tmp_path, corpus, capsys):
 @pytest.mark.slow
 def test_the_same_step_failing_twice_ends_it_with_the_reason(slurm, tmp_path, corpus, capsys):
     """A loss that is no number fails again after the restart, at the same step."""
-    job = Job(tmp_path / "job", corpus, nodes=1,
-              **{"tensor: 2": "tensor: 1", "train:": "optimizer: {lr: 1e30}\ntrain:"})  # fmt: skip
+    job = Job(
+        tmp_path / "job",
+        corpus,
+        nodes=1,
+        **{"tensor: 2": "tensor: 1", "train:": "optimizer: {lr: 1e30}\ntrain:"},
+    )
     job.launch()
     slurm.wait_for(lambda: "== queued again" in job.output(), 200)
     slurm.wait_for(lambda: "failed twice after step" in job.output(), 200)

@@ -1,0 +1,46 @@
+"""lm-eval's tasks on a checkpoint of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from evals.harness.evaluation import evaluate_tasks, seeded, set_examples
+from evals.harness.model import HarnessModel
+from evals.tasks.loading import load_tasks
+from pretrain.inference.load import LoadedModel
+from pretrain.inference.score import StateScorer
+
+
+def evaluate_checkpoint(
+    loaded: LoadedModel,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    bos: str = "document",
+    max_length: int | None = None,
+    tokens_per_pass: int = 8192,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each task's result as soon as it is there, with every setting that it depends on; what cannot
+    work raises before the first. ``max_length`` defaults to the training length."""
+    scorer = StateScorer(loaded.model, loaded.tokenizer.vocab_size, tokens_per_pass=tokens_per_pass)
+    length = max_length or loaded.run.train.seq_len
+    model = HarnessModel(scorer, loaded.tokenizer, length, bos=bos)
+    with seeded():
+        loaded_tasks = [load_tasks([name], model.text_settings(limit)) for name in names]
+    for tasks in loaded_tasks:
+        set_examples(tasks, num_fewshot)
+        for name, task in tasks["tasks"].items():
+            model.check_task(name, task, sampled=True)
+    about = {
+        **model.settings(),
+        "checkpoint": str(loaded.checkpoint),
+        "step": loaded.state.step,
+        "tokens_trained": loaded.state.tokens,
+        "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+    }
+    for tasks in loaded_tasks:
+        model.cut = 0
+        results = evaluate_tasks(model, tasks, limit=limit, num_fewshot=num_fewshot)
+        yield from ((name, {**result, **about}) for name, result in results.items())

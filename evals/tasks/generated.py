@@ -1,0 +1,141 @@
+"""Generated tasks as lm-eval's: ``NAME`` or ``NAME@LENGTH``.
+
+LENGTH of a long-context task is in tokens, the answer's included (default: the longest request that
+the evaluation allows), of the others in elements, digits, words or pairs. Long-context tasks are
+scored as RULER does, by the share of the answers that the text contains in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from evals.synthetic.long_context import LONG_TASKS, make_texts
+from evals.synthetic.text_problems import DEFAULT_LENGTH, PROBLEMS, make_problems
+from pretrain.common.errors import UserError
+
+VERSION = 1
+COUNT = 500  # RULER's
+GENERATED = (*LONG_TASKS, *PROBLEMS)
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """tokens: how many a text has, what opens it included; max_length: of a request; count:
+    documents of each task."""
+
+    tokens: Callable[[str], int]
+    max_length: int
+    count: int = COUNT
+    seed: int = 0
+
+
+def parse_name(name: str) -> tuple[str, int | None]:
+    """(task, length or None). Raises UserError for a length that is no number."""
+    task, at, length = name.partition("@")
+    if at and (not length.isdecimal() or int(length) < 1):
+        raise UserError(f"--tasks names '{name}', expected {task}@LENGTH, such as {task}@1024")
+    return task, int(length) if at else None
+
+
+def share_of_answers(document: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """lm-eval's ``process_results``."""
+    text = results[0].lower()
+    found = [answer.lower() in text for answer in document["answers"]]
+    return {"contains": sum(found) / len(found)}
+
+
+def generated_config(name: str, settings: TextSettings) -> dict[str, Any]:
+    """lm-eval's settings of a task. Raises UserError for a length that is too small or large."""
+    task, length = parse_name(name)
+    if task in LONG_TASKS:
+        length = length or settings.max_length
+        if length > settings.max_length:
+            raise UserError(
+                f"task '{name}' has texts of {length:,} tokens, but requests are cut to "
+                f"{settings.max_length:,}: give --max-length {length}"
+            )
+        return _long_config(name, task, length, settings)
+    return _problem_config(name, task, length or DEFAULT_LENGTH, settings)
+
+
+def _long_config(name: str, task: str, length: int, settings: TextSettings) -> dict[str, Any]:
+    try:
+        texts = make_texts(
+            task, count=settings.count, length=length, tokens=settings.tokens, seed=settings.seed
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    rows = [{"prompt": text.prompt, "answers": text.answers} for text in texts]
+    return {
+        **_common(name, length, settings, {"test": rows}),
+        "output_type": "generate_until",
+        "num_fewshot": 0,
+        "doc_to_target": "{{answers[0]}}",
+        "generation_kwargs": {
+            "until": ["\n\n"],
+            "max_gen_toks": LONG_TASKS[task].max_tokens,
+            "do_sample": False,
+        },
+        "process_results": share_of_answers,
+        "metric_list": [{"metric": "contains", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def _problem_config(name: str, task: str, length: int, settings: TextSettings) -> dict[str, Any]:
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for stream, count in (("test", settings.count), ("train", 64)):  # examples for prompts
+        try:
+            problems = make_problems(
+                task, count=count, length=length, seed=settings.seed, stream=stream
+            )
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+        splits[stream] = [
+            {
+                "prompt": p.prompt,
+                "answers": [p.answer],
+                "choices": p.choices,
+                "gold": p.gold if p.choices else 0,
+            }
+            for p in problems
+        ]
+    common = {**_common(name, length, settings, splits), "fewshot_split": "train"}
+    if splits["test"][0]["choices"]:
+        return {
+            **common,
+            "output_type": "multiple_choice",
+            "doc_to_target": "{{gold}}",
+            "doc_to_choice": "{{choices}}",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+    return {
+        **common,
+        "output_type": "generate_until",
+        "doc_to_target": "{{answers[0]}}",
+        "generation_kwargs": {
+            "until": ["\n"],
+            "max_gen_toks": 16 + 4 * len(splits["test"][0]["answers"][0].split()),
+            "do_sample": False,
+        },
+        "process_results": share_of_answers,
+        "metric_list": [{"metric": "contains", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def _common(
+    name: str, length: int, settings: TextSettings, splits: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    def load(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {split: Dataset.from_list(rows) for split, rows in splits.items()}
+
+    return {
+        "task": name,
+        "custom_dataset": load,
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+        "metadata": {"version": VERSION, "length": length, "seed": settings.seed},
+    }

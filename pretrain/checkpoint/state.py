@@ -1,0 +1,209 @@
+"""Checkpoints: whole or absent, checked before use, loadable under another layout of processes.
+
+``checkpoints/step-N/`` holds torch's distributed checkpoint (weights, optimizer state), the
+resolved ``config.yaml``, ``state.json`` and ``files.json``, the size and sha256 of every file.
+It is written under another name, flushed to disk, and renamed; ``latest`` is written after that.
+The data position, the schedule and the random numbers are functions of the step, so the step is
+their state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pretrain.common.config_loader import build_config, flattened
+from pretrain.common.errors import UserError
+from pretrain.common.files import file_sha256
+from pretrain.config import ModelConfig, load_saved_config
+from pretrain.model.spec import block_specs
+from pretrain.parallel.sharded_state import (
+    State,
+    load_state,
+    optimizer_key,
+    weights_state,
+    whole_part,
+)
+from pretrain.training.engine import Engine
+
+
+@dataclass
+class CheckpointState:
+    """What a checkpoint says of itself. step: optimizer steps done; skipped: steps that were left
+    out for a loss or gradient that was not finite, or a spike; data_offset: tokens of data that
+    rollbacks left out; recent_losses: see :class:`pretrain.training.spikes.SpikeDetector`."""
+
+    step: int
+    tokens: int
+    seed: int
+    skipped: int
+    vocab_size: int
+    precision: str
+    tokenizer_sha256: str
+    data: list[str]
+    model: dict[str, Any]
+    data_offset: int = 0
+    rollbacks: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return build_config(ModelConfig, self.model, "checkpoint")
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The whole checkpoints of a run, newest first."""
+    named = (p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+    return sorted((p for p in named if p.is_dir()), reverse=True)
+
+
+def recover_replaced(directory: Path) -> None:
+    """Bring back a checkpoint whose replacement was cut off between the two renames."""
+    for old in directory.glob(".writing-old-step-*"):
+        final = old.with_name(old.name.removeprefix(".writing-old-"))
+        if not final.exists():
+            old.rename(final)
+
+
+def check_files(checkpoint: Path, how: str = "sha256", rank: int = 0, size: int = 1) -> None:
+    """Raise UserError naming the first file that is missing, cut short or altered; of ``size``
+    processes each hashes its share."""
+    try:
+        listed = json.loads((checkpoint / "files.json").read_bytes())
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        raise _damaged(checkpoint, "files.json is missing or unreadable") from None
+    if not {".metadata", "state.json", "config.yaml"} <= expected.keys():
+        raise _damaged(checkpoint, "files.json does not list what a checkpoint is made of")
+    for number, (name, (length, sha256)) in enumerate(expected.items()):
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            raise _damaged(checkpoint, f"{name} is missing")
+        if found != length:
+            raise _damaged(checkpoint, f"{name} has {found} bytes, expected {length}")
+        if how == "sha256" and number % size == rank and file_sha256(path) != sha256:
+            raise _damaged(checkpoint, f"{name} has changed since it was written (sha256)")
+
+
+def _damaged(checkpoint: Path, what: str) -> UserError:
+    earlier = [p for p in list_checkpoints(checkpoint.parent) if p.name < checkpoint.name]
+    offer = (
+        f"the one before it is {earlier[0].name}: resume from it with "
+        f"checkpoint.resume={earlier[0].name}"
+        if earlier
+        else "there is none before it"
+    )
+    return UserError(f"checkpoint {checkpoint} is damaged: {what}; {offer}")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` means: itself, or the latest of a run's directory."""
+    if (path / "files.json").is_file() or re.fullmatch(r"step-\d{8,}", path.name):
+        if not path.is_dir():
+            raise UserError(f"no checkpoint at {path}")
+        return path
+    for directory in (path / "checkpoints", path):
+        latest = directory / "latest"
+        if latest.is_file() and (directory / latest.read_text().strip()).is_dir():
+            return directory / latest.read_text().strip()
+        found = list_checkpoints(directory) if directory.is_dir() else []
+        if found:
+            return found[0]
+    raise UserError(
+        f"no checkpoint at {path}: expected a run directory or one of its checkpoints/step-N"
+    )
+
+
+def read_state(checkpoint: Path) -> CheckpointState:
+    """What the checkpoint says of itself, without loading it."""
+    try:
+        values = json.loads((checkpoint / "state.json").read_bytes())
+        return build_config(CheckpointState, values, str(checkpoint / "state.json"))
+    except (OSError, ValueError):
+        raise _damaged(checkpoint, "state.json is missing or unreadable") from None
+
+
+# Settings of a model that say how it begins or is trained, not what it computes.
+_NOT_THE_MODEL = {
+    "init_std",
+    "depth_scaled_init",
+    "z_loss_weight",
+    "dropout",
+    "moe.balance_weight",
+    "moe.z_loss_weight",
+}
+
+
+def check_same_model(
+    state: CheckpointState, model: ModelConfig, vocab_size: int, checkpoint: Path
+) -> None:
+    """Raise UserError naming each setting in which the checkpoint's model is another one."""
+    # Defaults spelled out and defaults left out are the same model.
+    saved, wanted = (_model_settings(m) for m in (state.model_config, model))
+    saved["vocab_size"], wanted["vocab_size"] = state.vocab_size, vocab_size
+    differences = [
+        f"model.{key} is {saved.get(key)} there and {wanted.get(key)} here"
+        for key in sorted({*saved, *wanted})
+        if saved.get(key) != wanted.get(key) and key not in _NOT_THE_MODEL
+    ]
+    if differences:
+        raise UserError(f"{checkpoint} holds another model: {'; '.join(differences)}")
+
+
+def _model_settings(model: ModelConfig) -> dict[str, Any]:
+    """Every setting of a model by its dotted name, those of the mixers it uses filled in."""
+    settings = dataclasses.asdict(model)
+    specs = {spec.name: spec for spec in block_specs(model)}
+    settings["mixers"] = {name: spec.identity for name, spec in specs.items()}
+    return flattened(settings)
+
+
+def load_checkpoint(checkpoint: Path, engine: Engine) -> None:
+    """Weights and optimizer state into an engine whose model has the checkpoint's shape."""
+    state = read_state(checkpoint)
+    _load(engine.backend.weights_state(saving=False), checkpoint)
+    _load(engine.backend.optimizer_state(saving=False), checkpoint)
+    engine.backend.loaded(state.step - state.skipped)
+
+
+def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) -> None:
+    """Weights alone, for evaluation; ``averaged``: over steps, by ``optimizer.ema_decay``. Raises
+    UserError where the checkpoint has no such average."""
+    _load(weights_state([model], saving=False), checkpoint)
+    if not averaged:
+        return
+    decay = load_saved_config(checkpoint / "config.yaml").optimizer.ema_decay
+    if decay == 0:
+        raise UserError(
+            f"{checkpoint} has no averaged weights: it was trained with optimizer.ema_decay 0"
+        )
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    averages = {n: torch.empty(p.shape, dtype=torch.float32) for n, p in trained.items()}
+    _load(
+        {optimizer_key("ema", n): whole_part(p, averages[n]) for n, p in trained.items()},
+        checkpoint,
+    )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(averages[name])
+
+
+def _load(state: State, checkpoint: Path) -> None:
+    try:
+        load_state(state, checkpoint)
+    except CheckpointException as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"checkpoint {checkpoint} does not fit the model: {reason}") from None

@@ -1,0 +1,228 @@
+"""Writing checkpoints: from a copy, in the background, whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import errno
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pretrain.checkpoint.state import CheckpointState, checkpoint_name, list_checkpoints
+from pretrain.common.errors import UserError
+from pretrain.common.files import file_sha256, sync, write_bytes, write_json
+from pretrain.config import RunConfig, to_yaml
+from pretrain.parallel.processes import local_device, on_every_process, on_main_process
+from pretrain.parallel.sharded_state import State, save_state, weights_state
+from pretrain.training.engine import Engine
+
+
+class CheckpointWriter:
+    """Saves the state of an engine, from all processes, which must all make the same calls.
+
+    :meth:`save` copies what this process has to write and returns; a thread writes it. One save at
+    a time: the next waits for it.
+    """
+
+    def __init__(self, directory: Path, config: RunConfig, tokenizer: Path | None = None):
+        self.directory, self.config, self._tokenizer = directory, config, tokenizer
+        self._pending: Future[Path] | None = None
+        # Messages of its own: training's go on meanwhile. Not over NCCL, whose order matters.
+        self._group = None
+        if dist.get_world_size() > 1:
+            minutes = 2 * config.parallel.timeout_minutes
+            timeout = datetime.timedelta(minutes=minutes)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def save(self, engine: Engine, state: CheckpointState) -> None:
+        """Begin to write ``directory/step-N``. Raises UserError where the last save failed."""
+        self.begin(_own_state(engine), state)
+
+    def begin(self, own: State, state: CheckpointState) -> None:
+        """:meth:`save` of what this process has to write."""
+        self.wait()
+        state = copy.deepcopy(state)
+        if not self.config.checkpoint.background:
+            self._pending = _finished(lambda: self._write(own, state))
+            self.check()
+            return
+        copied = {name: boxes.copied() for name, boxes in own.items()}
+        self._pending = _in_background(lambda: self._write(copied, state))
+
+    def check(self) -> None:
+        """Raise UserError if a save has failed since."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
+
+    def wait(self) -> Path | None:
+        """Until what was begun is written: the last checkpoint saved, if any. Raises UserError
+        where it could not be."""
+        return None if self._pending is None else self._pending.result()
+
+    def _write(self, own: State, state: CheckpointState) -> Path:
+        final = self.directory / checkpoint_name(state.step)
+        writing = on_main_process(lambda: self._begin(final), self._group)
+        try:
+            save_state(own, writing, self._group)
+            on_main_process(lambda: self._describe(writing, state), self._group)
+            hashes = _hash_all_files(writing, self._group)
+            on_main_process(lambda: _publish(writing, final, hashes, self.config), self._group)
+        except (CheckpointException, OSError) as error:
+            # Every process gets here for what befell one of them.
+            refusal = _not_written(final, error)
+            shutil.rmtree(writing, ignore_errors=True)
+            raise refusal from None
+        return final
+
+    def _begin(self, final: Path) -> Path:
+        for left_over in self.directory.glob(".writing-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        writing = self.directory / f".writing-{final.name}-{uuid.uuid4().hex[:8]}"
+        try:
+            writing.mkdir(parents=True)
+        except OSError as error:
+            raise _not_written(final, error) from None
+        return writing
+
+    def _describe(self, writing: Path, state: CheckpointState) -> None:
+        write_json(writing / "state.json", dataclasses.asdict(state))
+        write_bytes(writing / "config.yaml", to_yaml(self.config).encode())
+        if self._tokenizer is not None:
+            # A checkpoint can be used wherever it lies.
+            write_bytes(writing / self._tokenizer.name, self._tokenizer.read_bytes())
+
+
+def save_checkpoint(
+    directory: Path, engine: Engine, config: RunConfig, state: CheckpointState
+) -> Path:
+    """Write ``directory/step-N`` now; see :class:`CheckpointWriter`."""
+    writer = CheckpointWriter(directory, config)
+    writer.save(engine, state)
+    path = writer.wait()
+    assert path is not None
+    return path
+
+
+def write_weights(
+    directory: Path, model: nn.Module, config: RunConfig, state: CheckpointState, tokenizer: Path
+) -> Path:
+    """Write ``directory/step-N`` of weights alone, which training cannot go on from."""
+    writer = CheckpointWriter(directory, config, tokenizer)
+    writer.begin(weights_state([model], saving=True), state)
+    path = writer.wait()
+    assert path is not None
+    return path
+
+
+def _own_state(engine: Engine) -> State:
+    return {
+        **engine.backend.weights_state(saving=True),
+        **engine.backend.optimizer_state(saving=True),
+    }
+
+
+def _in_background(function: Callable[[], Path]) -> Future[Path]:
+    future: Future[Path] = Future()
+
+    def run() -> None:
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(local_device())  # a thread begins on the first one
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon: a process that ends for another reason does not wait for its peers in here.
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _finished(function: Callable[[], Path]) -> Future[Path]:
+    future: Future[Path] = Future()
+    future.set_result(function())
+    return future
+
+
+def _hash_all_files(folder: Path, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
+    """Flush and hash every file of ``folder``, shared out over the processes."""
+
+    def list_files() -> list[str]:
+        return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+    # As the main process sees it: where folders are not shared, what another wrote is not there.
+    names = on_main_process(list_files, group)
+
+    def check_seen() -> None:
+        if any(p.name not in names for p in folder.glob(f"__{dist.get_rank()}_*")):
+            raise OSError(
+                errno.ENOENT,
+                "the main process does not see what another one wrote; the run "
+                "directory must be on a file system that all share",
+            )
+
+    on_every_process(check_seen, group)
+
+    def hash_own_share() -> dict[str, dict[str, Any]]:
+        own = {}
+        for name in names[dist.get_rank() :: dist.get_world_size()]:
+            path = folder / name
+            sync(path)
+            own[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        return own
+
+    parts = on_every_process(hash_own_share, group)
+    return {name: entry for part in parts for name, entry in sorted(part.items())}
+
+
+def _publish(writing: Path, final: Path, hashes: dict[str, Any], config: RunConfig) -> None:
+    write_json(writing / "files.json", hashes)
+    sync(writing)
+    _replace_folder(writing, final)
+    write_bytes(final.parent / "latest", final.name.encode())
+    _remove_old(final, config)
+
+
+def _not_written(final: Path, error: BaseException) -> UserError:
+    earlier = list_checkpoints(final.parent)
+    place = next(p for p in final.parents if p.is_dir())
+    free = shutil.disk_usage(place).free / 1e6
+    reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
+    return UserError(
+        f"cannot write checkpoint {final}: {reason} ({free:,.0f} MB free there); "
+        + (f"the last whole one is {earlier[0].name}" if earlier else "there is no earlier one")
+    )
+
+
+def _replace_folder(writing: Path, final: Path) -> None:
+    if final.exists():  # saved again after a resume from an earlier step
+        old = final.with_name(f".writing-old-{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        writing.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        writing.rename(final)
+    sync(final.parent)
+
+
+def _remove_old(newest: Path, config: RunConfig) -> None:
+    """Later steps than ``newest``, left from before a resume from an earlier one, do not count."""
+    milestone = config.checkpoint.milestone_every
+    done = [p for p in list_checkpoints(newest.parent) if p.name <= newest.name]
+    for path in done[config.checkpoint.keep_last :]:
+        step = int(path.name.removeprefix("step-"))
+        if not (milestone and step % milestone == 0):
+            hidden = path.with_name(f".writing-removed-{path.name}")
+            path.rename(hidden)  # first out of sight, so that no half-removed one is ever seen
+            shutil.rmtree(hidden, ignore_errors=True)

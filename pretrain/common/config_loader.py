@@ -1,0 +1,282 @@
+"""Configuration files: dataclasses are the only schema, YAML and the command line fill them.
+
+A YAML file may start from others (``extends: ../models/base.yaml`` or a list of files, relative to
+itself; later ones win). Overrides are dotted: ``optimizer.lr=3e-4``. Anything that the schema does
+not know, or whose type or range is wrong, becomes one :class:`ConfigError` sentence.
+
+OmegaConf and yaml are imported where files are read: exported models have this without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import operator
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from pretrain.common.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+T = TypeVar("T")
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used."""
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    factory: Any = dataclasses.MISSING,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """A dataclass field with the range that :func:`validate` checks (``None`` values pass)."""
+    limits = {
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "below": below,
+        "choices": tuple(choices) if choices is not None else None,
+    }
+    metadata = {key: value for key, value in limits.items() if value is not None}
+    if factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def load_config(
+    schema: type[T],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    changes: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
+    where: str | None = None,
+) -> T:
+    """Read ``path`` into ``schema``, apply ``changes`` (values by dotted name) and then
+    ``key=value`` overrides, check every field; top-level keys in ``ignore`` are left out.
+
+    Raises :class:`ConfigError` naming the file (or ``where``) or field, what was found, and what
+    was expected.
+    """
+    values = load_values(path, overrides, changes=changes)
+    kept = {key: value for key, value in values.items() if key not in ignore}
+    return build_config(schema, kept, where or str(path))
+
+
+def load_values(
+    path: str | Path, overrides: Sequence[str] = (), *, changes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a file, its ``extends``, ``changes`` and overrides say, without a schema."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = _read(Path(path), ())
+    # Whole sections first, then what is inside them.
+    for key, value in sorted((changes or {}).items(), key=lambda item: item[0].count(".")):
+        try:
+            OmegaConf.update(config, key, value, merge=False)
+        except (OmegaConfBaseException, IndexError, TypeError) as error:
+            raise ConfigError(f"{path}: setting '{key}': {_one_line(error)}") from None
+    merged = _override(config, overrides)
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from None
+    return cast(dict[str, Any], values)
+
+
+def build_config(schema: type[T], values: Any, where: str) -> T:
+    """A checked ``schema`` instance from plain values (dicts, lists, numbers, strings)."""
+    instance = cast(T, _convert(schema, values, "", where))
+    validate(instance, where)
+    return instance
+
+
+def validate(instance: Any, where: str, prefix: str = "") -> None:
+    """Check the ranges declared with :func:`setting`, recursively."""
+    for item in dataclasses.fields(instance):
+        value = getattr(instance, item.name)
+        name = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            validate(value, where, f"{name}.")
+        elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+            for index, element in enumerate(value):
+                validate(element, where, f"{name}[{index}].")
+        elif value is not None:
+            _check_limits(value, name, item.metadata, where)
+
+
+def to_yaml(instance: Any) -> str:
+    """A dataclass instance as YAML, every field written out."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(instance), sort_keys=False)
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flattened(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)``, or nothing when no known name is near."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    resolved = path.resolve()
+    if resolved in seen:
+        raise ConfigError(f"{path}: extends itself, through {' -> '.join(map(str, seen))}")
+    if not path.is_file():
+        hint = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        raise ConfigError(f"no config file at {path}{hint}")
+    try:
+        values = OmegaConf.load(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from None
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of settings at the top, found a list")
+    extends = values.pop("extends", None)
+    bases = [] if extends is None else [extends] if isinstance(extends, str) else list(extends)
+    parents = [_read(path.parent / str(base), (*seen, resolved)) for base in bases]
+    return cast("DictConfig", OmegaConf.merge(*parents, values))
+
+
+def _override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for item in overrides:
+        assignment = item.lstrip("-")
+        key, separator, _ = assignment.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override '{item}': expected key=value, such as seed=1")
+        try:
+            value = OmegaConf.select(OmegaConf.from_dotlist([assignment]), key)
+            # Not a merge of two configs, which knows no index into a list (sources.0.weight=2).
+            OmegaConf.update(config, key, value)
+        except (yaml.YAMLError, OmegaConfBaseException, IndexError, TypeError) as error:
+            raise ConfigError(f"override '{item}': {_one_line(error)}") from None
+    return config
+
+
+def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
+    """``value`` as the annotated type ``kind``, or a sentence that names the field."""
+    if kind is Any:
+        return value
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and types.NoneType in arguments:
+            return None
+        (kind,) = (a for a in arguments if a is not types.NoneType)
+        return _convert(kind, value, name, where)
+    if dataclasses.is_dataclass(kind):
+        return _convert_dataclass(cast(type, kind), value, name, where)
+    if origin is list and isinstance(value, list):
+        return [_convert(arguments[0], v, f"{name}[{i}]", where) for i, v in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _convert(arguments[1], v, f"{name}.{k}", where) for k, v in value.items()}
+    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is int and isinstance(value, bool):
+        raise ConfigError(f"{where}: {name} is {value}, expected a whole number")
+    if isinstance(kind, type) and isinstance(value, kind):
+        return value
+    words = _TYPE_WORDS.get(origin or kind, str(kind))
+    raise ConfigError(f"{where}: {name} is {value!r}, expected {words}")
+
+
+_TYPE_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def _convert_dataclass(schema: type, values: Any, name: str, where: str) -> Any:
+    known = [item.name for item in dataclasses.fields(schema)]
+    place = name or "the top"
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{where}: {place} is {values!r}, expected a mapping with: {', '.join(known)}"
+        )
+    dot = f"{name}." if name else ""
+    for key in values:
+        if key not in known:
+            raise ConfigError(
+                f"{where}: unknown setting '{dot}{key}'{nearest(str(key), known)}; "
+                f"known{f' in {name}' if name else ''}: {', '.join(known)}"
+            )
+    hints = typing.get_type_hints(schema)
+    given = {k: _convert(hints[k], v, f"{dot}{k}", where) for k, v in values.items()}
+    for item in dataclasses.fields(schema):
+        required = item.default is dataclasses.MISSING and (
+            item.default_factory is dataclasses.MISSING
+        )
+        if required and item.name not in given:
+            raise ConfigError(f"{where}: {dot}{item.name} must be set")
+    return schema(**given)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_limits(value: Any, name: str, limits: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {name} is {value}, expected a finite number")
+    if "choices" in limits and value not in limits["choices"]:
+        options = ", ".join(limits["choices"])
+        raise ConfigError(
+            f"{where}: {name} is '{value}'{nearest(str(value), limits['choices'])}, "
+            f"expected one of: {options}"
+        )
+    for element in value if isinstance(value, list) else [value]:
+        for kind, (holds, words) in _LIMITS.items():
+            if kind in limits and not holds(element, limits[kind]):
+                raise ConfigError(f"{where}: {name} is {value}, expected {words} {limits[kind]:g}")
+
+
+_LIMITS = {
+    "minimum": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "maximum": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}

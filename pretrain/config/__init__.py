@@ -1,0 +1,45 @@
+"""Every setting of a training run, as dataclasses: the only schema there is."""
+
+from pretrain.common.config_loader import ConfigError, to_yaml
+from pretrain.config.data import DataConfig, DataSource
+from pretrain.config.model import MLPConfig, ModelConfig, MoEConfig, RecursionConfig
+from pretrain.config.optimizer import DECAYS, SCHEDULES, OptimizerConfig, ScheduleConfig
+from pretrain.config.parallel import ZERO_BACKENDS, ParallelConfig
+from pretrain.config.run import InitializeConfig, RunConfig, load_run_config, load_saved_config
+from pretrain.config.train import (
+    CheckpointConfig,
+    EvalConfig,
+    LoggingConfig,
+    SampleConfig,
+    SpikeConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "DECAYS",
+    "SCHEDULES",
+    "ZERO_BACKENDS",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DataSource",
+    "EvalConfig",
+    "InitializeConfig",
+    "LoggingConfig",
+    "MLPConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RecursionConfig",
+    "RunConfig",
+    "SampleConfig",
+    "ScheduleConfig",
+    "SpikeConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "load_run_config",
+    "load_saved_config",
+    "to_yaml",
+]

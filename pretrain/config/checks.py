@@ -1,0 +1,205 @@
+"""What one setting alone cannot tell: whether those of a run go together."""
+
+from __future__ import annotations
+
+from pretrain.common.config_loader import ConfigError
+from pretrain.config import RunConfig
+
+
+def check_run_config(config: RunConfig, where: str) -> None:
+    """What one field alone cannot tell. Raises ConfigError naming the field."""
+    train, optimizer = config.train, config.optimizer
+    if config.name in ("", ".", "..") or "/" in config.name:
+        raise ConfigError(f"{where}: name is '{config.name}', expected a plain name for a folder")
+    if (train.steps is None) == (train.tokens is None):
+        raise ConfigError(
+            f"{where}: train.steps is {train.steps} and train.tokens {train.tokens}, "
+            "expected exactly one of them to be set"
+        )
+    micro_batch = train.seq_len * config.parallel.micro_batch_size
+    if train.global_batch_tokens % micro_batch:
+        raise ConfigError(
+            f"{where}: train.global_batch_tokens is {train.global_batch_tokens}, expected a "
+            f"multiple of seq_len x micro_batch_size = {micro_batch}"
+        )
+    _check_parallel(config, where)
+    _check_experts(config, where)
+    _check_optimizer(config, where)
+    _check_batch_warmup(config, where)
+    if (config.data.path is None) == (not config.data.blend):
+        raise ConfigError(f"{where}: expected either data.path or data.blend to be set")
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ConfigError(
+            f"{where}: optimizer.betas is {optimizer.betas}, expected two numbers in [0, 1)"
+        )
+    if config.schedule.decay == "exponential" and config.schedule.final_ratio == 0:
+        raise ConfigError(
+            f"{where}: schedule.final_ratio is 0, which an exponential decay never reaches; "
+            "expected more than 0"
+        )
+    flat = train.num_steps * (1 - config.schedule.decay_fraction)
+    if config.schedule.kind in ("wsd", "two_stage") and config.schedule.warmup_steps > flat:
+        raise ConfigError(
+            f"{where}: schedule.warmup_steps is {config.schedule.warmup_steps}, but the decay "
+            f"begins after {flat:g} of the {train.num_steps} steps"
+        )
+    if config.schedule.warmup_steps > train.num_steps:
+        raise ConfigError(
+            f"{where}: schedule.warmup_steps is {config.schedule.warmup_steps}, more than the "
+            f"{train.num_steps} steps of the run"
+        )
+
+
+def _check_optimizer(config: RunConfig, where: str) -> None:
+    """What only some backends and layouts can do."""
+    optimizer, parallel = config.optimizer, config.parallel
+    if optimizer.kind == "muon" and (parallel.zero_stage or parallel.zero_backend != "megatron"):
+        raise ConfigError(
+            f"{where}: optimizer.kind is muon, which updates whole matrices, but "
+            f"{parallel.zero_backend} ZeRO-{parallel.zero_stage} divides them; expected "
+            "parallel.zero_stage=0 with the megatron backend"
+        )
+    spikes, checkpoint = config.train.spikes, config.checkpoint
+    oldest = checkpoint.keep_last * checkpoint.every
+    if spikes.policy == "rollback" and oldest < spikes.rollback_steps + checkpoint.every:
+        raise ConfigError(
+            f"{where}: train.spikes.rollback_steps is {spikes.rollback_steps}, but of the "
+            f"checkpoints every {checkpoint.every} steps the last {checkpoint.keep_last} are kept; "
+            f"expected checkpoint.keep_last of at least "
+            f"{-(-spikes.rollback_steps // checkpoint.every) + 1}"
+        )
+    if parallel.zero_backend == "megatron":
+        return
+    if spikes.policy == "skip":
+        raise ConfigError(
+            f"{where}: train.spikes.policy is skip, but DeepSpeed has no way to leave out a step "
+            "whose gradients it has; expected none, rollback, or parallel.zero_backend=megatron"
+        )
+    for name, value in (
+        ("ema_decay", optimizer.ema_decay),
+        ("gradient_noise", optimizer.gradient_noise),
+    ):
+        if value:
+            raise ConfigError(
+                f"{where}: optimizer.{name} is {value}, which DeepSpeed's optimizers do not have; "
+                "expected 0, or parallel.zero_backend=megatron"
+            )
+
+
+def _check_batch_warmup(config: RunConfig, where: str) -> None:
+    train, parallel = config.train, config.parallel
+    start, steps = train.batch_warmup_start, train.batch_warmup_steps
+    if (start is None) != (steps == 0):
+        raise ConfigError(
+            f"{where}: train.batch_warmup_start is {start} and train.batch_warmup_steps {steps}, "
+            "expected both or neither to be set"
+        )
+    if start is None:
+        return
+    doublings, rest = divmod(train.global_batch_tokens, start)
+    if rest or doublings & (doublings - 1):
+        raise ConfigError(
+            f"{where}: train.batch_warmup_start is {start}, which does not double to "
+            f"train.global_batch_tokens = {train.global_batch_tokens}"
+        )
+    micro_batch = train.seq_len * parallel.micro_batch_size
+    if start % micro_batch:
+        raise ConfigError(
+            f"{where}: train.batch_warmup_start is {start}, expected a multiple of seq_len x "
+            f"micro_batch_size = {micro_batch}"
+        )
+    if parallel.zero_backend != "megatron":
+        raise ConfigError(
+            f"{where}: train.batch_warmup_steps is {steps}, but DeepSpeed is set up for one number "
+            "of micro-batches; expected 0, or parallel.zero_backend=megatron"
+        )
+
+
+def _check_experts(config: RunConfig, where: str) -> None:
+    """A mixture of experts, and how it is divided."""
+    moe, parallel = config.model.moe, config.parallel
+    if moe is None:
+        if parallel.expert > 1:
+            raise ConfigError(
+                f"{where}: parallel.expert is {parallel.expert}, but the model has no experts; "
+                "expected 1, or settings under model.moe"
+            )
+        return
+    if moe.top_k > moe.num_experts:
+        raise ConfigError(
+            f"{where}: model.moe.top_k is {moe.top_k}, expected at most its num_experts = "
+            f"{moe.num_experts}"
+        )
+    if config.model.mlp.kind == "none":
+        raise ConfigError(
+            f"{where}: model.moe takes the place of MLPs, but model.mlp.kind is none; expected "
+            "swiglu or gelu"
+        )
+    if moe.num_experts % parallel.expert:
+        raise ConfigError(
+            f"{where}: parallel.expert is {parallel.expert}, which does not divide the "
+            f"{moe.num_experts} experts"
+        )
+    if parallel.zero_backend != "megatron":
+        raise ConfigError(
+            f"{where}: parallel.zero_backend is {parallel.zero_backend}, which does not know "
+            "experts; expected megatron"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"{where}: with model.moe and parallel.tensor {parallel.tensor} every process routes "
+            "tokens of its own; expected parallel.sequence=true"
+        )
+    if moe.capacity_factor is not None and parallel.tensor > 1:
+        raise ConfigError(
+            f"{where}: model.moe.capacity_factor is {moe.capacity_factor}, which counts a whole "
+            f"micro-batch's tokens; expected null with parallel.tensor {parallel.tensor}"
+        )
+
+
+def _check_parallel(config: RunConfig, where: str) -> None:
+    """The settings of ``parallel`` among themselves."""
+    parallel = config.parallel
+    row = config.train.seq_len
+    if parallel.sequence and (parallel.tensor == 1 or row % parallel.tensor):
+        raise ConfigError(
+            f"{where}: parallel.sequence divides the train.seq_len = {row} tokens of a sequence "
+            f"over parallel.tensor processes, found {parallel.tensor}; expected a divisor above 1"
+        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise ConfigError(
+            f"{where}: parallel.virtual_pipeline is {parallel.virtual_pipeline}, which needs "
+            "parallel.pipeline above 1"
+        )
+    stage, backend = parallel.zero_stage, parallel.zero_backend
+    if stage > 1 and parallel.pipeline > 1:
+        raise ConfigError(
+            f"{where}: parallel.zero_stage is {stage} with parallel.pipeline {parallel.pipeline}: "
+            "gradients that are divided as soon as they are made cannot add up over a pipeline's "
+            "micro-batches; expected zero_stage 0 or 1, or pipeline 1"
+        )
+    if stage > 1 and backend != "deepspeed":
+        raise ConfigError(
+            f"{where}: parallel.zero_stage is {stage}, which the {backend} backend does not have; "
+            "expected 0 or 1, or parallel.zero_backend=deepspeed"
+        )
+    if backend == "deepspeed" and stage == 0 and config.train.precision != "float32":
+        raise ConfigError(
+            f"{where}: parallel.zero_stage is 0 with DeepSpeed, which in {config.train.precision} "
+            "divides the optimizer's state anyway; expected zero_stage 1, or zero_backend=megatron"
+        )
+    if parallel.offload != "device" and (backend != "deepspeed" or stage == 0):
+        raise ConfigError(
+            f"{where}: parallel.offload is {parallel.offload}, expected device, or "
+            "parallel.zero_backend=deepspeed with parallel.zero_stage 1 to 3"
+        )
+    if parallel.offload == "nvme" and stage < 3:
+        raise ConfigError(
+            f"{where}: parallel.offload is nvme with parallel.zero_stage {stage}, expected 3: "
+            "DeepSpeed moves no other state to files; or offload=cpu"
+        )
+    if (parallel.offload == "nvme") != (parallel.offload_path is not None):
+        raise ConfigError(
+            f"{where}: parallel.offload is {parallel.offload} and parallel.offload_path "
+            f"{parallel.offload_path}, expected a folder on a local disk with offload=nvme alone"
+        )

@@ -1,0 +1,285 @@
+"""Token shards to batches. A batch is a pure function of (seed, step), whatever the processes.
+
+The shards of one source form one stream of tokens, cut into samples of ``seq_len`` tokens (and the
+one after, as the last target). Sample i of the run belongs to one source, chosen so that after any
+number of samples every source has its share to within as many samples as there are sources; within
+a source the samples come in a pseudorandom order that is a new one every epoch. Nothing is stored:
+the loader's state is the number of the step.
+
+The end-of-document token opens the next document: it is the first input of every document, so each
+token of a document is predicted once, from that document alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.common.errors import UserError
+from pretrain.config import DataConfig, TrainConfig
+from pretrain.data.manifest import Manifest
+from pretrain.data.sequences import to_device, without_waiting
+from pretrain.data.tokenizer import Tokenizer
+
+
+@dataclass
+class Batch:
+    """One micro-batch, all sequences packed in a row of T tokens.
+
+    tokens, targets: ``[1, T]`` int64; loss_mask: ``[1, T]`` float32, 1 where the target counts;
+    cu_seqlens: ``[N + 1]`` int64, one entry per document or part of one.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    loss_mask: Tensor
+    cu_seqlens: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        tokens, targets, mask = (
+            without_waiting(x, device) for x in (self.tokens, self.targets, self.loss_mask)
+        )
+        return Batch(tokens, targets, mask, to_device(self.cu_seqlens, device))
+
+
+def open_shard(prefix: Path) -> Any:
+    """One shard as megatron-core's IndexedDataset; item i is document i, its ids in an array.
+
+    The arrays are views of the mapped file: copy what has to outlive the dataset.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    return IndexedDataset(str(prefix))
+
+
+class TokenStream:
+    """The tokens of some shards, one after another, read through megatron-core's IndexedDataset."""
+
+    def __init__(self, prefixes: Sequence[Path]):
+        self._shards = [open_shard(prefix) for prefix in prefixes]
+        sizes = [int(shard.sequence_lengths.sum()) for shard in self._shards]
+        self._ends = np.cumsum(sizes)
+        self._dtype = self._shards[0].index.dtype if self._shards else np.uint16
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """``count`` tokens from ``start`` on, int64."""
+        parts = []
+        while count > 0:
+            shard = int(np.searchsorted(self._ends, start, side="right"))
+            taken = min(count, int(self._ends[shard]) - start)
+            first = start - (int(self._ends[shard - 1]) if shard else 0)
+            offset = first * np.dtype(self._dtype).itemsize
+            reader = self._shards[shard].bin_reader
+            parts.append(reader.read(dtype=self._dtype, count=taken, offset=offset))
+            start, count = start + taken, count - taken
+        return np.concatenate(parts).astype(np.int64)
+
+
+@dataclass
+class PreparedData:
+    """The data of a run: its tokenizer, and per source its name, weight, and streams by split.
+
+    A source's name is ``NAME@HASH`` of its content: where the folder lies does not matter.
+    """
+
+    tokenizer: Tokenizer
+    sources: list[str]
+    weights: list[float]
+    train: list[TokenStream]
+    valid: list[TokenStream]
+    bigram_entropy: float
+
+    @property
+    def identity(self) -> list[str]:
+        """What the order of samples depends on besides the seed."""
+        return [f"{n} x {w:.6g}" for n, w in zip(self.sources, self.weights, strict=True)]
+
+
+def open_data(config: DataConfig) -> PreparedData:
+    """Open everything that the settings name. Raises UserError where it does not fit together."""
+    directories = (
+        [(config.path, 1.0)] if config.path else [(b.path, b.weight) for b in config.blend]
+    )
+    tokenizer: Tokenizer | None = None
+    data: PreparedData | None = None
+    entropies = []
+    for path, share in directories:
+        directory, manifest = Path(str(path)), Manifest.load(str(path))
+        manifest.verify_sizes(directory)
+        found = Tokenizer.load(directory / manifest.tokenizer.file)
+        if found.sha256 != manifest.tokenizer.sha256:
+            raise UserError(
+                f"{directory / manifest.tokenizer.file} is not the tokenizer that made the shards: "
+                f"its sha256 is {found.sha256[:12]}..., the manifest says "
+                f"{manifest.tokenizer.sha256[:12]}...; make the shards again"
+            )
+        if tokenizer is None or data is None:
+            tokenizer = found
+            data = PreparedData(found, [], [], [], [], 0.0)
+        elif found.sha256 != tokenizer.sha256:
+            raise UserError(
+                f"data.blend: {path} was made with another tokenizer ({found.sha256[:12]}...) than "
+                f"{directories[0][0]} ({tokenizer.sha256[:12]}...); one run needs one tokenizer"
+            )
+        total = sum(source.weight for source in manifest.sources)
+        for source in manifest.sources:
+            prefixes = {
+                split: [
+                    directory / s.name
+                    for s in manifest.shards
+                    if s.source == source.name and s.split == split
+                ]
+                for split in ("train", "valid")
+            }
+            data.sources.append(f"{source.name}@{manifest.content_sha256[:16]}")
+            data.weights.append(share * source.weight / total)
+            data.train.append(TokenStream(prefixes["train"]))
+            data.valid.append(TokenStream(prefixes["valid"]))
+        entropies.append((share, manifest.byte_entropy.bigram))
+    if data is None:
+        raise UserError("the config names no data: set data.path")
+    data.bigram_entropy = sum(w * e for w, e in entropies) / sum(w for w, _ in entropies)
+    return data
+
+
+class TrainingBatches:
+    """``micro_batches(step, rank, size)``: what each process sees at a step."""
+
+    def __init__(self, data: PreparedData, config: TrainConfig, micro_batch_size: int, seed: int):
+        self.config, self.micro_batch_size, self.seed = config, micro_batch_size, seed
+        self.eod_id = data.tokenizer.eod_id
+        self.streams, self.names = data.train, data.sources
+        total = sum(Fraction(w) for w in data.weights)
+        self.weights = [Fraction(w) / total for w in data.weights]
+        self.samples = [(len(stream) - 1) // config.seq_len for stream in data.train]
+        for name, stream, count in zip(data.sources, data.train, self.samples, strict=True):
+            if count < 1:
+                raise UserError(
+                    f"{name}: its training split has {len(stream)} tokens, fewer than one sample "
+                    f"of train.seq_len + 1 = {config.seq_len + 1}"
+                )
+
+    def micro_batches(
+        self, step: int, rank: int = 0, size: int = 1, *, offset: int = 0
+    ) -> list[Batch]:
+        """Process ``rank`` of ``size`` data-parallel ones: its micro-batches of one step;
+        ``offset``: tokens of data left out before it."""
+        length, micro = self.config.seq_len, self.micro_batch_size
+        first = (self.config.tokens_before(step) + offset) // length
+        per_step = self.config.batch_tokens(step) // length
+        batches = []
+        for start in range(first + rank * micro, first + per_step, size * micro):
+            batches.append(self._batch(range(start, start + micro)))
+        return batches
+
+    def _batch(self, indices: range) -> Batch:
+        length = self.config.seq_len
+        rows = []
+        for index in indices:
+            source, number = self.locate(index)
+            rows.append(self.streams[source].read(number * length, length + 1))
+        return pack_rows(np.stack(rows), self.eod_id)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(source, sample of that source's stream) of the run's sample ``index``."""
+        source, position = blend(index, self.weights)
+        epoch, position = divmod(position, self.samples[source])
+        key = hashlib.sha256(f"{self.seed}:{self.names[source]}:{epoch}".encode()).digest()
+        return source, permute(position, self.samples[source], key)
+
+    def epochs(self, step: int, *, offset: int = 0) -> list[float]:
+        """How often each source has been seen when ``step`` steps are done."""
+        seen = (self.config.tokens_before(step) + offset) // self.config.seq_len
+        return [float(seen * w / n) for w, n in zip(self.weights, self.samples, strict=True)]
+
+
+def blend(index: int, weights: Sequence[Fraction]) -> tuple[int, int]:
+    """(source, position within it) of sample ``index``; ``weights`` sum to 1.
+
+    The first source takes sample i whenever floor(w (i + 1)) > floor(w i), the others share the
+    rest in the same way: for any prefix, every share is exact to within len(weights) samples.
+    """
+    rest = Fraction(1)
+    for source, weight in enumerate(weights[:-1]):
+        share = weight / rest
+        before, after = index * share, (index + 1) * share
+        taken = before.numerator // before.denominator
+        if after.numerator // after.denominator > taken:
+            return source, taken
+        index, rest = index - taken, rest - weight
+    return len(weights) - 1, index
+
+
+def permute(position: int, count: int, key: bytes) -> int:
+    """Image of ``position`` under a pseudorandom permutation of ``range(count)``.
+
+    A Feistel network of four rounds on the next power of four, walked along its cycle until the
+    value falls below ``count``.
+    """
+    half = max((count - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for r in range(4):
+            text = key + bytes([r]) + right.to_bytes(8, "little")
+            digest = hashlib.blake2b(text, digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+        position = left << half | right
+        if position < count:
+            return position
+
+
+def pack_rows(rows: np.ndarray, eod_id: int) -> Batch:
+    """Rows ``[B, T + 1]`` of a token stream as one packed micro-batch.
+
+    Every end-of-document token among the inputs opens a sequence, and so does every row.
+    """
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    starts = inputs == eod_id
+    starts[:, 0] = True
+    ends = np.append(np.flatnonzero(starts.reshape(-1)), inputs.size)
+    return Batch(
+        tokens=torch.from_numpy(inputs.reshape(1, -1).copy()),
+        targets=torch.from_numpy(targets.reshape(1, -1).copy()),
+        loss_mask=torch.ones(1, inputs.size),
+        cu_seqlens=torch.from_numpy(ends.astype(np.int64)),
+    )
+
+
+def share_of(batches: list[Batch], rank: int, size: int) -> list[Batch]:
+    """The ``rank``-th of ``size`` processes' batches, as many for each: filled up with ones that
+    count nothing, for where all must go through the model together."""
+    if not batches:
+        return []
+    last = batches[-1]
+    empty = Batch(last.tokens, last.targets, torch.zeros_like(last.loss_mask), last.cu_seqlens)
+    return [*batches, *[empty] * (-len(batches) % size)][rank::size]
+
+
+def validation_batches(
+    data: PreparedData, config: TrainConfig, micro_batch_size: int, tokens: int
+) -> list[Batch]:
+    """About ``tokens`` tokens, evenly spread over every source's validation split, by weight."""
+    batches: list[Batch] = []
+    total = sum(data.weights)
+    for stream, weight in zip(data.valid, data.weights, strict=True):
+        available = (len(stream) - 1) // config.seq_len
+        wanted = max(round(tokens * weight / total / config.seq_len), 1)
+        count = min(available, wanted)
+        samples = [i * available // count for i in range(count)]
+        rows = [stream.read(i * config.seq_len, config.seq_len + 1) for i in samples]
+        for start in range(0, count, micro_batch_size):
+            chunk = rows[start : start + micro_batch_size]
+            batches.append(pack_rows(np.stack(chunk), data.tokenizer.eod_id))
+    return batches

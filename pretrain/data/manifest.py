@@ -1,0 +1,153 @@
+"""``manifest.json``: what a finished data set holds. It is written last, so it vouches for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pretrain.common.config_loader import ConfigError, build_config
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_json
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+@dataclass
+class TokenizerEntry:
+    """The tokenizer's file, next to the manifest."""
+
+    file: str
+    kind: str
+    vocab_size: int
+    eod_id: int
+    sha256: str
+    lossless: bool
+
+
+@dataclass
+class ByteEntropy:
+    """Bits per byte of all text: of single bytes, and of a byte given the one before it."""
+
+    unigram: float
+    bigram: float
+
+
+@dataclass
+class Counts:
+    """Of documents; the tokens include one end-of-document token each."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+    def add(self, other: Counts) -> None:
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.bytes += other.bytes
+
+
+@dataclass
+class SourceEntry:
+    """One source of the config, as found."""
+
+    name: str
+    kind: str
+    weight: float
+    fingerprint: str
+    documents: int
+    bytes: int
+    skipped: dict[str, int]
+    splits: dict[str, Counts]
+
+
+@dataclass
+class ShardEntry:
+    """A pair ``NAME.bin`` and ``NAME.idx``."""
+
+    name: str
+    source: str
+    split: str
+    documents: int
+    tokens: int
+    bytes: int  # of text
+    sha256: dict[str, str]  # bin, idx
+    size: dict[str, int]  # bin, idx: bytes on disk
+
+
+@dataclass
+class Manifest:
+    """Everything about a finished data set."""
+
+    format: int
+    created: str
+    settings: dict[str, Any]
+    settings_sha256: str
+    content_sha256: str
+    tokenizer: TokenizerEntry
+    dtype: str
+    byte_entropy: ByteEntropy
+    sources: list[SourceEntry]
+    shards: list[ShardEntry]
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Manifest:
+        """The manifest of ``directory``; :class:`UserError` when there is none or it is damaged."""
+        path = Path(directory) / NAME
+        try:
+            values = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{directory} holds no {NAME}: run python -m data_prep CONFIG first (the same "
+                "command again if it was interrupted)"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: damaged, not valid JSON ({error})") from None
+        found = values.get("format") if isinstance(values, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{path}: format is {found!r}, this version reads format {FORMAT}")
+        try:
+            return build_config(cls, values, str(path))
+        except ConfigError as error:
+            raise UserError(f"{error} (a damaged or foreign manifest)") from None
+
+    def save(self, directory: Path) -> None:
+        """Write the manifest, whole or not at all."""
+        write_json(directory / NAME, dataclasses.asdict(self))
+
+    def counts(self, split: str) -> Counts:
+        """Of all sources together."""
+        total = Counts()
+        for source in self.sources:
+            total.add(source.splits[split])
+        return total
+
+    def verify_sizes(self, directory: str | Path) -> None:
+        """A quick check that every file is there whole; :class:`UserError` naming the first not."""
+        for shard in self.shards:
+            for suffix, size in shard.size.items():
+                path = Path(directory) / f"{shard.name}.{suffix}"
+                found = path.stat().st_size if path.is_file() else None
+                if found != size:
+                    words = "is missing" if found is None else f"has {found} bytes"
+                    raise UserError(f"shard {path} {words}, expected {size} bytes")
+
+
+def content_hash(shards: list[ShardEntry], tokenizer_sha256: str) -> str:
+    """One hash for all tokens of a data set and what they mean."""
+    digest = hashlib.sha256(tokenizer_sha256.encode())
+    for shard in shards:
+        digest.update(f"{shard.name} {shard.sha256['bin']} {shard.sha256['idx']}\n".encode())
+    return digest.hexdigest()
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """One hash for all settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

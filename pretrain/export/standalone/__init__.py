@@ -1,0 +1,1 @@
+"""Text of the files that an exported model is made of."""

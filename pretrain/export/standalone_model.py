@@ -1,0 +1,126 @@
+"""Models of any layers as one file that transformers loads without this project.
+
+The file carries the source of the layers themselves, as text, and makes modules of it under a name
+of their own; megatron-core, of which one process needs next to nothing, is replaced by
+``standalone/megatron.py``. So the exported model computes what the trained one did, and a new layer
+is exported without a line of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_bytes
+from pretrain.model.language_model import LanguageModel
+from pretrain.model.spec import block_specs
+
+MODELING_FILE = "modeling_hybrid.py"
+TOKENIZER_FILE, TOKENIZER_CLASS = "tokenization_sentencepiece.py", "SentencePieceText"
+_STANDALONE = Path(__file__).parent / "standalone"
+_ROOT = Path(__file__).parents[2]
+_REPLACED = {
+    "megatron.core": _STANDALONE / "megatron.py",
+    "pretrain.nn.moe": _STANDALONE / "moe.py",
+}
+_IMPORT = re.compile(
+    r"^(?P<indent>[ \t]*)from (?P<module>(?:pretrain|data_prep|megatron)[\w.]*) import", re.M
+)
+
+
+def write_standalone_model(
+    folder: Path, model: LanguageModel, seq_len: int, eod_id: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Write the code into ``folder``; returns config.json. Raises UserError for a mixture of
+    experts, whose dispatch between processes is megatron-core's own."""
+    config = model.model_config
+    if config.moe is not None:
+        raise UserError("a model with a mixture of experts cannot be exported yet")
+    write_bytes(folder / MODELING_FILE, modeling_source().encode())
+    module = MODELING_FILE.removesuffix(".py")
+    return {
+        "architectures": ["HybridForCausalLM"],
+        "model_type": "hybrid_pretrain",
+        "auto_map": {
+            "AutoConfig": f"{module}.HybridConfig",
+            "AutoModelForCausalLM": f"{module}.HybridForCausalLM",
+        },
+        "model": dataclasses.asdict(dataclasses.replace(config, dropout=0.0)),
+        "vocab_size": model.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": len(block_specs(config)),
+        "max_position_embeddings": seq_len,
+        "bos_token_id": eod_id,
+        "eos_token_id": eod_id,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_cache": False,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def modeling_source() -> str:
+    """The text of the file."""
+    sources = _sources("pretrain.model.build")
+    text = json.dumps(sources, sort_keys=True)
+    package = "_hybrid_pretrain_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+    parts = []
+    for name, source in sorted(sources.items()):
+        moved = _IMPORT.sub(rf"\g<indent>from {package}.\g<module> import", source)
+        if "'''" in moved:
+            raise ValueError(f"{name} has three single quotes, which end it in the file")
+        parts.append(f"_SOURCES[{name!r}] = r'''{moved}'''")
+    template = (_STANDALONE / "modeling.py").read_text(encoding="utf-8")
+    filled = template.replace('"_hybrid_pretrain_package"', repr(package))
+    return filled.replace("# SOURCES", "\n\n".join(parts))
+
+
+def _sources(start: str) -> dict[str, str]:
+    """The text of a module and of all that it imports of ours, by name."""
+    found: dict[str, str] = {}
+    pending = [start]
+    while pending:
+        name = pending.pop()
+        if name in found:
+            continue
+        path = _path(name)
+        source = path.read_text(encoding="utf-8") if path is not None else ""
+        found[name] = source
+        for match in _IMPORT.finditer(source):
+            pending += _imported(match, source)
+        # A package's own file runs before what is in it.
+        if "." in name:
+            pending.append(name.rpartition(".")[0])
+    return found
+
+
+def _imported(match: re.Match[str], source: str) -> list[str]:
+    """The modules of a ``from ... import ...``, which may name modules on its right side."""
+    module = match["module"]
+    rest = source[match.end() :]
+    names = rest.split(")", 1)[0] if rest.lstrip().startswith("(") else rest.split("\n", 1)[0]
+    words = [word for word in re.findall(r"\w+", re.sub(r"#.*", "", names)) if word != "as"]
+    return [
+        module,
+        *(f"{module}.{word}" for word in words if _path(f"{module}.{word}") is not None),
+    ]
+
+
+def _path(name: str) -> Path | None:
+    for replaced, path in _REPLACED.items():
+        if name == replaced:
+            return path
+    if name.startswith("megatron"):
+        return None
+    if name in ("pretrain", "pretrain.parallel"):
+        return None  # nothing in them that a model needs
+    path = _ROOT.joinpath(*name.split("."))
+    if path.with_suffix(".py").is_file():
+        return path.with_suffix(".py")
+    return path / "__init__.py" if (path / "__init__.py").is_file() else None

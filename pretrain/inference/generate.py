@@ -1,0 +1,71 @@
+"""Text from a model: the prompt in one pass, then token by token from the mixers' states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pretrain.model.language_model import LanguageModel
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    vocab_size: int,
+    stop_id: int | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Iterator[int]:
+    """Sample up to ``max_tokens`` ids after ``prompt``; see :func:`choose` for the rest.
+
+    ``vocab_size`` is the tokenizer's: the embedding's padding rows are never sampled. ``stop_id``
+    ends the text and is not yielded. The model must be whole on this process. A recurrent mixer
+    keeps a state of one size, attention the keys and values of all tokens so far (of a window), and
+    a loop over depth one of each for every pass.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.tensor([prompt], device=device)
+    states = None
+    try:
+        for _ in range(max_tokens):
+            logits, states = model.forward_with_state(tokens, states)
+            last = logits[0, -1, :vocab_size].float().cpu()
+            token = choose(last, temperature, generator, top_k, top_p)
+            if token == stop_id:
+                return
+            yield token
+            tokens = torch.tensor([[token]], device=device)
+    finally:
+        model.train(was_training)
+
+
+def choose(
+    logits: Tensor,
+    temperature: float,
+    generator: torch.Generator,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> int:
+    """One id from logits ``[vocab]``: the likeliest at temperature 0, else drawn.
+
+    top_k: only from the ``top_k`` likeliest; top_p: only from the fewest likeliest that together
+    have at least this probability (arXiv 1904.09751), after top_k and the temperature.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    order = torch.argsort(logits, descending=True, stable=True)[:top_k]
+    weights = torch.softmax(logits[order] / temperature, -1)
+    if top_p is not None:
+        before = weights.cumsum(-1) - weights
+        weights = torch.where(before < top_p, weights, 0.0)
+    return int(order[torch.multinomial(weights, 1, generator=generator)])

@@ -1,0 +1,288 @@
+"""Log-likelihoods of continuations and greedy or sampled text, many requests at a time.
+
+Sequences are packed one after another, never padded, so no recurrent state sees what is not text;
+what requests have in common (a prompt's examples, a question before its answers) is computed once
+and its states handed on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeVar
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from pretrain.inference.generate import choose
+from pretrain.inference.prefix_tree import Node, prefix_tree
+from pretrain.model.language_model import LanguageModel
+from pretrain.model.spec import block_specs, passes
+from pretrain.nn.mixers.base import State
+from pretrain.parallel.processes import data_parallel_rank_and_size, gather
+
+T = TypeVar("T")
+_STATE_BYTES = 2**31  # of all sequences of a pass
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Ids: ``context``, at least one, and what is scored after it."""
+
+    context: list[int]
+    continuation: list[int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to go on from, and how. ``done`` is told the ids made so far and says when to stop;
+    temperature 0: always the likeliest."""
+
+    ids: list[int]
+    max_tokens: int
+    done: Callable[[list[int]], bool]
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+class Scorer(ABC):
+    """candidates: ids that a text can have; tokens_per_pass: of one forward pass, about; alive: is
+    called with every pass."""
+
+    candidates: int
+    tokens_per_pass: int
+    device: torch.device
+    alive: Callable[[], None] = staticmethod(lambda: None)
+
+    @abstractmethod
+    def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        """Of each pair, in nats, and whether the continuation is what greedy decoding gives."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """What follows each prompt; every process has the same prompts and gets all texts."""
+
+
+class StateScorer(Scorer):
+    """For a model that this process, with its tensor-parallel peers, has whole. Replicas share the
+    requests, all get all results."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        candidates: int,
+        *,
+        tokens_per_pass: int = 8192,
+        share_prefixes: bool = True,
+    ) -> None:
+        self.model, self.candidates = model, candidates
+        self.tokens_per_pass, self.share_prefixes = tokens_per_pass, share_prefixes
+        self.device = next(model.parameters()).device
+        specs = block_specs(model.model_config)
+        self._sizes: dict[int, int] = {}
+        self._specs = [(specs[i], count) for i, count in enumerate(passes(model.model_config))]
+
+    @torch.no_grad()
+    def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        sequences = [[*pair.context, *pair.continuation[:-1]] for pair in pairs]
+        was_training = self.model.training
+        self.model.eval()
+        own = self._own(sequences)
+        wanted = _Wanted([pairs[i] for i in own])
+        roots = prefix_tree([sequences[i] for i in own], share=self.share_prefixes)
+        wanted.mark(roots)
+        for nodes, x, ends, _ in self._passes(roots):
+            wanted.score(nodes, x, ends, self.model, self.candidates)
+        self.model.train(was_training)
+        return merged(dict(zip(own, wanted.results(), strict=True)), len(pairs))
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        was_training = self.model.training
+        self.model.eval()
+        own = self._own([prompt.ids for prompt in prompts])
+        found: dict[int, list[int]] = {}
+        roots = prefix_tree([prompts[i].ids for i in own], share=self.share_prefixes)
+        for nodes, x, ends, states in self._passes(roots):
+            places = [(place, own[i]) for place, node in enumerate(nodes) for i in node.ends]
+            if places:
+                at = torch.tensor([place for place, _ in places], device=self.device)
+                logits = self.model.next_logits(x[ends.to(self.device)[at]])
+                numbers = [number for _, number in places]
+                chosen = self.model.select_states(states, at)
+                found.update(self._decode(numbers, prompts, logits, chosen))
+        self.model.train(was_training)
+        return merged(found, len(prompts))
+
+    def _own(self, sequences: Sequence[list[int]]) -> list[int]:
+        """The requests of this replica: neighbours in order, about as many tokens for each."""
+        rank, size = data_parallel_rank_and_size()
+        order = sorted(range(len(sequences)), key=lambda i: sequences[i])
+        if size == 1:
+            return order
+        before = list(accumulate((len(sequences[i]) for i in order), initial=0))
+        return [
+            i
+            for i, start in zip(order, before, strict=False)
+            if start * size // max(before[-1], 1) == rank
+        ]
+
+    def _passes(
+        self, roots: list[Node]
+    ) -> Iterator[tuple[list[Node], Tensor, Tensor, list[State]]]:
+        """(nodes, their hidden rows one node after another, the row of each node's last token,
+        their states), parents before children."""
+        pending: list[tuple[list[Node], list[State] | None, list[int], list[int]]] = []
+        if roots:  # a replica may have nothing to do
+            pending.append((roots, None, [], [0] * len(roots)))
+        while pending:
+            nodes, states, parents, depths = pending.pop()
+            count = self._how_many(nodes, depths)
+            if count < len(nodes):
+                pending.append((nodes[count:], states, parents[count:], depths[count:]))
+            nodes = nodes[:count]
+            before = None
+            if states is not None:
+                at = torch.tensor(parents[:count], device=self.device)
+                before = self.model.select_states(states, at)
+            ends = torch.tensor([0, *accumulate(len(n.tokens) for n in nodes)])
+            tokens = torch.tensor([[t for n in nodes for t in n.tokens]], device=self.device)
+            x, after = self.model.hidden_with_state(tokens, before, cu_seqlens=ends.to(self.device))
+            self.alive()
+            yield nodes, x, ends[1:] - 1, after
+            children = [(c, place) for place, n in enumerate(nodes) for c in n.children]
+            if children:
+                below = [depths[place] + len(nodes[place].tokens) for _, place in children]
+                places = [place for _, place in children]
+                pending.append(([c for c, _ in children], after, places, below))
+
+    def _how_many(self, nodes: list[Node], depths: list[int]) -> int:
+        """Of the first nodes, behind so many tokens each, those that go into one pass."""
+        size = memory = 0
+        for count, (node, depth) in enumerate(zip(nodes, depths, strict=True)):
+            size += len(node.tokens)
+            memory += self._state_bytes(depth + len(node.tokens))
+            if count and (size > self.tokens_per_pass or memory > _STATE_BYTES):
+                return count
+        return len(nodes)
+
+    def _state_bytes(self, length: int) -> int:
+        """Of one sequence: recurrent states, and the keys and values of attention."""
+        if length not in self._sizes:
+            model = self.model
+            width = model.model_config.hidden_size
+            halves = sum(
+                count * spec.mixer.state_bytes(spec.config, width, length)
+                for spec, count in self._specs
+            )
+            scale = model.context.dtype.itemsize / 2 / model.context.tensor_size
+            self._sizes[length] = int(halves * scale)
+        return self._sizes[length]
+
+    def _decode(
+        self, numbers: list[int], prompts: Sequence[Prompt], logits: Tensor, states: list[State]
+    ) -> dict[int, list[int]]:
+        """Token by token, all texts side by side; those that are done leave."""
+        made: dict[int, list[int]] = {number: [] for number in numbers}
+        generators = {n: torch.Generator().manual_seed(prompts[n].seed) for n in numbers}
+        running = list(numbers)
+        while True:
+            next_ids = _choose(
+                logits[:, : self.candidates],
+                [prompts[n] for n in running],
+                [generators[n] for n in running],
+            )
+            stays = []
+            for place, (number, token) in enumerate(zip(running, next_ids, strict=True)):
+                prompt, ids = prompts[number], made[number]
+                ids.append(token)
+                if len(ids) < prompt.max_tokens and not prompt.done(ids):
+                    stays.append(place)
+            if not stays:
+                return made
+            if len(stays) < len(running):
+                states = self.model.select_states(states, torch.tensor(stays, device=self.device))
+            running = [running[place] for place in stays]
+            tokens = torch.tensor([[next_ids[place]] for place in stays], device=self.device)
+            self.alive()
+            x, states = self.model.hidden_with_state(tokens, states)
+            logits = self.model.next_logits(x)
+
+
+class _Wanted:
+    """Which targets at which rows of a tree's nodes make up each pair's log-likelihood."""
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        self._pairs = pairs
+        # Of every node, by identity: (offset, target) to the pairs that count it.
+        self._at: dict[int, dict[tuple[int, int], list[int]]] = {}
+        self._sums, self._hits = [0.0] * len(pairs), [True] * len(pairs)
+
+    def mark(self, roots: list[Node]) -> None:
+        pending = [(root, 0) for root in roots]
+        below = {id(n): _below(n) for root in roots for n in root.walk()}
+        while pending:
+            node, start = pending.pop()
+            places: dict[tuple[int, int], list[int]] = {}
+            end = start + len(node.tokens)
+            for number in below[id(node)]:
+                pair = self._pairs[number]
+                first = len(pair.context) - 1
+                for at in range(max(first, start), end):
+                    target = pair.continuation[at - first]
+                    places.setdefault((at - start, target), []).append(number)
+            self._at[id(node)] = places
+            pending += [(child, end) for child in node.children]
+
+    def score(
+        self, nodes: list[Node], x: Tensor, ends: Tensor, model: LanguageModel, candidates: int
+    ) -> None:
+        rows, targets, counted = list[int](), list[int](), list[list[int]]()
+        for node, end in zip(nodes, ends.tolist(), strict=True):
+            start = end + 1 - len(node.tokens)
+            for (offset, target), numbers in self._at[id(node)].items():
+                rows.append(start + offset)
+                targets.append(target)
+                counted.append(numbers)
+        if not rows:
+            return
+        wanted = torch.tensor(targets, device=x.device)
+        scores = model.score(x[torch.tensor(rows, device=x.device)], wanted, candidates)
+        values, likeliest = scores[0].tolist(), scores[1].tolist()
+        for numbers, value, best, target in zip(counted, values, likeliest, targets, strict=True):
+            for number in numbers:
+                self._sums[number] += value
+                self._hits[number] &= best == target
+
+    def results(self) -> list[tuple[float, bool]]:
+        return list(zip(self._sums, self._hits, strict=True))
+
+
+def _below(node: Node) -> list[int]:
+    return [number for n in node.walk() for number in n.ends]
+
+
+def _choose(
+    logits: Tensor, prompts: Sequence[Prompt], generators: Sequence[torch.Generator]
+) -> list[int]:
+    """The next id of each text; logits ``[texts, candidates]``."""
+    likeliest = logits.argmax(-1).tolist()
+    return [
+        best
+        if prompt.temperature == 0
+        else choose(row.float().cpu(), prompt.temperature, generator, prompt.top_k, prompt.top_p)
+        for best, row, prompt, generator in zip(likeliest, logits, prompts, generators, strict=True)
+    ]
+
+
+def merged(found: dict[int, T], count: int) -> list[T]:
+    """The results of all data-parallel processes, by number; every process must call."""
+    everyone: dict[int, T] = {}
+    for some in gather(found, parallel_state.get_data_parallel_group()):
+        everyone.update(some)
+    return [everyone[number] for number in range(count)]

@@ -1,0 +1,396 @@
+"""embedding -> blocks -> norm -> head, written once with tensor-parallel layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.utils.checkpoint
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor, nn
+
+from pretrain.common.metrics import merge_metrics
+from pretrain.config import ModelConfig
+from pretrain.model.depth_lora import add_depth_lora, set_depth
+from pretrain.model.recursion import Recursion
+from pretrain.model.spec import BlockSpec, block_specs, passes
+from pretrain.model.stages import Stage, whole_model
+from pretrain.nn.dropout import EMBEDDING, DropAt, Dropout
+from pretrain.nn.linear import (
+    ParallelContext,
+    column_input,
+    column_linear,
+    vocab_embedding,
+)
+from pretrain.nn.mixers import LayerContext, State
+from pretrain.nn.mlp import MLP
+from pretrain.nn.moe import MoE
+from pretrain.nn.norm import RMSNorm
+from pretrain.ops.cross_entropy.linear_cross_entropy import linear_cross_entropy
+from pretrain.ops.cross_entropy.target_scores import target_scores
+
+
+class Block(nn.Module):
+    """Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` unless the MLP kind is none.
+    Sandwich: the same, and each sum is normalised."""
+
+    def __init__(self, spec: BlockSpec, config: ModelConfig, context: LayerContext):
+        super().__init__()
+        d, parallel = config.hidden_size, context.parallel
+        self.mixer_norm = RMSNorm(d, config.norm_eps, parallel)
+        self.mixer = spec.mixer(spec.config, context)
+        self.mlp: MLP | MoE | None = None
+        if config.mlp.kind != "none":
+            self.mlp_norm = RMSNorm(d, config.norm_eps, parallel)
+            if spec.moe is not None:
+                self.mlp = MoE(spec.moe, context)
+            else:
+                self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
+        self.index, self.sandwich = context.index, config.block_norm == "sandwich"
+        if self.sandwich:
+            self.mixer_post_norm = RMSNorm(d, config.norm_eps, parallel)
+            if self.mlp is not None:
+                self.mlp_post_norm = RMSNorm(d, config.norm_eps, parallel)
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        state: State | None,
+        drop: DropAt | None = None,
+        depth: int = 0,
+    ) -> tuple[Tensor, State]:
+        """``drop``: from what mixer and MLP add, at pass ``depth`` of a loop."""
+        y, state = self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, state=state)
+        x = x + (y if drop is None else drop(y, (self.index, depth, 0)))
+        if self.sandwich:
+            x = self.mixer_post_norm(x)
+        if self.mlp is not None:
+            y = self.mlp(self.mlp_norm(x))
+            x = x + (y if drop is None else drop(y, (self.index, depth, 1)))
+            if self.sandwich:
+                x = self.mlp_post_norm(x)
+        return x, state
+
+
+class LanguageModel(nn.Module):
+    """A causal language model over packed sequences, or one stage of it.
+
+    Parameters have the same names in a stage as in the whole model. Raises ConfigError where the
+    settings do not fit each other.
+    """
+
+    # What megatron-core's schedules ask for, and the names they ask by.
+    model_type = ModelType.encoder_or_decoder
+    vp_stage: int | None = None
+    # Of one process, in the loss; beyond that they are computed piece by piece, and once more in
+    # the backward pass. 1 GiB in float32.
+    logits_at_once = 2**28
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        context: ParallelContext,
+        *,
+        stage: Stage | None = None,
+        activation_checkpointing: str = "none",
+        seq_len: int | None = None,
+    ):
+        """``seq_len``: of the training batches' sequences, for dropout."""
+        super().__init__()
+        specs = block_specs(config)
+        self.stage = stage = stage or whole_model(config)
+        self.pre_process, self.post_process = stage.first, stage.last
+        self.share_embeddings_and_output_weights = config.tie_embeddings
+        self.config: TransformerConfig = context.megatron  # the name megatron-core looks for
+        self.model_config, self.vocab_size, self.context = config, vocab_size, context
+        self.checkpoint_blocks = activation_checkpointing == "block"
+        d, recursion = config.hidden_size, config.recursion
+        depth = (2 * sum(passes(config))) ** -0.5 if config.depth_scaled_init else 1.0
+        base = config.mup_base_hidden_size
+        self._width = d / base if base is not None else 1.0
+        inner = dataclasses.replace(context, width=self._width)
+        if stage.first or (stage.last and config.tie_embeddings):
+            self.embedding = vocab_embedding(context, vocab_size, d, config.init_std)
+            if config.tie_embeddings and not (stage.first and stage.last):
+                _mark_as_copy(self.embedding.weight, counted=stage.first)
+        self.dropout = Dropout(config.dropout, seq_len, context) if config.dropout > 0 else None
+        self._received: Tensor | None = None
+        self.blocks = nn.ModuleList()
+        for index, spec in enumerate(specs):
+            if index not in stage.blocks:
+                self.blocks.append(nn.Identity())  # so that blocks keep their numbers
+                continue
+            layer = LayerContext(
+                d, config.init_std, config.init_std * depth, inner, index, len(specs)
+            )
+            self.blocks.append(Block(spec, config, layer))
+        self.recursion: Recursion | None = None
+        self._loop = range(0)
+        if recursion is not None and recursion.prelude in stage.blocks:
+            self.recursion = Recursion(recursion, d, config.init_std, inner)
+            self._loop = range(recursion.prelude, len(specs) - recursion.coda)
+            if recursion.lora_rank:
+                for index in self._loop:
+                    add_depth_lora(self.blocks[index], recursion.times, recursion.lora_rank, inner)
+        if stage.last:
+            self.final_norm = RMSNorm(d, config.norm_eps, context)
+            if not config.tie_embeddings:
+                self.head = column_linear(context, d, vocab_size, config.init_std)
+                cast(Any, self.head.weight).hidden_matrix = False
+
+    def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
+        """Draw what follows in training from (seed, step) and the number of the micro-batch in the
+        global batch, which this process, the ``place``-th of ``places`` data-parallel ones, takes
+        by turns."""
+        for drawing in (self.dropout, self.recursion):
+            if drawing is not None:
+                drawing.begin_step(seed, step, place, places)
+
+    def set_input_tensor(self, tensor: Sequence[Tensor | None]) -> None:
+        """Called by megatron-core's schedules with the previous stage's output ``[T, B, d]``."""
+        self._received = tensor[0]
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """What the first and the last stage both hold a copy of, for megatron-core."""
+        return cast(Tensor, self.embedding.weight) if hasattr(self, "embedding") else None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        scored: Tensor | None = None,
+        candidates: int | None = None,
+    ) -> Tensor:
+        """tokens, targets ``[B, T]`` int64; with ``cu_seqlens`` B is 1 and sequences are packed.
+
+        Returns each target's cross entropy ``[B, T]`` in nats, float32; without targets,
+        the logits ``[B, T, vocab]`` (this process's part of the vocabulary). A stage that is not
+        the last returns what the next one goes on from, ``[T, B, d]``. With ``scored``, ``[M]``
+        numbers of tokens of one row: :meth:`score` of their targets.
+        """
+        x, _, ponder = self._hidden(tokens, cu_seqlens, None, with_states=False)
+        if not self.stage.last:
+            return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
+        if targets is None:
+            return self._logits(x).transpose(0, 1)
+        if scored is not None:
+            x = column_input(self._head_input(x), self.context)[:, 0]
+            return self._score(x[scored], targets[0, scored], candidates)
+        losses = self._losses(x, targets.t().contiguous()).t()
+        if ponder is not None and self.training:
+            # In the gradient, not in the value: the loss stays a cross entropy.
+            assert self.recursion is not None
+            if self.context.megatron.sequence_parallel:
+                ponder = tensor_parallel.gather_from_sequence_parallel_region(
+                    ponder, tensor_parallel_output_grad=False, group=self.context.group
+                )
+            cost = self.recursion.config.ponder_weight * ponder.t()
+            losses = losses + (cost - cost.detach())
+        return losses
+
+    def forward_with_state(
+        self, tokens: Tensor, states: list[State] | None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, list[State]]:
+        """Logits ``[B, T, vocab]`` and the states to go on from where a call ended: one for every
+        block, for those of a loop one for every pass."""
+        x, states, _ = self._hidden(tokens, cu_seqlens, states, with_states=True)
+        return self._logits(x).transpose(0, 1), states
+
+    def hidden_with_state(
+        self, tokens: Tensor, states: list[State] | None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, list[State]]:
+        """What :meth:`score` and :meth:`next_logits` start from, ``[B * T, d]`` row by row, and the
+        states as of :meth:`forward_with_state`. For a whole model without sequence parallelism."""
+        x, states, _ = self._hidden(tokens, cu_seqlens, states, with_states=True)
+        return x.transpose(0, 1).flatten(0, 1), states
+
+    def score(self, x: Tensor, targets: Tensor, candidates: int | None = None) -> Tensor:
+        """``[2, M]``: log-likelihoods of ``targets`` ``[M]`` after the tokens whose hidden rows are
+        x ``[M, d]``, and the likeliest of the first ``candidates`` ids there."""
+        return self._score(self._head_rows(x), targets, candidates)
+
+    def next_logits(self, x: Tensor) -> Tensor:
+        """``[M, vocab]``, the whole vocabulary, after the tokens whose hidden rows are x."""
+        logits = nn.functional.linear(self._head_rows(x), self._head_weight)
+        if self.context.tensor_size > 1:
+            logits = tensor_parallel.gather_from_tensor_model_parallel_region(
+                logits, self.context.group
+            )
+        return self._capped(logits)
+
+    def select_states(self, states: list[State], indices: Tensor) -> list[State]:
+        """The states of some of the sequences, in the order of ``indices``."""
+        return [
+            cast(Block, block).mixer.select_state(state, indices)
+            for block, state in zip(self._blocks_by_state(), states, strict=True)
+        ]
+
+    def _blocks_by_state(self) -> list[nn.Module]:
+        loop = self._loop
+        times = 1 if self.recursion is None else self.recursion.num_passes()
+        own = self.stage.blocks
+        order = [*range(own.start, loop.start), *[*loop] * times, *range(loop.stop, own.stop)]
+        return [self.blocks[index] for index in (order if loop else own)]
+
+    def _head_rows(self, x: Tensor) -> Tensor:
+        return column_input(self._head_input(x[:, None]), self.context)[:, 0]
+
+    def _score(self, x: Tensor, targets: Tensor, candidates: int | None) -> Tensor:
+        return target_scores(
+            x,
+            self._head_weight,
+            targets,
+            candidates=candidates or self.vocab_size,
+            tokens_at_once=max(self.logits_at_once // len(self._head_weight), 1),
+            group=self.context.group,
+            softcap=self.model_config.logit_softcap,
+        )
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None,
+        states: list[State] | None,
+        *,
+        with_states: bool,
+    ) -> tuple[Tensor, list[State], Tensor | None]:
+        """The last block's output ``[T, B, d]``, the blocks' states, and a loop's ponder cost."""
+        x = self._embed(tokens)
+        new_states: list[State] = []
+        drop = None
+        if self.dropout is not None and self.training and not with_states:
+            drop = self.dropout.next_micro_batch()
+            x = drop(x, EMBEDDING) if self.stage.first else x
+
+        def run(x: Tensor, indices: range, depth: int = 0) -> Tensor:
+            if not with_states:
+                return self.run_blocks(x, indices, cu_seqlens, depth, drop)
+            for index in indices:
+                set_depth(self.blocks[index], depth)
+                old = None if states is None else states[len(new_states)]
+                x, state = self.blocks[index](x, cu_seqlens, old)
+                new_states.append(state)
+            return x
+
+        ponder = None
+        own = self.stage.blocks
+        if self.recursion is None:
+            x = run(x, own)
+        else:
+            x = run(x, range(own.start, self._loop.start))
+            x, ponder = self.recursion(
+                x, lambda state, index: run(state, self._loop, index), whole=with_states
+            )
+            if self.recursion.config.normalize_state:
+                x = self.final_norm(x)
+            x = run(x, range(self._loop.stop, own.stop))
+        return x, new_states, ponder
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        indices: range,
+        cu_seqlens: Tensor | None,
+        depth: int = 0,
+        drop: DropAt | None = None,
+    ) -> Tensor:
+        """x ``[T, B, d]`` through some blocks, at pass ``depth`` of a loop, without states."""
+        for index in indices:
+            block = cast(Block, self.blocks[index])
+            if self.checkpoint_blocks and self.training:
+                x = torch.utils.checkpoint.checkpoint(
+                    _run_block, block, x, cu_seqlens, depth, drop, use_reentrant=False
+                )
+            else:
+                x = _run_block(block, x, cu_seqlens, depth, drop)
+        return x
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if not self.stage.first:
+            received, self._received = self._received, None
+            assert received is not None
+            return received
+        x = self.embedding(tokens)
+        if not self.context.megatron.sequence_parallel:
+            x = x.transpose(0, 1)
+        if self.model_config.scale_embeddings:
+            x = x * self.model_config.hidden_size**0.5
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """``[T, B, vocab]``, this process's part of the vocabulary."""
+        x = column_input(self._head_input(x), self.context)
+        return self._capped(nn.functional.linear(x, self._head_weight))
+
+    def _head_input(self, x: Tensor) -> Tensor:
+        x = self.final_norm(x)
+        return x if self._width == 1 else x / self._width
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.model_config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def _head_weight(self) -> Tensor:
+        tied = self.model_config.tie_embeddings
+        return cast(Tensor, self.embedding.weight if tied else self.head.weight)
+
+    def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """``[T, B]`` in nats, of targets ``[T, B]``."""
+        rows = self.vocab_size // self.context.tensor_size
+        at_once = max(self.logits_at_once // rows, 1)
+        z_loss = self.model_config.z_loss_weight if self.training else 0.0
+        if targets.numel() <= at_once and z_loss == 0:
+            logits = self._logits(x).float()
+            return tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
+        x = column_input(self._head_input(x), self.context)
+        losses = linear_cross_entropy(
+            x.flatten(0, 1),
+            self._head_weight,
+            targets.flatten(),
+            tokens_at_once=at_once,
+            group=self.context.group,
+            softcap=self.model_config.logit_softcap,
+            z_loss_weight=z_loss,
+        )
+        return losses.view_as(targets)
+
+    def metrics(self) -> dict[str, float]:
+        """What the mixers have to tell since the last call, over all blocks of this process."""
+        found: dict[str, float] = {}
+        for index in self.stage.blocks:
+            block = cast(Block, self.blocks[index])
+            merge_metrics(found, block.mixer.metrics())
+            if isinstance(block.mlp, MoE):
+                merge_metrics(found, block.mlp.metrics())
+        return found
+
+    def update_biases(self) -> None:
+        """Of mixtures of experts, after a step."""
+        for index in self.stage.blocks:
+            mlp = cast(Block, self.blocks[index]).mlp
+            if isinstance(mlp, MoE):
+                mlp.update_bias()
+
+
+def _run_block(
+    block: Block, x: Tensor, cu_seqlens: Tensor | None, depth: int, drop: DropAt | None
+) -> Tensor:
+    set_depth(block, depth)
+    return block(x, cu_seqlens, None, drop, depth)[0]
+
+
+def _mark_as_copy(weight: object, *, counted: bool) -> None:
+    """One of two copies of the embedding: gradients are summed over both, one counts in norms."""
+    tagged: Any = weight
+    tagged.shared_embedding = True  # megatron-core lays out both copies' gradients alike
+    tagged.shared = tagged.ds_pipe_replicated = not counted

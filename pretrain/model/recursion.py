@@ -1,0 +1,211 @@
+"""Recursion over depth: a group of blocks, weights tied, gone through several times.
+
+Looped blocks (Relaxed Recursive Transformers, arXiv 2410.20672), recurrent depth (arXiv 2502.05171)
+and the Universal Transformer (arXiv 1807.03819) with adaptive computation time (arXiv 1603.08983)
+are settings of one loop; see :class:`pretrain.config.RecursionConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from pretrain.common.errors import UserError
+from pretrain.config import RecursionConfig
+from pretrain.nn.linear import (
+    Initializer,
+    ParallelContext,
+    constant,
+    normal,
+    replicated_parameter,
+    used_on_part_of_the_tokens,
+)
+
+_EVALUATION = 2**32 - 1  # stands for "no step" among the seeds
+_RECURRENCES, _STATE = 0, 1  # the two streams of random numbers
+
+
+def sample_recurrences(mean: int, seed: int, step: int) -> int:
+    """Passes of a training step: 1 + Poisson of a log-normal rate with mean ``mean`` (arXiv
+    2502.05171, section 3.3). The same for all its micro-batches on every process, which must stay
+    in step and give the same numbers however many they are."""
+    generator = np.random.default_rng([seed, step, _RECURRENCES])
+    rate = generator.lognormal(np.log(mean) - 0.125, 0.5)
+    return int(generator.poisson(rate)) + 1
+
+
+class Recursion(nn.Module):
+    """What the loop has beside its blocks, and how it is gone through."""
+
+    def __init__(
+        self, config: RecursionConfig, hidden_size: int, std: float, context: ParallelContext
+    ):
+        super().__init__()
+        self.config, self._context = config, context
+        self.times: int | None = None  # instead of the configured number, in evaluation
+        self.in_step = False  # all processes must make the same passes
+        self._seed, self._step, self._micro_batch = 0, 0, 0
+        self._place, self._places = 0, 1
+        self._passes: list[int] = []
+        self._ponder: list[Tensor] = []
+        d = hidden_size
+        if config.adapter:
+            self.adapter = self._replicated((d, 2 * d), normal(std))
+        if config.step_signal == "learned":
+            self.step_signal = self._replicated((config.times, d), normal(std))
+        if config.halting:
+            self.halting_weight = self._replicated((1, d), normal(std))
+            self.halting_bias = self._replicated((1,), constant(1.0))
+
+    def _replicated(self, shape: tuple[int, ...], init: Initializer) -> nn.Parameter:
+        parameter = replicated_parameter(self._context, shape, init)
+        return used_on_part_of_the_tokens(parameter, self._context)
+
+    def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
+        """See :meth:`pretrain.model.language_model.LanguageModel.begin_step`."""
+        self._seed, self._step, self._micro_batch = seed, step, 0
+        self._place, self._places = place, places
+
+    def metrics(self) -> dict[str, float]:
+        """Of the training micro-batches since the last call: mean number of passes and, with
+        halting, mean ponder cost per token."""
+        passes, self._passes = self._passes, []
+        ponder, self._ponder = self._ponder, []
+        found = {"recurrences": sum(passes) / len(passes)} if passes else {}
+        if ponder:
+            found["ponder_cost"] = float(torch.stack(ponder).mean())
+        return found
+
+    def set_times(self, times: int | None) -> None:
+        """Passes in evaluation; None for the configured number. Raises UserError where the loop has
+        something of its own for each pass."""
+        config = self.config
+        if times is not None and times < 1:
+            raise UserError(f"recurrences is {times}, expected at least 1")
+        learned = config.lora_rank > 0 or config.step_signal == "learned"
+        if times is not None and learned and times > config.times:
+            raise UserError(
+                f"recurrences is {times}, but this model learned {config.times} different passes "
+                "(lora_rank or step_signal): expected at most as many"
+            )
+        self.times = times
+
+    def num_passes(self) -> int:
+        """Passes of the forward call that begins now; counts micro-batches in training."""
+        config = self.config
+        if not self.training:
+            return self.times or config.times
+        times = config.times
+        if config.sampling == "poisson":
+            times = sample_recurrences(times, self._seed, self._step)
+        self._micro_batch += 1
+        self._passes.append(times)
+        return times
+
+    def forward(
+        self, x: Tensor, run: Callable[[Tensor, int], Tensor], *, whole: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x ``[T, B, d]``, the prelude's output; ``run(state, pass)`` goes through the blocks once.
+
+        ``whole``: make every pass even where all tokens have halted, because the blocks' states are
+        wanted. So does training, where every process must use every parameter, sequence
+        parallelism, where none sees all tokens, and ``in_step``. Returns the last state and, with
+        halting, each token's ponder cost ``[T, B]``.
+        """
+        config, times = self.config, self.num_passes()
+        through = times
+        if self.training and config.backprop_last is not None:
+            through = min(times, config.backprop_last)
+        state = self._initial(x)
+        halting = _Halting(config, x) if config.halting else None
+        whole = whole or self.training or self.in_step
+        whole = whole or self._context.megatron.sequence_parallel
+        for index in range(times):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= times - through):
+                stays = state
+                if config.adapter:
+                    stays = nn.functional.linear(torch.cat([state, x], -1), self.adapter)
+                if config.step_signal != "none":
+                    stays = stays + self._signal(index, stays)
+                new = run(stays, index)
+            if halting is not None:
+                wide = halting.cost.dtype
+                logit = nn.functional.linear(
+                    stays.to(wide), self.halting_weight.to(wide), self.halting_bias.to(wide)
+                )
+                halting.add(torch.sigmoid(logit)[..., 0], new, last=index == times - 1)
+                if not whole and halting.all_done():
+                    break
+            state = new
+        if halting is None:
+            return state, None
+        if self.training:
+            self._ponder.append(halting.cost.detach().mean())
+        return halting.output, halting.cost
+
+    def _initial(self, x: Tensor) -> Tensor:
+        config = self.config
+        if config.state_init == "input":
+            return x
+        if config.state_init == "zeros":
+            return torch.zeros_like(x)
+        if self.training:
+            # num_passes has counted this micro-batch already.
+            number = (self._micro_batch - 1) * self._places + self._place
+            seeds, shape = (self._seed, self._step, number), tuple(x.shape)
+            if self._context.megatron.sequence_parallel:
+                shape = (shape[0] * self._context.tensor_size, *shape[1:])
+        else:
+            # One state for all tokens: no token's score depends on where it lies in a batch.
+            seeds, shape = (0, _EVALUATION, 0), (x.shape[-1],)
+        seed = int(np.random.default_rng([*seeds, _STATE]).integers(2**62))
+        device = torch.device("cpu") if x.is_meta else x.device
+        generator = torch.Generator(device).manual_seed(seed)
+        noise = torch.randn(shape, generator=generator, device=device).clamp_(-3, 3)
+        if noise.ndim == x.ndim and len(noise) > len(x):  # this process's tokens
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            noise = noise[rank * len(x) : (rank + 1) * len(x)]
+        return (noise * config.state_std).to(x).expand_as(x)
+
+    def _signal(self, index: int, x: Tensor) -> Tensor:
+        if self.config.step_signal == "learned":
+            return self.step_signal[index]
+        d = x.shape[-1]
+        exponents = torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d
+        angles = (index + 1) * 10_000.0**-exponents
+        signal = torch.stack([angles.sin(), angles.cos()], -1).flatten()[:d]
+        return signal.to(x.dtype)
+
+
+class _Halting:
+    """Adaptive computation time, every token for itself.
+
+    A token halts at the first pass where its probabilities exceed the threshold; that pass weighs
+    what remains to 1. Output: the weighted mean of states; cost: passes plus remainder.
+    """
+
+    def __init__(self, config: RecursionConfig, x: Tensor):
+        self._threshold = config.halting_threshold
+        self.output = torch.zeros_like(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        self.cost = torch.zeros(x.shape[:-1], device=x.device, dtype=dtype)
+        self._total = torch.zeros_like(self.cost)
+        self._running = torch.ones_like(self.cost, dtype=torch.bool)
+
+    def add(self, probability: Tensor, state: Tensor, *, last: bool) -> None:
+        stops = self._running & (self._total + probability > self._threshold)
+        if last:
+            stops = self._running
+        remainder = 1 - self._total
+        weight = torch.where(stops, remainder, probability) * self._running
+        self.cost = self.cost + self._running + torch.where(stops, remainder, 0)
+        self.output = self.output + (weight[..., None] * state).to(state.dtype)
+        self._total = self._total + weight
+        self._running = self._running & ~stops
+
+    def all_done(self) -> bool:
+        return not bool(self._running.any())

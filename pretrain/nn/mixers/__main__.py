@@ -1,0 +1,144 @@
+"""``python -m pretrain.nn.mixers > docs/layers.md``: the page on layers, from the registry."""
+
+from __future__ import annotations
+
+from pretrain.nn.mixers import registry
+
+HIDDEN, SEQ_LEN = 2048, 4096
+
+HEAD = """# Layers
+
+Every sequence mixer is one file in `pretrain/nn/mixers/`, named in a model's pattern
+(`6*(3*gdn attn)`); a variant with settings of its own gets a name through
+`mixers: {mine: {kind: gdn, num_heads: 4}}`. Settings are the fields of the mixer's config class.
+
+The table is made from the registry by `python -m pretrain.nn.mixers > docs/layers.md`. Numbers
+are for each mixer's default settings at hidden size %(hidden)d and %(seq)d tokens: parameters in
+units of hidden size squared, forward MFLOP per token (matrix products; backward is twice that),
+state in KiB at the sequence's end, activations in bfloat16 and recurrent states in float32. H
+heads, K key and V value channels of a head, D channels of a head, T tokens.
+
+| name | layer | equation | state | KiB | params / d² | MFLOP | over time | parallel | source |
+|---|---|---|---|---:|---:|---:|---|---|---|
+"""
+
+FOOT = """
+Behind all of them stand the plain functions of `pretrain.ops`. Each has a definition (a loop over
+time, `backend="recurrent"` or `"sequential"`) and a faster form, equal to 1e-10 in float64 with all
+gradients; `with pretrain.ops.definitions():` makes a whole model run by the definitions, to tell
+whether a fast form is to blame for something.
+
+**Parallelism.** All run under data parallel with a sharded optimizer (ZeRO-1), and under tensor
+parallelism with or without sequence parallelism (`parallel: {tensor: 2, sequence: true}`):
+projections are divided by column, outputs by row, heads among the processes, shared query and key
+heads are whole on each, norms over the full width sum their squares. Three optimizer steps on two
+processes equal those on one to 1e-5, for every mixer and every kind of loop
+(`tests/pretrain/parallel/test_tensor_parallel.py`).
+
+**Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. In plain torch
+their backward pass is linear in T and keeps every c-th state, c about sqrt(T / 4) up to 32,
+recomputing the rest. `state_grad_clip` bounds the gradient that is carried from step to step.
+
+**Newton layers.** `para_gru` and `para_lstm` solve for all steps at once, by Newton steps (usually
+3), each a blocked scan, until the residual is at most `tolerance`. A sequence that is not there
+after `iterations` of them is computed step by step instead; `newton_residual_max`,
+`newton_iterations_max` and `newton_fallbacks` in the metrics tell. Recurrent weights stay within
+`max_recurrent` (0.5), which keeps that rare. On a GPU, where thousands of channels run side by side
+anyway, stepping in one kernel is less work than solving, and is done instead; the three metrics are
+then 0.
+
+**On a GPU** (`pip install -e ".[cuda]"`, or the Dockerfile's) every op takes the fastest
+implementation that is right for the device and dtype; a line at the start of the log names them,
+and `backend=` of each function of `pretrain.ops` chooses by hand.
+
+* attention, sliding windows: flash-attn 3 on Hopper or 2, where installed; else torch's own kernel
+  for sequences of different lengths
+* linear attention, delta rules, DeltaProduct, short convolution: flash-linear-attention
+* M2RNN: our Triton kernels, the state on chip and kept every 64th token
+* ParaGRU, ParaLSTM: our Triton kernels, by steps or by all Newton iterations in one; the reverse
+  solve in another
+* lstm, gru, slstm, elman of up to 128 channels a head: our Triton kernels, a head's recurrent
+  matrices on chip
+* head and cross entropy, where the vocabulary is not divided: Liger's kernel between the products,
+  some thousand tokens at a time
+* gates with the norms before them, L2 norms, SwiGLU: fused by torch.compile
+
+Documents, starting states and gradients are as in the definitions; our kernels use no atomics, so
+equal inputs give equal bits. `tests/pretrain/ops/test_kernels.py` and `test_fla.py` run them in
+Triton's interpreter without a GPU, and on one where there is one; `benchmarks/ops_gpu.py` and
+`train_gpu.py` measure them (`benchmarks/results/gpu.md` says what has been measured).
+
+## A cell of one's own
+
+Any elementwise cell, parallel over time, its Jacobian by `torch.func`:
+
+```python
+import torch
+from pretrain.ops import NewtonReport, newton_recurrence
+
+
+def cell(h, x, parameters):
+    \"\"\"h [1, ..., D], x [2, ..., D], parameters [2, D]: a leaky tanh unit with a gate.\"\"\"
+    weight, bias = parameters
+    gate = torch.sigmoid(bias + x[0])
+    return gate * h + (1 - gate) * torch.tanh(weight * h + x[1])
+
+
+x = torch.randn(4, 1000, 2, 64, requires_grad=True)  # [B, T, inputs, D]
+parameters = (0.5 * torch.randn(2, 64)).requires_grad_()
+report = NewtonReport()
+states, last = newton_recurrence(cell, x, parameters, report=report)  # [B, T, 1, D], [B, 1, D]
+states.square().sum().backward()
+print(report)  # residual, fallbacks
+```
+
+With `num_states=2` the cell sees and returns `[2, ..., D]`, and its 2 x 2 Jacobians are used.
+
+## Recursion over depth
+
+`model.recursion` makes a loop of the pattern's blocks between `prelude` and `coda`, over any
+mixers:
+
+```yaml
+model:
+  pattern: "2*attn 4*gdn 2*attn"
+  recursion: {prelude: 2, coda: 2, times: 8}                     # tied weights
+  # recursion: {prelude: 2, coda: 2, times: 3, lora_rank: 64}    # with low-rank differences
+  # recursion: {prelude: 2, coda: 2, times: 32, sampling: poisson, backprop_last: 8, adapter: true,
+  #             state_init: random, normalize_state: true}       # recurrent depth
+  # recursion: {times: 6, step_signal: sinusoidal, halting: true}  # Universal Transformer
+```
+
+`block_norm: sandwich` and `scale_embeddings: true` belong to the recurrent-depth recipe.
+`initialize: {checkpoint: runs/dense, method: stepwise, lora: svd}` starts from a trained model.
+`python -m evals runs/NAME --recurrences 64` scores with another number of passes.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    rows = []
+    for name, mixer in sorted(registry().items()):
+        config, card = mixer.config_class(), mixer.card
+        mixer.check(config, HIDDEN)
+        flops = mixer.flops_per_token(config, HIDDEN, SEQ_LEN)
+        parameters = mixer.num_parameters(config, HIDDEN)
+        state = mixer.state_bytes(config, HIDDEN, SEQ_LEN) / 1024
+        cells = (
+            f"`{name}`",
+            card.name,
+            f"`{card.equation}`",
+            card.state,
+            f"{state:,.0f}",
+            f"{parameters / HIDDEN**2:.2f}",
+            f"{flops / 1e6:.1f}",
+            card.over_time,
+            f"data, tensor by {card.divided}",
+            card.source,
+        )
+        rows.append("| " + " | ".join(cells) + " |\n")
+    return HEAD % {"hidden": HIDDEN, "seq": SEQ_LEN} + "".join(rows) + FOOT
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,194 @@
+"""Softmax attention with grouped key/value heads, rotary positions, optional sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.common.config_loader import setting
+from pretrain.data.sequences import (
+    last_tokens,
+    max_length,
+    rows_as_sequences,
+    select_packed,
+    sequence_lengths,
+    token_positions,
+)
+from pretrain.nn.linear import (
+    column_input,
+    column_linear,
+    constant,
+    group_linear,
+    head_shared,
+    replicated_parameter,
+    row_linear,
+)
+from pretrain.nn.mixers.base import LayerContext, Mixer, MixerCard, State, heads, register
+from pretrain.ops import apply_rotary, attention, rotary_embedding, rotary_of
+from pretrain.ops.elementwise.rms_norm import rms_norm
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """num_kv_heads: null = num_heads; head_dim: null = hidden_size / num_heads; rope_theta: null =
+    no positions (NoPE); window: tokens seen back, itself included, null = all; qk_norm: RMS norm of
+    queries and keys per head."""
+
+    num_heads: int = setting(8, minimum=1)
+    num_kv_heads: int | None = setting(None, minimum=1)
+    head_dim: int | None = setting(None, minimum=1)
+    rope_theta: float | None = setting(10_000.0, above=0)
+    window: int | None = setting(None, minimum=1)
+    qk_norm: bool = False
+    norm_eps: float = setting(1e-6, above=0)
+
+    def shape(self, hidden_size: int) -> tuple[int, int, int]:
+        """(num_heads, num_kv_heads, head_dim) with the nulls filled in."""
+        head_dim = self.head_dim or hidden_size // self.num_heads
+        return self.num_heads, self.num_kv_heads or self.num_heads, head_dim
+
+
+@register("attn")
+class Attention(Mixer):
+    """State: keys and values so far (with a window, the last ``window``), packed ``[S, Hkv, D]``;
+    how many of them each sequence has, and how many tokens it has seen."""
+
+    config_class = AttentionConfig
+    card = MixerCard(
+        "softmax attention",
+        "o_t = sum_j softmax_j(q_t k_j / sqrt D) v_j",
+        "keys and values of all tokens",
+        "flash or scaled-dot-product attention",
+        "arXiv 1706.03762; GQA 2305.13245; RoPE 2104.09864",
+    )
+
+    def __init__(self, config: AttentionConfig, context: LayerContext):
+        super().__init__(config, context)
+        self.config, self.parallel = config, context.parallel
+        d = context.hidden_size
+        num_heads, num_kv_heads, self.head_dim = config.shape(d)
+        self.num_heads = self.parallel.local(num_heads, "num_heads")
+        self.num_kv_heads = max(num_kv_heads // self.parallel.tensor_size, 1)
+        q_dim = num_heads * self.head_dim
+        self.q_proj = column_linear(self.parallel, d, q_dim, context.std)
+        keys: Any = (self.parallel, d, num_kv_heads, self.head_dim, context.std, "num_kv_heads")
+        self.k_proj, self.v_proj = group_linear(*keys), group_linear(*keys)
+        self.o_proj = row_linear(self.parallel, q_dim, d, context.output_std)
+        if config.qk_norm:
+            self.q_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
+            self.k_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        x = column_input(x, self.parallel, self)
+        q = heads(self.q_proj(x)[0], self.num_heads)
+        k = heads(self.k_proj(x)[0], self.num_kv_heads)
+        v = heads(self.v_proj(x)[0], self.num_kv_heads)
+        if self.config.qk_norm:
+            q = rms_norm(q, head_shared(self.q_norm, self.parallel), self.config.norm_eps)
+            k = rms_norm(k, head_shared(self.k_norm, self.parallel), self.config.norm_eps)
+        batch_size, length = q.shape[:2]
+        if cu_seqlens is None:
+            cu_seqlens = rows_as_sequences(batch_size, length, q.device)
+            q, k, v = (t.reshape(1, batch_size * length, *t.shape[2:]) for t in (q, k, v))
+        if self.config.rope_theta is not None:
+            dim, theta = self.head_dim, self.config.rope_theta
+            if state is None:
+                cos, sin = rotary_of(cu_seqlens, dim, theta)
+            else:
+                seen = torch.repeat_interleave(state["seen"], cu_seqlens.diff())
+                cos, sin = rotary_embedding(token_positions(cu_seqlens) + seen, dim, theta)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        k, v, cu_seqlens_k = _append(state, k[0], v[0], cu_seqlens)
+        y = attention(
+            q,
+            k[None],
+            v[None],
+            window=self.config.window,
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+        )
+        y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
+        seen = cu_seqlens.diff() + (0 if state is None else state["seen"])
+        return self.o_proj(y)[0], {**self._visible(k, v, cu_seqlens_k), "seen": seen}
+
+    def _visible(self, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> State:
+        """What later tokens can still see."""
+        lengths, window = cu_seqlens.diff(), self.config.window
+        if window is not None and max_length(cu_seqlens) > window:
+            kept = last_tokens(cu_seqlens, window)
+            k, v, lengths = k[kept], v[kept], lengths.clamp_max(window)
+        return {"k": k, "v": v, "lengths": lengths}
+
+    def init_state(self, batch_size: int) -> State:
+        device, dtype = self.parallel.device, self.parallel.dtype
+        empty = torch.zeros(0, self.num_kv_heads, self.head_dim, dtype=dtype, device=device)
+        lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return {"k": empty, "v": empty, "lengths": lengths, "seen": lengths}
+
+    def select_state(self, state: State, indices: Tensor) -> State:
+        lengths = state["lengths"]
+        k, v = (select_packed(state[name], lengths, indices) for name in "kv")
+        return {"k": k, "v": v, "lengths": lengths[indices], "seen": state["seen"][indices]}
+
+    @classmethod
+    def check(cls, config: AttentionConfig, hidden_size: int) -> None:
+        if config.head_dim is None and hidden_size % config.num_heads:
+            raise ValueError(
+                f"num_heads is {config.num_heads}, which does not divide hidden_size {hidden_size}"
+                "; choose another or set head_dim"
+            )
+        num_heads, num_kv_heads, head_dim = config.shape(hidden_size)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {num_kv_heads}, which does not divide num_heads {num_heads}"
+            )
+        if config.rope_theta is not None and head_dim % 2:
+            raise ValueError(
+                f"head_dim is {head_dim}, expected an even number for rotary positions"
+            )
+
+    @classmethod
+    def divided(cls, config: AttentionConfig, hidden_size: int) -> dict[str, int]:
+        num_heads, num_kv_heads, _ = config.shape(hidden_size)
+        return {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+
+    @classmethod
+    def num_parameters(cls, config: AttentionConfig, hidden_size: int) -> int:
+        num_heads, num_kv_heads, head_dim = config.shape(hidden_size)
+        projections = 2 * hidden_size * head_dim * (num_heads + num_kv_heads)
+        return projections + 2 * head_dim * config.qk_norm
+
+    @classmethod
+    def flops_per_token(cls, config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
+        num_heads, num_kv_heads, head_dim = config.shape(hidden_size)
+        projections = 4 * hidden_size * head_dim * (num_heads + num_kv_heads)
+        window = min(config.window or seq_len, seq_len)
+        # Keys seen by all queries of a sequence: 1, 2, ..., window, window, ...
+        seen = window * (window + 1) // 2 + (seq_len - window) * window
+        return projections + 4 * num_heads * head_dim * seen // seq_len
+
+    @classmethod
+    def state_bytes(cls, config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
+        _, num_kv_heads, head_dim = config.shape(hidden_size)
+        return 4 * num_kv_heads * head_dim * min(config.window or seq_len, seq_len)
+
+
+def _append(
+    state: State | None, k: Tensor, v: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each sequence's new keys and values after its old ones; and where the sequences lie."""
+    if state is None:
+        return k, v, cu_seqlens
+    new = sequence_lengths(cu_seqlens)
+    old = state["lengths"].tolist()
+    parts = [
+        torch.cat([torch.cat(pair) for pair in zip(a.split(old), b.split(new), strict=True)])
+        for a, b in ((state["k"], k), (state["v"], v))
+    ]
+    ends = torch.tensor([0, *(a + b for a, b in zip(old, new, strict=True))], device=k.device)
+    return parts[0], parts[1], ends.cumsum(0)

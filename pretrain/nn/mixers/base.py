@@ -1,0 +1,167 @@
+"""What every sequence mixer is, and the registry that pattern strings name them from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.nn.linear import ParallelContext
+
+State = dict[str, Tensor]
+SHAREABLE = ("num_kv_heads", "num_groups", "num_qk_heads", "num_qk_groups")
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a mixer is built into.
+
+    std, output_std: Gaussian initialisation of the inner and of the output projections
+    index, count: which of the model's blocks this is, from 0, and how many there are
+    """
+
+    hidden_size: int
+    std: float
+    output_std: float
+    parallel: ParallelContext
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class MixerCard:
+    """A mixer in a line of docs/layers.md. equation: one head's recurrence; state: what it carries
+    from token to token; over_time: how it is computed over time; divided: what tensor parallelism
+    divides; source: paper."""
+
+    name: str
+    equation: str
+    state: str
+    over_time: str
+    source: str
+    divided: str = "H"
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes information along the sequence; activations are sequence-first, ``[T, B, d]``.
+
+    ``config_class`` is a frozen dataclass of the mixer's own settings; ``card`` go into
+    docs/layers.md. The class methods count without building anything; they speak of the whole
+    layer, not of one process's share.
+    """
+
+    config_class: ClassVar[type]
+    card: ClassVar[MixerCard]
+    speed_settings: ClassVar[tuple[str, ...]] = ("chunk_size",)  # that change nothing but speed
+    parallel: ParallelContext
+
+    @abstractmethod
+    def __init__(self, config: Any, context: LayerContext):
+        super().__init__()
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """x ``[T, B, d]`` to y of the same shape, and the state after each sequence's last token.
+
+        With ``cu_seqlens`` ``[N + 1]`` B is 1 and N sequences are packed along T.
+        """
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token for each of B sequences, ``[B, d]``."""
+        y, state = self(x[None], state=state)
+        return y[0], state
+
+    @abstractmethod
+    def init_state(self, batch_size: int) -> State:
+        """The state before any token."""
+
+    def select_state(self, state: State, indices: Tensor) -> State:
+        """The states of some of the sequences, ``[M]`` int64 numbers from 0; one may be there
+        several times."""
+        return {name: values[indices] for name, values in state.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """What the layer has to tell of the passes since the last call; each call starts anew.
+
+        A key ending in ``_max`` is reduced by the largest over layers and processes, others by sum.
+        """
+        return {}
+
+    @classmethod
+    def check(cls, config: Any, hidden_size: int) -> None:
+        """Raise ValueError where the settings do not fit each other or ``hidden_size``."""
+
+    @classmethod
+    def divided(cls, config: Any, hidden_size: int) -> dict[str, int]:
+        """Counts that tensor parallelism divides, by the name of their setting. One of a name in
+        ``SHAREABLE`` may also be 1, and is then shared by all processes."""
+        return {"num_heads": config.num_heads}
+
+    @classmethod
+    @abstractmethod
+    def num_parameters(cls, config: Any, hidden_size: int) -> int:
+        """Parameters of the layer, norms inside it included."""
+
+    @classmethod
+    @abstractmethod
+    def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
+        """Matrix-multiply FLOPs of one token's forward pass in sequences of ``seq_len``."""
+
+    @classmethod
+    @abstractmethod
+    def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
+        """Bytes of one sequence's state after ``seq_len`` tokens, activations in bfloat16."""
+
+
+M = TypeVar("M", bound=type[Mixer])
+_REGISTRY: dict[str, type[Mixer]] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: make a mixer known to pattern strings as ``name``."""
+
+    def add(mixer: M) -> M:
+        if name in _REGISTRY:
+            raise ValueError(f"two mixers are called '{name}'")
+        _REGISTRY[name] = mixer
+        return mixer
+
+    return add
+
+
+def registry() -> dict[str, type[Mixer]]:
+    """All mixers by name."""
+    return dict(_REGISTRY)
+
+
+def heads(x: Tensor, num_heads: int) -> Tensor:
+    """``[T, B, H * D]`` to batch-first ``[B, T, H, D]``."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(0, 1)
+
+
+def whole(value: float, what: str) -> int:
+    """``value`` as an int. Raises ValueError naming ``what`` if it is not whole."""
+    if abs(value - round(value)) > 1e-9 * abs(value):
+        raise ValueError(f"{what} is {value:g}, expected a whole number")
+    return round(value)
+
+
+def per_head(hidden_size: int, num_heads: int) -> int:
+    """Channels of a head. Raises ValueError where the heads do not divide ``hidden_size``."""
+    if hidden_size % num_heads:
+        raise ValueError(
+            f"num_heads is {num_heads}, which does not divide hidden_size {hidden_size}; choose "
+            "another or set head_dim"
+        )
+    return hidden_size // num_heads
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or wider where the model is."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,178 @@
+"""What DeltaNet, Gated DeltaNet and DeltaProduct share; see :mod:`pretrain.ops.delta_rule`.
+
+q, k, v = SiLU(conv(W x)), q and k L2-normalised per head; beta = sigmoid(W_b x), doubled where
+negative eigenvalues are allowed; log decay = -exp(A_log) softplus(W_a x + dt_bias); the output is
+RMSNorm(o) per head, times SiLU(W_g x) where there is a gate, through W_o.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pretrain.nn.linear import (
+    column_input,
+    column_linear,
+    constant,
+    head_shared,
+    replicated_parameter,
+    row_linear,
+)
+from pretrain.nn.mixers.base import (
+    LayerContext,
+    Mixer,
+    State,
+    accumulation_dtype,
+    heads,
+    whole,
+)
+from pretrain.nn.mixers.parts import (
+    add_short_convolutions,
+    convolution_states,
+    convolve,
+    decay_rate_init,
+    delta_rule_flops,
+    gate_parameter,
+    l2_norm,
+    matrix_state,
+    softplus_decay,
+    time_step_init,
+)
+from pretrain.ops import delta_rule
+from pretrain.ops.elementwise.rms_norm import rms_norm, rms_norm_silu_gate
+
+
+class DeltaRuleMixer(Mixer):
+    """State: the convolutions' last inputs, and S ``[N, H, K, V]`` in float32.
+
+    A subclass says by ``output_gate`` and :meth:`decays`, and by its settings ``num_householder``,
+    which of the family it is.
+    """
+
+    output_gate: ClassVar[bool] = True
+
+    def __init__(self, config: Any, context: LayerContext):
+        super().__init__(config, context)
+        self.config, self.parallel = config, context.parallel
+        d, parallel = context.hidden_size, context.parallel
+        self.num_heads = parallel.local(config.num_heads, "num_heads")
+        self.substeps = self.householder(config)
+        k_dim = config.num_heads * config.head_dim
+        v_dim = config.num_heads * config.value_dim
+        k_steps, v_steps = self.substeps * k_dim, self.substeps * v_dim
+        self.q_proj = column_linear(parallel, d, k_dim, context.std)
+        self.k_proj = column_linear(parallel, d, k_steps, context.std)
+        self.v_proj = column_linear(parallel, d, v_steps, context.std)
+        if self.output_gate:
+            self.g_proj = column_linear(parallel, d, v_dim, context.std)
+        if self.decays(config):
+            self.a_proj = column_linear(parallel, d, config.num_heads, context.std)
+            self.A_log = gate_parameter(parallel, (self.num_heads,), decay_rate_init())
+            self.dt_bias = gate_parameter(parallel, (self.num_heads,), time_step_init)
+        self.b_proj = column_linear(parallel, d, self.substeps * config.num_heads, context.std)
+        self.o_proj = row_linear(parallel, v_dim, d, context.output_std)
+        widths = {"q": k_dim, "k": k_steps, "v": v_steps}
+        add_short_convolutions(
+            self,
+            parallel,
+            {n: w // parallel.tensor_size for n, w in widths.items()},
+            config.conv_size,
+        )
+        self.norm = replicated_parameter(parallel, (config.value_dim,), constant(1.0))
+
+    @classmethod
+    def householder(cls, config: Any) -> int:
+        """Householder steps per token."""
+        return int(getattr(config, "num_householder", 1))
+
+    @classmethod
+    def decays(cls, config: Any) -> bool:
+        """Whether there is a decay, one number per head."""
+        return True
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        x = column_input(x, self.parallel, self)
+        new_state: State = {}
+        q, k, v = (
+            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], cu_seqlens, state, new_state)
+            for name in "qkv"
+        )
+        q, k, v = heads_of(q, self.num_heads, 1), self._steps(k), self._steps(v)
+        beta = self._steps(self.b_proj(x)[0].transpose(0, 1))[..., 0]
+        beta = beta.to(accumulation_dtype(self.parallel.dtype)).sigmoid() * (
+            1 + self.config.allow_neg_eigval
+        )
+        log_decay = None
+        if self.decays(self.config):
+            log_decay = softplus_decay(self.a_proj(x)[0], self.A_log, self.dt_bias).transpose(0, 1)
+        y, new_state["recurrent"] = delta_rule(
+            l2_norm(q),
+            l2_norm(k),
+            v,
+            beta,
+            log_decay=log_decay,
+            num_householder=self.substeps,
+            cu_seqlens=cu_seqlens,
+            initial_state=None if state is None else state["recurrent"],
+            chunk_size=self.config.chunk_size,
+        )
+        norm, eps = head_shared(self.norm, self.parallel), self.config.norm_eps
+        if self.output_gate:
+            y = rms_norm_silu_gate(y, norm, heads(self.g_proj(x)[0], self.num_heads), eps)
+        else:
+            y = rms_norm(y, norm, eps)
+        return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
+
+    def _steps(self, x: Tensor) -> Tensor:
+        """``[B, T, H * n * dim]`` to ``[B, T * n, H, dim]``: a head's sub-steps lie together, so
+        that heads can be divided."""
+        return heads_of(x, self.num_heads, self.substeps)
+
+    def init_state(self, batch_size: int) -> State:
+        config = self.config
+        return {
+            **convolution_states(self, self.parallel, batch_size, "qkv"),
+            "recurrent": matrix_state(
+                self.parallel, batch_size, self.num_heads, config.head_dim, config.value_dim
+            ),
+        }
+
+    @classmethod
+    def check(cls, config: Any, hidden_size: int) -> None:
+        whole(config.head_dim * config.expand_v, "head_dim * expand_v")
+        steps = cls.householder(config)
+        if config.chunk_size < steps:
+            raise ValueError(
+                f"chunk_size is {config.chunk_size}, expected at least num_householder = {steps}"
+            )
+
+    @classmethod
+    def num_parameters(cls, config: Any, hidden_size: int) -> int:
+        n, h = cls.householder(config), config.num_heads
+        k_dim, v_dim = h * config.head_dim, h * config.value_dim
+        gate, decay = cls.output_gate, cls.decays(config)
+        widths = k_dim * (1 + n) + v_dim * (n + 1 + gate) + h * (n + decay)
+        convolutions = config.conv_size * (k_dim * (1 + n) + v_dim * n)
+        return hidden_size * widths + convolutions + 2 * h * decay + config.value_dim
+
+    @classmethod
+    def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
+        n, h = cls.householder(config), config.num_heads
+        k_dim, v_dim = h * config.head_dim, h * config.value_dim
+        widths = k_dim * (1 + n) + v_dim * (n + 1 + cls.output_gate) + h * (n + cls.decays(config))
+        return 2 * hidden_size * widths + h * delta_rule_flops(
+            config.head_dim, config.value_dim, config.chunk_size, n
+        )
+
+    @classmethod
+    def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
+        k, v, h, n = config.head_dim, config.value_dim, config.num_heads, cls.householder(config)
+        return 4 * h * k * v + 2 * max(config.conv_size - 1, 0) * h * (k + n * (k + v))
+
+
+def heads_of(x: Tensor, num_heads: int, steps: int) -> Tensor:
+    """``[B, T, H * steps * dim]`` to ``[B, T * steps, H, dim]``."""
+    return x.unflatten(-1, (num_heads, steps, -1)).transpose(2, 3).flatten(1, 2)

@@ -1,0 +1,141 @@
+"""HGRN2 (arXiv 2404.07904): the forget gate is the key's complement.
+
+f = lb + (1 - lb) sigmoid(W_f x), S_t = Diag(f_t) S_{t-1} + (1 - f_t)^T (W_i x_t), read by
+SiLU(W_q x); RMSNorm over the full width, through W_o. lb, the least a gate may be, rises with
+depth: l / L in block l of L at first (0.01 in block 0). Here every layer learns its own, through a
+sigmoid; the paper draws all layers' from one softmax and fixes the first at 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.common.config_loader import setting
+from pretrain.nn.linear import (
+    column_input,
+    column_linear,
+    constant,
+    row_linear,
+    sharded_parameter,
+)
+from pretrain.nn.mixers.base import LayerContext, Mixer, MixerCard, State, heads, register, whole
+from pretrain.nn.mixers.parts import (
+    gate_parameter,
+    linear_attention_flops,
+    matrix_state,
+    power_of_two,
+)
+from pretrain.nn.norm import sharded_rms_norm
+from pretrain.ops import linear_attention
+from pretrain.ops.elementwise.fusing import fused
+
+
+@dataclass(frozen=True)
+class HGRN2Config:
+    """head_dim: width of a key; num_heads: null = hidden_size / head_dim; values are
+    hidden_size / num_heads wide; chunk_size: tokens handled at once, a power of two."""
+
+    num_heads: int | None = setting(None, minimum=1)
+    head_dim: int = setting(128, minimum=1)
+    norm_eps: float = setting(1e-5, above=0)
+    chunk_size: int = setting(64, minimum=1)
+
+    def shape(self, hidden_size: int) -> tuple[int, int, int]:
+        """(num_heads, key width, value width)."""
+        num_heads = self.num_heads or whole(hidden_size / self.head_dim, "hidden_size / head_dim")
+        return num_heads, self.head_dim, whole(hidden_size / num_heads, "hidden_size / num_heads")
+
+
+@register("hgrn2")
+class HGRN2(Mixer):
+    """State: S ``[N, H, K, V]`` in float32."""
+
+    config_class = HGRN2Config
+    card = MixerCard(
+        "HGRN2",
+        "S_t = Diag(f_t) S_{t-1} + (1 - f_t)^T v_t;  o_t = q_t S_t",
+        "H K V",
+        "chunks, pairs by halving",
+        "arXiv 2404.07904",
+    )
+
+    def __init__(self, config: HGRN2Config, context: LayerContext):
+        super().__init__(config, context)
+        self.config, self.parallel = config, context.parallel
+        d, parallel = context.hidden_size, context.parallel
+        num_heads, self.key_dim, self.value_dim = config.shape(d)
+        self.num_heads = parallel.local(num_heads, "num_heads")
+        k_dim, v_dim = num_heads * self.key_dim, num_heads * self.value_dim
+        self.q_proj = column_linear(parallel, d, k_dim, context.std)
+        self.f_proj = column_linear(parallel, d, k_dim, context.std)
+        self.i_proj = column_linear(parallel, d, v_dim, context.std)
+        self.o_proj = row_linear(parallel, v_dim, d, context.output_std)
+        share = max(context.index / context.count, 0.01)
+        shape = (self.num_heads * self.key_dim,)
+        self.lower_bound = gate_parameter(parallel, shape, constant(math.log(share / (1 - share))))
+        width = self.num_heads * self.value_dim
+        self.norm = sharded_parameter(parallel, (width,), constant(1.0))
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        x = column_input(x, self.parallel, self)
+        q = F.silu(self.q_proj(x)[0])
+        closing, log_f = _forget(self.f_proj(x)[0], self.lower_bound)
+        q, k, log_f = (heads(t, self.num_heads) for t in (q, closing, log_f))
+        v = heads(self.i_proj(x)[0], self.num_heads)
+        y, recurrent = linear_attention(
+            q,
+            k.to(q.dtype),
+            v,
+            log_decay=log_f,
+            cu_seqlens=cu_seqlens,
+            chunk_size=self.config.chunk_size,
+            initial_state=None if state is None else state["recurrent"],
+        )
+        y = sharded_rms_norm(y.flatten(2), self.norm, self.config.norm_eps, self.parallel)
+        return self.o_proj(y.transpose(0, 1))[0], {"recurrent": recurrent}
+
+    def init_state(self, batch_size: int) -> State:
+        shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
+        return {"recurrent": matrix_state(self.parallel, *shape)}
+
+    @classmethod
+    def check(cls, config: HGRN2Config, hidden_size: int) -> None:
+        config.shape(hidden_size)
+        power_of_two(config.chunk_size)
+
+    @classmethod
+    def divided(cls, config: HGRN2Config, hidden_size: int) -> dict[str, int]:
+        return {"num_heads": config.shape(hidden_size)[0]}
+
+    @classmethod
+    def num_parameters(cls, config: HGRN2Config, hidden_size: int) -> int:
+        num_heads, key_dim, value_dim = config.shape(hidden_size)
+        matrices = 2 * hidden_size * num_heads * (key_dim + value_dim)
+        return matrices + num_heads * (value_dim + key_dim)
+
+    @classmethod
+    def flops_per_token(cls, config: HGRN2Config, hidden_size: int, seq_len: int) -> int:
+        num_heads, key_dim, value_dim = config.shape(hidden_size)
+        mixing = linear_attention_flops(key_dim, value_dim, config.chunk_size, per_channel=True)
+        return num_heads * (4 * hidden_size * (key_dim + value_dim) + mixing)
+
+    @classmethod
+    def state_bytes(cls, config: HGRN2Config, hidden_size: int, seq_len: int) -> int:
+        num_heads, key_dim, value_dim = config.shape(hidden_size)
+        return 4 * num_heads * key_dim * value_dim
+
+
+@fused
+def _forget(gate: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - f and log f, by forms that neither cancel nor reach log 0."""
+    gate = gate.to(bound.dtype)
+    closing = torch.sigmoid(-bound) * torch.sigmoid(-gate)
+    opening = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(gate))
+    return closing, torch.where(closing < 0.5, torch.log1p(-closing.clamp_max(0.5)), opening)

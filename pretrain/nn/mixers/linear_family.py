@@ -1,0 +1,154 @@
+"""What linear attention, RetNet and GLA share; see :mod:`pretrain.ops.linear_attention`.
+
+q, k, v = W x; what a subclass makes of them; the recurrence; RMSNorm(o) per head, times SiLU(W_g x)
+where there is a gate, through W_o.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pretrain.common.config_loader import setting
+from pretrain.nn.linear import (
+    column_input,
+    column_linear,
+    constant,
+    head_shared,
+    replicated_parameter,
+    row_linear,
+)
+from pretrain.nn.mixers.base import LayerContext, Mixer, State, heads, per_head, whole
+from pretrain.nn.mixers.parts import linear_attention_flops, matrix_state
+from pretrain.ops import linear_attention
+from pretrain.ops.elementwise.rms_norm import rms_norm, rms_norm_silu_gate
+
+
+@dataclass(frozen=True)
+class LinearFamilyConfig:
+    """head_dim: width of a key, null = hidden_size / num_heads; a value is expand_v times as wide;
+    chunk_size: tokens handled at once, which changes speed alone."""
+
+    num_heads: int = setting(8, minimum=1)
+    head_dim: int | None = setting(None, minimum=1)
+    expand_v: float = setting(1.0, above=0)
+    norm_eps: float = setting(1e-5, above=0)
+    chunk_size: int = setting(64, minimum=1)
+
+    def dims(self, hidden_size: int) -> tuple[int, int]:
+        """(key, value) width of a head."""
+        key_dim = self.head_dim or per_head(hidden_size, self.num_heads)
+        return key_dim, whole(key_dim * self.expand_v, "head_dim * expand_v")
+
+
+class LinearFamilyMixer(Mixer):
+    """State: S ``[N, H, K, V]`` in float32."""
+
+    output_gate: ClassVar[bool] = True
+    per_channel: ClassVar[bool] = False  # whether there is a decay for each key channel
+
+    def __init__(self, config: Any, context: LayerContext):
+        super().__init__(config, context)
+        self.config, self.parallel = config, context.parallel
+        d, parallel = context.hidden_size, context.parallel
+        self.key_dim, self.value_dim = config.dims(d)
+        self.num_heads = parallel.local(config.num_heads, "num_heads")
+        k_dim, v_dim = config.num_heads * self.key_dim, config.num_heads * self.value_dim
+        self.q_proj = column_linear(parallel, d, k_dim, context.std)
+        self.k_proj = column_linear(parallel, d, k_dim, context.std)
+        self.v_proj = column_linear(parallel, d, v_dim, context.std)
+        if self.output_gate:
+            self.g_proj = column_linear(parallel, d, v_dim, context.std)
+        self.o_proj = row_linear(parallel, v_dim, d, context.output_std)
+        self.norm = replicated_parameter(parallel, (self.value_dim,), constant(1.0))
+
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """x ``[T, B, d]`` to ``[B, T, H]`` or ``[B, T, H, K]``."""
+        return None
+
+    def prepare(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        state: State | None,
+        new_state: State,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the recurrence is given of q, k and v ``[B, T, H, dim]``."""
+        return q, k, v
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What is normalised of the recurrence's output."""
+        return y
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        x = column_input(x, self.parallel, self)
+        new_state: State = {}
+        q, k, v = (heads(getattr(self, f"{name}_proj")(x)[0], self.num_heads) for name in "qkv")
+        q, k, v = self.prepare(q, k, v, cu_seqlens, state, new_state)
+        y, new_state["recurrent"] = linear_attention(
+            q,
+            k,
+            v,
+            log_decay=self.log_decay(x),
+            cu_seqlens=cu_seqlens,
+            chunk_size=self.config.chunk_size,
+            initial_state=None if state is None else state["recurrent"],
+        )
+        y = self.finish(y)
+        norm, eps = head_shared(self.norm, self.parallel), self.config.norm_eps
+        if self.output_gate:
+            y = rms_norm_silu_gate(y, norm, heads(self.g_proj(x)[0], self.num_heads), eps)
+        else:
+            y = rms_norm(y, norm, eps)
+        return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
+
+    def init_state(self, batch_size: int) -> State:
+        shape = (self.num_heads, self.key_dim, self.state_width(self.config, self.value_dim))
+        return {"recurrent": matrix_state(self.parallel, batch_size, *shape)}
+
+    @classmethod
+    def state_width(cls, config: Any, value_dim: int) -> int:
+        """Columns of the state."""
+        return value_dim
+
+    @classmethod
+    def extras(cls, config: Any, hidden_size: int) -> tuple[int, int]:
+        """(parameters, FLOPs per token) beside projections, norm and recurrence."""
+        return 0, 0
+
+    @classmethod
+    def check(cls, config: Any, hidden_size: int) -> None:
+        config.dims(hidden_size)
+
+    @classmethod
+    def num_parameters(cls, config: Any, hidden_size: int) -> int:
+        key_dim, value_dim = config.dims(hidden_size)
+        widths = config.num_heads * (2 * key_dim + (2 + cls.output_gate) * value_dim)
+        return hidden_size * widths + value_dim + cls.extras(config, hidden_size)[0]
+
+    @classmethod
+    def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
+        key_dim, value_dim = config.dims(hidden_size)
+        widths = config.num_heads * (2 * key_dim + (2 + cls.output_gate) * value_dim)
+        mixing = linear_attention_flops(
+            key_dim,
+            cls.state_width(config, value_dim),
+            config.chunk_size,
+            per_channel=cls.per_channel,
+        )
+        return (
+            2 * hidden_size * widths
+            + config.num_heads * mixing
+            + cls.extras(config, hidden_size)[1]
+        )
+
+    @classmethod
+    def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
+        key_dim, value_dim = config.dims(hidden_size)
+        return 4 * config.num_heads * key_dim * cls.state_width(config, value_dim)

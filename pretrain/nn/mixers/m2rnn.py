@@ -1,0 +1,171 @@
+"""M2RNN (arXiv 2603.14360): a matrix-valued state behind a tanh and a full recurrent matrix.
+
+q, k (few heads, shared) and v pass convolution and SiLU; forget gate f = exp(-exp(A_log)
+softplus(W_f x + dt_bias)) per head; y = q H + D * v, times SiLU(W_g x), RMSNorm over the full
+width, through W_o.
+
+The recurrent matrices start at the identity, as in the published language models, or Gaussian with
+variance 1 / V, as in the authors' module of the layer alone. The identity keeps and adds up; for
+state tracking the Gaussian start is much better (benchmarks/results/synthetic_cpu.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.common.config_loader import setting
+from pretrain.nn.linear import (
+    column_input,
+    column_linear,
+    constant,
+    group_linear,
+    normal,
+    row_linear,
+    sharded_parameter,
+)
+from pretrain.nn.mixers.base import LayerContext, Mixer, MixerCard, State, heads, register
+from pretrain.nn.mixers.parts import (
+    add_short_convolutions,
+    convolution_states,
+    convolve,
+    decay_rate_init,
+    gate_parameter,
+    matrix_state,
+    softplus_decay,
+    time_step_init,
+)
+from pretrain.nn.norm import sharded_rms_norm
+from pretrain.ops import m2rnn
+from pretrain.ops.elementwise.gating import skip_silu_gate
+
+
+@dataclass(frozen=True)
+class M2RNNConfig:
+    """num_heads: of values, gates and recurrent matrices; num_qk_heads: of queries and of keys, a
+    divisor; head_dim: width of a key (K); value_dim: width of a value (V); recurrent_init:
+    ``identity`` or ``normal``; state_grad_clip: bound on the gradient carried from step to step,
+    null = none."""
+
+    num_heads: int = setting(84, minimum=1)
+    num_qk_heads: int = setting(1, minimum=1)
+    head_dim: int = setting(64, minimum=1)
+    value_dim: int = setting(16, minimum=1)
+    conv_size: int = setting(4, minimum=0)
+    recurrent_init: str = setting("identity", choices=("identity", "normal"))
+    state_grad_clip: float | None = setting(1.0, above=0)
+    norm_eps: float = setting(1e-5, above=0)
+
+
+@register("m2rnn")
+class M2RNN(Mixer):
+    """State: the convolutions' last inputs, and H ``[N, H, K, V]`` in float32."""
+
+    config_class = M2RNNConfig
+    card = MixerCard(
+        "M2RNN",
+        "H_t = f_t H_{t-1} + (1 - f_t) tanh(H_{t-1} W + k_t^T v_t);  y_t = q_t H_t",
+        "H K V",
+        "none: sequential, states kept now and then; a kernel on GPUs",
+        "arXiv 2603.14360",
+    )
+
+    def __init__(self, config: M2RNNConfig, context: LayerContext):
+        super().__init__(config, context)
+        self.config, self.parallel = config, context.parallel
+        d, parallel = context.hidden_size, context.parallel
+        self.num_heads = parallel.local(config.num_heads, "num_heads")
+        v_dim, local = config.num_heads * config.value_dim, self.num_heads * config.value_dim
+        for name in "qk":
+            projection = group_linear(
+                parallel, d, config.num_qk_heads, config.head_dim, context.std, "num_qk_heads"
+            )
+            setattr(self, f"{name}_proj", projection)
+        self.qk_heads = max(config.num_qk_heads // parallel.tensor_size, 1)
+        self.v_proj = column_linear(parallel, d, v_dim, context.std)
+        self.g_proj = column_linear(parallel, d, v_dim, context.std)
+        self.f_proj = column_linear(parallel, d, config.num_heads, context.std)
+        self.o_proj = row_linear(parallel, v_dim, d, context.output_std)
+        size = self.qk_heads * config.head_dim
+        widths = {"q": size, "k": size, "v": local}
+        shared = "qk" if config.num_qk_heads < parallel.tensor_size else ""
+        add_short_convolutions(self, parallel, widths, config.conv_size, shared=shared)
+        self.A_log = gate_parameter(parallel, (self.num_heads,), decay_rate_init())
+        self.dt_bias = gate_parameter(parallel, (self.num_heads,), time_step_init)
+        self.D = gate_parameter(parallel, (self.num_heads, config.value_dim), constant(1.0))
+        shape = (self.num_heads, config.value_dim, config.value_dim)
+        start = _identity if config.recurrent_init == "identity" else normal(shape[-1] ** -0.5)
+        self.recurrent = sharded_parameter(parallel, shape, start)
+        self.norm = sharded_parameter(parallel, (local,), constant(1.0))
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        x = column_input(x, self.parallel, self)
+        new_state: State = {}
+        q, k, v = (
+            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], cu_seqlens, state, new_state)
+            for name in "qkv"
+        )
+        q, k = (t.unflatten(-1, (self.qk_heads, -1)) for t in (q, k))
+        v = v.unflatten(-1, (self.num_heads, -1))
+        forget = softplus_decay(self.f_proj(x)[0], self.A_log, self.dt_bias).exp().transpose(0, 1)
+        y, new_state["recurrent"] = m2rnn(
+            q,
+            k,
+            v,
+            self.recurrent,
+            forget,
+            cu_seqlens=cu_seqlens,
+            state_grad_clip=self.config.state_grad_clip,
+            initial_state=None if state is None else state["recurrent"],
+        )
+        y = skip_silu_gate(y, v, self.D, heads(self.g_proj(x)[0], self.num_heads))
+        y = sharded_rms_norm(y.flatten(2), self.norm, self.config.norm_eps, self.parallel)
+        return self.o_proj(y.transpose(0, 1))[0], new_state
+
+    def init_state(self, batch_size: int) -> State:
+        config = self.config
+        return {
+            **convolution_states(self, self.parallel, batch_size, "qkv"),
+            "recurrent": matrix_state(
+                self.parallel, batch_size, self.num_heads, config.head_dim, config.value_dim
+            ),
+        }
+
+    @classmethod
+    def check(cls, config: M2RNNConfig, hidden_size: int) -> None:
+        if config.num_heads % config.num_qk_heads:
+            raise ValueError(
+                f"num_qk_heads is {config.num_qk_heads}, which does not divide num_heads "
+                f"{config.num_heads}"
+            )
+
+    @classmethod
+    def divided(cls, config: M2RNNConfig, hidden_size: int) -> dict[str, int]:
+        return {"num_heads": config.num_heads, "num_qk_heads": config.num_qk_heads}
+
+    @classmethod
+    def num_parameters(cls, config: M2RNNConfig, hidden_size: int) -> int:
+        n, v = config.num_heads, config.value_dim
+        shared = 2 * config.num_qk_heads * config.head_dim
+        matrices = hidden_size * (shared + 3 * n * v + n)
+        return matrices + config.conv_size * (shared + n * v) + 2 * n + 2 * n * v + n * v * v
+
+    @classmethod
+    def flops_per_token(cls, config: M2RNNConfig, hidden_size: int, seq_len: int) -> int:
+        n, k, v = config.num_heads, config.head_dim, config.value_dim
+        matrices = hidden_size * (2 * config.num_qk_heads * k + 3 * n * v + n)
+        return 2 * matrices + n * (2 * k * v * v + 2 * k * v)
+
+    @classmethod
+    def state_bytes(cls, config: M2RNNConfig, hidden_size: int, seq_len: int) -> int:
+        n, k, v = config.num_heads, config.head_dim, config.value_dim
+        convolved = 2 * config.num_qk_heads * k + n * v
+        return 4 * n * k * v + 2 * max(config.conv_size - 1, 0) * convolved
+
+
+def _identity(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.eye(shape[-1]).expand(shape).clone()

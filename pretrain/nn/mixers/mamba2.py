@@ -1,0 +1,181 @@
+"""Mamba-2 (arXiv 2405.21060): a state-space model as linear attention with one decay per head.
+
+    D_t = softplus(W_dt x + dt_bias);   S_t = exp(-exp(A_log) D_t) S_{t-1} + B_t^T (D_t x_t)
+    y_t = C_t S_t + D x_t;              out = W_o RMSNorm(y * SiLU(z))
+
+x, B, C pass a convolution with bias and SiLU; heads share B and C in consecutive groups; the norm
+acts on each group's width. Models of it alone usually have no MLP (``mlp: {kind: none}``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.common.config_loader import setting
+from pretrain.nn.linear import (
+    column_input,
+    column_linear,
+    constant,
+    group_linear,
+    row_linear,
+    sharded_parameter,
+)
+from pretrain.nn.mixers.base import LayerContext, Mixer, MixerCard, State, heads, register, whole
+from pretrain.nn.mixers.parts import (
+    add_short_convolutions,
+    convolution_states,
+    convolve,
+    decay_rate_init,
+    gate_parameter,
+    linear_attention_flops,
+    matrix_state,
+    time_step_init,
+)
+from pretrain.nn.norm import sharded_rms_norm
+from pretrain.ops import linear_attention
+from pretrain.ops.elementwise.gating import skip_silu_gate
+from pretrain.ops.elementwise.rms_norm import rms_norm
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """expand: inner width as a multiple of hidden_size; head_dim: width of a head of x (P);
+    state_size: width of B and C (N); num_groups: of heads that share B and C."""
+
+    expand: float = setting(2.0, above=0)
+    head_dim: int = setting(64, minimum=1)
+    state_size: int = setting(128, minimum=1)
+    num_groups: int = setting(1, minimum=1)
+    conv_size: int = setting(4, minimum=0)
+    norm_eps: float = setting(1e-5, above=0)
+    chunk_size: int = setting(64, minimum=1)
+
+    def num_heads(self, hidden_size: int) -> int:
+        inner = whole(hidden_size * self.expand, "hidden_size * expand")
+        return whole(inner / self.head_dim, "hidden_size * expand / head_dim")
+
+
+@register("mamba2")
+class Mamba2(Mixer):
+    """State: the convolutions' last inputs, and S ``[N, H, state_size, head_dim]`` in float32."""
+
+    config_class = Mamba2Config
+    card = MixerCard(
+        "Mamba-2",
+        "S_t = a_t S_{t-1} + B_t^T (D_t x_t);  y_t = C_t S_t + D x_t",
+        "H N P",
+        "chunks (SSD)",
+        "arXiv 2405.21060",
+    )
+
+    def __init__(self, config: Mamba2Config, context: LayerContext):
+        super().__init__(config, context)
+        self.config, self.parallel = config, context.parallel
+        d, parallel = context.hidden_size, context.parallel
+        num_heads = config.num_heads(d)
+        self.num_heads = parallel.local(num_heads, "num_heads")
+        inner = num_heads * config.head_dim
+        self.z_proj = column_linear(parallel, d, inner, context.std)
+        self.x_proj = column_linear(parallel, d, inner, context.std)
+        for name in "bc":
+            projection = group_linear(
+                parallel, d, config.num_groups, config.state_size, context.std, "num_groups"
+            )
+            setattr(self, f"{name}_proj", projection)
+        self.groups = max(config.num_groups // parallel.tensor_size, 1)
+        self.dt_proj = column_linear(parallel, d, num_heads, context.std)
+        self.o_proj = row_linear(parallel, inner, d, context.output_std)
+        local = self.num_heads * config.head_dim
+        size = self.groups * config.state_size
+        widths = {"x": local, "b": size, "c": size}
+        shared = "bc" if config.num_groups < parallel.tensor_size else ""
+        add_short_convolutions(self, parallel, widths, config.conv_size, bias=True, shared=shared)
+        self.A_log = gate_parameter(parallel, (self.num_heads,), decay_rate_init(1))
+        self.dt_bias = gate_parameter(parallel, (self.num_heads,), time_step_init)
+        self.D = gate_parameter(parallel, (self.num_heads,), constant(1.0))
+        self.norm = sharded_parameter(parallel, (local,), constant(1.0))
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        x = column_input(x, self.parallel, self)
+        new_state: State = {}
+        inner, b, c = (
+            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], cu_seqlens, state, new_state)
+            for name in "xbc"
+        )
+        repeat = self.num_heads // self.groups
+        b, c = (t.unflatten(-1, (self.groups, -1)).repeat_interleave(repeat, 2) for t in (b, c))
+        inner = inner.unflatten(-1, (self.num_heads, -1))
+        step = F.softplus(self.dt_proj(x)[0].to(self.dt_bias.dtype) + self.dt_bias).transpose(0, 1)
+        wide = inner.to(step.dtype)
+        y, new_state["recurrent"] = linear_attention(
+            c,
+            b,
+            wide * step[..., None],
+            log_decay=-self.A_log.exp() * step,
+            scale=1.0,
+            cu_seqlens=cu_seqlens,
+            chunk_size=self.config.chunk_size,
+            initial_state=None if state is None else state["recurrent"],
+        )
+        y = skip_silu_gate(y, wide, self.D[:, None], heads(self.z_proj(x)[0], self.num_heads))
+        y = y.flatten(2)
+        if self.config.num_groups == 1:
+            y = sharded_rms_norm(y, self.norm, self.config.norm_eps, self.parallel)
+        else:
+            y = rms_norm(y.unflatten(-1, (self.groups, -1)), None, self.config.norm_eps).flatten(2)
+            y = y * self.norm
+        return self.o_proj(y.transpose(0, 1))[0], new_state
+
+    def init_state(self, batch_size: int) -> State:
+        shape = (batch_size, self.num_heads, self.config.state_size, self.config.head_dim)
+        return {
+            **convolution_states(self, self.parallel, batch_size, "xbc"),
+            "recurrent": matrix_state(self.parallel, *shape),
+        }
+
+    @classmethod
+    def check(cls, config: Mamba2Config, hidden_size: int) -> None:
+        num_heads = config.num_heads(hidden_size)
+        if num_heads % config.num_groups:
+            raise ValueError(
+                f"num_groups is {config.num_groups}, which does not divide the {num_heads} heads"
+            )
+
+    @classmethod
+    def divided(cls, config: Mamba2Config, hidden_size: int) -> dict[str, int]:
+        return {
+            "hidden_size * expand / head_dim": config.num_heads(hidden_size),
+            "num_groups": config.num_groups,
+        }
+
+    @classmethod
+    def num_parameters(cls, config: Mamba2Config, hidden_size: int) -> int:
+        h, shared = config.num_heads(hidden_size), config.num_groups * config.state_size
+        inner = h * config.head_dim
+        matrices = hidden_size * (3 * inner + 2 * shared + h)
+        return (
+            matrices
+            + (config.conv_size + (config.conv_size > 0)) * (inner + 2 * shared)
+            + 3 * h
+            + inner
+        )
+
+    @classmethod
+    def flops_per_token(cls, config: Mamba2Config, hidden_size: int, seq_len: int) -> int:
+        h, shared = config.num_heads(hidden_size), config.num_groups * config.state_size
+        matrices = hidden_size * (3 * h * config.head_dim + 2 * shared + h)
+        mixing = linear_attention_flops(config.state_size, config.head_dim, config.chunk_size)
+        return 2 * matrices + h * mixing
+
+    @classmethod
+    def state_bytes(cls, config: Mamba2Config, hidden_size: int, seq_len: int) -> int:
+        h, shared = config.num_heads(hidden_size), config.num_groups * config.state_size
+        inner = h * config.head_dim
+        return 4 * inner * config.state_size + 2 * max(config.conv_size - 1, 0) * (
+            inner + 2 * shared
+        )

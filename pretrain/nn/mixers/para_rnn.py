@@ -1,0 +1,186 @@
+"""What ParaGRU and ParaLSTM share (ParaRNN, arXiv 2510.21450); see :mod:`pretrain.ops.para_rnn`.
+
+x through a projection, convolution and SiLU; each head's inputs to its three gates by a matrix of
+its own (block-diagonal); the cell; RMSNorm per head, times SiLU(W_g x), through W_o. Recurrent
+weights are diagonal and bounded smoothly, |a| < max_recurrent, which keeps Newton's method
+convergent.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pretrain.common.config_loader import setting
+from pretrain.nn.linear import (
+    column_input,
+    column_linear,
+    constant,
+    head_shared,
+    normal,
+    replicated_parameter,
+    row_linear,
+    sharded_parameter,
+)
+from pretrain.nn.mixers.base import LayerContext, Mixer, State, heads, per_head
+from pretrain.nn.mixers.parts import (
+    add_short_convolutions,
+    convolution_states,
+    convolve,
+    gate_parameter,
+    matrix_state,
+)
+from pretrain.ops import NewtonReport
+from pretrain.ops.elementwise.rms_norm import rms_norm_silu_gate
+
+
+@dataclass(frozen=True)
+class ParaRNNConfig:
+    """head_dim: channels of a head, null = hidden_size / num_heads; max_recurrent: bound on the
+    recurrent weights, null = none; iterations: most Newton steps before a sequence is computed step
+    by step; tolerance: residual that ends them, null = 1e-5 (1e-11 in float64); fallback: false
+    takes the sequence as it is instead, as the published code does after 3."""
+
+    num_heads: int = setting(4, minimum=1)
+    head_dim: int | None = setting(None, minimum=1)
+    conv_size: int = setting(4, minimum=0)
+    max_recurrent: float | None = setting(0.5, above=0)
+    iterations: int = setting(10, minimum=1)
+    tolerance: float | None = setting(None, above=0)
+    fallback: bool = True
+    norm_eps: float = setting(1e-5, above=0)
+
+    def dim(self, hidden_size: int) -> int:
+        """Channels of a head."""
+        return self.head_dim or per_head(hidden_size, self.num_heads)
+
+
+class ParaRNNMixer(Mixer):
+    """State: the convolution's last inputs, and the cell's states ``[N, S, H, D]`` in float32."""
+
+    config_class = ParaRNNConfig
+    num_states: ClassVar[int]
+    recurrent_rows: ClassVar[int]
+    memory_gate_bias: ClassVar[float]  # the first gate's bias goes from 0 to this over channels
+
+    def __init__(self, config: ParaRNNConfig, context: LayerContext):
+        super().__init__(config, context)
+        self.config, self.parallel = config, context.parallel
+        d, parallel = context.hidden_size, context.parallel
+        self.head_dim = config.dim(d)
+        self.num_heads = parallel.local(config.num_heads, "num_heads")
+        width = config.num_heads * self.head_dim
+        local = self.num_heads * self.head_dim
+        self.x_proj = column_linear(parallel, d, width, context.std)
+        self.g_proj = column_linear(parallel, d, width, context.std)
+        self.o_proj = row_linear(parallel, width, d, context.output_std)
+        add_short_convolutions(self, parallel, {"x": local}, config.conv_size)
+        self.gates = sharded_parameter(
+            parallel, (self.num_heads, self.head_dim, 3 * self.head_dim), _xavier
+        )
+        self.bias = gate_parameter(parallel, (self.num_heads, 3, self.head_dim), self._bias_init)
+        self.recurrent = gate_parameter(
+            parallel,
+            (self.num_heads, self.recurrent_rows, self.head_dim),
+            normal(2 / (5 * width) ** 0.5),
+        )
+        self.norm = replicated_parameter(parallel, (self.head_dim,), constant(1.0))
+        self.newton = NewtonReport()
+
+    @classmethod
+    def _bias_init(cls, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        bias = torch.zeros(shape)
+        channels = torch.linspace(0, cls.memory_gate_bias, shape[0] * shape[2])
+        bias[:, 0] = channels.view(shape[0], shape[2])
+        return bias
+
+    @abstractmethod
+    def cell(
+        self, u: Tensor, weights: Tensor, bias: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """u ``[B, T, 3, D]``, weights ``[recurrent_rows, D]``, bias ``[3, D]``; output and states
+        ``[N, S, D]``."""
+
+    def forward(
+        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        x = column_input(x, self.parallel, self)
+        new_state: State = {}
+        inner = convolve(self, "x", self.x_proj(x)[0], cu_seqlens, state, new_state)
+        batch_size, length, width = inner.shape
+        by_head = inner.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+        u = torch.bmm(by_head, self.gates).unflatten(-1, (3, -1)).permute(1, 2, 0, 3)
+        weights = self.recurrent.transpose(0, 1).flatten(1)
+        if self.config.max_recurrent is not None:
+            # A hard clamp has no gradient outside and would hold every weight that overshoots.
+            limit = self.config.max_recurrent
+            weights = limit * torch.tanh(weights / limit)
+        y, states = self.cell(
+            u.reshape(batch_size, length, 3, width),
+            weights,
+            self.bias.transpose(0, 1).flatten(1),
+            cu_seqlens=cu_seqlens,
+            initial_state=None if state is None else state["recurrent"].flatten(2),
+            iterations=self.config.iterations,
+            tolerance=self.config.tolerance,
+            fallback=self.config.fallback,
+            report=self.newton,
+        )
+        new_state["recurrent"] = states.unflatten(-1, (self.num_heads, -1))
+        y = y.to(x.dtype).unflatten(-1, (self.num_heads, -1))
+        y = rms_norm_silu_gate(
+            y,
+            head_shared(self.norm, self.parallel),
+            heads(self.g_proj(x)[0], self.num_heads),
+            self.config.norm_eps,
+        )
+        return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
+
+    def init_state(self, batch_size: int) -> State:
+        shape = (batch_size, self.num_states, self.num_heads, self.head_dim)
+        return {
+            **convolution_states(self, self.parallel, batch_size, "x"),
+            "recurrent": matrix_state(self.parallel, *shape),
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Newton's method: largest residual, most steps, sequences that fell back to stepping."""
+        report, self.newton = self.newton, NewtonReport()
+        if not report.sequences:
+            return {}
+        return {
+            "newton_residual_max": report.residual,
+            "newton_iterations_max": report.iterations,
+            "newton_fallbacks": report.fallbacks,
+        }
+
+    @classmethod
+    def check(cls, config: ParaRNNConfig, hidden_size: int) -> None:
+        config.dim(hidden_size)
+
+    @classmethod
+    def num_parameters(cls, config: ParaRNNConfig, hidden_size: int) -> int:
+        h, dim = config.num_heads, config.dim(hidden_size)
+        width = h * dim
+        cell = 3 * h * dim**2 + (3 + cls.recurrent_rows) * width
+        return 3 * hidden_size * width + config.conv_size * width + cell + dim
+
+    @classmethod
+    def flops_per_token(cls, config: ParaRNNConfig, hidden_size: int, seq_len: int) -> int:
+        h, dim = config.num_heads, config.dim(hidden_size)
+        return 2 * h * (3 * hidden_size * dim + 3 * dim**2)
+
+    @classmethod
+    def state_bytes(cls, config: ParaRNNConfig, hidden_size: int, seq_len: int) -> int:
+        width = config.num_heads * config.dim(hidden_size)
+        return (4 * cls.num_states + 2 * max(config.conv_size - 1, 0)) * width
+
+
+def _xavier(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform as Xavier's for each head and gate ``[D, D]``."""
+    limit = (6 / (2 * shape[1])) ** 0.5
+    return (torch.rand(shape, generator=generator) * 2 - 1) * limit

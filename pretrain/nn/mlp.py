@@ -1,0 +1,34 @@
+"""The position-wise half of a block: SwiGLU (arXiv 2002.05202), or a plain GELU MLP."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.nn.linear import column_input, column_linear, row_linear
+from pretrain.nn.mixers.base import LayerContext
+from pretrain.ops.elementwise.gating import swiglu
+
+
+class MLP(nn.Module):
+    """``W_down(SiLU(W_gate x) * W_up x)``, or ``W_down GELU(W_up x)`` for kind ``gelu``."""
+
+    def __init__(self, kind: str, intermediate_size: int, context: LayerContext):
+        super().__init__()
+        self.parallel, d = context.parallel, context.hidden_size
+        if kind == "swiglu":
+            self.gate_proj = column_linear(self.parallel, d, intermediate_size, context.std)
+        self.kind = kind
+        self.up_proj = column_linear(self.parallel, d, intermediate_size, context.std)
+        self.down_proj = row_linear(self.parallel, intermediate_size, d, context.output_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = column_input(x, self.parallel, self)
+        up = self.up_proj(x)[0]
+        inner = swiglu(self.gate_proj(x)[0], up) if self.kind == "swiglu" else F.gelu(up)
+        return self.down_proj(inner)[0]
+
+
+def mlp_parameters(kind: str, hidden_size: int, intermediate_size: int) -> int:
+    """Parameters of an MLP; half of its matrix-multiply FLOPs per token."""
+    return {"swiglu": 3, "gelu": 2, "none": 0}[kind] * hidden_size * intermediate_size

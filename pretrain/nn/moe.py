@@ -1,0 +1,262 @@
+"""Mixture of experts in the place of an MLP: every token goes to a few of many (arXiv 1701.06538).
+
+Token-choice routing, shared experts (arXiv 2401.06066), a load-balancing loss (arXiv 2101.03961) or
+a bias that only chooses (arXiv 2408.15664). Experts of one process are computed by one grouped
+matrix product; divided over processes, tokens travel by megatron-core's dispatcher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import (
+    apply_router_token_dropping,
+    get_default_pg_collection,
+)
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor, nn
+
+from pretrain.config import MoEConfig
+from pretrain.nn.linear import (
+    constant,
+    expert_matrices,
+    hidden_matrix,
+    normal,
+    replicated_parameter,
+    used_on_part_of_the_tokens,
+    with_init,
+)
+from pretrain.nn.mixers.base import LayerContext
+from pretrain.nn.mlp import MLP
+
+
+class MoE(nn.Module):
+    """``y = shared(x) + sum over the top_k experts e of weight_e(x) SwiGLU_e(x)``."""
+
+    def __init__(self, config: MoEConfig, context: LayerContext):
+        super().__init__()
+        self.config, self.parallel, d = config, context.parallel, context.hidden_size
+        router = replicated_parameter(self.parallel, (config.num_experts, d), normal(context.std))
+        hidden_matrix(router, self.parallel, context.std)
+        self.router = used_on_part_of_the_tokens(router, self.parallel)
+        width = config.intermediate_size
+        self.gate_up_proj = expert_matrices(
+            self.parallel, (config.num_experts, d, 2 * width), context.std
+        )
+        self.down_proj = expert_matrices(
+            self.parallel, (config.num_experts, width, d), context.output_std
+        )
+        self.num_local = self.gate_up_proj.shape[0]
+        if config.bias_update_rate > 0:
+            bias = torch.empty(config.num_experts, dtype=torch.float32, device=router.device)
+            self.bias = nn.Parameter(bias, requires_grad=False)
+            with_init(self.bias, constant(0.0), decay=False)
+        if config.shared_intermediate_size:
+            self.shared = MLP("swiglu", config.shared_intermediate_size, context)
+        self._dispatcher: Any = None
+        # Tokens of each expert since the last line of the log, and since the last update.
+        self._load: Tensor | None = None
+        self._seen: Tensor | None = None
+        self._dropped: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, B, d]`` to the same shape; with sequence parallelism T is this process's part."""
+        tokens = x.flatten(0, 1)
+        weights, chosen, balance = self._route(tokens)
+        if self.num_local < self.config.num_experts:
+            y = self._dispatched(tokens, weights, chosen)
+        else:
+            y = self._sorted(tokens, weights, chosen)
+        if balance is not None:
+            y = _WithLoss.apply(y, balance)
+        y = y.view(x.shape)
+        return y + self.shared(x) if self.config.shared_intermediate_size else y
+
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weights ``[N, top_k]`` in float32 or wider (0 for what is dropped), their experts, and in
+        training the loss that balances them, summed over tokens."""
+        config, k = self.config, self.config.top_k
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        logits = F.linear(tokens.to(dtype), self.router.to(dtype))
+        scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
+        wanted = scores + self.bias if config.bias_update_rate > 0 else scores
+        chosen = wanted.detach().topk(k, dim=-1).indices
+        if chosen.is_meta:  # without values: evenly
+            chosen = torch.arange(chosen.numel()).view(-1, k) % config.num_experts
+        weights = scores.gather(-1, chosen)
+        if config.normalize_top_k:
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        weights = weights * config.weight_scale
+        load = torch.bincount(chosen.flatten(), minlength=config.num_experts)
+        if config.capacity_factor is not None and not weights.is_meta:
+            kept = self._within_capacity(weights, chosen)
+            weights = weights * kept
+            self._count(dropped=(~kept).sum())
+        self._count(load=load)
+        if not (self.training and torch.is_grad_enabled()):
+            return weights, chosen, None
+        return weights, chosen, self._balance(logits, scores, load)
+
+    def _within_capacity(self, weights: Tensor, chosen: Tensor) -> Tensor:
+        """``[N, top_k]``: what its expert has room for, the largest weights first."""
+        shape = (len(chosen), self.config.num_experts)
+        whole = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
+        whole.scatter_(1, chosen, weights.detach())
+        _, kept = apply_router_token_dropping(
+            whole, whole > 0, self.config.top_k, self.config.capacity_factor
+        )
+        return kept.gather(1, chosen)
+
+    def _balance(self, logits: Tensor, scores: Tensor, load: Tensor) -> Tensor | None:
+        """Over the tokens of a micro-batch, whichever tensor-parallel process has them: the number
+        of experts x sum of (share of the choices x mean score), and the router's z-loss."""
+        config = self.config
+        if config.balance_weight == 0 and config.z_loss_weight == 0:
+            return None
+        loss = config.z_loss_weight * logits.logsumexp(-1).square().sum()
+        if config.balance_weight > 0:
+            share = load.to(scores.dtype)
+            if self.parallel.megatron.sequence_parallel:
+                dist.all_reduce(share, group=self.parallel.group)
+            share = share / share.sum()
+            if config.score == "sigmoid":
+                scores = scores / scores.sum(-1, keepdim=True)
+            loss = loss + config.balance_weight * config.num_experts * (scores @ share).sum()
+        return loss
+
+    def _count(self, load: Tensor | None = None, dropped: Tensor | None = None) -> None:
+        """For the log and the bias; not again where a forward pass is recomputed."""
+        if not self.training or torch._C._current_graph_task_id() != -1:
+            return
+        if load is not None:
+            self._load = load if self._load is None else self._load + load
+            self._seen = load if self._seen is None else self._seen + load
+        if dropped is not None:
+            self._dropped = dropped if self._dropped is None else self._dropped + dropped
+
+    def _experts(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Tokens in the order of their experts, ``counts [experts of this process]`` of each."""
+        gate, up = _grouped(tokens, self.gate_up_proj, counts).chunk(2, -1)
+        return _grouped(F.silu(gate) * up, self.down_proj, counts)
+
+    def _sorted(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        k = self.config.top_k
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=self.config.num_experts)
+        if self.config.capacity_factor is not None and not weights.is_meta:
+            kept = weights.detach().flatten()[order] > 0
+            order = order[kept]
+            counts = torch.bincount(flat[order], minlength=self.config.num_experts)
+        source = order // k
+        results = self._experts(tokens[source], counts)
+        results = results * weights.flatten()[order, None].to(results.dtype)
+        return torch.zeros_like(tokens).index_add(0, source, results)
+
+    def _dispatched(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        if self._dispatcher is None:
+            self._dispatcher = self._make_dispatcher()
+        dispatcher = self._dispatcher
+        shape = (len(tokens), self.config.num_experts)
+        probabilities = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
+        probabilities = probabilities.scatter(1, chosen, weights)
+        routing_map = torch.zeros(shape, dtype=torch.bool, device=weights.device)
+        routing_map = routing_map.scatter(1, chosen, weights.detach() > 0)
+        own, own_weights = dispatcher.dispatch_preprocess(tokens, routing_map, probabilities)
+        for name in ("input_splits", "output_splits"):
+            splits = getattr(dispatcher, name)
+            if isinstance(splits, Tensor):  # on the CPU; from a GPU it has made them numbers
+                setattr(dispatcher, name, splits.tolist())
+        received, received_weights = dispatcher.token_dispatch(own, own_weights)
+        received, counts, received_weights = dispatcher.dispatch_postprocess(
+            received, received_weights
+        )
+        results = self._experts(received, counts.to(received.device))
+        results = results * received_weights[:, None].to(results.dtype)
+        results = dispatcher.token_combine(dispatcher.combine_preprocess(results))
+        return dispatcher.combine_postprocess(results)
+
+    def _make_dispatcher(self) -> Any:
+        config = self.config
+        settings = dataclasses.replace(
+            self.parallel.megatron,
+            num_moe_experts=config.num_experts,
+            moe_router_topk=config.top_k,
+            moe_token_dispatcher_type="alltoall",
+            # Each slot's size is only known when it is routed.
+            moe_expert_capacity_factor=config.capacity_factor,
+            expert_model_parallel_size=config.num_experts // self.num_local,
+            expert_tensor_parallel_size=1,
+        )
+        first = parallel_state.get_expert_model_parallel_rank() * self.num_local
+        return MoEAlltoAllTokenDispatcher(
+            self.num_local,
+            list(range(first, first + self.num_local)),
+            settings,
+            pg_collection=get_default_pg_collection(),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Of the training tokens since the last call: the busiest expert's load against the mean,
+        on one process, and how many choices were dropped."""
+        found = {}
+        if self._load is not None:
+            load = self._load.float()
+            found["expert_load_max"] = float(load.max() / load.mean().clamp_min(1e-9))
+            self._load = None
+        if self._dropped is not None:
+            found["dropped_tokens"], self._dropped = float(self._dropped), None
+        return found
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """After a step: experts with less than the mean load become more likely to be chosen, and
+        the others less. Every process must call."""
+        seen, self._seen = self._seen, None
+        if self.config.bias_update_rate == 0 or seen is None:
+            return
+        load = seen.to(torch.float32)
+        dist.all_reduce(load, group=parallel_state.get_tensor_and_data_parallel_group())
+        self.bias.add_((load.mean() - load).sign(), alpha=self.config.bias_update_rate)
+
+    @classmethod
+    def num_parameters(cls, config: MoEConfig, hidden_size: int) -> int:
+        """All of them, used by a token or not."""
+        d, experts = hidden_size, config.num_experts
+        matrices = 3 * d * (experts * config.intermediate_size + config.shared_intermediate_size)
+        return matrices + experts * d + experts * (config.bias_update_rate > 0)
+
+    @classmethod
+    def flops_per_token(cls, config: MoEConfig, hidden_size: int) -> int:
+        """Matrix-multiply FLOPs of one token's forward pass."""
+        width = config.top_k * config.intermediate_size + config.shared_intermediate_size
+        return 2 * hidden_size * (3 * width + config.num_experts)
+
+
+class _WithLoss(torch.autograd.Function):
+    """y as it is; the gradient also goes into ``loss``, which is a sum over tokens like the model's
+    own before it is divided by their number."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss_dtype, ctx.device = loss.dtype, loss.device
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], torch.ones((), dtype=ctx.loss_dtype, device=ctx.device)
+
+
+def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x ``[N, d_in]``, the first ``counts[0]`` rows times ``weight[0]``, and so on."""
+    if x.is_meta and len(x) % len(weight) == 0:  # evenly, in one operation
+        return torch.bmm(x.view(len(weight), -1, x.shape[1]), weight).flatten(0, 1)
+    if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu"):
+        return F.grouped_mm(x, weight, offs=counts.cumsum(0).to(torch.int32))
+    parts = x.split(counts.tolist())
+    return torch.cat([part @ w for part, w in zip(parts, weight, strict=True)])

@@ -1,0 +1,242 @@
+"""Causal softmax attention over packed sequences, with grouped heads and a sliding window."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.data.sequences import (
+    max_length,
+    sequence_ids,
+    sequence_lengths,
+    token_positions,
+)
+from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
+
+BACKENDS = ("auto", "explicit", "sdpa", "varlen", "flash")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """q ``[B, T, H, D]``; k, v ``[B, S, Hkv, D]`` with H a multiple of Hkv; output as q.
+
+    The queries of a sequence are its last ones: query t of T sees keys up to S - T + t, and with
+    ``window`` only the last ``window`` of those. ``cu_seqlens`` packs N sequences in a batch of 1,
+    ``cu_seqlens_k`` says where their keys lie when there are more keys than queries.
+
+    backend: ``explicit`` is the definition, every weight written out; ``sdpa`` (torch) anywhere;
+    on CUDA in bf16 or fp16 ``flash`` (flash-attn: version 3 on Hopper where it is installed, else
+    2) and ``varlen`` (what torch itself has of it). ``auto`` takes the last that it can. Raises
+    ValueError for shapes that do not fit or a backend that this machine lacks.
+    """
+    fast = fast_attention(q)
+    backend = choose_backend("attention", backend, BACKENDS, "explicit", fast)
+    if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
+        )
+    if cu_seqlens is not None and cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    cu_seqlens, lengths = resolve_sequences(
+        "attention", q.shape[0], q.shape[1], cu_seqlens, q.device
+    )
+    cu_seqlens_k, lengths_k = resolve_sequences(
+        "attention", k.shape[0], k.shape[1], cu_seqlens_k, k.device
+    )
+    if len(lengths) != len(lengths_k):
+        raise ValueError(
+            f"attention: cu_seqlens names {len(lengths)} sequences, cu_seqlens_k {len(lengths_k)}"
+        )
+    run = {"explicit": _explicit, "sdpa": _sdpa, "varlen": _varlen, "flash": _flash}[backend]
+    output = run(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens_k, scale, window
+    )
+    return output.view(q.shape)
+
+
+def fast_attention(q: Tensor) -> str:
+    """The backend that ``auto`` takes for ``q`` ``[..., D]``."""
+    narrow = q.dtype in (torch.bfloat16, torch.float16)
+    if not q.is_cuda or not narrow or q.shape[-1] > 256 or q.shape[-1] % 8 or not q.numel():
+        return "sdpa"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "sdpa"
+    return "flash" if _flash_attention(q.device) else "varlen"
+
+
+@functools.cache
+def _flash_attention(device: torch.device) -> Any:
+    """``flash_attn_varlen_func`` of the newest flash-attn here, or None."""
+    names = ["flash_attn"]
+    if torch.cuda.get_device_capability(device)[0] == 9:
+        names.insert(0, "flash_attn_interface")  # version 3, for Hopper alone
+    for name in names:
+        if importlib.util.find_spec(name) is not None:
+            try:
+                return importlib.import_module(name).flash_attn_varlen_func
+            except (ImportError, OSError, AttributeError):
+                continue  # built for another torch; the log names what is taken instead
+    return None
+
+
+def flash_attention_name(device: torch.device) -> str:
+    """Which flash-attn runs, in words."""
+    module = getattr(_flash_attention(device), "__module__", "")
+    return "flash-attn 2" if module.startswith("flash_attn.") else "flash-attn 3"
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    run = _flash_attention(q.device) if q.is_cuda else None
+    if run is None:
+        raise ValueError("attention: backend 'flash' needs flash-attn and CUDA, which are not here")
+    output = run(
+        q,
+        k,
+        v,
+        cu_q.int(),
+        cu_k.int(),
+        max_length(cu_q),
+        max_length(cu_k),
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    return output[0] if isinstance(output, tuple) else output  # version 3 once gave more
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    if not q.is_cuda:
+        raise ValueError(
+            f"attention: backend 'varlen' needs CUDA tensors, found one on '{q.device.type}'"
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    output: Any = varlen_attn(
+        q,
+        k,
+        v,
+        cu_q.int(),
+        cu_k.int(),
+        max_length(cu_q),
+        max_length(cu_k),
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        **grouped,
+    )
+    return output
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """All pairs of tokens, in float32 or wider; those that must not meet have weight 0."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v))
+    ids_q, ids_k = sequence_ids(cu_q), sequence_ids(cu_k)
+    place_k = token_positions(cu_k)
+    place_q = token_positions(cu_q) + (cu_k.diff() - cu_q.diff())[ids_q]
+    distance = place_q[:, None] - place_k[None, :]
+    seen = (ids_q[:, None] == ids_k[None, :]) & (distance >= 0)
+    if window is not None:
+        seen &= distance < window
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("thd,shd->hts", q.to(dtype), k) * scale
+    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, v).to(q.dtype)
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Sequences of equal length share one call; none ever sees another's keys."""
+    lengths = list(zip(sequence_lengths(cu_q), sequence_lengths(cu_k), strict=True))
+    if len(set(lengths)) == 1:
+        n = len(lengths)
+        a, b, c = (x.view(n, len(x) // n, *x.shape[1:]) for x in (q, k, v))
+        return _sdpa_rows(a, b, c, scale, window).flatten(0, 1)
+    queries = q.split([n for n, _ in lengths])
+    keys, values = (x.split([m for _, m in lengths]) for x in (k, v))
+    outputs: list[Tensor] = [q[:0]] * len(lengths)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, pair in enumerate(lengths):
+        groups.setdefault(pair, []).append(index)
+    for members in groups.values():
+        a, b, c = (torch.stack([x[i] for i in members]) for x in (queries, keys, values))
+        for i, output in zip(members, _sdpa_rows(a, b, c, scale, window), strict=True):
+            outputs[i] = output
+    return torch.cat(outputs) if outputs else torch.empty_like(q)
+
+
+def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    if num_queries == 0:
+        return torch.empty_like(q)
+    mask = None
+    causal = num_queries == num_keys and (window is None or window >= num_keys)
+    if not causal and (num_queries > 1 or (window is not None and window < num_keys)):
+        last = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
+        keys = torch.arange(num_keys, device=q.device)
+        mask = keys <= last
+        if window is not None:
+            mask = mask & (keys > last - window)
+    output = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return output.transpose(1, 2)

@@ -1,0 +1,36 @@
+"""Rotary position embedding (arXiv 2104.09864), halves rotated as in Llama."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pretrain.data.sequences import remember, token_positions
+from pretrain.ops.elementwise.fusing import fused
+
+
+def rotary_embedding(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin ``[*positions.shape, dim / 2]`` in float32 for integer positions.
+
+    Angles are rounded to float32 step by step as in transformers, so that Llama-shaped models give
+    the same logits in both to the last bit; exact ones are 5e-4 away in logits after 1,700 tokens.
+    """
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+@remember
+def rotary_of(cu_seqlens: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """:func:`rotary_embedding` of each token's place in its own sequence, made once for all
+    layers."""
+    return rotary_embedding(token_positions(cu_seqlens), dim, theta)
+
+
+@fused
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x ``[..., H, D]`` by cos, sin ``[..., D / 2]``; computed in float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    first, second = x.to(dtype).chunk(2, -1)
+    cos, sin = cos[..., None, :].to(dtype), sin[..., None, :].to(dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

@@ -1,0 +1,173 @@
+"""The delta rule: DeltaNet, Gated DeltaNet, Kimi delta attention and (Gated) DeltaProduct.
+
+    S_t = a_t S_{t-1};  then for each of the n Householder steps j of token t:
+    S_t <- S_t + k_j^T b_j (v_j - k_j S_t);         o_t = scale * q_t S_t
+
+The decay a_t is one number per head, or one per key channel (a diagonal matrix). Sources: DeltaNet
+arXiv 2406.06484, Gated DeltaNet arXiv 2412.06464, Kimi Linear arXiv 2510.26692, DeltaProduct
+arXiv 2502.10297.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pretrain.ops.delta_rule.chunked import chunked_delta_rule
+from pretrain.ops.shared.arguments import (
+    check_heads,
+    check_shapes,
+    choose_backend,
+    decay_shape,
+    resolve_sequences,
+    resolve_state,
+    sequence_rows,
+)
+from pretrain.ops.shared.flash_linear_attention import check_fla, fla_delta_rule, fla_fits
+
+BACKENDS = ("auto", "recurrent", "chunked", "fla")
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    num_householder: int = 1,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Delta-rule recurrence over a matrix state.
+
+    q: ``[B, T, H, K]``; k: ``[B, n T, H, K]``; v: ``[B, n T, H, V]``; beta: ``[B, n T, H]``, where
+    n is ``num_householder`` and the n sub-steps of a token follow each other in time; log_decay:
+    ``[B, T, H]`` or ``[B, T, H, K]``, at most 0, applied before the first sub-step of its token.
+    Keys should have norm at most 1 where beta may exceed 1. ``scale`` defaults to K^-1/2.
+
+    With ``cu_seqlens`` (``[N + 1]``, in tokens) B must be 1 and N sequences are packed along T;
+    ``initial_state`` is then ``[N, H, K, V]``, otherwise ``[B, H, K, V]``.
+
+    backend: ``recurrent`` is the definition, a plain loop; ``chunked`` is parallel over chunks of
+    ``chunk_size`` sub-steps (rounded up to a power of two tokens where decays are per channel);
+    ``fla`` is flash-linear-attention's kernel (bfloat16 and float16; one sub-step where decays are
+    per channel). ``auto`` takes ``fla`` on CUDA where it can, ``chunked`` elsewhere, ``recurrent``
+    where every sequence is a single token.
+
+    Returns the output ``[B, T, H, V]`` in q's dtype and the final state, float32 or wider.
+    Raises ValueError for shapes that do not fit and for an unknown backend.
+    """
+    _check(q, k, v, beta, log_decay, num_householder, chunk_size)
+    batch_size, length, num_heads, head_dim = q.shape
+    value_dim, packed = v.shape[-1], cu_seqlens
+    cu_seqlens, lengths = resolve_sequences("delta_rule", batch_size, length, cu_seqlens, q.device)
+    initial_state = resolve_state(
+        "delta_rule",
+        initial_state,
+        (len(lengths), num_heads, head_dim, value_dim),
+        q,
+        "sequences, heads, key dim, value dim",
+    )
+    dtype = initial_state.dtype
+    scale = head_dim**-0.5 if scale is None else scale
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    fast = "fla" if fla_fits(q) and not (per_channel and num_householder > 1) else "chunked"
+    if max(lengths, default=0) <= 1:
+        fast = "recurrent"
+    backend = choose_backend("delta_rule", backend, BACKENDS, "recurrent", fast)
+    if backend == "fla":
+        check_fla("delta_rule", q)
+        if per_channel and num_householder > 1:
+            raise ValueError(
+                "delta_rule: backend 'fla' has no decay per channel with num_householder "
+                f"{num_householder}, expected 1"
+            )
+        return fla_delta_rule(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            beta,
+            None if log_decay is None else log_decay.to(dtype),
+            num_householder,
+            scale,
+            initial_state,
+            packed,
+        )
+    tokens = batch_size * length
+    arguments = (
+        q.reshape(tokens, num_heads, head_dim).to(dtype) * scale,
+        k.reshape(tokens, num_householder, num_heads, head_dim).to(dtype),
+        v.reshape(tokens, num_householder, num_heads, value_dim).to(dtype),
+        beta.reshape(tokens, num_householder, num_heads).to(dtype),
+        None if log_decay is None else log_decay.flatten(0, 1).to(dtype),
+        initial_state,
+    )
+    if backend == "recurrent":
+        output, state = recurrent_delta_rule(*arguments, lengths)
+    else:
+        output, state = chunked_delta_rule(*arguments, cu_seqlens, chunk_size)
+    return output.to(q.dtype).view(batch_size, length, num_heads, value_dim), state
+
+
+def recurrent_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor,
+    lengths: list[int],
+) -> tuple[Tensor, Tensor]:
+    """The definition: one token after another. q ``[T, H, K]`` scaled, k ``[T, n, H, K]``."""
+    num_heads, value_dim = q.shape[1], v.shape[-1]
+    # Unbinding once keeps the backward pass linear in T: indexing would add a full-size gradient
+    # for every token.
+    queries, keys, values, betas = q.unbind(0), k.unbind(0), v.unbind(0), beta.unbind(0)
+    decays = None
+    if log_decay is not None:
+        decays = (log_decay[..., None] if log_decay.ndim == 2 else log_decay).exp().unbind(0)
+    outputs, states = [], []
+    for rows, state in zip(sequence_rows(lengths), initial_state, strict=True):
+        for t in rows:
+            if decays is not None:
+                state = state * decays[t][..., None]
+            for key, value, b in zip(keys[t], values[t], betas[t], strict=True):
+                read = torch.einsum("hk,hkv->hv", key, state)
+                write = b[:, None] * (value - read)
+                state = state + key[:, :, None] * write[:, None, :]
+            outputs.append(torch.einsum("hk,hkv->hv", queries[t], state))
+        states.append(state)
+    output = torch.stack(outputs) if outputs else q.new_zeros(0, num_heads, value_dim)
+    return output, torch.stack(states) if states else initial_state
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    num_householder: int,
+    chunk_size: int,
+) -> None:
+    if num_householder < 1 or chunk_size < num_householder:
+        raise ValueError(
+            f"delta_rule: num_householder is {num_householder} and chunk_size {chunk_size}, "
+            "expected 1 <= num_householder <= chunk_size"
+        )
+    check_heads("delta_rule", q, v)
+    batch_size, length, num_heads, head_dim = q.shape
+    steps = (batch_size, num_householder * length, num_heads)
+    check_shapes(
+        "delta_rule",
+        {
+            "k": (k, (*steps, head_dim)),
+            "v": (v, (*steps, v.shape[-1])),
+            "beta": (beta, steps),
+            "log_decay": (log_decay, decay_shape(q, log_decay)),
+        },
+    )

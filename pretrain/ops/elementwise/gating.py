@@ -1,0 +1,26 @@
+"""Products with SiLU, as gates and MLPs have them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.ops.elementwise.fusing import fused
+
+
+@fused
+def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """``x SiLU(gate)``, of one shape and dtype."""
+    return x * F.silu(gate)
+
+
+@fused
+def skip_silu_gate(y: Tensor, v: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    """``(y + weight v) SiLU(gate)`` in gate's dtype, all broadcast to gate's shape."""
+    return (y + weight * v).to(gate.dtype) * F.silu(gate)
+
+
+@fused
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``SiLU(gate) up`` (arXiv 2002.05202)."""
+    return F.silu(gate) * up

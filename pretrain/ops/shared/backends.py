@@ -1,0 +1,37 @@
+"""Which implementation of each op ``auto`` means here, in words for the log."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch
+
+from pretrain.ops.attention.dispatch import fast_attention, flash_attention_name
+from pretrain.ops.cross_entropy.linear_cross_entropy import has_liger
+from pretrain.ops.shared.arguments import triton_fits
+from pretrain.ops.shared.flash_linear_attention import fla_fits
+
+
+def describe_backends(dtype: torch.dtype = torch.bfloat16) -> str:
+    """One line: what runs the ops of a model whose activations are ``dtype`` on this process's
+    device."""
+    if not torch.cuda.is_available():
+        return "kernels: plain torch, on the CPU"
+    x = torch.empty(1, 128, dtype=dtype, device="cuda")
+    attention = fast_attention(x)
+    named = {"varlen": "torch's varlen", "sdpa": "torch's sdpa"}
+    softmax = flash_attention_name(x.device) if attention == "flash" else named[attention]
+    linear = _version("flash-linear-attention") if fla_fits(x) else "chunked torch"
+    own = f"our kernels on {_version('triton')}" if triton_fits(x) else "plain torch"
+    head = _version("liger-kernel") if has_liger() else "chunked torch"
+    return (
+        f"kernels: attention {softmax}; linear attention, delta rules and short convolutions "
+        f"{linear}; M2RNN, ParaRNN and classical cells {own}; cross entropy {head}"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return package

@@ -1,0 +1,165 @@
+"""Recurrences that only time can unroll: one step after another, with a backward pass that is
+linear in time and keeps the state of every c-th step alone.
+
+All sequences advance together. Rows of tokens are ordered by time step, longest sequence first, so
+that the sequences still running are a prefix (``torch.nn.utils.rnn.PackedSequence``). Backward goes
+through blocks of c steps from the last to the first, each recomputed from its starting state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pretrain.data.sequences import chunk_layout
+
+Steps = Sequence[tuple[int, int]]  # (first row, number of rows) of each time step of a block
+States = tuple[Tensor, ...]
+
+
+class Recurrence(Protocol):
+    """A block of time steps, forward and backward. Rows are ``[R, ...]``; states ``[N, ...]``, of
+    the sequences that run at the block's first step; all steps share ``parameters``."""
+
+    def forward(
+        self, rows: Sequence[Tensor], parameters: Sequence[Tensor], states: States, steps: Steps
+    ) -> tuple[Tensor, States]:
+        """The outputs ``[R, ...]`` and the states after each sequence's last row."""
+
+    def backward(
+        self,
+        rows: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        states: States,
+        steps: Steps,
+        d_output: Tensor,
+        d_states: States,
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor], States]:
+        """Gradients of the rows, the parameters and the starting states."""
+
+
+def checkpointed_recurrence(
+    recurrence: Recurrence,
+    rows: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cu_seqlens: Tensor,
+    checkpoint_every: int | None,
+) -> tuple[Tensor, States]:
+    """Run ``recurrence`` over packed tokens: rows ``[T, ...]`` in their own order, states
+    ``[N, ...]``. ``checkpoint_every``: time steps per block, by default about sqrt(T / 4), which
+    keeps fewest states at once (a block needs about 4 a step), but at most 32: larger blocks leave
+    a CPU's cache.
+    """
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every is {checkpoint_every}, expected at least 1")
+    layout = chunk_layout(cu_seqlens, 1)
+    order, index = layout.order, layout.token_index[:, 0]
+    block = checkpoint_every or min(32, max(8, math.isqrt(len(layout.steps) // 4)))
+    alone = len(order) == 1  # a single sequence is in order as it is
+    output, *final = _CheckpointedRecurrence.apply(
+        recurrence,
+        layout.steps,
+        block,
+        len(rows),
+        len(parameters),
+        *(rows if alone else (x[index] for x in rows)),
+        *parameters,
+        *(states if alone else (s[order] for s in states)),
+    )
+    if alone:
+        return output, tuple(final)
+    back = torch.argsort(order)
+    return output[layout.token_slot], tuple(s[back] for s in final)
+
+
+def previous_rows(buffer: Tensor, num_states: int, steps: Steps) -> Tensor:
+    """What each row came from, where ``buffer`` holds ``num_states`` starting states and then every
+    row's own state."""
+    rows = buffer.shape[0] - num_states
+    counts = [num_states, *(count for _, count in steps)]
+    if counts[-1] == num_states:
+        return buffer[:rows]
+    index = torch.cat(
+        [
+            torch.arange(first, first + count) + num_states - before
+            for (first, count), before in zip(steps, counts, strict=False)
+        ]
+    )
+    return buffer[index.to(buffer.device)]
+
+
+class _CheckpointedRecurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recurrence: Recurrence,
+        steps: Steps,
+        block: int,
+        num_rows: int,
+        num_parameters: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        rows, parameters = tensors[:num_rows], tensors[num_rows : num_rows + num_parameters]
+        states = tuple(s.clone() for s in tensors[num_rows + num_parameters :])
+        blocks, kept, output = _blocks(steps, block), [], None
+        for part, inner in blocks:
+            count = inner[0][1]
+            start = tuple(s[:count].clone() for s in states)
+            kept.append(start)
+            piece, final = recurrence.forward([x[part] for x in rows], parameters, start, inner)
+            if output is None:
+                output = piece.new_empty(rows[0].shape[0], *piece.shape[1:])
+            output[part] = piece
+            for state, new in zip(states, final, strict=True):
+                state[:count] = new
+        if output is None:
+            output, _ = recurrence.forward(rows, parameters, tuple(s[:0] for s in states), [])
+        ctx.recurrence, ctx.blocks, ctx.counts = recurrence, blocks, (num_rows, num_parameters)
+        ctx.num_states = len(states)
+        ctx.save_for_backward(*rows, *parameters, *(s for start in kept for s in start))
+        return output, *states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_output: Tensor, *d_final: Tensor) -> tuple[Tensor | None, ...]:
+        num_rows, num_parameters = ctx.counts
+        saved = ctx.saved_tensors
+        rows, parameters = saved[:num_rows], saved[num_rows : num_rows + num_parameters]
+        kept = saved[num_rows + num_parameters :]
+        d_rows = [torch.zeros_like(x) for x in rows]
+        d_parameters = [torch.zeros_like(p) for p in parameters]
+        d_states = tuple(d.clone() for d in d_final)
+        for i in reversed(range(len(ctx.blocks))):
+            part, inner = ctx.blocks[i]
+            count = inner[0][1]
+            start = kept[i * ctx.num_states : (i + 1) * ctx.num_states]
+            into_rows, into_parameters, into_states = ctx.recurrence.backward(
+                [x[part] for x in rows],
+                parameters,
+                start,
+                inner,
+                d_output[part],
+                tuple(d[:count].clone() for d in d_states),
+            )
+            for whole, new in zip(d_rows, into_rows, strict=True):
+                whole[part] = new
+            for whole, new in zip(d_parameters, into_parameters, strict=True):
+                whole += new
+            for whole, new in zip(d_states, into_states, strict=True):
+                whole[:count] = new
+        return None, None, None, None, None, *d_rows, *d_parameters, *d_states
+
+
+def _blocks(steps: Steps, size: int) -> list[tuple[slice, list[tuple[int, int]]]]:
+    """The rows of every ``size`` steps, and the steps counted from their first row."""
+    blocks = []
+    for i in range(0, len(steps), size):
+        inner = steps[i : i + size]
+        first, end = inner[0][0], inner[-1][0] + inner[-1][1]
+        blocks.append((slice(first, end), [(a - first, n) for a, n in inner]))
+    return blocks

@@ -1,0 +1,66 @@
+"""Tokens to chunks and back, by gathers whose way back is a gather too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.data.sequences import ChunkLayout
+
+
+def to_chunks(x: Tensor, layout: ChunkLayout, *, head_axis: int) -> Tensor:
+    """``[T, ..., H, ...]`` to ``[chunks, H, tokens per chunk, ...]``, zeros at padding.
+
+    ``head_axis`` is the place of H once the token axis has become (chunks, tokens per chunk).
+    """
+    return _ToChunks.apply(x, layout, head_axis)
+
+
+def _gather(x: Tensor, layout: ChunkLayout) -> Tensor:
+    """``[T, ...]`` to ``[chunks, tokens per chunk, ...]``, zeros at padding."""
+    if layout.in_order:
+        return x.unflatten(0, layout.token_index.shape)
+    if layout.padded:
+        x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    return x[layout.token_index]
+
+
+def _tokens(x: Tensor, layout: ChunkLayout) -> Tensor:
+    """``[chunks, tokens per chunk, ...]`` to ``[T, ...]``."""
+    flat = x.flatten(0, 1)
+    return flat if layout.in_order else flat[layout.token_slot]
+
+
+class _ToChunks(torch.autograd.Function):
+    """Every token has one place, so the way back is a gather too, not a slow scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: ChunkLayout, head_axis: int) -> Tensor:
+        ctx.layout, ctx.head_axis = layout, head_axis
+        return _gather(x, layout).movedim(head_axis, 1).contiguous()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_chunks: Tensor) -> tuple[Tensor, None, None]:
+        return _tokens(d_chunks.movedim(1, ctx.head_axis), ctx.layout), None, None
+
+
+class _FromChunks(torch.autograd.Function):
+    """``[chunks, H, tokens per chunk, V]`` to ``[T, H, V]``."""
+
+    @staticmethod
+    def forward(ctx: Any, chunks: Tensor, layout: ChunkLayout) -> Tensor:
+        ctx.layout = layout
+        return _tokens(chunks.transpose(1, 2), layout)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None]:
+        return _gather(d_output, ctx.layout).transpose(1, 2).contiguous(), None
+
+
+def from_chunks(chunks: Tensor, layout: ChunkLayout) -> Tensor:
+    """``[chunks, H, tokens per chunk, V]`` to ``[T, H, V]``."""
+    return _FromChunks.apply(chunks, layout)

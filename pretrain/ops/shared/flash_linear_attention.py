@@ -1,0 +1,169 @@
+"""What the package flash-linear-attention (fla) does for us on CUDA: linear attention, the delta
+rules and the short convolution, as fused kernels over chunks (backend ``fla``).
+
+Its kernels take bfloat16 or float16 and keep the state in float32. They are checked against our
+definitions where a GPU is (benchmarks/ops_gpu.py) and, on a CPU in Triton's interpreter, in
+tests/pretrain/ops/test_fla.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.data.sequences import cu_seqlens_on_host
+from pretrain.ops.shared.arguments import device_type
+
+_WIDEST = 256  # channels of a key
+
+
+def fla_fits(q: Tensor) -> bool:
+    """Whether ``auto`` may take fla for queries ``[..., K]``."""
+    return (
+        device_type(q) == "cuda"
+        and not q.is_meta  # plans are made with our own forms
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] <= _WIDEST
+        and _usable(q.device)
+    )
+
+
+@functools.cache
+def _found() -> bool:
+    return importlib.util.find_spec("fla") is not None
+
+
+@functools.cache
+def _usable(device: torch.device) -> bool:
+    """Whether there is an fla of the version that is tested here, and on Hopper a Triton that
+    compiles it right: before 3.7.1 gated backward passes came out wrong, and fla refuses."""
+    if not _found() or not _at_least("flash-linear-attention", (0, 6)):
+        return False
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return _at_least("triton", (3, 7, 1) if hopper else (3, 6))
+
+
+def _at_least(package: str, version: tuple[int, ...]) -> bool:
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(map(int, re.findall(r"\d+", found)[:3])) >= version
+
+
+def check_fla(op: str, q: Tensor) -> None:
+    """Raises ValueError where fla is not, or does not take ``q``."""
+    if not _found():
+        raise ValueError(
+            f"{op}: backend 'fla' needs flash-linear-attention, which is not installed"
+        )
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"{op}: backend 'fla' takes bfloat16 or float16, found {q.dtype}")
+    if q.shape[-1] > _WIDEST:
+        raise ValueError(
+            f"{op}: backend 'fla' takes keys of at most {_WIDEST} channels, found {q.shape[-1]}"
+        )
+
+
+def fla_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    num_householder: int,
+    scale: float,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`pretrain.ops.delta_rule`; log_decay in float32. More than one Householder step does
+    not go with a decay per channel."""
+    options = _options(q, scale, initial_state, cu_seqlens)
+    beta = beta.to(q.dtype)
+    if num_householder > 1:
+        from fla.ops.gated_delta_product import chunk_gated_delta_product
+
+        # Always with a decay: it has the gate's gradient in mind, and decays of 0 are none.
+        decay = q.new_zeros(q.shape[:3], dtype=torch.float32) if log_decay is None else log_decay
+        return chunk_gated_delta_product(q, k, v, decay, beta, num_householder, **options)
+    if log_decay is None:
+        from fla.ops.delta_rule import chunk_delta_rule
+
+        return chunk_delta_rule(q, k, v, beta, **options)
+    if log_decay.ndim == 3:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return chunk_gated_delta_rule(q, k, v, log_decay, beta, **options)
+    from fla.ops.kda import chunk_kda
+
+    return chunk_kda(q, k, v, log_decay, beta, **options)
+
+
+def fla_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`pretrain.ops.linear_attention`; log_decay in float32."""
+    options = _options(q, scale, initial_state, cu_seqlens)
+    if log_decay is not None and log_decay.ndim == 4:
+        from fla.ops.gla import chunk_gla
+
+        return chunk_gla(q, k, v, log_decay, **options)
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return chunk_simple_gla(q, k, v, log_decay, **options)
+
+
+def _options(
+    q: Tensor, scale: float, initial_state: Tensor, cu_seqlens: Tensor | None
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "scale": scale,
+        "initial_state": initial_state,
+        "output_final_state": True,
+    }
+    if cu_seqlens is not None:
+        # The lengths from the host, so that nothing waits for the device.
+        found |= {"cu_seqlens": cu_seqlens.long(), "cu_seqlens_cpu": cu_seqlens_on_host(cu_seqlens)}
+    return found
+
+
+def fla_short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """y of :func:`pretrain.ops.short_convolution`; initial_state ``[N, W - 1, D]``."""
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    options = {}
+    if cu_seqlens is not None:
+        options = {
+            "cu_seqlens": cu_seqlens.long(),
+            "cu_seqlens_cpu": cu_seqlens_on_host(cu_seqlens),
+        }
+    if initial_state is not None:  # theirs is [N, D, W], of which the first is never read
+        options["initial_state"] = torch.nn.functional.pad(initial_state.mT, (1, 0))
+    y, _ = causal_conv1d(
+        x,
+        weight.to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+        activation=activation,
+        backend="triton",
+        **options,
+    )
+    return y

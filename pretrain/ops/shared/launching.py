@@ -1,0 +1,39 @@
+"""Starting kernels, and when they can be."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from pretrain.ops.shared.arguments import Work, observe
+
+
+def launch(kernel: Any, grid: tuple[int, ...], work: Work, *arguments: Any, **options: Any) -> None:
+    """Run ``kernel``, which does ``work``, unless there is nothing to do. On the meta device, where
+    plans are made, nothing runs and the work is told."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    if any(x.is_meta for x in tensors):
+        observe(work, sum(x.nbytes for x in tensors), tensors[0].dtype)
+    elif all(grid):
+        # Triton launches on the current device, whatever device the tensors are on.
+        with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else nullcontext():
+            kernel[grid](*arguments, **options)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def approximate(dtype: torch.dtype) -> bool:
+    """Whether a kernel on ``dtype`` may take the hardware's tanh."""
+    return not interpreted() and dtype in (torch.bfloat16, torch.float16)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()

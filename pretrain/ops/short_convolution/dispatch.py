@@ -1,0 +1,144 @@
+"""Depthwise causal convolution over time that knows where sequences begin (LAYERS 1.1).
+
+y_t = sum_j weight_j x_{t-W+1+j},  taps before a sequence's first token read its history or 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.data.sequences import remember, sequence_ids, sequence_lengths
+from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
+from pretrain.ops.shared.flash_linear_attention import check_fla, fla_fits, fla_short_convolution
+
+BACKENDS = ("auto", "taps", "fla")
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """x ``[B, T, D]``, weight ``[D, W]``, bias ``[D]``; ``activation`` of the result: None or
+    ``silu``; ``cu_seqlens`` packs N sequences (B = 1).
+
+    ``initial_state`` ``[N, W - 1, D]`` holds the inputs before each sequence's first token, oldest
+    first. backend: ``taps`` adds shifted copies; ``fla`` is flash-linear-attention's kernel
+    (bfloat16 and float16), which ``auto`` takes on CUDA for more than one token a sequence.
+
+    Returns y ``[B, T, D]`` in x's dtype and the final state, the last W - 1 inputs of each
+    sequence. Raises ValueError for shapes that do not fit and an unknown backend.
+    """
+    if activation not in (None, "silu"):
+        raise ValueError(f"short_convolution: activation is '{activation}', expected silu or None")
+    batch_size, length, dim = x.shape
+    history = weight.shape[1] - 1
+    if weight.shape[0] != dim:
+        raise ValueError(f"short_convolution: weight is {tuple(weight.shape)}, expected ({dim}, W)")
+    if cu_seqlens is not None:
+        resolve_sequences("short_convolution", batch_size, length, cu_seqlens, x.device)
+    packed = cu_seqlens is not None and len(cu_seqlens) != 2
+    num_sequences = batch_size if cu_seqlens is None else len(cu_seqlens) - 1
+    several = length > 1 and history > 0 and batch_size * length > num_sequences
+    fast = "fla" if several and fla_fits(x[..., :1]) else "taps"
+    backend = choose_backend("short_convolution", backend, BACKENDS, "taps", fast)
+    given = initial_state
+    if initial_state is None:
+        initial_state = x.new_zeros(num_sequences, history, dim)
+    elif tuple(initial_state.shape) != (num_sequences, history, dim):
+        raise ValueError(
+            f"short_convolution: initial_state is {tuple(initial_state.shape)}, "
+            f"expected {(num_sequences, history, dim)}"
+        )
+    initial_state = initial_state.to(x.dtype)
+    if backend == "fla":
+        check_fla("short_convolution", x[..., :1])
+        before = None if given is None else initial_state
+        y = fla_short_convolution(x, weight, bias, activation, before, cu_seqlens)
+        return y, _last_inputs(x, initial_state, cu_seqlens)
+    if not packed:
+        extended = torch.cat([initial_state, x], 1)  # each row after its own history
+        y = _Taps.apply(extended, weight)
+        state = extended[:, length:].clone()  # not a view that holds the whole row
+    else:
+        assert cu_seqlens is not None
+        flat = torch.cat([initial_state.flatten(0, 1), x[0]])
+        gather, tokens, ends = _packed_index(cu_seqlens, history)
+        extended = flat[gather][None]
+        y = _Taps.apply(extended, weight)[:, tokens]
+        state = extended[0, ends]
+    y = y if bias is None else y + bias
+    return (F.silu(y) if activation else y), state
+
+
+def _last_inputs(x: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last W - 1 inputs of each sequence, those before its first token included."""
+    num_sequences, history, _ = initial_state.shape
+    if cu_seqlens is None:
+        return torch.cat([initial_state, x[:, -history:]], 1)[:, -history:]
+    taps = torch.arange(history, device=x.device)
+    lengths = cu_seqlens.diff().long()[:, None]
+    place = lengths - history + taps  # in the sequence; before its start where negative
+    inside = x[0, (cu_seqlens[:-1].long()[:, None] + place).clamp(0, x.shape[1] - 1)]
+    rows = torch.arange(num_sequences, device=x.device)[:, None]
+    before = initial_state[rows, (place + history).clamp_max(history - 1)]
+    return torch.where((place >= 0)[..., None], inside, before)
+
+
+@remember
+def _packed_index(cu_seqlens: Tensor, history: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How to lay each sequence after its own history.
+
+    Returns the gather index into (all histories, all tokens), the place of each token's output,
+    and ``[N, history]`` places of the last inputs of each sequence.
+    """
+    lengths = cu_seqlens.diff().long()
+    ids = sequence_ids(cu_seqlens)
+    num_sequences, device = len(lengths), cu_seqlens.device
+    total = sum(sequence_lengths(cu_seqlens))
+    tokens = torch.arange(total, device=device) + history * ids  # output place of each token
+    gather = torch.empty(total + history * num_sequences, dtype=torch.long, device=device)
+    gather[tokens + history] = torch.arange(total, device=device) + history * num_sequences
+    taps = torch.arange(history, device=device)
+    starts = cu_seqlens[:-1].long() + history * torch.arange(num_sequences, device=device)
+    gather[starts[:, None] + taps] = torch.arange(history * num_sequences, device=device).view(
+        num_sequences, history
+    )
+    return gather, tokens, starts[:, None] + lengths[:, None] + taps
+
+
+class _Taps(torch.autograd.Function):
+    """extended [B, T + W - 1, D], weight [D, W] to [B, T, D], without W copies in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, extended: Tensor, weight: Tensor) -> Tensor:
+        width = weight.shape[1]
+        length = extended.shape[1] - width + 1
+        taps = weight.to(extended.dtype).t()
+        y = extended[:, :length] * taps[0]
+        for j in range(1, width):
+            y.addcmul_(extended[:, j : j + length], taps[j])
+        ctx.save_for_backward(extended, weight)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        extended, weight = ctx.saved_tensors
+        length, width = dy.shape[1], weight.shape[1]
+        taps = weight.to(dy.dtype).t()
+        d_extended = torch.zeros_like(extended)
+        d_weight = []
+        for j in range(width):
+            d_extended[:, j : j + length].addcmul_(dy, taps[j])
+            d_weight.append(torch.einsum("btd,btd->d", dy, extended[:, j : j + length]))
+        return d_extended, torch.stack(d_weight, 1).to(weight.dtype)

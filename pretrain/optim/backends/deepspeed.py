@@ -1,0 +1,273 @@
+"""Gradients and updates by DeepSpeed: ZeRO-0 and 1 behind megatron-core's schedules, ZeRO-2 and 3
+with DeepSpeed's own backward pass, the optimizer's state in the processor's memory or in files if
+wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from torch import Tensor, nn
+
+from pretrain.common.errors import UserError
+from pretrain.config import OptimizerConfig, ParallelConfig
+from pretrain.data.batches import Batch
+from pretrain.model.language_model import LanguageModel
+from pretrain.optim.backends.deepspeed_state import DeepSpeedState
+from pretrain.optim.backends.offload_folder import make_offload_folder
+from pretrain.optim.gradient_norm import global_norm
+from pretrain.parallel.cpu import device_scope
+from pretrain.parallel.pipeline import run_schedule
+from pretrain.parallel.processes import local_device, name_local_rank
+
+_BUCKET = 200_000_000  # elements of a gradient bucket at most: DeepSpeed allocates it whole
+_IN_FILES = 100_000_000  # parameters whose state is in memory at once, where it lies in files
+
+
+class _Topology:
+    """megatron-core's process groups under the names that DeepSpeed asks by."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+
+
+def _import_deepspeed() -> Any:
+    """Quietly; on the CPU without the shared-memory extension that it would compile."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            import deepspeed
+        except ImportError:
+            raise UserError(
+                "parallel.zero_backend is deepspeed, which is not installed: pip install deepspeed"
+            ) from None
+        # As an attribute of deepspeed.comm the name means torch itself.
+        backend: Any = importlib.import_module("deepspeed.comm.torch")
+    name_local_rank()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        backend.build_shm_op = lambda: None
+    return deepspeed
+
+
+def shard_parameters(unit: nn.Module) -> None:
+    """ZeRO-3: leave this process its range of each of the unit's parameters, so that the next unit
+    can be made without room for the whole model; every process must call."""
+    dtypes = {p.dtype for p in unit.parameters()}
+    if not dtypes:
+        return
+    if torch.bfloat16 in dtypes:
+        unit.bfloat16()  # as DeepSpeed does later with all of a bf16 model
+    partition: Any = _import_deepspeed().zero.Init
+    partition(
+        unit,
+        data_parallel_group=parallel_state.get_data_parallel_group(),
+        dtype=next(unit.parameters()).dtype,
+    )
+
+
+class DeepSpeedBackend(DeepSpeedState):
+    """Owns DeepSpeed's engine around this process's stages."""
+
+    step_seed = (0, 0)
+
+    def __init__(
+        self,
+        parts: Sequence[LanguageModel],
+        config: OptimizerConfig,
+        parallel: ParallelConfig,
+        micro_batches: int,
+    ):
+        # Before DeepSpeed divides the parameters: names, shapes and marks are the model's own.
+        super().__init__(parts, parallel.zero_stage)
+        self.config, dtype = config, parts[0].context.dtype
+        self._own_backward = self.stage > 1
+        self._micro_batches, self._scale = micro_batches, 1.0
+        self._sequence = [p for p in self._named.values() if getattr(p, "sequence_parallel", False)]
+        megatron = parts[0].config
+        if self._own_backward:
+            for parameter in self._sequence:
+                parameter.register_hook(_summed_over_tensor_parallel)
+            for part in self.parts:
+                if part.recursion is not None:
+                    part.recursion.in_step = True
+        else:
+            megatron.grad_scale_func = lambda loss: loss * self._scale
+        self._engine = self._initialize(dtype, parallel)
+        self.optimizer = self._engine.optimizer
+        self.modules: list[Any] = list(self.parts)
+        if parallel.offload == "nvme":
+            self.check_alignment()
+        self.loaded(0)
+
+    def _initialize(self, dtype: torch.dtype, parallel: ParallelConfig) -> Any:
+        deepspeed = _import_deepspeed()
+        parameters: list[Any] = list(self._named.values())
+        groups: dict[tuple[float, float], list[Any]] = {}
+        for p in parameters:
+            groups.setdefault((float(p.decay), getattr(p, "lr_mult", 1.0)), []).append(p)
+        # Without a learning rate at first: ZeRO-3 begins with a step that only makes state.
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": groups[key], "wd_mult": key[0], "lr_mult": key[1]}
+                for key in sorted(groups, reverse=True)
+            ],
+            lr=0.0,
+            betas=(self.config.betas[0], self.config.betas[1]),
+            eps=self.config.eps,
+        )
+        total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "overlap_comm": parallel.overlap and self.stage > 1 and torch.cuda.is_available(),
+            "reduce_bucket_size": min(_BUCKET, total),
+            # What is smaller stays whole on every process; DeepSpeed's own default is for models
+            # of many millions.
+            "stage3_param_persistence_threshold": min(100_000, total // 100),
+        }
+        if parallel.offload != "device":
+            zero["offload_optimizer"] = {
+                "device": parallel.offload,
+                "pin_memory": torch.cuda.is_available(),
+            }
+        if parallel.offload == "nvme":
+            zero["offload_optimizer"]["nvme_path"] = str(
+                make_offload_folder(parallel, -(-total // self.replicas))
+            )
+            zero["sub_group_size"] = _IN_FILES
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": self._micro_batches if self._own_backward else 1,
+            "gradient_clipping": self.config.clip_grad if self.stage else 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "steps_per_print": None,
+        }
+        module = self.parts[0] if self._own_backward else nn.ModuleList(self.parts)
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=settings,
+                mpu=_Topology(),
+                dist_init_required=False,
+            )
+        return engine
+
+    def gradients(self, batches: Sequence[Batch]) -> Tensor:
+        """Gradients of the global batch's mean loss; returns as :func:`run_schedule`."""
+        count = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().double()
+        count = count.to(local_device())
+        dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+        # DeepSpeed takes the mean over data-parallel processes; wanted is the sum over all targets.
+        self._scale = self.replicas / max(float(count), 1.0)
+        if self._own_backward:
+            return self._forward_backward(batches)
+        self._engine.zero_grad()
+        sums = run_schedule(self.parts, batches, forward_only=False)
+        tensor_group = parallel_state.get_tensor_model_parallel_group()
+        for parameter in self._sequence:
+            dist.all_reduce(_gradient(parameter), group=tensor_group)
+        self._sum_tied_embeddings()
+        return sums
+
+    def _forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        if len(batches) != self._micro_batches:
+            raise UserError(
+                f"{len(batches)} micro-batches per step, but DeepSpeed was set up for "
+                f"{self._micro_batches}"
+            )
+        if self.stage == 3:
+            # It keeps the last step's gradient of a parameter that has none in this one.
+            self.optimizer.grad_partitions_flat_buffer.zero_()
+        sums = torch.zeros(2, dtype=torch.float64, device=local_device())
+        for number, batch in enumerate(batches):
+            batch = batch.to(local_device())
+            losses = self._engine(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
+            total = (losses * batch.loss_mask).sum()
+            sums += torch.stack([total.detach().double(), batch.loss_mask.sum().double()])
+            # It divides by the number of micro-batches.
+            self._engine.backward(total * (self._scale * self._micro_batches))
+            if number < len(batches) - 1:
+                self._engine.step()  # counts the micro-batch; the last one is stepped in apply
+        return sums
+
+    def _sum_tied_embeddings(self) -> None:
+        group = parallel_state.get_embedding_group(check_initialized=False)
+        if group is None or dist.get_world_size(group) == 1:
+            return
+        for part in self.parts:
+            weight = part.shared_embedding_or_output_weight()
+            if part.share_embeddings_and_output_weights and weight is not None:
+                dist.all_reduce(_gradient(weight), group=group)
+
+    def apply(self, lr: float, loss: float) -> tuple[float, bool]:
+        """(global gradient norm before clipping, whether the parameters were updated)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+            group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
+            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+        if self.stage == 0:
+            return self._apply_undivided(loss)
+        if not self._own_backward:
+            self.optimizer.reduce_gradients(pipeline_parallel=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        else:
+            self._engine.step()
+        # DeepSpeed leaves out a step whose gradients are not finite.
+        return float(self.optimizer._global_grad_norm), not self.optimizer.overflow
+
+    def _apply_undivided(self, loss: float) -> tuple[float, bool]:
+        """ZeRO-0: DeepSpeed reduces; its own clipping reports no norm."""
+        self._engine.allreduce_gradients()
+        parameters = list(self._named.values())
+        counted = [
+            _gradient(p)
+            for p in parameters
+            if param_is_not_tensor_parallel_duplicate(p) and not getattr(p, "shared", False)
+        ]
+        norm = global_norm(counted, parallel_state.get_model_parallel_group())
+        with device_scope():
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                return norm, False
+            if self.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, norm)
+        self.optimizer.step()
+        return norm, True
+
+    def gather_weights(self) -> None:
+        """Nothing: DeepSpeed's step ends with whole weights, or ZeRO-3 has none."""
+
+
+def _gradient(parameter: Any) -> Tensor:
+    """Zeros where nothing flowed back, so that every process takes part in a sum."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _summed_over_tensor_parallel(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+    return gradient

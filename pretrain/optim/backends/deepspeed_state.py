@@ -1,0 +1,193 @@
+"""Weights and optimizer state where DeepSpeed keeps them, as boxes of the whole model's tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from pretrain.common.errors import UserError
+from pretrain.model.language_model import LanguageModel
+from pretrain.parallel.processes import data_parallel_rank_and_size
+from pretrain.parallel.sharded_state import (
+    MOMENTS,
+    Boxes,
+    State,
+    flat_part,
+    optimizer_key,
+    weights_state,
+    whole_part,
+    writes,
+)
+
+
+class DeepSpeedState:
+    """Knows what DeepSpeed makes of the parameters; ``optimizer`` is DeepSpeed's."""
+
+    optimizer: Any
+
+    def __init__(self, parts: Sequence[LanguageModel], stage: int):
+        self.parts, self.stage = list(parts), stage
+        self.replicas = data_parallel_rank_and_size()[1]
+        self.narrow = parts[0].context.dtype != torch.float32
+        self._keys = (*MOMENTS, "param") if self.narrow else MOMENTS
+        self._named: dict[str, Any] = {
+            n: p for part in self.parts for n, p in part.named_parameters()
+        }
+        self._read: dict[tuple[str, int], Tensor] = {}  # out of files, while a checkpoint is loaded
+
+    def weights_state(self, *, saving: bool) -> State:
+        """Every parameter by its name, as far as this process has it."""
+        if self.stage < 3:
+            return weights_state(self.parts, saving=saving)
+        return {
+            name: self._part_of_three(p, p.ds_tensor.data)
+            for name, p in self._named.items()
+            if not saving or writes(name, p, replicas=1)
+        }
+
+    def optimizer_state(self, *, saving: bool) -> State:
+        """As :meth:`pretrain.optim.backends.megatron.MegatronBackend.optimizer_state`."""
+        state: State = {}
+        self._read = self._read_files() if self.stage == 3 else {}
+        for name, parameter in self._named.items():
+            replicas = self.replicas if self.stage == 0 else 1
+            if saving and not writes(name, parameter, replicas=replicas):
+                continue
+            for key, boxes in self._optimizer_boxes(parameter):
+                state[optimizer_key(key, name)] = boxes
+        if saving:
+            self._read = {}
+        return state
+
+    def _optimizer_boxes(self, parameter: Any) -> Iterator[tuple[str, Boxes]]:
+        keys = self._keys
+        if self.stage == 0:
+            for key in MOMENTS:
+                yield key, whole_part(parameter, self._moments(self.optimizer, parameter)[key])
+        elif self.stage == 3:
+            for key in keys:
+                values = self._read.get((key, parameter.ds_id))
+                if values is None:
+                    values = self._flat_of_three(parameter, key)
+                yield key, self._part_of_three(parameter, values)
+        elif parameter._hp_mapping is not None:  # else another data-parallel process's
+            start = parameter._hp_mapping.lp_fragment_address.start
+            for key in keys:
+                yield key, flat_part(parameter, start, self._flat_of_two(parameter, key))
+
+    def _moments(self, optimizer: Any, main: Tensor) -> dict[str, Tensor]:
+        moments: dict[str, Tensor] = optimizer.state[main]
+        for key in MOMENTS:
+            if key not in moments:
+                moments[key] = torch.zeros_like(main)
+        moments.setdefault("step", torch.tensor(0.0))
+        return moments
+
+    def _mains(self) -> list[Any]:
+        """What the optimizer updates: parameters, or this process's ranges of them, flattened."""
+        if self.stage == 0:
+            return list(self._named.values())
+        if self.stage == 3:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def _flat_of_two(self, parameter: Any, key: str) -> Tensor:
+        """ZeRO-1 and 2: this process's range of a flattened parameter, in float32."""
+        mapping = parameter._hp_mapping
+        if key == "param":
+            return mapping.hp_fragment.data
+        flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        address = mapping.hp_fragment_address
+        moments = self._moments(self.optimizer.optimizer, flat)
+        return moments[key].narrow(0, address.start, address.numel)
+
+    def _flat_of_three(self, parameter: Any, key: str) -> Tensor:
+        group, start, count = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        flat = self.optimizer.fp32_partitioned_groups_flat[group]
+        source = flat.data if key == "param" else self._moments(self.optimizer.optimizer, flat)[key]
+        return source.narrow(0, start, count)
+
+    def _part_of_three(self, parameter: Any, values: Tensor) -> Boxes:
+        """ZeRO-3 cuts a flattened parameter in equal ranges, the last one filled up."""
+        start = dist.get_rank(parallel_state.get_data_parallel_group()) * values.numel()
+        held = max(0, min(values.numel(), parameter.ds_numel - start))
+        return flat_part(parameter, start, values.view(-1)[:held], tuple(parameter.ds_shape))
+
+    def loaded(self, updates: int) -> None:
+        """Called when weights and optimizer state have been loaded, of so many updates."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        for group, main in enumerate(self._mains()):
+            with self._in_memory(group, changed=True):
+                self._moments(inner, main)["step"].fill_(float(updates))
+                for parameter in self._of_group(group):
+                    self._fill_three(parameter)
+        self._read = {}
+        if self.stage == 3:
+            # Small parameters lie whole on every process after a step: what they were before.
+            self.optimizer._partition_all_parameters()
+        if self.narrow or self.stage in (0, 3):
+            return
+        # float32: the weights are their own masters, but DeepSpeed keeps a copy.
+        for parameter in self._named.values():
+            if parameter._hp_mapping is not None:
+                parameter._hp_mapping.update_hp()
+
+    def check_alignment(self) -> None:
+        """Raise UserError where DeepSpeed would read a gradient from a file into memory that direct
+        reading cannot begin at; it looks at no errors."""
+        for name, parameter in self._named.items():
+            place = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            group, start, count = place
+            moved = self.optimizer._swappable_optimizer_subgroup(group) and 4 * count >= 2**20
+            if moved and start * 4 % 512:
+                raise UserError(
+                    f"parallel.offload is nvme, but on {self.replicas} data-parallel processes the "
+                    f"gradient of {name} begins {start * 4} bytes into a file's, expected a "
+                    "multiple of 512; expected another number of processes, or offload=cpu"
+                )
+
+    def _fill_three(self, parameter: Any) -> None:
+        """ZeRO-3: what was read for a parameter of a group that lies in files; and in float32 the
+        copy that DeepSpeed keeps of the weight."""
+        for key in self._keys:
+            if (key, parameter.ds_id) in self._read:
+                self._flat_of_three(parameter, key).copy_(self._read[key, parameter.ds_id])
+        if not self.narrow:
+            self._flat_of_three(parameter, "param").copy_(parameter.ds_tensor.data)
+
+    def _of_group(self, group: int) -> list[Any]:
+        """ZeRO-3: the parameters whose state DeepSpeed keeps, and moves, together."""
+        if self.stage < 3:
+            return []
+        places = self.optimizer.grad_position
+        return [
+            p for p in self._named.values() if places[self.optimizer.get_param_id(p)][0] == group
+        ]
+
+    def _read_files(self) -> dict[tuple[str, int], Tensor]:
+        """Copies of the optimizer's state as far as it lies in files."""
+        read: dict[tuple[str, int], Tensor] = {}
+        for group in range(len(self._mains())):
+            with self._in_memory(group) as moved:
+                for parameter in self._of_group(group) if moved else ():
+                    for key in self._keys:
+                        read[key, parameter.ds_id] = self._flat_of_three(parameter, key).clone()
+        return read
+
+    @contextlib.contextmanager
+    def _in_memory(self, group: int, *, changed: bool = False) -> Iterator[bool]:
+        """Have a group's state in memory, if it lies in files (which is what is yielded)."""
+        moved = self.stage == 3 and self.optimizer._swappable_optimizer_subgroup(group)
+        if moved:
+            self.optimizer._optimizer_states_and_gradient_swap_in(group)
+        yield moved
+        if moved and changed:
+            self.optimizer._optimizer_states_and_gradient_swap_out(group)
+        elif moved:
+            self.optimizer._release_swap_buffers(group)

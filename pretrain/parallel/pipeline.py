@@ -1,0 +1,107 @@
+"""Micro-batches through this process's stages of the model, on megatron-core's schedules."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from pretrain.data.batches import Batch
+from pretrain.parallel.cpu import device_scope, model_scope
+from pretrain.parallel.processes import local_device
+
+
+def run_schedule(
+    modules: Sequence[nn.Module], batches: Sequence[Batch], *, forward_only: bool
+) -> Tensor:
+    """One process: forward and backward by turns; a pipeline: 1F1B; a virtual one: interleaved.
+
+    ``modules`` are this process's stages, in the order that they are gone through. Gradients are of
+    the summed loss, divided by the global batch's number of counted targets where the modules'
+    ``config.finalize_model_grads_func`` does that. Returns ``[2]`` float64: summed loss and number
+    of counted targets of these micro-batches, on the last stage; zeros elsewhere.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=local_device())
+    for _, alike in itertools.groupby(batches, key=lambda b: b.tokens.shape):
+        group = list(alike)
+        if forward_only:
+            group = _whole_rounds(group)
+        for result in _through(_forward_step, modules, group, forward_only):
+            total += result["sums"]
+    return total
+
+
+def score_schedule(
+    modules: Sequence[nn.Module], batches: Sequence[Batch], candidates: int
+) -> list[Tensor]:
+    """``[2, M]`` of each micro-batch, on the last stage (elsewhere none): log-likelihoods of the
+    targets that its mask counts, and the likeliest of the first ``candidates`` ids in their places.
+
+    All micro-batches must be of one length, and as many on every process."""
+
+    def step(batches: Iterator[Batch], module: nn.Module) -> tuple[Tensor, Any]:
+        batch = next(batches).to(local_device())
+        with model_scope():
+            scored = torch.nonzero(batch.loss_mask[0]).squeeze(-1)
+            output = module(
+                batch.tokens,
+                batch.targets,
+                cu_seqlens=batch.cu_seqlens,
+                scored=scored,
+                candidates=candidates,
+            )
+        return output, lambda scores: (scores.sum(), scores.new_ones((), dtype=torch.int32), scores)
+
+    group = _whole_rounds(list(batches))
+    return list(_through(step, modules, group, forward_only=True))[: len(batches)]
+
+
+def _through(
+    step: Callable[..., Any], modules: Sequence[nn.Module], group: list[Batch], forward_only: bool
+) -> list[Any]:
+    """What megatron-core's schedule collects of micro-batches of one length."""
+    iterators = [iter(group) for _ in modules]
+    with device_scope():
+        found: list[Any] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(modules) > 1 else iterators[0],
+            model=list(modules) if len(modules) > 1 else modules[0],
+            num_microbatches=len(group),
+            seq_length=group[0].tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+    return found
+
+
+def _whole_rounds(batches: list[Batch]) -> list[Batch]:
+    """The interleaved schedule goes through as many micro-batches at a time as there are stages:
+    fill up with ones that count nothing."""
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
+        return batches
+    missing = -len(batches) % parallel_state.get_pipeline_model_parallel_world_size()
+    last = batches[-1]
+    empty = Batch(last.tokens, last.targets, torch.zeros_like(last.loss_mask), last.cu_seqlens)
+    return batches + [empty] * missing
+
+
+def _forward_step(batches: Iterator[Batch], module: nn.Module) -> tuple[Tensor, partial[Any]]:
+    batch = next(batches).to(local_device())
+    with model_scope():
+        output = module(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
+    return output, partial(_loss, mask=batch.loss_mask)
+
+
+def _loss(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What megatron-core wants of the last stage: the summed loss, the number of targets, and what
+    to report."""
+    with model_scope():
+        total, count = (losses * mask).sum(), mask.sum()
+        sums = torch.stack([total.detach().double(), count.double()])
+        return total, count.int(), {"sums": sums}

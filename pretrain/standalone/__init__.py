@@ -1,1 +1,0 @@
-"""Text of the files that an exported model is made of; see :mod:`pretrain.standalone_model`."""

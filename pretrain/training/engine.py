@@ -1,0 +1,129 @@
+"""One optimizer step, the same code on one process or many, over gloo or NCCL.
+
+The model's stages run on megatron-core's schedules; gradients are reduced and parameters updated by
+megatron-core (:mod:`.megatron_updates`) or by DeepSpeed (:mod:`.deepspeed_updates`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.common.metrics import merge_metrics
+from pretrain.config import OptimizerConfig, ParallelConfig
+from pretrain.data.batches import Batch
+from pretrain.model.language_model import LanguageModel
+from pretrain.optim.backends.deepspeed import DeepSpeedBackend
+from pretrain.optim.backends.megatron import MegatronBackend
+from pretrain.parallel.pipeline import run_schedule, score_schedule
+from pretrain.parallel.processes import local_device, sum_over_replicas
+
+
+@dataclass
+class StepResult:
+    """loss: mean over the global batch's counted targets, in nats, before the update; grad_norm:
+    global, before clipping, None where the step was left out unseen; applied: whether the
+    parameters were updated."""
+
+    loss: float
+    grad_norm: float | None
+    applied: bool
+
+
+class Engine:
+    """Owns this process's stages of the model, wrapped, and their optimizer."""
+
+    def __init__(
+        self,
+        model: LanguageModel | Sequence[LanguageModel],
+        config: OptimizerConfig,
+        parallel: ParallelConfig | None = None,
+        micro_batches: int = 1,
+    ):
+        """``micro_batches``: per process and step; only DeepSpeed needs it beforehand."""
+        self.parts = [model] if isinstance(model, LanguageModel) else list(model)
+        parallel = parallel or ParallelConfig()
+        self.backend: MegatronBackend | DeepSpeedBackend
+        if parallel.expert > 1:  # tokens travel between processes at every pass of a loop
+            for part in self.parts:
+                if part.recursion is not None:
+                    part.recursion.in_step = True
+        if parallel.zero_backend == "deepspeed":
+            self.backend = DeepSpeedBackend(self.parts, config, parallel, micro_batches)
+        else:
+            self.backend = MegatronBackend(self.parts, config, parallel)
+
+    def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
+        """See :meth:`pretrain.model.language_model.LanguageModel.begin_step`."""
+        self.backend.step_seed = (seed, step)
+        for part in self.parts:
+            part.begin_step(seed, step, place, places)
+
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        skip_if: Callable[[float], bool] | None = None,
+    ) -> StepResult:
+        """Forward, backward and update over this process's micro-batches of the global batch.
+
+        A loss or gradient norm that is not finite leaves parameters and optimizer untouched, and so
+        does a loss for which ``skip_if`` (not with DeepSpeed) says so, on every process.
+        """
+        sums = self.backend.gradients(batches)
+        sum_over_replicas(sums)
+        loss = float(sums[0] / sums[1].clamp_min(1))
+        if skip_if is not None and skip_if(loss):
+            return StepResult(loss=loss, grad_norm=None, applied=False)
+        norm, applied = self.backend.apply(lr, loss)
+        if applied:
+            for part in self.parts:
+                part.update_biases()
+        return StepResult(loss=loss, grad_norm=norm, applied=applied)
+
+    @torch.no_grad()
+    def validate(
+        self, batches: Sequence[Batch], bytes_per_token: Tensor | None = None
+    ) -> tuple[float, int, int]:
+        """(mean loss in nats, counted targets, bytes of text they stand for) of all processes.
+
+        ``bytes_per_token`` is ``[vocab]``; without it the bytes are 0.
+        """
+        for part in self.parts:
+            part.eval()
+        total, count = run_schedule(self.backend.modules, batches, forward_only=True).tolist()
+        text_bytes = 0.0
+        if bytes_per_token is not None and self.parts[-1].stage.last:
+            for batch in batches:
+                text_bytes += float((bytes_per_token[batch.targets] * batch.loss_mask).sum())
+        sums = torch.tensor([total, count, text_bytes], dtype=torch.float64, device=local_device())
+        sum_over_replicas(sums)
+        for part in self.parts:
+            part.train()
+        return float(sums[0] / sums[1].clamp_min(1)), int(sums[1]), int(sums[2])
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[Batch], candidates: int) -> list[Tensor]:
+        """See :func:`.forward_backward.score_schedule`; in evaluation mode."""
+        for part in self.parts:
+            part.eval()
+        try:
+            return score_schedule(self.backend.modules, batches, candidates)
+        finally:
+            for part in self.parts:
+                part.train()
+
+    def layer_metrics(self) -> dict[str, float]:
+        """What this process's layers have to tell since the last call."""
+        found: dict[str, float] = {}
+        for part in self.parts:
+            merge_metrics(found, part.metrics())
+        return found
+
+    def recursion_metrics(self) -> dict[str, float]:
+        """What the loop of a recursive model has to tell, where it is on this process."""
+        loops = (part.recursion for part in self.parts)
+        return next((loop.metrics() for loop in loops if loop is not None), {})

@@ -1,0 +1,214 @@
+"""A model's first weights from another run: the same model, or a recursive one made from its blocks
+(Relaxed Recursive Transformers, arXiv 2410.20672, section 3.2).
+
+The source's blocks between the target's prelude and coda stand for its loop: at pass b, block k of
+K replaces block b K + k. ``stepwise`` keeps K of them equally spaced, ``lower`` the first K,
+``average`` the mean over passes; the low-rank differences start from the truncated singular value
+decomposition of what each pass lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.common.errors import UserError
+from pretrain.config import InitializeConfig
+from pretrain.model.build import build_model
+from pretrain.model.depth_lora import DepthLoRA
+from pretrain.model.language_model import LanguageModel
+from pretrain.model.spec import block_specs
+
+
+def initialize_from(
+    stages: Sequence[LanguageModel], config: InitializeConfig, tokenizer_sha256: str | None = None
+) -> None:
+    """Overwrite the weights of a model, given as this process's ``stages`` of it; what the source
+    does not have keeps its own start. Raises UserError where the source does not fit, or knows
+    another tokenizer."""
+    from pretrain.checkpoint.state import check_files, find_checkpoint, load_weights, read_state
+
+    try:
+        checkpoint = find_checkpoint(Path(config.checkpoint))
+        check_files(checkpoint)
+        state = read_state(checkpoint)
+    except UserError as error:
+        raise UserError(f"initialize.checkpoint: {error}") from None
+    if tokenizer_sha256 is not None and state.tokenizer_sha256 != tokenizer_sha256:
+        raise UserError(
+            f"initialize.checkpoint {checkpoint} was trained with another tokenizer "
+            f"({state.tokenizer_sha256[:12]}...) than the data's ({tokenizer_sha256[:12]}...)"
+        )
+    vocab_size, dtype = stages[0].vocab_size, stages[0].context.dtype
+    if state.vocab_size != vocab_size:
+        raise UserError(
+            f"initialize.checkpoint {checkpoint} has a vocabulary of {state.vocab_size}, the model "
+            f"one of {vocab_size}"
+        )
+    source = build_model(state.model_config, state.vocab_size, seed=0, dtype=dtype)
+    load_weights(checkpoint, source)
+    # What goes where is told of whole models: a stage takes its share of one.
+    whole = stages[0]
+    if not (whole.stage.first and whole.stage.last):
+        whole = build_model(whole.model_config, vocab_size, seed=0, dtype=dtype)
+        _copy_by_name(stages, whole)
+    fill_from(whole, source, config, str(checkpoint))
+    if whole is not stages[0]:
+        _copy_by_name([whole], *stages)
+
+
+@torch.no_grad()
+def _copy_by_name(origins: Sequence[nn.Module], *targets: nn.Module) -> None:
+    values = {name: p for origin in origins for name, p in origin.named_parameters()}
+    for target in targets:
+        for name, parameter in target.named_parameters():
+            if name in values:
+                parameter.copy_(values[name])
+
+
+@torch.no_grad()
+def fill_from(
+    model: LanguageModel, source: LanguageModel, config: InitializeConfig, where: str
+) -> None:
+    """:func:`initialize_from` a model at hand; ``where`` names it in messages."""
+    recursion = model.model_config.recursion
+    _check_same_settings(model, source, where)
+    if source.recursion is not None:
+        if source.model_config.recursion != recursion:
+            raise UserError(
+                f"{where} holds a recursive model; expected one without a loop, or the same loop"
+            )
+        recursion = None  # the same model, loop and all: nothing to make
+        _copy(model.recursion, [source.recursion], where)
+    prelude = 0 if recursion is None else recursion.prelude
+    coda = 0 if recursion is None else recursion.coda
+    times = 1 if recursion is None else recursion.times
+    looped = len(model.blocks) - prelude - coda
+    middle = len(source.blocks) - prelude - coda
+    lora = recursion is not None and recursion.lora_rank > 0 and config.lora == "svd"
+    chosen_by = "lower" if recursion is None else config.method
+    if (chosen_by == "average" or lora or recursion is None) and middle != looped * times:
+        raise UserError(
+            f"{where} has {len(source.blocks)} blocks; {prelude} + {times} x {looped} + {coda} = "
+            f"{prelude + times * looped + coda} were expected"
+        )
+    if middle < looped:
+        raise UserError(f"{where} has {middle} blocks for the loop, expected at least its {looped}")
+    if lora and model.context.tensor_size > 1:
+        raise UserError(
+            "initialize.lora=svd needs tensor parallel size 1: no process has the whole matrices"
+        )
+    chosen = _chosen(chosen_by, looped, middle, times)
+    _check_same_blocks(
+        model,
+        source,
+        [
+            *([i] for i in range(prelude)),
+            *([prelude + i for i in group] for group in chosen),
+            *([len(source.blocks) - coda + i] for i in range(coda)),
+        ],
+        where,
+    )
+
+    _copy(model.embedding, [source.embedding], where)
+    _copy(model.final_norm, [source.final_norm], where)
+    if not model.model_config.tie_embeddings:
+        tied = source.model_config.tie_embeddings
+        _copy(model.head, [source.embedding if tied else source.head], where)
+    for k, target in enumerate(model.blocks):
+        if k < prelude:
+            _copy(target, [source.blocks[k]], where)
+        elif k < prelude + looped:
+            _copy(target, [source.blocks[prelude + i] for i in chosen[k - prelude]], where)
+            if lora:
+                replaced = [source.blocks[prelude + b * looped + k - prelude] for b in range(times)]
+                _low_rank(target, replaced)
+        else:
+            _copy(target, [source.blocks[k - len(model.blocks)]], where)
+
+
+def _chosen(method: str, looped: int, middle: int, times: int) -> list[list[int]]:
+    """For each block of the loop, the source's blocks (counted from the prelude) that make it."""
+    if method == "lower":
+        return [[k] for k in range(looped)]
+    if method == "average":
+        return [[b * looped + k for b in range(times)] for k in range(looped)]
+    if looped == 1:
+        return [[0]]
+    return [[round(k * (middle - 1) / (looped - 1))] for k in range(looped)]
+
+
+def _check_same_settings(model: LanguageModel, source: LanguageModel, where: str) -> None:
+    wanted, there = model.model_config, source.model_config
+    for name in ("hidden_size", "block_norm", "norm_eps", "scale_embeddings"):
+        if getattr(wanted, name) != getattr(there, name):
+            raise UserError(
+                f"{where} has model.{name} {getattr(there, name)}, expected "
+                f"{getattr(wanted, name)}, the model's"
+            )
+    widths = [(c.mlp.kind, c.mlp.width(c.hidden_size)) for c in (there, wanted)]
+    if widths[0] != widths[1] and (widths[0][0], widths[1][0]) != ("none", "none"):
+        raise UserError(
+            f"{where} has an MLP of kind and width {widths[0]}, expected {widths[1]}, the model's"
+        )
+    if wanted.tie_embeddings and not there.tie_embeddings:
+        raise UserError(
+            f"{where} has a head of its own, which model.tie_embeddings=true would leave out"
+        )
+
+
+def _check_same_blocks(
+    model: LanguageModel, source: LanguageModel, origins: list[list[int]], where: str
+) -> None:
+    wanted, there = block_specs(model.model_config), block_specs(source.model_config)
+    for k, (spec, indices) in enumerate(zip(wanted, origins, strict=True)):
+        for i in indices:
+            if there[i].identity != spec.identity:
+                raise UserError(
+                    f"block {k} of the model is {spec.name} {spec.identity}, but block {i} of "
+                    f"{where} is {there[i].name} {there[i].identity}"
+                )
+
+
+def _copy(target: nn.Module | None, origins: Sequence[nn.Module], where: str) -> None:
+    """Every parameter becomes the mean of the origins' of the same name; low-rank differences only
+    where the origins have them."""
+    assert target is not None
+    values = [_by_name(origin) for origin in origins]
+    for name, parameter in _by_name(target).items():
+        found = [v[name] for v in values if name in v]
+        if not found and name.endswith((".lora_a", ".lora_b")):
+            continue
+        shapes = {tuple(f.shape) for f in found}
+        if len(found) != len(values) or shapes != {tuple(parameter.shape)}:
+            raise UserError(
+                f"{where}: {type(target).__name__}'s {name} has the shapes {sorted(shapes)}, "
+                f"expected {tuple(parameter.shape)}"
+            )
+        parameter.copy_(torch.stack(found).mean(0))
+
+
+def _by_name(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters by the name they have without low-rank differences around them."""
+    return {name.replace("inner.", ""): p for name, p in module.named_parameters()}
+
+
+def _low_rank(target: nn.Module, replaced: list[nn.Module]) -> None:
+    """lora_b lora_a of each pass: the best approximation of (replaced - shared) of that rank."""
+    for name, module in target.named_modules():
+        if not isinstance(module, DepthLoRA):
+            continue
+        rank = module.lora_a.shape[1]
+        module.lora_a.zero_()
+        module.lora_b.zero_()
+        for depth, origin in enumerate(replaced):
+            whole = origin.get_parameter(f"{name.replace('inner.', '')}.weight")
+            lost = (whole - module.weight).to(torch.promote_types(whole.dtype, torch.float32))
+            u, s, v = torch.linalg.svd(lost, full_matrices=False)
+            r = min(rank, len(s))
+            root = s[:r].sqrt()
+            module.lora_b[depth, :, :r] = u[:, :r] * root
+            module.lora_a[depth, :r] = root[:, None] * v[:r]

@@ -1,0 +1,71 @@
+"""Where a run goes on from: the checkpoint, and whether it is the run that the config says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.checkpoint.state import (
+    check_files,
+    check_same_model,
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    recover_replaced,
+)
+from pretrain.common.errors import UserError
+from pretrain.config import RunConfig, load_saved_config
+from pretrain.data.batches import PreparedData
+
+
+def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int) -> Path | None:
+    """The checkpoint to go on from, checked in every way, or None for a new run."""
+    directory = config.run_directory
+    checkpoints = directory / "checkpoints"
+    recover_replaced(checkpoints)
+    if config.checkpoint.resume is None and not list_checkpoints(checkpoints):
+        return None
+    found = find_checkpoint(
+        checkpoints / config.checkpoint.resume if config.checkpoint.resume else directory
+    )
+    if config.checkpoint.resume:
+        # The same command again goes on from what it has done since, not from there once more.
+        latest = find_checkpoint(directory)
+        if load_saved_config(latest / "config.yaml").checkpoint.resume == found.name:
+            found = latest
+    check_files(found, "size")
+    state = read_state(found)
+    check_same_model(state, config.model, vocab_size, found)
+    if state.tokenizer_sha256 != data.tokenizer.sha256:
+        raise UserError(
+            f"{found} was trained with another tokenizer ({state.tokenizer_sha256[:12]}...) than "
+            f"the shards of the config ({data.tokenizer.sha256[:12]}...)"
+        )
+    before = load_saved_config(found / "config.yaml")
+    for name, was, now in (
+        ("seed", before.seed, config.seed),
+        ("train.seq_len", before.train.seq_len, config.train.seq_len),
+        (
+            "train.global_batch_tokens",
+            before.train.global_batch_tokens,
+            config.train.global_batch_tokens,
+        ),
+        (
+            "train.batch_warmup_steps, batch_warmup_start",
+            (before.train.batch_warmup_steps, before.train.batch_warmup_start),
+            (config.train.batch_warmup_steps, config.train.batch_warmup_start),
+        ),
+        ("train.precision", before.train.precision, config.train.precision),
+        ("data", ", ".join(state.data), ", ".join(data.identity)),
+    ):
+        if was != now:
+            raise UserError(
+                f"{directory} was trained with {name} {was}, the config says {now}: going on would "
+                "repeat or leave out data; choose another name for a new run"
+            )
+    return found
+
+
+def last_checkpoint(directory: Path) -> str:
+    if not list_checkpoints(directory):
+        return "there is no checkpoint yet"
+    return f"the last checkpoint is {find_checkpoint(directory)}"

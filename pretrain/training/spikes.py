@@ -1,0 +1,71 @@
+"""Sudden rises of the loss: noticing them, and going back to before them."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from pretrain.checkpoint.state import (
+    CheckpointState,
+    check_files,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+)
+from pretrain.config import RunConfig, SpikeConfig
+from pretrain.parallel.processes import on_main_process
+from pretrain.training.engine import Engine
+
+
+class SpikeDetector:
+    """Compares a step's loss with those of the last ``window`` steps. ``recent`` is the list that
+    it keeps them in: part of a checkpoint, so that a resumed run notices the same spikes."""
+
+    def __init__(self, config: SpikeConfig, recent: list[float]):
+        self.config, self.recent = config, recent
+
+    def is_spike(self, loss: float) -> bool:
+        """Not before ``window`` losses are known; every process finds the same."""
+        if self.config.policy == "none" or len(self.recent) < self.config.window:
+            return False
+        mean, deviation = statistics.fmean(self.recent), statistics.pstdev(self.recent)
+        rise = loss - mean
+        return rise > self.config.margin and rise > self.config.deviations * deviation
+
+    def add(self, loss: float) -> None:
+        """A spike too: where the loss stays high it soon is none."""
+        if self.config.policy != "none":
+            self.recent.append(loss)
+            del self.recent[: -self.config.window]
+
+
+def roll_back(
+    config: RunConfig, engine: Engine, checkpoints: Path, state: CheckpointState
+) -> Path | None:
+    """Load the newest checkpoint that is ``rollback_steps`` older than the spike at ``state.step``
+    and change ``state`` to go on from there with data that has not been seen; None, and nothing
+    changed, where there is no such checkpoint. Every process must call."""
+    spikes, train, last = config.train.spikes, config.train, state.step - 1
+
+    def newest() -> Path | None:
+        old = (
+            p
+            for p in list_checkpoints(checkpoints)
+            if read_state(p).step <= last - spikes.rollback_steps
+        )
+        found = next(old, None)
+        if found is not None:
+            check_files(found)
+        return found
+
+    target = on_main_process(newest)
+    if target is None:
+        return None
+    load_checkpoint(target, engine)
+    saved = read_state(target)
+    missed = train.tokens_before(state.step) - train.tokens_before(saved.step)
+    offset = state.data_offset + missed + spikes.skip_steps * train.global_batch_tokens
+    state.step, state.tokens, state.skipped = saved.step, saved.tokens, saved.skipped
+    state.recent_losses[:] = saved.recent_losses
+    state.data_offset, state.rollbacks = offset, state.rollbacks + 1
+    return target

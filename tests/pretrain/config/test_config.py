@@ -1,0 +1,120 @@
+"""Run settings: what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.common.config_loader import ConfigError, load_config
+from pretrain.config import RunConfig, load_run_config, to_yaml
+from pretrain.model.spec import block_specs, count_model
+
+BASE = """
+name: test
+model:
+  hidden_size: 32
+  pattern: gdn attn
+  mixers: {gdn: {num_heads: 2, head_dim: 8}, attn: {num_heads: 4}}
+data: {path: data/stdlib}
+schedule: {warmup_steps: 2}
+train: {steps: 10, seq_len: 16, global_batch_tokens: 64}
+parallel: {micro_batch_size: 2}
+"""
+CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "runs").glob("*.yaml"))
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path):
+    config = load_run_config(path)
+    assert count_model(config.model, 4096, config.train.seq_len).parameters > 0
+
+
+def test_extends_overrides_and_saving(base, tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: run.yaml\nname: child\noptimizer: {lr: 1e-2}\n")
+    config = load_run_config(child, ["optimizer.weight_decay=0", "--train.steps=7"])
+    assert (config.name, config.model.hidden_size) == ("child", 32)
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (0.01, 0.0)
+    assert config.train.num_steps == 7
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(config))
+    assert load_config(RunConfig, saved) == config
+
+
+def test_tokens_are_a_budget_too(base):
+    config = load_run_config(base, ["train.steps=null", "train.tokens=1000"])
+    assert config.train.num_steps == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", r"unknown setting 'optimizer.lrr' \(did you mean 'lr'\?\)"),
+        ("model.hidden_size=-4", "model.hidden_size is -4, expected at least 1"),
+        ("model.hidden_size=abc", "model.hidden_size is 'abc', expected a whole number"),
+        ("optimizer.lr=0", "optimizer.lr is 0.0, expected more than 0"),
+        ("optimizer.betas=[0.9,1.0]", r"optimizer.betas is \[0.9, 1.0\], expected two numbers"),
+        ("train.precision=fp8", "train.precision is 'fp8', expected one of: float32, bf16"),
+        ("train.tokens=5", "expected exactly one of them"),
+        ("train.steps=null", "expected exactly one of them"),
+        ("parallel.micro_batch_size=3", "expected a multiple of seq_len x micro_batch_size = 48"),
+        ("schedule.warmup_steps=11", "warmup_steps is 11, more than the 10 steps of the run"),
+        ("schedule.kind=cosin", r"'cosin' \(did you mean 'cosine'\?\)"),
+        ("data.path=null", "expected either data.path or data.blend to be set"),
+        ("name=..", "expected a plain name for a folder"),
+        ("schedule={kind: wsd, warmup_steps: 9}", "but the decay begins after 8 of the 10 steps"),
+        ("name=a/b", "expected a plain name for a folder"),
+        ("steps", "expected key=value"),
+    ],
+)
+def test_wrong_settings_are_named(base, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_run_config(base, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.pattern=gdn atn", r"model.pattern 'gdn atn': unknown mixer 'atn'"),
+        ("model.mixers.attn.num_heads=5", "num_heads is 5, which does not divide hidden_size 32"),
+        ("model.mixers.attn.num_kv_heads=3", "num_kv_heads is 3, which does not divide num_heads"),
+        ("model.mixers.gdn.heads=3", r"unknown setting 'heads'.*known: num_heads"),
+        ("model.mixers.gdn.expand_v=0.3", "head_dim . expand_v is 2.4, expected a whole number"),
+        ("model.mixers.gnd.heads=3", r"unknown mixer 'gnd' \(did you mean 'gdn'\?\)"),
+        ("model.mixers.swa={kind: [1]}", r"model.mixers.swa: unknown mixer '\[1\]'"),
+        ("model.mixers.attn=3", "model.mixers.attn is 3, expected a mapping"),
+    ],
+)
+def test_wrong_models_are_named(base, override, message):
+    config = load_run_config(base, [override])
+    with pytest.raises(ConfigError, match=message):
+        block_specs(config.model, "run.yaml")
+
+
+def test_a_variant_of_a_mixer_under_its_own_name(base):
+    config = load_run_config(
+        base,
+        ["model.mixers.swa={kind: attn, num_heads: 4, window: 8}", "model.pattern=gdn swa attn"],
+    )
+    specs = block_specs(config.model)
+    assert [s.name for s in specs] == ["gdn", "swa", "attn"]
+    assert (specs[1].config.window, specs[2].config.window) == (8, None)
+
+
+def test_files_that_are_no_config(tmp_path):
+    (tmp_path / "demo.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"no config file at .* \(did you mean 'demo.yaml'\?\)"):
+        load_run_config(tmp_path / "deno.yaml")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_run_config(tmp_path / "demo.yaml")
+    (tmp_path / "loop.yaml").write_text("extends: loop.yaml")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_run_config(tmp_path / "loop.yaml")

@@ -1,0 +1,9 @@
+"""Fixtures of these tests."""
+
+from tests.helpers.data_fixtures import (  # noqa: F401
+    model_file,
+    small_data,
+    stdlib_documents,
+    text_folder,
+    tokenizer,
+)

@@ -1,0 +1,159 @@
+"""Batches as a function of (seed, step); blends; packing at document boundaries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.common.errors import UserError
+from pretrain.config import DataConfig, DataSource, TrainConfig
+from pretrain.data.batches import (
+    TrainingBatches,
+    blend,
+    open_data,
+    open_shard,
+    pack_rows,
+    permute,
+    validation_batches,
+)
+from pretrain.data.manifest import Manifest
+
+CONFIG = TrainConfig(steps=1, seq_len=16, global_batch_tokens=64)
+
+
+@given(st.integers(1, 300), st.binary(min_size=1, max_size=8))
+def test_permutation_is_one(count, key):
+    assert sorted(permute(i, count, key) for i in range(count)) == list(range(count))
+
+
+def test_permutation_looks_random_and_depends_on_the_key():
+    a, b = ([permute(i, 1000, key) for i in range(1000)] for key in (b"a", b"b"))
+    assert a != b
+    assert abs(np.corrcoef(a, range(1000))[0, 1]) < 0.1
+    assert np.mean(np.abs(np.diff(a))) == pytest.approx(333, rel=0.1)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.integers(1, 400))
+def test_blends_are_exact_over_time(shares, count):
+    total = sum(shares)
+    weights = [Fraction(s, total) for s in shares]
+    seen: Counter[int] = Counter()
+    for index in range(count):
+        source, position = blend(index, weights)
+        assert position == seen[source]  # each source's samples in order, none left out
+        seen[source] += 1
+    for source, weight in enumerate(weights):
+        assert abs(seen[source] - weight * count) <= len(weights)
+
+
+def tokens_of(batches):
+    return torch.cat([b.tokens for b in batches], 1)
+
+
+def test_batches_depend_on_seed_and_step_alone(corpus):
+    data = open_data(DataConfig(path=str(corpus)))
+    one, again = (TrainingBatches(data, CONFIG, 2, 5) for _ in range(2))
+    later = tokens_of(one.micro_batches(7))
+    for step in range(9):
+        assert torch.equal(tokens_of(one.micro_batches(step)), tokens_of(again.micro_batches(step)))
+    assert torch.equal(tokens_of(one.micro_batches(7)), later)
+    assert not torch.equal(tokens_of(TrainingBatches(data, CONFIG, 2, 6).micro_batches(7)), later)
+
+
+def test_batches_do_not_depend_on_where_the_data_lies(corpus, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(corpus, moved)
+    here, there = (
+        TrainingBatches(open_data(DataConfig(path=str(p))), CONFIG, 2, 0) for p in (corpus, moved)
+    )
+    assert torch.equal(tokens_of(here.micro_batches(2)), tokens_of(there.micro_batches(2)))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_batches_do_not_depend_on_the_number_of_processes(corpus, size):
+    data = open_data(DataConfig(path=str(corpus)))
+    whole = TrainingBatches(data, CONFIG, 2, 0).micro_batches(3)
+    parts = [TrainingBatches(data, CONFIG, 2, 0).micro_batches(3, r, size) for r in range(size)]
+    merged = [b for group in zip(*parts, strict=True) for b in group]
+    assert torch.equal(tokens_of(merged), tokens_of(whole))
+
+
+def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order(corpus):
+    data = open_data(DataConfig(path=str(corpus)))
+    batches = TrainingBatches(data, CONFIG, 2, 0)
+    count = batches.samples[0]
+    first = [batches.locate(i)[1] for i in range(count)]
+    second = [batches.locate(i)[1] for i in range(count, 2 * count)]
+    assert sorted(first) == sorted(second) == list(range(count))
+    assert first != second
+
+
+def test_the_stream_is_the_shards_documents(corpus):
+    """Across shard boundaries too, and each document ends with the end-of-document id."""
+    data = open_data(DataConfig(path=str(corpus)))
+    manifest = Manifest.load(corpus)
+    names = [s.name for s in manifest.shards if s.split == "train"]
+    shards = [open_shard(Path(corpus) / name) for name in names]
+    documents = [shard[i] for shard in shards for i in range(len(shard))]
+    assert all(d[-1] == data.tokenizer.eod_id for d in documents)
+    stream = np.concatenate(documents)
+    assert np.array_equal(data.train[0].read(0, len(data.train[0])), stream)
+    assert np.array_equal(data.train[0].read(33, 50), stream[33:83])
+
+
+def test_documents_open_sequences():
+    rows = np.array([[5, 7, 3, 7, 7], [7, 2, 4, 7, 9]])
+    batch = pack_rows(rows, eod_id=7)
+    assert batch.tokens.tolist() == [[5, 7, 3, 7, 7, 2, 4, 7]]
+    assert batch.targets.tolist() == [[7, 3, 7, 7, 2, 4, 7, 9]]
+    assert batch.cu_seqlens.tolist() == [0, 1, 3, 4, 7, 8]
+
+
+def test_validation_is_always_the_same(corpus):
+    data = open_data(DataConfig(path=str(corpus)))
+    batches = validation_batches(data, CONFIG, 2, 100)
+    assert sum(b.tokens.shape[1] for b in batches) == 96  # six samples of 16
+    assert torch.equal(tokens_of(batches), tokens_of(validation_batches(data, CONFIG, 2, 100)))
+
+
+def test_data_that_does_not_fit_is_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match=r"holds no manifest.json: run python -m data_prep"):
+        open_data(DataConfig(path=str(tmp_path)))
+    data = open_data(DataConfig(path=str(corpus)))
+    with pytest.raises(UserError, match=r"fewer than one sample of train.seq_len \+ 1"):
+        TrainingBatches(data, replace(CONFIG, seq_len=10**6), 2, 0)
+
+
+def test_a_changed_tokenizer_or_shard_is_refused(corpus, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(corpus, copy)
+    shard = next(copy.glob("train-*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"train-code-00000.bin has \d+ bytes, expected \d+"):
+        open_data(DataConfig(path=str(copy)))
+    shutil.rmtree(copy)
+    shutil.copytree(corpus, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is not the tokenizer that made the shards"):
+        open_data(DataConfig(path=str(copy)))
+
+
+def test_a_blend_of_directories(corpus, tmp_path):
+    copy = tmp_path / "again"
+    shutil.copytree(corpus, copy)
+    blended = DataConfig(blend=[DataSource(str(corpus), 3.0), DataSource(str(copy), 1.0)])
+    batches = TrainingBatches(open_data(blended), CONFIG, 2, 0)
+    sources = Counter(batches.locate(i)[0] for i in range(100))
+    assert sources == {0: 75, 1: 25}

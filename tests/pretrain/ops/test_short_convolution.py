@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.ops import short_convolution
+from tests.helpers.relative_error import relative_error
+
+
+def torch_convolution(x, weight):
+    width = weight.shape[1]
+    padded = F.pad(x.transpose(1, 2), (width - 1, 0))
+    return F.conv1d(padded, weight[:, None], groups=x.shape[2]).transpose(1, 2)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_equals_torch_on_rows(width):
+    x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, width, dtype=torch.float64, requires_grad=True)
+    found, expected = short_convolution(x, weight)[0], torch_convolution(x, weight)
+    assert relative_error(found, expected) < 1e-14
+    probe = torch.randn_like(x)
+    for a, b in zip(
+        torch.autograd.grad((found * probe).sum(), (x, weight)),
+        torch.autograd.grad((expected * probe).sum(), (x, weight)),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-14
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 0, 7], [1, 1, 1], [13]])
+def test_packed_equals_each_alone(lengths):
+    x = torch.randn(1, sum(lengths), 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    history = torch.randn(len(lengths), 3, 3, dtype=torch.float64, requires_grad=True)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    y, state = short_convolution(x, weight, initial_state=history, cu_seqlens=cu_seqlens)
+    parts, states = [], []
+    for part, past in zip(x[0].split(lengths), history, strict=True):
+        full = torch.cat([past, part])
+        parts.append(torch_convolution(full[None], weight)[0, 3:])
+        states.append(full[len(part) :])
+    assert relative_error(y[0], torch.cat(parts)) < 1e-14
+    assert torch.equal(state, torch.stack(states))
+    probe = torch.randn_like(y)
+    for a, b in zip(
+        torch.autograd.grad((y * probe).sum(), (x, weight, history)),
+        torch.autograd.grad((torch.cat(parts) * probe[0]).sum(), (x, weight, history)),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-13
+
+
+def test_state_hands_over():
+    x, weight, bias = torch.randn(2, 10, 3), torch.randn(3, 4), torch.randn(3)
+    whole, final = short_convolution(x, weight, bias)
+    first, state = short_convolution(x[:, :2], weight, bias)
+    second, last = short_convolution(x[:, 2:], weight, bias, initial_state=state)
+    assert torch.allclose(torch.cat([first, second], 1), whole)
+    assert torch.equal(last, final)
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"weight is \(4, 4\), expected \(3, W\)"):
+        short_convolution(torch.randn(1, 5, 3), torch.randn(4, 4))

@@ -1,0 +1,88 @@
+"""Four processes, under every layout, train the model that one process trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pretrain.config import ParallelConfig
+from tests.helpers import parallel_worker
+from tests.helpers.parallel_worker import ACROSS, CASES, STEPS
+
+pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.slow]
+
+# Relative; Muon orthogonalises in bf16.
+TOLERANCE = {"bf16": 2e-2, "muon": 2e-4}
+FLOAT32 = 1e-5
+
+
+@pytest.fixture(scope="module")
+def four_processes(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("layouts")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "4",
+            "-m",
+            parallel_worker.__name__,
+            str(folder),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+@cache
+def one_process(model, backend, rows):
+    return parallel_worker.train(model, _alone(model, backend), rows)
+
+
+def _alone(model, backend="megatron"):
+    """One process's layout, with the same optimizer."""
+    zero_stage = 0 if model == "muon" else 1
+    return ParallelConfig(zero_stage=zero_stage, zero_backend=backend)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_layout_equals_one_process(name, four_processes):
+    model, layout = CASES[name]
+    *steps, valid = four_processes[name]
+    # Only the options know an optimizer that DeepSpeed does not.
+    deepspeed = model == "options" and layout.startswith("deepspeed")
+    *expected, expected_valid = one_process(
+        model,
+        "deepspeed" if deepspeed else "megatron",
+        parallel_worker.rows_of(parallel_worker.ALL_LAYOUTS[layout]),
+    )
+    assert len(steps) == STEPS
+    tolerance = TOLERANCE.get(model, FLOAT32)
+    assert np.allclose(steps, expected, rtol=tolerance)
+    assert np.allclose(valid, expected_valid, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_checkpoints_load_under_every_other_layout(name, four_processes):
+    model, layouts = ACROSS[name]
+    rows = parallel_worker.ACROSS_ROWS
+    engine = parallel_worker.make(model, _alone(model), rows)
+    expected = [parallel_worker.step_of(engine, step, rows) for step in range(len(layouts))]
+    assert np.allclose(four_processes[name], expected, rtol=TOLERANCE.get(model, FLOAT32))

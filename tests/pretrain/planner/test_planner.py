@@ -1,0 +1,317 @@
+"""The planner's figures against real processes, the mixers' own counts and formulas."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.common.config_loader import ConfigError, build_config
+from pretrain.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from pretrain.model.spec import block_flops, block_parameters, block_specs, count_model
+from pretrain.nn.mixers import registry
+from pretrain.planner.hardware import load_hardware
+from pretrain.training.metrics import PEAK_FLOPS
+from tests.helpers.memory_worker import CASES, MORE_CASES, VOCAB, case
+from tests.pretrain.nn.test_mixers import SMALL
+
+ROOT = Path(__file__).parents[3]
+# Planning plays one process of many, which needs an interpreter without process groups.
+PLAN = """
+import json, sys
+from tests.pretrain.planner.test_planner import figures
+print("planned", json.dumps({name: figures(**case) for name, case in json.load(sys.stdin).items()}))
+"""
+
+
+def run_config(settings):
+    train = TrainConfig(
+        steps=1,
+        seq_len=settings["seq_len"],
+        precision=settings["precision"],
+        global_batch_tokens=settings["rows"] * settings["seq_len"],
+        activation_checkpointing=settings["checkpointing"],
+    )
+    return RunConfig("test", build_config(ModelConfig, settings["model"], "case"), train=train)
+
+
+def figures(settings, devices, hardware="cpu"):
+    """What the planner says of a case."""
+    from pretrain.planner.estimate import Planner
+
+    planner = Planner(
+        run_config(settings), VOCAB, load_hardware(ROOT / f"configs/hardware/{hardware}.yaml")
+    )
+    parallel = ParallelConfig(**settings["parallel"])
+    estimate = planner.estimate(parallel, devices)
+    units = planner.units(parallel, settings["checkpointing"])
+    return {
+        "memory": [stage.peak for stage in estimate.stages],
+        "sent": estimate.sent,
+        "seconds": estimate.seconds,
+        "model_flops": estimate.model_flops,
+        "hardware_flops": estimate.hardware_flops,
+        "forward": {name: unit.forward.flops for name, unit in units.blocks.items()},
+        "backward": {name: unit.backward.flops for name, unit in units.blocks.items()},
+        "parameters": {n: sum(u.parameters.values()) for n, u in units.blocks.items()},
+    }
+
+
+def plan(cases):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PLAN],
+        input=json.dumps(cases),
+        text=True,
+        capture_output=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    line = next(x for x in done.stdout.splitlines() if x.startswith("planned "))
+    return json.loads(line.removeprefix("planned "))
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return plan({n: {"settings": settings, "devices": 2} for n, settings in CASES.items()})
+
+
+def measure(names):
+    """Bytes of each of two processes, by case."""
+    # Memory that is let go goes back to the system at once, so that its count is of what is used.
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "2",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "tests.helpers.memory_worker",
+            *names,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("measured "))
+    return json.loads(line.removeprefix("measured "))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return measure(CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_what_processes_allocate(planned, measured, name):
+    stages, found = planned[name]["memory"], measured[name]
+    expected = stages if len(stages) > 1 else stages * 2
+    for wanted, got in zip(expected, found, strict=True):
+        assert wanted == pytest.approx(got, rel=0.1), f"planned / measured {wanted / got:.3f}"
+
+
+@pytest.fixture(scope="module")
+def every_mixer():
+    """A block of each kind, 256 tokens, MLP included."""
+    model = {
+        "hidden_size": 48,
+        "pattern": " ".join(registry()),
+        "mixers": {
+            # A mask hides what lies beyond a window, but it is computed.
+            name: {**SMALL.get(name, [{}])[0], **({"window": 128} if name == "swa" else {})}
+            for name in registry()
+        },
+    }
+    settings = {
+        "model": model,
+        "parallel": {"micro_batch_size": 2},
+        "seq_len": 128,
+        "rows": 2,
+        "precision": "float32",
+        "checkpointing": "none",
+    }
+    return settings, plan({"all": {"settings": settings, "devices": 1}})["all"]
+
+
+@pytest.mark.parametrize("name", registry())
+def test_flops_and_parameters_are_the_layers_own_counts(every_mixer, name):
+    settings, found = every_mixer
+    config = build_config(ModelConfig, settings["model"], "case")
+    spec = next(s for s in block_specs(config) if s.name == name)
+    assert found["parameters"][name] == block_parameters(config, spec)
+    counted = 256 * block_flops(config, spec, 128)
+    # Newton's method solves scans, whose matrices' products are not the layer's own.
+    assert found["forward"][name] == pytest.approx(counted, rel=0.005)
+    assert found["backward"][name] == pytest.approx(2 * counted, rel=0.15)
+
+
+def test_recomputation_is_what_checkpointing_does():
+    base = MORE_CASES["dp2"]
+    found = plan(
+        {
+            kind: {"settings": {**base, "checkpointing": kind, "rows": 1}, "devices": 1}
+            for kind in ("none", "block")
+        }
+    )
+    config = build_config(ModelConfig, base["model"], "case")
+    counts = count_model(config, VOCAB, base["seq_len"])
+    more = found["block"]["hardware_flops"] - found["none"]["hardware_flops"]
+    told = (counts.hardware_flops() - counts.training_flops()) * base["seq_len"]
+    assert more == pytest.approx(told, rel=0.005)
+    assert found["block"]["model_flops"] == found["none"]["model_flops"]
+    assert found["none"]["model_flops"] == pytest.approx(found["none"]["hardware_flops"], rel=0.05)
+    assert max(found["block"]["memory"]) < max(found["none"]["memory"])
+
+
+def test_bytes_are_those_of_the_formulas():
+    """docs/parallel.md; benchmarks/parallel_cpu.py measures the same formulas."""
+    blocks, width, tokens = 4, 512, 1024
+    found = plan(
+        {
+            name: {
+                "settings": {**case("4*attn", seq_len=tokens), "parallel": parallel},
+                "devices": 4,
+            }
+            for name, parallel in {
+                "tp2": {"micro_batch_size": 1, "tensor": 2},
+                "tp2-sequence": {"micro_batch_size": 1, "tensor": 2, "sequence": True},
+                "pp2": {"micro_batch_size": 1, "pipeline": 2},
+            }.items()
+        }
+    )
+    activations = 2 * 4 * tokens * width  # there and back, float32
+    for name, exchanges in (("tp2", 4), ("tp2-sequence", 5)):
+        # 2 micro-batches for each of 2 data-parallel processes; each collective sends half.
+        expected = 2 * (exchanges * blocks + 2) * activations / 2
+        assert found[name]["sent"]["tensor parallel"] == pytest.approx(expected, rel=0.02)
+    assert found["pp2"]["sent"]["pipeline"] == 2 * activations
+    assert found["pp2"]["seconds"]["pipeline bubble"] > 0
+
+
+def command(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "pretrain", "plan", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    return done
+
+
+def test_search_lists_what_fits_and_says_why_the_rest_does_not(tmp_path):
+    path = tmp_path / "found.json"
+    done = command(
+        "configs/models/tiny-gdn-hybrid.yaml",
+        "model.vocab_size=4096",
+        "train.seq_len=256",
+        "train.global_batch_tokens=8192",
+        "--search",
+        "--devices",
+        4,
+        "--json",
+        path,
+        "--hardware",
+        tmp_path / "small.yaml",
+    )
+    assert done.returncode == 2 and "small.yaml" in done.stderr
+    hardware = (ROOT / "configs/hardware/cpu.yaml").read_text()
+    small = "\n".join(
+        "memory_gb: 0.1" if x.startswith("memory_gb") else x for x in hardware.splitlines()
+    )
+    (tmp_path / "small.yaml").write_text(small)
+    done = command(
+        "configs/models/tiny-gdn-hybrid.yaml",
+        "model.vocab_size=4096",
+        "train.seq_len=256",
+        "train.global_batch_tokens=8192",
+        "--search",
+        "--devices",
+        4,
+        "--json",
+        path,
+        "--hardware",
+        tmp_path / "small.yaml",
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())
+    fits = [c for c in found if c["why_not"] is None]
+    limit = fits[0]["memory_limit"]
+    seconds = [c["step_seconds"] for c in fits]
+    assert len(fits) > 3 and seconds == sorted(seconds)
+    assert all(max(s["total"] for s in c["memory"]) <= limit for c in fits)
+    too_large = [c for c in found if c["why_not"] and "memory" in c]
+    assert too_large and all(max(s["total"] for s in c["memory"]) > limit for c in too_large)
+    impossible = [c["why_not"] for c in found if "memory" not in c]
+    assert any("num_heads" in why for why in impossible)  # three heads do not divide by two
+    assert "fastest: parallel.tensor=" in done.stdout and "not possible" in done.stdout
+
+
+def test_plan_of_a_run_reads_well(tmp_path):
+    done = command(
+        "configs/models/tiny-gdn-hybrid.yaml",
+        "model.vocab_size=4096",
+        "--hardware",
+        "configs/hardware/cpu.yaml",
+        "--json",
+        tmp_path / "plan.json",
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("embedding", "gdn", "attn", "optimizer", "tokens/s", "device-hours"):
+        assert word in done.stdout
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert 0 < found["mfu"] < 1 and found["hours"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["configs/models/tiny-gdn-hybrid.yaml"], ["model.vocab_size is not set"]),
+        (["configs/none.yaml"], ["configs/none.yaml"]),
+        (
+            [
+                "configs/models/tiny-gdn-hybrid.yaml",
+                "model.vocab_size=512",
+                "train.precision=bf16",
+                "--hardware",
+                "{tmp}/odd.yaml",
+            ],
+            ["peak_tflops", "bf16"],
+        ),
+        (
+            ["configs/models/tiny-gdn-hybrid.yaml", "model.vocab_size=512", "parallel.tensor=2"],
+            ["parallel.tensor is 2", "num_heads"],
+        ),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(tmp_path, arguments, words):
+    (tmp_path / "odd.yaml").write_text("{name: odd, memory_gb: 1, peak_tflops: {float32: 1}}")
+    done = command(*(a.format(tmp=tmp_path) for a in arguments))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize("name", ["h100", "h200", "b200", "cpu"])
+def test_hardware_files_hold(name):
+    hardware = load_hardware(ROOT / f"configs/hardware/{name}.yaml")
+    assert hardware.memory_bytes > 1e9 and hardware.peak_flops("float32") > 0
+    if hardware.device == "cuda":  # what runs measure themselves against
+        assert hardware.peak_flops("bf16") == PEAK_FLOPS[name.upper()]
+    with pytest.raises(ConfigError, match="peak_tflops"):
+        hardware.peak_flops("int4")

@@ -1,0 +1,376 @@
+"""``python -m pretrain`` as real processes: killed, stopped, resumed, and given bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STEPS = 16
+CONFIG = """
+name: tiny
+model:
+  hidden_size: 24
+  pattern: gdn attn
+  mixers: {{gdn: {{num_heads: 2, head_dim: 4, chunk_size: 8}}, attn: {{num_heads: 4}}}}
+data: {{path: {data}}}
+optimizer: {{lr: 1e-2}}
+schedule: {{warmup_steps: 2}}
+train: {{steps: {steps}, seq_len: 32, global_batch_tokens: 128}}
+parallel: {{micro_batch_size: 2}}
+validation: {{every: 5, tokens: 128}}
+checkpoint: {{every: 3}}
+logging: {{every: 1}}
+sample: {{tokens: 8}}
+directory: {directory}
+"""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ROOT = Path(__file__).parents[3]
+
+
+class Run:
+    """A run directory, its config, and processes on it."""
+
+    def __init__(self, folder, corpus, name, **changes):
+        self.directory = folder / name
+        self.config = folder / f"{name}.yaml"
+        values = {"data": corpus, "steps": STEPS, "directory": self.directory, **changes}
+        self.config.write_text(CONFIG.format(**values))
+
+    def start(self, *overrides):
+        return subprocess.Popen(
+            [sys.executable, "-m", "pretrain", str(self.config), *overrides],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def finish(self, *overrides):
+        process = self.start(*overrides)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    @property
+    def metrics(self):
+        path = self.directory / "metrics.jsonl"
+        return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def losses(self):
+        """What must not depend on interruptions: everything measured but time and memory."""
+        keys = ("step", "tokens", "loss", "lr", "grad_norm", "valid_loss", "valid_bits_per_byte")
+        return [{k: row[k] for k in keys if k in row} for row in self.metrics]
+
+    def wait_until(self, process, happens):
+        end = time.monotonic() + 60
+        while not happens() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder, corpus):
+    run = Run(folder, corpus, "uninterrupted")
+    status, output = run.finish()
+    assert status == 0, output
+    return run, output
+
+
+@pytest.mark.slow
+def test_a_whole_run_leaves_what_a_user_expects(uninterrupted):
+    run, output = uninterrupted
+    assert [row["step"] for row in run.metrics if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in run.metrics if "valid_loss" in row] == [5, 10, 15, 16]
+    losses = [row["loss"] for row in run.metrics if "loss" in row]
+    assert losses[-1] < losses[0] - 0.5
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "model.json",
+        "log.txt",
+        "plots/loss.png",
+        "checkpoints/latest",
+        "checkpoints/step-00000016/files.json",
+    ):
+        assert (run.directory / name).stat().st_size > 0, name
+    for part in ("parameters", "a sample of what it writes", "python -m evals", "step 16/16"):
+        assert part in output
+    assert "Warning" not in output
+    status, output = run.finish()
+    assert (status, "nothing to do: all 16 steps are done" in output) == (0, True)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(uninterrupted, folder, corpus):
+    """kill -9 after random steps and, twice, while a checkpoint is being written."""
+    expected, _ = uninterrupted
+    run = Run(folder, corpus, "killed")
+    checkpoints, chance = run.directory / "checkpoints", random.Random(0)
+
+    def steps_done(count):
+        return lambda: sum("loss" in row for row in _whole_lines(run)) >= count
+
+    def saving(step):
+        return lambda: any(
+            list(p.iterdir()) for p in checkpoints.glob(f".writing-step-{step:08d}*")
+        )
+
+    for moment in (
+        steps_done(1),
+        steps_done(chance.randint(4, 6)),
+        saving(6),
+        steps_done(chance.randint(8, 9)),
+        saving(12),
+        steps_done(chance.randint(13, 14)),
+    ):
+        process = run.start()
+        run.wait_until(process, moment)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+        if (checkpoints / "latest").exists():
+            assert (checkpoints / (checkpoints / "latest").read_text() / "files.json").exists()
+    status, output = run.finish()
+    assert status == 0, output
+    assert "resumed from" in output
+    assert run.losses == expected.losses
+
+
+def _whole_lines(run):
+    path = run.directory / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_saves_and_exits_with_its_own_status(uninterrupted, folder, corpus, number):
+    expected, _ = uninterrupted
+    run = Run(folder, corpus, f"signal-{number.name}")
+    process = run.start()
+    run.wait_until(process, lambda: len(_whole_lines(run)) >= 4)
+    for _ in range(3):  # launchers pass on what the process has received already
+        process.send_signal(number)
+        time.sleep(0.02)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert f"stopped by {number.name}" in output
+    stopped = run.metrics[-1]["step"]
+    assert (run.directory / f"checkpoints/step-{stopped:08d}/files.json").exists()
+    if number == signal.SIGUSR2:
+        assert run.finish()[0] == 0
+        assert [x for x in run.losses if "loss" in x] == [x for x in expected.losses if "loss" in x]
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_sentence_and_status_2(uninterrupted, folder, corpus, tmp_path):
+    run, _ = uninterrupted
+    before = sorted(p.relative_to(run.directory) for p in run.directory.rglob("*"))
+    other_data = tmp_path / "data"
+    shutil.copytree(corpus, other_data)
+    manifest = json.loads((other_data / "manifest.json").read_text())
+    model = other_data / manifest["tokenizer"]["file"]
+    for overrides, message in (
+        (["optimizer.lrr=1"], "unknown setting 'optimizer.lrr' (did you mean 'lr'?)"),
+        (["model.hidden_size=48"], "holds another model: model.hidden_size is 24 there and 48"),
+        (["train.seq_len=16"], "was trained with train.seq_len 32, the config says 16"),
+        ([f"data.path={tmp_path}/nothing"], "holds no manifest.json: run python -m data_prep"),
+        (["checkpoint.resume=step-00000099"], "no checkpoint at"),
+        (["model.vocab_size=10"], "model.vocab_size is 10, fewer than the 300 ids"),
+    ):
+        status, output = run.finish(*overrides)
+        assert status == 2, output
+        (line,) = [x for x in output.splitlines() if x.strip()]
+        assert line.startswith("error: ")
+        assert message in line
+    changed = manifest | {"content_sha256": "0" * 64}
+    (other_data / "manifest.json").write_text(json.dumps(changed))
+    status, output = run.finish(f"data.path={other_data}")
+    assert status == 2
+    assert "was trained with data code@" in output
+    assert "the config says code@0000000000000000" in output
+    model.write_bytes(model.read_bytes() + b"\0")
+    status, output = run.finish(f"data.path={other_data}")
+    assert status == 2
+    assert output.count("\n") == 1
+    assert sorted(p.relative_to(run.directory) for p in run.directory.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_one_run_directory_has_one_run(folder, corpus):
+    run = Run(folder, corpus, "twice")
+    first = run.start("train.steps=2000", "checkpoint.every=2000")
+    run.wait_until(first, lambda: len(_whole_lines(run)) >= 1)
+    status, output = run.finish()
+    first.kill()
+    first.communicate()
+    assert status == 2
+    assert "another process is training in" in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_is_one_sentence_and_loses_nothing(folder, corpus, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this system lets no tmpfs be mounted")
+    try:
+        run = Run(folder, corpus, "full", directory=disk / "run")
+        status, output = run.finish("model.hidden_size=96", "sample.tokens=0", "checkpoint.every=1")
+        assert status == 2, output
+        assert "cannot write checkpoint" in output.splitlines()[-1]
+        assert "Traceback" not in output
+        for whole in (disk / "run" / "checkpoints").glob("step-*"):
+            assert (whole / "files.json").exists()
+        assert not list((disk / "run" / "checkpoints").glob(".writing*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_used_on_request(
+    uninterrupted, folder, corpus
+):
+    expected, _ = uninterrupted
+    run = Run(folder, corpus, "damaged")
+    shutil.copytree(expected.directory, run.directory)
+    newest = run.directory / "checkpoints" / "step-00000016"
+    victim = next(newest.glob("*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    status, output = run.finish()
+    assert status == 2
+    assert "step-00000016 is damaged" in output
+    assert "checkpoint.resume=step-00000015" in output
+    status, output = run.finish("checkpoint.resume=step-00000015")
+    assert status == 0, output
+    assert run.losses == expected.losses
+    status, output = run.finish("checkpoint.resume=step-00000015")
+    assert (status, "nothing to do" in output) == (0, True)  # not from there once more
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_or_is_skipped(folder, corpus):
+    huge = ["optimizer.lr=1e30", "optimizer.clip_grad=0", "schedule.warmup_steps=0"]
+    run = Run(folder, corpus, "stops")
+    status, output = run.finish(*huge)
+    assert status == 3, output
+    assert "not finite, stopped without updating" in output
+    run = Run(folder, corpus, "skips")
+    status, output = run.finish(*huge, "train.nonfinite=skip", "sample.tokens=0")
+    assert status == 0, output
+    assert run.metrics[-2]["skipped"] > 1
+
+
+@pytest.mark.slow
+def test_a_recursive_model_from_a_trained_one(folder, corpus):
+    """Dense run, then a loop made from its blocks, scored with more passes than it was told."""
+    dense = Run(folder, corpus, "dense", steps=4)
+    assert dense.finish("model.pattern=gdn 4*attn gdn")[0] == 0
+    looped = Run(folder, corpus, "looped", steps=4)
+    settings = [
+        "model.pattern=gdn 2*attn gdn",
+        "model.recursion.prelude=1",
+        "model.recursion.coda=1",
+        "model.recursion.times=2",
+        "initialize.method=average",
+        f"initialize.checkpoint={dense.directory}",
+        "schedule.warmup_steps=4",
+    ]
+    status, output = looped.finish(*settings)
+    assert status == 0, output
+    fresh = Run(folder, corpus, "fresh", steps=4)
+    assert fresh.finish(*[s for s in settings if not s.startswith("initialize")])[0] == 0
+    first = {run.directory.name: run.metrics[0] for run in (looped, fresh)}
+    assert first["looped"]["recurrences"] == 2
+    assert first["looped"]["loss"] < first["fresh"]["loss"] - 0.3
+    for run, recurrences, expected in ((looped, 4, 0), (dense, 2, 1)):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "evals",
+                str(run.directory),
+                "--recurrences",
+                str(recurrences),
+                "--max-tokens",
+                "64",
+            ],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        assert (done.returncode != 0) == expected, done.stderr
+        if expected:
+            assert "has no loop" in done.stderr
+        else:
+            (path,) = (run.directory / "evals").glob("*recurrences-4*.json")
+            assert json.loads(path.read_text())["recurrences"] == 4
+
+
+@pytest.mark.slow
+def test_verify_compares_a_layout_with_one_process(folder, corpus):
+    run = Run(folder, corpus, "verified")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pretrain",
+            "verify",
+            str(run.config),
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+            "--processes",
+            "2",
+            "--steps",
+            "2",
+        ],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal ") >= 2
+    assert "DIFFERENT" not in done.stdout
+    assert not run.directory.exists()  # nothing outside its temporary folder
+    bad = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pretrain",
+            "verify",
+            str(run.config),
+            "parallel.tensor=2",
+            "--processes",
+            "3",
+        ],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert bad.returncode == 2
+    assert "is 2 x 1 = 2, but there are 3 processes" in bad.stderr
+    assert "Traceback" not in bad.stderr
