@@ -31,7 +31,7 @@ from pretrain.config import (
     RunConfig,
 )
 from pretrain.model.build import build_stages
-from pretrain.nn.linear import draw_like
+from pretrain.nn.parameters import draw_like
 from pretrain.parallel.processes import gather, is_main_process, stop_processes
 from pretrain.training.engine import Engine
 from pretrain.training.metrics import peak_memory_bytes

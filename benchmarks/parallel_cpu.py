@@ -326,7 +326,7 @@ def bubble() -> None:
             own = batches(count * data_parallel_rank_and_size()[1], seq_len)[:count]
             dist.barrier()
             begin, _Clock.now = time.perf_counter(), 0.0
-            engine.backend.gradients(own)
+            engine.backend.forward_backward(own)
             dist.barrier()
             seconds, end = time.perf_counter() - begin, max(gather(_Clock.now))
             table.add_row(

@@ -33,7 +33,7 @@ import torch
 from pretrain.config import RunConfig, load_run_config
 from pretrain.data.batches import Batch
 from pretrain.model.build import build_model
-from pretrain.model.spec import count_model
+from pretrain.model.counts import count_model
 from pretrain.ops.shared.backends import describe_backends
 from pretrain.parallel.processes import start_processes
 from pretrain.training.engine import Engine

@@ -9,7 +9,7 @@ from launch.grid import Member
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig
-from pretrain.model.spec import ModelCounts, count_model
+from pretrain.model.counts import ModelCounts, count_model
 
 MATCHES = ("parameters", "flops", "tokens", "time")
 _CLOSE = 0.01

@@ -16,8 +16,9 @@ from evals.synthetic.tasks import MQAR_KEYS, TASKS, make_rows
 from pretrain.common.config_loader import ConfigError, setting
 from pretrain.config import MLPConfig, ModelConfig
 from pretrain.model.build import build_model
+from pretrain.model.counts import count_model
 from pretrain.model.language_model import LanguageModel
-from pretrain.model.spec import block_specs, count_model
+from pretrain.model.spec import block_specs
 
 TEST_FACTORS = (1, 2, 4)
 LAST = 8  # positions at the end of a row that are reported on their own

@@ -20,18 +20,18 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pretrain.common.config_loader import build_config, flattened
-from pretrain.common.errors import UserError
-from pretrain.common.files import file_sha256
-from pretrain.config import ModelConfig, load_saved_config
-from pretrain.model.spec import block_specs
-from pretrain.parallel.sharded_state import (
+from pretrain.checkpoint.sharded_state import (
     State,
     load_state,
     optimizer_key,
     weights_state,
     whole_part,
 )
+from pretrain.common.config_loader import build_config, flattened
+from pretrain.common.errors import UserError
+from pretrain.common.files import file_sha256
+from pretrain.config import ModelConfig, load_saved_config
+from pretrain.model.spec import block_specs
 from pretrain.training.engine import Engine
 
 

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from pretrain.checkpoint.sharded_state import State, save_state, weights_state
 from pretrain.checkpoint.state import CheckpointState, checkpoint_name, list_checkpoints
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_sha256, sync, write_bytes, write_json
 from pretrain.config import RunConfig, to_yaml
 from pretrain.parallel.processes import local_device, on_every_process, on_main_process
-from pretrain.parallel.sharded_state import State, save_state, weights_state
 from pretrain.training.engine import Engine
 
 

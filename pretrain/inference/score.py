@@ -14,15 +14,15 @@ from itertools import accumulate
 from typing import TypeVar
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from pretrain.inference.generate import choose
 from pretrain.inference.prefix_tree import Node, prefix_tree
+from pretrain.model.counts import passes
 from pretrain.model.language_model import LanguageModel
-from pretrain.model.spec import block_specs, passes
+from pretrain.model.spec import block_specs
 from pretrain.nn.mixers.base import State
-from pretrain.parallel.processes import data_parallel_rank_and_size, gather
+from pretrain.parallel.processes import data_parallel_rank_and_size, gather, groups
 
 T = TypeVar("T")
 _STATE_BYTES = 2**31  # of all sequences of a pass
@@ -283,6 +283,8 @@ def _choose(
 def merged(found: dict[int, T], count: int) -> list[T]:
     """The results of all data-parallel processes, by number; every process must call."""
     everyone: dict[int, T] = {}
-    for some in gather(found, parallel_state.get_data_parallel_group()):
+    state = groups()
+    group = None if state is None else state.get_data_parallel_group()
+    for some in gather(found, group):
         everyone.update(some)
     return [everyone[number] for number in range(count)]

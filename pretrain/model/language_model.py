@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.utils.checkpoint
-from megatron.core import tensor_parallel
-from megatron.core.enums import ModelType
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from pretrain.common.metrics import merge_metrics
 from pretrain.config import ModelConfig
+from pretrain.model.counts import passes
 from pretrain.model.depth_lora import add_depth_lora, set_depth
 from pretrain.model.recursion import Recursion
-from pretrain.model.spec import BlockSpec, block_specs, passes
+from pretrain.model.spec import BlockSpec, block_specs
 from pretrain.model.stages import Stage, whole_model
 from pretrain.nn.dropout import EMBEDDING, DropAt, Dropout
 from pretrain.nn.linear import (
-    ParallelContext,
+    VocabParallelEmbedding,
     column_input,
     column_linear,
-    vocab_embedding,
 )
 from pretrain.nn.mixers import LayerContext, State
 from pretrain.nn.mlp import MLP
 from pretrain.nn.moe import MoE
 from pretrain.nn.norm import RMSNorm
+from pretrain.nn.parameters import DescribedModule, change_info
 from pretrain.ops.cross_entropy.linear_cross_entropy import linear_cross_entropy
+from pretrain.ops.cross_entropy.sharded_cross_entropy import sharded_cross_entropy
 from pretrain.ops.cross_entropy.target_scores import target_scores
+from pretrain.parallel.collectives import gather_last_axis, gather_sequence
+from pretrain.parallel.context import ParallelContext
+from pretrain.parallel.megatron import viewless
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class Block(nn.Module):
@@ -78,15 +81,15 @@ class Block(nn.Module):
         return x, state
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(DescribedModule):
     """A causal language model over packed sequences, or one stage of it.
 
     Parameters have the same names in a stage as in the whole model. Raises ConfigError where the
     settings do not fit each other.
     """
 
-    # What megatron-core's schedules ask for, and the names they ask by.
-    model_type = ModelType.encoder_or_decoder
+    # What megatron-core's schedules ask a stage for; see pretrain.parallel.megatron.prepare.
+    config: TransformerConfig
     vp_stage: int | None = None
     # Of one process, in the loss; beyond that they are computed piece by piece, and once more in
     # the backward pass. 1 GiB in float32.
@@ -108,18 +111,18 @@ class LanguageModel(nn.Module):
         self.stage = stage = stage or whole_model(config)
         self.pre_process, self.post_process = stage.first, stage.last
         self.share_embeddings_and_output_weights = config.tie_embeddings
-        self.config: TransformerConfig = context.megatron  # the name megatron-core looks for
         self.model_config, self.vocab_size, self.context = config, vocab_size, context
         self.checkpoint_blocks = activation_checkpointing == "block"
         d, recursion = config.hidden_size, config.recursion
         depth = (2 * sum(passes(config))) ** -0.5 if config.depth_scaled_init else 1.0
         base = config.mup_base_hidden_size
         self._width = d / base if base is not None else 1.0
-        inner = dataclasses.replace(context, width=self._width)
+        inner = context.with_width(self._width)
         if stage.first or (stage.last and config.tie_embeddings):
-            self.embedding = vocab_embedding(context, vocab_size, d, config.init_std)
+            self.embedding = VocabParallelEmbedding(context, vocab_size, d, config.init_std)
             if config.tie_embeddings and not (stage.first and stage.last):
-                _mark_as_copy(self.embedding.weight, counted=stage.first)
+                # Gradients are summed over both copies; the first one counts in norms.
+                change_info(self.embedding.weight, tied=True, copy=not stage.first)
         self.dropout = Dropout(config.dropout, seq_len, context) if config.dropout > 0 else None
         self._received: Tensor | None = None
         self.blocks = nn.ModuleList()
@@ -143,7 +146,7 @@ class LanguageModel(nn.Module):
             self.final_norm = RMSNorm(d, config.norm_eps, context)
             if not config.tie_embeddings:
                 self.head = column_linear(context, d, vocab_size, config.init_std)
-                cast(Any, self.head.weight).hidden_matrix = False
+                change_info(self.head.weight, matrix=False)
 
     def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
         """Draw what follows in training from (seed, step) and the number of the micro-batch in the
@@ -179,7 +182,7 @@ class LanguageModel(nn.Module):
         """
         x, _, ponder = self._hidden(tokens, cu_seqlens, None, with_states=False)
         if not self.stage.last:
-            return make_viewless_tensor(x, requires_grad=x.requires_grad, keep_graph=True)
+            return viewless(x)
         if targets is None:
             return self._logits(x).transpose(0, 1)
         if scored is not None:
@@ -189,10 +192,8 @@ class LanguageModel(nn.Module):
         if ponder is not None and self.training:
             # In the gradient, not in the value: the loss stays a cross entropy.
             assert self.recursion is not None
-            if self.context.megatron.sequence_parallel:
-                ponder = tensor_parallel.gather_from_sequence_parallel_region(
-                    ponder, tensor_parallel_output_grad=False, group=self.context.group
-                )
+            if self.context.sequence_parallel:
+                ponder = gather_sequence(ponder, self.context.group, reduce_gradient=False)
             cost = self.recursion.config.ponder_weight * ponder.t()
             losses = losses + (cost - cost.detach())
         return losses
@@ -221,11 +222,7 @@ class LanguageModel(nn.Module):
     def next_logits(self, x: Tensor) -> Tensor:
         """``[M, vocab]``, the whole vocabulary, after the tokens whose hidden rows are x."""
         logits = nn.functional.linear(self._head_rows(x), self._head_weight)
-        if self.context.tensor_size > 1:
-            logits = tensor_parallel.gather_from_tensor_model_parallel_region(
-                logits, self.context.group
-            )
-        return self._capped(logits)
+        return self._capped(gather_last_axis(logits, self.context.group))
 
     def select_states(self, states: list[State], indices: Tensor) -> list[State]:
         """The states of some of the sequences, in the order of ``indices``."""
@@ -319,9 +316,7 @@ class LanguageModel(nn.Module):
             received, self._received = self._received, None
             assert received is not None
             return received
-        x = self.embedding(tokens)
-        if not self.context.megatron.sequence_parallel:
-            x = x.transpose(0, 1)
+        x = cast(Tensor, self.embedding(tokens))
         if self.model_config.scale_embeddings:
             x = x * self.model_config.hidden_size**0.5
         return x
@@ -351,7 +346,7 @@ class LanguageModel(nn.Module):
         z_loss = self.model_config.z_loss_weight if self.training else 0.0
         if targets.numel() <= at_once and z_loss == 0:
             logits = self._logits(x).float()
-            return tensor_parallel.vocab_parallel_cross_entropy(logits, targets)
+            return sharded_cross_entropy(logits, targets, self.context.group)
         x = column_input(self._head_input(x), self.context)
         losses = linear_cross_entropy(
             x.flatten(0, 1),
@@ -387,10 +382,3 @@ def _run_block(
 ) -> Tensor:
     set_depth(block, depth)
     return block(x, cu_seqlens, None, drop, depth)[0]
-
-
-def _mark_as_copy(weight: object, *, counted: bool) -> None:
-    """One of two copies of the embedding: gradients are summed over both, one counts in norms."""
-    tagged: Any = weight
-    tagged.shared_embedding = True  # megatron-core lays out both copies' gradients alike
-    tagged.shared = tagged.ds_pipe_replicated = not counted

@@ -11,19 +11,18 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from pretrain.common.errors import UserError
 from pretrain.config import RecursionConfig
-from pretrain.nn.linear import (
+from pretrain.nn.parameters import (
     Initializer,
-    ParallelContext,
     constant,
     normal,
     replicated_parameter,
-    used_on_part_of_the_tokens,
+    used_on_local_tokens,
 )
+from pretrain.parallel.context import ParallelContext
 
 _EVALUATION = 2**32 - 1  # stands for "no step" among the seeds
 _RECURRENCES, _STATE = 0, 1  # the two streams of random numbers
@@ -63,7 +62,7 @@ class Recursion(nn.Module):
 
     def _replicated(self, shape: tuple[int, ...], init: Initializer) -> nn.Parameter:
         parameter = replicated_parameter(self._context, shape, init)
-        return used_on_part_of_the_tokens(parameter, self._context)
+        return used_on_local_tokens(parameter, self._context)
 
     def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
         """See :meth:`pretrain.model.language_model.LanguageModel.begin_step`."""
@@ -123,7 +122,7 @@ class Recursion(nn.Module):
         state = self._initial(x)
         halting = _Halting(config, x) if config.halting else None
         whole = whole or self.training or self.in_step
-        whole = whole or self._context.megatron.sequence_parallel
+        whole = whole or self._context.sequence_parallel
         for index in range(times):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= times - through):
                 stays = state
@@ -157,7 +156,7 @@ class Recursion(nn.Module):
             # num_passes has counted this micro-batch already.
             number = (self._micro_batch - 1) * self._places + self._place
             seeds, shape = (self._seed, self._step, number), tuple(x.shape)
-            if self._context.megatron.sequence_parallel:
+            if self._context.sequence_parallel:
                 shape = (shape[0] * self._context.tensor_size, *shape[1:])
         else:
             # One state for all tokens: no token's score depends on where it lies in a batch.
@@ -167,7 +166,7 @@ class Recursion(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         noise = torch.randn(shape, generator=generator, device=device).clamp_(-3, 3)
         if noise.ndim == x.ndim and len(noise) > len(x):  # this process's tokens
-            rank = parallel_state.get_tensor_model_parallel_rank()
+            rank = self._context.tensor_rank
             noise = noise[rank * len(x) : (rank + 1) * len(x)]
         return (noise * config.state_std).to(x).expand_as(x)
 

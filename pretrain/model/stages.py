@@ -8,7 +8,8 @@ from itertools import accumulate
 
 from pretrain.common.config_loader import ConfigError
 from pretrain.config import ModelConfig
-from pretrain.model.spec import block_specs, training_flops_by_block
+from pretrain.model.counts import training_flops_by_block
+from pretrain.model.spec import block_specs
 
 
 @dataclass(frozen=True)

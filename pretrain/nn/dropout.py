@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
-from pretrain.nn.linear import ParallelContext
+from pretrain.parallel.context import ParallelContext
 
 # Leaves out channels of x [T, 1, d] at a place: (block, pass of a loop, which of the block's).
 DropAt = Callable[[Tensor, tuple[int, int, int]], Tensor]
@@ -56,13 +55,13 @@ class Dropout:
         tokens, rows, d = x.shape
         if rows != 1:
             raise ValueError(f"dropout is for sequences packed in one row, x has {rows}")
-        divided = self._context.megatron.sequence_parallel
+        divided = self._context.sequence_parallel
         shares = self._context.tensor_size if divided else 1
         length = self.seq_len or tokens * shares
         seed, step, micro_batch = seeds
         start = micro_batch * tokens * shares  # of the global batch's tokens
         if divided:
-            start += tokens * parallel_state.get_tensor_model_parallel_rank()
+            start += tokens * self._context.tensor_rank
         mask = torch.empty(tokens, rows, d, dtype=torch.bool, device=x.device)
         if x.is_meta:
             return mask

@@ -13,26 +13,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import (
-    apply_router_token_dropping,
-    get_default_pg_collection,
-)
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
 
 from pretrain.config import MoEConfig
-from pretrain.nn.linear import (
-    constant,
-    expert_matrices,
-    hidden_matrix,
-    normal,
-    replicated_parameter,
-    used_on_part_of_the_tokens,
-    with_init,
-)
 from pretrain.nn.mixers.base import LayerContext
 from pretrain.nn.mlp import MLP
+from pretrain.nn.parameters import (
+    ParameterInfo,
+    constant,
+    describe,
+    expert_matrices,
+    matrix_parameter,
+    used_on_local_tokens,
+)
 
 
 class MoE(nn.Module):
@@ -41,9 +34,8 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig, context: LayerContext):
         super().__init__()
         self.config, self.parallel, d = config, context.parallel, context.hidden_size
-        router = replicated_parameter(self.parallel, (config.num_experts, d), normal(context.std))
-        hidden_matrix(router, self.parallel, context.std)
-        self.router = used_on_part_of_the_tokens(router, self.parallel)
+        router = matrix_parameter(self.parallel, (config.num_experts, d), context.std, None)
+        self.router = used_on_local_tokens(router, self.parallel)
         width = config.intermediate_size
         self.gate_up_proj = expert_matrices(
             self.parallel, (config.num_experts, d, 2 * width), context.std
@@ -55,7 +47,7 @@ class MoE(nn.Module):
         if config.bias_update_rate > 0:
             bias = torch.empty(config.num_experts, dtype=torch.float32, device=router.device)
             self.bias = nn.Parameter(bias, requires_grad=False)
-            with_init(self.bias, constant(0.0), decay=False)
+            describe(self.bias, ParameterInfo(constant(0.0)))
         if config.shared_intermediate_size:
             self.shared = MLP("swiglu", config.shared_intermediate_size, context)
         self._dispatcher: Any = None
@@ -104,6 +96,8 @@ class MoE(nn.Module):
 
     def _within_capacity(self, weights: Tensor, chosen: Tensor) -> Tensor:
         """``[N, top_k]``: what its expert has room for, the largest weights first."""
+        from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
+
         shape = (len(chosen), self.config.num_experts)
         whole = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
         whole.scatter_(1, chosen, weights.detach())
@@ -121,7 +115,7 @@ class MoE(nn.Module):
         loss = config.z_loss_weight * logits.logsumexp(-1).square().sum()
         if config.balance_weight > 0:
             share = load.to(scores.dtype)
-            if self.parallel.megatron.sequence_parallel:
+            if self.parallel.sequence_parallel:
                 dist.all_reduce(share, group=self.parallel.group)
             share = share / share.sum()
             if config.score == "sigmoid":
@@ -182,19 +176,23 @@ class MoE(nn.Module):
         return dispatcher.combine_postprocess(results)
 
     def _make_dispatcher(self) -> Any:
+        from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+        from pretrain.parallel.megatron import token_dispatcher, transformer_config
+
         config = self.config
         settings = dataclasses.replace(
-            self.parallel.megatron,
+            transformer_config(self.parallel),
             num_moe_experts=config.num_experts,
             moe_router_topk=config.top_k,
             moe_token_dispatcher_type="alltoall",
             # Each slot's size is only known when it is routed.
             moe_expert_capacity_factor=config.capacity_factor,
-            expert_model_parallel_size=config.num_experts // self.num_local,
+            expert_model_parallel_size=self.parallel.expert_size,
             expert_tensor_parallel_size=1,
         )
-        first = parallel_state.get_expert_model_parallel_rank() * self.num_local
-        return MoEAlltoAllTokenDispatcher(
+        first = self.parallel.expert_rank * self.num_local
+        return token_dispatcher()(
             self.num_local,
             list(range(first, first + self.num_local)),
             settings,
@@ -220,6 +218,8 @@ class MoE(nn.Module):
         seen, self._seen = self._seen, None
         if self.config.bias_update_rate == 0 or seen is None:
             return
+        from megatron.core import parallel_state
+
         load = seen.to(torch.float32)
         dist.all_reduce(load, group=parallel_state.get_tensor_and_data_parallel_group())
         self.bias.add_((load.mean() - load).sign(), alpha=self.config.bias_update_rate)

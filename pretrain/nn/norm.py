@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
-from pretrain.nn.linear import (
-    ParallelContext,
-    constant,
-    replicated_parameter,
-    used_on_part_of_the_tokens,
-)
+from pretrain.nn.parameters import constant, replicated_parameter, used_on_local_tokens
 from pretrain.ops.elementwise.rms_norm import rms_norm
+from pretrain.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
+from pretrain.parallel.context import ParallelContext
 
 
 def sharded_rms_norm(x: Tensor, weight: Tensor, eps: float, context: ParallelContext) -> Tensor:
-    """:func:`rms_norm` of a width that is divided over the tensor-parallel processes: x and
-    ``weight`` are this process's part, the mean of squares is that of all."""
+    """Normalise a width that is sharded over the tensor-parallel ranks, as :func:`rms_norm` does.
+
+    x and ``weight`` are this rank's part; the mean of squares is over all ranks.
+    """
     if context.tensor_size == 1:
         return rms_norm(x, weight, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     squares = wide.square().sum(-1, keepdim=True)
     # All-reduced on the way forward, and its gradient again on the way back.
-    squares = tensor_parallel.reduce_from_tensor_model_parallel_region(squares, context.group)
-    squares = tensor_parallel.copy_to_tensor_model_parallel_region(squares, context.group)
+    squares = reduce_from_tensor_parallel(squares, context.group)
+    squares = copy_to_tensor_parallel(squares, context.group)
     mean = squares / (x.shape[-1] * context.tensor_size)
     return (wide * torch.rsqrt(mean + eps) * weight).to(x.dtype)
 
@@ -35,7 +33,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float, context: ParallelContext):
         super().__init__()
         weight = replicated_parameter(context, (dim,), constant(1.0))
-        self.weight = used_on_part_of_the_tokens(weight, context)
+        self.weight = used_on_local_tokens(weight, context)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

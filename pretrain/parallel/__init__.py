@@ -1,5 +1,1 @@
-"""Processes, tensor-parallel layers and the training engine, on megatron-core."""
-
-from pretrain.parallel import cpu as megatron_on_cpu
-
-megatron_on_cpu.install()
+"""Processes, collectives and what they need; nothing in here knows a model."""

@@ -1,14 +1,15 @@
-"""What megatron-core needs to run on a machine without CUDA; a no-op where CUDA is present.
+"""What megatron-core needs to run on a machine without CUDA; nothing where CUDA is present.
 
-megatron-core 0.16-0.19 runs its tensor-parallel layers on the CPU as it is; its schedules, data
-parallel and optimizer name the device "cuda" literally. Two adaptations: some of ``torch.cuda``
-answers for the CPU, and, only while :func:`device_scope` is active, ``device="cuda"`` means the CPU
-and ``Tensor.type()`` answers ``torch.cuda.*``, which the optimizer tests for.
+megatron-core 0.16-0.19 names the device "cuda" literally in its schedules, data parallel and
+optimizer. While :func:`device_scope` is active, and only then, ``device="cuda"`` means the CPU,
+``Tensor.type()`` answers ``torch.cuda.*``, which the optimizer tests for, and some of
+``torch.cuda`` answers for the CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,27 +17,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-def install() -> None:
-    """Adapt ``torch.cuda`` when there is no CUDA; harmless when called twice."""
-    if torch.cuda.is_available():
-        return
-    cpu = torch.device("cpu")
-    cuda: Any = torch.cuda
-    cuda.current_device = lambda: cpu
-    cuda.synchronize = lambda device=None: None
-    cuda.current_stream = lambda device=None: torch.cpu.current_stream()
-    cuda.stream = lambda stream: contextlib.nullcontext()
-    # What moves the number of each expert's tokens to the host, on a stream of its own.
-    with _without_compiler():
-        from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _HostStream()
-
-
 @contextlib.contextmanager
-def _without_compiler() -> Iterator[None]:
-    """megatron-core compiles its fused functions where they are defined, and to name
-    ``torch.compile`` imports the compiler: a third of a process's start, for nothing on a CPU."""
+def importing_megatron() -> Iterator[None]:
+    """Import megatron-core without torch's compiler.
+
+    megatron-core compiles its fused functions where they are defined, and to name
+    ``torch.compile`` imports the compiler: half of a process's start, for nothing on a CPU.
+    """
+    if torch.cuda.is_available() or "megatron.core" in sys.modules:
+        yield
+        return
     compiler = torch.compile
     torch.compile = lambda function=None, **_: function or (lambda found: found)  # type: ignore
     try:
@@ -45,20 +35,35 @@ def _without_compiler() -> Iterator[None]:
         torch.compile = compiler
 
 
-class _HostStream:
-    """A stream, and an event on it, where there is nothing to wait for."""
-
-    def wait_stream(self, _: Any) -> None:
-        pass
-
-    def record_event(self) -> _HostStream:
-        return self
-
-    def synchronize(self) -> None:
-        pass
-
-
 class _CudaMeansCpu(TorchFunctionMode):
+    """Answer for CUDA; enterable several times at once."""
+
+    _depth = 0
+    _kept: dict[str, Any] = {}  # noqa: RUF012
+
+    def __enter__(self) -> Any:
+        kind = type(self)
+        if kind._depth == 0:
+            answers: dict[str, Any] = {
+                "current_device": lambda: torch.device("cpu"),
+                "synchronize": lambda device=None: None,
+                "current_stream": lambda device=None: torch.cpu.current_stream(),
+                "stream": lambda stream: contextlib.nullcontext(),
+            }
+            kind._kept = {name: getattr(torch.cuda, name) for name in answers}
+            for name, answer in answers.items():
+                setattr(torch.cuda, name, answer)
+        kind._depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        kind = type(self)
+        kind._depth -= 1
+        if kind._depth == 0:
+            for name, kept in kind._kept.items():
+                setattr(torch.cuda, name, kept)
+        return super().__exit__(*error)
+
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -74,12 +79,12 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def device_scope() -> contextlib.AbstractContextManager[Any]:
-    """Around every call into megatron-core's schedules, data parallel and optimizer."""
+    """Return the scope of every call into megatron-core's schedules, data parallel, optimizer."""
     return contextlib.nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
 
 
 def model_scope() -> contextlib.AbstractContextManager[Any]:
-    """Around our own model's forward inside a schedule: the scope above is costly per operation."""
+    """Return the scope of our own model inside a schedule: the one above costs per operation."""
     return (
         contextlib.nullcontext() if torch.cuda.is_available() else torch._C.DisableTorchFunction()
     )

@@ -8,13 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from pretrain.data.batches import Batch
-from pretrain.parallel.cpu import device_scope, model_scope
+from pretrain.parallel.cpu import device_scope, importing_megatron, model_scope
 from pretrain.parallel.processes import local_device
+
+with importing_megatron():
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
 
 
 def run_schedule(

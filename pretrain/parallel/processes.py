@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from pretrain.common.errors import UserError
 from pretrain.common.metrics import merge_metrics
 from pretrain.config import ParallelConfig
+from pretrain.parallel.cpu import importing_megatron
 
 T = TypeVar("T")
 
@@ -51,15 +52,25 @@ def check_world_size(config: ParallelConfig, count: int) -> None:
         )
 
 
-def start_processes(config: ParallelConfig | None = None) -> None:
+def groups() -> Any:
+    """Return megatron-core's parallel_state where its groups exist, else None."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    return state if state is not None and state.model_parallel_is_initialized() else None
+
+
+def start_processes(config: ParallelConfig | None = None) -> bool:
     """Join the process group that torchrun set up, or make a group of one; then megatron-core's.
 
-    Does nothing where megatron-core's groups exist already. Raises UserError where the processes
-    do not divide into copies of the model.
+    Does nothing where megatron-core's groups exist already. Returns whether anything was started,
+    for whoever must stop it. Raises UserError where the processes do not divide into copies of
+    the model.
     """
     config = config or ParallelConfig()
-    if not parallel_state.model_parallel_is_initialized():
-        check_world_size(config, world_size())
+    if groups() is not None:
+        return False
+    check_world_size(config, world_size())
+    with importing_megatron():
+        from megatron.core import parallel_state
     if not dist.is_initialized():
         order_kernels(config)
         device = local_device()
@@ -75,16 +86,16 @@ def start_processes(config: ParallelConfig | None = None) -> None:
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         if dist.get_backend() == "nccl" and dist.get_world_size() > 1:
             _host_groups.append(dist.new_group(timeout=timeout, backend="gloo"))
-    if not parallel_state.model_parallel_is_initialized():
-        parts = config.virtual_pipeline
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.tensor,
-            pipeline_model_parallel_size=config.pipeline,
-            virtual_pipeline_model_parallel_size=parts if parts > 1 else None,
-            expert_model_parallel_size=config.expert,
-            expert_tensor_parallel_size=1,
-            distributed_timeout_minutes=2 * config.timeout_minutes,
-        )
+    parts = config.virtual_pipeline
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=parts if parts > 1 else None,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=2 * config.timeout_minutes,
+    )
+    return True
 
 
 def order_kernels(config: ParallelConfig) -> None:
@@ -107,8 +118,9 @@ def stop_processes() -> None:
     """Leave all process groups."""
     while _named_here:
         os.environ.pop(_named_here.pop(), None)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    state = groups()
+    if state is not None:
+        state.destroy_model_parallel()
     _host_groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -119,12 +131,23 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def rank() -> int:
+    """Return this process's number among all; 0 where no process group exists."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def data_parallel_rank_and_size() -> tuple[int, int]:
-    """(rank, size) of this process among the data-parallel ones."""
-    return (
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-    )
+    """Return (rank, size) of this process among the data-parallel ones; (0, 1) without groups."""
+    state = groups()
+    if state is None:
+        return 0, 1
+    return state.get_data_parallel_rank(), state.get_data_parallel_world_size()
+
+
+def tensor_parallel_rank() -> int:
+    """Return this process's number among the tensor-parallel ones; 0 without groups."""
+    state = groups()
+    return 0 if state is None else state.get_tensor_model_parallel_rank()
 
 
 def on_main_process(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -169,28 +192,31 @@ def all_reduce_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 def first_of_pipeline(found: dict[str, float]) -> dict[str, float]:
     """What the first stage that found something did; every process must call."""
-    group = parallel_state.get_pipeline_model_parallel_group()
+    state = groups()
+    group = None if state is None else state.get_pipeline_model_parallel_group()
     return next((each for each in gather(found, group) if each), {})
 
 
 def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every process's value, by rank; every process of ``group`` must call."""
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    if len(everyone) == 1:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
+    everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, value, group)
     return everyone
 
 
 def sum_over_replicas(values: Tensor) -> None:
     """Add up, in place, over data-parallel processes and the stages of a pipeline."""
-    dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
-    dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+    state = groups()
+    if state is not None:
+        dist.all_reduce(values, group=state.get_data_parallel_group())
+        dist.all_reduce(values, group=state.get_pipeline_model_parallel_group())
 
 
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` is set on any process; every process must call. Waits for no GPU."""
-    if dist.get_world_size() == 1:
+    if world_size() == 1:
         return flag
     group = _host_groups[0] if _host_groups else None
     value = torch.tensor([float(flag)], device="cpu" if group else local_device())

@@ -10,7 +10,7 @@ from operator import add
 import torch
 
 from pretrain.config import ParallelConfig, RunConfig
-from pretrain.model.spec import ModelCounts, count_model
+from pretrain.model.counts import ModelCounts, count_model
 from pretrain.model.stages import Stage, split_into_stages
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.units import ParameterKind, Unit, Units, measure_units

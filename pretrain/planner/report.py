@@ -19,13 +19,8 @@ from rich.table import Table
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, load_run_config
 from pretrain.model.build import padded_vocab_size
-from pretrain.model.spec import (
-    block_flops,
-    block_parameters,
-    block_specs,
-    count_model,
-    passes,
-)
+from pretrain.model.counts import block_flops, block_parameters, count_model, passes
+from pretrain.model.spec import block_specs
 from pretrain.parallel.layout import check_layout, describe_layout
 from pretrain.planner.estimate import Estimate, Planner
 from pretrain.planner.hardware import Hardware, load_hardware

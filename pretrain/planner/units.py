@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from pretrain.config import ModelConfig, ParallelConfig
 from pretrain.data.sequences import rows_as_sequences
-from pretrain.model.build import parallel_context
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.dropout import EMBEDDING
 from pretrain.nn.moe import MoE
-from pretrain.planner.fake_processes import as_process
+from pretrain.nn.parameters import info_of
+from pretrain.planner.fake_group import planned_context
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.simulation import Cost, Simulation
 
@@ -70,15 +70,13 @@ def measure_units(
     activation_checkpointing: str,
 ) -> Units:
     """Simulate every kind of unit under ``parallel``'s tensor and sequence parallelism and micro-
-    batch size. Must not be called where process groups exist."""
-    layout = ParallelConfig(tensor=parallel.tensor, sequence=parallel.sequence)
-    with as_process(0, parallel.tensor, layout):
-        context = parallel_context(dtype, sequence_parallel=parallel.sequence)
-        with torch.device("meta"):
-            model = LanguageModel(
-                config, vocab_size, context, activation_checkpointing=activation_checkpointing
-            )
-        return _Measurement(model, parallel, hardware, seq_len).all()
+    batch size."""
+    context = planned_context(dtype, parallel.tensor, sequence_parallel=parallel.sequence)
+    with torch.device("meta"):
+        model = LanguageModel(
+            config, vocab_size, context, activation_checkpointing=activation_checkpointing
+        )
+    return _Measurement(model, parallel, hardware, seq_len).all()
 
 
 class _Measurement:
@@ -123,9 +121,10 @@ class _Measurement:
         routed, tokens = 0, self.rows * self.seq_len // self.divided
         for module in modules:
             for p in module.parameters():
-                counter = experts if getattr(p, "expert_parallel", False) else parameters
-                hidden = bool(getattr(p, "hidden_matrix", False))
-                counter[p.dtype, bool(getattr(p, "decay", True)), hidden] += p.numel()
+                info = info_of(p)
+                of_expert = info.shard is not None and info.shard.over == "expert"
+                counter = experts if of_expert else parameters
+                counter[p.dtype, info.weight_decay, info.matrix] += p.numel()
             routed += sum(tokens * m.config.top_k for m in module.modules() if isinstance(m, MoE))
         return Unit(name, parameters, experts, routed, *self._over_time(measure))
 

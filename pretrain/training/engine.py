@@ -1,7 +1,7 @@
 """One optimizer step, the same code on one process or many, over gloo or NCCL.
 
 The model's stages run on megatron-core's schedules; gradients are reduced and parameters updated by
-megatron-core (:mod:`.megatron_updates`) or by DeepSpeed (:mod:`.deepspeed_updates`).
+a backend, see :mod:`pretrain.optim.backends`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from pretrain.common.metrics import merge_metrics
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data.batches import Batch
 from pretrain.model.language_model import LanguageModel
-from pretrain.optim.backends.deepspeed import DeepSpeedBackend
-from pretrain.optim.backends.megatron import MegatronBackend
+from pretrain.optim.backends.base import make_backend
 from pretrain.parallel.pipeline import run_schedule, score_schedule
 from pretrain.parallel.processes import local_device, sum_over_replicas
 
@@ -46,15 +45,11 @@ class Engine:
         """``micro_batches``: per process and step; only DeepSpeed needs it beforehand."""
         self.parts = [model] if isinstance(model, LanguageModel) else list(model)
         parallel = parallel or ParallelConfig()
-        self.backend: MegatronBackend | DeepSpeedBackend
         if parallel.expert > 1:  # tokens travel between processes at every pass of a loop
             for part in self.parts:
                 if part.recursion is not None:
                     part.recursion.in_step = True
-        if parallel.zero_backend == "deepspeed":
-            self.backend = DeepSpeedBackend(self.parts, config, parallel, micro_batches)
-        else:
-            self.backend = MegatronBackend(self.parts, config, parallel)
+        self.backend = make_backend(self.parts, config, parallel, micro_batches)
 
     def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
         """See :meth:`pretrain.model.language_model.LanguageModel.begin_step`."""
@@ -73,12 +68,12 @@ class Engine:
         A loss or gradient norm that is not finite leaves parameters and optimizer untouched, and so
         does a loss for which ``skip_if`` (not with DeepSpeed) says so, on every process.
         """
-        sums = self.backend.gradients(batches)
+        sums = self.backend.forward_backward(batches)
         sum_over_replicas(sums)
         loss = float(sums[0] / sums[1].clamp_min(1))
         if skip_if is not None and skip_if(loss):
             return StepResult(loss=loss, grad_norm=None, applied=False)
-        norm, applied = self.backend.apply(lr, loss)
+        norm, applied = self.backend.optimizer_step(lr, loss)
         if applied:
             for part in self.parts:
                 part.update_biases()

@@ -34,7 +34,7 @@ from pretrain.data.batches import (
 )
 from pretrain.inference.generate import generate
 from pretrain.model.build import build_stages, padded_vocab_size
-from pretrain.model.spec import ModelCounts, count_model
+from pretrain.model.counts import ModelCounts, count_model
 from pretrain.ops.shared.backends import describe_backends
 from pretrain.optim.backends.deepspeed import shard_parameters
 from pretrain.optim.schedule import learning_rate

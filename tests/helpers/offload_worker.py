@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint.sharded_state import load_state, save_state
 from pretrain.config import ParallelConfig
 from pretrain.model.build import build_model, build_stages
 from pretrain.optim.backends.deepspeed import shard_parameters
 from pretrain.parallel.processes import data_parallel_rank_and_size, start_processes, stop_processes
-from pretrain.parallel.sharded_state import load_state, save_state
 from pretrain.training.engine import Engine
 from tests.pretrain.training.test_engine import OPTIMIZER, VOCAB, batches, plain_loop, settings
 

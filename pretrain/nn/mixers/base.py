@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pretrain.nn.linear import ParallelContext
+from pretrain.nn.parameters import DescribedModule
+from pretrain.parallel.context import ParallelContext
 
 State = dict[str, Tensor]
 SHAREABLE = ("num_kv_heads", "num_groups", "num_qk_heads", "num_qk_groups")
@@ -46,7 +47,7 @@ class MixerCard:
     divided: str = "H"
 
 
-class Mixer(nn.Module, ABC):
+class Mixer(DescribedModule, ABC):
     """Mixes information along the sequence; activations are sequence-first, ``[T, B, d]``.
 
     ``config_class`` is a frozen dataclass of the mixer's own settings; ``card`` go into

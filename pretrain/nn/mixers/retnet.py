@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
@@ -51,7 +50,7 @@ class RetNet(LinearFamilyMixer):
 
     def log_decay(self, x: Tensor) -> Tensor:
         """The same at every token."""
-        first = parallel_state.get_tensor_model_parallel_rank() * self.num_heads
+        first = self.parallel.tensor_rank * self.num_heads
         decay = _decays(first, self.num_heads, accumulation_dtype(x.dtype), x.device)
         return decay.expand(x.shape[1], x.shape[0], -1)
 

@@ -50,7 +50,7 @@ def linear_cross_entropy(
         )
     if targets.shape != x.shape[:1]:
         raise ValueError(f"targets are {tuple(targets.shape)}, expected {tuple(x.shape[:1])}")
-    divided = group if group is not None and dist.get_world_size(group) > 1 else None
+    divided = group if group is not None and group.size() > 1 else None
     whole = divided is None and softcap is None
     if backend == "liger" and not whole:
         raise ValueError("backend 'liger' needs the whole vocabulary here, and has no softcap")
@@ -164,7 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         log_sums = torch.empty(len(x), dtype=wide, device=x.device)
         losses = torch.empty_like(log_sums)
-        ctx.first = 0 if group is None else dist.get_rank(group) * len(weight)
+        ctx.first = 0 if group is None else group.rank() * len(weight)
         for start in range(0, len(x), tokens_at_once):
             part = slice(start, start + tokens_at_once)
             logits = capped((x[part] @ weight.t()).to(wide), softcap)

@@ -28,9 +28,9 @@ def target_scores(
     ``group`` (None: all of it); targets ``[N]`` int64. ``candidates`` leaves out rows that pad the
     vocabulary, which no text has.
     """
-    if group is not None and dist.get_world_size(group) == 1:
+    if group is not None and group.size() == 1:
         group = None
-    first = 0 if group is None else dist.get_rank(group) * len(weight)
+    first = 0 if group is None else group.rank() * len(weight)
     own = min(max(candidates - first, 0), len(weight))
     wide = torch.promote_types(x.dtype, torch.float32)
     found = torch.empty(2, len(x), dtype=wide, device=x.device)

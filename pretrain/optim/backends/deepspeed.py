@@ -1,6 +1,8 @@
-"""Gradients and updates by DeepSpeed: ZeRO-0 and 1 behind megatron-core's schedules, ZeRO-2 and 3
-with DeepSpeed's own backward pass, the optimizer's state in the processor's memory or in files if
-wanted."""
+"""Gradients and updates by DeepSpeed.
+
+ZeRO-0 and 1 run behind megatron-core's schedules, ZeRO-2 and 3 with DeepSpeed's own backward pass;
+the optimizer's state lies in the processor's memory or in files if wanted.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +16,32 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor, nn
 
 from pretrain.common.errors import UserError
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data.batches import Batch
 from pretrain.model.language_model import LanguageModel
+from pretrain.nn.parameters import info_of
 from pretrain.optim.backends.deepspeed_state import DeepSpeedState
 from pretrain.optim.backends.offload_folder import make_offload_folder
 from pretrain.optim.gradient_norm import global_norm
-from pretrain.parallel.cpu import device_scope
+from pretrain.parallel.cpu import device_scope, importing_megatron
+from pretrain.parallel.megatron import prepare
 from pretrain.parallel.pipeline import run_schedule
 from pretrain.parallel.processes import local_device, name_local_rank
+
+with importing_megatron():
+    from megatron.core import parallel_state
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 _BUCKET = 200_000_000  # elements of a gradient bucket at most: DeepSpeed allocates it whole
 _IN_FILES = 100_000_000  # parameters whose state is in memory at once, where it lies in files
 
 
 class _Topology:
-    """megatron-core's process groups under the names that DeepSpeed asks by."""
+    """Present megatron-core's process groups under the names that DeepSpeed asks by."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
@@ -51,7 +57,7 @@ class _Topology:
 
 
 def _import_deepspeed() -> Any:
-    """Quietly; on the CPU without the shared-memory extension that it would compile."""
+    """Import it quietly, on a CPU without the shared-memory extension that it would compile."""
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             import deepspeed
@@ -69,8 +75,10 @@ def _import_deepspeed() -> Any:
 
 
 def shard_parameters(unit: nn.Module) -> None:
-    """ZeRO-3: leave this process its range of each of the unit's parameters, so that the next unit
-    can be made without room for the whole model; every process must call."""
+    """Leave this rank its range of each of a unit's parameters (ZeRO-3).
+
+    The next unit can then be made without room for the full model. Every process must call.
+    """
     dtypes = {p.dtype for p in unit.parameters()}
     if not dtypes:
         return
@@ -85,24 +93,22 @@ def shard_parameters(unit: nn.Module) -> None:
 
 
 class DeepSpeedBackend(DeepSpeedState):
-    """Owns DeepSpeed's engine around this process's stages."""
-
-    step_seed = (0, 0)
+    """Own DeepSpeed's engine around this process's stages."""
 
     def __init__(
         self,
         parts: Sequence[LanguageModel],
         config: OptimizerConfig,
         parallel: ParallelConfig,
-        micro_batches: int,
+        num_micro_batches: int,
     ):
         # Before DeepSpeed divides the parameters: names, shapes and marks are the model's own.
-        super().__init__(parts, parallel.zero_stage)
+        self._take(parts, parallel.zero_stage)
         self.config, dtype = config, parts[0].context.dtype
         self._own_backward = self.stage > 1
-        self._micro_batches, self._scale = micro_batches, 1.0
-        self._sequence = [p for p in self._named.values() if getattr(p, "sequence_parallel", False)]
-        megatron = parts[0].config
+        self._micro_batches, self._scale = num_micro_batches, 1.0
+        self._sequence = [p for p in self._named.values() if info_of(p).sum_gradient]
+        megatron = prepare(parts)
         if self._own_backward:
             for parameter in self._sequence:
                 parameter.register_hook(_summed_over_tensor_parallel)
@@ -123,7 +129,8 @@ class DeepSpeedBackend(DeepSpeedState):
         parameters: list[Any] = list(self._named.values())
         groups: dict[tuple[float, float], list[Any]] = {}
         for p in parameters:
-            groups.setdefault((float(p.decay), getattr(p, "lr_mult", 1.0)), []).append(p)
+            info = info_of(p)
+            groups.setdefault((float(info.weight_decay), info.lr_multiplier), []).append(p)
         # Without a learning rate at first: ZeRO-3 begins with a step that only makes state.
         optimizer = torch.optim.AdamW(
             [
@@ -174,15 +181,15 @@ class DeepSpeedBackend(DeepSpeedState):
             )
         return engine
 
-    def gradients(self, batches: Sequence[Batch]) -> Tensor:
-        """Gradients of the global batch's mean loss; returns as :func:`run_schedule`."""
+    def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Run the micro-batches by megatron-core's schedule, or by DeepSpeed's own backward."""
         count = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().double()
         count = count.to(local_device())
         dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
         # DeepSpeed takes the mean over data-parallel processes; wanted is the sum over all targets.
         self._scale = self.replicas / max(float(count), 1.0)
         if self._own_backward:
-            return self._forward_backward(batches)
+            return self._own_forward_backward(batches)
         self._engine.zero_grad()
         sums = run_schedule(self.parts, batches, forward_only=False)
         tensor_group = parallel_state.get_tensor_model_parallel_group()
@@ -191,7 +198,7 @@ class DeepSpeedBackend(DeepSpeedState):
         self._sum_tied_embeddings()
         return sums
 
-    def _forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+    def _own_forward_backward(self, batches: Sequence[Batch]) -> Tensor:
         if len(batches) != self._micro_batches:
             raise UserError(
                 f"{len(batches)} micro-batches per step, but DeepSpeed was set up for "
@@ -209,7 +216,7 @@ class DeepSpeedBackend(DeepSpeedState):
             # It divides by the number of micro-batches.
             self._engine.backward(total * (self._scale * self._micro_batches))
             if number < len(batches) - 1:
-                self._engine.step()  # counts the micro-batch; the last one is stepped in apply
+                self._engine.step()  # counts the micro-batch; optimizer_step does the last one's
         return sums
 
     def _sum_tied_embeddings(self) -> None:
@@ -221,31 +228,27 @@ class DeepSpeedBackend(DeepSpeedState):
             if part.share_embeddings_and_output_weights and weight is not None:
                 dist.all_reduce(_gradient(weight), group=group)
 
-    def apply(self, lr: float, loss: float) -> tuple[float, bool]:
-        """(global gradient norm before clipping, whether the parameters were updated)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_mult"]
-            group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
-            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+    def optimizer_step(self, lr: float, loss: float) -> tuple[float, bool]:
+        """Update by DeepSpeed, which skips a step whose gradients are not finite."""
+        self.set_hyperparameters(self.optimizer.param_groups, lr)
         if self.stage == 0:
-            return self._apply_undivided(loss)
+            return self._step_replicated(loss)
         if not self._own_backward:
             self.optimizer.reduce_gradients(pipeline_parallel=True)
             self.optimizer.step()
             self.optimizer.zero_grad()
         else:
             self._engine.step()
-        # DeepSpeed leaves out a step whose gradients are not finite.
         return float(self.optimizer._global_grad_norm), not self.optimizer.overflow
 
-    def _apply_undivided(self, loss: float) -> tuple[float, bool]:
-        """ZeRO-0: DeepSpeed reduces; its own clipping reports no norm."""
+    def _step_replicated(self, loss: float) -> tuple[float, bool]:
+        """Update under ZeRO-0: DeepSpeed reduces, but its own clipping reports no norm."""
         self._engine.allreduce_gradients()
         parameters = list(self._named.values())
         counted = [
             _gradient(p)
             for p in parameters
-            if param_is_not_tensor_parallel_duplicate(p) and not getattr(p, "shared", False)
+            if param_is_not_tensor_parallel_duplicate(p) and not info_of(p).copy
         ]
         norm = global_norm(counted, parallel_state.get_model_parallel_group())
         with device_scope():
@@ -257,11 +260,11 @@ class DeepSpeedBackend(DeepSpeedState):
         return norm, True
 
     def gather_weights(self) -> None:
-        """Nothing: DeepSpeed's step ends with whole weights, or ZeRO-3 has none."""
+        """Do nothing: DeepSpeed's step ends with gathered weights, or ZeRO-3 has none."""
 
 
 def _gradient(parameter: Any) -> Tensor:
-    """Zeros where nothing flowed back, so that every process takes part in a sum."""
+    """Return a gradient, zeros where nothing flowed back: every process takes part in a sum."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

@@ -7,14 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
-from pretrain.common.errors import UserError
-from pretrain.model.language_model import LanguageModel
-from pretrain.parallel.processes import data_parallel_rank_and_size
-from pretrain.parallel.sharded_state import (
+from pretrain.checkpoint.sharded_state import (
     MOMENTS,
     Boxes,
     State,
@@ -24,25 +19,29 @@ from pretrain.parallel.sharded_state import (
     whole_part,
     writes,
 )
+from pretrain.common.errors import UserError
+from pretrain.model.language_model import LanguageModel
+from pretrain.optim.backends.base import UpdateBackend
+from pretrain.parallel.processes import data_parallel_rank_and_size
 
 
-class DeepSpeedState:
-    """Knows what DeepSpeed makes of the parameters; ``optimizer`` is DeepSpeed's."""
+class DeepSpeedState(UpdateBackend):
+    """Know what DeepSpeed makes of the parameters; ``optimizer`` is DeepSpeed's."""
 
     optimizer: Any
 
-    def __init__(self, parts: Sequence[LanguageModel], stage: int):
+    def _take(self, parts: Sequence[LanguageModel], stage: int) -> None:
         self.parts, self.stage = list(parts), stage
         self.replicas = data_parallel_rank_and_size()[1]
-        self.narrow = parts[0].context.dtype != torch.float32
-        self._keys = (*MOMENTS, "param") if self.narrow else MOMENTS
+        self.low_precision = parts[0].context.dtype != torch.float32
+        self._keys = (*MOMENTS, "param") if self.low_precision else MOMENTS
         self._named: dict[str, Any] = {
             n: p for part in self.parts for n, p in part.named_parameters()
         }
         self._read: dict[tuple[str, int], Tensor] = {}  # out of files, while a checkpoint is loaded
 
     def weights_state(self, *, saving: bool) -> State:
-        """Every parameter by its name, as far as this process has it."""
+        """Return every parameter by its name, as far as this process has it."""
         if self.stage < 3:
             return weights_state(self.parts, saving=saving)
         return {
@@ -52,7 +51,7 @@ class DeepSpeedState:
         }
 
     def optimizer_state(self, *, saving: bool) -> State:
-        """As :meth:`pretrain.optim.backends.megatron.MegatronBackend.optimizer_state`."""
+        """Return the state of everything that this process updates."""
         state: State = {}
         self._read = self._read_files() if self.stage == 3 else {}
         for name, parameter in self._named.items():
@@ -115,23 +114,23 @@ class DeepSpeedState:
 
     def _part_of_three(self, parameter: Any, values: Tensor) -> Boxes:
         """ZeRO-3 cuts a flattened parameter in equal ranges, the last one filled up."""
-        start = dist.get_rank(parallel_state.get_data_parallel_group()) * values.numel()
+        start = data_parallel_rank_and_size()[0] * values.numel()
         held = max(0, min(values.numel(), parameter.ds_numel - start))
         return flat_part(parameter, start, values.view(-1)[:held], tuple(parameter.ds_shape))
 
-    def loaded(self, updates: int) -> None:
-        """Called when weights and optimizer state have been loaded, of so many updates."""
+    def loaded(self, num_updates: int) -> None:
+        """Set the step counts, and the copies that DeepSpeed keeps of what was loaded."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         for group, main in enumerate(self._mains()):
             with self._in_memory(group, changed=True):
-                self._moments(inner, main)["step"].fill_(float(updates))
+                self._moments(inner, main)["step"].fill_(float(num_updates))
                 for parameter in self._of_group(group):
                     self._fill_three(parameter)
         self._read = {}
         if self.stage == 3:
             # Small parameters lie whole on every process after a step: what they were before.
             self.optimizer._partition_all_parameters()
-        if self.narrow or self.stage in (0, 3):
+        if self.low_precision or self.stage in (0, 3):
             return
         # float32: the weights are their own masters, but DeepSpeed keeps a copy.
         for parameter in self._named.values():
@@ -158,7 +157,7 @@ class DeepSpeedState:
         for key in self._keys:
             if (key, parameter.ds_id) in self._read:
                 self._flat_of_three(parameter, key).copy_(self._read[key, parameter.ds_id])
-        if not self.narrow:
+        if not self.low_precision:
             self._flat_of_three(parameter, "param").copy_(parameter.ds_tensor.data)
 
     def _of_group(self, group: int) -> list[Any]:

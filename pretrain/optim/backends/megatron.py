@@ -1,37 +1,20 @@
-"""Gradients and updates by megatron-core: data parallel, and its optimizer, whole on each process
-(ZeRO-0) or divided over the data-parallel ones (ZeRO-1)."""
+"""Gradients and updates by megatron-core.
+
+That is its data parallel and its optimizer, replicated (ZeRO-0) or sharded over the data-parallel
+ranks (ZeRO-1).
+"""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor, nn
 
-from pretrain.config import OptimizerConfig, ParallelConfig
-from pretrain.data.batches import Batch
-from pretrain.model.language_model import LanguageModel
-from pretrain.nn.linear import draw_like
-from pretrain.optim import adamw
-from pretrain.optim.gradient_norm import global_norm
-from pretrain.parallel.cpu import device_scope
-from pretrain.parallel.pipeline import run_schedule
-from pretrain.parallel.processes import data_parallel_rank_and_size
-from pretrain.parallel.sharded_state import (
+from pretrain.checkpoint.sharded_state import (
     State,
     flat_part,
     optimizer_key,
@@ -39,14 +22,37 @@ from pretrain.parallel.sharded_state import (
     whole_part,
     writes,
 )
+from pretrain.config import OptimizerConfig, ParallelConfig
+from pretrain.data.batches import Batch
+from pretrain.model.language_model import LanguageModel
+from pretrain.nn.parameters import draw_like, info_of
+from pretrain.optim.backends.base import UpdateBackend
+from pretrain.optim.gradient_norm import global_norm
+from pretrain.optim.optimizer import fill_state, rule, state_keys, used_by_megatron
+from pretrain.parallel.cpu import device_scope, importing_megatron
+from pretrain.parallel.megatron import prepare
+from pretrain.parallel.pipeline import run_schedule
+from pretrain.parallel.processes import data_parallel_rank_and_size
 
-# Parameters of two dtypes lie in buckets of their own: neither order is the one of use.
-warnings.filterwarnings("ignore", "The next bucket's parameter all-gather")
+with importing_megatron():
+    from megatron.core import parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 
 def _gather_before_use(wrapped: Any, part: LanguageModel) -> None:
-    """megatron-core waits for the parameters of a module when that module is called. Ours also use
-    weights of modules that they do not call: wait for all of a block, and of the head."""
+    """Wait for all parameters of a block, and of the head, before it runs.
+
+    megatron-core waits for the parameters of a module when that module is called; ours also use
+    weights of modules that they do not call.
+    """
 
     def wait(parameters: Sequence[nn.Parameter]) -> None:
         for parameter in parameters:
@@ -66,8 +72,10 @@ def _gather_before_use(wrapped: Any, part: LanguageModel) -> None:
 def _finalize_gradients(
     modules: Sequence[Any], num_targets: Tensor | None = None, **options: Any
 ) -> None:
-    """megatron-core's, and the mean over targets without its look at their number, for which the
-    host would wait."""
+    """Finalise gradients as megatron-core does, and take the mean over targets.
+
+    megatron-core's own mean looks at their number, for which the host would wait.
+    """
     finalize_model_grads(modules, None, **options)
     if num_targets is None:
         return
@@ -83,31 +91,48 @@ def _finalize_gradients(
         module.scale_gradients(1.0 / num_targets.clamp(min=1))
 
 
-def _is_hidden_matrix(parameter: Any) -> bool:
-    return getattr(parameter, "hidden_matrix", False)
+_Home = tuple[torch.optim.Optimizer, dict[str, Any]]  # an optimizer and one of its groups
 
 
-def _lr_mult(parameter: Any) -> float:
-    return getattr(parameter, "lr_mult", 1.0)
-
-
-_Place = tuple[torch.optim.Optimizer, dict[str, Any]]  # an optimizer and one of its groups
-
-
-class MegatronBackend:
-    """Owns the wrapped stages and their optimizer."""
-
-    step_seed = (0, 0)  # (seed of the run, step), for the gradient noise
+class MegatronBackend(UpdateBackend):
+    """Wrap the stages in megatron-core's data parallel, and update them by its optimizer."""
 
     def __init__(
-        self, parts: Sequence[LanguageModel], config: OptimizerConfig, parallel: ParallelConfig
+        self,
+        parts: Sequence[LanguageModel],
+        config: OptimizerConfig,
+        parallel: ParallelConfig,
+        num_micro_batches: int = 1,
     ):
-        adamw.install()
-        self.parts, self.config, self.divided = list(parts), config, parallel.zero_stage == 1
+        self.parts, self.config, self.sharded = list(parts), config, parallel.zero_stage == 1
         self.replicas = data_parallel_rank_and_size()[1]
-        megatron, dtype = parts[0].config, parts[0].context.dtype
-        self.narrow = dtype != torch.float32
+        self.low_precision = parts[0].context.dtype != torch.float32
+        megatron = prepare(parts)
         megatron.finalize_model_grads_func = _finalize_gradients
+        overlap = parallel.overlap and self.replicas > 1
+        # Parameters are gathered when the next forward pass comes to them.
+        self.gathers_late = overlap and self.sharded
+        with device_scope():
+            # Buckets for every part, although megatron-core's own training loop has them for the
+            # first alone: without, bf16 and float32 parameters are gathered in one call, which gloo
+            # takes for tensors of one dtype and mixes up.
+            settings = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=self.sharded,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=self.gathers_late,
+            )
+            self.modules = [DistributedDataParallel(megatron, settings, part) for part in parts]
+            if self.gathers_late:
+                for module, part in zip(self.modules, parts, strict=True):
+                    _gather_before_use(module, part)
+            self.optimizer = self._make_optimizer()
+        # Gradients are reduced once, behind the last micro-batch's backward pass.
+        pauses: list[Any] = [module.no_sync for module in self.modules]
+        megatron.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+
+    def _make_optimizer(self) -> Any:
+        config, dtype = self.config, self.parts[0].context.dtype
         settings = MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -119,71 +144,41 @@ class MegatronBackend:
             clip_grad=config.clip_grad,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=self.divided,
+            use_distributed_optimizer=self.sharded,
         )
-        # Weight decay on matrices only; biases, norms, gates and convolutions are left alone.
-        no_decay = ParamPredicate(name="no_decay", fn=lambda p: not p.decay)
-        # The distributed optimizer's checkpoints mix up a group that holds parameters of two dtypes
-        # (the float32 gates of a bf16 model): a mark that it keeps groups apart by, unused by us.
-        wide = ParamPredicate(name="wide", fn=lambda p: p.dtype != dtype)
-        overrides: dict[ParamKey, Any] = {
-            ParamKey(predicate=no_decay): {"wd_mult": 0.0},
-            ParamKey(predicate=wide): {"is_decoupled_lr": True},
+        # Its groups: by what differs between parameters in the update. Of two dtypes (the float32
+        # gates of a bf16 model) the distributed optimizer's checkpoints mix up a group.
+        groups: dict[str, tuple[Any, dict[str, Any]]] = {
+            "no weight decay": (lambda p: not info_of(p).weight_decay, {"wd_mult": 0.0}),
+            "float32": (lambda p: p.dtype != dtype, {"dtype_group": "float32"}),
         }
-        if config.kind == "muon":
-            muon = ParamPredicate(name="muon", fn=_is_hidden_matrix)
-            overrides[ParamKey(predicate=muon)] = {"muon": True}
-        slower = {_lr_mult(p) for part in parts for p in part.parameters()} - {1.0}
-        for number in slower:
-            same = ParamPredicate(name=f"lr {number}", fn=lambda p, n=number: _lr_mult(p) == n)
-            overrides[ParamKey(predicate=same)] = {"lr_mult": number}
-        overlap = parallel.overlap and self.replicas > 1
-        # Parameters are gathered when the next forward pass comes to them.
-        self.gathers_late = overlap and self.divided
-        with device_scope():
-            # Buckets for every part, although megatron-core's own training loop has them for the
-            # first alone: without, bf16 and float32 parameters are gathered in one call, which gloo
-            # takes for tensors of one dtype and mixes up.
-            self.modules: list[Any] = [
-                DistributedDataParallel(
-                    megatron,
-                    DistributedDataParallelConfig(
-                        grad_reduce_in_fp32=True,
-                        use_distributed_optimizer=self.divided,
-                        overlap_grad_reduce=overlap,
-                        overlap_param_gather=self.gathers_late,
-                    ),
-                    part,
-                )
-                for part in parts
-            ]
-            if self.gathers_late:
-                for module, part in zip(self.modules, parts, strict=True):
-                    _gather_before_use(module, part)
-            self.optimizer = get_megatron_optimizer(
-                settings, self.modules, config_overrides=overrides
+        if config.kind != "adamw":
+            selects = rule(config.kind).selects
+            groups[config.kind] = (lambda p: selects(info_of(p)), {"rule": config.kind})
+        parameters = [p for part in self.parts for p in part.parameters()]
+        for number in {info_of(p).lr_multiplier for p in parameters} - {1.0}:
+            groups[f"lr {number}"] = (
+                lambda p, n=number: info_of(p).lr_multiplier == n,
+                {"lr_mult": number},
             )
-        # Gradients are reduced once, behind the last micro-batch's backward pass.
-        pauses = [module.no_sync for module in self.modules]
-        megatron.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+        overrides: dict[ParamKey, Any] = {
+            ParamKey(predicate=ParamPredicate(name=name, fn=selects)): changes
+            for name, (selects, changes) in groups.items()
+        }
+        with used_by_megatron():
+            return get_megatron_optimizer(settings, self.modules, config_overrides=overrides)
 
-    def gradients(self, batches: Sequence[Batch]) -> Tensor:
-        """Gradients of the global batch's mean loss; returns as :func:`run_schedule`."""
+    def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Run the micro-batches through megatron-core's schedule."""
         with device_scope():
             for module in self.modules:
                 module.zero_grad_buffer()
             self.optimizer.zero_grad()
         return run_schedule(self.modules, batches, forward_only=False)
 
-    def apply(self, lr: float, loss: float) -> tuple[float, bool]:
-        """(global gradient norm before clipping, whether the parameters were updated)."""
-        self._settle_groups()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_mult"]
-            # Also after a checkpoint, whose groups carry the settings of its own run. Nothing in
-            # megatron-core's optimizer applies wd_mult: it would decay every group.
-            group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
-            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+    def optimizer_step(self, lr: float, loss: float) -> tuple[float, bool]:
+        """Clip, add noise if wanted, and update; untouched where something is not finite."""
+        self.set_hyperparameters(self.optimizer.param_groups, lr)
         with device_scope():
             self.optimizer.prepare_grads()
             norm = self._gradient_norm()
@@ -196,13 +191,8 @@ class MegatronBackend:
             self.optimizer.step_with_ready_grads()
         return norm, True
 
-    def _settle_groups(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["ema_decay"] = self.config.ema_decay
-            group["muon_momentum"] = self.config.muon_momentum
-
     def _add_noise(self) -> None:
-        """arXiv 1511.06807, equation 1, gamma = 0.55; the same under every layout."""
+        """Add noise (arXiv 1511.06807, equation 1, gamma = 0.55), the same under every layout."""
         seed, step = self.step_seed
         std = (self.config.gradient_noise / (1 + step) ** 0.55) ** 0.5
         for name, parameter, _, main, start in self._mains():
@@ -212,7 +202,7 @@ class MegatronBackend:
             main.grad.add_(noise.view_as(main.grad))
 
     def _gradient_norm(self) -> float:
-        """Experts have an optimizer of their own, and groups of their own that divide them."""
+        """Return the global norm; experts have an optimizer and groups of their own."""
         return math.hypot(
             *(
                 global_norm(
@@ -232,28 +222,27 @@ class MegatronBackend:
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
     def gather_weights(self) -> None:
-        """Gather what the next forward pass would have; every process must call."""
+        """Gather the weights now that the next forward pass would gather."""
         if self.gathers_late:
             with device_scope():
                 for module in self.modules:
                     module.start_param_sync(force_sync=True)
 
     def weights_state(self, *, saving: bool) -> State:
-        """Every parameter by its name."""
+        """Return every weight by its name, gathered if they are to be saved."""
         if saving:
             self.gather_weights()
         return weights_state(self.parts, saving=saving)
 
     def optimizer_state(self, *, saving: bool) -> State:
-        """exp_avg, exp_avg_sq and, where weights are narrower, the float32 weight of everything
-        that this process updates; the tensors are the optimizer's own."""
+        """Return the state of everything that this process updates."""
         state: State = {}
-        self._settle_groups()
-        replicas = 1 if self.divided else self.replicas
-        for name, parameter, place, main, start in self._mains():
+        self.set_hyperparameters(self.optimizer.param_groups, 0.0)
+        replicas = 1 if self.sharded else self.replicas
+        for name, parameter, home, main, start in self._mains():
             if saving and not writes(name, parameter, replicas=replicas):
                 continue
-            for key, tensor in self._tensors(place, main).items():
+            for key, tensor in self._tensors(home, main).items():
                 state[optimizer_key(key, name)] = (
                     whole_part(parameter, tensor)
                     if start is None
@@ -261,10 +250,13 @@ class MegatronBackend:
                 )
         return state
 
-    def _mains(self) -> Iterator[tuple[str, nn.Parameter, _Place, Any, int | None]]:
-        """Of all that this process updates: name, parameter, where it is, the tensor that is
-        updated, and where in the flattened parameter that begins, None: it is all of it."""
-        places = {
+    def _mains(self) -> Iterator[tuple[str, nn.Parameter, _Home, Any, int | None]]:
+        """Walk over all that this process updates.
+
+        Yields name, parameter, its optimizer and group, the tensor that is updated, and where in
+        the flattened parameter that tensor begins (None: it is all of it).
+        """
+        homes = {
             id(main): (optimizer.optimizer, group)
             for optimizer in self._optimizers()
             for group in optimizer.optimizer.param_groups
@@ -274,15 +266,15 @@ class MegatronBackend:
             for name, parameter in part.named_parameters():
                 if not parameter.requires_grad:
                     continue
-                if self.divided:
-                    main, start = self._divided_main(parameter)
+                if self.sharded:
+                    main, start = self._sharded_main(parameter)
                 else:
                     main, start = getattr(parameter, "main_param", None), None
                     main = parameter if main is None else main
                 if main is not None:
-                    yield name, parameter, places[id(main)], main, start
+                    yield name, parameter, homes[id(main)], main, start
 
-    def _divided_main(self, parameter: nn.Parameter) -> tuple[Tensor | None, int | None]:
+    def _sharded_main(self, parameter: nn.Parameter) -> tuple[Tensor | None, int | None]:
         for optimizer in self._optimizers():
             where = optimizer.model_param_group_index_map.get(parameter)
             if where is not None:
@@ -290,15 +282,15 @@ class MegatronBackend:
                 return main, optimizer._get_model_param_range_map(parameter)["param"].start
         return None, None  # another data-parallel process's
 
-    def _tensors(self, place: _Place, main: Tensor) -> dict[str, Tensor]:
-        optimizer, group = place
+    def _tensors(self, home: _Home, main: Tensor) -> dict[str, Tensor]:
+        optimizer, group = home
         moments = optimizer.state[main]
-        adamw.fill_state(moments, main, group)
-        found = {key: moments[key] for key in adamw.state_keys(group)}
-        return {**found, "param": main} if self.narrow else found
+        fill_state(moments, main, group)
+        found = {key: moments[key] for key in state_keys(group)}
+        return {**found, "param": main} if self.low_precision else found
 
-    def loaded(self, updates: int) -> None:
-        """Called when weights and optimizer state have been loaded, of so many updates."""
+    def loaded(self, num_updates: int) -> None:
+        """Set the step counts of the optimizer's groups."""
         for optimizer in self._optimizers():
             for group in optimizer.optimizer.param_groups:
-                group["step"] = updates
+                group["step"] = num_updates

@@ -8,7 +8,8 @@ import pytest
 
 from pretrain.common.config_loader import ConfigError, load_config
 from pretrain.config import RunConfig, load_run_config, to_yaml
-from pretrain.model.spec import block_specs, count_model
+from pretrain.model.counts import count_model
+from pretrain.model.spec import block_specs
 
 BASE = """
 name: test

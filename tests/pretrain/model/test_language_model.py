@@ -11,7 +11,8 @@ from pretrain.common.config_loader import build_config
 from pretrain.config import ModelConfig
 from pretrain.inference.generate import generate
 from pretrain.model.build import build_model, padded_vocab_size
-from pretrain.model.spec import count_model
+from pretrain.model.counts import count_model
+from pretrain.nn.parameters import info_of
 from tests.helpers.relative_error import relative_error
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -169,7 +170,7 @@ def test_weight_decay_is_meant_for_matrices_only():
     model = make()
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and "_conv" not in name
-        assert parameter.decay == matrix, name
+        assert info_of(parameter).weight_decay == matrix, name
 
 
 def test_gates_stay_wide_in_bf16():

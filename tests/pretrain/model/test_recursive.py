@@ -13,9 +13,10 @@ from pretrain.common.config_loader import ConfigError, build_config
 from pretrain.common.errors import UserError
 from pretrain.config import InitializeConfig, ModelConfig
 from pretrain.model.build import build_model
+from pretrain.model.counts import count_model
 from pretrain.model.depth_lora import DepthLoRA
 from pretrain.model.recursion import sample_recurrences
-from pretrain.model.spec import block_specs, count_model
+from pretrain.model.spec import block_specs
 from pretrain.training.initialization import fill_from
 from tests.helpers.relative_error import relative_error
 

@@ -7,8 +7,9 @@ import torch
 
 from pretrain.common.config_loader import ConfigError, build_config
 from pretrain.config import ModelConfig, OptimizerConfig
-from pretrain.model.build import build_stages, parallel_context
+from pretrain.model.build import build_stages
 from pretrain.nn.dropout import EMBEDDING, Dropout
+from pretrain.parallel.context import current_context
 from pretrain.training.engine import Engine
 from tests.pretrain.training.test_engine import VOCAB, batches
 
@@ -36,7 +37,7 @@ def make(checkpointing="none", **changes):
 
 
 def test_as_many_are_left_out_as_were_asked_for_and_the_rest_grows():
-    dropout = Dropout(0.3, 50, parallel_context(torch.float32))
+    dropout = Dropout(0.3, 50, current_context(torch.float32))
     dropout.begin_step(0, 0, 0, 1)
     drop = dropout.next_micro_batch()
     x = torch.ones(400, 1, 500)
@@ -46,7 +47,7 @@ def test_as_many_are_left_out_as_were_asked_for_and_the_rest_grows():
 
 
 def test_every_place_step_sequence_and_seed_has_a_mask_of_its_own():
-    dropout = Dropout(0.5, 20, parallel_context(torch.float32))
+    dropout = Dropout(0.5, 20, current_context(torch.float32))
     masks = []
     for seed, step in ((0, 0), (0, 1), (1, 0)):
         dropout.begin_step(seed, step, 0, 1)
@@ -71,7 +72,7 @@ def test_the_size_of_micro_batches_changes_nothing(micro_batch_size):
 
 def test_the_global_batch_is_shared_out_with_its_masks():
     def masks(place, places):
-        dropout = Dropout(0.5, 6, parallel_context(torch.float32))
+        dropout = Dropout(0.5, 6, current_context(torch.float32))
         dropout.begin_step(0, 0, place, places)
         return [dropout.next_micro_batch()(torch.ones(12, 1, 4), EMBEDDING) for _ in range(2)]
 

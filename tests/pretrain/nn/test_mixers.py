@@ -11,10 +11,10 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.model.build import parallel_context
-from pretrain.nn.linear import fill_parameters
 from pretrain.nn.mixers import LayerContext, registry
+from pretrain.nn.parameters import fill_parameters
 from pretrain.ops import definitions
+from pretrain.parallel.context import current_context
 from tests.helpers.relative_error import relative_error
 
 HIDDEN = 24
@@ -74,7 +74,7 @@ def build(name, settings, dtype=torch.float64):
     mixer = registry()[name]
     config = mixer.config_class(**settings)
     mixer.check(config, HIDDEN)
-    layer = mixer(config, LayerContext(HIDDEN, 0.3, 0.3, parallel_context(dtype)))
+    layer = mixer(config, LayerContext(HIDDEN, 0.3, 0.3, current_context(dtype)))
     fill_parameters(layer, seed=1)
     return layer
 

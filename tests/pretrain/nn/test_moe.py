@@ -15,11 +15,12 @@ from pretrain.config import (
 )
 from pretrain.config.checks import check_run_config
 from pretrain.data.batches import pack_rows
-from pretrain.model.build import build_model, parallel_context
-from pretrain.model.spec import count_model
-from pretrain.nn.linear import fill_parameters
+from pretrain.model.build import build_model
+from pretrain.model.counts import count_model
 from pretrain.nn.mixers import LayerContext
 from pretrain.nn.moe import MoE
+from pretrain.nn.parameters import fill_parameters
+from pretrain.parallel.context import current_context
 from pretrain.training.engine import Engine
 from tests.helpers.relative_error import relative_error
 
@@ -29,7 +30,7 @@ HIDDEN = 16
 
 def build(dtype=torch.float64, **settings):
     config = MoEConfig(**{"num_experts": 6, "top_k": 2, "intermediate_size": 8, **settings})
-    layer = MoE(config, LayerContext(HIDDEN, 0.5, 0.5, parallel_context(dtype)))
+    layer = MoE(config, LayerContext(HIDDEN, 0.5, 0.5, current_context(dtype)))
     fill_parameters(layer, seed=1)
     return layer
 

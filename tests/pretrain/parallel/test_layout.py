@@ -21,9 +21,11 @@ from pretrain.config import (
     TrainConfig,
 )
 from pretrain.config.checks import check_run_config
-from pretrain.model import build as building
 from pretrain.model.stages import Stage, balance, split_into_stages
+from pretrain.nn.parameters import info_of
+from pretrain.parallel.context import current_context
 from pretrain.parallel.layout import check_layout, describe_layout
+from pretrain.parallel.megatron import transformer_config
 from pretrain.parallel.processes import order_kernels
 from pretrain.training.engine import Engine
 from tests.pretrain.training.test_engine import make
@@ -182,10 +184,11 @@ def test_a_vocabulary_that_is_not_known_yet_may_not_divide():
 @pytest.mark.parametrize("parts", [None, 2])
 def test_settings_of_megatron_that_go_wrong_silently_are_put_right(monkeypatch, parts):
     """What gloo sends must not be freed; two messages between two processes not be batched."""
-    state = building.parallel_state
+    from megatron.core import parallel_state as state
+
     monkeypatch.setattr(state, "get_pipeline_model_parallel_world_size", lambda: 2)
     monkeypatch.setattr(state, "get_virtual_pipeline_model_parallel_world_size", lambda: parts)
-    megatron = building.parallel_context(torch.float32, hidden_size=24).megatron
+    megatron = transformer_config(current_context(), hidden_size=24)
     assert megatron.deallocate_pipeline_outputs == torch.cuda.is_available()
     assert (megatron.batch_p2p_comm, megatron.overlap_p2p_comm) == (parts is None, parts == 2)
 
@@ -208,13 +211,15 @@ def test_what_is_not_a_matrix_is_not_decayed():
     """megatron-core's optimizer by itself applies weight decay to every group."""
     model = make()
     engine = Engine(model, OptimizerConfig(lr=1.0, weight_decay=0.5))
-    engine.backend.gradients([])  # none: zero gradients, so that nothing but decay moves weights
+    engine.backend.forward_backward(
+        []
+    )  # none: zero gradients, so that nothing but decay moves weights
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.main_grad.zero_()
-    engine.backend.apply(0.1, 0.0)
+    engine.backend.optimizer_step(0.1, 0.0)
     for name, parameter in model.named_parameters():
-        factor = 0.95 if parameter.decay else 1.0
+        factor = 0.95 if info_of(parameter).weight_decay else 1.0
         assert torch.allclose(parameter, before[name] * factor), name
 
 
@@ -222,12 +227,12 @@ def test_what_is_not_a_matrix_is_not_decayed():
 def test_gradient_norms_of_many_elements_are_exact():
     model = make()
     engine = Engine(model, OptimizerConfig(clip_grad=0.0))
-    engine.backend.gradients([])
+    engine.backend.forward_backward([])
     for parameter in model.parameters():
         parameter.main_grad.normal_()
     model.embedding.weight.main_grad.fill_(1e-3)
     squares = sum(p.main_grad.double().square().sum() for p in model.parameters())
-    norm, _ = engine.backend.apply(0.0, 0.0)
+    norm, _ = engine.backend.optimizer_step(0.0, 0.0)
     assert norm == pytest.approx(float(squares) ** 0.5, rel=1e-9)
 
 

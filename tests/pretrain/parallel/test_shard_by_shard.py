@@ -39,8 +39,8 @@ def build_seven_billion():
     import resource
 
     from pretrain.model.build import build_stages
-    from pretrain.model.spec import count_model
-    from pretrain.planner.fake_processes import as_process
+    from pretrain.model.counts import count_model
+    from tests.helpers.fake_processes import as_process
 
     settings = yaml.safe_load(SEVEN_BILLION.read_text())["model"]
     config = build_config(ModelConfig, settings, "test")
@@ -84,7 +84,7 @@ def compare_parts():
     import torch
 
     from pretrain.model.build import build_stages
-    from pretrain.planner.fake_processes import as_process
+    from tests.helpers.fake_processes import as_process
 
     config = build_config(ModelConfig, WIDE, "test")
 

@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ParallelConfig
-from pretrain.model.build import parallel_context
 from pretrain.model.language_model import LanguageModel
-from pretrain.nn.linear import fill_parameters
+from pretrain.nn.parameters import fill_parameters
 from pretrain.parallel import shared_input
+from pretrain.parallel.context import current_context
 from pretrain.parallel.processes import start_processes, stop_processes
 from pretrain.parallel.shared_input import project, share_input
-from pretrain.planner.fake_processes import as_process
+from tests.helpers.fake_processes import as_process
 from tests.helpers.relative_error import relative_error
 from tests.pretrain.parallel.test_tensor_parallel import cases
 from tests.pretrain.training.test_engine import VOCAB
@@ -164,7 +164,7 @@ def test_no_layer_keeps_the_tokens_of_other_processes(name, monkeypatch):
 
     monkeypatch.setattr(shared_input._Gradients, "whole_input", noted)
     with as_process(0, 2, ParallelConfig(tensor=2, sequence=True)):
-        context = parallel_context(torch.float32, sequence_parallel=True)
+        context = current_context(torch.float32, sequence_parallel=True)
         model = LanguageModel(cases()[name], VOCAB, context)
         fill_parameters(model, seed=0)
         tokens = torch.zeros(1, 64, dtype=torch.int64)

@@ -10,7 +10,8 @@ import pytest
 
 from pretrain.common.config_loader import ConfigError, build_config
 from pretrain.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from pretrain.model.spec import block_flops, block_parameters, block_specs, count_model
+from pretrain.model.counts import block_flops, block_parameters, count_model
+from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import registry
 from pretrain.planner.hardware import load_hardware
 from pretrain.training.metrics import PEAK_FLOPS

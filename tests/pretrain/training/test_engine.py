@@ -15,6 +15,7 @@ import torch
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data.batches import pack_rows
 from pretrain.model.build import build_model
+from pretrain.nn.parameters import info_of
 from pretrain.training.engine import Engine
 from tests.pretrain.model.test_language_model import VOCAB, settings
 
@@ -35,8 +36,11 @@ def batches(step, rows=4, micro_batch_size=2):
 def plain_loop(model, micro_batch_size=2):
     """Losses and gradient norms of a loop with nothing but torch."""
     groups = [
-        {"params": [p for p in model.parameters() if p.decay], "weight_decay": 0.2},
-        {"params": [p for p in model.parameters() if not p.decay], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if info_of(p).weight_decay], "weight_decay": 0.2},
+        {
+            "params": [p for p in model.parameters() if not info_of(p).weight_decay],
+            "weight_decay": 0.0,
+        },
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
     results = []

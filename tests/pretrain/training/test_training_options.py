@@ -27,7 +27,7 @@ from pretrain.config import (
 )
 from pretrain.config.checks import check_run_config
 from pretrain.data.batches import TrainingBatches, open_data
-from pretrain.nn.linear import draw_like
+from pretrain.nn.parameters import draw_like, info_of
 from pretrain.training.engine import Engine
 from pretrain.training.spikes import SpikeDetector
 from tests.pretrain.checkpoint.test_checkpoint import STATE
@@ -125,9 +125,9 @@ def test_matrices_start_smaller_and_learn_slower_with_the_width():
     plain = dict(widened(128).named_parameters())
     matrices = 0
     for name, p in model.named_parameters():
-        if getattr(p, "hidden_matrix", False):
+        if info_of(p).matrix:
             matrices += 1
-            assert p.lr_mult == 0.25
+            assert info_of(p).lr_multiplier == 0.25
             assert torch.allclose(p, plain[name] / 2)
         else:
             assert getattr(p, "lr_mult", 1.0) == 1.0
@@ -141,14 +141,14 @@ def test_matrices_start_smaller_and_learn_slower_with_the_width():
 def test_muon_is_torchs_and_leaves_the_rest_to_adamw():
     engine = trained(3, kind="muon", weight_decay=0.2, lr=1e-2)
     model = make(torch.float32)
-    hidden = [p for p in model.parameters() if getattr(p, "hidden_matrix", False)]
-    others = [p for p in model.parameters() if not getattr(p, "hidden_matrix", False)]
+    hidden = [p for p in model.parameters() if info_of(p).matrix]
+    others = [p for p in model.parameters() if not info_of(p).matrix]
     optimizers = [
         torch.optim.Muon(hidden, lr=1e-2, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(
             [
-                {"params": [p for p in others if p.decay], "weight_decay": 0.2},
-                {"params": [p for p in others if not p.decay], "weight_decay": 0.0},
+                {"params": [p for p in others if info_of(p).weight_decay], "weight_decay": 0.2},
+                {"params": [p for p in others if not info_of(p).weight_decay], "weight_decay": 0.0},
             ],
             lr=1e-2,
             betas=(0.9, 0.95),

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -26,7 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from pretrain.nn.linear import shard_of
+from pretrain.nn.parameters import info_of
+from pretrain.parallel.processes import data_parallel_rank_and_size, tensor_parallel_rank
 
 Shape = tuple[int, ...]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -117,21 +117,19 @@ def load_state(state: State, folder: Path) -> None:
         )
 
 
-def place(parameter: Any, shape: Shape) -> tuple[Shape, Shape]:
-    """(shape of the whole tensor, offsets of this tensor-parallel process's part of it, which has
-    ``shape``)."""
-    whole, offsets = list(shape), [0] * len(shape)
-    divided = shard_of(parameter)
-    if divided is not None:
-        axis, parts, place = divided
-        whole[axis] *= parts
-        offsets[axis] = place * shape[axis]
-    return tuple(whole), tuple(offsets)
+def global_shape(parameter: Tensor, shape: Shape) -> tuple[Shape, Shape]:
+    """Return (global shape, offsets of this rank's part, which has ``shape``)."""
+    full, offsets = list(shape), [0] * len(shape)
+    shard = info_of(parameter).shard
+    if shard is not None:
+        full[shard.axis] *= shard.count
+        offsets[shard.axis] = shard.index * shape[shard.axis]
+    return tuple(full), tuple(offsets)
 
 
 def whole_part(parameter: nn.Parameter, tensor: Tensor) -> Boxes:
     """``tensor``, shaped as this process's part of ``parameter`` is, as one box."""
-    whole, offsets = place(parameter, tuple(tensor.shape))
+    whole, offsets = global_shape(parameter, tuple(tensor.shape))
     return Boxes(whole, [(offsets, tensor)])
 
 
@@ -142,7 +140,7 @@ def flat_part(
     ``parameter``, which has ``shape`` (its own unless given), when that is flattened. A range of a
     flattened tensor is a few boxes."""
     shape = tuple(parameter.shape) if shape is None else shape
-    whole, offsets = place(parameter, shape)
+    whole, offsets = global_shape(parameter, shape)
     parts = []
     for corner, box, first in boxes_of_range(shape, start, len(values)):
         values_of_box = values[first : first + math.prod(box)].view(box)
@@ -176,24 +174,27 @@ def boxes_of_range(shape: Shape, start: int, count: int) -> Iterator[tuple[Shape
             done += part
 
 
-def writes(name: str, parameter: Any, *, replicas: int) -> bool:
-    """Whether this process writes its part of a parameter's tensor. All tensor-parallel processes
-    hold it alike unless it is divided; ``replicas`` data-parallel ones hold copies (1: each has a
-    part of its own), of which one writes, by turns. The second copy of a tied embedding is not
-    written."""
-    if getattr(parameter, "shared", False):
+def writes(name: str, parameter: Tensor, *, replicas: int) -> bool:
+    """Tell whether this rank writes its part of a parameter's tensor.
+
+    All tensor-parallel ranks hold the same unless it is sharded; ``replicas`` data-parallel ranks
+    hold copies (1: each has a part of its own), of which one writes, in turn. The second copy of a
+    tied embedding is not written.
+    """
+    info = info_of(parameter)
+    if info.copy:
         return False
-    if getattr(parameter, "expert_parallel", False):
+    turn = zlib.crc32(name.encode())
+    if info.shard is not None and info.shard.over == "expert":
         if replicas == 1:
             return True
+        from megatron.core import parallel_state
+
         group = parallel_state.get_expert_data_parallel_group()
-        return dist.get_rank(group) == zlib.crc32(name.encode()) % dist.get_world_size(group)
-    divided = getattr(parameter, "tensor_model_parallel", False)
-    if not divided and parallel_state.get_tensor_model_parallel_rank():
+        return dist.get_rank(group) == turn % dist.get_world_size(group)
+    if info.shard is None and tensor_parallel_rank():
         return False
-    if replicas == 1:
-        return True
-    return parallel_state.get_data_parallel_rank() == zlib.crc32(name.encode()) % replicas
+    return replicas == 1 or data_parallel_rank_and_size()[0] == turn % replicas
 
 
 def optimizer_key(key: str, name: str) -> str:
@@ -203,7 +204,7 @@ def optimizer_key(key: str, name: str) -> str:
 
 def weights_state(parts: Iterable[nn.Module], *, saving: bool) -> State:
     """Every parameter by its name."""
-    replicas = parallel_state.get_data_parallel_world_size()
+    _, replicas = data_parallel_rank_and_size()
     return {
         name: whole_part(parameter, parameter)
         for part in parts

@@ -1,0 +1,145 @@
+"""Parameters, FLOPs and states of a model, counted from its settings: pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.config import ModelConfig
+from pretrain.model.spec import BlockSpec, block_specs
+from pretrain.nn.mixers import LayerContext
+from pretrain.nn.mlp import mlp_parameters
+from pretrain.nn.moe import MoE
+from pretrain.parallel.context import ParallelContext
+
+
+def passes(config: ModelConfig) -> list[int]:
+    """How often each block of the pattern is gone through (the mean, where it is sampled)."""
+    num_blocks, recursion = len(block_specs(config)), config.recursion
+    if recursion is None:
+        return [1] * num_blocks
+    looped = num_blocks - recursion.prelude - recursion.coda
+    return [1] * recursion.prelude + [recursion.times] * looped + [1] * recursion.coda
+
+
+def block_parameters(config: ModelConfig, spec: BlockSpec) -> int:
+    """Of one block: mixer, MLP and norms; low-rank differences of a loop left out."""
+    d = config.hidden_size
+    norms = d * (1 if config.mlp.kind == "none" else 2) * (1 + (config.block_norm == "sandwich"))
+    mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
+    if spec.moe is not None:
+        mlp = MoE.num_parameters(spec.moe, d)
+    return spec.mixer.num_parameters(spec.config, d) + mlp + norms
+
+
+def block_flops(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
+    """Matrix-multiply FLOPs of one token's forward pass through one block."""
+    d = config.hidden_size
+    mlp = 2 * mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
+    if spec.moe is not None:
+        mlp = MoE.flops_per_token(spec.moe, d)
+    return spec.mixer.flops_per_token(spec.config, d, seq_len) + mlp
+
+
+def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:
+    """Forward and backward FLOPs per token of every block of the pattern, loops gone through, the
+    head and what a loop has beside its blocks left out."""
+    recursion = config.recursion
+    flops = []
+    for spec, times in zip(block_specs(config), passes(config), strict=True):
+        through = times
+        if times > 1 and recursion is not None and recursion.backprop_last is not None:
+            through = min(times, recursion.backprop_last)
+        flops.append(block_flops(config, spec, seq_len) * (times + 2.0 * through))
+    return flops
+
+
+def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
+    """Count the parameters of one pass's low-rank differences.
+
+    They are rank (d_in + d_out) for every linear layer of the loop, whose shapes are read off
+    blocks that are built without memory.
+    """
+    recursion = config.recursion
+    if recursion is None or recursion.lora_rank == 0:
+        return 0
+    from pretrain.model.depth_lora import linear_shapes
+    from pretrain.model.language_model import Block
+
+    total = 0
+    with torch.device("meta"):
+        layer = LayerContext(config.hidden_size, 0.0, 0.0, ParallelContext())
+        for spec in specs[recursion.prelude : len(specs) - recursion.coda]:
+            total += sum(map(sum, linear_shapes(Block(spec, config, layer))))
+    return recursion.lora_rank * total
+
+
+def recomputed_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
+    """Forward FLOPs per token that ``activation_checkpointing: block`` does once more: outside a
+    loop, and of one pass through it."""
+    flops = [block_flops(config, spec, seq_len) for spec in block_specs(config)]
+    if config.recursion is None:
+        return sum(flops), 0
+    inside = slice(config.recursion.prelude, len(flops) - config.recursion.coda)
+    return sum(flops) - sum(flops[inside]), sum(flops[inside])
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    """parameters; forward matrix-multiply FLOPs per token; of them those of one pass through the
+    loop of a recursive model; recurrent or cached state in bytes; recomputed: see
+    :func:`recomputed_flops`."""
+
+    parameters: int
+    embedding_parameters: int
+    flops_per_token: int
+    state_bytes: int
+    loop_flops: int = 0
+    times: int = 1
+    backprop_last: int | None = None
+    recomputed: tuple[int, int] = (0, 0)
+
+    def training_flops(self, times: float | None = None) -> float:
+        """Forward and backward FLOPs per token, with ``times`` passes through the loop instead of
+        the configured ones. Backward is twice forward, over the passes that gradients go through.
+        """
+        times = self.times if times is None else times
+        through = times if self.backprop_last is None else min(times, self.backprop_last)
+        outside = self.flops_per_token - self.times * self.loop_flops
+        return 3 * outside + self.loop_flops * (times + 2 * through)
+
+    def hardware_flops(self, times: float | None = None) -> float:
+        """:meth:`training_flops` and what activation checkpointing of blocks computes again."""
+        passes = self.times if times is None else times
+        through = passes if self.backprop_last is None else min(passes, self.backprop_last)
+        outside, inside = self.recomputed
+        return self.training_flops(times) + outside + through * inside
+
+
+def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCounts:
+    """Count a model from its settings alone, for sequences of ``seq_len`` tokens."""
+    d, specs, recursion = config.hidden_size, block_specs(config), config.recursion
+    embedding = vocab_size * d * (1 if config.tie_embeddings else 2)
+    parameters = embedding + d + sum(block_parameters(config, spec) for spec in specs)
+    flops = [block_flops(config, spec, seq_len) for spec in specs]
+    states = [s.mixer.state_bytes(s.config, d, seq_len) for s in specs]
+    repeats, loop_flops, total = passes(config), 0, sum(flops)
+    if recursion is not None:
+        adapter = 2 * d * d * recursion.adapter
+        lora = lora_parameters(config, specs)
+        learned = recursion.times * d * (recursion.step_signal == "learned")
+        parameters += adapter + recursion.times * lora + learned + (d + 1) * recursion.halting
+        inside = slice(recursion.prelude, len(specs) - recursion.coda)
+        loop_flops = sum(flops[inside]) + 2 * (adapter + lora + d * recursion.halting)
+        total += recursion.times * loop_flops - sum(flops[inside])
+    return ModelCounts(
+        parameters=parameters,
+        embedding_parameters=embedding,
+        flops_per_token=2 * vocab_size * d + total,
+        state_bytes=sum(n * b for n, b in zip(repeats, states, strict=True)),
+        loop_flops=loop_flops,
+        times=1 if recursion is None else recursion.times,
+        backprop_last=None if recursion is None else recursion.backprop_last,
+        recomputed=recomputed_flops(config, seq_len),
+    )

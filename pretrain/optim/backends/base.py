@@ -1,0 +1,104 @@
+"""The protocol of what computes gradients and updates weights, and the choice among them."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pretrain.checkpoint.sharded_state import State
+from pretrain.config import OptimizerConfig, ParallelConfig
+from pretrain.data.batches import Batch
+from pretrain.model.language_model import LanguageModel
+
+# By the names of parallel.zero_backend.
+BACKENDS = {
+    "megatron": "pretrain.optim.backends.megatron.MegatronBackend",
+    "deepspeed": "pretrain.optim.backends.deepspeed.DeepSpeedBackend",
+}
+
+
+class UpdateBackend(ABC):
+    """Own this process's wrapped stages and their optimizer.
+
+    A step is :meth:`forward_backward`, then :meth:`optimizer_step`; both are called by every
+    process. ``modules`` are the stages as megatron-core's schedules run them, ``step_seed`` is
+    (seed of the run, step), which random gradient noise depends on.
+    """
+
+    config: OptimizerConfig
+    modules: list[Any]
+    optimizer: Any
+    step_seed: tuple[int, int] = (0, 0)
+
+    @abstractmethod
+    def __init__(
+        self,
+        parts: Sequence[LanguageModel],
+        config: OptimizerConfig,
+        parallel: ParallelConfig,
+        num_micro_batches: int,
+    ): ...
+
+    @abstractmethod
+    def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Compute gradients of the global batch's mean loss from this process's micro-batches.
+
+        Returns ``[2]`` float64: summed loss and number of counted targets of these micro-batches on
+        the last stage of a pipeline, zeros on the others.
+        """
+
+    @abstractmethod
+    def optimizer_step(self, lr: float, loss: float) -> tuple[float, bool]:
+        """Update the weights, unless the loss or a gradient is not finite.
+
+        Returns (global gradient norm before clipping, whether the weights were updated).
+        """
+
+    @abstractmethod
+    def gather_weights(self) -> None:
+        """Gather weights that the next forward pass would gather late; every process must call."""
+
+    @abstractmethod
+    def weights_state(self, *, saving: bool) -> State:
+        """Return every weight by its name that this process has, or (``saving``) writes."""
+
+    @abstractmethod
+    def optimizer_state(self, *, saving: bool) -> State:
+        """Return the optimizer's state, by :func:`optimizer_key`, as :meth:`weights_state` does.
+
+        It is exp_avg, exp_avg_sq and, where weights are in low precision, the float32 weight of
+        everything that this process updates; the tensors are the optimizer's own.
+        """
+
+    @abstractmethod
+    def loaded(self, num_updates: int) -> None:
+        """Take note that weights and optimizer state were loaded, after so many updates."""
+
+    def set_hyperparameters(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
+        """Give an optimizer's groups this step's settings: the one place where they are applied.
+
+        Also after a checkpoint, whose groups carry the settings of its own run. ``lr_mult`` and
+        ``wd_mult`` of a group are its parameters' multiples.
+        """
+        for group in groups:
+            group["lr"] = lr * group["lr_mult"]
+            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+            group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
+            group["ema_decay"] = self.config.ema_decay
+            group["muon_momentum"] = self.config.muon_momentum
+
+
+def make_backend(
+    parts: Sequence[LanguageModel],
+    config: OptimizerConfig,
+    parallel: ParallelConfig,
+    num_micro_batches: int,
+) -> UpdateBackend:
+    """Make the backend that ``parallel.zero_backend`` names; process groups must exist."""
+    module, _, name = BACKENDS[parallel.zero_backend].rpartition(".")
+    kind: type[UpdateBackend] = getattr(importlib.import_module(module), name)
+    return kind(parts, config, parallel, num_micro_batches)

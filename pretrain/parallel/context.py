@@ -1,0 +1,80 @@
+"""What the layers of a model know of the layout that they are a part of."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Describe this rank's part of a layout to the layers that are built.
+
+    The default is a whole model on one process, for which no process group exists. Layers ask it
+    for their shares; they look at no global state.
+
+    dtype: of weights and activations. tensor_size, tensor_rank, group: of the tensor-parallel
+    ranks; the group is None where there is one. sequence_parallel: whether they also shard the
+    tokens outside the layers. expert_size, expert_rank: of the ranks that shard experts.
+    home: the device that weights and states are made on, None for torch's default device.
+    width: of the layers that are made, as a multiple of the width that initialisation and learning
+    rate were chosen at (maximal-update parametrization); 1 without it.
+    """
+
+    dtype: torch.dtype = torch.float32
+    tensor_size: int = 1
+    tensor_rank: int = 0
+    group: dist.ProcessGroup | None = None
+    sequence_parallel: bool = False
+    expert_size: int = 1
+    expert_rank: int = 0
+    home: torch.device | None = None
+    width: float = 1.0
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of new tensors: torch's default one if it was set, else ``home``."""
+        default = torch.get_default_device()
+        return default if default.type != "cpu" or self.home is None else self.home
+
+    def local(self, count: int, what: str) -> int:
+        """Return this rank's share of ``count`` heads or channels; ValueError if it is uneven."""
+        if count % self.tensor_size:
+            raise ValueError(
+                f"{what} is {count}, which tensor parallel size {self.tensor_size} does not divide"
+            )
+        return count // self.tensor_size
+
+    def with_width(self, width: float) -> ParallelContext:
+        """Return the context of layers that are ``width`` times as wide as the base model."""
+        return dataclasses.replace(self, width=width)
+
+
+def current_context(
+    dtype: torch.dtype = torch.float32, *, sequence_parallel: bool = False
+) -> ParallelContext:
+    """Return the context of this process: of the layout whose groups exist, else of one process.
+
+    Starts nothing. Weights are made on this process's device (see :func:`local_device`).
+    """
+    from pretrain.parallel.processes import local_device
+
+    home = local_device()
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is None or not state.model_parallel_is_initialized():
+        return ParallelContext(dtype, home=home)
+    size = state.get_tensor_model_parallel_world_size()
+    return ParallelContext(
+        dtype,
+        tensor_size=size,
+        tensor_rank=state.get_tensor_model_parallel_rank(),
+        group=state.get_tensor_model_parallel_group() if size > 1 else None,
+        sequence_parallel=sequence_parallel and size > 1,
+        expert_size=state.get_expert_model_parallel_world_size(),
+        expert_rank=state.get_expert_model_parallel_rank(),
+        home=home,
+    )
