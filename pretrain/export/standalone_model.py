@@ -1,17 +1,17 @@
 """Models of any layers as one file that transformers loads without this project.
 
 The file carries the source of the layers themselves, as text, and makes modules of it under a name
-of their own; megatron-core, of which one process needs next to nothing, is replaced by
-``standalone/megatron.py``. So the exported model computes what the trained one did, and a new layer
-is exported without a line of its own.
+of their own. Layers import megatron-core only where there are several processes, so the file needs
+none of it. The exported model computes what the trained one did, and a new layer is exported
+without a line of its own.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ MODELING_FILE = "modeling_hybrid.py"
 TOKENIZER_FILE, TOKENIZER_CLASS = "tokenization_sentencepiece.py", "SentencePieceText"
 _STANDALONE = Path(__file__).parent / "standalone"
 _ROOT = Path(__file__).parents[2]
-_REPLACED = {
-    "megatron.core": _STANDALONE / "megatron.py",
-    "pretrain.nn.moe": _STANDALONE / "moe.py",
+_REPLACED = {"pretrain.nn.moe": _STANDALONE / "moe.py"}
+# Imported only where there are several processes.
+_UNUSED = {
+    "pretrain",
+    "pretrain.parallel",
+    "pretrain.parallel.megatron",
+    "pretrain.parallel.processes",
 }
-_IMPORT = re.compile(
-    r"^(?P<indent>[ \t]*)from (?P<module>(?:pretrain|data_prep|megatron)[\w.]*) import", re.M
-)
 
 
 def write_standalone_model(
@@ -66,13 +67,13 @@ def write_standalone_model(
 
 
 def modeling_source() -> str:
-    """The text of the file."""
-    sources = _sources("pretrain.model.build")
+    """Return the text of the file."""
+    sources = _sources("pretrain.model.language_model")
     text = json.dumps(sources, sort_keys=True)
     package = "_hybrid_pretrain_" + hashlib.sha256(text.encode()).hexdigest()[:12]
     parts = []
     for name, source in sorted(sources.items()):
-        moved = _IMPORT.sub(rf"\g<indent>from {package}.\g<module> import", source)
+        moved = _moved_into(package, source)
         if "'''" in moved:
             raise ValueError(f"{name} has three single quotes, which end it in the file")
         parts.append(f"_SOURCES[{name!r}] = r'''{moved}'''")
@@ -82,7 +83,7 @@ def modeling_source() -> str:
 
 
 def _sources(start: str) -> dict[str, str]:
-    """The text of a module and of all that it imports of ours, by name."""
+    """Return the text of a module and of all that it imports of ours, by name."""
     found: dict[str, str] = {}
     pending = [start]
     while pending:
@@ -92,34 +93,38 @@ def _sources(start: str) -> dict[str, str]:
         path = _path(name)
         source = path.read_text(encoding="utf-8") if path is not None else ""
         found[name] = source
-        for match in _IMPORT.finditer(source):
-            pending += _imported(match, source)
+        for node in _own_imports(source):
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            pending += [str(node.module), *(each for each in names if _path(each) is not None)]
         # A package's own file runs before what is in it.
         if "." in name:
             pending.append(name.rpartition(".")[0])
     return found
 
 
-def _imported(match: re.Match[str], source: str) -> list[str]:
-    """The modules of a ``from ... import ...``, which may name modules on its right side."""
-    module = match["module"]
-    rest = source[match.end() :]
-    names = rest.split(")", 1)[0] if rest.lstrip().startswith("(") else rest.split("\n", 1)[0]
-    words = [word for word in re.findall(r"\w+", re.sub(r"#.*", "", names)) if word != "as"]
+def _own_imports(source: str) -> list[ast.ImportFrom]:
+    """Return the imports of modules of ours, those inside functions included."""
     return [
-        module,
-        *(f"{module}.{word}" for word in words if _path(f"{module}.{word}") is not None),
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pretrain"
     ]
 
 
+def _moved_into(package: str, source: str) -> str:
+    """Return the source with its imports of ours from inside ``package``."""
+    lines = source.splitlines(keepends=True)
+    for node in _own_imports(source):
+        line = lines[node.lineno - 1]
+        lines[node.lineno - 1] = line.replace("from pretrain", f"from {package}.pretrain", 1)
+    return "".join(lines)
+
+
 def _path(name: str) -> Path | None:
-    for replaced, path in _REPLACED.items():
-        if name == replaced:
-            return path
-    if name.startswith("megatron"):
+    if name in _REPLACED:
+        return _REPLACED[name]
+    if name in _UNUSED:
         return None
-    if name in ("pretrain", "pretrain.parallel"):
-        return None  # nothing in them that a model needs
     path = _ROOT.joinpath(*name.split("."))
     if path.with_suffix(".py").is_file():
         return path.with_suffix(".py")

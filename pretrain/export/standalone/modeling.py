@@ -26,7 +26,7 @@ _SOURCES: dict[str, str] = {}
 
 
 class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Modules out of ``_SOURCES``; all of megatron's are one."""
+    """Make modules out of ``_SOURCES``."""
 
     def find_spec(
         self, name: str, path: Any = None, target: Any = None
@@ -36,15 +36,10 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(name, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        one = f"{_PACKAGE}.megatron"
-        return sys.modules.get(one) if spec.name.startswith(f"{one}.") else None
+        return None
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__.removeprefix(_PACKAGE).lstrip(".")
-        if name == "megatron":
-            name = "megatron.core"
-        elif name.startswith("megatron."):
-            return
         source, file = _SOURCES.get(name, ""), f"{module.__name__}.py"
         # Triton reads its kernels' source as files are read.
         linecache.cache[file] = (len(source), None, source.splitlines(True), file)
@@ -85,12 +80,11 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         schema, settings = _module("pretrain.common.config_loader"), _module("pretrain.config")
-        building = _module("pretrain.model.build")
+        language_model = _module("pretrain.model.language_model")
+        parallel = _module("pretrain.parallel.context")
         model = schema.build_config(settings.ModelConfig, config.model, "config.json")
-        dtype = torch.get_default_dtype()
-        self.model = building.LanguageModel(
-            model, config.vocab_size, building.parallel_context(dtype)
-        )
+        context = parallel.ParallelContext(torch.get_default_dtype())
+        self.model = language_model.LanguageModel(model, config.vocab_size, context)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
