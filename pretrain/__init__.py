@@ -1,19 +1,61 @@
-"""Training of hybrid language models: ``python -m pretrain CONFIG``."""
+"""Pretraining of language models whose layers are mixed freely.
 
-import os
-import warnings
+The names below are the public API, see docs/library.md. They are loaded when they are first used:
+importing this package imports neither torch nor megatron-core and changes nothing of the process.
+"""
 
-# What the libraries warn each other about; nothing that a user of ours could act on.
-for message in (
-    ".*Transformer Engine and Apex are not installed.*",
-    ".*Apex is not installed. Falling back to Torch Norm.*",
-    ".*full scope is deprecated. Use empty cuda_graph_scope.*",
-    ".*The .grad attribute of a Tensor that is not a leaf.*",
-    ".*torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor|_all_gather_base|"
-    "_reduce_scatter_base)` is deprecated.*",
-    ".*`load_state_dict` is deprecated and will be removed.*",
-):
-    warnings.filterwarnings("ignore", message=message)
+from __future__ import annotations
 
-# Libraries draw progress bars of fractions of a second between the lines of a log.
-os.environ.setdefault("TQDM_DISABLE", "1")
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.common.errors import UserError
+    from pretrain.config import ConfigError, ModelConfig, RunConfig, load_run_config
+    from pretrain.data.sequences import Sequences
+    from pretrain.library import build_model, load, mixer
+    from pretrain.run_directory import Run
+    from pretrain.training.callbacks import Callback
+    from pretrain.training.trainer import Trainer
+
+_HOMES = {
+    "Callback": "pretrain.training.callbacks",
+    "ConfigError": "pretrain.config",
+    "ModelConfig": "pretrain.config",
+    "Run": "pretrain.run_directory",
+    "RunConfig": "pretrain.config",
+    "Sequences": "pretrain.data.sequences",
+    "Trainer": "pretrain.training.trainer",
+    "UserError": "pretrain.common.errors",
+    "build_model": "pretrain.library",
+    "load": "pretrain.library",
+    "load_run_config": "pretrain.config",
+    "mixer": "pretrain.library",
+}
+
+__all__ = [
+    "Callback",
+    "ConfigError",
+    "ModelConfig",
+    "Run",
+    "RunConfig",
+    "Sequences",
+    "Trainer",
+    "UserError",
+    "build_model",
+    "load",
+    "load_run_config",
+    "mixer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name of the public API."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pretrain' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Return the names of the public API."""
+    return sorted([*globals(), *__all__])

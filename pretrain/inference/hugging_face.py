@@ -1,0 +1,96 @@
+"""A causal language model of Hugging Face behind the interface of our own loaded models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pretrain.common.errors import UserError
+
+
+@dataclass
+class HuggingFaceModel:
+    """Hold a model and its tokenizer as transformers loads them; ``source``: name or folder."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 100,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Return ``prompt`` and up to ``max_tokens`` tokens after it.
+
+        temperature: 0 takes the likeliest token; top_k, top_p: as of our own models.
+        """
+        ids = self._ids(prompt)
+        chosen: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_tokens}
+        if temperature > 0:
+            chosen |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            tokens = torch.tensor([ids], device=self.model.device)
+            found = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), **chosen)
+        new = self.tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
+        return prompt + str(new)
+
+    @torch.no_grad()
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """Return the log-likelihood of each text in nats, behind the token that opens texts."""
+        found = []
+        for text in texts:
+            ids = torch.tensor([self._ids(text)], device=self.model.device)
+            logits = self.model(ids).logits[0, :-1].float().log_softmax(-1)
+            found.append(float(logits.gather(1, ids[0, 1:, None]).sum()))
+        return found
+
+    def _ids(self, text: str) -> list[int]:
+        """Return the tokens of a text, opened by the tokenizer's own first token or by BOS."""
+        ids = list(self.tokenizer(text).input_ids)
+        opens = self.tokenizer.bos_token_id
+        if opens is None:
+            opens = self.tokenizer.eos_token_id
+        if opens is None:
+            opens = self.model.config.bos_token_id
+        if opens is None:
+            raise UserError(
+                f"hf:{self.source} has no token that opens a text, expected its tokenizer to name "
+                "a BOS or EOS token"
+            )
+        return ids if ids[:1] == [opens] else [opens, *ids]
+
+
+def load_hugging_face(
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> HuggingFaceModel:
+    """Load a causal model by its name or folder, in evaluation mode.
+
+    trust_remote_code: run the code that comes with it, as our own exports of hybrids need. Raises
+    UserError where transformers is missing or cannot load it.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise UserError(f"hf:{source} needs transformers: pip install transformers") from None
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # of transformers, of the formats that it reads, of the model's code
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"hf:{source}: could not be loaded ({reason})") from None
+    return HuggingFaceModel(model.to(device or torch.get_default_device()).eval(), tokenizer, source)
