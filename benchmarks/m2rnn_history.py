@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pretrain.ops.m2rnn.kernels import _forward_kernel
+from pretrain.ops.m2rnn.step_kernels import KERNELS
 from pretrain.ops.shared.arguments import Work
 from pretrain.ops.shared.elementary_kernels import tanh
 from pretrain.ops.shared.launching import approximate, launch
@@ -148,7 +148,7 @@ def _run(
     state = torch.zeros(len(cu) - 1, heads, key_dim, value_dim, device=v.device)
     save = history is not None
     launch(
-        _forward_kernel,
+        KERNELS[0],
         (len(cu) - 1, heads, 1),
         Work(0, 0, 0),
         q,

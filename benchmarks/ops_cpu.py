@@ -33,7 +33,7 @@ from pretrain.ops import (
     rat,
     rnn,
 )
-from pretrain.ops.rnn.dispatch import CELLS
+from pretrain.ops.rnn.cells import CELLS
 
 LENGTHS = (512, 2048, 8192)
 Call = Callable[[str], tuple[Any, ...]]  # backend to the op's result

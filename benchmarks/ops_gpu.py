@@ -48,7 +48,7 @@ from pretrain.ops import (
 )
 from pretrain.ops.attention.dispatch import fast_attention
 from pretrain.ops.cross_entropy.linear_cross_entropy import linear_cross_entropy
-from pretrain.ops.rnn.dispatch import CELLS
+from pretrain.ops.rnn.cells import CELLS
 
 SIZES = {"410M": 1024, "1B": 2048, "7B": 4096}  # model widths
 TOKENS = 32768

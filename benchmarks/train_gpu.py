@@ -32,6 +32,7 @@ import torch
 
 from pretrain.config import RunConfig, load_run_config
 from pretrain.data.batches import Batch
+from pretrain.data.sequences import Sequences
 from pretrain.model.build import build_model
 from pretrain.model.counts import count_model
 from pretrain.ops.shared.backends import describe_backends
@@ -63,11 +64,8 @@ def batches(vocab_size: int, length: int, tokens: int) -> list[Batch]:
     made = []
     for _ in range(MICRO_BATCHES):
         ids = torch.randint(0, vocab_size, (2, tokens))
-        made.append(
-            Batch(
-                ids[:1], ids[1:], torch.ones(1, tokens), torch.arange(tokens // length + 1) * length
-            )
-        )
+        packed = Sequences.of_rows(tokens // length, length, "cpu")
+        made.append(Batch(ids[:1], ids[1:], torch.ones(1, tokens), packed))
     return made
 
 

@@ -39,7 +39,7 @@ class BareLoop:
         self.optimizer.zero_grad()
         total = 0.0
         for batch in batches:
-            losses = self.model(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
+            losses = self.model(batch.tokens, batch.targets, sequences=batch.sequences)
             loss = losses.mean() / len(batches)
             loss.backward()
             total += loss.item()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from pretrain.common.errors import UserError
 from pretrain.data.batches import open_shard
 from pretrain.data.manifest import Manifest
+from pretrain.data.sequences import Sequences
 from pretrain.inference.load import LoadedModel
 from pretrain.model.language_model import LanguageModel
 
@@ -54,8 +54,8 @@ def score(model: LanguageModel, batch: list[Window]) -> list[np.ndarray]:
     lengths = [len(w.inputs) for w in batch]
     inputs = torch.from_numpy(np.concatenate([w.inputs for w in batch])[None]).to(device)
     targets = torch.from_numpy(np.concatenate([w.targets for w in batch])[None]).to(device)
-    ends = torch.tensor([0, *accumulate(lengths)], device=device)
-    losses = model(inputs, targets, cu_seqlens=ends)[0].double().cpu().numpy()
+    packed = Sequences.from_lengths(lengths, device)
+    losses = model(inputs, targets, sequences=packed)[0].double().cpu().numpy()
     parts = np.split(losses, np.cumsum(lengths)[:-1])
     return [part[-w.scored :] for part, w in zip(parts, batch, strict=True)]
 

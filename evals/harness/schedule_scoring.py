@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pretrain.common.errors import UserError
 from pretrain.data.batches import Batch
+from pretrain.data.sequences import Sequences
 from pretrain.inference.score import Pair, Prompt, Scorer, merged
 from pretrain.training.engine import Engine
 
@@ -101,7 +102,7 @@ class ScheduleScorer(Scorer):
             torch.tensor([tokens]),
             torch.tensor([targets]),
             torch.tensor([mask + [0.0] * rest]),
-            torch.tensor(ends),
+            Sequences(torch.tensor(ends)),
         )
 
 

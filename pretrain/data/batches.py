@@ -26,7 +26,7 @@ from torch import Tensor
 from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, TrainConfig
 from pretrain.data.manifest import Manifest
-from pretrain.data.sequences import to_device, without_waiting
+from pretrain.data.sequences import Sequences, without_waiting
 from pretrain.data.tokenizer import Tokenizer
 
 
@@ -35,23 +35,29 @@ class Batch:
     """One micro-batch, all sequences packed in a row of T tokens.
 
     tokens, targets: ``[1, T]`` int64; loss_mask: ``[1, T]`` float32, 1 where the target counts;
-    cu_seqlens: ``[N + 1]`` int64, one entry per document or part of one.
+    sequences: the documents, or parts of documents, that the row is packed of.
     """
 
     tokens: Tensor
     targets: Tensor
     loss_mask: Tensor
-    cu_seqlens: Tensor
+    sequences: Sequences
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """``[N + 1]`` int64: 0, then where each of the N sequences ends."""
+        return self.sequences.cu_seqlens
 
     def to(self, device: torch.device) -> Batch:
+        """Return the batch on ``device``, without waiting for it."""
         tokens, targets, mask = (
             without_waiting(x, device) for x in (self.tokens, self.targets, self.loss_mask)
         )
-        return Batch(tokens, targets, mask, to_device(self.cu_seqlens, device))
+        return Batch(tokens, targets, mask, self.sequences.to(device))
 
 
 def open_shard(prefix: Path) -> Any:
-    """One shard as megatron-core's IndexedDataset; item i is document i, its ids in an array.
+    """Open one shard as megatron-core's IndexedDataset; item i is document i, its ids in an array.
 
     The arrays are views of the mapped file: copy what has to outlive the dataset.
     """
@@ -73,7 +79,7 @@ class TokenStream:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """``count`` tokens from ``start`` on, int64."""
+        """Read ``count`` tokens from ``start`` on, int64."""
         parts = []
         while count > 0:
             shard = int(np.searchsorted(self._ends, start, side="right"))
@@ -173,8 +179,8 @@ class TrainingBatches:
     def micro_batches(
         self, step: int, rank: int = 0, size: int = 1, *, offset: int = 0
     ) -> list[Batch]:
-        """Process ``rank`` of ``size`` data-parallel ones: its micro-batches of one step;
-        ``offset``: tokens of data left out before it."""
+        """Return the micro-batches of one step for process ``rank`` of ``size`` data-parallel ones;
+        ``offset``: tokens of data skipped before it."""
         length, micro = self.config.seq_len, self.micro_batch_size
         first = (self.config.tokens_before(step) + offset) // length
         per_step = self.config.batch_tokens(step) // length
@@ -192,20 +198,20 @@ class TrainingBatches:
         return pack_rows(np.stack(rows), self.eod_id)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(source, sample of that source's stream) of the run's sample ``index``."""
+        """Return (source, sample of that source's stream) of the run's sample ``index``."""
         source, position = blend(index, self.weights)
         epoch, position = divmod(position, self.samples[source])
         key = hashlib.sha256(f"{self.seed}:{self.names[source]}:{epoch}".encode()).digest()
         return source, permute(position, self.samples[source], key)
 
     def epochs(self, step: int, *, offset: int = 0) -> list[float]:
-        """How often each source has been seen when ``step`` steps are done."""
+        """Return how often each source has been seen when ``step`` steps are done."""
         seen = (self.config.tokens_before(step) + offset) // self.config.seq_len
         return [float(seen * w / n) for w, n in zip(self.weights, self.samples, strict=True)]
 
 
 def blend(index: int, weights: Sequence[Fraction]) -> tuple[int, int]:
-    """(source, position within it) of sample ``index``; ``weights`` sum to 1.
+    """Return (source, position within it) of sample ``index``; ``weights`` sum to 1.
 
     The first source takes sample i whenever floor(w (i + 1)) > floor(w i), the others share the
     rest in the same way: for any prefix, every share is exact to within len(weights) samples.
@@ -222,7 +228,7 @@ def blend(index: int, weights: Sequence[Fraction]) -> tuple[int, int]:
 
 
 def permute(position: int, count: int, key: bytes) -> int:
-    """Image of ``position`` under a pseudorandom permutation of ``range(count)``.
+    """Return the image of ``position`` under a pseudorandom permutation of ``range(count)``.
 
     A Feistel network of four rounds on the next power of four, walked along its cycle until the
     value falls below ``count``.
@@ -241,7 +247,7 @@ def permute(position: int, count: int, key: bytes) -> int:
 
 
 def pack_rows(rows: np.ndarray, eod_id: int) -> Batch:
-    """Rows ``[B, T + 1]`` of a token stream as one packed micro-batch.
+    """Pack rows ``[B, T + 1]`` of a token stream as one packed micro-batch.
 
     Every end-of-document token among the inputs opens a sequence, and so does every row.
     """
@@ -253,24 +259,25 @@ def pack_rows(rows: np.ndarray, eod_id: int) -> Batch:
         tokens=torch.from_numpy(inputs.reshape(1, -1).copy()),
         targets=torch.from_numpy(targets.reshape(1, -1).copy()),
         loss_mask=torch.ones(1, inputs.size),
-        cu_seqlens=torch.from_numpy(ends.astype(np.int64)),
+        sequences=Sequences(torch.from_numpy(ends.astype(np.int64))),
     )
 
 
 def share_of(batches: list[Batch], rank: int, size: int) -> list[Batch]:
-    """The ``rank``-th of ``size`` processes' batches, as many for each: filled up with ones that
-    count nothing, for where all must go through the model together."""
+    """Return the ``rank``-th of ``size`` processes' batches, as many for each: filled up with ones
+    that count nothing, for where all must go through the model together."""
     if not batches:
         return []
     last = batches[-1]
-    empty = Batch(last.tokens, last.targets, torch.zeros_like(last.loss_mask), last.cu_seqlens)
+    empty = Batch(last.tokens, last.targets, torch.zeros_like(last.loss_mask), last.sequences)
     return [*batches, *[empty] * (-len(batches) % size)][rank::size]
 
 
 def validation_batches(
     data: PreparedData, config: TrainConfig, micro_batch_size: int, tokens: int
 ) -> list[Batch]:
-    """About ``tokens`` tokens, evenly spread over every source's validation split, by weight."""
+    """Return about ``tokens`` tokens, evenly spread over every source's validation split, by
+    weight."""
     batches: list[Batch] = []
     total = sum(data.weights)
     for stream, weight in zip(data.valid, data.weights, strict=True):

@@ -1,125 +1,239 @@
-"""Where sequences begin and end in a packed row of tokens, and how to cut them into chunks.
+"""Packed sequences: where the documents in a row of tokens begin and end, and all that follows.
 
-``cu_seqlens`` is an int32 or int64 tensor ``[N + 1]``: 0, then the running sum of the lengths of
-the N sequences packed one after another. What the layers derive from it is computed once per tensor
-and remembered while that tensor lives, so a ``cu_seqlens`` must not be changed in place.
+A :class:`Sequences` is made once per batch and passed through the model as it is. What layers and
+ops derive from it (lengths on the host, positions, cuts into chunks, rotary angles, ...) is
+computed once and kept on the object, so it lives exactly as long as the batch does.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import update_wrapper
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 R = TypeVar("R")
 
 
-class remember(Generic[R]):
-    """Cache a function's results on its first argument, a tensor, by identity."""
+class Sequences:
+    """N sequences packed one after another in a row of T tokens; immutable.
 
-    def __init__(self, function: Callable[..., R]):
-        self._function = function
-        self._results: Any = WeakIdKeyDictionary()
-        update_wrapper(self, function)
+    ``cu_seqlens`` is an int32 or int64 tensor ``[N + 1]``: 0, then the running sum of the lengths.
+    It must not be changed in place. Raises ValueError for a tensor that is none such; its values
+    are checked when they are first read on the host, where a GPU has to be waited for.
+    """
 
-    def __call__(self, cu_seqlens: Tensor, *arguments: Any) -> R:
-        known = self._results.setdefault(cu_seqlens, {})
-        if arguments not in known:
-            with torch.inference_mode(False):  # what is remembered must serve training too
-                known[arguments] = self._function(cu_seqlens, *arguments)
-        return known[arguments]
+    __slots__ = ("_cu_seqlens", "_derived", "_device", "_lengths", "_row_length")
 
-    def learn(self, cu_seqlens: Tensor, result: R) -> None:
-        """Remember what is known from elsewhere, of a call without further arguments."""
-        self._results.setdefault(cu_seqlens, {})[()] = result
+    def __init__(self, cu_seqlens: Tensor):
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"cu_seqlens must be a vector of integers [N + 1], found "
+                f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
+        self._cu_seqlens: Tensor | None = cu_seqlens
+        self._device = cu_seqlens.device
+        self._lengths: list[int] | None = None
+        self._row_length: int | None = None
+        self._derived: dict[tuple[Any, ...], Any] = {}
+
+    @classmethod
+    def from_lengths(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> Sequences:
+        """Return sequences of these ``lengths``, whose ``cu_seqlens`` (int64) is on ``device``.
+
+        Nothing waits for the device. Raises ValueError for a negative length.
+        """
+        known = list(lengths)
+        if min(known, default=0) < 0:
+            raise ValueError(f"lengths of sequences must be at least 0, found {known[:20]}")
+        return cls._known(known, torch.device(device))
+
+    @classmethod
+    def of_rows(cls, batch_size: int, length: int, device: torch.device | str) -> Sequences:
+        """Return ``batch_size`` rows of ``length`` tokens each, laid one after another."""
+        rows = cls._known([length] * batch_size, torch.device(device))
+        rows._row_length = length
+        return rows
+
+    @classmethod
+    def _known(cls, lengths: list[int], device: torch.device) -> Sequences:
+        made = cls.__new__(cls)
+        made._cu_seqlens, made._device, made._lengths = None, device, lengths
+        made._row_length, made._derived = None, {}
+        return made
+
+    def __repr__(self) -> str:
+        return f"Sequences({self.count} on {self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sequences:
+        return self  # immutable
+
+    def derive(self, function: Callable[..., R], *arguments: Any) -> R:
+        """Return ``function(self, *arguments)``, computed once and kept on this object.
+
+        For what an op needs again and again: index tensors, tiles, rotary angles. ``function`` must
+        be one defined at module level (it is half of the key, so a new lambda in every call would
+        never be found again), ``arguments`` hashable; nobody may change the result in place. It is
+        computed outside inference mode, so that it serves training too.
+        """
+        key = (function, *arguments)
+        if key not in self._derived:
+            with torch.inference_mode(False):
+                self._derived[key] = function(self, *arguments)
+        return cast(R, self._derived[key])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of ``cu_seqlens`` and of the tensors derived from it."""
+        return self._device
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """``[N + 1]``: 0, then where each sequence ends."""
+        if self._cu_seqlens is None:
+            with torch.inference_mode(False):
+                if self._row_length is None:
+                    self._cu_seqlens = without_waiting(self.on_host, self.device)
+                else:  # a GPU makes them itself
+                    rows = torch.arange(self.count + 1, device=self.device, dtype=torch.int64)
+                    self._cu_seqlens = rows * self._row_length
+        return self._cu_seqlens
+
+    @property
+    def count(self) -> int:
+        """The number N of sequences, empty ones included."""
+        return len(self.cu_seqlens) - 1 if self._lengths is None else len(self._lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The N lengths, on the host. Raises ValueError where ``cu_seqlens`` falls."""
+        if self._lengths is None:
+            ends = self.cu_seqlens.tolist()
+            lengths = [b - a for a, b in itertools.pairwise(ends)]
+            if ends[0] != 0 or min(lengths, default=0) < 0:
+                raise ValueError(f"cu_seqlens must start at 0 and never fall, found {ends[:20]}")
+            self._lengths = lengths
+        return self._lengths
+
+    @property
+    def on_host(self) -> Tensor:
+        """``cu_seqlens`` ``[N + 1]`` in int64 on the CPU."""
+        return self.derive(_on_host)
+
+    @property
+    def sizes(self) -> Tensor:
+        """``[N]``: the lengths, on the device and in the dtype of ``cu_seqlens``."""
+        return self.derive(_sizes)
+
+    @property
+    def num_tokens(self) -> int:
+        """The number T of tokens of all sequences."""
+        return self.derive(_num_tokens)
+
+    @property
+    def max_length(self) -> int:
+        """The length of the longest sequence, 0 where there is none."""
+        return self.derive(_max_length)
+
+    @property
+    def ids(self) -> Tensor:
+        """``[T]`` int64: the number of the sequence that each token belongs to."""
+        return self.derive(_ids)
+
+    @property
+    def positions(self) -> Tensor:
+        """``[T]`` int64: each token's position within its own sequence, from 0."""
+        return self.derive(_positions)
+
+    def last_tokens(self, count: int) -> Tensor:
+        """Return the indices (int64) of each sequence's last ``count`` tokens, or of all it has."""
+        return self.derive(_last_tokens, count)
+
+    def chunk_layout(self, chunk_size: int) -> ChunkLayout:
+        """Return how the sequences are cut into chunks; empty sequences have no chunk."""
+        return self.derive(_chunk_layout, chunk_size)
+
+    def to(self, device: torch.device | str) -> Sequences:
+        """Return the same sequences on ``device``, this object itself if it is there.
+
+        Their lengths stay known, so that no layer has to wait for the device to learn them.
+        """
+        device = torch.device(device)
+        if self._cu_seqlens is None:
+            if device == self.device:
+                return self
+            moved = Sequences._known(self.lengths, device)
+            moved._row_length = self._row_length
+            return moved
+        cu_seqlens = without_waiting(self._cu_seqlens, device)
+        if cu_seqlens is self._cu_seqlens:
+            return self
+        moved = Sequences(cu_seqlens)
+        moved._lengths = self.lengths
+        return moved
 
 
-@remember
-def sequence_lengths(cu_seqlens: Tensor) -> list[int]:
-    """The lengths of the packed sequences, on the host. Raises ValueError for a bad tensor."""
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"cu_seqlens must be a vector of integers [N + 1], found {tuple(cu_seqlens.shape)} "
-            f"{cu_seqlens.dtype}"
-        )
-    ends = cu_seqlens.tolist()
-    lengths = [b - a for a, b in itertools.pairwise(ends)]
-    if ends[0] != 0 or min(lengths, default=0) < 0:
-        raise ValueError(f"cu_seqlens must start at 0 and never fall, found {ends[:20]}")
-    return lengths
+def given_sequences(
+    what: str, sequences: Sequences | Tensor | None, cu_seqlens: Tensor | None
+) -> Sequences | None:
+    """Return the sequences that a caller of ``what`` named by either keyword, None if by neither.
+
+    A tensor stands for ``Sequences(tensor)``. Raises ValueError where both are given.
+    """
+    if sequences is not None and cu_seqlens is not None:
+        raise ValueError(f"{what}: sequences and cu_seqlens are both given, expected one of them")
+    given = cu_seqlens if sequences is None else sequences
+    return Sequences(given) if isinstance(given, Tensor) else given
 
 
-@remember
-def cu_seqlens_on_host(cu_seqlens: Tensor) -> Tensor:
-    """The same ``[N + 1]`` int64 on the CPU, without asking the device once more."""
-    return torch.tensor([0, *itertools.accumulate(sequence_lengths(cu_seqlens))])
+def _on_host(sequences: Sequences) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(sequences.lengths)])
+
+
+def _sizes(sequences: Sequences) -> Tensor:
+    return sequences.cu_seqlens.diff()
+
+
+def _num_tokens(sequences: Sequences) -> int:
+    return sum(sequences.lengths)
+
+
+def _max_length(sequences: Sequences) -> int:
+    return max(sequences.lengths, default=0)
+
+
+def _ids(sequences: Sequences) -> Tensor:
+    return torch.repeat_interleave(sequences.sizes.long(), output_size=sequences.num_tokens)
+
+
+def _positions(sequences: Sequences) -> Tensor:
+    ids = sequences.ids
+    return torch.arange(len(ids), device=ids.device) - sequences.cu_seqlens.long()[ids]
+
+
+def _last_tokens(sequences: Sequences, count: int) -> Tensor:
+    ends = itertools.accumulate(sequences.lengths)
+    parts = [
+        torch.arange(end - min(n, count), end)
+        for n, end in zip(sequences.lengths, ends, strict=True)
+    ]
+    return without_waiting(torch.cat(parts or [torch.arange(0)]), sequences.device)
 
 
 def without_waiting(x: Tensor, device: torch.device) -> Tensor:
-    """``x``, which is on the CPU, on ``device``; a GPU copies from pinned memory by itself."""
+    """Return ``x``, which is on the CPU, on ``device``; a GPU copies from pinned memory by
+    itself."""
     if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
-def to_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
-    """``cu_seqlens``, which is on the CPU, on ``device``; its lengths stay known, so that no layer
-    has to wait for the device to learn them."""
-    moved = without_waiting(cu_seqlens, device)
-    if moved is not cu_seqlens:
-        sequence_lengths.learn(moved, sequence_lengths(cu_seqlens))
-    return moved
-
-
-@remember
-def last_tokens(cu_seqlens: Tensor, count: int) -> Tensor:
-    """The indices of each sequence's last ``count`` tokens, or of all that it has."""
-    ends = itertools.accumulate(sequence_lengths(cu_seqlens))
-    parts = [
-        torch.arange(end - min(n, count), end)
-        for n, end in zip(sequence_lengths(cu_seqlens), ends, strict=True)
-    ]
-    return without_waiting(torch.cat(parts or [torch.arange(0)]), cu_seqlens.device)
-
-
-@remember
-def max_length(cu_seqlens: Tensor) -> int:
-    """The longest packed sequence."""
-    return max(sequence_lengths(cu_seqlens), default=0)
-
-
-@remember
-def sequence_ids(cu_seqlens: Tensor) -> Tensor:
-    """``[T]`` int64: the sequence that each token belongs to."""
-    lengths = cu_seqlens.diff().long()
-    return torch.repeat_interleave(lengths, output_size=sum(sequence_lengths(cu_seqlens)))
-
-
-@remember
-def token_positions(cu_seqlens: Tensor) -> Tensor:
-    """``[T]`` int64: each token's position within its own sequence, from 0."""
-    ids = sequence_ids(cu_seqlens)
-    return torch.arange(len(ids), device=ids.device) - cu_seqlens.long()[ids]
-
-
-def rows_as_sequences(batch_size: int, length: int, device: torch.device) -> Tensor:
-    """``cu_seqlens`` of ``batch_size`` rows of equal length laid one after another, the lengths
-    being known without asking the device."""
-    rows = torch.arange(batch_size + 1, device=device, dtype=torch.int64) * length
-    if not rows.is_meta:
-        sequence_lengths.learn(rows, [length] * batch_size)
-    return rows
-
-
 def select_packed(x: Tensor, lengths: Tensor, indices: Tensor) -> Tensor:
-    """Of sequences of ``lengths`` ``[N]``, packed along the first axis, those of ``indices``
-    ``[M]`` in that order, packed likewise."""
+    """Return some of the sequences of ``lengths`` ``[N]`` that are packed along x's first axis:
+    those of ``indices`` ``[M]`` (int64), in that order, packed likewise."""
     chosen = lengths[indices]
     starts = (lengths.cumsum(0) - lengths)[indices]
     within = torch.arange(int(chosen.sum()), device=x.device)
@@ -129,7 +243,7 @@ def select_packed(x: Tensor, lengths: Tensor, indices: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Sequences cut into chunks, ordered so that step j holds the j-th chunk of each sequence.
+    """A cut of sequences into chunks, ordered so that step j holds the j-th chunk of each sequence.
 
     Every sequence starts a chunk of its own, so a chunk never straddles two sequences and a
     sequence's arithmetic does not depend on its neighbours. Longer sequences come first: the
@@ -151,11 +265,8 @@ class ChunkLayout:
     in_order: bool
 
 
-@remember
-def chunk_layout(cu_seqlens: Tensor, chunk_size: int) -> ChunkLayout:
-    """The :class:`ChunkLayout` of packed sequences; empty sequences have no chunk."""
-    lengths = sequence_lengths(cu_seqlens)
-    device, total = cu_seqlens.device, sum(lengths)
+def _chunk_layout(sequences: Sequences, chunk_size: int) -> ChunkLayout:
+    lengths, total, device = sequences.lengths, sequences.num_tokens, sequences.device
     sizes = torch.tensor(lengths, dtype=torch.int64)
     counts = (sizes + chunk_size - 1) // chunk_size
     order = torch.argsort(counts, descending=True, stable=True)

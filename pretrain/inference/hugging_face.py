@@ -93,4 +93,6 @@ def load_hugging_face(
     except Exception as error:  # of transformers, of the formats that it reads, of the model's code
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"hf:{source}: could not be loaded ({reason})") from None
-    return HuggingFaceModel(model.to(device or torch.get_default_device()).eval(), tokenizer, source)
+    return HuggingFaceModel(
+        model.to(device or torch.get_default_device()).eval(), tokenizer, source
+    )

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pretrain.data.sequences import Sequences
 from pretrain.inference.generate import choose
 from pretrain.inference.prefix_tree import Node, prefix_tree
 from pretrain.model.counts import passes
@@ -150,11 +151,11 @@ class StateScorer(Scorer):
             if states is not None:
                 at = torch.tensor(parents[:count], device=self.device)
                 before = self.model.select_states(states, at)
-            ends = torch.tensor([0, *accumulate(len(n.tokens) for n in nodes)])
+            packed = Sequences.from_lengths((len(n.tokens) for n in nodes), self.device)
             tokens = torch.tensor([[t for n in nodes for t in n.tokens]], device=self.device)
-            x, after = self.model.hidden_with_state(tokens, before, cu_seqlens=ends.to(self.device))
+            x, after = self.model.hidden_with_state(tokens, before, sequences=packed)
             self.alive()
-            yield nodes, x, ends[1:] - 1, after
+            yield nodes, x, packed.on_host[1:] - 1, after
             children = [(c, place) for place, n in enumerate(nodes) for c in n.children]
             if children:
                 below = [depths[place] + len(nodes[place].tokens) for _, place in children]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.common.metrics import merge_metrics
 from pretrain.config import ModelConfig
+from pretrain.data.sequences import Sequences, given_sequences
 from pretrain.model.counts import passes
 from pretrain.model.depth_lora import add_depth_lora, set_depth
 from pretrain.model.recursion import Recursion
@@ -63,13 +64,17 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cu_seqlens: Tensor | None,
-        state: State | None,
+        *,
+        sequences: Sequences | None = None,
+        state: State | None = None,
         drop: DropAt | None = None,
         depth: int = 0,
     ) -> tuple[Tensor, State]:
-        """``drop``: from what mixer and MLP add, at pass ``depth`` of a loop."""
-        y, state = self.mixer(self.mixer_norm(x), cu_seqlens=cu_seqlens, state=state)
+        """Run x ``[T, B, d]`` through the block; returns the same shape and the mixer's state.
+
+        ``drop``: from what mixer and MLP add, at pass ``depth`` of a loop.
+        """
+        y, state = self.mixer(self.mixer_norm(x), sequences=sequences, state=state)
         x = x + (y if drop is None else drop(y, (self.index, depth, 0)))
         if self.sandwich:
             x = self.mixer_post_norm(x)
@@ -105,7 +110,8 @@ class LanguageModel(DescribedModule):
         activation_checkpointing: str = "none",
         seq_len: int | None = None,
     ):
-        """``seq_len``: of the training batches' sequences, for dropout."""
+        """Build the model, or ``stage`` of it. ``seq_len``: of the training batches' sequences, for
+        dropout."""
         super().__init__()
         specs = block_specs(config)
         self.stage = stage = stage or whole_model(config)
@@ -157,11 +163,11 @@ class LanguageModel(DescribedModule):
                 drawing.begin_step(seed, step, place, places)
 
     def set_input_tensor(self, tensor: Sequence[Tensor | None]) -> None:
-        """Called by megatron-core's schedules with the previous stage's output ``[T, B, d]``."""
+        """Receive the previous stage's output ``[T, B, d]`` from megatron-core's schedules."""
         self._received = tensor[0]
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """What the first and the last stage both hold a copy of, for megatron-core."""
+        """Return what the first and the last stage both hold a copy of, for megatron-core."""
         return cast(Tensor, self.embedding.weight) if hasattr(self, "embedding") else None
 
     def forward(
@@ -169,18 +175,23 @@ class LanguageModel(DescribedModule):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
+        sequences: Sequences | Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         scored: Tensor | None = None,
         candidates: int | None = None,
     ) -> Tensor:
-        """tokens, targets ``[B, T]`` int64; with ``cu_seqlens`` B is 1 and sequences are packed.
+        """Compute the losses of ``targets``, or logits: tokens, targets ``[B, T]`` int64.
+
+        With ``sequences`` (or their tensor ``cu_seqlens`` ``[N + 1]``) B is 1 and N sequences are
+        packed along T.
 
         Returns each target's cross entropy ``[B, T]`` in nats, float32; without targets,
         the logits ``[B, T, vocab]`` (this process's part of the vocabulary). A stage that is not
         the last returns what the next one goes on from, ``[T, B, d]``. With ``scored``, ``[M]``
         numbers of tokens of one row: :meth:`score` of their targets.
         """
-        x, _, ponder = self._hidden(tokens, cu_seqlens, None, with_states=False)
+        packed = given_sequences("the model", sequences, cu_seqlens)
+        x, _, ponder = self._hidden(tokens, packed, None, with_states=False)
         if not self.stage.last:
             return viewless(x)
         if targets is None:
@@ -199,33 +210,46 @@ class LanguageModel(DescribedModule):
         return losses
 
     def forward_with_state(
-        self, tokens: Tensor, states: list[State] | None, *, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        states: list[State] | None,
+        *,
+        sequences: Sequences | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, list[State]]:
-        """Logits ``[B, T, vocab]`` and the states to go on from where a call ended: one for every
-        block, for those of a loop one for every pass."""
-        x, states, _ = self._hidden(tokens, cu_seqlens, states, with_states=True)
+        """Return logits ``[B, T, vocab]`` and the states to continue from where a call ended: one
+        for every block, for those of a loop one for every pass."""
+        packed = given_sequences("the model", sequences, cu_seqlens)
+        x, states, _ = self._hidden(tokens, packed, states, with_states=True)
         return self._logits(x).transpose(0, 1), states
 
     def hidden_with_state(
-        self, tokens: Tensor, states: list[State] | None, *, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        states: list[State] | None,
+        *,
+        sequences: Sequences | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, list[State]]:
-        """What :meth:`score` and :meth:`next_logits` start from, ``[B * T, d]`` row by row, and the
-        states as of :meth:`forward_with_state`. For a whole model without sequence parallelism."""
-        x, states, _ = self._hidden(tokens, cu_seqlens, states, with_states=True)
+        """Return what :meth:`score` and :meth:`next_logits` start from, ``[B * T, d]`` row by row,
+        and the states as of :meth:`forward_with_state`. For a whole model without sequence
+        parallelism."""
+        packed = given_sequences("the model", sequences, cu_seqlens)
+        x, states, _ = self._hidden(tokens, packed, states, with_states=True)
         return x.transpose(0, 1).flatten(0, 1), states
 
     def score(self, x: Tensor, targets: Tensor, candidates: int | None = None) -> Tensor:
-        """``[2, M]``: log-likelihoods of ``targets`` ``[M]`` after the tokens whose hidden rows are
-        x ``[M, d]``, and the likeliest of the first ``candidates`` ids there."""
+        """Return ``[2, M]``: log-likelihoods of ``targets`` ``[M]`` after the tokens whose hidden
+        rows are x ``[M, d]``, and the likeliest of the first ``candidates`` ids there."""
         return self._score(self._head_rows(x), targets, candidates)
 
     def next_logits(self, x: Tensor) -> Tensor:
-        """``[M, vocab]``, the whole vocabulary, after the tokens whose hidden rows are x."""
+        """Return ``[M, vocab]``, the whole vocabulary, after the tokens whose hidden rows are x."""
         logits = nn.functional.linear(self._head_rows(x), self._head_weight)
         return self._capped(gather_last_axis(logits, self.context.group))
 
     def select_states(self, states: list[State], indices: Tensor) -> list[State]:
-        """The states of some of the sequences, in the order of ``indices``."""
+        """Return the states of some of the sequences, in the order of ``indices``."""
         return [
             cast(Block, block).mixer.select_state(state, indices)
             for block, state in zip(self._blocks_by_state(), states, strict=True)
@@ -255,12 +279,13 @@ class LanguageModel(DescribedModule):
     def _hidden(
         self,
         tokens: Tensor,
-        cu_seqlens: Tensor | None,
+        sequences: Sequences | None,
         states: list[State] | None,
         *,
         with_states: bool,
     ) -> tuple[Tensor, list[State], Tensor | None]:
-        """The last block's output ``[T, B, d]``, the blocks' states, and a loop's ponder cost."""
+        """Return the last block's output ``[T, B, d]``, the blocks' states, and a loop's ponder
+        cost."""
         x = self._embed(tokens)
         new_states: list[State] = []
         drop = None
@@ -270,11 +295,11 @@ class LanguageModel(DescribedModule):
 
         def run(x: Tensor, indices: range, depth: int = 0) -> Tensor:
             if not with_states:
-                return self.run_blocks(x, indices, cu_seqlens, depth, drop)
+                return self.run_blocks(x, indices, sequences, depth, drop)
             for index in indices:
                 set_depth(self.blocks[index], depth)
                 old = None if states is None else states[len(new_states)]
-                x, state = self.blocks[index](x, cu_seqlens, old)
+                x, state = self.blocks[index](x, sequences=sequences, state=old)
                 new_states.append(state)
             return x
 
@@ -296,19 +321,19 @@ class LanguageModel(DescribedModule):
         self,
         x: Tensor,
         indices: range,
-        cu_seqlens: Tensor | None,
+        sequences: Sequences | None,
         depth: int = 0,
         drop: DropAt | None = None,
     ) -> Tensor:
-        """x ``[T, B, d]`` through some blocks, at pass ``depth`` of a loop, without states."""
+        """Run x ``[T, B, d]`` through some blocks, at pass ``depth`` of a loop, without states."""
         for index in indices:
             block = cast(Block, self.blocks[index])
             if self.checkpoint_blocks and self.training:
                 x = torch.utils.checkpoint.checkpoint(
-                    _run_block, block, x, cu_seqlens, depth, drop, use_reentrant=False
+                    _run_block, block, x, sequences, depth, drop, use_reentrant=False
                 )
             else:
-                x = _run_block(block, x, cu_seqlens, depth, drop)
+                x = _run_block(block, x, sequences, depth, drop)
         return x
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -322,7 +347,7 @@ class LanguageModel(DescribedModule):
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        """``[T, B, vocab]``, this process's part of the vocabulary."""
+        """Return logits ``[T, B, vocab]``, this process's part of the vocabulary."""
         x = column_input(self._head_input(x), self.context)
         return self._capped(nn.functional.linear(x, self._head_weight))
 
@@ -340,7 +365,7 @@ class LanguageModel(DescribedModule):
         return cast(Tensor, self.embedding.weight if tied else self.head.weight)
 
     def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """``[T, B]`` in nats, of targets ``[T, B]``."""
+        """Return losses ``[T, B]`` in nats, of targets ``[T, B]``."""
         rows = self.vocab_size // self.context.tensor_size
         at_once = max(self.logits_at_once // rows, 1)
         z_loss = self.model_config.z_loss_weight if self.training else 0.0
@@ -360,7 +385,8 @@ class LanguageModel(DescribedModule):
         return losses.view_as(targets)
 
     def metrics(self) -> dict[str, float]:
-        """What the mixers have to tell since the last call, over all blocks of this process."""
+        """Return what the mixers have to report since the last call, over all blocks of this
+        process."""
         found: dict[str, float] = {}
         for index in self.stage.blocks:
             block = cast(Block, self.blocks[index])
@@ -370,7 +396,7 @@ class LanguageModel(DescribedModule):
         return found
 
     def update_biases(self) -> None:
-        """Of mixtures of experts, after a step."""
+        """Update the biases of mixtures of experts after a step."""
         for index in self.stage.blocks:
             mlp = cast(Block, self.blocks[index]).mlp
             if isinstance(mlp, MoE):
@@ -378,7 +404,7 @@ class LanguageModel(DescribedModule):
 
 
 def _run_block(
-    block: Block, x: Tensor, cu_seqlens: Tensor | None, depth: int, drop: DropAt | None
+    block: Block, x: Tensor, sequences: Sequences | None, depth: int, drop: DropAt | None
 ) -> Tensor:
     set_depth(block, depth)
-    return block(x, cu_seqlens, None, drop, depth)[0]
+    return cast(Tensor, block(x, sequences=sequences, drop=drop, depth=depth)[0])

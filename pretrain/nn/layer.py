@@ -30,7 +30,7 @@ class MixerLayer(DescribedModule):
         sequences begin and end, as a cu_seqlens tensor ``[N + 1]`` or a Sequences; the state then
         is of N sequences.
         """
-        if x.ndim != 3:  # noqa: PLR2004
+        if x.ndim != 3:
             raise ValueError(f"x is {tuple(x.shape)}, expected [B, T, d]")
         if isinstance(sequences, Tensor):
             sequences = Sequences(sequences)

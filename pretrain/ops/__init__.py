@@ -1,7 +1,9 @@
 """The recurrences as plain functions: what they compute, then how it is made fast.
 
 Every function takes tensors laid out ``[B, T, H, D]``, keeps its recurrent state in float32 or
-wider, and resets that state at the sequence starts that ``cu_seqlens`` names.
+wider, and resets that state where one of the packed ``sequences`` starts. They are a
+:class:`pretrain.data.sequences.Sequences`, or a tensor that one is made of; ``cu_seqlens=`` with
+that tensor means the same.
 """
 
 from pretrain.ops.attention.dispatch import attention
@@ -9,14 +11,17 @@ from pretrain.ops.attention.rotary import apply_rotary, rotary_embedding, rotary
 from pretrain.ops.delta_rule.dispatch import delta_rule
 from pretrain.ops.linear_attention.dispatch import linear_attention
 from pretrain.ops.m2rnn.dispatch import m2rnn
-from pretrain.ops.newton.dispatch import NewtonReport, newton_recurrence
+from pretrain.ops.newton.dispatch import newton_recurrence
+from pretrain.ops.newton.options import NewtonOptions, NewtonReport
 from pretrain.ops.para_rnn.dispatch import para_gru, para_lstm
-from pretrain.ops.rat.dispatch import RATState, rat
+from pretrain.ops.rat.dispatch import rat
+from pretrain.ops.rat.state import RATState
 from pretrain.ops.rnn.dispatch import rnn
 from pretrain.ops.shared.arguments import definitions
 from pretrain.ops.short_convolution.dispatch import short_convolution
 
 __all__ = [
+    "NewtonOptions",
     "NewtonReport",
     "RATState",
     "apply_rotary",

@@ -54,7 +54,7 @@ def score_schedule(
             output = module(
                 batch.tokens,
                 batch.targets,
-                cu_seqlens=batch.cu_seqlens,
+                sequences=batch.sequences,
                 scored=scored,
                 candidates=candidates,
             )
@@ -89,14 +89,14 @@ def _whole_rounds(batches: list[Batch]) -> list[Batch]:
         return batches
     missing = -len(batches) % parallel_state.get_pipeline_model_parallel_world_size()
     last = batches[-1]
-    empty = Batch(last.tokens, last.targets, torch.zeros_like(last.loss_mask), last.cu_seqlens)
+    empty = Batch(last.tokens, last.targets, torch.zeros_like(last.loss_mask), last.sequences)
     return batches + [empty] * missing
 
 
 def _forward_step(batches: Iterator[Batch], module: nn.Module) -> tuple[Tensor, partial[Any]]:
     batch = next(batches).to(local_device())
     with model_scope():
-        output = module(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
+        output = module(batch.tokens, batch.targets, sequences=batch.sequences)
     return output, partial(_loss, mask=batch.loss_mask)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig, ParallelConfig
-from pretrain.data.sequences import rows_as_sequences
+from pretrain.data.sequences import Sequences
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.dropout import EMBEDDING
@@ -146,10 +146,6 @@ class _Measurement:
         forward, backward = (y.plus(y.plus(x, -1), share) for x, y in zip(a, b, strict=True))
         return forward, backward
 
-    def _tokens(self, length: int) -> tuple[int, Tensor]:
-        device = torch.device("cpu")
-        return self.rows * length, rows_as_sequences(self.rows, length, device)
-
     def _hidden(self, tokens: int) -> Tensor:
         context = self.model.context
         shape = (tokens // self.divided, 1, self.model.model_config.hidden_size)
@@ -174,11 +170,11 @@ class _Measurement:
         return ahead, back
 
     def _block(self, length: int, index: int) -> tuple[Cost, Cost]:
-        tokens, cu_seqlens = self._tokens(length)
-        x = self._hidden(tokens)
+        sequences = Sequences.of_rows(self.rows, length, "cpu")
+        x = self._hidden(sequences.num_tokens)
         drop = None if self.model.dropout is None else self.model.dropout.next_micro_batch()
         blocks = range(index, index + 1)
-        return self._run([x], lambda: self.model.run_blocks(x, blocks, cu_seqlens, drop=drop))
+        return self._run([x], lambda: self.model.run_blocks(x, blocks, sequences, drop=drop))
 
     def _loop(self, length: int) -> tuple[Cost, Cost]:
         x, recursion = self._hidden(self.rows * length), self.model.recursion

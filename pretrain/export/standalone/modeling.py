@@ -112,7 +112,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             kept = attention_mask.bool()
             ends = torch.cat([kept.sum(1).new_zeros(1), kept.sum(1).cumsum(0)])
-            packed = self.model(input_ids[kept][None], cu_seqlens=ends)[0]
+            packed = self.model(input_ids[kept][None], sequences=ends)[0]
             logits = packed.new_zeros(*input_ids.shape, packed.shape[-1])
             logits[kept] = packed
         loss = None

@@ -26,7 +26,9 @@ FOOT = """
 Behind all of them stand the plain functions of `pretrain.ops`. Each has a definition (a loop over
 time, `backend="recurrent"` or `"sequential"`) and a faster form, equal to 1e-10 in float64 with all
 gradients; `with pretrain.ops.definitions():` makes a whole model run by the definitions, to tell
-whether a fast form is to blame for something.
+whether a fast form is to blame for something. Documents packed in a row are named by `sequences=`:
+a `pretrain.data.sequences.Sequences`, made once per batch, which keeps what the functions derive
+from it, or the tensor of their ends.
 
 **Parallelism.** All run under data parallel with a sharded optimizer (ZeRO-1), and under tensor
 parallelism with or without sequence parallelism (`parallel: {tensor: 2, sequence: true}`):

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
-from pretrain.data.sequences import (
-    last_tokens,
-    max_length,
-    rows_as_sequences,
-    select_packed,
-    sequence_lengths,
-    token_positions,
-)
+from pretrain.data.sequences import Sequences, select_packed
 from pretrain.nn.linear import (
     column_input,
     column_linear,
@@ -82,7 +75,7 @@ class Attention(Mixer):
             self.k_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         q = heads(self.q_proj(x)[0], self.num_heads)
@@ -92,35 +85,35 @@ class Attention(Mixer):
             q = rms_norm(q, head_shared(self.q_norm, self.parallel), self.config.norm_eps)
             k = rms_norm(k, head_shared(self.k_norm, self.parallel), self.config.norm_eps)
         batch_size, length = q.shape[:2]
-        if cu_seqlens is None:
-            cu_seqlens = rows_as_sequences(batch_size, length, q.device)
+        if sequences is None:
+            sequences = Sequences.of_rows(batch_size, length, q.device)
             q, k, v = (t.reshape(1, batch_size * length, *t.shape[2:]) for t in (q, k, v))
         if self.config.rope_theta is not None:
             dim, theta = self.head_dim, self.config.rope_theta
             if state is None:
-                cos, sin = rotary_of(cu_seqlens, dim, theta)
+                cos, sin = rotary_of(sequences, dim, theta)
             else:
-                seen = torch.repeat_interleave(state["seen"], cu_seqlens.diff())
-                cos, sin = rotary_embedding(token_positions(cu_seqlens) + seen, dim, theta)
+                seen = torch.repeat_interleave(state["seen"], sequences.sizes)
+                cos, sin = rotary_embedding(sequences.positions + seen, dim, theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        k, v, cu_seqlens_k = _append(state, k[0], v[0], cu_seqlens)
+        k, v, sequences_k = _append(state, k[0], v[0], sequences)
         y = attention(
             q,
             k[None],
             v[None],
             window=self.config.window,
-            cu_seqlens=cu_seqlens,
-            cu_seqlens_k=cu_seqlens_k,
+            sequences=sequences,
+            sequences_k=sequences_k,
         )
         y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
-        seen = cu_seqlens.diff() + (0 if state is None else state["seen"])
-        return self.o_proj(y)[0], {**self._visible(k, v, cu_seqlens_k), "seen": seen}
+        seen = sequences.sizes + (0 if state is None else state["seen"])
+        return self.o_proj(y)[0], {**self._visible(k, v, sequences_k), "seen": seen}
 
-    def _visible(self, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> State:
-        """What later tokens can still see."""
-        lengths, window = cu_seqlens.diff(), self.config.window
-        if window is not None and max_length(cu_seqlens) > window:
-            kept = last_tokens(cu_seqlens, window)
+    def _visible(self, k: Tensor, v: Tensor, sequences: Sequences) -> State:
+        """Return what later tokens can still see."""
+        lengths, window = sequences.sizes, self.config.window
+        if window is not None and sequences.max_length > window:
+            kept = sequences.last_tokens(window)
             k, v, lengths = k[kept], v[kept], lengths.clamp_max(window)
         return {"k": k, "v": v, "lengths": lengths}
 
@@ -179,16 +172,15 @@ class Attention(Mixer):
 
 
 def _append(
-    state: State | None, k: Tensor, v: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each sequence's new keys and values after its old ones; and where the sequences lie."""
+    state: State | None, k: Tensor, v: Tensor, sequences: Sequences
+) -> tuple[Tensor, Tensor, Sequences]:
+    """Return each sequence's new keys and values after its old ones, and where sequences lie."""
     if state is None:
-        return k, v, cu_seqlens
-    new = sequence_lengths(cu_seqlens)
-    old = state["lengths"].tolist()
+        return k, v, sequences
+    new, old = sequences.lengths, state["lengths"].tolist()
     parts = [
         torch.cat([torch.cat(pair) for pair in zip(a.split(old), b.split(new), strict=True)])
         for a, b in ((state["k"], k), (state["v"], v))
     ]
-    ends = torch.tensor([0, *(a + b for a, b in zip(old, new, strict=True))], device=k.device)
-    return parts[0], parts[1], ends.cumsum(0)
+    both = Sequences.from_lengths((a + b for a, b in zip(old, new, strict=True)), k.device)
+    return parts[0], parts[1], both

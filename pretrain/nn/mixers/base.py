@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from pretrain.data.sequences import Sequences
 from pretrain.nn.parameters import DescribedModule
 from pretrain.parallel.context import ParallelContext
 
@@ -66,29 +67,32 @@ class Mixer(DescribedModule, ABC):
 
     @abstractmethod
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """x ``[T, B, d]`` to y of the same shape, and the state after each sequence's last token.
+        """Mix x ``[T, B, d]`` along T; returns y of the same shape, and the state after each
+        sequence's last token.
 
-        With ``cu_seqlens`` ``[N + 1]`` B is 1 and N sequences are packed along T.
+        With ``sequences`` B is 1 and N sequences are packed along T; without, each of the B rows is
+        one. ``state``: that of N sequences to continue from.
         """
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token for each of B sequences, ``[B, d]``."""
+        """Mix one token for each of B sequences, ``[B, d]``."""
         y, state = self(x[None], state=state)
         return y[0], state
 
     @abstractmethod
     def init_state(self, batch_size: int) -> State:
-        """The state before any token."""
+        """Return the state before any token."""
 
     def select_state(self, state: State, indices: Tensor) -> State:
-        """The states of some of the sequences, ``[M]`` int64 numbers from 0; one may be there
-        several times."""
+        """Return the states of some of the sequences, ``[M]`` int64 numbers from 0; one may be
+        there several times."""
         return {name: values[indices] for name, values in state.items()}
 
     def metrics(self) -> dict[str, float]:
-        """What the layer has to tell of the passes since the last call; each call starts anew.
+        """Return what the layer has to report of the passes since the last call; each call starts
+        anew.
 
         A key ending in ``_max`` is reduced by the largest over layers and processes, others by sum.
         """
@@ -100,24 +104,26 @@ class Mixer(DescribedModule, ABC):
 
     @classmethod
     def divided(cls, config: Any, hidden_size: int) -> dict[str, int]:
-        """Counts that tensor parallelism divides, by the name of their setting. One of a name in
-        ``SHAREABLE`` may also be 1, and is then shared by all processes."""
+        """Return the counts that tensor parallelism divides, by the name of their setting. One of a
+        name in ``SHAREABLE`` may also be 1, and is then shared by all processes."""
         return {"num_heads": config.num_heads}
 
     @classmethod
     @abstractmethod
     def num_parameters(cls, config: Any, hidden_size: int) -> int:
-        """Parameters of the layer, norms inside it included."""
+        """Return the parameters of the layer, norms inside it included."""
 
     @classmethod
     @abstractmethod
     def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
-        """Matrix-multiply FLOPs of one token's forward pass in sequences of ``seq_len``."""
+        """Return the matrix-multiply FLOPs of one token's forward pass in sequences of
+        ``seq_len``."""
 
     @classmethod
     @abstractmethod
     def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
-        """Bytes of one sequence's state after ``seq_len`` tokens, activations in bfloat16."""
+        """Return the bytes of one sequence's state after ``seq_len`` tokens, activations in
+        bfloat16."""
 
 
 M = TypeVar("M", bound=type[Mixer])
@@ -125,7 +131,7 @@ _REGISTRY: dict[str, type[Mixer]] = {}
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator: make a mixer known to pattern strings as ``name``."""
+    """Make a mixer known to pattern strings as ``name``."""
 
     def add(mixer: M) -> M:
         if name in _REGISTRY:
@@ -137,24 +143,25 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def registry() -> dict[str, type[Mixer]]:
-    """All mixers by name."""
+    """Return all mixers by name."""
     return dict(_REGISTRY)
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:
-    """``[T, B, H * D]`` to batch-first ``[B, T, H, D]``."""
+    """Split ``[T, B, H * D]`` into batch-first ``[B, T, H, D]``."""
     return x.unflatten(-1, (num_heads, -1)).transpose(0, 1)
 
 
 def whole(value: float, what: str) -> int:
-    """``value`` as an int. Raises ValueError naming ``what`` if it is not whole."""
+    """Return ``value`` as an int. Raises ValueError naming ``what`` if it is not whole."""
     if abs(value - round(value)) > 1e-9 * abs(value):
         raise ValueError(f"{what} is {value:g}, expected a whole number")
     return round(value)
 
 
 def per_head(hidden_size: int, num_heads: int) -> int:
-    """Channels of a head. Raises ValueError where the heads do not divide ``hidden_size``."""
+    """Return the channels of a head. Raises ValueError where the heads do not divide
+    ``hidden_size``."""
     if hidden_size % num_heads:
         raise ValueError(
             f"num_heads is {num_heads}, which does not divide hidden_size {hidden_size}; choose "
@@ -164,5 +171,5 @@ def per_head(hidden_size: int, num_heads: int) -> int:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or wider where the model is."""
+    """Return float32, or wider where the model is."""
     return torch.promote_types(dtype, torch.float32)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
     column_input,
     column_linear,
@@ -92,12 +93,12 @@ class DeltaRuleMixer(Mixer):
         return True
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         new_state: State = {}
         q, k, v = (
-            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], cu_seqlens, state, new_state)
+            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], sequences, state, new_state)
             for name in "qkv"
         )
         q, k, v = heads_of(q, self.num_heads, 1), self._steps(k), self._steps(v)
@@ -115,7 +116,7 @@ class DeltaRuleMixer(Mixer):
             beta,
             log_decay=log_decay,
             num_householder=self.substeps,
-            cu_seqlens=cu_seqlens,
+            sequences=sequences,
             initial_state=None if state is None else state["recurrent"],
             chunk_size=self.config.chunk_size,
         )
@@ -127,8 +128,8 @@ class DeltaRuleMixer(Mixer):
         return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
 
     def _steps(self, x: Tensor) -> Tensor:
-        """``[B, T, H * n * dim]`` to ``[B, T * n, H, dim]``: a head's sub-steps lie together, so
-        that heads can be divided."""
+        """Split ``[B, T, H * n * dim]`` into ``[B, T * n, H, dim]``: a head's sub-steps lie
+        together, so that heads can be divided."""
         return heads_of(x, self.num_heads, self.substeps)
 
     def init_state(self, batch_size: int) -> State:
@@ -174,5 +175,5 @@ class DeltaRuleMixer(Mixer):
 
 
 def heads_of(x: Tensor, num_heads: int, steps: int) -> Tensor:
-    """``[B, T, H * steps * dim]`` to ``[B, T * steps, H, dim]``."""
+    """Split ``[B, T, H * steps * dim]`` into ``[B, T * steps, H, dim]``."""
     return x.unflatten(-1, (num_heads, steps, -1)).transpose(2, 3).flatten(1, 2)

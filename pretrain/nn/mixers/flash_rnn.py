@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
+from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
     column_input,
     column_linear,
@@ -36,7 +37,7 @@ from pretrain.nn.mixers.base import (
 from pretrain.nn.mixers.parts import gate_parameter
 from pretrain.ops import rnn
 from pretrain.ops.elementwise.rms_norm import rms_norm
-from pretrain.ops.rnn.dispatch import CELLS
+from pretrain.ops.rnn.cells import CELLS
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class ClassicalRNN(Mixer):
         return bias
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         kind = CELLS[self.cell]
@@ -101,7 +102,7 @@ class ClassicalRNN(Mixer):
             self.bias.transpose(0, 1),
             cell=self.cell,
             state_grad_clip=self.config.state_grad_clip,
-            cu_seqlens=cu_seqlens,
+            sequences=sequences,
             initial_state=None if state is None else tuple(state[name] for name in kind.states),
         )
         y = rms_norm(y, head_shared(self.norm, self.parallel), self.config.norm_eps)

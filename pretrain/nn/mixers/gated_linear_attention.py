@@ -58,7 +58,7 @@ class GatedLinearAttention(LinearFamilyMixer):
         self.a_bias = gate_parameter(parallel, (self.num_heads * self.key_dim,), constant(0.0))
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """``[B, T, H, K]``."""
+        """Compute log-decays ``[B, T, H, K]``."""
         decay = self.a_up(self.a_down(x)[0])[0].to(self.a_bias.dtype) + self.a_bias
         return heads(F.logsigmoid(decay), self.num_heads) / self.config.gate_normalizer
 

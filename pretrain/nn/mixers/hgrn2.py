@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
+from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
     column_input,
     column_linear,
@@ -82,7 +83,7 @@ class HGRN2(Mixer):
         self.norm = sharded_parameter(parallel, (width,), constant(1.0))
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         q = F.silu(self.q_proj(x)[0])
@@ -94,7 +95,7 @@ class HGRN2(Mixer):
             k.to(q.dtype),
             v,
             log_decay=log_f,
-            cu_seqlens=cu_seqlens,
+            sequences=sequences,
             chunk_size=self.config.chunk_size,
             initial_state=None if state is None else state["recurrent"],
         )
@@ -134,7 +135,7 @@ class HGRN2(Mixer):
 
 @fused
 def _forget(gate: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - f and log f, by forms that neither cancel nor reach log 0."""
+    """Return 1 - f and log f, by forms that neither cancel nor reach log 0."""
     gate = gate.to(bound.dtype)
     closing = torch.sigmoid(-bound) * torch.sigmoid(-gate)
     opening = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(gate))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
+from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
     ReplicatedLinear,
     column_input,
@@ -95,13 +96,13 @@ class KimiDeltaAttention(Mixer):
         self.norm = replicated_parameter(parallel, (dim,), constant(1.0))
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         new_state: State = {}
         q, k, v = (
             convolve(
-                self, name, getattr(self, f"{name}_proj")(x)[0], cu_seqlens, state, new_state
+                self, name, getattr(self, f"{name}_proj")(x)[0], sequences, state, new_state
             ).unflatten(-1, (self.num_heads, -1))
             for name in "qkv"
         )
@@ -121,7 +122,7 @@ class KimiDeltaAttention(Mixer):
             v,
             beta * (1 + self.config.allow_neg_eigval),
             log_decay=log_decay,
-            cu_seqlens=cu_seqlens,
+            sequences=sequences,
             chunk_size=self.config.chunk_size,
             initial_state=None if state is None else state["recurrent"],
         )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
+from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import constant, head_shared, normal, replicated_parameter
 from pretrain.nn.mixers.base import LayerContext, MixerCard, State, register
 from pretrain.nn.mixers.linear_family import LinearFamilyConfig, LinearFamilyMixer
@@ -76,17 +77,17 @@ class LinearAttention(LinearFamilyMixer):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu_seqlens: Tensor | None,
+        sequences: Sequences | None,
         state: State | None,
         new_state: State,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Feature maps, and a column of ones to sum the keys."""
+        """Apply the feature maps, and append a column of ones to sum the keys."""
         if self.config.normalize:
             v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
         return self._features("q", q), self._features("k", k), v
 
     def finish(self, y: Tensor) -> Tensor:
-        """Divided by the sum of weights, where there is one."""
+        """Divide by the sum of weights, where there is one."""
         if not self.config.normalize:
             return y
         wide = y.to(torch.promote_types(y.dtype, torch.float32))

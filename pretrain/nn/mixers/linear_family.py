@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
+from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
     column_input,
     column_linear,
@@ -65,7 +66,7 @@ class LinearFamilyMixer(Mixer):
         self.norm = replicated_parameter(parallel, (self.value_dim,), constant(1.0))
 
     def log_decay(self, x: Tensor) -> Tensor | None:
-        """x ``[T, B, d]`` to ``[B, T, H]`` or ``[B, T, H, K]``."""
+        """Compute log-decays ``[B, T, H]`` or ``[B, T, H, K]``."""
         return None
 
     def prepare(
@@ -73,30 +74,30 @@ class LinearFamilyMixer(Mixer):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu_seqlens: Tensor | None,
+        sequences: Sequences | None,
         state: State | None,
         new_state: State,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the recurrence is given of q, k and v ``[B, T, H, dim]``."""
+        """Return what the recurrence is given of q, k and v ``[B, T, H, dim]``."""
         return q, k, v
 
     def finish(self, y: Tensor) -> Tensor:
-        """What is normalised of the recurrence's output."""
+        """Return what is normalised of the recurrence's output."""
         return y
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         new_state: State = {}
         q, k, v = (heads(getattr(self, f"{name}_proj")(x)[0], self.num_heads) for name in "qkv")
-        q, k, v = self.prepare(q, k, v, cu_seqlens, state, new_state)
+        q, k, v = self.prepare(q, k, v, sequences, state, new_state)
         y, new_state["recurrent"] = linear_attention(
             q,
             k,
             v,
             log_decay=self.log_decay(x),
-            cu_seqlens=cu_seqlens,
+            sequences=sequences,
             chunk_size=self.config.chunk_size,
             initial_state=None if state is None else state["recurrent"],
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
+from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
     column_input,
     column_linear,
@@ -101,12 +102,12 @@ class M2RNN(Mixer):
         self.norm = sharded_parameter(parallel, (local,), constant(1.0))
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         new_state: State = {}
         q, k, v = (
-            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], cu_seqlens, state, new_state)
+            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], sequences, state, new_state)
             for name in "qkv"
         )
         q, k = (t.unflatten(-1, (self.qk_heads, -1)) for t in (q, k))
@@ -118,7 +119,7 @@ class M2RNN(Mixer):
             v,
             self.recurrent,
             forget,
-            cu_seqlens=cu_seqlens,
+            sequences=sequences,
             state_grad_clip=self.config.state_grad_clip,
             initial_state=None if state is None else state["recurrent"],
         )

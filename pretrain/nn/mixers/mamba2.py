@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
+from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
     column_input,
     column_linear,
@@ -99,12 +100,12 @@ class Mamba2(Mixer):
         self.norm = sharded_parameter(parallel, (local,), constant(1.0))
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         new_state: State = {}
         inner, b, c = (
-            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], cu_seqlens, state, new_state)
+            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], sequences, state, new_state)
             for name in "xbc"
         )
         repeat = self.num_heads // self.groups
@@ -118,7 +119,7 @@ class Mamba2(Mixer):
             wide * step[..., None],
             log_decay=-self.A_log.exp() * step,
             scale=1.0,
-            cu_seqlens=cu_seqlens,
+            sequences=sequences,
             chunk_size=self.config.chunk_size,
             initial_state=None if state is None else state["recurrent"],
         )

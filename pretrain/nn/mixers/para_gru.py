@@ -27,7 +27,7 @@ class ParaGRU(ParaRNNMixer):
     def cell(
         self, u: Tensor, weights: Tensor, bias: Tensor, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """See :func:`pretrain.ops.para_gru`."""
+        """Run :func:`pretrain.ops.para_gru`."""
         if options["initial_state"] is not None:
             options["initial_state"] = options["initial_state"][:, 0]
         y, state = para_gru(u, weights, bias, **options)

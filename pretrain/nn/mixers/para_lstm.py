@@ -33,5 +33,5 @@ class ParaLSTM(ParaRNNMixer):
     def cell(
         self, u: Tensor, weights: Tensor, bias: Tensor, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """See :func:`pretrain.ops.para_lstm`."""
+        """Run :func:`pretrain.ops.para_lstm`."""
         return para_lstm(u, weights[:3], weights[3:], bias, **options)

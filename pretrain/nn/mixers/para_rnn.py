@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
+from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
     column_input,
     column_linear,
@@ -102,15 +103,15 @@ class ParaRNNMixer(Mixer):
     def cell(
         self, u: Tensor, weights: Tensor, bias: Tensor, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """u ``[B, T, 3, D]``, weights ``[recurrent_rows, D]``, bias ``[3, D]``; output and states
-        ``[N, S, D]``."""
+        """Run the recurrence: u ``[B, T, 3, D]``, weights ``[recurrent_rows, D]``, bias ``[3, D]``;
+        output and states ``[N, S, D]``."""
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         new_state: State = {}
-        inner = convolve(self, "x", self.x_proj(x)[0], cu_seqlens, state, new_state)
+        inner = convolve(self, "x", self.x_proj(x)[0], sequences, state, new_state)
         batch_size, length, width = inner.shape
         by_head = inner.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
         u = torch.bmm(by_head, self.gates).unflatten(-1, (3, -1)).permute(1, 2, 0, 3)
@@ -123,7 +124,7 @@ class ParaRNNMixer(Mixer):
             u.reshape(batch_size, length, 3, width),
             weights,
             self.bias.transpose(0, 1).flatten(1),
-            cu_seqlens=cu_seqlens,
+            sequences=sequences,
             initial_state=None if state is None else state["recurrent"].flatten(2),
             iterations=self.config.iterations,
             tolerance=self.config.tolerance,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
     Initializer,
     ParallelContext,
@@ -23,18 +24,18 @@ from pretrain.ops.elementwise.fusing import fused
 
 @fused
 def l2_norm(x: Tensor) -> Tensor:
-    """``x / sqrt(sum x^2 + 1e-6)`` over the last axis, in float32 or wider."""
+    """Return ``x / sqrt(sum x^2 + 1e-6)`` over the last axis, in float32 or wider."""
     wide = x.to(accumulation_dtype(x.dtype))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def conv_init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform in +-W^-1/2, as torch's Conv1d with one input channel per group."""
+    """Draw uniformly in +-W^-1/2, as torch's Conv1d with one input channel per group."""
     return (torch.rand(shape, generator=generator) * 2 - 1) * shape[-1] ** -0.5
 
 
 def decay_rate_init(low: float = 0.0, high: float = 16.0) -> Initializer:
-    """A_log with A uniform in (low, high)."""
+    """Return an initialiser of A_log with A uniform in (low, high)."""
 
     def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         rate = torch.rand(shape, generator=generator) * (high - low) + low
@@ -44,7 +45,7 @@ def decay_rate_init(low: float = 0.0, high: float = 16.0) -> Initializer:
 
 
 def time_step_init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """dt_bias such that softplus(dt_bias) is log-uniform in [1e-3, 1e-1]."""
+    """Draw dt_bias such that softplus(dt_bias) is log-uniform in [1e-3, 1e-1]."""
     low, high = math.log(1e-3), math.log(1e-1)
     dt = (torch.rand(shape, generator=generator) * (high - low) + low).exp().clamp_min(1e-4)
     return dt + torch.log(-torch.expm1(-dt))
@@ -53,14 +54,14 @@ def time_step_init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor
 def gate_parameter(
     parallel: ParallelContext, shape: tuple[int, ...], init: Initializer
 ) -> torch.nn.Parameter:
-    """A divided parameter in float32 or wider without weight decay, as gates need it."""
+    """Return a sharded parameter in float32 or wider without weight decay, as gates need it."""
     dtype = accumulation_dtype(parallel.dtype)
     return sharded_parameter(parallel, shape, init, dtype=dtype, decay=False)
 
 
 @fused
 def softplus_decay(x: Tensor, rate_log: Tensor, bias: Tensor) -> Tensor:
-    """``-exp(A_log) softplus(x + dt_bias)``, a log-decay, in the gates' dtype."""
+    """Return ``-exp(A_log) softplus(x + dt_bias)``, a log-decay, in the gates' dtype."""
     return -rate_log.exp() * F.softplus(x.to(bias.dtype) + bias)
 
 
@@ -97,11 +98,11 @@ def convolve(
     mixer: Mixer,
     name: str,
     x: Tensor,
-    cu_seqlens: Tensor | None,
+    sequences: Sequences | None,
     state: State | None,
     new_state: State,
 ) -> Tensor:
-    """SiLU of the convolution NAME_conv over x ``[T, B, D]``, batch-first ``[B, T, D]``."""
+    """Apply SiLU to the convolution NAME_conv over x ``[T, B, D]``, batch-first ``[B, T, D]``."""
     x, key = x.transpose(0, 1), f"{name}_conv"
     weight = _conv_parameter(mixer, key)
     if weight is not None:
@@ -110,7 +111,7 @@ def convolve(
             weight,
             _conv_parameter(mixer, f"{key}_bias"),
             activation="silu",
-            cu_seqlens=cu_seqlens,
+            sequences=sequences,
             initial_state=None if state is None else state[key],
         )
         return x
@@ -120,7 +121,7 @@ def convolve(
 def convolution_states(
     mixer: Mixer, parallel: ParallelContext, batch_size: int, names: str | list[str]
 ) -> State:
-    """The empty histories of the convolutions."""
+    """Return the empty histories of the convolutions."""
     return {
         f"{name}_conv": torch.zeros(
             batch_size,
@@ -135,14 +136,14 @@ def convolution_states(
 
 
 def matrix_state(parallel: ParallelContext, *shape: int) -> Tensor:
-    """Zeros in the dtype that recurrent states are kept in."""
+    """Return zeros in the dtype that recurrent states are kept in."""
     return torch.zeros(shape, dtype=accumulation_dtype(parallel.dtype), device=parallel.device)
 
 
 def delta_rule_flops(
     key_dim: int, value_dim: int, chunk_size: int, substeps: int = 1, *, per_channel: bool = False
 ) -> int:
-    """Matrix-multiply FLOPs of the chunked delta rule for one token and head."""
+    """Return the matrix-multiply FLOPs of the chunked delta rule for one token and head."""
     k, v, n = key_dim, value_dim, substeps
     c = chunk_size // n * n
     if per_channel:
@@ -153,7 +154,7 @@ def delta_rule_flops(
 def linear_attention_flops(
     key_dim: int, value_dim: int, chunk_size: int, *, per_channel: bool = False
 ) -> int:
-    """Matrix-multiply FLOPs of chunked linear attention for one token and head."""
+    """Return the matrix-multiply FLOPs of chunked linear attention for one token and head."""
     pairs = (chunk_size - 1) * key_dim if per_channel else 2 * chunk_size * key_dim
     return pairs + 2 * chunk_size * value_dim + 4 * key_dim * value_dim
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
-from pretrain.data.sequences import select_packed
+from pretrain.data.sequences import Sequences, select_packed
 from pretrain.nn.linear import (
     column_input,
     column_linear,
@@ -83,7 +83,7 @@ class RAT(Mixer):
         return (1 + torch.rand(shape, generator=generator) * (high - 1)).log()
 
     def forward(
-        self, x: Tensor, *, cu_seqlens: Tensor | None = None, state: State | None = None
+        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         v = heads(self.v_proj(x)[0], self.num_heads)
@@ -101,7 +101,7 @@ class RAT(Mixer):
             heads(gate, self.num_heads),
             chunk_size=self.config.chunk_size,
             rope_theta=self.config.rope_theta,
-            cu_seqlens=cu_seqlens,
+            sequences=sequences,
             initial_state=None if state is None else RATState(**state),
         )
         y = y.flatten(2).transpose(0, 1) * torch.sigmoid(self.z_proj(x)[0])

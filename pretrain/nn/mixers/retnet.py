@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.common.config_loader import setting
-from pretrain.data.sequences import token_positions
+from pretrain.data.sequences import Sequences
 from pretrain.nn.mixers.base import MixerCard, State, accumulation_dtype, register
 from pretrain.nn.mixers.linear_family import LinearFamilyConfig, LinearFamilyMixer
 from pretrain.ops import apply_rotary, rotary_embedding
@@ -29,7 +29,7 @@ class RetNetConfig(LinearFamilyConfig):
 
 @functools.cache
 def _decays(first: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Log-decays of some heads, made once: copying them to a GPU would make it wait."""
+    """Return the log-decays of some heads, made once: copying them to a GPU would make it wait."""
     logs = [math.log1p(-(2.0 ** -(5 + first + h))) for h in range(count)]
     with torch.inference_mode(False):
         return torch.tensor(logs, dtype=dtype, device=device)
@@ -49,7 +49,7 @@ class RetNet(LinearFamilyMixer):
     )
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """The same at every token."""
+        """Return the same decays at every token."""
         first = self.parallel.tensor_rank * self.num_heads
         decay = _decays(first, self.num_heads, accumulation_dtype(x.dtype), x.device)
         return decay.expand(x.shape[1], x.shape[0], -1)
@@ -59,17 +59,17 @@ class RetNet(LinearFamilyMixer):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu_seqlens: Tensor | None,
+        sequences: Sequences | None,
         state: State | None,
         new_state: State,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotary positions, counted on from the state."""
+        """Rotate q and k by their positions, counted on from the state."""
         batch_size, length = q.shape[:2]
-        if cu_seqlens is None:
+        if sequences is None:
             places = torch.arange(length, device=q.device).expand(batch_size, length)
             lengths = torch.full((batch_size,), length, device=q.device)
         else:
-            places, lengths = token_positions(cu_seqlens)[None], cu_seqlens.diff()
+            places, lengths = sequences.positions[None], sequences.sizes
         new_state["seen"] = lengths
         if state is not None:
             places = places + torch.repeat_interleave(state["seen"], lengths).view(places.shape)

@@ -12,12 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.data.sequences import (
-    max_length,
-    sequence_ids,
-    sequence_lengths,
-    token_positions,
-)
+from pretrain.data.sequences import Sequences, given_sequences
+from pretrain.ops.attention.definition import explicit_attention
 from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
 
 BACKENDS = ("auto", "explicit", "sdpa", "varlen", "flash")
@@ -30,15 +26,19 @@ def attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    sequences: Sequences | Tensor | None = None,
+    sequences_k: Sequences | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """q ``[B, T, H, D]``; k, v ``[B, S, Hkv, D]`` with H a multiple of Hkv; output as q.
+    """Attend causally from q ``[B, T, H, D]`` to k, v ``[B, S, Hkv, D]``, H a multiple of Hkv;
+    output as q.
 
     The queries of a sequence are its last ones: query t of T sees keys up to S - T + t, and with
-    ``window`` only the last ``window`` of those. ``cu_seqlens`` packs N sequences in a batch of 1,
-    ``cu_seqlens_k`` says where their keys lie when there are more keys than queries.
+    ``window`` only the last ``window`` of those. ``sequences`` packs N sequences in a batch of 1,
+    ``sequences_k`` says where their keys lie when there are more keys than queries; ``cu_seqlens``
+    and ``cu_seqlens_k`` ``[N + 1]`` are the same as tensors.
 
     backend: ``explicit`` is the definition, every weight written out; ``sdpa`` (torch) anywhere;
     on CUDA in bf16 or fp16 ``flash`` (flash-attn: version 3 on Hopper where it is installed, else
@@ -51,27 +51,24 @@ def attention(
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit"
         )
-    if cu_seqlens is not None and cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens
-    cu_seqlens, lengths = resolve_sequences(
-        "attention", q.shape[0], q.shape[1], cu_seqlens, q.device
-    )
-    cu_seqlens_k, lengths_k = resolve_sequences(
-        "attention", k.shape[0], k.shape[1], cu_seqlens_k, k.device
-    )
-    if len(lengths) != len(lengths_k):
+    queries = given_sequences("attention", sequences, cu_seqlens)
+    keys = given_sequences("attention, of the keys", sequences_k, cu_seqlens_k)
+    keys = queries if keys is None else keys
+    queries = resolve_sequences("attention", q.shape[0], q.shape[1], q.device, queries)
+    keys = resolve_sequences("attention", k.shape[0], k.shape[1], k.device, keys)
+    if queries.count != keys.count:
         raise ValueError(
-            f"attention: cu_seqlens names {len(lengths)} sequences, cu_seqlens_k {len(lengths_k)}"
+            f"attention: cu_seqlens names {queries.count} sequences, cu_seqlens_k {keys.count}"
         )
-    run = {"explicit": _explicit, "sdpa": _sdpa, "varlen": _varlen, "flash": _flash}[backend]
-    output = run(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens_k, scale, window
+    forms = {"explicit": explicit_attention, "sdpa": _sdpa, "varlen": _varlen, "flash": _flash}
+    output = forms[backend](
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), queries, keys, scale, window
     )
     return output.view(q.shape)
 
 
 def fast_attention(q: Tensor) -> str:
-    """The backend that ``auto`` takes for ``q`` ``[..., D]``."""
+    """Return the backend that ``auto`` takes for ``q`` ``[..., D]``."""
     narrow = q.dtype in (torch.bfloat16, torch.float16)
     if not q.is_cuda or not narrow or q.shape[-1] > 256 or q.shape[-1] % 8 or not q.numel():
         return "sdpa"
@@ -82,7 +79,7 @@ def fast_attention(q: Tensor) -> str:
 
 @functools.cache
 def _flash_attention(device: torch.device) -> Any:
-    """``flash_attn_varlen_func`` of the newest flash-attn here, or None."""
+    """Return ``flash_attn_varlen_func`` of the newest flash-attn here, or None."""
     names = ["flash_attn"]
     if torch.cuda.get_device_capability(device)[0] == 9:
         names.insert(0, "flash_attn_interface")  # version 3, for Hopper alone
@@ -96,17 +93,21 @@ def _flash_attention(device: torch.device) -> Any:
 
 
 def flash_attention_name(device: torch.device) -> str:
-    """Which flash-attn runs, in words."""
+    """Return which flash-attn runs, in words."""
     module = getattr(_flash_attention(device), "__module__", "")
     return "flash-attn 2" if module.startswith("flash_attn.") else "flash-attn 3"
+
+
+def _int32(sequences: Sequences) -> Tensor:
+    return sequences.cu_seqlens.int()
 
 
 def _flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
+    queries: Sequences,
+    keys: Sequences,
     scale: float | None,
     window: int | None,
 ) -> Tensor:
@@ -117,10 +118,10 @@ def _flash(
         q,
         k,
         v,
-        cu_q.int(),
-        cu_k.int(),
-        max_length(cu_q),
-        max_length(cu_k),
+        queries.derive(_int32),
+        keys.derive(_int32),
+        queries.max_length,
+        keys.max_length,
         softmax_scale=scale,
         causal=True,
         window_size=(-1 if window is None else window - 1, 0),
@@ -132,8 +133,8 @@ def _varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
+    queries: Sequences,
+    keys: Sequences,
     scale: float | None,
     window: int | None,
 ) -> Tensor:
@@ -153,10 +154,10 @@ def _varlen(
         q,
         k,
         v,
-        cu_q.int(),
-        cu_k.int(),
-        max_length(cu_q),
-        max_length(cu_k),
+        queries.derive(_int32),
+        keys.derive(_int32),
+        queries.max_length,
+        keys.max_length,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         **grouped,
@@ -164,55 +165,29 @@ def _varlen(
     return output
 
 
-def _explicit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
-    """All pairs of tokens, in float32 or wider; those that must not meet have weight 0."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v))
-    ids_q, ids_k = sequence_ids(cu_q), sequence_ids(cu_k)
-    place_k = token_positions(cu_k)
-    place_q = token_positions(cu_q) + (cu_k.diff() - cu_q.diff())[ids_q]
-    distance = place_q[:, None] - place_k[None, :]
-    seen = (ids_q[:, None] == ids_k[None, :]) & (distance >= 0)
-    if window is not None:
-        seen &= distance < window
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.einsum("thd,shd->hts", q.to(dtype), k) * scale
-    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("hts,shd->thd", weights, v).to(q.dtype)
-
-
 def _sdpa(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
+    queries: Sequences,
+    keys: Sequences,
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """Sequences of equal length share one call; none ever sees another's keys."""
-    lengths = list(zip(sequence_lengths(cu_q), sequence_lengths(cu_k), strict=True))
+    """Attend by torch's function; sequences of equal length share one call, and none ever sees
+    another's keys."""
+    lengths = list(zip(queries.lengths, keys.lengths, strict=True))
     if len(set(lengths)) == 1:
         n = len(lengths)
         a, b, c = (x.view(n, len(x) // n, *x.shape[1:]) for x in (q, k, v))
         return _sdpa_rows(a, b, c, scale, window).flatten(0, 1)
-    queries = q.split([n for n, _ in lengths])
-    keys, values = (x.split([m for _, m in lengths]) for x in (k, v))
+    parts = q.split(queries.lengths), k.split(keys.lengths), v.split(keys.lengths)
     outputs: list[Tensor] = [q[:0]] * len(lengths)
     groups: dict[tuple[int, int], list[int]] = {}
     for index, pair in enumerate(lengths):
         groups.setdefault(pair, []).append(index)
     for members in groups.values():
-        a, b, c = (torch.stack([x[i] for i in members]) for x in (queries, keys, values))
+        a, b, c = (torch.stack([x[i] for i in members]) for x in parts)
         for i, output in zip(members, _sdpa_rows(a, b, c, scale, window), strict=True):
             outputs[i] = output
     return torch.cat(outputs) if outputs else torch.empty_like(q)

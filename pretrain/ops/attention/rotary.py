@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pretrain.data.sequences import remember, token_positions
+from pretrain.data.sequences import Sequences
 from pretrain.ops.elementwise.fusing import fused
 
 
 def rotary_embedding(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin ``[*positions.shape, dim / 2]`` in float32 for integer positions.
+    """Return cos and sin ``[*positions.shape, dim / 2]`` in float32 for integer positions.
 
     Angles are rounded to float32 step by step as in transformers, so that Llama-shaped models give
     the same logits in both to the last bit; exact ones are 5e-4 away in logits after 1,700 tokens.
@@ -20,11 +20,14 @@ def rotary_embedding(positions: Tensor, dim: int, theta: float) -> tuple[Tensor,
     return angles.cos(), angles.sin()
 
 
-@remember
-def rotary_of(cu_seqlens: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """:func:`rotary_embedding` of each token's place in its own sequence, made once for all
-    layers."""
-    return rotary_embedding(token_positions(cu_seqlens), dim, theta)
+def rotary_of(sequences: Sequences, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return :func:`rotary_embedding` of each token's place in its own sequence, computed once for
+    all layers."""
+    return sequences.derive(_rotary_of, dim, theta)
+
+
+def _rotary_of(sequences: Sequences, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    return rotary_embedding(sequences.positions, dim, theta)
 
 
 @fused

@@ -25,9 +25,10 @@ def linear_cross_entropy(
     z_loss_weight: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross entropy of ``softmax(f(x weight^T))`` at ``targets``, in nats; f(l) is ``softcap
-    tanh(l / softcap)`` where that is given. The gradient is also that of ``z_loss_weight`` times
-    the squared log-sum of a token's exponentials, which the value leaves out.
+    """Compute the cross entropy of ``softmax(f(x weight^T))`` at ``targets``, in nats; f(l) is
+    ``softcap tanh(l / softcap)`` where that is given. The gradient is also that of
+    ``z_loss_weight`` times the squared log-sum of a token's exponentials, which the value leaves
+    out.
 
     x ``[N, d]``; weight ``[V, d]``, this process's rows of a vocabulary divided evenly over
     ``group`` (None: all of it); targets ``[N]`` int64, ids of the whole vocabulary. Returns ``[N]``
@@ -67,7 +68,8 @@ def linear_cross_entropy(
 
 @functools.cache
 def has_liger() -> bool:
-    """Of the versions whose kernel has the arguments that are given to it here."""
+    """Return whether liger-kernel is installed, of the versions whose kernel has the arguments that
+    are given to it here."""
     try:
         return importlib.metadata.version("liger-kernel").startswith("0.8.")
     except importlib.metadata.PackageNotFoundError:
@@ -75,7 +77,7 @@ def has_liger() -> bool:
 
 
 def _liger(logits: Tensor, targets: Tensor, z_loss_weight: float, gradient: bool) -> Tensor:
-    """The losses ``[N]``, without the z-loss; with ``gradient`` the logits become theirs."""
+    """Return the losses ``[N]``, without the z-loss; with ``gradient`` the logits become theirs."""
     import triton
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 
@@ -213,7 +215,7 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def own_targets(targets: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """(which of this process's rows of the vocabulary each target is, whether it is one)."""
+    """Return (which of this process's rows of the vocabulary each target is, whether it is one)."""
     column = targets - first
     own = (column >= 0) & (column < count)
     return torch.where(own, column, 0), own

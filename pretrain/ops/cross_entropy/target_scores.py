@@ -20,7 +20,7 @@ def target_scores(
     group: dist.ProcessGroup | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """``[2, N]`` in float32 or wider: the log-likelihood of each target under ``softmax(f(x
+    """Return ``[2, N]`` in float32 or wider: the log-likelihood of each target under ``softmax(f(x
     weight^T))``, f(l) = ``softcap tanh(l / softcap)`` where given; and the likeliest of the first
     ``candidates`` ids (the first of them at a tie), a whole number.
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.data.sequences import chunk_layout, max_length
+from pretrain.data.sequences import Sequences
 from pretrain.ops.shared.chunk_decay import chunk_decay, chunk_tokens
 from pretrain.ops.shared.chunking import from_chunks, to_chunks
 
@@ -32,17 +32,16 @@ def chunked_delta_rule(
     beta: Tensor,
     log_decay: Tensor | None,
     initial_state: Tensor,
-    cu_seqlens: Tensor,
+    sequences: Sequences,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """q ``[T, H, K]`` scaled, k ``[T, n, H, K]``, v ``[T, n, H, V]``, beta ``[T, n, H]``,
-    log_decay ``[T, H]`` or ``[T, H, K]``, initial_state ``[N, H, K, V]``; ``chunk_size`` in
-    sub-steps.
-    Returns output ``[T, H, V]`` and final state ``[N, H, K, V]``.
+    """Compute the delta rule parallel over chunks of about ``chunk_size`` sub-steps.
+
+    Shapes are those of :func:`pretrain.ops.delta_rule.definition.recurrent_delta_rule`.
     """
     per_channel = log_decay is not None and log_decay.ndim == 3
-    tokens = chunk_tokens(chunk_size, k.shape[1], max_length(cu_seqlens), per_channel)
-    layout = chunk_layout(cu_seqlens, tokens)
+    tokens = chunk_tokens(chunk_size, k.shape[1], sequences.max_length, per_channel)
+    layout = sequences.chunk_layout(tokens)
     q = to_chunks(q, layout, head_axis=2)
     k, v, beta = (to_chunks(x, layout, head_axis=3).flatten(2, 3) for x in (k, v, beta))
     if log_decay is None:
@@ -57,9 +56,12 @@ def chunked_delta_rule(
 
 
 class _ChunkedDeltaRule(torch.autograd.Function):
-    """Shapes: q [n, H, Cq, K], k [n, H, C, K], v [n, H, C, V], beta [n, H, C], log_decay
+    """The recurrence over chunks as one differentiable function.
+
+    Shapes: q [n, H, Cq, K], k [n, H, C, K], v [n, H, C, V], beta [n, H, C], log_decay
     [n, H, Cq] or [n, H, Cq, K], initial_state [N, H, K, V] in the layout's order; n chunks of
-    C = Cq * substeps."""
+    C = Cq * substeps.
+    """
 
     @staticmethod
     def forward(

@@ -10,10 +10,11 @@ arXiv 2502.10297.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from pretrain.data.sequences import Sequences
 from pretrain.ops.delta_rule.chunked import chunked_delta_rule
+from pretrain.ops.delta_rule.definition import recurrent_delta_rule
 from pretrain.ops.shared.arguments import (
     check_heads,
     check_shapes,
@@ -21,7 +22,6 @@ from pretrain.ops.shared.arguments import (
     decay_shape,
     resolve_sequences,
     resolve_state,
-    sequence_rows,
 )
 from pretrain.ops.shared.flash_linear_attention import check_fla, fla_delta_rule, fla_fits
 
@@ -38,19 +38,21 @@ def delta_rule(
     num_householder: int = 1,
     scale: float | None = None,
     initial_state: Tensor | None = None,
+    sequences: Sequences | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Delta-rule recurrence over a matrix state.
+    """Compute a delta-rule recurrence over a matrix state.
 
     q: ``[B, T, H, K]``; k: ``[B, n T, H, K]``; v: ``[B, n T, H, V]``; beta: ``[B, n T, H]``, where
     n is ``num_householder`` and the n sub-steps of a token follow each other in time; log_decay:
     ``[B, T, H]`` or ``[B, T, H, K]``, at most 0, applied before the first sub-step of its token.
     Keys should have norm at most 1 where beta may exceed 1. ``scale`` defaults to K^-1/2.
 
-    With ``cu_seqlens`` (``[N + 1]``, in tokens) B must be 1 and N sequences are packed along T;
-    ``initial_state`` is then ``[N, H, K, V]``, otherwise ``[B, H, K, V]``.
+    With ``sequences`` (or their tensor ``cu_seqlens`` ``[N + 1]``; in tokens, not sub-steps) B must
+    be 1 and N sequences are packed along T; ``initial_state`` is then ``[N, H, K, V]``, otherwise
+    ``[B, H, K, V]``.
 
     backend: ``recurrent`` is the definition, a plain loop; ``chunked`` is parallel over chunks of
     ``chunk_size`` sub-steps (rounded up to a power of two tokens where decays are per channel);
@@ -63,12 +65,12 @@ def delta_rule(
     """
     _check(q, k, v, beta, log_decay, num_householder, chunk_size)
     batch_size, length, num_heads, head_dim = q.shape
-    value_dim, packed = v.shape[-1], cu_seqlens
-    cu_seqlens, lengths = resolve_sequences("delta_rule", batch_size, length, cu_seqlens, q.device)
+    value_dim, as_rows = v.shape[-1], sequences is None and cu_seqlens is None
+    sequences = resolve_sequences("delta_rule", batch_size, length, q.device, sequences, cu_seqlens)
     initial_state = resolve_state(
         "delta_rule",
         initial_state,
-        (len(lengths), num_heads, head_dim, value_dim),
+        (sequences.count, num_heads, head_dim, value_dim),
         q,
         "sequences, heads, key dim, value dim",
     )
@@ -76,7 +78,7 @@ def delta_rule(
     scale = head_dim**-0.5 if scale is None else scale
     per_channel = log_decay is not None and log_decay.ndim == 4
     fast = "fla" if fla_fits(q) and not (per_channel and num_householder > 1) else "chunked"
-    if max(lengths, default=0) <= 1:
+    if sequences.max_length <= 1:
         fast = "recurrent"
     backend = choose_backend("delta_rule", backend, BACKENDS, "recurrent", fast)
     if backend == "fla":
@@ -95,7 +97,7 @@ def delta_rule(
             num_householder,
             scale,
             initial_state,
-            packed,
+            None if as_rows else sequences,
         )
     tokens = batch_size * length
     arguments = (
@@ -107,42 +109,10 @@ def delta_rule(
         initial_state,
     )
     if backend == "recurrent":
-        output, state = recurrent_delta_rule(*arguments, lengths)
+        output, state = recurrent_delta_rule(*arguments, sequences)
     else:
-        output, state = chunked_delta_rule(*arguments, cu_seqlens, chunk_size)
+        output, state = chunked_delta_rule(*arguments, sequences, chunk_size)
     return output.to(q.dtype).view(batch_size, length, num_heads, value_dim), state
-
-
-def recurrent_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor,
-    lengths: list[int],
-) -> tuple[Tensor, Tensor]:
-    """The definition: one token after another. q ``[T, H, K]`` scaled, k ``[T, n, H, K]``."""
-    num_heads, value_dim = q.shape[1], v.shape[-1]
-    # Unbinding once keeps the backward pass linear in T: indexing would add a full-size gradient
-    # for every token.
-    queries, keys, values, betas = q.unbind(0), k.unbind(0), v.unbind(0), beta.unbind(0)
-    decays = None
-    if log_decay is not None:
-        decays = (log_decay[..., None] if log_decay.ndim == 2 else log_decay).exp().unbind(0)
-    outputs, states = [], []
-    for rows, state in zip(sequence_rows(lengths), initial_state, strict=True):
-        for t in rows:
-            if decays is not None:
-                state = state * decays[t][..., None]
-            for key, value, b in zip(keys[t], values[t], betas[t], strict=True):
-                read = torch.einsum("hk,hkv->hv", key, state)
-                write = b[:, None] * (value - read)
-                state = state + key[:, :, None] * write[:, None, :]
-            outputs.append(torch.einsum("hk,hkv->hv", queries[t], state))
-        states.append(state)
-    output = torch.stack(outputs) if outputs else q.new_zeros(0, num_heads, value_dim)
-    return output, torch.stack(states) if states else initial_state
 
 
 def _check(

@@ -19,7 +19,7 @@ _FORMS = 64  # that a function may be compiled in: mixers' shapes, with gradient
 
 
 def fused(function: F) -> F:
-    """``function``, compiled at its first call with CUDA tensors; ``compiled`` is how."""
+    """Return ``function``, compiled at its first call with CUDA tensors; ``compiled`` is how."""
     made: list[Callable[..., Any]] = []
 
     def compiled(*arguments: Any) -> Any:

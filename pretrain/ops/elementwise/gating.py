@@ -10,17 +10,17 @@ from pretrain.ops.elementwise.fusing import fused
 
 @fused
 def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """``x SiLU(gate)``, of one shape and dtype."""
+    """Return ``x SiLU(gate)``, of one shape and dtype."""
     return x * F.silu(gate)
 
 
 @fused
 def skip_silu_gate(y: Tensor, v: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-    """``(y + weight v) SiLU(gate)`` in gate's dtype, all broadcast to gate's shape."""
+    """Return ``(y + weight v) SiLU(gate)`` in gate's dtype, all broadcast to gate's shape."""
     return (y + weight * v).to(gate.dtype) * F.silu(gate)
 
 
 @fused
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``SiLU(gate) up`` (arXiv 2002.05202)."""
+    """Return ``SiLU(gate) up`` (arXiv 2002.05202)."""
     return F.silu(gate) * up

@@ -20,11 +20,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 @fused
 def rms_norm_silu_gate(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """``rms_norm(x) weight SiLU(gate)``; gate: of x's shape and dtype."""
+    """Return ``rms_norm(x) weight SiLU(gate)``; gate: of x's shape and dtype."""
     return rms_norm(x, weight, eps) * F.silu(gate)
 
 
 @fused
 def rms_norm_sigmoid_gate(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """``rms_norm(x) weight sigmoid(gate)``; gate: of x's shape and dtype."""
+    """Return ``rms_norm(x) weight sigmoid(gate)``; gate: of x's shape and dtype."""
     return rms_norm(x, weight, eps) * torch.sigmoid(gate)

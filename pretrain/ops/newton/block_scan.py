@@ -76,7 +76,7 @@ def solve_backward(jacobian: Tensor, g: Tensor, counts: Sequence[int], incoming:
 
 
 def _compose_(into: Tensor, left: Tensor, right: Tensor) -> None:
-    """``into`` becomes the product of two ``[S, S, n, D]``; it may be one of them."""
+    """Overwrite ``into`` with the product of two ``[S, S, n, D]``; it may be one of them."""
     if left.shape[0] == 1:
         torch.mul(left, right, out=into)
         return

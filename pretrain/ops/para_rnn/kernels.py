@@ -9,8 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from pretrain.data.sequences import max_length
-from pretrain.ops.para_rnn.newton_kernels import KERNELS
+from pretrain.data.sequences import Sequences
+from pretrain.ops.para_rnn.backward_kernels import KERNELS as BACKWARD
+from pretrain.ops.para_rnn.newton_kernels import KERNELS as NEWTON
 from pretrain.ops.para_rnn.step_kernels import AHEAD, CHANNELS
 from pretrain.ops.para_rnn.step_kernels import KERNELS as STEPS
 from pretrain.ops.shared.arguments import Work
@@ -23,9 +24,9 @@ SLOTS = 256  # most parts that the parameters' gradients are left in
 
 
 def blocks(op: str) -> dict[str, int]:
-    """A tile's tokens and channels, and its warps: 16 channels are one memory transaction of 32
-    bytes; a thread holds 8 numbers of each kind, or 4 where there are pairs of states, whose scan
-    carries three times as many. More of them spill, compiled for Hopper."""
+    """Return a tile's tokens and channels, and its warps: 16 channels are one memory transaction of
+    32 bytes; a thread holds 8 numbers of each kind, or 4 where there are pairs of states, whose
+    scan carries three times as many. More of them spill, compiled for Hopper."""
     num_warps = 4 if op == "para_gru" else 8
     return {"BLOCK_T": 64, "BLOCK_D": 16, "num_warps": num_warps, "num_stages": 1}
 
@@ -42,16 +43,17 @@ _COSTS = {
 }
 
 
-def _work(op: str, which: str, u: Tensor, cu_seqlens: Tensor) -> Work:
+def _work(op: str, which: str, u: Tensor, sequences: Sequences) -> Work:
     instructions, cycles = _COSTS[op, which]
-    return Work(0.0, instructions * u.numel() / 3, cycles * max_length(cu_seqlens))
+    return Work(0.0, instructions * u.numel() / 3, cycles * sequences.max_length)
 
 
 class ParaRNN(torch.autograd.Function):
-    """u ``[T, 3, D]``, parameters ``[P, D]`` (recurrent weights, then biases), initial_state
-    ``[N, S, D]`` to the output h ``[T, D]`` in u's dtype, the final states, and per sequence and
-    block of channels the residual, whether it was stepped for want of convergence, and the Newton
-    steps; all 0 where it is done in steps from the start (``stepwise``)."""
+    """The kernels as one differentiable function: u ``[T, 3, D]``, parameters ``[P, D]`` (recurrent
+    weights, then biases), initial_state ``[N, S, D]`` to the output h ``[T, D]`` in u's dtype, the
+    final states, and per sequence and block of channels the residual, whether it was stepped for
+    want of convergence, and the Newton steps; all 0 where it is done in steps from the start
+    (``stepwise``)."""
 
     @staticmethod
     def forward(
@@ -60,7 +62,7 @@ class ParaRNN(torch.autograd.Function):
         u: Tensor,
         parameters: Tensor,
         initial_state: Tensor,
-        cu_seqlens: Tensor,
+        sequences: Sequences,
         iterations: int,
         tolerance: float,
         fallback: bool,
@@ -79,13 +81,13 @@ class ParaRNN(torch.autograd.Function):
             launch(
                 STEPS[op],
                 grid,
-                _work(op, "steps", u, cu_seqlens),
+                _work(op, "steps", u, sequences),
                 u,
                 parameters,
                 initial_state,
                 states,
                 final,
-                cu_seqlens,
+                sequences.cu_seqlens,
                 dim,
                 AHEAD=AHEAD,
                 BLOCK_D=CHANNELS,
@@ -95,9 +97,9 @@ class ParaRNN(torch.autograd.Function):
             )
         else:
             launch(
-                KERNELS[op][0],
+                NEWTON[op],
                 grid,
-                _work(op, "newton", u, cu_seqlens),
+                _work(op, "newton", u, sequences),
                 u,
                 parameters,
                 initial_state,
@@ -106,7 +108,7 @@ class ParaRNN(torch.autograd.Function):
                 residuals,
                 failures,
                 steps,
-                cu_seqlens,
+                sequences.cu_seqlens,
                 dim,
                 tolerance,
                 ITERATIONS=iterations,
@@ -114,7 +116,7 @@ class ParaRNN(torch.autograd.Function):
                 **sizes,
             )
         ctx.save_for_backward(u, parameters, initial_state, states)
-        ctx.op, ctx.cu_seqlens = op, cu_seqlens  # as it is: what is remembered is of this object
+        ctx.op, ctx.sequences = op, sequences
         ctx.mark_non_differentiable(residuals, failures, steps)
         return states[:, -1], final, residuals, failures, steps
 
@@ -122,16 +124,16 @@ class ParaRNN(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_output: Tensor, d_final: Tensor, *_: Any) -> tuple[Any, ...]:
         u, parameters, initial_state, states = ctx.saved_tensors
-        cu_seqlens = ctx.cu_seqlens
+        sequences: Sequences = ctx.sequences
         num_sequences, _, dim = initial_state.shape
         sizes = blocks(ctx.op)
         slots = max(1, min(num_sequences, SLOTS))
         d_u, d_initial = torch.empty_like(u), torch.empty_like(initial_state)
         d_parameters = parameters.new_empty(slots, *parameters.shape)
         launch(
-            KERNELS[ctx.op][1],
+            BACKWARD[ctx.op],
             (slots, triton.cdiv(dim, sizes["BLOCK_D"])),
-            _work(ctx.op, "backward", u, cu_seqlens),
+            _work(ctx.op, "backward", u, sequences),
             u,
             parameters,
             initial_state,
@@ -141,7 +143,7 @@ class ParaRNN(torch.autograd.Function):
             d_u,
             d_parameters,
             d_initial,
-            cu_seqlens,
+            sequences.cu_seqlens,
             num_sequences,
             dim,
             **sizes,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.data.sequences import rows_as_sequences, sequence_lengths
+from pretrain.data.sequences import Sequences, given_sequences
 
 _definitions_only: ContextVar[bool] = ContextVar("_definitions_only", default=False)
 _planned: ContextVar[str] = ContextVar("_planned", default="cpu")
@@ -30,7 +30,7 @@ class Work:
     cycles: float
 
     def share(self, part: float) -> Work:
-        """So much of it."""
+        """Return so much of it."""
         return Work(self.flops * part, self.instructions * part, self.cycles * part)
 
 
@@ -41,8 +41,10 @@ _observer: ContextVar[Observer | None] = ContextVar("_observer", default=None)
 
 @contextmanager
 def planned_device(kind: str, observer: Observer | None = None) -> Iterator[None]:
-    """While open, tensors on the meta device stand for ones on a device of this type, and
-    ``observer`` is told of kernels that would run."""
+    """Let tensors on the meta device stand for ones on a device of type ``kind`` while open.
+
+    ``observer`` is called with every kernel that would run.
+    """
     tokens = _planned.set(kind), _observer.set(observer)
     try:
         yield
@@ -52,26 +54,26 @@ def planned_device(kind: str, observer: Observer | None = None) -> Iterator[None
 
 
 def observe(work: Work, moved: float, dtype: torch.dtype) -> None:
-    """Tell whoever plans of a kernel that would run."""
+    """Report a kernel that would run to whoever plans."""
     observer = _observer.get()
     if observer is not None:
         observer(work, moved, dtype)
 
 
 def device_type(x: Tensor) -> str:
-    """Of x; of what it stands for, if it is on the meta device."""
+    """Return the type of x's device; on the meta device, of the one that x stands for."""
     return _planned.get() if x.is_meta else x.device.type
 
 
 def count_true(mask: Tensor, assumed: int) -> int:
-    """How many elements are true; on the meta device, where none has a value, ``assumed``."""
+    """Return how many elements are true; ``assumed`` on the meta device, where none has a value."""
     return assumed if mask.is_meta else int(mask.sum())
 
 
 @contextmanager
 def definitions() -> Iterator[None]:
-    """While open, ``backend="auto"`` means each op's definition: slow, plain, and what every faster
-    form is tested against. For telling whether a fast form is to blame."""
+    """Make ``backend="auto"`` mean each op's definition while open, to find out whether a fast form
+    is to blame: definitions are slow and plain, and what every faster form is tested against."""
     token = _definitions_only.set(True)
     try:
         yield
@@ -80,7 +82,8 @@ def definitions() -> Iterator[None]:
 
 
 def choose_backend(op: str, backend: str, known: Sequence[str], definition: str, fast: str) -> str:
-    """What ``auto`` stands for. Raises ValueError for a backend that ``op`` does not have."""
+    """Return what ``backend`` stands for: ``fast`` for ``auto``, ``definition`` within
+    :func:`definitions`. Raises ValueError for a backend that ``op`` does not have."""
     if backend not in known:
         raise ValueError(f"{op}: backend is '{backend}', expected one of {tuple(known)}")
     if backend != "auto":
@@ -89,9 +92,9 @@ def choose_backend(op: str, backend: str, known: Sequence[str], definition: str,
 
 
 def triton_fits(x: Tensor, shared_memory: int = 0) -> bool:
-    """Whether ``auto`` may take a Triton kernel for ``x``: on CUDA, in float32 or narrower, where a
-    program may have so many bytes of shared memory. On the meta device kernels allocate what they
-    would, and compute nothing."""
+    """Return whether ``auto`` may take a Triton kernel for ``x``: on CUDA, in float32 or narrower,
+    where a program may have so many bytes of shared memory. On the meta device kernels allocate
+    what they would, and compute nothing."""
     if device_type(x) != "cuda" or x.dtype == torch.float64 or not _has_triton():
         return False
     return x.is_meta or _shared_memory(x.device) >= shared_memory
@@ -99,7 +102,7 @@ def triton_fits(x: Tensor, shared_memory: int = 0) -> bool:
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    """What a program may have."""
+    """Return the bytes that a program may have."""
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
 
@@ -110,7 +113,7 @@ def _has_triton() -> bool:
 
 
 def check_triton(op: str, x: Tensor) -> None:
-    """Raises ValueError where no kernel can run on ``x``."""
+    """Raise ValueError where no kernel can run on ``x``."""
     if not _has_triton():
         raise ValueError(f"{op}: backend 'triton' needs the package triton: pip install triton")
     from pretrain.ops.shared.launching import interpreted
@@ -123,14 +126,14 @@ def check_triton(op: str, x: Tensor) -> None:
 
 
 def check_shapes(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:
-    """Raises ValueError naming the first tensor that has not its expected shape."""
+    """Raise ValueError naming the first tensor that has not its expected shape."""
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
 def check_heads(op: str, q: Tensor, v: Tensor, name: str = "q") -> None:
-    """Raises ValueError unless q (or ``name``) and v have the four axes ``[B, T, H, dim]``."""
+    """Raise ValueError unless q (or ``name``) and v have the four axes ``[B, T, H, dim]``."""
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(
             f"{op}: {name} is {tuple(q.shape)} and v {tuple(v.shape)}, expected [B, T, H, dim]"
@@ -138,34 +141,41 @@ def check_heads(op: str, q: Tensor, v: Tensor, name: str = "q") -> None:
 
 
 def decay_shape(q: Tensor, log_decay: Tensor | None) -> tuple[int, ...]:
-    """What log_decay should be: ``[B, T, H]``, or ``[B, T, H, K]`` where it has four axes."""
+    """Return the shape that log_decay should have: ``[B, T, H]``, or ``[B, T, H, K]`` where it has
+    four axes."""
     per_channel = log_decay is not None and log_decay.ndim == 4
     return tuple(q.shape if per_channel else q.shape[:3])
 
 
 def resolve_sequences(
-    op: str, batch_size: int, length: int, cu_seqlens: Tensor | None, device: torch.device
-) -> tuple[Tensor, list[int]]:
-    """``cu_seqlens`` of the rows where none is given, and the lengths of the sequences.
+    op: str,
+    batch_size: int,
+    length: int,
+    device: torch.device,
+    sequences: Sequences | Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> Sequences:
+    """Return the sequences that a caller named by either keyword, the rows where by neither.
 
-    Raises ValueError where they do not fit the ``batch_size`` rows of ``length`` tokens.
+    Raises ValueError where both are given, and where they do not fit the ``batch_size`` rows of
+    ``length`` tokens.
     """
-    if cu_seqlens is None:
-        cu_seqlens = rows_as_sequences(batch_size, length, device)
-    elif batch_size != 1:
+    given = given_sequences(op, sequences, cu_seqlens)
+    if given is None:
+        return Sequences.of_rows(batch_size, length, device)
+    if batch_size != 1:
         raise ValueError(f"{op}: with cu_seqlens the batch must be 1, found {batch_size}")
-    lengths = sequence_lengths(cu_seqlens)
-    if sum(lengths) != batch_size * length:
+    if given.num_tokens != length:
         raise ValueError(
-            f"{op}: cu_seqlens ends at {sum(lengths)}, but there are {batch_size * length} tokens"
+            f"{op}: cu_seqlens ends at {given.num_tokens}, but there are {length} tokens"
         )
-    return cu_seqlens, lengths
+    return given
 
 
 def resolve_state(
     op: str, initial_state: Tensor | None, shape: tuple[int, ...], like: Tensor, axes: str
 ) -> Tensor:
-    """The state to start from, zeros by default, in float32 or wider.
+    """Return the state to start from, zeros by default, in float32 or wider.
 
     ``axes`` names the axes of ``shape``. Raises ValueError for another shape.
     """
@@ -179,7 +189,7 @@ def resolve_state(
     return initial_state.to(dtype)
 
 
-def sequence_rows(lengths: Sequence[int]) -> list[range]:
-    """The token indices of each packed sequence."""
-    ends = itertools.accumulate(lengths, initial=0)
+def sequence_rows(sequences: Sequences) -> list[range]:
+    """Return the token indices of each sequence."""
+    ends = itertools.accumulate(sequences.lengths, initial=0)
     return [range(a, b) for a, b in itertools.pairwise(ends)]

@@ -15,20 +15,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pretrain.data.sequences import chunk_layout
+from pretrain.data.sequences import Sequences
 
 Steps = Sequence[tuple[int, int]]  # (first row, number of rows) of each time step of a block
 States = tuple[Tensor, ...]
 
 
 class Recurrence(Protocol):
-    """A block of time steps, forward and backward. Rows are ``[R, ...]``; states ``[N, ...]``, of
-    the sequences that run at the block's first step; all steps share ``parameters``."""
+    """A recurrence over a block of time steps, forward and backward. Rows are ``[R, ...]``; states
+    ``[N, ...]``, of the sequences that run at the block's first step; all steps share
+    ``parameters``."""
 
     def forward(
         self, rows: Sequence[Tensor], parameters: Sequence[Tensor], states: States, steps: Steps
     ) -> tuple[Tensor, States]:
-        """The outputs ``[R, ...]`` and the states after each sequence's last row."""
+        """Return the outputs ``[R, ...]`` and the states after each sequence's last row."""
 
     def backward(
         self,
@@ -39,7 +40,7 @@ class Recurrence(Protocol):
         d_output: Tensor,
         d_states: States,
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], States]:
-        """Gradients of the rows, the parameters and the starting states."""
+        """Return the gradients of the rows, the parameters and the starting states."""
 
 
 def checkpointed_recurrence(
@@ -47,17 +48,19 @@ def checkpointed_recurrence(
     rows: Sequence[Tensor],
     parameters: Sequence[Tensor],
     states: Sequence[Tensor],
-    cu_seqlens: Tensor,
+    sequences: Sequences,
     checkpoint_every: int | None,
 ) -> tuple[Tensor, States]:
     """Run ``recurrence`` over packed tokens: rows ``[T, ...]`` in their own order, states
-    ``[N, ...]``. ``checkpoint_every``: time steps per block, by default about sqrt(T / 4), which
-    keeps fewest states at once (a block needs about 4 a step), but at most 32: larger blocks leave
-    a CPU's cache.
+    ``[N, ...]``. Returns its outputs ``[T, ...]`` and the final states.
+
+    ``checkpoint_every``: time steps per block, by default about sqrt(T / 4), which keeps fewest
+    states at once (a block needs about 4 a step), but at most 32: larger blocks leave a CPU's
+    cache. Raises ValueError where it is less than 1.
     """
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every is {checkpoint_every}, expected at least 1")
-    layout = chunk_layout(cu_seqlens, 1)
+    layout = sequences.chunk_layout(1)
     order, index = layout.order, layout.token_index[:, 0]
     block = checkpoint_every or min(32, max(8, math.isqrt(len(layout.steps) // 4)))
     alone = len(order) == 1  # a single sequence is in order as it is
@@ -78,8 +81,8 @@ def checkpointed_recurrence(
 
 
 def previous_rows(buffer: Tensor, num_states: int, steps: Steps) -> Tensor:
-    """What each row came from, where ``buffer`` holds ``num_states`` starting states and then every
-    row's own state."""
+    """Return the state that each row came from, where ``buffer`` holds ``num_states`` starting
+    states and then every row's own state."""
     rows = buffer.shape[0] - num_states
     counts = [num_states, *(count for _, count in steps)]
     if counts[-1] == num_states:
@@ -156,7 +159,7 @@ class _CheckpointedRecurrence(torch.autograd.Function):
 
 
 def _blocks(steps: Steps, size: int) -> list[tuple[slice, list[tuple[int, int]]]]:
-    """The rows of every ``size`` steps, and the steps counted from their first row."""
+    """Return the rows of every ``size`` steps, and the steps counted from their first row."""
     blocks = []
     for i in range(0, len(steps), size):
         inner = steps[i : i + size]

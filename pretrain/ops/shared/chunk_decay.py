@@ -41,22 +41,23 @@ class ScalarDecay:
         return self._pairs if later.shape[-2] == self._pairs.shape[-2] else self._read_pairs
 
     def pairs(self, later: Tensor, earlier: Tensor) -> Tensor:
-        """later ``[n, H, C or Cq, K]``, earlier ``[n, H, C, K]`` to the matrix of pairs j <= i."""
+        """Multiply later ``[n, H, C or Cq, K]`` and earlier ``[n, H, C, K]`` to the matrix of pairs
+        j <= i."""
         return (later @ earlier.mT).mul_(self._of(later))
 
     def pairs_backward(
         self, d_pairs: Tensor, later: Tensor, earlier: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of ``later`` and ``earlier``; ``d_pairs`` is overwritten."""
+        """Return the gradients of ``later`` and ``earlier``; ``d_pairs`` is overwritten."""
         d_pairs.mul_(self._of(later))
         return d_pairs @ earlier, d_pairs.mT @ later
 
     def from_start(self, matrix: Tensor, k: Tensor) -> Tensor:
-        """``matrix @ (to_step * k)``; ``matrix`` ``[n, H, C, C]`` is overwritten."""
+        """Return ``matrix @ (to_step * k)``; ``matrix`` ``[n, H, C, C]`` is overwritten."""
         return matrix.mul_(self.to_step.mT) @ k
 
     def reduce(self, gradient: Tensor) -> Tensor:
-        """A gradient per key channel to one per log-decay."""
+        """Sum a gradient per key channel to one per log-decay."""
         return gradient.sum(-1)
 
 
@@ -86,23 +87,24 @@ class VectorDecay:
             half *= 2
 
     def _halves(self, x: Tensor, half: int) -> Tensor:
-        """``[n, H, tokens * rows, K]`` to ``[n, H, blocks, 2, half, rows, K]``."""
+        """View ``[n, H, tokens * rows, K]`` as ``[n, H, blocks, 2, half, rows, K]``."""
         return x.unflatten(-2, (-1, 2, half, x.shape[-2] // self._tokens))
 
     def _block(self, pairs: Tensor, half: int) -> Tensor:
-        """The view of ``pairs`` that a level fills: ``[n, H, blocks, half * rows, half * s]``."""
+        """Return the view of ``pairs`` that a level fills: ``[n, H, blocks, half * rows, half *
+        s]``."""
         rows, columns = pairs.shape[-2] // self._tokens, self._substeps
         view = pairs.unflatten(-1, (-1, 2, half * columns)).unflatten(2, (-1, 2, half * rows))
         return view[:, :, :, 1, :, :, 0, :].diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3)
 
     def _own_token(self, pairs: Tensor) -> Tensor:
-        """The view of pairs within one token: ``[n, H, tokens, rows, s]``."""
+        """Return the view of pairs within one token: ``[n, H, tokens, rows, s]``."""
         rows, columns = pairs.shape[-2] // self._tokens, self._substeps
         view = pairs.unflatten(-1, (-1, columns)).unflatten(2, (-1, rows))
         return view.diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3)
 
     def pairs(self, later: Tensor, earlier: Tensor) -> Tensor:
-        """As :meth:`ScalarDecay.pairs`."""
+        """Compute :meth:`ScalarDecay.pairs` for decays per channel."""
         pairs = later.new_zeros(*later.shape[:-1], earlier.shape[-2])
         for half, after, before in self._levels:
             a = (self._halves(later, half)[:, :, :, 1] * after[..., None, :]).flatten(3, 4)
@@ -119,7 +121,7 @@ class VectorDecay:
     def pairs_backward(
         self, d_pairs: Tensor, later: Tensor, earlier: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`ScalarDecay.pairs_backward`."""
+        """Compute :meth:`ScalarDecay.pairs_backward` for decays per channel."""
         own = self._own_token(d_pairs)
         if own.shape[-2] > 1:
             own = own.tril()
@@ -140,21 +142,21 @@ class VectorDecay:
         return d_later, d_earlier
 
     def from_start(self, matrix: Tensor, k: Tensor) -> Tensor:
-        """As :meth:`ScalarDecay.from_start`."""
+        """Compute :meth:`ScalarDecay.from_start` for decays per channel."""
         return matrix @ (self.to_step * k)
 
     def reduce(self, gradient: Tensor) -> Tensor:
-        """As :meth:`ScalarDecay.reduce`."""
+        """Compute :meth:`ScalarDecay.reduce` for decays per channel."""
         return gradient
 
 
 def chunk_decay(log_decay: Tensor, substeps: int) -> ScalarDecay | VectorDecay:
-    """The decay of ``[n, H, Cq]`` or ``[n, H, Cq, K]``."""
+    """Return the decay of log-decays ``[n, H, Cq]`` or ``[n, H, Cq, K]``."""
     return (ScalarDecay if log_decay.ndim == 3 else VectorDecay)(log_decay, substeps)
 
 
 def chunk_tokens(chunk_size: int, substeps: int, longest: int, per_channel: bool) -> int:
-    """Tokens per chunk: at most ``chunk_size`` sub-steps and no more than the longest sequence,
-    but a power of two where decays are per channel."""
+    """Return the tokens per chunk: at most ``chunk_size`` sub-steps and no more than the longest
+    sequence, but a power of two where decays are per channel."""
     tokens = min(chunk_size // substeps, max(longest, 1))
     return 1 << (tokens - 1).bit_length() if per_channel else tokens

@@ -11,7 +11,7 @@ from pretrain.data.sequences import ChunkLayout
 
 
 def to_chunks(x: Tensor, layout: ChunkLayout, *, head_axis: int) -> Tensor:
-    """``[T, ..., H, ...]`` to ``[chunks, H, tokens per chunk, ...]``, zeros at padding.
+    """Cut ``[T, ..., H, ...]`` into ``[chunks, H, tokens per chunk, ...]``, zeros at padding.
 
     ``head_axis`` is the place of H once the token axis has become (chunks, tokens per chunk).
     """
@@ -19,7 +19,7 @@ def to_chunks(x: Tensor, layout: ChunkLayout, *, head_axis: int) -> Tensor:
 
 
 def _gather(x: Tensor, layout: ChunkLayout) -> Tensor:
-    """``[T, ...]`` to ``[chunks, tokens per chunk, ...]``, zeros at padding."""
+    """Gather ``[T, ...]`` into ``[chunks, tokens per chunk, ...]``, zeros at padding."""
     if layout.in_order:
         return x.unflatten(0, layout.token_index.shape)
     if layout.padded:
@@ -28,7 +28,7 @@ def _gather(x: Tensor, layout: ChunkLayout) -> Tensor:
 
 
 def _tokens(x: Tensor, layout: ChunkLayout) -> Tensor:
-    """``[chunks, tokens per chunk, ...]`` to ``[T, ...]``."""
+    """Gather ``[chunks, tokens per chunk, ...]`` back to ``[T, ...]``."""
     flat = x.flatten(0, 1)
     return flat if layout.in_order else flat[layout.token_slot]
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.data.sequences import cu_seqlens_on_host
+from pretrain.data.sequences import Sequences
 from pretrain.ops.shared.arguments import device_type
 
 _WIDEST = 256  # channels of a key
 
 
 def fla_fits(q: Tensor) -> bool:
-    """Whether ``auto`` may take fla for queries ``[..., K]``."""
+    """Return whether ``auto`` may take fla for queries ``[..., K]``."""
     return (
         device_type(q) == "cuda"
         and not q.is_meta  # plans are made with our own forms
@@ -41,8 +41,8 @@ def _found() -> bool:
 
 @functools.cache
 def _usable(device: torch.device) -> bool:
-    """Whether there is an fla of the version that is tested here, and on Hopper a Triton that
-    compiles it right: before 3.7.1 gated backward passes came out wrong, and fla refuses."""
+    """Return whether there is an fla of the version that is tested here, and on Hopper a Triton
+    that compiles it right: before 3.7.1 gated backward passes came out wrong, and fla refuses."""
     if not _found() or not _at_least("flash-linear-attention", (0, 6)):
         return False
     hopper = torch.cuda.get_device_capability(device)[0] == 9
@@ -58,7 +58,7 @@ def _at_least(package: str, version: tuple[int, ...]) -> bool:
 
 
 def check_fla(op: str, q: Tensor) -> None:
-    """Raises ValueError where fla is not, or does not take ``q``."""
+    """Raise ValueError where fla is not installed or does not take ``q``."""
     if not _found():
         raise ValueError(
             f"{op}: backend 'fla' needs flash-linear-attention, which is not installed"
@@ -80,11 +80,11 @@ def fla_delta_rule(
     num_householder: int,
     scale: float,
     initial_state: Tensor,
-    cu_seqlens: Tensor | None,
+    sequences: Sequences | None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`pretrain.ops.delta_rule`; log_decay in float32. More than one Householder step does
-    not go with a decay per channel."""
-    options = _options(q, scale, initial_state, cu_seqlens)
+    """Compute :func:`pretrain.ops.delta_rule`; log_decay in float32. More than one Householder step
+    does not go with a decay per channel."""
+    options = _options(q, scale, initial_state, sequences)
     beta = beta.to(q.dtype)
     if num_householder > 1:
         from fla.ops.gated_delta_product import chunk_gated_delta_product
@@ -112,10 +112,10 @@ def fla_linear_attention(
     log_decay: Tensor | None,
     scale: float,
     initial_state: Tensor,
-    cu_seqlens: Tensor | None,
+    sequences: Sequences | None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`pretrain.ops.linear_attention`; log_decay in float32."""
-    options = _options(q, scale, initial_state, cu_seqlens)
+    """Compute :func:`pretrain.ops.linear_attention`; log_decay in float32."""
+    options = _options(q, scale, initial_state, sequences)
     if log_decay is not None and log_decay.ndim == 4:
         from fla.ops.gla import chunk_gla
 
@@ -126,17 +126,23 @@ def fla_linear_attention(
 
 
 def _options(
-    q: Tensor, scale: float, initial_state: Tensor, cu_seqlens: Tensor | None
+    q: Tensor, scale: float, initial_state: Tensor, sequences: Sequences | None
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
         "scale": scale,
         "initial_state": initial_state,
         "output_final_state": True,
     }
-    if cu_seqlens is not None:
-        # The lengths from the host, so that nothing waits for the device.
-        found |= {"cu_seqlens": cu_seqlens.long(), "cu_seqlens_cpu": cu_seqlens_on_host(cu_seqlens)}
-    return found
+    return found if sequences is None else found | sequences.derive(_packed)
+
+
+def _packed(sequences: Sequences) -> dict[str, Tensor]:
+    """Return what fla is told of packed sequences.
+
+    Made once, for fla itself caches what it derives by the tensor; the lengths come from the host,
+    so that nothing waits for the device.
+    """
+    return {"cu_seqlens": sequences.cu_seqlens.long(), "cu_seqlens_cpu": sequences.on_host}
 
 
 def fla_short_convolution(
@@ -145,17 +151,12 @@ def fla_short_convolution(
     bias: Tensor | None,
     activation: str | None,
     initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    sequences: Sequences | None,
 ) -> Tensor:
-    """y of :func:`pretrain.ops.short_convolution`; initial_state ``[N, W - 1, D]``."""
+    """Compute y of :func:`pretrain.ops.short_convolution`; initial_state ``[N, W - 1, D]``."""
     from fla.modules.causal_conv1d import causal_conv1d
 
-    options = {}
-    if cu_seqlens is not None:
-        options = {
-            "cu_seqlens": cu_seqlens.long(),
-            "cu_seqlens_cpu": cu_seqlens_on_host(cu_seqlens),
-        }
+    options = {} if sequences is None else dict(sequences.derive(_packed))
     if initial_state is not None:  # theirs is [N, D, W], of which the first is never read
         options["initial_state"] = torch.nn.functional.pad(initial_state.mT, (1, 0))
     y, _ = causal_conv1d(

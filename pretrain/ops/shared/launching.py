@@ -25,15 +25,15 @@ def launch(kernel: Any, grid: tuple[int, ...], work: Work, *arguments: Any, **op
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on any device."""
+    """Return whether kernels run in Triton's interpreter, on any device."""
     return bool(triton.knobs.runtime.interpret)
 
 
 def approximate(dtype: torch.dtype) -> bool:
-    """Whether a kernel on ``dtype`` may take the hardware's tanh."""
+    """Return whether a kernel on ``dtype`` may take the hardware's tanh."""
     return not interpreted() and dtype in (torch.bfloat16, torch.float16)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
+    """Return the smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()

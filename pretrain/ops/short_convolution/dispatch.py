@@ -1,4 +1,4 @@
-"""Depthwise causal convolution over time that knows where sequences begin (LAYERS 1.1).
+"""Depthwise causal convolution over time that knows where sequences begin.
 
 y_t = sum_j weight_j x_{t-W+1+j},  taps before a sequence's first token read its history or 0.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.data.sequences import remember, sequence_ids, sequence_lengths
+from pretrain.data.sequences import Sequences
 from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
 from pretrain.ops.shared.flash_linear_attention import check_fla, fla_fits, fla_short_convolution
 
@@ -25,11 +25,14 @@ def short_convolution(
     *,
     activation: str | None = None,
     initial_state: Tensor | None = None,
+    sequences: Sequences | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """x ``[B, T, D]``, weight ``[D, W]``, bias ``[D]``; ``activation`` of the result: None or
-    ``silu``; ``cu_seqlens`` packs N sequences (B = 1).
+    """Convolve every channel of x over time, causally.
+
+    x ``[B, T, D]``, weight ``[D, W]``, bias ``[D]``; ``activation`` of the result: None or
+    ``silu``; ``sequences`` (or their tensor ``cu_seqlens`` ``[N + 1]``) are packed along T (B = 1).
 
     ``initial_state`` ``[N, W - 1, D]`` holds the inputs before each sequence's first token, oldest
     first. backend: ``taps`` adds shifted copies; ``fla`` is flash-linear-attention's kernel
@@ -44,10 +47,12 @@ def short_convolution(
     history = weight.shape[1] - 1
     if weight.shape[0] != dim:
         raise ValueError(f"short_convolution: weight is {tuple(weight.shape)}, expected ({dim}, W)")
-    if cu_seqlens is not None:
-        resolve_sequences("short_convolution", batch_size, length, cu_seqlens, x.device)
-    packed = cu_seqlens is not None and len(cu_seqlens) != 2
-    num_sequences = batch_size if cu_seqlens is None else len(cu_seqlens) - 1
+    as_rows = sequences is None and cu_seqlens is None
+    sequences = resolve_sequences(
+        "short_convolution", batch_size, length, x.device, sequences, cu_seqlens
+    )
+    packed = None if as_rows else sequences
+    num_sequences = sequences.count
     several = length > 1 and history > 0 and batch_size * length > num_sequences
     fast = "fla" if several and fla_fits(x[..., :1]) else "taps"
     backend = choose_backend("short_convolution", backend, BACKENDS, "taps", fast)
@@ -63,16 +68,15 @@ def short_convolution(
     if backend == "fla":
         check_fla("short_convolution", x[..., :1])
         before = None if given is None else initial_state
-        y = fla_short_convolution(x, weight, bias, activation, before, cu_seqlens)
-        return y, _last_inputs(x, initial_state, cu_seqlens)
-    if not packed:
+        y = fla_short_convolution(x, weight, bias, activation, before, packed)
+        return y, _last_inputs(x, initial_state, packed)
+    if as_rows or num_sequences == 1:
         extended = torch.cat([initial_state, x], 1)  # each row after its own history
         y = _Taps.apply(extended, weight)
         state = extended[:, length:].clone()  # not a view that holds the whole row
     else:
-        assert cu_seqlens is not None
         flat = torch.cat([initial_state.flatten(0, 1), x[0]])
-        gather, tokens, ends = _packed_index(cu_seqlens, history)
+        gather, tokens, ends = sequences.derive(_packed_index, history)
         extended = flat[gather][None]
         y = _Taps.apply(extended, weight)[:, tokens]
         state = extended[0, ends]
@@ -80,36 +84,33 @@ def short_convolution(
     return (F.silu(y) if activation else y), state
 
 
-def _last_inputs(x: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The last W - 1 inputs of each sequence, those before its first token included."""
+def _last_inputs(x: Tensor, initial_state: Tensor, packed: Sequences | None) -> Tensor:
+    """Return the last W - 1 inputs of each sequence, those before its first token included."""
     num_sequences, history, _ = initial_state.shape
-    if cu_seqlens is None:
+    if packed is None:
         return torch.cat([initial_state, x[:, -history:]], 1)[:, -history:]
     taps = torch.arange(history, device=x.device)
-    lengths = cu_seqlens.diff().long()[:, None]
+    lengths = packed.sizes.long()[:, None]
     place = lengths - history + taps  # in the sequence; before its start where negative
-    inside = x[0, (cu_seqlens[:-1].long()[:, None] + place).clamp(0, x.shape[1] - 1)]
+    inside = x[0, (packed.cu_seqlens[:-1].long()[:, None] + place).clamp(0, x.shape[1] - 1)]
     rows = torch.arange(num_sequences, device=x.device)[:, None]
     before = initial_state[rows, (place + history).clamp_max(history - 1)]
     return torch.where((place >= 0)[..., None], inside, before)
 
 
-@remember
-def _packed_index(cu_seqlens: Tensor, history: int) -> tuple[Tensor, Tensor, Tensor]:
-    """How to lay each sequence after its own history.
+def _packed_index(sequences: Sequences, history: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay each sequence behind its own history.
 
     Returns the gather index into (all histories, all tokens), the place of each token's output,
     and ``[N, history]`` places of the last inputs of each sequence.
     """
-    lengths = cu_seqlens.diff().long()
-    ids = sequence_ids(cu_seqlens)
-    num_sequences, device = len(lengths), cu_seqlens.device
-    total = sum(sequence_lengths(cu_seqlens))
+    lengths, ids, device = sequences.sizes.long(), sequences.ids, sequences.device
+    num_sequences, total = sequences.count, sequences.num_tokens
     tokens = torch.arange(total, device=device) + history * ids  # output place of each token
     gather = torch.empty(total + history * num_sequences, dtype=torch.long, device=device)
     gather[tokens + history] = torch.arange(total, device=device) + history * num_sequences
     taps = torch.arange(history, device=device)
-    starts = cu_seqlens[:-1].long() + history * torch.arange(num_sequences, device=device)
+    starts = sequences.cu_seqlens[:-1].long() + history * torch.arange(num_sequences, device=device)
     gather[starts[:, None] + taps] = torch.arange(history * num_sequences, device=device).view(
         num_sequences, history
     )

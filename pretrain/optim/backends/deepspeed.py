@@ -210,7 +210,7 @@ class DeepSpeedBackend(DeepSpeedState):
         sums = torch.zeros(2, dtype=torch.float64, device=local_device())
         for number, batch in enumerate(batches):
             batch = batch.to(local_device())
-            losses = self._engine(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
+            losses = self._engine(batch.tokens, batch.targets, sequences=batch.sequences)
             total = (losses * batch.loss_mask).sum()
             sums += torch.stack([total.detach().double(), batch.loss_mask.sum().double()])
             # It divides by the number of micro-batches.

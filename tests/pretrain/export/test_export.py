@@ -101,7 +101,7 @@ def test_an_exported_model_brings_its_kernels(tmp_path):
     )
     theirs, _ = exported(model, tmp_path)
     module = sys.modules[type(theirs).__module__]._module
-    kernel = module("pretrain.ops.m2rnn.kernels")._forward_kernel
+    kernel = module("pretrain.ops.m2rnn.step_kernels")._forward_kernel
     assert "def _forward_kernel" in "".join(inspect.getsourcelines(kernel.fn)[0])
     ops = module("pretrain.ops")
     assert ops.m2rnn is not m2rnn

@@ -89,7 +89,7 @@ def test_recomputed_blocks_leave_out_the_same(recursion):
         model = make(checkpointing, recursion=recursion)
         model.begin_step(0, 5)
         losses = [
-            model(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens).sum()
+            model(batch.tokens, batch.targets, sequences=batch.sequences).sum()
             for batch in batches(0, rows=3, micro_batch_size=1)
         ]
         for loss in losses:

@@ -68,7 +68,7 @@ def test_activation_checkpointing_and_bf16(name):
         (torch.bfloat16, "block"),
     ):
         model = make(name, dtype, checkpointing)
-        loss = model(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens).mean()
+        loss = model(batch.tokens, batch.targets, sequences=batch.sequences).mean()
         loss.backward()
         assert all(p.grad is not None for p in model.parameters())
         found.append([loss, *(p.grad for p in model.parameters())])

@@ -11,6 +11,7 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.data.sequences import Sequences
 from pretrain.nn.mixers import LayerContext, registry
 from pretrain.nn.parameters import fill_parameters
 from pretrain.ops import definitions
@@ -84,10 +85,10 @@ def close(found, expected):
         assert relative_error(found[key], expected[key]) < 1e-10, key
 
 
-def gradients_of(layer, x, cu_seqlens):
+def gradients_of(layer, x, sequences):
     """Output, final state and all gradients of a weighted sum of both."""
     x = x.clone().requires_grad_()
-    y, state = layer(x, cu_seqlens=cu_seqlens)
+    y, state = layer(x, sequences=sequences)
     floating = {k: t for k, t in state.items() if t.is_floating_point()}
     generator = torch.Generator().manual_seed(5)
     total = torch.zeros((), dtype=x.dtype)
@@ -111,10 +112,10 @@ def test_fast_form_equals_definition(name, settings, lengths, seed):
     layer = build(name, settings)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(sum(lengths), 1, HIDDEN, dtype=torch.float64, generator=generator)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    found = gradients_of(layer, x, cu_seqlens)
+    sequences = Sequences.from_lengths(lengths)
+    found = gradients_of(layer, x, sequences)
     with definitions():
-        expected = gradients_of(layer, x, cu_seqlens)
+        expected = gradients_of(layer, x, sequences)
     for key, value in expected.items():
         assert relative_error(found[key], value) < 1e-10, key
 
@@ -143,8 +144,8 @@ def test_packed_sequences_equal_each_alone(name, settings):
     layer = build(name, settings)
     lengths = [5, 1, 19, 12]
     x = torch.randn(sum(lengths), 1, HIDDEN, dtype=torch.float64, requires_grad=True)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    y, _ = layer(x, cu_seqlens=cu_seqlens)
+    sequences = Sequences.from_lengths(lengths)
+    y, _ = layer(x, sequences=sequences)
     alone = torch.cat([layer(part)[0] for part in x.split(lengths)])
     assert relative_error(y, alone) < 1e-10
     parameters = [x, *layer.parameters()]
@@ -159,7 +160,7 @@ def test_packed_sequences_equal_each_alone(name, settings):
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_a_document_never_feels_its_neighbour(name, settings):
     layer = build(name, settings, torch.float32)
-    cu_seqlens = torch.tensor([0, 11, 30, 34])
+    sequences = Sequences(torch.tensor([0, 11, 30, 34]))
     x = torch.randn(34, 1, HIDDEN)
     changed = x.clone()
     changed[:11] = torch.randn(11, 1, HIDDEN)
@@ -167,7 +168,7 @@ def test_a_document_never_feels_its_neighbour(name, settings):
     outputs, gradients = [], []
     for case in (x, changed):
         case = case.clone().requires_grad_()
-        y, _ = layer(case, cu_seqlens=cu_seqlens)
+        y, _ = layer(case, sequences=sequences)
         outputs.append(y[11:30])
         (gradient,) = torch.autograd.grad(y[11:30].square().sum(), case)
         gradients.append(gradient[11:30])
@@ -179,13 +180,13 @@ def test_a_document_never_feels_its_neighbour(name, settings):
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_training_after_inference_on_the_same_documents(name, settings):
-    """What is remembered of a cu_seqlens under inference_mode serves training as well."""
+    """What is derived from sequences under inference_mode serves training as well."""
     layer = build(name, settings)
-    cu_seqlens = torch.tensor([0, 5, 12])
+    sequences = Sequences(torch.tensor([0, 5, 12]))
     x = torch.randn(12, 1, HIDDEN, dtype=torch.float64)
     with torch.inference_mode():
-        expected, _ = layer(x, cu_seqlens=cu_seqlens)
-    y, _ = layer(x, cu_seqlens=cu_seqlens)
+        expected, _ = layer(x, sequences=sequences)
+    y, _ = layer(x, sequences=sequences)
     y.sum().backward()
     assert torch.equal(y, expected)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain.ops import NewtonReport, m2rnn, para_gru, para_lstm, rnn
-from pretrain.ops.rnn.dispatch import CELLS
+from pretrain.ops.rnn.cells import CELLS
 from pretrain.planner.hardware import load_hardware
 from pretrain.planner.simulation import Simulation
 from tests.helpers.relative_error import relative_error
@@ -86,7 +86,7 @@ def test_m2rnn_gradients_of_many_sequences_are_left_in_few_parts(monkeypatch):
     """Programs share sequences where there are more of them than parts, and go on with theirs in
     the next stretch of time."""
     monkeypatch.setattr(m2rnn_kernels, "DW_SLOTS", 2)
-    monkeypatch.setattr(m2rnn_kernels, "STRETCHES", 2)
+    monkeypatch.setattr(m2rnn_kernels, "SEGMENTS", 2)
     q, k, v, weight = normal(5, 9, 1, 4), normal(5, 9, 1, 4), normal(5, 9, 2, 4), normal(2, 4, 4)
     forget = torch.rand(5, 9, 2, dtype=DTYPE, device=DEVICE, requires_grad=True)
 

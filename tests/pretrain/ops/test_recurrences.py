@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.ops import m2rnn, rnn
-from pretrain.ops.rnn.dispatch import CELLS
+from pretrain.ops.rnn.cells import CELLS
 from tests.helpers.relative_error import relative_error
 
 lengths_of = st.lists(st.integers(0, 90), min_size=1, max_size=4)

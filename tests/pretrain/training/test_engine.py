@@ -50,7 +50,7 @@ def plain_loop(model, micro_batch_size=2):
         count = sum(int(b.loss_mask.sum()) for b in parts)
         total = 0.0
         for b in parts:
-            loss = (model(b.tokens, b.targets, cu_seqlens=b.cu_seqlens) * b.loss_mask).sum()
+            loss = (model(b.tokens, b.targets, sequences=b.sequences) * b.loss_mask).sum()
             (loss / count).backward()
             total += loss.item() / count
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -102,7 +102,7 @@ def test_masked_targets_do_not_count():
     first[0].loss_mask[:, 5:] = 0
     result = Engine(model, OPTIMIZER).train_step(first, 1e-2)
     model = make()
-    losses = [model(b.tokens, b.targets, cu_seqlens=b.cu_seqlens) * b.loss_mask for b in first]
+    losses = [model(b.tokens, b.targets, sequences=b.sequences) * b.loss_mask for b in first]
     expected = sum(x.sum() for x in losses) / sum(b.loss_mask.sum() for b in first)
     assert result.loss == pytest.approx(expected.item(), rel=1e-5)
 
@@ -153,7 +153,7 @@ def test_validation_counts_tokens_and_bytes():
     loss, count, text_bytes = engine.validate(parts, sizes)
     assert count == 4 * 32
     assert text_bytes == sum(int(b.targets.sum()) for b in parts)
-    mean = torch.cat([model(b.tokens, b.targets, cu_seqlens=b.cu_seqlens) for b in parts], 1).mean()
+    mean = torch.cat([model(b.tokens, b.targets, sequences=b.sequences) for b in parts], 1).mean()
     assert loss == pytest.approx(mean.item(), rel=1e-6)
 
 

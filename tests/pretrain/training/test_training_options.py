@@ -101,11 +101,11 @@ def change_of_logits(width, **changes):
     """Root mean square, over a few steps on the same tokens."""
     model = widened(width, **changes)
     (batch,) = batches(0, rows=1)
-    before = model(batch.tokens, cu_seqlens=batch.cu_seqlens).detach()
+    before = model(batch.tokens, sequences=batch.sequences).detach()
     engine = Engine(model, OptimizerConfig(weight_decay=0.0), ALONE)
     for _ in range(4):
         engine.train_step([batch], 5e-3)
-    after = model(batch.tokens, cu_seqlens=batch.cu_seqlens).detach()
+    after = model(batch.tokens, sequences=batch.sequences).detach()
     return (after - before).square().mean().sqrt().item()
 
 
@@ -160,7 +160,7 @@ def test_muon_is_torchs_and_leaves_the_rest_to_adamw():
         parts = batches(step)
         count = sum(float(b.loss_mask.sum()) for b in parts)
         for b in parts:
-            losses = model(b.tokens, b.targets, cu_seqlens=b.cu_seqlens)
+            losses = model(b.tokens, b.targets, sequences=b.sequences)
             ((losses * b.loss_mask).sum() / count).backward()
         for optimizer in optimizers:
             optimizer.step()

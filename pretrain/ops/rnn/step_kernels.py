@@ -1,0 +1,313 @@
+"""The classical cells (:mod:`pretrain.ops.rnn`) with a head's recurrent matrices on chip.
+
+A program owns one head of 16 sequences, the rows of a tensor-core tile, and walks through time;
+sequences are taken longest first, so that those of a program end at about the same time. Forward it
+writes every state. Backward what the recurrent matrices gave is computed again for all tokens at
+once, by one large product; the kernel then needs the transposed matrices alone, and the matrices'
+gradient is another large product over all tokens. A head of 128 channels has matrices of 32 KB per
+gate in bfloat16: wider ones do not fit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pretrain.ops.shared.elementary_kernels import sigmoid, tanh
+
+
+@triton.jit
+def _log_sigmoid(x):
+    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _clamp(x, limit):
+    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _product(h, w, dtype: tl.constexpr, wide: tl.constexpr):
+    return tl.dot(h.to(dtype), w, input_precision="ieee", out_dtype=wide)
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    weight,
+    bias,
+    initial,
+    out,
+    saved,
+    final,
+    cu_seqlens,
+    order,
+    total,
+    num_sequences,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    CELL: tl.constexpr,
+    GATES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SAVE: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    block, head = tl.program_id(0), tl.program_id(1)
+    which = block * BLOCK_B + tl.arange(0, BLOCK_B)
+    sequence = tl.load(order + which, mask=which < num_sequences, other=0).to(tl.int64)
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - start
+    length = tl.where(which < num_sequences, length, 0)
+    channels = tl.arange(0, BLOCK_D)
+    ok = channels < D
+    there = (which < num_sequences)[:, None] & ok[None, :]
+    dtype: tl.constexpr = x.dtype.element_ty
+    wide: tl.constexpr = final.dtype.element_ty
+
+    # weight [H, from, gate, to], bias [gate, H, D], states [S, N, H, D]
+    matrix = weight + (head * D + channels[:, None]) * (GATES * D) + channels[None, :]
+    inside = ok[:, None] & ok[None, :]
+    own_bias = bias + head * D + channels
+    w0 = tl.load(matrix, mask=inside, other=0.0).to(dtype)
+    b0 = tl.load(own_bias, mask=ok, other=0.0).to(wide)[None, :]
+    if GATES > 1:
+        w1 = tl.load(matrix + D, mask=inside, other=0.0).to(dtype)
+        b1 = tl.load(own_bias + H * D, mask=ok, other=0.0).to(wide)[None, :]
+        w2 = tl.load(matrix + 2 * D, mask=inside, other=0.0).to(dtype)
+        b2 = tl.load(own_bias + 2 * H * D, mask=ok, other=0.0).to(wide)[None, :]
+        b3 = tl.load(own_bias + 3 * H * D, mask=ok, other=0.0).to(wide)[None, :]
+    if GATES > 3:
+        w3 = tl.load(matrix + 3 * D, mask=inside, other=0.0).to(dtype)
+    in_states = (sequence[:, None] * H + head) * D + channels[None, :]
+    size = tl.cast(num_sequences, tl.int64) * H * D
+    h = tl.load(initial + in_states, mask=there, other=0.0)
+    if (CELL == "lstm") | (CELL == "slstm"):
+        cell = tl.load(initial + size + in_states, mask=there, other=0.0)
+    if CELL == "slstm":
+        normaliser = tl.load(initial + 2 * size + in_states, mask=there, other=0.0)
+        stabiliser = tl.load(initial + 3 * size + in_states, mask=there, other=0.0)
+
+    for t in range(0, tl.max(length, 0)):
+        alive = (t < length)[:, None] & ok[None, :]
+        token = (start + t)[:, None]
+        place = x + (token * (GATES * H) + head) * D + channels[None, :]
+        g0 = tl.load(place, mask=alive, other=0.0).to(wide) + b0 + _product(h, w0, dtype, wide)
+        if CELL == "elman":
+            h = tl.where(alive, tanh(g0, APPROXIMATE), h)
+        else:
+            g1 = tl.load(place + H * D, mask=alive, other=0.0).to(wide) + b1
+            g1 += _product(h, w1, dtype, wide)
+            g2 = tl.load(place + 2 * H * D, mask=alive, other=0.0).to(wide) + b2
+            r2 = _product(h, w2, dtype, wide)
+        if CELL == "gru":
+            new = tanh(g2 + sigmoid(g0) * (r2 + b3), APPROXIMATE)
+            h = tl.where(alive, new + sigmoid(g1) * (h - new), h)
+        if (CELL == "lstm") | (CELL == "slstm"):
+            g3 = tl.load(place + 3 * H * D, mask=alive, other=0.0).to(wide) + b3
+            g3 += _product(h, w3, dtype, wide)
+            z = tanh(g2 + r2, APPROXIMATE)
+        if CELL == "lstm":
+            kept = sigmoid(g1) * cell
+            cell = tl.where(alive, kept + sigmoid(g0) * z, cell)
+            h = tl.where(alive, sigmoid(g3) * tanh(cell, APPROXIMATE), h)
+        if CELL == "slstm":
+            kept = _log_sigmoid(g1) + stabiliser
+            m = tl.maximum(g0, kept)
+            write, keep = tl.exp(g0 - m), tl.exp(kept - m)
+            cell = tl.where(alive, keep * cell + write * z, cell)
+            normaliser = tl.where(alive, keep * normaliser + write, normaliser)
+            stabiliser = tl.where(alive, m, stabiliser)
+            h = tl.where(alive, sigmoid(g3) * cell / normaliser, h)
+        row = (token * H + head) * D + channels[None, :]
+        tl.store(out + row, h.to(dtype), mask=alive)
+        if SAVE:
+            all_rows = tl.cast(total, tl.int64) * H * D
+            if (CELL == "lstm") | (CELL == "slstm"):
+                tl.store(saved + row, cell, mask=alive)
+            if CELL == "slstm":
+                tl.store(saved + all_rows + row, normaliser, mask=alive)
+                tl.store(saved + 2 * all_rows + row, stabiliser, mask=alive)
+    tl.store(final + in_states, h, mask=there)
+    if (CELL == "lstm") | (CELL == "slstm"):
+        tl.store(final + size + in_states, cell, mask=there)
+    if CELL == "slstm":
+        tl.store(final + 2 * size + in_states, normaliser, mask=there)
+        tl.store(final + 3 * size + in_states, stabiliser, mask=there)
+
+
+@triton.jit
+def _backward_kernel(
+    x,
+    weight,
+    bias,
+    initial,
+    out,
+    saved,
+    products,
+    d_out,
+    d_final,
+    d_x,
+    d_initial,
+    cu_seqlens,
+    order,
+    total,
+    num_sequences,
+    clip,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    CELL: tl.constexpr,
+    GATES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CLIP: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    block, head = tl.program_id(0), tl.program_id(1)
+    which = block * BLOCK_B + tl.arange(0, BLOCK_B)
+    sequence = tl.load(order + which, mask=which < num_sequences, other=0).to(tl.int64)
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - start
+    length = tl.where(which < num_sequences, length, 0)
+    channels = tl.arange(0, BLOCK_D)
+    ok = channels < D
+    there = (which < num_sequences)[:, None] & ok[None, :]
+    dtype: tl.constexpr = x.dtype.element_ty
+    wide: tl.constexpr = d_final.dtype.element_ty
+
+    # The matrices transposed: rows are what they lead to, columns what they come from.
+    matrix = weight + (head * D + channels[None, :]) * (GATES * D) + channels[:, None]
+    inside = ok[:, None] & ok[None, :]
+    own_bias = bias + head * D + channels
+    w0 = tl.load(matrix, mask=inside, other=0.0).to(dtype)
+    b0 = tl.load(own_bias, mask=ok, other=0.0).to(wide)[None, :]
+    if GATES > 1:
+        w1 = tl.load(matrix + D, mask=inside, other=0.0).to(dtype)
+        b1 = tl.load(own_bias + H * D, mask=ok, other=0.0).to(wide)[None, :]
+        w2 = tl.load(matrix + 2 * D, mask=inside, other=0.0).to(dtype)
+        b2 = tl.load(own_bias + 2 * H * D, mask=ok, other=0.0).to(wide)[None, :]
+        b3 = tl.load(own_bias + 3 * H * D, mask=ok, other=0.0).to(wide)[None, :]
+    if GATES > 3:
+        w3 = tl.load(matrix + 3 * D, mask=inside, other=0.0).to(dtype)
+    in_states = (sequence[:, None] * H + head) * D + channels[None, :]
+    size = tl.cast(num_sequences, tl.int64) * H * D
+    all_rows = tl.cast(total, tl.int64) * H * D
+    limit = tl.cast(clip, wide)
+    dh = tl.load(d_final + in_states, mask=there, other=0.0)
+    if (CELL == "lstm") | (CELL == "slstm"):
+        dc = tl.load(d_final + size + in_states, mask=there, other=0.0)
+    if CELL == "slstm":
+        dn = tl.load(d_final + 2 * size + in_states, mask=there, other=0.0)
+        dm = tl.load(d_final + 3 * size + in_states, mask=there, other=0.0)
+
+    longest = tl.max(length, 0)
+    for back in range(0, longest):
+        t = longest - 1 - back
+        alive = (t < length)[:, None] & ok[None, :]
+        first, inner = alive & (t == 0), alive & (t > 0)
+        token = (start + t)[:, None]
+        row = (token * H + head) * D + channels[None, :]
+        place = (token * (GATES * H) + head) * D + channels[None, :]
+        # products [H, T, gate, D]; what is computed from them takes their place
+        product = products + (tl.cast(head, tl.int64) * total + token) * (GATES * D)
+        product += channels[None, :]
+        g0 = tl.load(x + place, mask=alive, other=0.0).to(wide) + b0
+        g0 += tl.load(product, mask=alive, other=0.0).to(wide)
+        if GATES > 1:
+            g1 = tl.load(x + place + H * D, mask=alive, other=0.0).to(wide) + b1
+            g1 += tl.load(product + D, mask=alive, other=0.0).to(wide)
+            g2 = tl.load(x + place + 2 * H * D, mask=alive, other=0.0).to(wide) + b2
+            r2 = tl.load(product + 2 * D, mask=alive, other=0.0).to(wide)
+        carried = dh
+        if CLIP:
+            carried = _clamp(dh, limit)
+        d = carried + tl.load(d_out + row, mask=alive, other=0.0).to(wide)
+        if CELL == "elman":
+            value = tanh(g0, APPROXIMATE)
+            d0 = d * (1.0 - value * value)
+            before = d * 0.0
+        if CELL == "gru":
+            h = tl.load(out + row - H * D, mask=inner, other=0.0).to(wide)
+            h += tl.load(initial + in_states, mask=first, other=0.0)
+            s, u = sigmoid(g0), sigmoid(g1)
+            new = tanh(g2 + s * (r2 + b3), APPROXIMATE)
+            d2 = d * (1.0 - u) * (1.0 - new * new)
+            d1 = d * (h - new) * u * (1.0 - u)
+            d0 = d2 * (r2 + b3) * s * (1.0 - s)
+            before = d * u
+        if (CELL == "lstm") | (CELL == "slstm"):
+            g3 = tl.load(x + place + 3 * H * D, mask=alive, other=0.0).to(wide) + b3
+            g3 += tl.load(product + 3 * D, mask=alive, other=0.0).to(wide)
+            o, z = sigmoid(g3), tanh(g2 + r2, APPROXIMATE)
+            cell = tl.load(saved + row - H * D, mask=inner, other=0.0)
+            cell += tl.load(initial + size + in_states, mask=first, other=0.0)
+            carried_c = dc
+            if CLIP:
+                carried_c = _clamp(dc, limit)
+            before = d * 0.0
+        if CELL == "lstm":
+            i, f = sigmoid(g0), sigmoid(g1)
+            read = tanh(f * cell + i * z, APPROXIMATE)
+            d3 = d * read * o * (1.0 - o)
+            d_cell = carried_c + d * o * (1.0 - read * read)
+            d0 = d_cell * z * i * (1.0 - i)
+            d1 = d_cell * cell * f * (1.0 - f)
+            d2 = d_cell * i * (1.0 - z * z)
+            dc = tl.where(alive, d_cell * f, dc)
+        if CELL == "slstm":
+            n = tl.load(saved + all_rows + row - H * D, mask=inner, other=0.0)
+            n += tl.load(initial + 2 * size + in_states, mask=first, other=0.0)
+            m = tl.load(saved + 2 * all_rows + row - H * D, mask=inner, other=0.0)
+            m += tl.load(initial + 3 * size + in_states, mask=first, other=0.0)
+            carried_n, carried_m = dn, dm
+            if CLIP:
+                carried_n, carried_m = _clamp(dn, limit), _clamp(dm, limit)
+            kept = _log_sigmoid(g1) + m
+            new_m = tl.maximum(g0, kept)
+            write, keep = tl.exp(g0 - new_m), tl.exp(kept - new_m)
+            new_n = keep * n + write
+            ratio = (keep * cell + write * z) / new_n
+            d3 = d * ratio * o * (1.0 - o)
+            d_cell = carried_c + d * o / new_n
+            d_n = carried_n - d * o * ratio / new_n
+            by_write = (d_cell * z + d_n) * write
+            by_keep = (d_cell * cell + d_n * n) * keep
+            by_m = carried_m - by_write - by_keep
+            newer = g0 > kept
+            d0 = by_write + tl.where(newer, by_m, 0.0)
+            d_m = by_keep + tl.where(newer, 0.0, by_m)
+            d1 = d_m * (1.0 - sigmoid(g1))
+            d2 = d_cell * write * (1.0 - z * z)
+            dc = tl.where(alive, d_cell * keep, dc)
+            dn = tl.where(alive, d_n * keep, dn)
+            dm = tl.where(alive, d_m, dm)
+
+        tl.debug_barrier()  # all have read the products
+        d0 = tl.where(alive, d0, 0.0)
+        tl.store(d_x + place, d0.to(dtype), mask=alive)
+        tl.store(product, d0.to(dtype), mask=alive)
+        before += _product(d0, w0, dtype, wide)
+        if GATES > 1:
+            d1, d2 = tl.where(alive, d1, 0.0), tl.where(alive, d2, 0.0)
+            tl.store(d_x + place + H * D, d1.to(dtype), mask=alive)
+            tl.store(product + D, d1.to(dtype), mask=alive)
+            tl.store(d_x + place + 2 * H * D, d2.to(dtype), mask=alive)
+            if CELL == "gru":
+                d2 = d2 * s
+            tl.store(product + 2 * D, d2.to(dtype), mask=alive)
+            before += _product(d1, w1, dtype, wide) + _product(d2, w2, dtype, wide)
+        if GATES > 3:
+            d3 = tl.where(alive, d3, 0.0)
+            tl.store(d_x + place + 3 * H * D, d3.to(dtype), mask=alive)
+            tl.store(product + 3 * D, d3.to(dtype), mask=alive)
+            before += _product(d3, w3, dtype, wide)
+        dh = tl.where(alive, before, dh)
+    tl.store(d_initial + in_states, dh, mask=there)
+    if (CELL == "lstm") | (CELL == "slstm"):
+        tl.store(d_initial + size + in_states, dc, mask=there)
+    if CELL == "slstm":
+        tl.store(d_initial + 2 * size + in_states, dn, mask=there)
+        tl.store(d_initial + 3 * size + in_states, dm, mask=there)
+
+
+KERNELS = (_forward_kernel, _backward_kernel)
