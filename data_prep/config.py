@@ -7,55 +7,75 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from pretrain.common.config_loader import ConfigError, load_config, setting
-
-KINDS = ("stdlib", "files", "huggingface")
+from pretrain.common.config_loader import Config, ConfigError, load_config, setting
 
 
 @dataclass
-class SourceConfig:
-    """Where text comes from. Each source keeps its own shards; weights blend them at load time."""
+class SourceConfig(Config):
+    """Where text comes from. Each source keeps its own shards."""
 
-    name: str  # also in the shards' file names
-    kind: str = setting(choices=KINDS)
+    name: str
+    """Name of the source, also in the names of its shards."""
+    kind: Literal["stdlib", "files", "huggingface"] = setting()
+    """Python's standard library, files on disk, or a data set for the library ``datasets``."""
     weight: float = setting(1.0, above=0)
-    text_field: str = "text"  # of jsonl, parquet and Hugging Face rows
+    """Share of the samples that training takes from this source, relative to the other weights."""
+    text_field: str = "text"
+    """The field that has the text, of jsonl, parquet and Hugging Face rows."""
     max_documents: int | None = setting(None, minimum=1)
-    # files
-    paths: list[str] = dataclasses.field(
-        default_factory=list
-    )  # files, folders (recursive), globs with ** if wanted
-    # huggingface
-    dataset: str | None = None  # a hub name, a builder (json, parquet, text), or a folder
+    """Documents to read; null: all of them."""
+    paths: list[str] = dataclasses.field(default_factory=list)
+    """Of kind ``files``: files, folders (with all that is in them), and globs, in which ``**``
+    stands for any folders."""
+    dataset: str | None = None
+    """Of kind ``huggingface``: a name on the hub, a builder (json, parquet, text), or a folder."""
     config: str | None = None
+    """Of kind ``huggingface``: the data set's configuration; null: its default."""
     data_files: list[str] = dataclasses.field(default_factory=list)
+    """Of kind ``huggingface``: the files that a builder reads."""
     split: str = "train"
+    """Of kind ``huggingface``: the split to read."""
     revision: str | None = None
+    """Of kind ``huggingface``: branch, tag or commit of the data set; null: the newest."""
     streaming: bool = False
+    """Of kind ``huggingface``: whether rows are read as they arrive instead of after a download."""
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(Config):
     """A tokenizer to train, or with ``path`` an existing one."""
 
-    kind: str = setting("bpe", choices=("bpe", "unigram"))
+    kind: Literal["bpe", "unigram"] = setting("bpe")
+    """What is trained: byte-pair encoding or a unigram model, by SentencePiece."""
     vocab_size: int = setting(32_000, minimum=261, maximum=4_000_000)
+    """Ids of the tokenizer, the 256 bytes among them."""
     sample_bytes: int = setting(100_000_000, minimum=1_000, maximum=10_000_000_000)
-    path: str | None = None  # a SentencePiece .model or a Hugging Face tokenizer.json
+    """Bytes of text that it is trained on."""
+    path: str | None = None
+    """An existing tokenizer: a SentencePiece ``.model`` or a Hugging Face ``tokenizer.json``; null:
+    train one."""
 
 
 @dataclass
-class DataPrepConfig:
+class DataPrepConfig(Config):
     """One data set: sources of text, a tokenizer, and how the shards are cut."""
 
     output: str
+    """The directory to write."""
     sources: list[SourceConfig]
+    """Where text comes from, at least one source."""
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
-    validation_fraction: float = setting(0.01, minimum=0, below=1)  # of documents, by their hash
-    shard_bytes: int = setting(256_000_000, minimum=1_000)  # of text; a shard ends after it
-    processes: int | None = setting(None, minimum=1, maximum=1024)  # null: all cores
-    seed: int = setting(0, minimum=0)  # of the tokenizer's training sample
+    """The tokenizer."""
+    validation_fraction: float = setting(0.01, minimum=0, below=1)
+    """Share of the documents that is held out, chosen by their hash."""
+    shard_bytes: int = setting(256_000_000, minimum=1_000)
+    """Bytes of text after which a shard ends."""
+    processes: int | None = setting(None, minimum=1, maximum=1024)
+    """Processes that tokenize; null: one for every core."""
+    seed: int = setting(0, minimum=0)
+    """Seed of the tokenizer's training sample."""
 
 
 _ONLY_FOR = {

@@ -5,56 +5,70 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from pretrain.common.config_loader import ConfigError, load_config, setting
+from pretrain.common.config_loader import Config, ConfigError, load_config, setting
 
 _TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
 
 
 @dataclass
-class ContainerConfig:
-    """runtime: ``pyxis`` (srun --container-image, Enroot) or ``apptainer``; mounts:
-    ``/outside:/inside``; the project lies in the image."""
+class ContainerConfig(Config):
+    """The container that a job's processes run in; the project lies in the image."""
 
     image: str
-    runtime: str = setting("pyxis", choices=("pyxis", "apptainer"))
+    """The image, as the runtime names it."""
+    runtime: Literal["pyxis", "apptainer"] = setting("pyxis")
+    """``pyxis`` (srun --container-image, Enroot) or ``apptainer``."""
     mounts: list[str] = field(default_factory=list)
+    """Folders of the host that are seen inside, as ``/outside:/inside``."""
 
 
 @dataclass
-class ClusterConfig:
-    """kind: ``local``, or ``slurm``, which all else is for.
+class ClusterConfig(Config):
+    """Where runs are started. All but ``kind`` is for Slurm; null: the cluster's own default."""
 
-    nodes, gpus_per_node, cpus_per_node, memory (of a node, as Slurm writes it), time (likewise),
-    partition, account, qos, constraint: as sbatch knows them; null = the cluster's own default.
-    processes_per_node: null = one for each GPU, or without GPUs the run's processes over the nodes.
-
-    signal_seconds: how long before the time limit a run saves and the job queues itself again.
-    modules: loaded first; environment: variables; setup: lines of shell; python: the interpreter
-    that has the project; sbatch_options, srun_options: more of them, as on the command line.
-    hardware: file that --dry-run plans with.
-    """
-
-    kind: str = setting("slurm", choices=("local", "slurm"))
+    kind: Literal["local", "slurm"] = setting("slurm")
+    """This machine, or a Slurm cluster."""
     partition: str | None = None
+    """sbatch's ``--partition``."""
     account: str | None = None
+    """sbatch's ``--account``."""
     qos: str | None = None
+    """sbatch's ``--qos``."""
     constraint: str | None = None
+    """sbatch's ``--constraint``."""
     nodes: int = setting(1, minimum=1)
+    """Nodes of a job."""
     gpus_per_node: int = setting(0, minimum=0)
+    """GPUs of each node; 0: the run is on CPUs."""
     cpus_per_node: int | None = setting(None, minimum=1)
+    """Cores of each node that the job takes."""
     processes_per_node: int | None = setting(None, minimum=1)
+    """Processes on each node; null: one for each GPU or, without GPUs, the run's processes over the
+    nodes."""
     memory: str | None = None
+    """Memory of each node that the job takes, as Slurm writes it (``64G``)."""
     time: str | None = None
+    """Time limit of a job, as Slurm writes it (``12:00:00``)."""
     signal_seconds: int = setting(120, minimum=1, maximum=65535)
+    """Seconds before the time limit at which a run saves and the job queues itself again."""
     container: ContainerConfig | None = None
+    """The container that processes run in; null: none."""
     modules: list[str] = field(default_factory=list)
+    """Environment modules to load first."""
     environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the run."""
     setup: list[str] = field(default_factory=list)
+    """Lines of shell before the run."""
     python: str = "python"
+    """The interpreter that has the project."""
     sbatch_options: list[str] = field(default_factory=list)
+    """Further options of sbatch, as on its command line."""
     srun_options: list[str] = field(default_factory=list)
+    """Further options of srun, as on its command line."""
     hardware: str | None = None
+    """File of a machine in ``configs/hardware`` that ``--dry-run`` plans with."""
 
     def processes(self, wanted: int) -> int:
         """On each node, of a run that would like ``wanted`` in all. Raises ConfigError where they

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fcntl
 import json
@@ -15,7 +16,8 @@ from pretrain.checkpoint.state import find_checkpoint, read_state
 from pretrain.common.config_loader import ConfigError, flattened
 from pretrain.common.errors import EXIT_STOPPED, UserError
 from pretrain.common.files import write_json
-from pretrain.config import RunConfig, load_saved_config
+from pretrain.config import RunConfig, legacy, load_saved_config
+from pretrain.model.spec import with_sizes
 from pretrain.run_directory import read_metrics
 
 WAITING, QUEUED, RUNNING = "waiting", "queued", "running"
@@ -89,8 +91,11 @@ def check_same_settings(member: Member) -> None:
     directory = member.config.run_directory
     if not (directory / "config.yaml").exists():
         return
-    before = load_saved_config(directory / "config.yaml")
-    was, now = (flattened(dataclasses.asdict(c)) for c in (before, member.config))
+    before, wanted = load_saved_config(directory / "config.yaml"), copy.deepcopy(member.config)
+    legacy.keep_saved_sizes(wanted, directory)
+    for config in (before, wanted):
+        config.model = with_sizes(config.model, str(directory))
+    was, now = (flattened(dataclasses.asdict(c)) for c in (before, wanted))
     differences = [
         f"{key} is {was.get(key)} there and {now.get(key)} here"
         for key in sorted({*was, *now})

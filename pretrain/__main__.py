@@ -46,9 +46,9 @@ def main() -> int:
 
     config = load_run_config(arguments.config, [*arguments.overrides, *extra])
 
-    from pretrain.model.spec import block_specs
+    from pretrain.config.checks import check_model
 
-    block_specs(config.model, arguments.config)  # refuse a bad model before anything is started
+    check_model(config.model, arguments.config)  # refuse a bad model before anything is started
 
     from pretrain.parallel.processes import stop_processes
     from pretrain.training.trainer import train

@@ -26,7 +26,13 @@ PAGES = [
     "docs/reproduce-a-table.md",
 ]
 # Whose commands have a test of their own, or which have none.
-OTHERS = {"docs/add-a-layer.md", "docs/index.md", "docs/layers.md", "docs/parallel.md"}
+OTHERS = {
+    "docs/add-a-layer.md",
+    "docs/index.md",
+    "docs/layers.md",
+    "docs/parallel.md",
+    "docs/settings.md",
+}
 COPIED = ("configs", "data_prep", "evals", "launch", "pretrain", "tests/data")
 
 

@@ -53,7 +53,7 @@ def planned_curve(
 
 
 def describe(schedule: ScheduleConfig, peak: float) -> str:
-    words = [schedule.kind]
+    words: list[str] = [schedule.kind]
     if schedule.kind == "wsd":
         words.append(f"{schedule.decay} over {schedule.decay_fraction:.0%}")
     if schedule.kind == "two_stage":

@@ -7,13 +7,13 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from evals.synthetic.tasks import MQAR_KEYS, TASKS, make_rows
-from pretrain.common.config_loader import ConfigError, setting
+from pretrain.common.config_loader import Config, ConfigError, setting
 from pretrain.config import MLPConfig, ModelConfig
 from pretrain.model.build import build_model
 from pretrain.model.counts import count_model
@@ -25,33 +25,55 @@ LAST = 8  # positions at the end of a row that are reported on their own
 
 
 @dataclass
-class SyntheticConfig:
-    """One model on one task.
-
-    pattern, mixers, hidden_size, mlp, init_std: as in :class:`pretrain.config.ModelConfig`;
-    length: tokens of a training row, BOS included; curriculum: shorter lengths trained on first,
-    each for as many steps as ``length`` itself; tokens_per_pair: of ``mqar``, at every length;
-    lr: the peak, after ``warmup`` as a share of all steps, from where it falls to 0 as a cosine;
-    test_rows: at each of 1, 2 and 4 times ``length``.
-    """
+class SyntheticConfig(Config):
+    """One model on one synthetic task."""
 
     pattern: str
-    task: str = setting(choices=tuple(TASKS))
+    """The mixers of all blocks, as in ``model.pattern``."""
+    task: Literal[
+        "s3",
+        "s4",
+        "a5",
+        "s5",
+        "z60",
+        "parity",
+        "modular_addition",
+        "modular_arithmetic",
+        "copying",
+        "induction",
+        "mqar",
+    ] = setting()
+    """Name of the task."""
     mixers: dict[str, Any] = field(default_factory=dict)
+    """Settings of mixers, as in ``model.mixers``."""
     hidden_size: int = setting(64, minimum=1)
-    mlp: str = setting("none", choices=("none", "swiglu", "gelu"))
+    """The model's width."""
+    mlp: Literal["none", "swiglu", "gelu"] = setting("none")
+    """The feed-forward network of every block."""
     init_std: float = setting(0.02, above=0)
+    """Standard deviation of the Gaussian that matrices are initialised with."""
     length: int = setting(32, minimum=4)
+    """Tokens of a training row, what opens it included."""
     curriculum: list[int] = field(default_factory=list)
+    """Shorter lengths trained on first, each for as many steps as ``length`` itself."""
     tokens_per_pair: int = setting(8, minimum=4)
+    """Tokens of a row for each pair of ``mqar``, at every length."""
     batch_size: int = setting(128, minimum=1)
+    """Rows of a step."""
     steps: int = setting(1000, minimum=1)
+    """Optimizer steps."""
     lr: float = setting(2e-3, above=0)
+    """Peak learning rate, from which it falls to 0 as a cosine."""
     warmup: float = setting(0.05, minimum=0, maximum=1)
+    """Share of the steps in which the learning rate grows."""
     weight_decay: float = setting(0.01, minimum=0)
+    """AdamW's weight decay."""
     clip_grad: float = setting(1.0, above=0)
+    """Largest global norm of the gradient."""
     test_rows: int = setting(512, minimum=1)
+    """Rows to score at each of 1, 2 and 4 times ``length``."""
     seed: int = setting(0, minimum=0)
+    """Seed of the model and of the rows."""
 
     def model(self) -> ModelConfig:
         """The model's settings; input and output alphabets differ, so embeddings are not tied."""

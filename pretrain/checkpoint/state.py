@@ -30,7 +30,7 @@ from pretrain.checkpoint.sharded_state import (
 from pretrain.common.config_loader import build_config, flattened
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_sha256
-from pretrain.config import ModelConfig, load_saved_config
+from pretrain.config import ModelConfig, legacy, load_saved_config
 from pretrain.model.spec import block_specs
 from pretrain.training.engine import Engine
 
@@ -53,10 +53,14 @@ class CheckpointState:
     data_offset: int = 0
     rollbacks: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    format: int = legacy.FORMAT  # of ``model``, see pretrain/config/legacy.py
 
     @property
     def model_config(self) -> ModelConfig:
-        return build_config(ModelConfig, self.model, "checkpoint")
+        """The model's settings, of an earlier version with the sizes that mixers had then."""
+        model = dict(self.model)
+        legacy.upgrade(model, self.format, "checkpoint")
+        return build_config(ModelConfig, model, "checkpoint")
 
 
 def checkpoint_name(step: int) -> str:
@@ -131,7 +135,9 @@ def read_state(checkpoint: Path) -> CheckpointState:
     """What the checkpoint says of itself, without loading it."""
     try:
         values = json.loads((checkpoint / "state.json").read_bytes())
-        return build_config(CheckpointState, values, str(checkpoint / "state.json"))
+        return build_config(
+            CheckpointState, {"format": 1, **values}, str(checkpoint / "state.json")
+        )
     except (OSError, ValueError):
         raise _damaged(checkpoint, "state.json is missing or unreadable") from None
 

@@ -2,7 +2,8 @@
 
 A YAML file may start from others (``extends: ../models/base.yaml`` or a list of files, relative to
 itself; later ones win). Overrides are dotted: ``optimizer.lr=3e-4``. Anything that the schema does
-not know, or whose type or range is wrong, becomes one :class:`ConfigError` sentence.
+not know, or whose type or range is wrong, becomes one :class:`ConfigError` sentence. A schema that
+derives from :class:`Config` is checked by the same code where it is made in Python.
 
 OmegaConf and yaml are imported where files are read: exported models have this without them.
 """
@@ -12,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import operator
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from pretrain.common.errors import UserError
 
@@ -27,9 +29,32 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+NULL_ALLOWED = "null allowed"
+# A number that may be left null until something else decides it: whoever reads it sees an int.
+Derived = Annotated[int, NULL_ALLOWED]
+
 
 class ConfigError(UserError):
     """A configuration that cannot be used."""
+
+
+class Config:
+    """Base of the dataclasses of settings: types and ranges are checked when one is made.
+
+    Values are converted as those of a YAML file are (``2.0`` to 2 where a whole number belongs).
+    Raises :class:`ConfigError`, such as "ModelConfig: hidden_size is -3, expected at least 1".
+    """
+
+    # Of a schema that is saved with the results it belongs to: the mark of how to read it.
+    saved_format: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        kind = type(self)
+        limits = {item.name: item.metadata for item in dataclasses.fields(cast(Any, kind))}
+        for name, hint in field_types(kind).items():
+            value = _convert(hint, getattr(self, name), name, kind.__name__)
+            _check_limits(value, name, limits[name], kind.__name__)
+            object.__setattr__(self, name, value)  # also of a frozen one
 
 
 def setting(
@@ -40,15 +65,13 @@ def setting(
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
-    choices: Sequence[str] | None = None,
 ) -> Any:
-    """A dataclass field with the range that :func:`validate` checks (``None`` values pass)."""
+    """Return a dataclass field with the range that :func:`validate` checks (``None`` passes)."""
     limits = {
         "minimum": minimum,
         "above": above,
         "maximum": maximum,
         "below": below,
-        "choices": tuple(choices) if choices is not None else None,
     }
     metadata = {key: value for key, value in limits.items() if value is not None}
     if factory is not dataclasses.MISSING:
@@ -68,12 +91,15 @@ def load_config(
     where: str | None = None,
 ) -> T:
     """Read ``path`` into ``schema``, apply ``changes`` (values by dotted name) and then
-    ``key=value`` overrides, check every field; top-level keys in ``ignore`` are left out.
+    ``key=value`` overrides, check every field; top-level keys in ``ignore`` are skipped, and so is
+    the ``format`` of a schema that is saved with one.
 
     Raises :class:`ConfigError` naming the file (or ``where``) or field, what was found, and what
     was expected.
     """
     values = load_values(path, overrides, changes=changes)
+    if getattr(schema, "saved_format", None) is not None:
+        ignore = (*ignore, "format")
     kept = {key: value for key, value in values.items() if key not in ignore}
     return build_config(schema, kept, where or str(path))
 
@@ -101,31 +127,41 @@ def load_values(
 
 
 def build_config(schema: type[T], values: Any, where: str) -> T:
-    """A checked ``schema`` instance from plain values (dicts, lists, numbers, strings)."""
-    instance = cast(T, _convert(schema, values, "", where))
-    validate(instance, where)
-    return instance
+    """Return a checked ``schema`` instance from plain values (dicts, lists, numbers, strings)."""
+    return cast(T, _convert_dataclass(schema, values, "", where))
 
 
-def validate(instance: Any, where: str, prefix: str = "") -> None:
-    """Check the ranges declared with :func:`setting`, recursively."""
-    for item in dataclasses.fields(instance):
-        value = getattr(instance, item.name)
-        name = f"{prefix}{item.name}"
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            validate(value, where, f"{name}.")
-        elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
-            for index, element in enumerate(value):
-                validate(element, where, f"{name}[{index}].")
-        elif value is not None:
-            _check_limits(value, name, item.metadata, where)
+def validate(instance: Any, where: str) -> None:
+    """Check types and ranges of ``instance`` once more, whatever was assigned since it was made.
+
+    Raises :class:`ConfigError` naming ``where`` and the field.
+    """
+    build_config(type(instance), _plain_values(instance), where)
+
+
+@functools.cache
+def field_types(schema: Any) -> dict[str, Any]:
+    """Return the annotated type of every field of a dataclass, by name."""
+    hints = typing.get_type_hints(schema, include_extras=True)
+    return {item.name: hints[item.name] for item in dataclasses.fields(schema)}
+
+
+def _plain_values(value: Any) -> Any:
+    """Return fields by name all the way down, as :func:`dataclasses.asdict` without copying."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain_values(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, list):
+        return [_plain_values(element) for element in value]
+    return value
 
 
 def to_yaml(instance: Any) -> str:
-    """A dataclass instance as YAML, every field written out."""
+    """Return a dataclass instance as YAML, every field written out, its format's mark first."""
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(instance), sort_keys=False)
+    mark = getattr(instance, "saved_format", None)
+    values = {} if mark is None else {"format": mark}
+    return yaml.safe_dump({**values, **dataclasses.asdict(instance)}, sort_keys=False)
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -192,16 +228,24 @@ def _override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
-    """``value`` as the annotated type ``kind``, or a sentence that names the field."""
+    """Return ``value`` as the annotated type ``kind``; raise a sentence that names the field."""
     if kind is Any:
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        if value is None and NULL_ALLOWED in arguments:
+            return None
+        return _convert(arguments[0], value, name, where)
+    if origin is Literal:
+        return _convert_choice(arguments, value, name, where)
     if origin in (typing.Union, types.UnionType):
         if value is None and types.NoneType in arguments:
             return None
         (kind,) = (a for a in arguments if a is not types.NoneType)
         return _convert(kind, value, name, where)
     if dataclasses.is_dataclass(kind):
+        if isinstance(value, cast(type, kind)):
+            return value
         return _convert_dataclass(cast(type, kind), value, name, where)
     if origin is list and isinstance(value, list):
         return [_convert(arguments[0], v, f"{name}[{i}]", where) for i, v in enumerate(value)]
@@ -218,6 +262,17 @@ def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
         return value
     words = _TYPE_WORDS.get(origin or kind, str(kind))
     raise ConfigError(f"{where}: {name} is {value!r}, expected {words}")
+
+
+def _convert_choice(choices: tuple[str, ...], value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: {name} is {value!r}, expected text")
+    if value not in choices:
+        raise ConfigError(
+            f"{where}: {name} is '{value}'{nearest(value, choices)}, "
+            f"expected one of: {', '.join(choices)}"
+        )
+    return value
 
 
 _TYPE_WORDS = {
@@ -244,13 +299,13 @@ def _convert_dataclass(schema: type, values: Any, name: str, where: str) -> Any:
                 f"{where}: unknown setting '{dot}{key}'{nearest(str(key), known)}; "
                 f"known{f' in {name}' if name else ''}: {', '.join(known)}"
             )
-    hints = typing.get_type_hints(schema)
-    given = {k: _convert(hints[k], v, f"{dot}{k}", where) for k, v in values.items()}
+    hints, given = field_types(schema), {}
     for item in dataclasses.fields(schema):
-        required = item.default is dataclasses.MISSING and (
-            item.default_factory is dataclasses.MISSING
-        )
-        if required and item.name not in given:
+        if item.name in values:
+            value = _convert(hints[item.name], values[item.name], f"{dot}{item.name}", where)
+            _check_limits(value, f"{dot}{item.name}", item.metadata, where)
+            given[item.name] = value
+        elif item.default is item.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: {dot}{item.name} must be set")
     return schema(**given)
 
@@ -262,12 +317,8 @@ def _one_line(error: Exception) -> str:
 def _check_limits(value: Any, name: str, limits: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {name} is {value}, expected a finite number")
-    if "choices" in limits and value not in limits["choices"]:
-        options = ", ".join(limits["choices"])
-        raise ConfigError(
-            f"{where}: {name} is '{value}'{nearest(str(value), limits['choices'])}, "
-            f"expected one of: {options}"
-        )
+    if value is None:
+        return
     for element in value if isinstance(value, list) else [value]:
         for kind, (holds, words) in _LIMITS.items():
             if kind in limits and not holds(element, limits[kind]):

@@ -1,13 +1,27 @@
-"""What one setting alone cannot tell: whether those of a run go together."""
+"""What one setting alone cannot tell: whether those of a run go together.
+
+All of these are made before any process has met another; a vocabulary that only the data knows is
+checked as soon as the data is open.
+"""
 
 from __future__ import annotations
 
-from pretrain.common.config_loader import ConfigError
-from pretrain.config import RunConfig
+import math
+
+from pretrain.common.config_loader import ConfigError, validate
+from pretrain.config import ModelConfig, RecursionConfig, RunConfig
+from pretrain.config.parallel import check_world_size
+from pretrain.model.spec import block_specs
+from pretrain.model.stages import split_into_stages
+from pretrain.nn.mixers.base import SHAREABLE
 
 
 def check_run_config(config: RunConfig, where: str) -> None:
-    """What one field alone cannot tell. Raises ConfigError naming the field."""
+    """Check every setting once more, and how they go together, but for those of mixers.
+
+    Raises ConfigError naming the field.
+    """
+    validate(config, where)
     train, optimizer = config.train, config.optimizer
     if config.name in ("", ".", "..") or "/" in config.name:
         raise ConfigError(f"{where}: name is '{config.name}', expected a plain name for a folder")
@@ -202,4 +216,125 @@ def _check_parallel(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: parallel.offload is {parallel.offload} and parallel.offload_path "
             f"{parallel.offload_path}, expected a folder on a local disk with offload=nvme alone"
+        )
+
+
+def check_model(config: ModelConfig, where: str) -> None:
+    """Check the mixers of a model and its loop. Raises ConfigError naming the field."""
+    num_blocks = len(block_specs(config, where))
+    if config.recursion is not None:
+        _check_recursion(config.recursion, num_blocks, f"{where}: model.recursion")
+
+
+def _check_recursion(recursion: RecursionConfig, num_blocks: int, where: str) -> None:
+    if recursion.prelude + recursion.coda >= num_blocks:
+        raise ConfigError(
+            f"{where}: prelude {recursion.prelude} and coda {recursion.coda} leave nothing to loop "
+            f"over of the pattern's {num_blocks} blocks"
+        )
+    if recursion.state_init != "input" and not recursion.adapter:
+        raise ConfigError(
+            f"{where}.state_init is {recursion.state_init}, which needs adapter=true: the loop "
+            "would never see its input"
+        )
+    if recursion.sampling != "fixed":
+        for name, value in (
+            ("lora_rank", recursion.lora_rank > 0),
+            ("step_signal", recursion.step_signal == "learned"),
+            ("halting", recursion.halting),
+        ):
+            if value:
+                raise ConfigError(
+                    f"{where}.{name} needs a fixed number of passes, found sampling "
+                    f"{recursion.sampling}"
+                )
+    if recursion.halting and recursion.backprop_last is not None:
+        raise ConfigError(
+            f"{where}.backprop_last is {recursion.backprop_last}; with halting every pass is part "
+            "of the output, expected null"
+        )
+
+
+def check_layout(config: RunConfig, count: int, where: str) -> None:
+    """Check whether a run fits ``count`` processes.
+
+    Raises ConfigError, or UserError for the number of processes, with what would work.
+    """
+    parallel, train = config.parallel, config.train
+    check_model(config.model, where)
+    check_tensor_parallel(config.model, parallel.tensor, where)
+    if config.model.vocab_size is None and 128 % parallel.tensor:
+        raise ConfigError(
+            f"{where}: model.vocab_size is null, the tokenizer's rounded up to a multiple of 128, "
+            f"which parallel.tensor = {parallel.tensor} does not divide; set it to a multiple of "
+            f"{parallel.tensor}"
+        )
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    # How large the vocabulary is moves the stages' borders, not their possible number.
+    split_into_stages(config.model, config.model.vocab_size or 1, train.seq_len, stages, where)
+    check_world_size(parallel, count)
+    data = count // parallel.model_size
+    tokens = train.seq_len * parallel.micro_batch_size * data
+    if train.global_batch_tokens % tokens:
+        raise ConfigError(
+            f"{where}: train.global_batch_tokens is {train.global_batch_tokens}, expected a "
+            f"multiple of seq_len x micro_batch_size x data parallel size = {train.seq_len} x "
+            f"{parallel.micro_batch_size} x {data} = {tokens}"
+        )
+    smallest = train.batch_tokens(0)
+    if smallest % tokens:
+        raise ConfigError(
+            f"{where}: train.batch_warmup_start is {smallest}, expected a multiple of seq_len x "
+            f"micro_batch_size x data parallel size = {tokens}"
+        )
+    micro_batches = smallest // tokens
+    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        raise ConfigError(
+            f"{where}: each process has {micro_batches} micro-batches per step; with "
+            f"parallel.virtual_pipeline above 1 a multiple of parallel.pipeline = "
+            f"{parallel.pipeline} is expected: change train.global_batch_tokens or "
+            "parallel.micro_batch_size"
+        )
+
+
+def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:
+    """Raise ConfigError unless ``size`` tensor-parallel processes can share the model."""
+    counts: dict[str, int] = {}
+    for spec in block_specs(config, where):
+        for name, count in spec.mixer.divided(spec.config, config.hidden_size).items():
+            if count > 1 or name not in SHAREABLE:
+                counts[f"model.mixers.{spec.name}: {name}"] = count
+    if config.moe is not None and config.moe.shared_intermediate_size:
+        counts["model.moe: shared inner channels"] = config.moe.shared_intermediate_size
+    if config.mlp.kind != "none" and (config.moe is None or config.moe.first_dense):
+        counts["model.mlp: inner channels"] = config.mlp.width(config.hidden_size)
+    if config.vocab_size is not None:
+        counts["model.vocab_size"] = config.vocab_size
+    for name, count in counts.items():
+        if count % size:
+            common = math.gcd(*counts.values())
+            fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
+            raise ConfigError(
+                f"{where}: parallel.tensor is {size}, which does not divide {count} ({name}); this "
+                f"model fits {', '.join(fitting)}"
+            )
+
+
+def check_vocab_size(config: RunConfig, tokenizer_vocab_size: int, where: str) -> None:
+    """Check whether the embedding has a row for every id of the tokenizer, and can be sharded.
+
+    Raises ConfigError naming the field.
+    """
+    from pretrain.model.build import padded_vocab_size  # which imports processes, and they this
+
+    rows = padded_vocab_size(config.model, tokenizer_vocab_size)
+    if rows < tokenizer_vocab_size:
+        raise ConfigError(
+            f"{where}: model.vocab_size is {rows}, fewer than the {tokenizer_vocab_size} ids of "
+            "the tokenizer; leave it out to fit"
+        )
+    if rows % config.parallel.tensor:
+        raise ConfigError(
+            f"{where}: the vocabulary's {rows} rows do not divide over parallel.tensor "
+            f"{config.parallel.tensor}; set model.vocab_size to a multiple of it"
         )

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Config, setting
 
 
 @dataclass
-class DataSource:
-    """One prepared directory of a blend; weight is its share of the samples."""
+class DataSource(Config):
+    """One prepared directory of a blend."""
 
     path: str
+    """The directory, as ``python -m data_prep`` wrote it."""
     weight: float = setting(1.0, above=0)
+    """Its share of the samples, relative to the other weights."""
 
 
 @dataclass
-class DataConfig:
-    """path: a directory that data_prep made, whose sources are blended by the weights in its
-    manifest; or blend: several such directories with weights of their own."""
+class DataConfig(Config):
+    """What a run is trained on: exactly one of ``path`` and ``blend`` is set."""
 
     path: str | None = None
+    """A directory that ``python -m data_prep`` wrote; its sources are blended by the weights in its
+    manifest."""
     blend: list[DataSource] = field(default_factory=list)
+    """Several such directories, with weights of their own."""

@@ -3,126 +3,152 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Config, setting
 
 
 @dataclass
-class MLPConfig:
-    """The width is ``ratio`` times hidden_size, rounded up to ``multiple_of``, unless given."""
+class MLPConfig(Config):
+    """The feed-forward network of a block."""
 
-    kind: str = setting("swiglu", choices=("swiglu", "gelu", "none"))
+    kind: Literal["swiglu", "gelu", "none"] = setting("swiglu")
+    """SwiGLU (arXiv 2002.05202), two matrices with GELU between them, or no network at all."""
     ratio: float = setting(8 / 3, above=0)
+    """Inner channels as a multiple of ``hidden_size``. With SwiGLU's third matrix 8/3 makes as many
+    parameters as the customary 4 without it."""
     multiple_of: int = setting(16, minimum=1)
+    """The number of inner channels is rounded up to a multiple of this."""
     intermediate_size: int | None = setting(None, minimum=1)
+    """Inner channels; null: from ``ratio`` and ``multiple_of``."""
 
     def width(self, hidden_size: int) -> int:
-        """The number of inner channels."""
+        """Return the number of inner channels."""
         if self.intermediate_size is not None:
             return self.intermediate_size
         return -int(-self.ratio * hidden_size // self.multiple_of) * self.multiple_of
 
 
 @dataclass
-class MoEConfig:
-    """A mixture of SwiGLU experts instead of the MLP of all blocks but the first ``first_dense``.
-
-    intermediate_size: inner channels of an expert, shared_intermediate_size: of one that every
-    token goes through, 0 = none. score: of a token for an expert; normalize_top_k: the chosen ones'
-    weights add up to 1, times ``weight_scale``.
-
-    balance_weight: of the loss that is least when all experts have as many tokens (arXiv
-    2101.03961); z_loss_weight: of the squared log-sum of the scores (arXiv 2202.08906);
-    bias_update_rate: of a bias that only decides the choice and is moved after every step towards
-    equal loads (arXiv 2408.15664), 0 = none. capacity_factor: tokens that an expert takes of a
-    micro-batch, as a multiple of an equal share; the rest is dropped, and counted; null = no limit.
-    """
+class MoEConfig(Config):
+    """A mixture of SwiGLU experts instead of the MLP (arXiv 2101.03961)."""
 
     num_experts: int = setting(8, minimum=2)
+    """Experts in a block, of which each token goes through ``top_k``."""
     top_k: int = setting(2, minimum=1)
+    """Experts that a token goes through."""
     intermediate_size: int = setting(512, minimum=1)
+    """Inner channels of an expert."""
     shared_intermediate_size: int = setting(0, minimum=0)
+    """Inner channels of an expert that every token goes through; 0: there is none."""
     first_dense: int = setting(0, minimum=0)
-    score: str = setting("softmax", choices=("softmax", "sigmoid"))
+    """Blocks at the beginning of the model that keep their MLP."""
+    score: Literal["softmax", "sigmoid"] = setting("softmax")
+    """What makes a router's output a token's score for an expert."""
     normalize_top_k: bool = True
+    """Whether the weights of a token's experts are divided by their sum."""
     weight_scale: float = setting(1.0, above=0)
+    """Factor on the weights of a token's experts."""
     balance_weight: float = setting(1e-3, minimum=0)
+    """Weight of the load-balancing loss, which is least when all experts have as many tokens (arXiv
+    2101.03961)."""
     z_loss_weight: float = setting(0.0, minimum=0)
+    """Weight of the squared log-sum-exp of the router's outputs in the loss (arXiv 2202.08906)."""
     bias_update_rate: float = setting(0.0, minimum=0)
+    """Step of a bias that only decides the choice of experts and is moved after every optimizer
+    step towards equal loads (arXiv 2408.15664); 0: there is none."""
     capacity_factor: float | None = setting(None, above=0)
+    """Tokens that an expert takes of a micro-batch, as a multiple of an equal share. The rest is
+    dropped, and counted in the metrics; null: no limit."""
 
 
 @dataclass
-class RecursionConfig:
-    """The pattern's blocks between ``prelude`` and ``coda`` form a loop, gone through ``times``.
+class RecursionConfig(Config):
+    """A loop over the pattern's blocks between ``prelude`` and ``coda``.
 
-    Looped blocks (arXiv 2410.20672): lora_rank: rank of a low-rank difference that every projection
-    and MLP matrix of the loop has at each pass, 0 = none.
-
-    Recurrent depth (arXiv 2502.05171): sampling: ``poisson`` draws the number of passes anew for
-    each training step, log-normal Poisson with mean ``times`` (plus one); backprop_last:
-    passes that gradients go through, null = all; adapter: every pass starts from a linear layer of
-    (state, the prelude's output); state_init: what the first pass starts from, the prelude's output
-    or (with an adapter) ``random`` or ``zeros``; state_std: of ``random``, cut at 3 of them;
-    normalize_state: the final norm also before the coda.
-
-    Universal Transformer (arXiv 1807.03819): step_signal: added to the state before each pass, a
-    sinusoid of the pass's number or a learned vector (positions are the mixers' own affair);
-    halting: adaptive computation time (arXiv 1603.08983), a token's output is the mean of its
-    states weighted by its halting probabilities, up to where they exceed ``halting_threshold``
-    (its later states still serve other tokens); ponder_weight: of the number of passes in the
-    training loss. Blocks are pre-norm, where the paper's are post-norm.
+    Covers looped blocks with low-rank differences (arXiv 2410.20672), recurrent depth (arXiv
+    2502.05171) and the Universal Transformer (arXiv 1807.03819), whose blocks are post-norm in the
+    paper and pre-norm here.
     """
 
     prelude: int = setting(0, minimum=0)
+    """Blocks before the loop, passed once."""
     coda: int = setting(0, minimum=0)
+    """Blocks after the loop, passed once."""
     times: int = setting(2, minimum=1)
+    """Passes through the loop; with ``sampling: poisson`` their mean in training."""
     lora_rank: int = setting(0, minimum=0)
-    sampling: str = setting("fixed", choices=("fixed", "poisson"))
+    """Rank of a low-rank difference that every projection and MLP matrix of the loop has at each
+    pass (arXiv 2410.20672); 0: all passes share all weights."""
+    sampling: Literal["fixed", "poisson"] = setting("fixed")
+    """Passes of a training step: always ``times``, or drawn from a log-normal Poisson distribution
+    with mean ``times``, plus one (arXiv 2502.05171)."""
     backprop_last: int | None = setting(None, minimum=1)
+    """Passes that gradients flow back through, counted from the last; null: all of them."""
     adapter: bool = False
-    state_init: str = setting("input", choices=("input", "random", "zeros"))
+    """Whether every pass starts from a linear layer of the state and the prelude's output."""
+    state_init: Literal["input", "random", "zeros"] = setting("input")
+    """What the first pass starts from: the prelude's output or, with an adapter, Gaussian noise or
+    zeros."""
     state_std: float = setting(0.632, above=0)
+    """Standard deviation of a ``random`` start, which is cut at three of them; sqrt(2/5) as
+    published."""
     normalize_state: bool = False
-    step_signal: str = setting("none", choices=("none", "sinusoidal", "learned"))
+    """Whether the final norm is applied before the coda too."""
+    step_signal: Literal["none", "sinusoidal", "learned"] = setting("none")
+    """What is added to the state before each pass: a sinusoid of the pass's number or a learned
+    vector (arXiv 1807.03819). Positions are the mixers' own affair."""
     halting: bool = False
+    """Adaptive computation time (arXiv 1603.08983): a token's output is the mean of its states
+    weighted by its halting probabilities, up to where their sum exceeds ``halting_threshold``. Its
+    later states still serve other tokens."""
     halting_threshold: float = setting(0.99, above=0, maximum=1)
+    """Sum of halting probabilities beyond which a token's output is complete."""
     ponder_weight: float = setting(0.01, minimum=0)
+    """Weight of the number of passes in the training loss, with ``halting``."""
 
 
 @dataclass
-class ModelConfig:
-    """pattern: the blocks, see pretrain/model/pattern.py; mixers: settings by name, only what
-    differs from a mixer's own defaults (an entry with ``kind: NAME`` makes a variant of mixer NAME
-    under a name of its own); vocab_size: null = the tokenizer's, rounded up to a multiple of 128;
-    block_norm: ``pre``, or ``sandwich``, which also normalises the stream behind mixer and MLP;
-    scale_embeddings: multiply embeddings by sqrt(hidden_size); dropout: the probability with which
-    training leaves out a channel of what a mixer or an MLP adds to the stream, or of an embedding;
-    moe: see MoEConfig; recursion: see RecursionConfig.
-
-    depth_scaled_init: output projections start smaller by sqrt(2 x blocks passed) (GPT-2).
-    mup_base_hidden_size: maximal-update parametrization (arXiv 2203.03466, table 8): what was tuned
-    at this width holds at others. With m = hidden_size / base, matrices of the blocks start smaller
-    by sqrt(m) and learn m times slower, and logits are divided by m; let the number of heads grow,
-    not their width. logit_softcap: c tanh(logit / c) (arXiv 2408.00118). z_loss_weight: of the
-    squared log-sum of a token's logits in the training loss (arXiv 2204.02311).
-    """
+class ModelConfig(Config):
+    """A language model: embedding, blocks of a mixer and an MLP, norm and head."""
 
     pattern: str
+    """The mixers of all blocks in a line, such as ``6*(3*gdn attn)``."""
     hidden_size: int = setting(minimum=1)
+    """The model's width: channels of the residual stream."""
     mixers: dict[str, Any] = field(default_factory=dict)
+    """Settings of mixers by their name in the pattern, only what differs from the defaults. An
+    entry with ``kind: NAME`` makes a variant of mixer NAME under a name of its own."""
     mlp: MLPConfig = field(default_factory=MLPConfig)
+    """The feed-forward network of every block."""
     vocab_size: int | None = setting(None, minimum=1)
+    """Rows of the embedding; null: the tokenizer's ids, rounded up to a multiple of 128."""
     tie_embeddings: bool = True
+    """Whether the output head shares the embedding's weights."""
     norm_eps: float = setting(1e-6, above=0)
+    """Added to the mean square in the blocks' RMS norms."""
     init_std: float = setting(0.02, above=0)
+    """Standard deviation of the Gaussian that matrices are initialised with."""
     depth_scaled_init: bool = False
+    """Whether output projections start smaller by sqrt(2 x blocks passed) (GPT-2)."""
     mup_base_hidden_size: int | None = setting(None, minimum=1)
+    """Maximal-update parametrization (arXiv 2203.03466, table 8): what was tuned at this width
+    holds at others. With m = hidden_size / base, matrices of the blocks start smaller by sqrt(m)
+    and learn m times slower, and logits are divided by m. Let the number of heads grow, not their
+    width; null: off."""
     logit_softcap: float | None = setting(None, above=0)
+    """c of logits c tanh(logit / c) (arXiv 2408.00118); null: off."""
     z_loss_weight: float = setting(0.0, minimum=0)
-    block_norm: str = setting("pre", choices=("pre", "sandwich"))
+    """Weight of the squared log-sum-exp of a token's logits in the training loss (arXiv
+    2204.02311)."""
+    block_norm: Literal["pre", "sandwich"] = setting("pre")
+    """Where blocks normalise: before mixer and MLP, or behind them too."""
     scale_embeddings: bool = False
+    """Whether embeddings are multiplied by sqrt(hidden_size)."""
     dropout: float = setting(0.0, minimum=0, below=1)
+    """Probability with which training zeroes a channel of an embedding, or of what a mixer or an
+    MLP adds to the residual stream."""
     moe: MoEConfig | None = None
+    """A mixture of experts in place of MLPs; null: there is none."""
     recursion: RecursionConfig | None = None
+    """A loop over some of the blocks; null: every block is passed once."""

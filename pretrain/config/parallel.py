@@ -3,44 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Config, setting
+from pretrain.common.errors import UserError
 
-ZERO_BACKENDS = ("megatron", "deepspeed")
+ZeroBackend = Literal["megatron", "deepspeed"]
+ZERO_BACKENDS: tuple[ZeroBackend, ...] = get_args(ZeroBackend)
 
 
 @dataclass
-class ParallelConfig:
-    """How processes share the work. What remains of them after tensor x pipeline is data-parallel.
-
-    tensor: processes that share every layer by its heads and channels; sequence: they also share
-    the tokens outside the layers. pipeline: stages that the blocks are divided into, evenly by
-    their FLOPs; virtual_pipeline: parts of every stage, gone through by turns (less idle time, more
-    messages). expert: processes, of those that share the data, that divide a mixture's experts
-    among them. micro_batch_size: sequences per forward pass.
-
-    zero_stage: what data-parallel processes divide among them: 0 nothing, 1 the optimizer's state,
-    2 gradients too, 3 parameters too; zero_backend: ``megatron`` (0 and 1) or ``deepspeed`` (0 and
-    1, without a pipeline also 2 and 3); offload: where DeepSpeed keeps the optimizer's state, on
-    the ``device``, in ``cpu`` memory or, of zero_stage 3, in files on a local ``nvme`` disk, in the
-    folder offload_path.
-
-    overlap: exchange gradients while the backward pass goes on, and parameters while the next
-    forward pass does. timeout_minutes: how long processes wait for one that does not answer.
-    """
+class ParallelConfig(Config):
+    """How processes share the work; those that tensor x pipeline does not use are data-parallel."""
 
     tensor: int = setting(1, minimum=1)
+    """Tensor-parallel size: processes that share every layer by its heads and channels."""
     sequence: bool = False
+    """Sequence parallelism: the tensor-parallel processes also share the tokens between layers."""
     pipeline: int = setting(1, minimum=1)
+    """Pipeline stages that the blocks are split into, balanced by their FLOPs."""
     virtual_pipeline: int = setting(1, minimum=1)
+    """Parts of every stage that a process goes through by turns (interleaved schedule): less idle
+    time, more messages."""
     expert: int = setting(1, minimum=1)
+    """Expert-parallel size: data-parallel processes that share a mixture's experts."""
     micro_batch_size: int = setting(8, minimum=1)
+    """Sequences per forward pass of one process."""
     zero_stage: int = setting(1, minimum=0, maximum=3)
-    zero_backend: str = setting("megatron", choices=ZERO_BACKENDS)
-    offload: str = setting("device", choices=("device", "cpu", "nvme"))
+    """What data-parallel processes shard: 0 nothing, 1 the optimizer's state, 2 gradients too, 3
+    parameters too (arXiv 1910.02054)."""
+    zero_backend: ZeroBackend = setting("megatron")
+    """Who shards: ``megatron`` (stages 0 and 1) or ``deepspeed`` (0 and 1, without a pipeline also
+    2 and 3)."""
+    offload: Literal["device", "cpu", "nvme"] = setting("device")
+    """Where DeepSpeed keeps the optimizer's state: on the device, in the processor's memory or,
+    with ``zero_stage: 3``, in files on a local disk."""
     offload_path: str | None = None
+    """The folder of those files, with ``offload: nvme`` alone."""
     overlap: bool = True
+    """Whether gradients are exchanged during the backward pass, and parameters during the next
+    forward pass."""
     timeout_minutes: float = setting(30, above=0)
+    """Minutes that processes wait for one that does not answer."""
 
     @property
     def model_size(self) -> int:
@@ -51,3 +55,31 @@ class ParallelConfig:
     def one_has_all(self) -> bool:
         """Whether a process can use the model without the others, as for a sample."""
         return self.model_size == self.expert == 1 and self.zero_stage < 3
+
+    def describe(self, count: int, what: str = "process") -> str:
+        """Return in words how ``count`` processes, or whatever they are called, work together."""
+        parts = {
+            "tensor-parallel": self.tensor,
+            "pipeline stages": self.pipeline,
+            "data-parallel": count // self.model_size,
+        }
+        shared = [f"{number} {name}" for name, number in parts.items() if number > 1]
+        experts = f", experts divided by {self.expert}" if self.expert > 1 else ""
+        plural = "" if count == 1 else "es" if what.endswith("s") else "s"
+        processes = f"{count} {what}{plural}"
+        return f"{processes} ({' x '.join(shared)}{experts})" if shared else processes
+
+
+def check_world_size(config: ParallelConfig, count: int) -> None:
+    """Raise UserError unless ``count`` processes make whole copies of the model."""
+    if count % config.model_size:
+        raise UserError(
+            f"parallel.tensor x parallel.pipeline is {config.tensor} x {config.pipeline} = "
+            f"{config.model_size}, but there are {count} processes; expected a multiple of it, as "
+            f"of torchrun --nproc-per-node {config.model_size}"
+        )
+    if count // config.pipeline % config.expert:
+        raise UserError(
+            f"parallel.expert is {config.expert}, which does not divide the "
+            f"{count // config.pipeline} processes of a pipeline stage"
+        )

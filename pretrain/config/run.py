@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Literal
 
-from pretrain.common.config_loader import load_config, setting
+from pretrain.common.config_loader import Config, build_config, load_config, load_values, setting
+from pretrain.config import legacy
 from pretrain.config.data import DataConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.optimizer import OptimizerConfig, ScheduleConfig
@@ -22,39 +24,60 @@ from pretrain.config.train import (
 
 
 @dataclass
-class InitializeConfig:
-    """Start from another run's weights. checkpoint: a run directory or one of its checkpoints;
-    method: which of its blocks become the loop of a recursive model: ``stepwise`` (equally spaced,
-    first and last among them), ``average`` or ``lower`` (the first ones); lora: ``svd`` starts the
-    low-rank differences from what the loop lost, ``zero`` from nothing."""
+class InitializeConfig(Config):
+    """Start from another run's weights."""
 
     checkpoint: str
-    method: str = setting("stepwise", choices=("stepwise", "average", "lower"))
-    lora: str = setting("svd", choices=("svd", "zero"))
+    """A run directory or one of its checkpoints."""
+    method: Literal["stepwise", "average", "lower"] = setting("stepwise")
+    """Which of its blocks become the loop of a recursive model: ``stepwise`` takes equally spaced
+    ones, first and last among them, ``average`` means of neighbours, ``lower`` the first ones
+    (arXiv 2410.20672)."""
+    lora: Literal["svd", "zero"] = setting("svd")
+    """Whether the low-rank differences of a loop start from what the loop lost, or from nothing."""
 
 
 @dataclass
-class RunConfig:
-    """A training run. directory: null = runs/NAME; initialize: null = random weights."""
+class RunConfig(Config):
+    """A training run."""
+
+    # 2: the sizes of all mixers are written out; before, see pretrain/config/legacy.py.
+    saved_format: ClassVar[int | None] = legacy.FORMAT
 
     name: str
+    """Name of the run, plain enough for a folder."""
     model: ModelConfig
+    """The model."""
     data: DataConfig = field(default_factory=DataConfig)
+    """What it is trained on."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate over steps."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """Budget, batch and numerics."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes share the work."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """The loss on held-out text."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    """Tasks while training."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Log and metrics."""
     sample: SampleConfig = field(default_factory=SampleConfig)
+    """Text generated when the run ends."""
     initialize: InitializeConfig | None = None
+    """Another run's weights to start from; null: random ones."""
     directory: str | None = None
+    """The run directory; null: ``runs/NAME``."""
     seed: int = setting(0, minimum=0)
+    """Seed of initialisation, of the order of the data and of everything drawn in training."""
 
     @property
     def run_directory(self) -> Path:
+        """Where the run's files lie."""
         return Path(self.directory or Path("runs") / self.name)
 
 
@@ -70,6 +93,9 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 def load_saved_config(path: str | Path) -> RunConfig:
     """Read the ``config.yaml`` that a run wrote into its directory or a checkpoint.
 
-    Raises ConfigError where the file is missing or damaged.
+    A run of an earlier version gets the sizes that its mixers had then. Raises ConfigError where
+    the file is missing, damaged, or of a later version.
     """
-    return load_config(RunConfig, path)
+    values = load_values(path)
+    legacy.upgrade(values.get("model"), values.pop("format", 1), str(path))
+    return build_config(RunConfig, values, str(path))

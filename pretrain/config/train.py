@@ -3,53 +3,64 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Config, setting
 
 
 @dataclass
-class SpikeConfig:
-    """What a sudden rise of the loss does: ``none``; ``skip`` leaves the step out (as
-    OLMo-core's SkipStepAdamW); ``rollback`` goes back to a checkpoint at
-    least ``rollback_steps`` older and from there leaves out the data up to the spike and of
-    ``skip_steps`` further steps (arXiv 2204.02311, section 5.1).
+class SpikeConfig(Config):
+    """What a sudden rise of the loss does.
 
     A spike is a loss more than ``deviations`` standard deviations above the mean of the last
-    ``window`` steps' losses, and more than ``margin`` nats. After ``most`` rollbacks the run stops.
+    ``window`` steps' losses, and more than ``margin`` above it.
     """
 
-    policy: str = setting("none", choices=("none", "skip", "rollback"))
+    policy: Literal["none", "skip", "rollback"] = setting("none")
+    """``skip`` makes no update of the step (as OLMo-core's SkipStepAdamW); ``rollback`` returns to
+    an earlier checkpoint and skips the data that led to the spike (arXiv 2204.02311, section
+    5.1)."""
     window: int = setting(128, minimum=8)
+    """Steps whose losses a new one is compared with."""
     deviations: float = setting(6.0, above=0)
+    """Standard deviations above the mean from which a loss is a spike."""
     margin: float = setting(0.1, minimum=0)
+    """Nats above the mean that a spike has at least."""
     rollback_steps: int = setting(100, minimum=1)
+    """Steps that ``rollback`` goes back at least, to the next checkpoint before them."""
     skip_steps: int = setting(200, minimum=0)
+    """Steps behind the spike whose data ``rollback`` skips too."""
     most: int = setting(5, minimum=1)
+    """Rollbacks after which the run stops."""
 
 
 @dataclass
-class TrainConfig:
-    """steps or tokens: the budget, exactly one of them; global_batch_tokens: tokens per optimizer
-    step over all processes.
-
-    batch_warmup_steps: over so many steps the batch doubles, at equal distances, from
-    ``batch_warmup_start`` tokens to global_batch_tokens (arXiv 2505.23971); 0 = off.
-
-    nonfinite: what a loss or gradient that is not finite does, ``stop`` or ``skip`` the step.
-    activation_checkpointing: ``block`` keeps only each block's input and recomputes the rest.
-    """
+class TrainConfig(Config):
+    """The budget, the batch and the numerics; exactly one of ``steps`` and ``tokens`` is set."""
 
     steps: int | None = setting(None, minimum=1)
+    """Optimizer steps of the whole run."""
     tokens: int | None = setting(None, minimum=1)
+    """Tokens of the whole run, rounded up to whole steps."""
     seq_len: int = setting(512, minimum=2)
+    """Tokens of a sequence."""
     global_batch_tokens: int = setting(8192, minimum=1)
+    """Tokens of an optimizer step, over all processes."""
     batch_warmup_steps: int = setting(0, minimum=0)
+    """Steps over which the batch doubles, at equal distances, from ``batch_warmup_start`` to
+    ``global_batch_tokens`` (arXiv 2505.23971); 0: off."""
     batch_warmup_start: int | None = setting(None, minimum=1)
-    precision: str = setting("float32", choices=("float32", "bf16"))
-    activation_checkpointing: str = setting("none", choices=("none", "block"))
-    nonfinite: str = setting("stop", choices=("stop", "skip"))
+    """Tokens of the first step, with ``batch_warmup_steps`` alone."""
+    precision: Literal["float32", "bf16"] = setting("float32")
+    """Type of activations and of the weights in use; the optimizer keeps float32."""
+    activation_checkpointing: Literal["none", "block"] = setting("none")
+    """``block`` keeps only each block's input and recomputes the rest in the backward pass."""
+    nonfinite: Literal["stop", "skip"] = setting("stop")
+    """What a loss or gradient that is not finite does to the run: end it, or skip the step."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    """What a sudden rise of the loss does."""
     threads: int | None = setting(None, minimum=1, maximum=1024)
+    """Threads of torch in each process; null: torch's own choice."""
 
     @property
     def num_steps(self) -> int:
@@ -83,60 +94,72 @@ class TrainConfig:
 
 
 @dataclass
-class ValidationConfig:
-    """every: steps between validations, 0 = only at the end; tokens: how many, spread evenly
-    over the validation shards, always the same ones."""
+class ValidationConfig(Config):
+    """The loss on held-out text."""
 
     every: int = setting(100, minimum=0)
+    """Steps between validations; 0: only at the end."""
     tokens: int = setting(65_536, minimum=1)
+    """Tokens of a validation, spread evenly over the validation shards, always the same ones."""
 
 
 @dataclass
-class CheckpointConfig:
-    """every: steps between saves (the last step is always saved); keep_last: older ones are
-    removed, except multiples of milestone_every (0 = no milestones); background: write from a copy
-    in the processor's memory while training goes on; verify: check the sha256 of
-    every file before loading, or only the sizes; resume: the name of a checkpoint of this run to go
-    on from instead of the latest."""
+class CheckpointConfig(Config):
+    """Checkpoints of a run, in the folder ``checkpoints`` of its directory."""
 
     every: int = setting(200, minimum=1)
+    """Steps between saves; the last step is always saved."""
     keep_last: int = setting(2, minimum=1)
+    """Checkpoints that are kept, the newest; older ones are removed unless they are milestones."""
     milestone_every: int = setting(0, minimum=0)
+    """Checkpoints at multiples of so many steps are kept for good; 0: none are."""
     background: bool = True
-    verify: str = setting("sha256", choices=("sha256", "size"))
+    """Whether they are written from a copy in the processor's memory while training continues."""
+    verify: Literal["sha256", "size"] = setting("sha256")
+    """What is checked of every file before loading: its hash, or only its size."""
     resume: str | None = None
+    """Name of the checkpoint of this run to resume from; null: the latest."""
 
 
 @dataclass
-class LoggingConfig:
-    """every: steps between lines; wandb: mirror metrics to Weights & Biases."""
+class LoggingConfig(Config):
+    """The log and the metrics of a run."""
 
     every: int = setting(10, minimum=1)
-    wandb: str = setting("disabled", choices=("disabled", "offline", "online"))
+    """Steps between lines of the log and of the metrics."""
+    wandb: Literal["disabled", "offline", "online"] = setting("disabled")
+    """Whether metrics are mirrored to Weights & Biases."""
     wandb_project: str = "pretrain"
+    """The project there."""
 
 
 @dataclass
-class EvalConfig:
-    """Tasks of ``python -m evals`` while training. tasks: their names; every: steps between
-    evaluations, 0 = only at the end; limit: documents of each task, null = all; num_fewshot:
-    examples in a prompt, null = the task's own; max_length: tokens of a request, null = seq_len;
-    bos: what opens a request, the token that opens a ``document`` or ``none``; tokens_per_pass: of
-    one forward pass."""
+class EvalConfig(Config):
+    """Tasks of ``python -m evals`` while training."""
 
     tasks: list[str] = field(default_factory=list)
+    """Names of the tasks."""
     every: int = setting(0, minimum=0)
+    """Steps between evaluations; 0: only at the end."""
     limit: int | None = setting(None, minimum=1)
+    """Documents of each task; null: all of them."""
     num_fewshot: int | None = setting(None, minimum=0)
+    """Examples in a prompt; null: the task's own number."""
     max_length: int | None = setting(None, minimum=2)
-    bos: str = setting("document", choices=("document", "none"))
+    """Tokens of a request, which is cut to them; null: ``train.seq_len``."""
+    bos: Literal["document", "none"] = setting("document")
+    """What opens a request: the token that opens a document, or nothing."""
     tokens_per_pass: int = setting(8192, minimum=1)
+    """Tokens of one forward pass."""
 
 
 @dataclass
-class SampleConfig:
-    """Text generated when the run ends; tokens = 0 for none."""
+class SampleConfig(Config):
+    """Text generated when the run ends."""
 
     prompt: str = ""
+    """What the text begins with."""
     tokens: int = setting(128, minimum=0)
+    """Tokens to generate; 0: no text."""
     temperature: float = setting(0.8, minimum=0)
+    """Temperature of sampling; 0: always the likeliest token."""

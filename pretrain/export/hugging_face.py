@@ -90,7 +90,6 @@ def llama_config(config: ModelConfig, vocab_size: int, seq_len: int, eod_id: int
     """transformers' config.json of a model of Llama's shape."""
     specs = block_specs(config)
     settings = specs[0].config
-    num_heads, num_kv_heads, head_dim = settings.shape(config.hidden_size)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -98,9 +97,9 @@ def llama_config(config: ModelConfig, vocab_size: int, seq_len: int, eod_id: int
         "hidden_size": config.hidden_size,
         "intermediate_size": config.mlp.width(config.hidden_size),
         "num_hidden_layers": len(specs),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_kv_heads,
-        "head_dim": head_dim,
+        "num_attention_heads": settings.num_heads,
+        "num_key_value_heads": settings.num_kv_heads,
+        "head_dim": settings.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": seq_len,
         "rms_norm_eps": config.norm_eps,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.common.metrics import merge_metrics
 from pretrain.config import ModelConfig
+from pretrain.config.checks import check_model
 from pretrain.data.sequences import Sequences, given_sequences
 from pretrain.model.counts import passes
 from pretrain.model.depth_lora import add_depth_lora, set_depth
@@ -113,6 +114,7 @@ class LanguageModel(DescribedModule):
         """Build the model, or ``stage`` of it. ``seq_len``: of the training batches' sequences, for
         dropout."""
         super().__init__()
+        check_model(config, "config")
         specs = block_specs(config)
         self.stage = stage = stage or whole_model(config)
         self.pre_process, self.post_process = stage.first, stage.last

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from pretrain.common.config_loader import ConfigError, build_config, nearest
-from pretrain.config import ModelConfig, MoEConfig, RecursionConfig
+from pretrain.config import ModelConfig, MoEConfig
 from pretrain.model.pattern import parse_pattern
 from pretrain.nn.mixers import Mixer, registry
-from pretrain.nn.mixers.base import SHAREABLE
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One block: the mixer's name in the pattern, its class and its settings, and the mixture of
-    experts that it has instead of an MLP."""
+    """One block: the mixer's name in the pattern, its class and its resolved settings, and the
+    mixture of experts that it has instead of an MLP."""
 
     name: str
     mixer: type[Mixer]
@@ -39,7 +37,52 @@ class BlockSpec:
 
 
 def block_specs(config: ModelConfig, where: str = "config") -> list[BlockSpec]:
-    """The blocks of a model, first to last, every setting checked. Raises ConfigError."""
+    """Return the blocks of a model, first to last, every mixer's settings checked and its sizes
+    resolved. Raises ConfigError."""
+    # A config may change between two calls, and is read often: known by what it says.
+    snapshot = repr((config.pattern, config.hidden_size, config.mixers, config.moe))
+    found = _known_specs.get(snapshot)
+    if found is None:
+        found = _read_specs(config, where)
+        while len(_known_specs) >= _MOST_KNOWN:
+            _known_specs.pop(next(iter(_known_specs)), None)
+        _known_specs[snapshot] = found
+    return list(found)
+
+
+_known_specs: dict[str, list[BlockSpec]] = {}
+_MOST_KNOWN = 64
+
+
+def _read_specs(config: ModelConfig, where: str) -> list[BlockSpec]:
+    kinds, settings = _mixer_settings(config, where)
+    try:
+        names = parse_pattern(config.pattern, kinds)
+    except ValueError as error:
+        raise ConfigError(f"{where}: model.{error}") from None
+    specs = {}
+    for name in dict.fromkeys([*names, *settings]):
+        place = f"{where}: model.mixers.{name}"
+        mixer_config = build_config(kinds[name].config_class, settings.get(name, {}), place)
+        if name in names:
+            try:
+                mixer_config = mixer_config.resolve(config.hidden_size)
+                kinds[name].check(mixer_config, config.hidden_size)
+            except ValueError as error:
+                raise ConfigError(f"{place}: {error}") from None
+        specs[name] = BlockSpec(name, kinds[name], mixer_config)
+    dense = len(names) if config.moe is None else config.moe.first_dense
+    moe = config.moe and dataclasses.replace(config.moe)  # the caller's may change
+    return [
+        dataclasses.replace(specs[name], moe=moe if index >= dense else None)
+        for index, name in enumerate(names)
+    ]
+
+
+def _mixer_settings(
+    config: ModelConfig, where: str
+) -> tuple[dict[str, type[Mixer]], dict[str, dict[str, Any]]]:
+    """Return the mixers that a pattern may name, variants among them, and the settings given."""
     known = registry()
     kinds: dict[str, type[Mixer]] = dict(known)
     settings: dict[str, dict[str, Any]] = {}
@@ -54,76 +97,17 @@ def block_specs(config: ModelConfig, where: str = "config") -> list[BlockSpec]:
                 f"{nearest(str(kind), list(known))}; known: {', '.join(known)}"
             )
         kinds[name], settings[name] = known[kind], values
-    try:
-        names = parse_pattern(config.pattern, kinds)
-    except ValueError as error:
-        raise ConfigError(f"{where}: model.{error}") from None
-    specs = {}
-    for name in dict.fromkeys([*names, *settings]):
-        place = f"{where}: model.mixers.{name}"
-        mixer_config: Any = build_config(kinds[name].config_class, settings.get(name, {}), place)
-        if name in names:
-            try:
-                kinds[name].check(mixer_config, config.hidden_size)
-            except ValueError as error:
-                raise ConfigError(f"{place}: {error}") from None
-        specs[name] = BlockSpec(name, kinds[name], mixer_config)
-    if config.recursion is not None:
-        _check_recursion(config.recursion, len(names), f"{where}: model.recursion")
-    dense = len(names) if config.moe is None else config.moe.first_dense
-    return [
-        dataclasses.replace(specs[name], moe=config.moe if index >= dense else None)
-        for index, name in enumerate(names)
-    ]
+    return kinds, settings
 
 
-def _check_recursion(recursion: RecursionConfig, num_blocks: int, where: str) -> None:
-    if recursion.prelude + recursion.coda >= num_blocks:
-        raise ConfigError(
-            f"{where}: prelude {recursion.prelude} and coda {recursion.coda} leave nothing to loop "
-            f"over of the pattern's {num_blocks} blocks"
-        )
-    if recursion.state_init != "input" and not recursion.adapter:
-        raise ConfigError(
-            f"{where}.state_init is {recursion.state_init}, which needs adapter=true: the loop "
-            "would never see its input"
-        )
-    if recursion.sampling != "fixed":
-        for name, value in (
-            ("lora_rank", recursion.lora_rank > 0),
-            ("step_signal", recursion.step_signal == "learned"),
-            ("halting", recursion.halting),
-        ):
-            if value:
-                raise ConfigError(
-                    f"{where}.{name} needs a fixed number of passes, found sampling "
-                    f"{recursion.sampling}"
-                )
-    if recursion.halting and recursion.backprop_last is not None:
-        raise ConfigError(
-            f"{where}.backprop_last is {recursion.backprop_last}; with halting every pass is part "
-            "of the output, expected null"
-        )
+def with_sizes(config: ModelConfig, where: str = "config") -> ModelConfig:
+    """Return the same settings with the sizes of all mixers in the pattern written out.
 
-
-def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:
-    """Raise ConfigError unless ``size`` tensor-parallel processes can share the model."""
-    counts: dict[str, int] = {}
+    So a run directory says what its model was, whatever the default sizes become. Raises
+    ConfigError.
+    """
+    mixers = dict(config.mixers)
     for spec in block_specs(config, where):
-        for name, count in spec.mixer.divided(spec.config, config.hidden_size).items():
-            if count > 1 or name not in SHAREABLE:
-                counts[f"model.mixers.{spec.name}: {name}"] = count
-    if config.moe is not None and config.moe.shared_intermediate_size:
-        counts["model.moe: shared inner channels"] = config.moe.shared_intermediate_size
-    if config.mlp.kind != "none" and (config.moe is None or config.moe.first_dense):
-        counts["model.mlp: inner channels"] = config.mlp.width(config.hidden_size)
-    if config.vocab_size is not None:
-        counts["model.vocab_size"] = config.vocab_size
-    for name, count in counts.items():
-        if count % size:
-            common = math.gcd(*counts.values())
-            fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
-            raise ConfigError(
-                f"{where}: parallel.tensor is {size}, which does not divide {count} ({name}); this "
-                f"model fits {', '.join(fitting)}"
-            )
+        sizes = {name: getattr(spec.config, name) for name in spec.config.size_names()}
+        mixers[spec.name] = {**mixers.get(spec.name, {}), **sizes}
+    return dataclasses.replace(config, mixers=mixers)

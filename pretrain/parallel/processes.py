@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.common.errors import UserError
 from pretrain.common.metrics import merge_metrics
-from pretrain.config import ParallelConfig
+from pretrain.config.parallel import ParallelConfig, check_world_size
 from pretrain.parallel.cpu import importing_megatron
 
 T = TypeVar("T")
@@ -35,21 +34,6 @@ def world_size() -> int:
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
-def check_world_size(config: ParallelConfig, count: int) -> None:
-    """Raise UserError unless ``count`` processes make whole copies of the model."""
-    if count % config.model_size:
-        raise UserError(
-            f"parallel.tensor x parallel.pipeline is {config.tensor} x {config.pipeline} = "
-            f"{config.model_size}, but there are {count} processes; expected a multiple of it, as "
-            f"of torchrun --nproc-per-node {config.model_size}"
-        )
-    if count // config.pipeline % config.expert:
-        raise UserError(
-            f"parallel.expert is {config.expert}, which does not divide the "
-            f"{count // config.pipeline} processes of a pipeline stage"
-        )
 
 
 def groups() -> Any:

@@ -4,49 +4,65 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from pretrain.common.config_loader import ConfigError, load_config, setting
+from pretrain.common.config_loader import Config, ConfigError, load_config, setting
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "float32", torch.float64: "float64"}
 
 
 @dataclass
-class Hardware:
-    """A kind of device, and how devices are connected. Peaks and bandwidths are the data sheet's,
-    dense and in one direction; efficiencies say what share of them real work gets.
+class Hardware(Config):
+    """A kind of device, and how devices are connected.
 
-    device: ``cuda`` or ``cpu``; memory_gb: of a device, of which ``usable_memory`` is there for
-    tensors (the rest: driver, kernels, communication library, fragmentation); peak_tflops: matrix
-    multiplication by dtype; op_overhead_us: the least time from one operation to the next;
-    clock_ghz, warp_schedulers: of a GPU, each of which issues an instruction of a warp per clock,
-    ``issue_efficiency`` of them in our kernels; 0 where that is of no interest;
-    intra_node_gbs, inter_node_gbs: what a device can send inside its node, and beyond it;
-    latency_us: of a message; watts, cooling: of a device with its share of the node, and the
-    building's factor on it; dollars_per_hour: of a device.
+    Peaks and bandwidths are the data sheet's, dense and in one direction; efficiencies say what
+    share of them real work gets.
     """
 
     name: str
+    """Name of the machine."""
     memory_gb: float = setting(above=0)
+    """Memory of a device in GB (1e9 bytes)."""
     peak_tflops: dict[str, float] = field(default_factory=dict)
+    """Peak TFLOP/s of matrix multiplication, by dtype (``bf16``, ``float32``)."""
     memory_bandwidth_gbs: float = setting(1000, above=0)
-    device: str = setting("cuda", choices=("cuda", "cpu"))
+    """GB/s between a device and its memory."""
+    device: Literal["cuda", "cpu"] = setting("cuda")
+    """Kind of device."""
     devices_per_node: int = setting(8, minimum=1)
+    """Devices of a node."""
     usable_memory: float = setting(0.92, above=0, maximum=1)
+    """Share of the memory that is there for tensors; the rest is for driver, kernels, communication
+    library and fragmentation."""
     matmul_efficiency: float = setting(0.7, above=0, maximum=1)
+    """Share of the peak that large matrix multiplications get."""
     bandwidth_efficiency: float = setting(0.8, above=0, maximum=1)
+    """Share of the memory bandwidth that elementwise operations get."""
     op_overhead_us: float = setting(6, minimum=0)
+    """Least microseconds from one operation to the next."""
     clock_ghz: float = setting(0, minimum=0)
+    """Clock of a GPU in GHz; 0: of no interest."""
     warp_schedulers: int = setting(0, minimum=0)
+    """Warp schedulers of a GPU, each of which issues an instruction per clock; 0: of no
+    interest."""
     issue_efficiency: float = setting(0.6, above=0, maximum=1)
+    """Share of those instructions that our kernels issue."""
     intra_node_gbs: float = setting(100, above=0)
+    """GB/s that a device can send inside its node."""
     inter_node_gbs: float = setting(25, above=0)
+    """GB/s that a device can send beyond its node."""
     link_efficiency: float = setting(0.75, above=0, maximum=1)
+    """Share of those that messages get."""
     latency_us: float = setting(10, minimum=0)
+    """Microseconds that a message takes beside its length."""
     watts: float = setting(0, minimum=0)
+    """Power of a device with its share of the node."""
     cooling: float = setting(1.25, minimum=1)
+    """The building's factor on that power (PUE)."""
     dollars_per_hour: float = setting(0, minimum=0)
+    """Price of a device."""
 
     @property
     def memory_bytes(self) -> float:

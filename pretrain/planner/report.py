@@ -18,10 +18,10 @@ from rich.table import Table
 
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, load_run_config
+from pretrain.config.checks import check_layout
 from pretrain.model.build import padded_vocab_size
 from pretrain.model.counts import block_flops, block_parameters, count_model, passes
 from pretrain.model.spec import block_specs
-from pretrain.parallel.layout import check_layout, describe_layout
 from pretrain.planner.estimate import Estimate, Planner
 from pretrain.planner.hardware import Hardware, load_hardware
 from pretrain.planner.search import Candidate, search
@@ -168,7 +168,7 @@ def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: U
         f"{train.num_steps:,} steps of {train.global_batch_tokens:,} tokens "
         f"({_short_count(train.tokens_before(train.num_steps))}) in sequences of "
         f"{train.seq_len:,}, {train.precision}, "
-        f"{describe_layout(parallel, estimate.devices, 'device')} of "
+        f"{parallel.describe(estimate.devices, 'device')} of "
         f"{hardware.name}\n"
     )
     console.print(_parts_table(planner, estimate, units))

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
 from pretrain.config import ParallelConfig, RunConfig
-from pretrain.config.checks import check_run_config
-from pretrain.parallel.layout import check_layout
+from pretrain.config.checks import check_layout, check_run_config
 from pretrain.planner.estimate import Estimate, Planner
 
 CHECKPOINTING = ("none", "block")

@@ -23,7 +23,8 @@ from pretrain.checkpoint.state import (
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.common.errors import EXIT_STOPPED, UserError
 from pretrain.common.files import write_bytes, write_json
-from pretrain.config import RunConfig, to_yaml
+from pretrain.config import RunConfig, legacy, to_yaml
+from pretrain.config.checks import check_layout, check_run_config, check_vocab_size
 from pretrain.data.batches import (
     Batch,
     PreparedData,
@@ -35,10 +36,10 @@ from pretrain.data.batches import (
 from pretrain.inference.generate import generate
 from pretrain.model.build import build_stages, padded_vocab_size
 from pretrain.model.counts import ModelCounts, count_model
+from pretrain.model.spec import with_sizes
 from pretrain.ops.shared.backends import describe_backends
 from pretrain.optim.backends.deepspeed import shard_parameters
 from pretrain.optim.schedule import learning_rate
-from pretrain.parallel.layout import check_layout, describe_layout
 from pretrain.parallel.processes import (
     all_reduce_metrics,
     any_process,
@@ -79,6 +80,9 @@ def train(config: RunConfig, config_path: str) -> int:
     0: the budget is done; 75: a signal stopped it, saved, start again to go on; 3: a loss or
     gradient was not finite and ``train.nonfinite`` is ``stop``.
     """
+    legacy.keep_saved_sizes(config, config.run_directory)
+    config.model = with_sizes(config.model, config_path)
+    check_run_config(config, config_path)
     check_layout(config, world_size(), config_path)
     start_processes(config.parallel)
     with Watchdog(60 * config.parallel.timeout_minutes, config.run_directory) as watchdog:
@@ -94,16 +98,7 @@ def _train(config: RunConfig, config_path: str, watchdog: Watchdog) -> int:
     batches = TrainingBatches(data, settings, micro_batch_size, config.seed)
     valid = validation_batches(data, settings, micro_batch_size, config.validation.tokens)
     vocab_size = padded_vocab_size(config.model, data.tokenizer.vocab_size)
-    if vocab_size < data.tokenizer.vocab_size:
-        raise UserError(
-            f"{config_path}: model.vocab_size is {vocab_size}, fewer than the "
-            f"{data.tokenizer.vocab_size} ids of the tokenizer; leave it out to fit"
-        )
-    if vocab_size % config.parallel.tensor:
-        raise UserError(
-            f"{config_path}: the vocabulary's {vocab_size} rows do not divide over parallel.tensor "
-            f"{config.parallel.tensor}; set model.vocab_size to a multiple of it"
-        )
+    check_vocab_size(config, data.tokenizer.vocab_size, config_path)
     counts = count_model(config.model, vocab_size, settings.seq_len)
     lock = RunLock(directory)
     on_main_process(lock.take)
@@ -179,7 +174,7 @@ def _train(config: RunConfig, config_path: str, watchdog: Watchdog) -> int:
             f"({counts.embedding_parameters:,} in embeddings), "
             f"{counts.training_flops() / 1e6:,.1f} MFLOP per token, "
             f"{settings.num_steps:,} steps of {settings.global_batch_tokens:,} tokens, "
-            f"{settings.precision}, {describe_layout(config.parallel, world_size())} on "
+            f"{settings.precision}, {config.parallel.describe(world_size())} on "
             f"{'GPU' if torch.cuda.is_available() else 'CPU'}"
         )
         log.say(describe_backends(DTYPES[settings.precision]))

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from pretrain.common.errors import UserError
 from pretrain.config import ParallelConfig, RunConfig, load_run_config, to_yaml
-from pretrain.parallel.layout import check_layout, describe_layout
+from pretrain.config.checks import check_layout
 from pretrain.parallel.processes import start_processes, stop_processes
 
 # Relative, of the first step's loss and gradient norm: float32 sums in another order, bf16 rounds.
@@ -116,7 +116,7 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
 
 def _describe(parallel: ParallelConfig, processes: int) -> str:
     kind = f"{parallel.zero_backend} ZeRO-{parallel.zero_stage}"
-    return f"{describe_layout(parallel, processes)}, {kind}"
+    return f"{parallel.describe(processes)}, {kind}"
 
 
 def _train(config: RunConfig, directory: Path, processes: int) -> Path:

@@ -13,10 +13,11 @@ Every sequence mixer is one file in `pretrain/nn/mixers/`, named in a model's pa
 `mixers: {mine: {kind: gdn, num_heads: 4}}`. Settings are the fields of the mixer's config class.
 
 The table is made from the registry by `python -m pretrain.nn.mixers > docs/layers.md`. Numbers
-are for each mixer's default settings at hidden size %(hidden)d and %(seq)d tokens: parameters in
-units of hidden size squared, forward MFLOP per token (matrix products; backward is twice that),
-state in KiB at the sequence's end, activations in bfloat16 and recurrent states in float32. H
-heads, K key and V value channels of a head, D channels of a head, T tokens.
+are for each mixer's default settings, whose sizes follow the width (see [settings](settings.md)),
+at hidden size %(hidden)d and %(seq)d tokens: parameters in units of hidden size squared,
+forward MFLOP per token (matrix products; backward is twice that), state in KiB at the sequence's
+end, activations in bfloat16 and recurrent states in float32. H heads, K key and V value channels of
+a head, D channels of a head, T tokens.
 
 | name | layer | equation | state | KiB | params / d² | MFLOP | over time | parallel | source |
 |---|---|---|---|---:|---:|---:|---|---|---|
@@ -121,7 +122,7 @@ def page() -> str:
     """The whole page."""
     rows = []
     for name, mixer in sorted(registry().items()):
-        config, card = mixer.config_class(), mixer.card
+        config, card = mixer.config_class().resolve(HIDDEN), mixer.card
         mixer.check(config, HIDDEN)
         flops = mixer.flops_per_token(config, HIDDEN, SEQ_LEN)
         parameters = mixer.num_parameters(config, HIDDEN)

@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from pretrain.common.config_loader import setting
-from pretrain.data.sequences import Sequences, select_packed
-from pretrain.nn.linear import (
-    column_input,
-    column_linear,
-    constant,
-    group_linear,
-    head_shared,
-    replicated_parameter,
-    row_linear,
+from pretrain.common.config_loader import Derived, setting
+from pretrain.data.sequences import (
+    Sequences,
+    select_packed,
 )
-from pretrain.nn.mixers.base import LayerContext, Mixer, MixerCard, State, heads, register
+from pretrain.nn.linear import column_input, column_linear, group_linear, head_shared, row_linear
+from pretrain.nn.mixers.base import (
+    LayerContext,
+    Mixer,
+    MixerCard,
+    MixerConfig,
+    State,
+    heads,
+    register,
+)
+from pretrain.nn.mixers.sizes import attention_heads
+from pretrain.nn.parameters import constant, replicated_parameter
 from pretrain.ops import apply_rotary, attention, rotary_embedding, rotary_of
 from pretrain.ops.elementwise.rms_norm import rms_norm
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
-    """num_kv_heads: null = num_heads; head_dim: null = hidden_size / num_heads; rope_theta: null =
-    no positions (NoPE); window: tokens seen back, itself included, null = all; qk_norm: RMS norm of
-    queries and keys per head."""
+class AttentionConfig(MixerConfig):
+    """Settings of softmax attention."""
 
-    num_heads: int = setting(8, minimum=1)
-    num_kv_heads: int | None = setting(None, minimum=1)
-    head_dim: int | None = setting(None, minimum=1)
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads of queries; null: ``hidden_size / head_dim``, where a head has 64 channels, 128 from a
+    width of 2048, or a quarter of a smaller width, or what divides the width near that."""
+    num_kv_heads: Derived = setting(None, minimum=1)
+    """Heads of keys and values, a divisor of ``num_heads`` (arXiv 2305.13245); null: as many."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Channels of a head; null: ``hidden_size / num_heads``."""
     rope_theta: float | None = setting(10_000.0, above=0)
+    """Base of rotary positions (arXiv 2104.09864); null: no positions (NoPE)."""
     window: int | None = setting(None, minimum=1)
+    """Tokens that a token sees, itself included; null: all before it."""
     qk_norm: bool = False
+    """Whether queries and keys go through an RMS norm, per head."""
     norm_eps: float = setting(1e-6, above=0)
+    """Added to the mean square in that norm."""
 
-    def shape(self, hidden_size: int) -> tuple[int, int, int]:
-        """(num_heads, num_kv_heads, head_dim) with the nulls filled in."""
-        head_dim = self.head_dim or hidden_size // self.num_heads
-        return self.num_heads, self.num_kv_heads or self.num_heads, head_dim
+    def resolve(self, hidden_size: int) -> Self:
+        num_heads, head_dim = attention_heads(
+            hidden_size, self.num_heads, self.head_dim, self.num_kv_heads
+        )
+        return replace(
+            self,
+            num_heads=num_heads,
+            num_kv_heads=self.num_kv_heads or num_heads,
+            head_dim=head_dim,
+        )
 
 
 @register("attn")
@@ -62,7 +79,7 @@ class Attention(Mixer):
         super().__init__(config, context)
         self.config, self.parallel = config, context.parallel
         d = context.hidden_size
-        num_heads, num_kv_heads, self.head_dim = config.shape(d)
+        num_heads, num_kv_heads, self.head_dim = _shape(config)
         self.num_heads = self.parallel.local(num_heads, "num_heads")
         self.num_kv_heads = max(num_kv_heads // self.parallel.tensor_size, 1)
         q_dim = num_heads * self.head_dim
@@ -130,12 +147,7 @@ class Attention(Mixer):
 
     @classmethod
     def check(cls, config: AttentionConfig, hidden_size: int) -> None:
-        if config.head_dim is None and hidden_size % config.num_heads:
-            raise ValueError(
-                f"num_heads is {config.num_heads}, which does not divide hidden_size {hidden_size}"
-                "; choose another or set head_dim"
-            )
-        num_heads, num_kv_heads, head_dim = config.shape(hidden_size)
+        num_heads, num_kv_heads, head_dim = _shape(config)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads is {num_kv_heads}, which does not divide num_heads {num_heads}"
@@ -147,18 +159,18 @@ class Attention(Mixer):
 
     @classmethod
     def divided(cls, config: AttentionConfig, hidden_size: int) -> dict[str, int]:
-        num_heads, num_kv_heads, _ = config.shape(hidden_size)
+        num_heads, num_kv_heads, _ = _shape(config)
         return {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
 
     @classmethod
     def num_parameters(cls, config: AttentionConfig, hidden_size: int) -> int:
-        num_heads, num_kv_heads, head_dim = config.shape(hidden_size)
+        num_heads, num_kv_heads, head_dim = _shape(config)
         projections = 2 * hidden_size * head_dim * (num_heads + num_kv_heads)
         return projections + 2 * head_dim * config.qk_norm
 
     @classmethod
     def flops_per_token(cls, config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
-        num_heads, num_kv_heads, head_dim = config.shape(hidden_size)
+        num_heads, num_kv_heads, head_dim = _shape(config)
         projections = 4 * hidden_size * head_dim * (num_heads + num_kv_heads)
         window = min(config.window or seq_len, seq_len)
         # Keys seen by all queries of a sequence: 1, 2, ..., window, window, ...
@@ -167,8 +179,12 @@ class Attention(Mixer):
 
     @classmethod
     def state_bytes(cls, config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
-        _, num_kv_heads, head_dim = config.shape(hidden_size)
+        _, num_kv_heads, head_dim = _shape(config)
         return 4 * num_kv_heads * head_dim * min(config.window or seq_len, seq_len)
+
+
+def _shape(config: AttentionConfig) -> tuple[int, int, int]:
+    return config.num_heads, config.num_kv_heads, config.head_dim
 
 
 def _append(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from pretrain.common.config_loader import NULL_ALLOWED, Config, field_types
 from pretrain.data.sequences import Sequences
 from pretrain.nn.parameters import DescribedModule
 from pretrain.parallel.context import ParallelContext
@@ -48,15 +49,32 @@ class MixerCard:
     divided: str = "H"
 
 
+@dataclass(frozen=True)
+class MixerConfig(Config):
+    """Base of the settings of a mixer. Fields of type ``Derived`` follow the model's width."""
+
+    def resolve(self, hidden_size: int) -> Self:
+        """Return these settings with every size that is null filled in for ``hidden_size``.
+
+        Raises ValueError where those that are given do not fit the width.
+        """
+        return self
+
+    @classmethod
+    def size_names(cls) -> list[str]:
+        """Return the names of the fields that :meth:`resolve` fills in."""
+        return [name for name, kind in field_types(cls).items() if NULL_ALLOWED in get_args(kind)]
+
+
 class Mixer(DescribedModule, ABC):
     """Mixes information along the sequence; activations are sequence-first, ``[T, B, d]``.
 
-    ``config_class`` is a frozen dataclass of the mixer's own settings; ``card`` go into
-    docs/layers.md. The class methods count without building anything; they speak of the whole
-    layer, not of one process's share.
+    ``config_class`` is a frozen dataclass of the mixer's own settings, which a mixer and its class
+    methods only see resolved; ``card`` is its line in docs/layers.md. The class methods count
+    without building anything; they speak of the whole layer, not of one process's share.
     """
 
-    config_class: ClassVar[type]
+    config_class: ClassVar[type[MixerConfig]]
     card: ClassVar[MixerCard]
     speed_settings: ClassVar[tuple[str, ...]] = ("chunk_size",)  # that change nothing but speed
     parallel: ParallelContext
@@ -150,24 +168,6 @@ def registry() -> dict[str, type[Mixer]]:
 def heads(x: Tensor, num_heads: int) -> Tensor:
     """Split ``[T, B, H * D]`` into batch-first ``[B, T, H, D]``."""
     return x.unflatten(-1, (num_heads, -1)).transpose(0, 1)
-
-
-def whole(value: float, what: str) -> int:
-    """Return ``value`` as an int. Raises ValueError naming ``what`` if it is not whole."""
-    if abs(value - round(value)) > 1e-9 * abs(value):
-        raise ValueError(f"{what} is {value:g}, expected a whole number")
-    return round(value)
-
-
-def per_head(hidden_size: int, num_heads: int) -> int:
-    """Return the channels of a head. Raises ValueError where the heads do not divide
-    ``hidden_size``."""
-    if hidden_size % num_heads:
-        raise ValueError(
-            f"num_heads is {num_heads}, which does not divide hidden_size {hidden_size}; choose "
-            "another or set head_dim"
-        )
-    return hidden_size // num_heads
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

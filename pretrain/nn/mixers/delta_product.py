@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Derived, setting
 from pretrain.nn.mixers.base import MixerCard, register
 from pretrain.nn.mixers.delta_rule import DeltaRuleMixer
 from pretrain.nn.mixers.gated_deltanet import GatedDeltaNetConfig
@@ -12,15 +13,25 @@ from pretrain.nn.mixers.gated_deltanet import GatedDeltaNetConfig
 
 @dataclass(frozen=True)
 class DeltaProductConfig(GatedDeltaNetConfig):
-    """num_householder: steps per token, each with a key, a value and a beta of its own;
-    allow_neg_eigval: beta in (0, 2), eigenvalues of each factor in (-1, 1), else (0, 1); use_decay:
-    a scalar decay per head (Gated DeltaProduct). All else as for ``gdn``."""
+    """Settings of (Gated) DeltaProduct."""
 
-    head_dim: int = setting(128, minimum=1)
+    key_share: ClassVar[float] = 1.0
+    widest_key: ClassVar[int] = 128
+
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads; null: as many as make the keys of all heads together as wide as the model."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Width K of a key; null: the largest power of two that is at most 128 and a quarter of the
+    model's width, or with ``num_heads`` given the head's share of the keys."""
     expand_v: float = setting(1.0, above=0)
+    """Width V of a value as a multiple of a key's."""
     num_householder: int = setting(2, minimum=1)
+    """Householder steps per token, each with a key, a value and a beta of its own."""
     allow_neg_eigval: bool = True
+    """Whether beta is in (0, 2), which puts the eigenvalues of each factor in (-1, 1), instead of
+    (0, 1)."""
     use_decay: bool = True
+    """Whether a head has a scalar decay (Gated DeltaProduct)."""
 
 
 @register("delta_product")

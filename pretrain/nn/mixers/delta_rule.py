@@ -12,22 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
-from pretrain.nn.linear import (
-    column_input,
-    column_linear,
-    constant,
-    head_shared,
-    replicated_parameter,
-    row_linear,
-)
-from pretrain.nn.mixers.base import (
-    LayerContext,
-    Mixer,
-    State,
-    accumulation_dtype,
-    heads,
-    whole,
-)
+from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
+from pretrain.nn.mixers.base import LayerContext, Mixer, State, accumulation_dtype, heads
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
     convolution_states,
@@ -40,6 +26,8 @@ from pretrain.nn.mixers.parts import (
     softplus_decay,
     time_step_init,
 )
+from pretrain.nn.mixers.sizes import whole
+from pretrain.nn.parameters import constant, replicated_parameter
 from pretrain.ops import delta_rule
 from pretrain.ops.elementwise.rms_norm import rms_norm, rms_norm_silu_gate
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Derived, setting
 from pretrain.nn.mixers.base import MixerCard, register
 from pretrain.nn.mixers.delta_rule import DeltaRuleMixer
 from pretrain.nn.mixers.gated_deltanet import GatedDeltaNetConfig
@@ -13,11 +13,18 @@ from pretrain.nn.mixers.gated_deltanet import GatedDeltaNetConfig
 
 @dataclass(frozen=True)
 class DeltaNetConfig(GatedDeltaNetConfig):
-    """As for ``gdn``, with defaults of its own."""
+    """Settings of DeltaNet."""
 
-    num_heads: int = setting(16, minimum=1)
-    head_dim: int = setting(128, minimum=1)
+    key_share: ClassVar[float] = 1.0
+    widest_key: ClassVar[int] = 128
+
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads; null: as many as make the keys of all heads together as wide as the model."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Width K of a key; null: the largest power of two that is at most 128 and a quarter of the
+    model's width, or with ``num_heads`` given the head's share of the keys."""
     expand_v: float = setting(1.0, above=0)
+    """Width V of a value as a multiple of a key's."""
 
 
 @register("deltanet")

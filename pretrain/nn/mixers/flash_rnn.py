@@ -7,52 +7,48 @@ RMSNorm per head, through W_o.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
-from pretrain.nn.linear import (
-    column_input,
-    column_linear,
-    constant,
-    head_shared,
-    normal,
-    replicated_parameter,
-    row_linear,
-    sharded_parameter,
-)
+from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
 from pretrain.nn.mixers.base import (
     LayerContext,
     Mixer,
     MixerCard,
+    MixerConfig,
     State,
     accumulation_dtype,
-    per_head,
     register,
 )
 from pretrain.nn.mixers.parts import gate_parameter
+from pretrain.nn.mixers.sizes import few_heads
+from pretrain.nn.parameters import constant, normal, replicated_parameter, sharded_parameter
 from pretrain.ops import rnn
 from pretrain.ops.elementwise.rms_norm import rms_norm
 from pretrain.ops.rnn.cells import CELLS
 
 
 @dataclass(frozen=True)
-class ClassicalRNNConfig:
-    """head_dim: channels of a head, null = hidden_size / num_heads; state_grad_clip: bound on the
-    gradient carried from step to step, null = none."""
+class ClassicalRNNConfig(MixerConfig):
+    """Settings of the recurrent networks with a recurrent matrix per head."""
 
-    num_heads: int = setting(4, minimum=1)
-    head_dim: int | None = setting(None, minimum=1)
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads; null: four, or three, two or one where four do not divide the model's width."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Channels of a head; null: ``hidden_size / num_heads``."""
     state_grad_clip: float | None = setting(None, above=0)
+    """Bound on every element of the gradient that is carried from step to step; null: none."""
     norm_eps: float = setting(1e-5, above=0)
+    """Added to the mean square in the norm of the output."""
 
-    def dim(self, hidden_size: int) -> int:
-        """Channels of a head."""
-        return self.head_dim or per_head(hidden_size, self.num_heads)
+    def resolve(self, hidden_size: int) -> Self:
+        num_heads, head_dim = few_heads(hidden_size, self.num_heads, self.head_dim)
+        return replace(self, num_heads=num_heads, head_dim=head_dim)
 
 
 class ClassicalRNN(Mixer):
@@ -66,7 +62,7 @@ class ClassicalRNN(Mixer):
         super().__init__(config, context)
         self.config, self.parallel = config, context.parallel
         d, parallel, kind = context.hidden_size, context.parallel, CELLS[self.cell]
-        self.head_dim = config.dim(d)
+        self.head_dim = config.head_dim
         self.num_heads = parallel.local(config.num_heads, "num_heads")
         width = config.num_heads * self.head_dim
         self.x_proj = column_linear(parallel, d, kind.gates * width, context.std)
@@ -118,23 +114,19 @@ class ClassicalRNN(Mixer):
         }
 
     @classmethod
-    def check(cls, config: ClassicalRNNConfig, hidden_size: int) -> None:
-        config.dim(hidden_size)
-
-    @classmethod
     def num_parameters(cls, config: ClassicalRNNConfig, hidden_size: int) -> int:
-        kind, dim = CELLS[cls.cell], config.dim(hidden_size)
+        kind, dim = CELLS[cls.cell], config.head_dim
         width = config.num_heads * dim
         return width * (hidden_size * (kind.gates + 1) + kind.gates * dim + kind.biases) + dim
 
     @classmethod
     def flops_per_token(cls, config: ClassicalRNNConfig, hidden_size: int, seq_len: int) -> int:
-        kind, dim = CELLS[cls.cell], config.dim(hidden_size)
+        kind, dim = CELLS[cls.cell], config.head_dim
         return 2 * config.num_heads * dim * (hidden_size * (kind.gates + 1) + kind.gates * dim)
 
     @classmethod
     def state_bytes(cls, config: ClassicalRNNConfig, hidden_size: int, seq_len: int) -> int:
-        return 4 * len(CELLS[cls.cell].states) * config.num_heads * config.dim(hidden_size)
+        return 4 * len(CELLS[cls.cell].states) * config.num_heads * config.head_dim
 
 
 _SEQUENTIAL = "none: sequential, states kept now and then; a kernel on GPUs"

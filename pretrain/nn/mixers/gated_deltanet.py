@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
-from pretrain.common.config_loader import setting
-from pretrain.nn.mixers.base import MixerCard, register, whole
+from pretrain.common.config_loader import Derived, setting
+from pretrain.nn.mixers.base import MixerCard, MixerConfig, register
 from pretrain.nn.mixers.delta_rule import DeltaRuleMixer
+from pretrain.nn.mixers.sizes import delta_rule_sizes, whole
 
 
 @dataclass(frozen=True)
-class GatedDeltaNetConfig:
-    """head_dim: width of a key (K); a value is expand_v times as wide (V); conv_size: taps of the
-    short convolution, 0 = none; allow_neg_eigval: beta in (0, 2) instead of (0, 1); chunk_size:
-    sub-steps handled at once by the chunked form, which changes speed alone."""
+class GatedDeltaNetConfig(MixerConfig):
+    """Settings of Gated DeltaNet."""
 
-    num_heads: int = setting(6, minimum=1)
-    head_dim: int = setting(256, minimum=1)
+    # Of all keys together as a share of the model's width, and of one at most, where not given.
+    key_share: ClassVar[float] = 0.75
+    widest_key: ClassVar[int] = 256
+
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads; null: as many as make the keys of all heads together about 0.75 times as wide as the
+    model."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Width K of a key; null: the largest power of two that is at most 256 and a quarter of the
+    model's width, or with ``num_heads`` given the head's share of the keys."""
     expand_v: float = setting(2.0, above=0)
+    """Width V of a value as a multiple of a key's."""
     conv_size: int = setting(4, minimum=0)
+    """Taps of the short convolution over queries, keys and values; 0: there is none."""
     allow_neg_eigval: bool = False
+    """Whether beta is in (0, 2) instead of (0, 1), which makes negative eigenvalues possible (arXiv
+    2411.12537)."""
     norm_eps: float = setting(1e-5, above=0)
+    """Added to the mean square in the norm of the output."""
     chunk_size: int = setting(64, minimum=1)
+    """Sub-steps handled at once by the chunked form, which changes speed alone."""
 
     @property
     def value_dim(self) -> int:
+        """Width V of a value."""
         return whole(self.head_dim * self.expand_v, "head_dim * expand_v")
+
+    def resolve(self, hidden_size: int) -> Self:
+        sizes = delta_rule_sizes(
+            hidden_size, self.num_heads, self.head_dim, self.key_share, self.widest_key
+        )
+        return replace(self, num_heads=sizes[0], head_dim=sizes[1])
 
 
 @register("gdn")

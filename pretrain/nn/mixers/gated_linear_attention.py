@@ -5,35 +5,46 @@ log decay = logsigmoid(W2 W1 x + b) / 16 with W1 to 16 channels. No convolution,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.common.config_loader import setting
-from pretrain.nn.linear import ReplicatedLinear, column_linear, constant
-from pretrain.nn.mixers.base import LayerContext, MixerCard, heads, register, whole
+from pretrain.common.config_loader import Derived, setting
+from pretrain.nn.linear import ReplicatedLinear, column_linear
+from pretrain.nn.mixers.base import LayerContext, MixerCard, heads, register
 from pretrain.nn.mixers.linear_family import LinearFamilyConfig, LinearFamilyMixer
 from pretrain.nn.mixers.parts import gate_parameter, power_of_two
+from pretrain.nn.mixers.sizes import heads_for, split_width, whole
+from pretrain.nn.parameters import constant
 
 
 @dataclass(frozen=True)
 class GatedLinearAttentionConfig(LinearFamilyConfig):
-    """As for ``linear_attn``, but head_dim: null = hidden_size / (2 num_heads); gate_rank: channels
-    between the two matrices of the decay; gate_normalizer: what its logarithm is divided by;
-    chunk_size: a power of two."""
+    """Settings of gated linear attention, whose keys are half as wide as the model."""
 
-    num_heads: int = setting(4, minimum=1)
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads; null: ``hidden_size / (2 head_dim)``, where a key has 256 channels, an eighth of a
+    smaller width, or what divides half the width near that."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Width K of a key; null: ``hidden_size / (2 num_heads)``."""
     expand_v: float = setting(2.0, above=0)
+    """Width V of a value as a multiple of a key's."""
     gate_rank: int = setting(16, minimum=1)
+    """Channels between the two matrices of the decay."""
     gate_normalizer: float = setting(16.0, above=0)
+    """What the decay's logarithm is divided by."""
+    chunk_size: int = setting(64, minimum=1)
+    """Tokens handled at once by the chunked form, a power of two, which changes speed alone."""
 
-    def dims(self, hidden_size: int) -> tuple[int, int]:
-        """(key, value) width of a head."""
-        key_dim = self.head_dim or whole(
-            hidden_size / (2 * self.num_heads), "hidden_size / (2 num_heads)"
-        )
-        return key_dim, whole(key_dim * self.expand_v, "head_dim * expand_v")
+    def resolve(self, hidden_size: int) -> Self:
+        num_heads, head_dim = self.num_heads, self.head_dim
+        if num_heads is None and head_dim is None:
+            num_heads, head_dim = split_width(max(hidden_size // 2, 1), 256, even=True)
+        num_heads = num_heads or heads_for(hidden_size / 2, head_dim)
+        head_dim = head_dim or whole(hidden_size / (2 * num_heads), "hidden_size / (2 num_heads)")
+        return replace(self, num_heads=num_heads, head_dim=head_dim)
 
 
 @register("gla")
@@ -64,12 +75,12 @@ class GatedLinearAttention(LinearFamilyMixer):
 
     @classmethod
     def check(cls, config: GatedLinearAttentionConfig, hidden_size: int) -> None:
-        config.dims(hidden_size)
+        super().check(config, hidden_size)
         power_of_two(config.chunk_size)
 
     @classmethod
     def extras(cls, config: GatedLinearAttentionConfig, hidden_size: int) -> tuple[int, int]:
         """The decay's matrices and bias."""
-        k_dim = config.num_heads * config.dims(hidden_size)[0]
+        k_dim = config.num_heads * config.head_dim
         matrices = config.gate_rank * (hidden_size + k_dim)
         return matrices + k_dim, 2 * matrices

@@ -9,47 +9,65 @@ sigmoid; the paper draws all layers' from one softmax and fixes the first at 0.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
-from pretrain.nn.linear import (
-    column_input,
-    column_linear,
-    constant,
-    row_linear,
-    sharded_parameter,
+from pretrain.nn.linear import column_input, column_linear, row_linear
+from pretrain.nn.mixers.base import (
+    LayerContext,
+    Mixer,
+    MixerCard,
+    MixerConfig,
+    State,
+    heads,
+    register,
 )
-from pretrain.nn.mixers.base import LayerContext, Mixer, MixerCard, State, heads, register, whole
 from pretrain.nn.mixers.parts import (
     gate_parameter,
     linear_attention_flops,
     matrix_state,
     power_of_two,
 )
+from pretrain.nn.mixers.sizes import split_width, whole
 from pretrain.nn.norm import sharded_rms_norm
+from pretrain.nn.parameters import constant, sharded_parameter
 from pretrain.ops import linear_attention
 from pretrain.ops.elementwise.fusing import fused
 
 
 @dataclass(frozen=True)
-class HGRN2Config:
-    """head_dim: width of a key; num_heads: null = hidden_size / head_dim; values are
-    hidden_size / num_heads wide; chunk_size: tokens handled at once, a power of two."""
+class HGRN2Config(MixerConfig):
+    """Settings of HGRN2; values are ``hidden_size / num_heads`` wide."""
 
-    num_heads: int | None = setting(None, minimum=1)
-    head_dim: int = setting(128, minimum=1)
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads; null: ``hidden_size / head_dim``."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Width K of a key; null: ``hidden_size / num_heads`` or, where that is null too, 128, a
+    quarter of a smaller width, or what divides the width near that."""
     norm_eps: float = setting(1e-5, above=0)
+    """Added to the mean square in the norm of the output."""
     chunk_size: int = setting(64, minimum=1)
+    """Tokens handled at once by the chunked form, a power of two, which changes speed alone."""
+
+    def resolve(self, hidden_size: int) -> Self:
+        num_heads, head_dim = self.num_heads, self.head_dim
+        if num_heads is None and head_dim is None:
+            num_heads, head_dim = split_width(hidden_size, 128)
+        num_heads = num_heads or whole(hidden_size / head_dim, "hidden_size / head_dim")
+        head_dim = head_dim or whole(hidden_size / num_heads, "hidden_size / num_heads")
+        return replace(self, num_heads=num_heads, head_dim=head_dim)
 
     def shape(self, hidden_size: int) -> tuple[int, int, int]:
-        """(num_heads, key width, value width)."""
-        num_heads = self.num_heads or whole(hidden_size / self.head_dim, "hidden_size / head_dim")
-        return num_heads, self.head_dim, whole(hidden_size / num_heads, "hidden_size / num_heads")
+        """Return (num_heads, key width, value width). Raises ValueError where heads do not divide
+        the model's width."""
+        value_dim = whole(hidden_size / self.num_heads, "hidden_size / num_heads")
+        return self.num_heads, self.head_dim, value_dim
 
 
 @register("hgrn2")

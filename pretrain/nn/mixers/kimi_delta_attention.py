@@ -6,25 +6,25 @@ the width of one head; the output gate has the same two-matrix form and a sigmoi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
     ReplicatedLinear,
     column_input,
     column_linear,
-    constant,
     head_shared,
-    replicated_parameter,
     row_linear,
 )
 from pretrain.nn.mixers.base import (
     LayerContext,
     Mixer,
     MixerCard,
+    MixerConfig,
     State,
     accumulation_dtype,
     heads,
@@ -43,20 +43,33 @@ from pretrain.nn.mixers.parts import (
     softplus_decay,
     time_step_init,
 )
+from pretrain.nn.mixers.sizes import delta_rule_sizes
+from pretrain.nn.parameters import constant, replicated_parameter
 from pretrain.ops import delta_rule
 from pretrain.ops.elementwise.rms_norm import rms_norm_sigmoid_gate
 
 
 @dataclass(frozen=True)
-class KimiDeltaAttentionConfig:
-    """head_dim: width of keys and values; chunk_size: tokens handled at once, a power of two."""
+class KimiDeltaAttentionConfig(MixerConfig):
+    """Settings of Kimi delta attention."""
 
-    num_heads: int = setting(16, minimum=1)
-    head_dim: int = setting(128, minimum=1)
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads; null: as many as make the keys of all heads together as wide as the model."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Width of a key and of a value; null: the largest power of two that is at most 128 and a
+    quarter of the model's width, or with ``num_heads`` given the head's share of the keys."""
     conv_size: int = setting(4, minimum=0)
+    """Taps of the short convolution over queries, keys and values; 0: there is none."""
     allow_neg_eigval: bool = False
+    """Whether beta is in (0, 2) instead of (0, 1), which makes negative eigenvalues possible."""
     norm_eps: float = setting(1e-5, above=0)
+    """Added to the mean square in the norm of the output."""
     chunk_size: int = setting(64, minimum=1)
+    """Tokens handled at once by the chunked form, a power of two, which changes speed alone."""
+
+    def resolve(self, hidden_size: int) -> Self:
+        sizes = delta_rule_sizes(hidden_size, self.num_heads, self.head_dim, 1.0, 128)
+        return replace(self, num_heads=sizes[0], head_dim=sizes[1])
 
 
 @register("kda")

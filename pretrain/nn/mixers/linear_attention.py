@@ -7,6 +7,7 @@ the heads, with maps of their own for q and k.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +15,22 @@ from torch import Tensor
 
 from pretrain.common.config_loader import setting
 from pretrain.data.sequences import Sequences
-from pretrain.nn.linear import constant, head_shared, normal, replicated_parameter
+from pretrain.nn.linear import head_shared
 from pretrain.nn.mixers.base import LayerContext, MixerCard, State, register
 from pretrain.nn.mixers.linear_family import LinearFamilyConfig, LinearFamilyMixer
-
-FEATURE_MAPS = ("product", "elu", "relu", "identity")
+from pretrain.nn.parameters import constant, normal, replicated_parameter
 
 
 @dataclass(frozen=True)
 class LinearAttentionConfig(LinearFamilyConfig):
-    """head_dim: width of a key, null = hidden_size / num_heads; a value is expand_v times as wide;
-    chunk_size: tokens handled at once, which changes speed alone; feature_map: ``product``
-    (learned), ``elu`` (elu + 1), ``relu`` or ``identity``; normalize: divide by q_t times the sum
-    of keys so far."""
+    """Settings of linear attention."""
 
-    feature_map: str = setting("product", choices=FEATURE_MAPS)
+    feature_map: Literal["product", "elu", "relu", "identity"] = setting("product")
+    """What queries and keys go through: a learned ``product`` of two linear maps, elu + 1, relu, or
+    nothing."""
     normalize: bool = False
+    """Whether the output is divided by q_t times the sum of keys so far; with ``elu`` or ``relu``
+    alone."""
 
 
 @register("linear_attn")
@@ -100,7 +101,7 @@ class LinearAttention(LinearFamilyMixer):
 
     @classmethod
     def check(cls, config: LinearAttentionConfig, hidden_size: int) -> None:
-        config.dims(hidden_size)
+        super().check(config, hidden_size)
         if config.normalize and config.feature_map not in ("elu", "relu"):
             raise ValueError(
                 f"normalize needs a feature_map that is never negative (elu, relu), found "
@@ -112,5 +113,5 @@ class LinearAttention(LinearFamilyMixer):
         """The learned feature maps."""
         if config.feature_map != "product":
             return 0, 0
-        key_dim, _ = config.dims(hidden_size)
+        key_dim = config.head_dim
         return 4 * key_dim * (key_dim + 1), 8 * key_dim**2 * config.num_heads

@@ -6,42 +6,50 @@ where there is a gate, through W_o.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
-from pretrain.nn.linear import (
-    column_input,
-    column_linear,
-    constant,
-    head_shared,
-    replicated_parameter,
-    row_linear,
-)
-from pretrain.nn.mixers.base import LayerContext, Mixer, State, heads, per_head, whole
+from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
+from pretrain.nn.mixers.base import LayerContext, Mixer, MixerConfig, State, heads
 from pretrain.nn.mixers.parts import linear_attention_flops, matrix_state
+from pretrain.nn.mixers.sizes import heads_for, per_head, split_width, whole
+from pretrain.nn.parameters import constant, replicated_parameter
 from pretrain.ops import linear_attention
 from pretrain.ops.elementwise.rms_norm import rms_norm, rms_norm_silu_gate
 
 
 @dataclass(frozen=True)
-class LinearFamilyConfig:
-    """head_dim: width of a key, null = hidden_size / num_heads; a value is expand_v times as wide;
-    chunk_size: tokens handled at once, which changes speed alone."""
+class LinearFamilyConfig(MixerConfig):
+    """Settings that linear attention, RetNet and gated linear attention share."""
 
-    num_heads: int = setting(8, minimum=1)
-    head_dim: int | None = setting(None, minimum=1)
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads; null: ``hidden_size / head_dim``, where a key has 256 channels, a quarter of a smaller
+    width, or what divides the width near that."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Width K of a key; null: ``hidden_size / num_heads``."""
     expand_v: float = setting(1.0, above=0)
+    """Width V of a value as a multiple of a key's."""
     norm_eps: float = setting(1e-5, above=0)
+    """Added to the mean square in the norm of the output."""
     chunk_size: int = setting(64, minimum=1)
+    """Tokens handled at once by the chunked form, which changes speed alone."""
 
-    def dims(self, hidden_size: int) -> tuple[int, int]:
-        """(key, value) width of a head."""
-        key_dim = self.head_dim or per_head(hidden_size, self.num_heads)
-        return key_dim, whole(key_dim * self.expand_v, "head_dim * expand_v")
+    @property
+    def value_dim(self) -> int:
+        """Width V of a value."""
+        return whole(self.head_dim * self.expand_v, "head_dim * expand_v")
+
+    def resolve(self, hidden_size: int) -> Self:
+        num_heads, head_dim = self.num_heads, self.head_dim
+        if num_heads is None and head_dim is None:
+            num_heads, head_dim = split_width(hidden_size, 256, even=True)
+        num_heads = num_heads or heads_for(hidden_size, head_dim)
+        head_dim = head_dim or per_head(hidden_size, num_heads)
+        return replace(self, num_heads=num_heads, head_dim=head_dim)
 
 
 class LinearFamilyMixer(Mixer):
@@ -54,7 +62,7 @@ class LinearFamilyMixer(Mixer):
         super().__init__(config, context)
         self.config, self.parallel = config, context.parallel
         d, parallel = context.hidden_size, context.parallel
-        self.key_dim, self.value_dim = config.dims(d)
+        self.key_dim, self.value_dim = config.head_dim, config.value_dim
         self.num_heads = parallel.local(config.num_heads, "num_heads")
         k_dim, v_dim = config.num_heads * self.key_dim, config.num_heads * self.value_dim
         self.q_proj = column_linear(parallel, d, k_dim, context.std)
@@ -125,17 +133,17 @@ class LinearFamilyMixer(Mixer):
 
     @classmethod
     def check(cls, config: Any, hidden_size: int) -> None:
-        config.dims(hidden_size)
+        whole(config.head_dim * config.expand_v, "head_dim * expand_v")
 
     @classmethod
     def num_parameters(cls, config: Any, hidden_size: int) -> int:
-        key_dim, value_dim = config.dims(hidden_size)
+        key_dim, value_dim = config.head_dim, config.value_dim
         widths = config.num_heads * (2 * key_dim + (2 + cls.output_gate) * value_dim)
         return hidden_size * widths + value_dim + cls.extras(config, hidden_size)[0]
 
     @classmethod
     def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
-        key_dim, value_dim = config.dims(hidden_size)
+        key_dim, value_dim = config.head_dim, config.value_dim
         widths = config.num_heads * (2 * key_dim + (2 + cls.output_gate) * value_dim)
         mixing = linear_attention_flops(
             key_dim,
@@ -151,5 +159,5 @@ class LinearFamilyMixer(Mixer):
 
     @classmethod
     def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
-        key_dim, value_dim = config.dims(hidden_size)
+        key_dim, value_dim = config.head_dim, config.value_dim
         return 4 * config.num_heads * key_dim * cls.state_width(config, value_dim)

@@ -11,23 +11,25 @@ state tracking the Gaussian start is much better (benchmarks/results/synthetic_c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
-from pretrain.nn.linear import (
-    column_input,
-    column_linear,
-    constant,
-    group_linear,
-    normal,
-    row_linear,
-    sharded_parameter,
+from pretrain.nn.linear import column_input, column_linear, group_linear, row_linear
+from pretrain.nn.mixers.base import (
+    LayerContext,
+    Mixer,
+    MixerCard,
+    MixerConfig,
+    State,
+    heads,
+    register,
 )
-from pretrain.nn.mixers.base import LayerContext, Mixer, MixerCard, State, heads, register
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
     convolution_states,
@@ -38,26 +40,47 @@ from pretrain.nn.mixers.parts import (
     softplus_decay,
     time_step_init,
 )
+from pretrain.nn.mixers.sizes import heads_for, power_of_two_width
 from pretrain.nn.norm import sharded_rms_norm
+from pretrain.nn.parameters import constant, normal, sharded_parameter
 from pretrain.ops import m2rnn
 from pretrain.ops.elementwise.gating import skip_silu_gate
 
 
 @dataclass(frozen=True)
-class M2RNNConfig:
-    """num_heads: of values, gates and recurrent matrices; num_qk_heads: of queries and of keys, a
-    divisor; head_dim: width of a key (K); value_dim: width of a value (V); recurrent_init:
-    ``identity`` or ``normal``; state_grad_clip: bound on the gradient carried from step to step,
-    null = none."""
+class M2RNNConfig(MixerConfig):
+    """Settings of M2RNN."""
 
-    num_heads: int = setting(84, minimum=1)
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads of values, gates and recurrent matrices; null: as many as make the values of all heads
+    together about 1.3 times as wide as the model (84 of 16 at 1024, as published), a multiple of
+    four."""
     num_qk_heads: int = setting(1, minimum=1)
-    head_dim: int = setting(64, minimum=1)
-    value_dim: int = setting(16, minimum=1)
+    """Heads of queries and of keys, a divisor of ``num_heads``."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Width K of a key; null: the largest power of two that is at most 64 and a quarter of the
+    model's width."""
+    value_dim: Derived = setting(None, minimum=1)
+    """Width V of a value, and of a head's recurrent matrix; null: the largest power of two that is
+    at most 16 and a quarter of the model's width."""
     conv_size: int = setting(4, minimum=0)
-    recurrent_init: str = setting("identity", choices=("identity", "normal"))
+    """Taps of the short convolution over queries, keys and values; 0: there is none."""
+    recurrent_init: Literal["identity", "normal"] = setting("identity")
+    """How recurrent matrices start: as the identity, or Gaussian with variance 1 / V."""
     state_grad_clip: float | None = setting(1.0, above=0)
+    """Bound on every element of the gradient that is carried from step to step; null: none."""
     norm_eps: float = setting(1e-5, above=0)
+    """Added to the mean square in the norm of the output."""
+
+    def resolve(self, hidden_size: int) -> Self:
+        value_dim = self.value_dim or power_of_two_width(hidden_size, 16)
+        multiple_of = math.lcm(4, self.num_qk_heads)
+        return replace(
+            self,
+            num_heads=self.num_heads or heads_for(21 / 16 * hidden_size, value_dim, multiple_of),
+            head_dim=self.head_dim or power_of_two_width(hidden_size, 64),
+            value_dim=value_dim,
+        )
 
 
 @register("m2rnn")

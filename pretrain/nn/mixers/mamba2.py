@@ -9,22 +9,24 @@ acts on each group's width. Models of it alone usually have no MLP (``mlp: {kind
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
-from pretrain.nn.linear import (
-    column_input,
-    column_linear,
-    constant,
-    group_linear,
-    row_linear,
-    sharded_parameter,
+from pretrain.nn.linear import column_input, column_linear, group_linear, row_linear
+from pretrain.nn.mixers.base import (
+    LayerContext,
+    Mixer,
+    MixerCard,
+    MixerConfig,
+    State,
+    heads,
+    register,
 )
-from pretrain.nn.mixers.base import LayerContext, Mixer, MixerCard, State, heads, register, whole
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
     convolution_states,
@@ -35,26 +37,45 @@ from pretrain.nn.mixers.parts import (
     matrix_state,
     time_step_init,
 )
+from pretrain.nn.mixers.sizes import power_of_two_width, split_width, whole
 from pretrain.nn.norm import sharded_rms_norm
+from pretrain.nn.parameters import constant, sharded_parameter
 from pretrain.ops import linear_attention
 from pretrain.ops.elementwise.gating import skip_silu_gate
 from pretrain.ops.elementwise.rms_norm import rms_norm
 
 
 @dataclass(frozen=True)
-class Mamba2Config:
-    """expand: inner width as a multiple of hidden_size; head_dim: width of a head of x (P);
-    state_size: width of B and C (N); num_groups: of heads that share B and C."""
+class Mamba2Config(MixerConfig):
+    """Settings of Mamba-2, which has ``hidden_size * expand / head_dim`` heads."""
 
     expand: float = setting(2.0, above=0)
-    head_dim: int = setting(64, minimum=1)
-    state_size: int = setting(128, minimum=1)
+    """Inner width as a multiple of the model's."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Width P of a head of x; null: 64, a quarter of a smaller inner width, or what divides the
+    inner width near that."""
+    state_size: Derived = setting(None, minimum=1)
+    """Width N of B and C; null: the largest power of two that is at most 128 and a quarter of the
+    model's width."""
     num_groups: int = setting(1, minimum=1)
+    """Groups of heads that share B and C, a divisor of the number of heads."""
     conv_size: int = setting(4, minimum=0)
+    """Taps of the short convolution over x, B and C; 0: there is none."""
     norm_eps: float = setting(1e-5, above=0)
+    """Added to the mean square in the norm of the output."""
     chunk_size: int = setting(64, minimum=1)
+    """Tokens handled at once by the chunked form, which changes speed alone."""
+
+    def resolve(self, hidden_size: int) -> Self:
+        inner = whole(hidden_size * self.expand, "hidden_size * expand")
+        return replace(
+            self,
+            head_dim=self.head_dim or split_width(inner, 64, multiple_of=self.num_groups)[1],
+            state_size=self.state_size or power_of_two_width(hidden_size, 128),
+        )
 
     def num_heads(self, hidden_size: int) -> int:
+        """Return the number of heads. Raises ValueError where it is not whole."""
         inner = whole(hidden_size * self.expand, "hidden_size * expand")
         return whole(inner / self.head_dim, "hidden_size * expand / head_dim")
 

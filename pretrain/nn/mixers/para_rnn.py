@@ -9,25 +9,16 @@ convergent.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
-from pretrain.nn.linear import (
-    column_input,
-    column_linear,
-    constant,
-    head_shared,
-    normal,
-    replicated_parameter,
-    row_linear,
-    sharded_parameter,
-)
-from pretrain.nn.mixers.base import LayerContext, Mixer, State, heads, per_head
+from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
+from pretrain.nn.mixers.base import LayerContext, Mixer, MixerConfig, State, heads
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
     convolution_states,
@@ -35,29 +26,37 @@ from pretrain.nn.mixers.parts import (
     gate_parameter,
     matrix_state,
 )
+from pretrain.nn.mixers.sizes import few_heads
+from pretrain.nn.parameters import constant, normal, replicated_parameter, sharded_parameter
 from pretrain.ops import NewtonReport
 from pretrain.ops.elementwise.rms_norm import rms_norm_silu_gate
 
 
 @dataclass(frozen=True)
-class ParaRNNConfig:
-    """head_dim: channels of a head, null = hidden_size / num_heads; max_recurrent: bound on the
-    recurrent weights, null = none; iterations: most Newton steps before a sequence is computed step
-    by step; tolerance: residual that ends them, null = 1e-5 (1e-11 in float64); fallback: false
-    takes the sequence as it is instead, as the published code does after 3."""
+class ParaRNNConfig(MixerConfig):
+    """Settings of the networks that Newton's method solves for all steps at once."""
 
-    num_heads: int = setting(4, minimum=1)
-    head_dim: int | None = setting(None, minimum=1)
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads; null: four, or three, two or one where four do not divide the model's width."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Channels of a head; null: ``hidden_size / num_heads``."""
     conv_size: int = setting(4, minimum=0)
+    """Taps of the short convolution over the input; 0: there is none."""
     max_recurrent: float | None = setting(0.5, above=0)
+    """Bound on the recurrent weights; null: none."""
     iterations: int = setting(10, minimum=1)
+    """Most Newton steps before a sequence is computed step by step."""
     tolerance: float | None = setting(None, above=0)
+    """Residual at which Newton's method has converged; null: 1e-5, in float64 1e-11."""
     fallback: bool = True
+    """Whether a sequence that has not converged is computed step by step. Otherwise it is taken as
+    it is, as the published code does after 3 iterations."""
     norm_eps: float = setting(1e-5, above=0)
+    """Added to the mean square in the norm of the output."""
 
-    def dim(self, hidden_size: int) -> int:
-        """Channels of a head."""
-        return self.head_dim or per_head(hidden_size, self.num_heads)
+    def resolve(self, hidden_size: int) -> Self:
+        num_heads, head_dim = few_heads(hidden_size, self.num_heads, self.head_dim)
+        return replace(self, num_heads=num_heads, head_dim=head_dim)
 
 
 class ParaRNNMixer(Mixer):
@@ -72,7 +71,7 @@ class ParaRNNMixer(Mixer):
         super().__init__(config, context)
         self.config, self.parallel = config, context.parallel
         d, parallel = context.hidden_size, context.parallel
-        self.head_dim = config.dim(d)
+        self.head_dim = config.head_dim
         self.num_heads = parallel.local(config.num_heads, "num_heads")
         width = config.num_heads * self.head_dim
         local = self.num_heads * self.head_dim
@@ -160,24 +159,20 @@ class ParaRNNMixer(Mixer):
         }
 
     @classmethod
-    def check(cls, config: ParaRNNConfig, hidden_size: int) -> None:
-        config.dim(hidden_size)
-
-    @classmethod
     def num_parameters(cls, config: ParaRNNConfig, hidden_size: int) -> int:
-        h, dim = config.num_heads, config.dim(hidden_size)
+        h, dim = config.num_heads, config.head_dim
         width = h * dim
         cell = 3 * h * dim**2 + (3 + cls.recurrent_rows) * width
         return 3 * hidden_size * width + config.conv_size * width + cell + dim
 
     @classmethod
     def flops_per_token(cls, config: ParaRNNConfig, hidden_size: int, seq_len: int) -> int:
-        h, dim = config.num_heads, config.dim(hidden_size)
+        h, dim = config.num_heads, config.head_dim
         return 2 * h * (3 * hidden_size * dim + 3 * dim**2)
 
     @classmethod
     def state_bytes(cls, config: ParaRNNConfig, hidden_size: int, seq_len: int) -> int:
-        width = config.num_heads * config.dim(hidden_size)
+        width = config.num_heads * config.head_dim
         return (4 * cls.num_states + 2 * max(config.conv_size - 1, 0)) * width
 
 

@@ -9,17 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
-from pretrain.nn.linear import (
-    Initializer,
-    ParallelContext,
-    constant,
-    head_shared,
-    replicated_parameter,
-    sharded_parameter,
-)
+from pretrain.nn.linear import head_shared
 from pretrain.nn.mixers.base import Mixer, State, accumulation_dtype
+from pretrain.nn.parameters import Initializer, constant, replicated_parameter, sharded_parameter
 from pretrain.ops import short_convolution
 from pretrain.ops.elementwise.fusing import fused
+from pretrain.parallel.context import ParallelContext
 
 
 @fused

@@ -8,12 +8,13 @@ public code deals heads to groups in turn, which is the same up to the order of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences, select_packed
 from pretrain.nn.linear import (
     column_input,
@@ -21,26 +22,42 @@ from pretrain.nn.linear import (
     group_linear,
     row_linear,
 )
-from pretrain.nn.mixers.base import LayerContext, Mixer, MixerCard, State, heads, per_head, register
+from pretrain.nn.mixers.base import (
+    LayerContext,
+    Mixer,
+    MixerCard,
+    MixerConfig,
+    State,
+    heads,
+    register,
+)
 from pretrain.nn.mixers.parts import gate_parameter, matrix_state
+from pretrain.nn.mixers.sizes import attention_heads
 from pretrain.ops import RATState, rat
 
 
 @dataclass(frozen=True)
-class RATConfig:
-    """head_dim: null = hidden_size / num_heads; num_qk_groups: of heads that share queries and
-    keys, a divisor of num_heads; chunk_size: tokens averaged before attention sees them, which is
-    part of the model; rope_theta: null = no positions."""
+class RATConfig(MixerConfig):
+    """Settings of RAT."""
 
-    num_heads: int = setting(16, minimum=1)
-    head_dim: int | None = setting(None, minimum=1)
-    num_qk_groups: int = setting(2, minimum=1)
+    num_heads: Derived = setting(None, minimum=1)
+    """Heads; null: as for ``attn``."""
+    head_dim: Derived = setting(None, minimum=1)
+    """Channels of a head; null: ``hidden_size / num_heads``."""
+    num_qk_groups: Derived = setting(None, minimum=1)
+    """Groups of heads that share queries and keys, a divisor of ``num_heads``; null: two, as
+    published, or one for an odd number of heads."""
     chunk_size: int = setting(16, minimum=2)
+    """Tokens averaged before attention sees them, which is part of the model."""
     rope_theta: float | None = setting(10_000.0, above=0)
+    """Base of rotary positions; null: no positions."""
 
-    def dim(self, hidden_size: int) -> int:
-        """Channels of a head."""
-        return self.head_dim or per_head(hidden_size, self.num_heads)
+    def resolve(self, hidden_size: int) -> Self:
+        num_heads, head_dim = attention_heads(
+            hidden_size, self.num_heads, self.head_dim, self.num_qk_groups
+        )
+        groups = self.num_qk_groups or (1 if num_heads % 2 else 2)
+        return replace(self, num_heads=num_heads, head_dim=head_dim, num_qk_groups=groups)
 
 
 @register("rat")
@@ -62,7 +79,7 @@ class RAT(Mixer):
         super().__init__(config, context)
         self.config, self.parallel = config, context.parallel
         d, parallel = context.hidden_size, context.parallel
-        self.head_dim = config.dim(d)
+        self.head_dim = config.head_dim
         self.num_heads = parallel.local(config.num_heads, "num_heads")
         width = config.num_heads * self.head_dim
         self.z_proj = column_linear(parallel, d, width, context.std)
@@ -119,7 +136,7 @@ class RAT(Mixer):
 
     @classmethod
     def check(cls, config: RATConfig, hidden_size: int) -> None:
-        dim = config.dim(hidden_size)
+        dim = config.head_dim
         if config.num_heads % config.num_qk_groups:
             raise ValueError(
                 f"num_qk_groups is {config.num_qk_groups}, which does not divide num_heads "
@@ -134,18 +151,18 @@ class RAT(Mixer):
 
     @classmethod
     def num_parameters(cls, config: RATConfig, hidden_size: int) -> int:
-        dim = config.dim(hidden_size)
+        dim = config.head_dim
         width = config.num_heads * dim
         return hidden_size * (4 * width + 2 * config.num_qk_groups * dim) + width
 
     @classmethod
     def flops_per_token(cls, config: RATConfig, hidden_size: int, seq_len: int) -> int:
-        dim = config.dim(hidden_size)
+        dim = config.head_dim
         matrices = hidden_size * (4 * config.num_heads + 2 * config.num_qk_groups) * dim
         ends = -(-seq_len // config.chunk_size) - 1  # all are compared, later ones then hidden
         return 2 * matrices + 4 * config.num_heads * dim * ends
 
     @classmethod
     def state_bytes(cls, config: RATConfig, hidden_size: int, seq_len: int) -> int:
-        width = config.num_heads * config.dim(hidden_size)
+        width = config.num_heads * config.head_dim
         return 8 * width * (seq_len // config.chunk_size + 1)

@@ -21,10 +21,12 @@ from pretrain.ops import apply_rotary, rotary_embedding
 
 @dataclass(frozen=True)
 class RetNetConfig(LinearFamilyConfig):
-    """As for ``linear_attn``; rope_theta: null = no positions."""
+    """Settings of RetNet."""
 
     expand_v: float = setting(2.0, above=0)
+    """Width V of a value as a multiple of a key's."""
     rope_theta: float | None = setting(10_000.0, above=0)
+    """Base of rotary positions; null: no positions."""
 
 
 @functools.cache
@@ -85,6 +87,7 @@ class RetNet(LinearFamilyMixer):
 
     @classmethod
     def check(cls, config: RetNetConfig, hidden_size: int) -> None:
-        key_dim, _ = config.dims(hidden_size)
+        super().check(config, hidden_size)
+        key_dim = config.head_dim
         if config.rope_theta is not None and key_dim % 2:
             raise ValueError(f"head_dim is {key_dim}, expected an even number for rotary positions")

@@ -11,9 +11,10 @@ from pretrain.nn.mixers.base import MixerCard, register
 
 @dataclass(frozen=True)
 class SlidingWindowConfig(AttentionConfig):
-    """As for ``attn``, with a window by default."""
+    """Settings of sliding-window attention, those of ``attn`` with a window."""
 
     window: int | None = setting(2048, minimum=1)
+    """Tokens that a token sees, itself included; never null."""
 
 
 @register("swa")

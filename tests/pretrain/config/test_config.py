@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.common.config_loader import ConfigError, load_config
-from pretrain.config import RunConfig, load_run_config, to_yaml
+from pretrain.config import ModelConfig, RunConfig, load_run_config, to_yaml
 from pretrain.model.counts import count_model
 from pretrain.model.spec import block_specs
 
@@ -119,3 +119,8 @@ def test_files_that_are_no_config(tmp_path):
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml")
     with pytest.raises(ConfigError, match="extends itself"):
         load_run_config(tmp_path / "loop.yaml")
+
+
+def test_a_model_made_in_python_is_checked_too():
+    with pytest.raises(ConfigError, match=r"^ModelConfig: hidden_size is -3, expected at least 1$"):
+        ModelConfig(pattern="attn", hidden_size=-3)

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.common.config_loader import ConfigError, build_config
 from pretrain.common.errors import UserError
 from pretrain.config import InitializeConfig, ModelConfig
+from pretrain.config.checks import check_model
 from pretrain.model.build import build_model
 from pretrain.model.counts import count_model
 from pretrain.model.depth_lora import DepthLoRA
 from pretrain.model.recursion import sample_recurrences
-from pretrain.model.spec import block_specs
 from pretrain.training.initialization import fill_from
 from tests.helpers.relative_error import relative_error
 
@@ -296,7 +296,7 @@ def test_ponder_cost_is_in_the_gradient_and_not_in_the_loss():
 )
 def test_settings_that_do_not_fit_are_refused(recursion, message):
     with pytest.raises(ConfigError, match=message):
-        block_specs(settings(recursion=recursion))
+        check_model(settings(recursion=recursion), "config")
 
 
 def source_and_target(method, lora="zero", rank=0, pattern="gdn 6*attn gdn"):

@@ -73,7 +73,7 @@ pytestmark = pytest.mark.usefixtures("processes")
 
 def build(name, settings, dtype=torch.float64):
     mixer = registry()[name]
-    config = mixer.config_class(**settings)
+    config = mixer.config_class(**settings).resolve(HIDDEN)
     mixer.check(config, HIDDEN)
     layer = mixer(config, LayerContext(HIDDEN, 0.3, 0.3, current_context(dtype)))
     fill_parameters(layer, seed=1)

@@ -20,11 +20,10 @@ from pretrain.config import (
     RunConfig,
     TrainConfig,
 )
-from pretrain.config.checks import check_run_config
+from pretrain.config.checks import check_layout, check_run_config
 from pretrain.model.stages import Stage, balance, split_into_stages
 from pretrain.nn.parameters import info_of
 from pretrain.parallel.context import current_context
-from pretrain.parallel.layout import check_layout, describe_layout
 from pretrain.parallel.megatron import transformer_config
 from pretrain.parallel.processes import order_kernels
 from pretrain.training.engine import Engine
@@ -112,10 +111,10 @@ def test_layouts_that_do_not_fit_are_refused_before_any_process_meets_another(
 
 def test_a_layout_in_words():
     parallel = ParallelConfig(tensor=2, pipeline=4)
-    assert describe_layout(parallel, 16) == (
+    assert parallel.describe(16) == (
         "16 processes (2 tensor-parallel x 4 pipeline stages x 2 data-parallel)"
     )
-    assert describe_layout(ParallelConfig(), 1) == "1 process"
+    assert ParallelConfig().describe(1) == "1 process"
 
 
 @given(costs=st.lists(st.integers(1, 9), min_size=1, max_size=9), count=st.integers(1, 9))

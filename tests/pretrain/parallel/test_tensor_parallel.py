@@ -24,8 +24,8 @@ from pretrain.config import (
     ParallelConfig,
     RunConfig,
 )
+from pretrain.config.checks import check_tensor_parallel
 from pretrain.model.build import build_model
-from pretrain.model.spec import check_tensor_parallel
 from pretrain.nn.mixers import registry
 from pretrain.parallel.processes import data_parallel_rank_and_size, start_processes
 from pretrain.training.engine import Engine

@@ -108,8 +108,8 @@ def test_masked_targets_do_not_count():
 
 
 DEEPSPEED = [
-    ParallelConfig(zero_backend="deepspeed", zero_stage=stage, offload=offload)
-    for stage, offload in ((0, "device"), (1, "device"), (2, "device"), (3, "device"), (2, "cpu"))
+    *(ParallelConfig(zero_backend="deepspeed", zero_stage=stage) for stage in (0, 1, 2, 3)),
+    ParallelConfig(zero_backend="deepspeed", zero_stage=2, offload="cpu"),
 ]
 
 
