@@ -139,9 +139,13 @@ def validate(instance: Any, where: str) -> None:
     build_config(type(instance), _plain_values(instance), where)
 
 
-@functools.cache
 def field_types(schema: Any) -> dict[str, Any]:
     """Return the annotated type of every field of a dataclass, by name."""
+    return _field_types(schema)
+
+
+@functools.cache
+def _field_types(schema: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(schema, include_extras=True)
     return {item.name: hints[item.name] for item in dataclasses.fields(schema)}
 
