@@ -11,6 +11,7 @@ from typing import Any
 from evals.tables import show_perplexity, show_positions, show_scores, show_tasks
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
+from pretrain.run_directory import RunDirectory
 
 HELD_OUT = ("perplexity", "positions")  # of the run's own validation text
 HF = "hf:"
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         return _score_hugging_face(given, harness)
     from pretrain.inference.load import load_model
     from pretrain.parallel.processes import stop_processes
-    from pretrain.training.trainer import DTYPES
+    from pretrain.training.setup import DTYPES
 
     averaged = given.weights == "ema"
     loaded = load_model(
@@ -131,7 +132,7 @@ def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
     plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in source.strip("/"))
     settings = (given.limit, given.num_fewshot, given.max_length, given.precision)
     mark = _mark({}, settings)
-    directory = Path("runs") / f"hf-{plain}" / "evals"
+    directory = RunDirectory(Path("runs") / f"hf-{plain}").evals
     results, paths = {}, []
     for name, result in found:
         results[name] = result

@@ -15,9 +15,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.common.errors import EXIT_STOPPED
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
+    from pretrain.run_directory import RunDirectory
 
 EXIT_FAILED = 1
 _SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -40,16 +44,15 @@ def main() -> int:
     parser.add_argument("--nproc-per-node", type=int, required=True)
     arguments = parser.parse_args()
 
-    from launch.members import write_launch
-    from pretrain.common.config_loader import load_config
-    from pretrain.config import RunConfig
+    from pretrain.config import load_saved_config
+    from pretrain.run_directory import RunDirectory
 
-    config = load_config(RunConfig, arguments.config)
-    node, directory = int(os.environ.get("SLURM_NODEID", "0")), arguments.config.parent
+    config = load_saved_config(arguments.config)
+    node = int(os.environ.get("SLURM_NODEID", "0"))
+    directory = RunDirectory(arguments.config.parent)
     command = _torchrun(arguments.config, arguments.nproc_per_node, node)
     if node == 0:
-        write_launch(
-            directory,
+        directory.write_launch(
             started=time.time(),
             status=None,
             reason=None,
@@ -118,31 +121,31 @@ def _signal_training(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _decide(config: Any, directory: Path, received: list[int]) -> int:
+def _decide(config: RunConfig, directory: RunDirectory, received: list[int]) -> int:
     """On the first node: how it ended, and whether the job shall be queued again."""
     from launch.grid import Member
-    from launch.members import DONE, last_error, launch_values, member_state, write_launch
+    from launch.members import DONE, member_state
 
     state = member_state(Member("", {}, config), held=False)
     if state.state == DONE:
-        write_launch(directory, ended=time.time(), status=0, reason=None)
+        directory.write_launch(ended=time.time(), status=0, reason=None)
         return 0
     if received:
         # SIGTERM: the batch script asks Slurm whether it comes from a preemption.
         name = ".requeue" if signal.SIGUSR2 in received else ".terminated"
-        (directory / name).touch()
-        write_launch(directory, ended=time.time(), status=EXIT_STOPPED, reason=None)
+        (directory.path / name).touch()
+        directory.write_launch(ended=time.time(), status=EXIT_STOPPED, reason=None)
         return 0  # the others may still be ending
-    reason = last_error(directory)
-    failures = launch_values(directory).get("failures") or []
+    reason = directory.last_error()
+    failures = directory.read_launch().get("failures") or []
     again = bool(failures) and failures[-1]["step"] == state.step
     failures = [*failures, {"step": state.step, "reason": reason}]
     if again:
         reason = f"failed twice after step {state.step}: {reason}"
         print(f"== {reason}", flush=True)
     else:
-        (directory / ".requeue").touch()
-    write_launch(directory, ended=time.time(), status=EXIT_FAILED, reason=reason, failures=failures)
+        (directory.path / ".requeue").touch()
+    directory.write_launch(ended=time.time(), status=EXIT_FAILED, reason=reason, failures=failures)
     return EXIT_FAILED
 
 

@@ -25,12 +25,12 @@ from launch.members import (
     RUNNING,
     STOPPED,
     MemberState,
-    launch_values,
     member_state,
 )
 from launch.slurm import cancel as cancel_jobs
 from launch.slurm import queue_states
 from pretrain.common.errors import UserError
+from pretrain.run_directory import RunDirectory
 
 
 def status(arguments: Sequence[str]) -> int:
@@ -58,7 +58,7 @@ def cancel(arguments: Sequence[str]) -> int:
     grid, states = load(options.config, options.overrides)
     ended = cancel_jobs(grid.members)
     for member in grid.members:
-        values = launch_values(member.config.run_directory)
+        values = RunDirectory(member.config.run_directory).read_launch()
         here = values.get("host") == os.uname().nodename and values.get("pid")
         if states[member.name].state == RUNNING and member.name not in ended and here:
             os.kill(int(values["pid"]), signal.SIGTERM)
@@ -81,8 +81,8 @@ def logs(arguments: Sequence[str]) -> int:
         listed = ", ".join(str(m.config.run_directory) for m in grid.members)
         raise UserError(f"{options.config} is a grid, expected one run's directory: {listed}")
     (member,) = grid.members
-    folder = member.config.run_directory
-    path = next((p for p in (folder / "output.txt", folder / "log.txt") if p.exists()), None)
+    folder = RunDirectory(member.config.run_directory)
+    path = next((p for p in (folder.output_file, folder.log_file) if p.exists()), None)
     if path is None:
         raise UserError(f"{folder} has no output yet")
     with path.open(errors="replace") as file:
@@ -128,10 +128,13 @@ def load(path: str, overrides: Sequence[str]) -> tuple[Grid, dict[str, MemberSta
     with."""
     folder = Path(path)
     if folder.is_dir():
-        files = [folder / name for name in ("config.yaml", "launch.yaml")]
+        run = RunDirectory(folder)
+        files = (run.config_file, run.launch_config_file)
         found = next((f for f in files if f.is_file()), None)
         if found is None:
-            raise UserError(f"{folder} is a folder without config.yaml, expected a run's directory")
+            raise UserError(
+                f"{folder} is a folder without {run.config_file.name}, expected a run's directory"
+            )
         folder = found
     grid = load_grid(folder, overrides)
     return grid, states_of(grid)

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch.grid import Member
-from launch.members import last_error, write_launch
 from pretrain.common.errors import EXIT_STOPPED, UserError
-from pretrain.common.files import write_bytes
-from pretrain.config import RunConfig, to_yaml
+from pretrain.config import RunConfig
+from pretrain.run_directory import RunDirectory
 
 
 @dataclass
 class Running:
-    """A member's processes; output goes to ``output.txt`` in its directory, or to the screen."""
+    """A member's processes; output goes to a file in its directory, or to the screen."""
 
     member: Member
     process: subprocess.Popen[bytes]
@@ -95,14 +94,12 @@ def environment_of(processes: int, at_once: int = 1) -> dict[str, str]:
 
 def _start(member: Member, processes: int | None, at_once: int, alone: bool) -> Running:
     config = member.config
-    directory = config.run_directory
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "launch.yaml"
-    write_bytes(path, to_yaml(config).encode())
+    directory = RunDirectory(config.run_directory)
+    directory.write_launch_config(config)
     count = processes_of(config, processes)
-    command = command_of(path, count)
-    output = None if alone else (directory / "output.txt").open("ab")
-    write_launch(directory, command=command, started=time.time(), status=None, reason=None)
+    command = command_of(directory.launch_config_file, count)
+    output = None if alone else directory.output_file.open("ab")
+    directory.write_launch(command=command, started=time.time(), status=None, reason=None)
     process = subprocess.Popen(
         command,
         stdout=output,
@@ -111,7 +108,7 @@ def _start(member: Member, processes: int | None, at_once: int, alone: bool) -> 
         # Ctrl-C reaches the whole group of the terminal: children get it from here alone.
         start_new_session=True,
     )
-    write_launch(directory, pid=process.pid, host=os.uname().nodename)
+    directory.write_launch(pid=process.pid, host=os.uname().nodename)
     return Running(member, process, output)
 
 
@@ -122,11 +119,11 @@ def _finished(run: Running, *, stopped: bool) -> tuple[int, str]:
         run.output.close()
     if status and stopped:
         status = EXIT_STOPPED
-    directory = run.member.config.run_directory
+    directory = RunDirectory(run.member.config.run_directory)
     reason = ""
     if status not in (0, EXIT_STOPPED):
-        reason = last_error(directory) or f"exit status {status}"
-    write_launch(directory, ended=time.time(), status=status, reason=reason)
+        reason = directory.last_error() or f"exit status {status}"
+    directory.write_launch(ended=time.time(), status=status, reason=reason)
     told = {0: "done", EXIT_STOPPED: "stopped, saved"}.get(status, f"failed: {reason}")
     return status, told
 

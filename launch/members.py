@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fcntl
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from launch.grid import Member
-from pretrain.checkpoint.state import find_checkpoint, read_state
+from pretrain.checkpoint.state import read_state
 from pretrain.common.config_loader import ConfigError, flattened
 from pretrain.common.errors import EXIT_STOPPED, UserError
-from pretrain.common.files import write_json
-from pretrain.config import RunConfig, legacy, load_saved_config
+from pretrain.config import RunConfig
 from pretrain.model.spec import with_sizes
-from pretrain.run_directory import read_metrics
+from pretrain.run_directory import RunDirectory
 
 WAITING, QUEUED, RUNNING = "waiting", "queued", "running"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
@@ -31,6 +25,7 @@ _FREE = (
     "checkpoint.",
     "validation.",
     "sample.",
+    "callbacks",
     "parallel.",
     "directory",
     "name",
@@ -59,16 +54,16 @@ class MemberState:
 def member_state(member: Member, *, held: bool = True) -> MemberState:
     """Read from the member's run directory alone, so from any machine that sees it; ``held``:
     look whether a process trains in there."""
-    directory = member.config.run_directory
+    directory = RunDirectory(member.config.run_directory)
     found = MemberState(WAITING)
-    if (directory / "metrics.jsonl").exists():
-        rows = [row for row in read_metrics(directory) if row.get("loss") is not None]
+    if directory.metrics_file.exists():
+        rows = [row for row in directory.read_metrics() if row.get("loss") is not None]
         if rows:
             last = rows[-1]
             found.step, found.loss = last["step"], last["loss"]
             found.tokens_per_second = last.get("tokens_per_second")
-    launched = launch_values(directory)
-    if held and _held(directory):
+    launched = directory.read_launch()
+    if held and directory.is_locked():
         found.state = RUNNING
     elif _steps_saved(directory) >= member.config.train.num_steps:
         found.state = DONE
@@ -81,18 +76,13 @@ def member_state(member: Member, *, held: bool = True) -> MemberState:
     return found
 
 
-def write_launch(directory: Path, **values: Any) -> None:
-    """Keep what was started, and how it ended, in ``launch.json``."""
-    write_json(directory / "launch.json", {**launch_values(directory), **values})
-
-
 def check_same_settings(member: Member) -> None:
     """Raise ConfigError where the run directory holds a run with other settings."""
-    directory = member.config.run_directory
-    if not (directory / "config.yaml").exists():
+    directory = RunDirectory(member.config.run_directory)
+    if not directory.config_file.exists():
         return
-    before, wanted = load_saved_config(directory / "config.yaml"), copy.deepcopy(member.config)
-    legacy.keep_saved_sizes(wanted, directory)
+    before, wanted = directory.read_config(), copy.deepcopy(member.config)
+    directory.keep_saved_sizes(wanted)
     for config in (before, wanted):
         config.model = with_sizes(config.model, str(directory))
     was, now = (flattened(dataclasses.asdict(c)) for c in (before, wanted))
@@ -108,44 +98,9 @@ def check_same_settings(member: Member) -> None:
         )
 
 
-def last_error(directory: Path) -> str:
-    """The last line of the output that tells of one, or nothing."""
+def _steps_saved(directory: RunDirectory) -> int:
+    found = directory.last_checkpoint()
     try:
-        lines = (directory / "output.txt").read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line for line in reversed(lines) if line.startswith("error: ")), "")
-
-
-def launch_values(directory: Path) -> dict[str, Any]:
-    """What ``launch.json`` says; nothing where there is none."""
-    try:
-        values = json.loads((directory / "launch.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _held(directory: Path) -> bool:
-    """Whether a process trains in there: it holds the run's lock (not seen from other machines
-    where the file system has no locks)."""
-    try:
-        handle = os.open(directory / ".lock", os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return False
-
-
-def _steps_saved(directory: Path) -> int:
-    try:
-        return read_state(find_checkpoint(directory)).step
+        return 0 if found is None else read_state(found).step
     except UserError:
         return 0

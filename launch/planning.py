@@ -65,7 +65,7 @@ def plan(config: RunConfig, hardware: str, devices: int) -> dict[str, Any] | str
     """The planner's figures, or why there are none; in a process of its own, which plays one of
     many."""
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        path, result = Path(folder) / "config.yaml", Path(folder) / "plan.json"
+        path, result = Path(folder) / "run.yaml", Path(folder) / "plan.json"
         path.write_text(to_yaml(config))
         done = subprocess.run(
             [

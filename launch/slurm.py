@@ -15,10 +15,9 @@ import jinja2
 
 from launch.cluster import ClusterConfig
 from launch.grid import Grid, Member
-from launch.members import launch_values, write_launch
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
-from pretrain.config import to_yaml
+from pretrain.run_directory import RunDirectory
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -118,9 +117,7 @@ def submit(
     path = grid.directory / "job.sh"
     write_bytes(path, script.encode())
     for member in members:
-        directory = member.config.run_directory
-        directory.mkdir(parents=True, exist_ok=True)
-        write_bytes(directory / "launch.yaml", to_yaml(member.config).encode())
+        RunDirectory(member.config.run_directory).write_launch_config(member.config)
     done = subprocess.run(
         ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False
     )
@@ -129,8 +126,7 @@ def submit(
     job = done.stdout.strip().split(";")[0]
     for index, member in enumerate(members):
         number = f"{job}_{index}" if len(members) > 1 else job
-        write_launch(
-            member.config.run_directory,
+        RunDirectory(member.config.run_directory).write_launch(
             job=number,
             script=str(path),
             submitted=time.time(),
@@ -144,7 +140,7 @@ def submit(
 
 def queue_states(members: Sequence[Member]) -> dict[str, tuple[str, str]]:
     """{member: (Slurm's state, its reason)} of those that are in the queue."""
-    jobs = {str(launch_values(m.config.run_directory).get("job") or ""): m.name for m in members}
+    jobs = {_job_of(member): member.name for member in members}
     jobs.pop("", None)
     if not jobs or shutil.which("squeue") is None:
         return {}
@@ -173,7 +169,12 @@ def queue_states(members: Sequence[Member]) -> dict[str, tuple[str, str]]:
 def cancel(members: Sequence[Member]) -> list[str]:
     """Ask Slurm to end what is in the queue; the names of those members."""
     names = queue_states(members)
-    jobs = [str(launch_values(m.config.run_directory)["job"]) for m in members if m.name in names]
+    jobs = [_job_of(member) for member in members if member.name in names]
     if jobs:
         subprocess.run(["scancel", *jobs], check=False)
     return list(names)
+
+
+def _job_of(member: Member) -> str:
+    """Return the id of the job that a member was submitted as, or an empty string."""
+    return str(RunDirectory(member.config.run_directory).read_launch().get("job") or "")

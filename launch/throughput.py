@@ -16,7 +16,7 @@ from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.config import RunConfig, to_yaml
-from pretrain.run_directory import read_metrics
+from pretrain.run_directory import RunDirectory
 
 FILE = "throughput.json"
 _WARM = 2  # steps that are not timed
@@ -65,7 +65,7 @@ def measure(config: RunConfig, steps: int, processes: int | None) -> float:
             raise UserError(f"{config.name} could not be measured: {(errors or ['?'])[0]}")
         rows = [
             row["tokens_per_second"]
-            for row in read_metrics(Path(config.directory))
+            for row in RunDirectory(config.directory).read_metrics()
             if row.get("tokens_per_second")
         ]
     return statistics.median(rows[_WARM:])

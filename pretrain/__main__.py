@@ -42,22 +42,15 @@ def main() -> int:
         return plan(sys.argv[2:])
     arguments, extra = parser.parse_known_args()
 
+    overrides = [*arguments.overrides, *extra]
+
     from pretrain.config import load_run_config
 
-    config = load_run_config(arguments.config, [*arguments.overrides, *extra])
+    load_run_config(arguments.config, overrides)  # refuses bad settings before torch is imported
 
-    from pretrain.config.checks import check_model
+    from pretrain.training.trainer import Trainer
 
-    check_model(config.model, arguments.config)  # refuse a bad model before anything is started
-
-    from pretrain.parallel.processes import stop_processes
-    from pretrain.training.trainer import train
-
-    try:
-        return train(config, arguments.config)
-    finally:
-        if sys.exc_info()[0] is None:
-            stop_processes()
+    return Trainer(arguments.config, overrides=overrides).fit().exit_status
 
 
 if __name__ == "__main__":

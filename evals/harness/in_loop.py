@@ -2,99 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evals.harness.evaluation import evaluate_tasks, seeded, set_examples
-from evals.harness.model import HarnessModel
-from evals.harness.schedule_scoring import ScheduleScorer
-from evals.tasks.loading import load_tasks
-from pretrain.checkpoint.state import CheckpointState, checkpoint_name
+from evals.tasks.loading import load_tasks, require_harness
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.config import RunConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.score import Scorer, StateScorer
 from pretrain.parallel.processes import is_main_process
+from pretrain.run_directory import checkpoint_name
+from pretrain.training.callbacks import Callback
 from pretrain.training.engine import Engine
 
+if TYPE_CHECKING:
+    from evals.harness.model import HarnessModel
 
-class InLoopEvaluation:
-    """The tasks of ``eval`` in a run's config. Every process makes one, loads the same tasks and
-    gets the same scores; the weights, their optimizer and all random numbers stay as they are.
 
-    ``alive`` is called now and then: an evaluation may take long. Raises UserError for tasks that
-    do not exist or whose data is not there.
+class InLoopEvaluation(Callback):
+    """Scores the tasks of ``eval`` every ``eval.every`` steps, and after the last one.
+
+    Every process loads the same tasks and gets the same scores; the weights, their optimizer and
+    all random numbers stay as they are. Raises UserError, before the first step, for tasks that do
+    not exist or whose data is not there.
     """
 
-    def __init__(
-        self, config: RunConfig, engine: Engine, tokenizer: Tokenizer, alive: Callable[[], None]
-    ) -> None:
-        self.config, self.engine = config, engine
-        settings = config.eval
-        for name in settings.tasks:
-            if name in ("perplexity", "positions"):
-                raise UserError(
-                    f"eval.tasks names '{name}', which is of a checkpoint: python -m evals RUN "
-                    f"--tasks {name}; the loss on held-out text is 'validation' here"
-                )
-        self.scorer = make_scorer(config, engine, tokenizer)
-        self.scorer.alive = alive
-        length = settings.max_length or config.train.seq_len
-        self.model = HarnessModel(self.scorer, tokenizer, length, bos=settings.bos)
-        texts = self.model.text_settings(settings.limit)
-        with seeded():
-            self.tasks = {name: load_tasks([name], texts) for name in settings.tasks}
-        # What cannot work shows now, not at the end of a long run.
-        sampled = isinstance(self.scorer, StateScorer)
-        for tasks in self.tasks.values():
-            set_examples(tasks, settings.num_fewshot)
-            for name, task in tasks["tasks"].items():
-                self.model.check_task(name, task, sampled=sampled)
+    def on_train_start(self) -> None:
+        require_harness()
+        self.trainer.announce("loading the tasks of eval")
+        config, tokenizer = self.trainer.config, self.trainer.data.tokenizer
+        scorer = make_scorer(config, self.trainer.engine, tokenizer)
+        scorer.alive = self.trainer.report_progress
+        self._model, self._tasks = _load(config, scorer, tokenizer)
 
-    def due(self, step: int) -> bool:
-        every = self.config.eval.every
-        last = step == self.config.train.num_steps
-        return bool(self.tasks) and (last or bool(every and step % every == 0))
+    def between_steps(self) -> None:
+        trainer, step = self.trainer, self.trainer.state.step
+        every = trainer.config.eval.every
+        due = step == trainer.num_steps or (every > 0 and step % every == 0)
+        if due and not trainer.stopping:
+            with trainer.evaluating(f"evaluating step {step}"):
+                self._evaluate()
 
-    def run(self, state: CheckpointState) -> dict[str, float]:
-        """``eval/TASK/METRIC`` by name; every result is written to ``RUN/evals`` as well."""
-        self.engine.backend.gather_weights()
-        settings, found = self.config.eval, dict[str, float]()
-        for tasks in self.tasks.values():
-            self.model.cut = 0
+    def _evaluate(self) -> None:
+        """Log ``eval/TASK/METRIC``, and write every result into the run directory."""
+        from evals.harness.evaluation import evaluate_tasks
+
+        trainer, state = self.trainer, self.trainer.state
+        trainer.engine.backend.gather_weights()
+        settings, found = trainer.config.eval, dict[str, float]()
+        for tasks in self._tasks.values():
+            self._model.cut = 0
             results = evaluate_tasks(
-                self.model,
+                self._model,
                 tasks,
                 limit=settings.limit,
                 num_fewshot=settings.num_fewshot,
                 bootstrap_samples=0,
             )
-            for each, result in results.items():
+            for name, result in results.items():
                 for metric, value in result["scores"].items():
-                    found[f"eval/{each}/{metric}"] = float(value)
-                self._write(each, result, state)
-        return found
+                    found[f"eval/{name}/{metric}"] = float(value)
+                self._write(name, result)
+        trainer.log.record({"step": state.step, "tokens": state.tokens, **found})
+        shown = ", ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in found.items())
+        trainer.log.say(f"step {state.step}: {shown}")
 
-    def _write(self, name: str, result: dict[str, Any], state: CheckpointState) -> None:
+    def _write(self, name: str, result: dict[str, Any]) -> None:
         if not is_main_process():
             return
-        directory = Path(self.config.run_directory) / "evals"
+        state, directory = self.trainer.state, self.trainer.run_directory.evals
         directory.mkdir(exist_ok=True)
         about = {
-            **self.model.settings(),
+            **self._model.settings(),
             "step": state.step,
             "tokens_trained": state.tokens,
-            "precision": self.config.train.precision,
+            "precision": self.trainer.config.train.precision,
         }
         path = directory / f"{name}-{checkpoint_name(state.step)}-in-training.json"
         write_json(path, {**result, **about})
 
 
+def _load(
+    config: RunConfig, scorer: Scorer, tokenizer: Tokenizer
+) -> tuple[HarnessModel, dict[str, dict[str, Any]]]:
+    """Return lm-eval's view of the model, and the tasks by the names that ``eval`` gives them."""
+    from evals.harness.evaluation import seeded, set_examples
+    from evals.harness.model import HarnessModel
+
+    settings = config.eval
+    for name in settings.tasks:
+        if name in ("perplexity", "positions"):
+            raise UserError(
+                f"eval.tasks names '{name}', which is of a checkpoint: python -m evals RUN "
+                f"--tasks {name}; the loss on held-out text is 'validation' here"
+            )
+    length = settings.max_length or config.train.seq_len
+    model = HarnessModel(scorer, tokenizer, length, bos=settings.bos)
+    texts = model.text_settings(settings.limit)
+    with seeded():
+        loaded = {name: load_tasks([name], texts) for name in settings.tasks}
+    # What cannot work shows now, not at the end of a long run.
+    sampled = isinstance(scorer, StateScorer)
+    for tasks in loaded.values():
+        set_examples(tasks, settings.num_fewshot)
+        for name, task in tasks["tasks"].items():
+            model.check_task(name, task, sampled=sampled)
+    return model, loaded
+
+
 def make_scorer(config: RunConfig, engine: Engine, tokenizer: Tokenizer) -> Scorer:
-    """By states where a process and its tensor-parallel peers have the model whole and need nobody
-    else to run it; by the schedule of training elsewhere."""
+    """Return what scores by states where a process and its tensor-parallel peers have the full
+    model and need nobody else to run it; by the schedule of training elsewhere."""
+    from evals.harness.schedule_scoring import ScheduleScorer
+
     parallel, tokens = config.parallel, config.eval.tokens_per_pass
     alone = parallel.pipeline == parallel.expert == 1 and parallel.zero_stage < 3
     if alone and not (parallel.sequence and parallel.tensor > 1):

@@ -14,8 +14,7 @@ import numpy as np
 from evals.scaling.parameters import Array
 from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
-from pretrain.config import load_saved_config
-from pretrain.run_directory import read_metrics
+from pretrain.run_directory import METRICS_FILE, RunDirectory
 
 LAST = 5  # logged losses that the final one is the mean of
 # Settings that do not say what was trained.
@@ -25,6 +24,7 @@ _ASIDE = (
     "logging.",
     "checkpoint.",
     "sample.",
+    "callbacks",
     "parallel.timeout_minutes",
     "train.threads",
     "validation.",
@@ -99,9 +99,9 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such run directory")
-        found = sorted({p.parent for p in path.rglob("metrics.jsonl")})
+        found = RunDirectory.find_below(path)
         if not found:
-            told.append(f"{path} holds no run (no metrics.jsonl)")
+            told.append(f"{path} holds no run (no {METRICS_FILE})")
         for directory in found:
             run = read_run(directory)
             if run is None:
@@ -113,27 +113,25 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
     return runs, told
 
 
-def read_run(directory: Path) -> Run | None:
+def read_run(directory: RunDirectory) -> Run | None:
     """None where no loss is logged yet. Raises UserError for a damaged config."""
-    every = read_metrics(directory)
+    every = directory.read_metrics()
     by_step = {r["step"]: r for r in every if isinstance(r.get("loss"), int | float)}
     rows = [by_step[s] for s in sorted(by_step) if np.isfinite(by_step[s]["loss"])]
-    if not rows or not (directory / "config.yaml").exists():
+    if not rows or not directory.config_file.exists():
         return None
-    config = load_saved_config(directory / "config.yaml")
+    config = directory.read_config()
     settings = {
         k: v
         for k, v in flattened(dataclasses.asdict(config)).items()
         if not k.startswith(_ASIDE) and k != "seed"
     }
-    model: dict[str, Any] = {}
-    if (directory / "model.json").exists():
-        model = json.loads((directory / "model.json").read_text())
+    model = directory.read_model()
     speeds = [r["tokens_per_second"] for r in rows if r.get("tokens_per_second")]
     shares = [r["mfu"] for r in rows if r.get("mfu")]
     return Run(
         directory.name,
-        directory,
+        directory.path,
         settings,
         config.seed,
         np.array([r["step"] for r in rows]),
@@ -167,11 +165,11 @@ def _seconds(rows: Sequence[dict[str, Any]]) -> Array:
     return np.array(total)
 
 
-def _scores(directory: Path) -> dict[str, float]:
+def _scores(directory: RunDirectory) -> dict[str, float]:
     """The latest result of each evaluation: bits per byte of perplexity, numbers called accuracy
     or score of others, the first score of lm-eval's tasks (normalised by length where it is)."""
     found: dict[str, tuple[int, float]] = {}
-    for path in sorted((directory / "evals").glob("*.json")):
+    for path in sorted(directory.evals.glob("*.json")):
         try:
             result = json.loads(path.read_text())
         except ValueError:

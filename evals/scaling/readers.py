@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +22,7 @@ from evals.scaling.schedules import (
 )
 from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
-from pretrain.config import load_saved_config
-from pretrain.run_directory import read_metrics
+from pretrain.run_directory import METRICS_FILE, RunDirectory
 
 # What others call the columns, first found first taken.
 KNOWN = {
@@ -81,23 +79,22 @@ def read_curves(
 
 
 def is_run(path: Path) -> bool:
-    return (path / "metrics.jsonl").is_file()
+    return RunDirectory(path).metrics_file.is_file()
 
 
 def _read(path: Path, reading: Reading) -> list[Curve]:
     if is_run(path):
-        return [_run(path, reading)]
+        return [_run(RunDirectory(path), reading)]
     if path.is_dir():
-        events = sorted(path.rglob("events.out.tfevents.*"))
-        if events:
-            return [_curve(path.name, _events(path, reading), reading)]
-        runs = [p.parent for p in sorted(path.rglob("metrics.jsonl"))]
-        files = [p for p in sorted(path.iterdir()) if p.suffix in (".csv", ".parquet")]
-        if runs:
+        runs = RunDirectory.find_below(path)
+        if runs:  # before events, which runs may have as well
             return [_run(run, reading) for run in runs]
+        if any(path.rglob("events.out.tfevents.*")):
+            return [_curve(path.name, _events(path, reading), reading)]
+        files = [p for p in sorted(path.iterdir()) if p.suffix in (".csv", ".parquet")]
         if files:
             return [curve for file in files for curve in _read(file, reading)]
-        raise UserError(f"{path}: holds no metrics.jsonl, CSV, Parquet or TensorBoard event file")
+        raise UserError(f"{path}: holds no {METRICS_FILE}, CSV, Parquet or TensorBoard event file")
     if path.suffix in (".csv", ".parquet"):
         return [_curve(name, t, reading) for name, t in _tables(path, reading)]
     if path.name.startswith("events.out.tfevents."):
@@ -113,24 +110,23 @@ class _Table:
     lr: Array | None
 
 
-def _run(path: Path, reading: Reading) -> Curve:
+def _run(run: RunDirectory, reading: Reading) -> Curve:
     """A run of this project: the schedule is that of its config."""
     key = (reading.columns or {}).get("loss", "loss")
-    rows = [r for r in read_metrics(path) if key in r]
+    rows = [r for r in run.read_metrics() if key in r]
     if not rows:
-        raise UserError(f"{path / 'metrics.jsonl'}: no '{key}' is logged")
+        raise UserError(f"{run.metrics_file}: no '{key}' is logged")
     table = _Table(
-        str(path / "metrics.jsonl"),
+        str(run.metrics_file),
         np.array([r["step"] for r in rows]),
         np.array([math.nan if r[key] is None else float(r[key]) for r in rows]),
         np.array([float(r.get("lr") or math.nan) for r in rows]),
     )
-    config = load_saved_config(path / "config.yaml")
+    config = run.read_config()
     lr = schedule_lr(config.schedule, config.optimizer.lr, config.train.num_steps)
-    curve = _curve(path.name, table, reading, lr)
-    found: dict[str, Any] = {}
-    if (path / "model.json").exists():
-        found = json.loads((path / "model.json").read_text())
+    curve = _curve(run.name, table, reading, lr)
+    found = run.read_model()
+    if found:
         apart = 0 if reading.embeddings else found["embedding_parameters"]
         curve.parameters = reading.parameters or float(found["parameters"] - apart)
         curve.flops_per_token = float(found["training_flops_per_token"])

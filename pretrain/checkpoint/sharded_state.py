@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,23 @@ class Boxes:
 
 
 State = dict[str, Boxes]
+
+
+class StateOfTraining(Protocol):
+    """Weights and optimizer state, as far as this process has them; see UpdateBackend."""
+
+    def weights_state(self, *, saving: bool) -> State: ...
+
+    def optimizer_state(self, *, saving: bool) -> State: ...
+
+    def loaded(self, num_updates: int) -> None: ...
+
+
+class HoldsState(Protocol):
+    """What checkpoints are written and filled from: a training engine."""
+
+    @property
+    def backend(self) -> StateOfTraining: ...
 
 
 class _SavePlanner(DefaultSavePlanner):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pretrain.checkpoint.sharded_state import (
+    HoldsState,
     State,
     load_state,
     optimizer_key,
@@ -32,7 +32,7 @@ from pretrain.common.errors import UserError
 from pretrain.common.files import file_sha256
 from pretrain.config import ModelConfig, legacy, load_saved_config
 from pretrain.model.spec import block_specs
-from pretrain.training.engine import Engine
+from pretrain.run_directory import CONFIG_FILE, list_checkpoints
 
 
 @dataclass
@@ -63,16 +63,6 @@ class CheckpointState:
         return build_config(ModelConfig, model, "checkpoint")
 
 
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """The whole checkpoints of a run, newest first."""
-    named = (p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
-    return sorted((p for p in named if p.is_dir()), reverse=True)
-
-
 def recover_replaced(directory: Path) -> None:
     """Bring back a checkpoint whose replacement was cut off between the two renames."""
     for old in directory.glob(".writing-old-step-*"):
@@ -89,7 +79,7 @@ def check_files(checkpoint: Path, how: str = "sha256", rank: int = 0, size: int 
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         raise _damaged(checkpoint, "files.json is missing or unreadable") from None
-    if not {".metadata", "state.json", "config.yaml"} <= expected.keys():
+    if not {".metadata", "state.json", CONFIG_FILE} <= expected.keys():
         raise _damaged(checkpoint, "files.json does not list what a checkpoint is made of")
     for number, (name, (length, sha256)) in enumerate(expected.items()):
         path = checkpoint / name
@@ -111,24 +101,6 @@ def _damaged(checkpoint: Path, what: str) -> UserError:
         else "there is none before it"
     )
     return UserError(f"checkpoint {checkpoint} is damaged: {what}; {offer}")
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` means: itself, or the latest of a run's directory."""
-    if (path / "files.json").is_file() or re.fullmatch(r"step-\d{8,}", path.name):
-        if not path.is_dir():
-            raise UserError(f"no checkpoint at {path}")
-        return path
-    for directory in (path / "checkpoints", path):
-        latest = directory / "latest"
-        if latest.is_file() and (directory / latest.read_text().strip()).is_dir():
-            return directory / latest.read_text().strip()
-        found = list_checkpoints(directory) if directory.is_dir() else []
-        if found:
-            return found[0]
-    raise UserError(
-        f"no checkpoint at {path}: expected a run directory or one of its checkpoints/step-N"
-    )
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
@@ -177,7 +149,7 @@ def _model_settings(model: ModelConfig) -> dict[str, Any]:
     return flattened(settings)
 
 
-def load_checkpoint(checkpoint: Path, engine: Engine) -> None:
+def load_checkpoint(checkpoint: Path, engine: HoldsState) -> None:
     """Weights and optimizer state into an engine whose model has the checkpoint's shape."""
     state = read_state(checkpoint)
     _load(engine.backend.weights_state(saving=False), checkpoint)
@@ -191,7 +163,7 @@ def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) 
     _load(weights_state([model], saving=False), checkpoint)
     if not averaged:
         return
-    decay = load_saved_config(checkpoint / "config.yaml").optimizer.ema_decay
+    decay = load_saved_config(checkpoint / CONFIG_FILE).optimizer.ema_decay
     if decay == 0:
         raise UserError(
             f"{checkpoint} has no averaged weights: it was trained with optimizer.ema_decay 0"

@@ -19,13 +19,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pretrain.checkpoint.sharded_state import State, save_state, weights_state
-from pretrain.checkpoint.state import CheckpointState, checkpoint_name, list_checkpoints
+from pretrain.checkpoint.sharded_state import HoldsState, State, save_state, weights_state
+from pretrain.checkpoint.state import CheckpointState
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_sha256, sync, write_bytes, write_json
 from pretrain.config import RunConfig, to_yaml
 from pretrain.parallel.processes import local_device, on_every_process, on_main_process
-from pretrain.training.engine import Engine
+from pretrain.run_directory import (
+    CONFIG_FILE,
+    checkpoint_name,
+    checkpoint_step,
+    list_checkpoints,
+    mark_latest,
+)
 
 
 class CheckpointWriter:
@@ -45,7 +51,7 @@ class CheckpointWriter:
             timeout = datetime.timedelta(minutes=minutes)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def save(self, engine: Engine, state: CheckpointState) -> None:
+    def save(self, engine: HoldsState, state: CheckpointState) -> None:
         """Begin to write ``directory/step-N``. Raises UserError where the last save failed."""
         self.begin(_own_state(engine), state)
 
@@ -69,6 +75,13 @@ class CheckpointWriter:
         """Until what was begun is written: the last checkpoint saved, if any. Raises UserError
         where it could not be."""
         return None if self._pending is None else self._pending.result()
+
+    def close(self) -> None:
+        """Wait, and leave the process group that writing has of its own."""
+        self.wait()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def _write(self, own: State, state: CheckpointState) -> Path:
         final = self.directory / checkpoint_name(state.step)
@@ -97,14 +110,14 @@ class CheckpointWriter:
 
     def _describe(self, writing: Path, state: CheckpointState) -> None:
         write_json(writing / "state.json", dataclasses.asdict(state))
-        write_bytes(writing / "config.yaml", to_yaml(self.config).encode())
+        write_bytes(writing / CONFIG_FILE, to_yaml(self.config).encode())
         if self._tokenizer is not None:
             # A checkpoint can be used wherever it lies.
             write_bytes(writing / self._tokenizer.name, self._tokenizer.read_bytes())
 
 
 def save_checkpoint(
-    directory: Path, engine: Engine, config: RunConfig, state: CheckpointState
+    directory: Path, engine: HoldsState, config: RunConfig, state: CheckpointState
 ) -> Path:
     """Write ``directory/step-N`` now; see :class:`CheckpointWriter`."""
     writer = CheckpointWriter(directory, config)
@@ -117,7 +130,7 @@ def save_checkpoint(
 def write_weights(
     directory: Path, model: nn.Module, config: RunConfig, state: CheckpointState, tokenizer: Path
 ) -> Path:
-    """Write ``directory/step-N`` of weights alone, which training cannot go on from."""
+    """Write ``directory/step-N`` of weights alone, which training cannot continue from."""
     writer = CheckpointWriter(directory, config, tokenizer)
     writer.begin(weights_state([model], saving=True), state)
     path = writer.wait()
@@ -125,7 +138,7 @@ def write_weights(
     return path
 
 
-def _own_state(engine: Engine) -> State:
+def _own_state(engine: HoldsState) -> State:
     return {
         **engine.backend.weights_state(saving=True),
         **engine.backend.optimizer_state(saving=True),
@@ -189,7 +202,7 @@ def _publish(writing: Path, final: Path, hashes: dict[str, Any], config: RunConf
     write_json(writing / "files.json", hashes)
     sync(writing)
     _replace_folder(writing, final)
-    write_bytes(final.parent / "latest", final.name.encode())
+    mark_latest(final)
     _remove_old(final, config)
 
 
@@ -221,7 +234,7 @@ def _remove_old(newest: Path, config: RunConfig) -> None:
     milestone = config.checkpoint.milestone_every
     done = [p for p in list_checkpoints(newest.parent) if p.name <= newest.name]
     for path in done[config.checkpoint.keep_last :]:
-        step = int(path.name.removeprefix("step-"))
+        step = checkpoint_step(path)
         if not (milestone and step % milestone == 0):
             hidden = path.with_name(f".writing-removed-{path.name}")
             path.rename(hidden)  # first out of sight, so that no half-removed one is ever seen

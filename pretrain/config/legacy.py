@@ -7,13 +7,12 @@ wrote only those that differed from them. Since format 2 all sizes of a run are 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.common.config_loader import ConfigError
 
 if TYPE_CHECKING:
-    from pretrain.config.run import RunConfig
+    from pretrain.config.model import ModelConfig
 
 FORMAT = 2
 _SIZES = (
@@ -73,21 +72,11 @@ def upgrade(model: Any, saved_format: Any, where: str) -> None:
                 mixers[name] = {**entry, **missing}
 
 
-def keep_saved_sizes(config: RunConfig, run_directory: Path) -> None:
-    """Give mixers whose sizes ``config`` leaves out those that the run was started with, in place.
+def keep_saved_sizes(model: ModelConfig, saved: ModelConfig) -> None:
+    """Give mixers whose sizes ``model`` leaves out those that it was ``saved`` with, in place.
 
-    Does nothing for a run without a checkpoint, or of another width.
+    Does nothing for a model of another width.
     """
-    from pretrain.config.run import load_saved_config  # which imports this module
-
-    saved_configs = sorted(run_directory.glob("checkpoints/step-*/config.yaml"))
-    if not saved_configs:
-        return
-    try:
-        saved = load_saved_config(saved_configs[-1]).model
-    except ConfigError:
-        return  # whoever loads the checkpoint says what is wrong with it
-    model = config.model
     if saved.hidden_size != model.hidden_size:
         return
     mixers = dict(model.mixers)

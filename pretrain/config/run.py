@@ -68,6 +68,8 @@ class RunConfig(Config):
     """Log and metrics."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Text generated when the run ends."""
+    callbacks: list[str] = field(default_factory=list)
+    """Classes of yours that act beside the steps of the run, as ``my_module.MyCallback``."""
     initialize: InitializeConfig | None = None
     """Another run's weights to start from; null: random ones."""
     directory: str | None = None

@@ -131,6 +131,8 @@ class LoggingConfig(Config):
     """Whether metrics are mirrored to Weights & Biases."""
     wandb_project: str = "pretrain"
     """The project there."""
+    tensorboard: bool = False
+    """Whether metrics are also written as TensorBoard's event files in the run directory."""
 
 
 @dataclass

@@ -30,6 +30,7 @@ from pretrain.model.build import build_model
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import registry
+from pretrain.run_directory import RunDirectory
 
 _BLOCK = {
     "mixer_norm.weight": "input_layernorm.weight",
@@ -299,7 +300,7 @@ def import_llama(source: str, run_directory: Path, *, gguf_file: str | None = No
         data=[],
         model=dataclasses.asdict(config),
     )
-    return write_weights(run_directory / "checkpoints", model, run, state, tokenizer_file)
+    return write_weights(RunDirectory(run_directory).checkpoints, model, run, state, tokenizer_file)
 
 
 def export_command(arguments: Sequence[str]) -> int:

@@ -10,7 +10,6 @@ import torch
 from pretrain.checkpoint.state import (
     CheckpointState,
     check_files,
-    find_checkpoint,
     load_weights,
     read_state,
 )
@@ -20,6 +19,7 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.build import build_model
 from pretrain.model.language_model import LanguageModel
 from pretrain.parallel.processes import start_processes
+from pretrain.run_directory import CONFIG_FILE, find_checkpoint, run_of_checkpoint
 
 
 @dataclass
@@ -35,7 +35,7 @@ class LoadedModel:
     @property
     def evals_directory(self) -> Path:
         """Where this run's results belong: ``runs/NAME/evals``."""
-        return self.checkpoint.parent.parent / "evals"
+        return run_of_checkpoint(self.checkpoint).evals
 
 
 def load_model(
@@ -51,7 +51,7 @@ def load_model(
     checkpoint = find_checkpoint(Path(path)).resolve()
     check_files(checkpoint)
     state = read_state(checkpoint)
-    run = load_saved_config(checkpoint / "config.yaml")
+    run = load_saved_config(checkpoint / CONFIG_FILE)
     tokenizer = Tokenizer.load(checkpoint)
     start_processes()
     model = build_model(state.model_config, state.vocab_size, seed=0, dtype=dtype)

@@ -11,13 +11,13 @@ import threading
 import time
 import traceback
 from collections import Counter
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from pretrain.common.errors import UserError
+from pretrain.run_directory import RunDirectory
 
 _BEAT_SECONDS = 1.0
 _SILENT_BEATS = 5  # without a beat, when connections break: the process is gone
@@ -30,11 +30,11 @@ class Watchdog:
     """A context around everything that several processes do together; on one it does nothing.
 
     An exception inside it ends all processes: with status 2 for a UserError, else with 1 and the
-    traceback in ``directory/failure.txt``. So does a process from which nothing has been heard, or
-    which has been at the same work (see :meth:`at`), for ``timeout`` seconds.
+    traceback in the failure file of ``directory``. So does a process from which nothing has been
+    heard, or which has been at the same work (see :meth:`at`), for ``timeout`` seconds.
     """
 
-    def __init__(self, timeout: float, directory: Path):
+    def __init__(self, timeout: float, directory: RunDirectory):
         self._timeout, self._directory = timeout, directory
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._work, self._ended = "starting", threading.Event()
@@ -93,22 +93,14 @@ class Watchdog:
         if first:
             if details:
                 with contextlib.suppress(OSError):
-                    path = self._directory / "failure.txt"
+                    path = self._directory.failure_file
                     path.write_text(f"{message}\n\n{details}")
                     message += f" (traceback in {path})"
             if status != 2:
-                message += f"; {self._last_checkpoint()}"
+                message += f"; {self._directory.describe_last_checkpoint()}"
             print(f"error: {message}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(status)  # nothing waits any more for a process that does not answer
-
-    def _last_checkpoint(self) -> str:
-        from pretrain.checkpoint.state import find_checkpoint
-
-        try:
-            return f"the last checkpoint is {find_checkpoint(self._directory)}"
-        except UserError:
-            return "there is no checkpoint yet"
 
     def _watch(self) -> None:
         beats = 0

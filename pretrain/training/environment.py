@@ -26,7 +26,7 @@ _PACKAGES = (
 
 
 def describe_environment() -> dict[str, Any]:
-    """For ``environment.json``."""
+    """Return versions, commit, command and hardware, for the run directory."""
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
@@ -35,7 +35,7 @@ def describe_environment() -> dict[str, Any]:
             versions[name] = None
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join([sys.executable, "-m", "pretrain", *sys.argv[1:]]),
+        "command": shlex.join([sys.executable, *sys.orig_argv[1:]]),
         "python": platform.python_version(),
         "packages": versions,
         "git_commit": _git("rev-parse", "HEAD"),

@@ -29,7 +29,8 @@ def initialize_from(
     """Overwrite the weights of a model, given as this process's ``stages`` of it; what the source
     does not have keeps its own start. Raises UserError where the source does not fit, or knows
     another tokenizer."""
-    from pretrain.checkpoint.state import check_files, find_checkpoint, load_weights, read_state
+    from pretrain.checkpoint.state import check_files, load_weights, read_state
+    from pretrain.run_directory import find_checkpoint
 
     try:
         checkpoint = find_checkpoint(Path(config.checkpoint))

@@ -1,4 +1,4 @@
-"""Where a run goes on from: the checkpoint, and whether it is the run that the config says."""
+"""Where a run continues from: the checkpoint, and whether it is the run that the config says."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ from pathlib import Path
 from pretrain.checkpoint.state import (
     check_files,
     check_same_model,
-    find_checkpoint,
-    list_checkpoints,
     read_state,
     recover_replaced,
 )
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, load_saved_config
 from pretrain.data.batches import PreparedData
+from pretrain.run_directory import (
+    CONFIG_FILE,
+    RunDirectory,
+    find_checkpoint,
+    list_checkpoints,
+)
 
 
 def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int) -> Path | None:
-    """The checkpoint to go on from, checked in every way, or None for a new run."""
+    """Return the checkpoint to continue from, or None for a new run.
+
+    Everything but the hashes of its files is checked. Raises UserError where it is damaged or of
+    another model, tokenizer, data or order of the data than the settings say.
+    """
     directory = config.run_directory
-    checkpoints = directory / "checkpoints"
+    checkpoints = RunDirectory(directory).checkpoints
     recover_replaced(checkpoints)
     if config.checkpoint.resume is None and not list_checkpoints(checkpoints):
         return None
@@ -28,9 +36,9 @@ def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int)
         checkpoints / config.checkpoint.resume if config.checkpoint.resume else directory
     )
     if config.checkpoint.resume:
-        # The same command again goes on from what it has done since, not from there once more.
+        # The same command again continues from what it has done since, not from there once more.
         latest = find_checkpoint(directory)
-        if load_saved_config(latest / "config.yaml").checkpoint.resume == found.name:
+        if load_saved_config(latest / CONFIG_FILE).checkpoint.resume == found.name:
             found = latest
     check_files(found, "size")
     state = read_state(found)
@@ -40,7 +48,7 @@ def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int)
             f"{found} was trained with another tokenizer ({state.tokenizer_sha256[:12]}...) than "
             f"the shards of the config ({data.tokenizer.sha256[:12]}...)"
         )
-    before = load_saved_config(found / "config.yaml")
+    before = load_saved_config(found / CONFIG_FILE)
     for name, was, now in (
         ("seed", before.seed, config.seed),
         ("train.seq_len", before.train.seq_len, config.train.seq_len),
@@ -63,9 +71,3 @@ def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int)
                 "repeat or leave out data; choose another name for a new run"
             )
     return found
-
-
-def last_checkpoint(directory: Path) -> str:
-    if not list_checkpoints(directory):
-        return "there is no checkpoint yet"
-    return f"the last checkpoint is {find_checkpoint(directory)}"

@@ -1,101 +1,104 @@
-"""What surrounds the steps of a run: its lock, its random seeds, its clock, its stop signals."""
+"""What surrounds the steps of a run: its processes, its random seeds, its clock, its signals."""
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
-import os
 import signal
+import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
-from pretrain.common.errors import UserError
+from pretrain.config import ParallelConfig
+from pretrain.parallel.processes import start_processes, stop_processes, world_size
 
 _REPEAT_SECONDS = 5.0
 
 
-class RunLock:
-    """One process group per run directory; the system lets go when the process ends, however."""
+@contextlib.contextmanager
+def process_groups(config: ParallelConfig) -> Iterator[None]:
+    """Join the process groups that do not exist yet, and leave those, and no others, at the end.
 
-    def __init__(self, directory: Path):
-        self.directory, self._handle = directory, -1
+    After an exception on one of several processes they are not left: that would wait for peers
+    which may never come.
+    """
+    had_groups = dist.is_initialized()
+    had_parallel_groups = parallel_state.model_parallel_is_initialized()
+    failed = True
+    try:
+        start_processes(config)
+        yield
+        failed = False
+    finally:
+        if not failed or world_size() == 1:
+            if not had_groups:
+                stop_processes()
+            elif not had_parallel_groups and parallel_state.model_parallel_is_initialized():
+                parallel_state.destroy_model_parallel()
 
-    def take(self) -> None:
-        """Make the directory and hold it. Raises UserError where that cannot be."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the run directory {self.directory}: {error.strerror}"
-            ) from None
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {self.directory}: wait for it, or choose another "
-                "name"
-            ) from None
-        except OSError:  # a file system without locks: nothing to hold
-            return
 
-    def release(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
+@contextlib.contextmanager
+def threads_of_torch(count: int | None) -> Iterator[None]:
+    """Have torch compute with ``count`` threads, None for as many as it does already."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Random numbers of a step depend on (seed, step) alone, so there is no state to save."""
+    """Seed torch and NumPy from (seed, step) alone, so that there is no state to save."""
     digest = hashlib.sha256(json.dumps([seed, step]).encode()).digest()
     value = int.from_bytes(digest[:4], "little")
     torch.manual_seed(value)
     np.random.seed(value)
 
 
-_START = time.monotonic()
-
-
-def log_seconds() -> float:
-    """Seconds since this process began."""
-    return round(time.monotonic() - _START, 3)
-
-
 class Interval:
-    """Tokens per second of training since the last reading, pauses left out."""
+    """The clock of tokens per second: tokens and time since it was last read, without pauses."""
 
     def __init__(self) -> None:
         self._tokens, self._start = 0, time.monotonic()
 
     def count(self, tokens: int) -> None:
+        """Add tokens that were trained on."""
         self._tokens += tokens
 
     def tokens_per_second(self) -> float:
+        """Return the speed since the last call, and start anew."""
         now = time.monotonic()
         speed = self._tokens / max(now - self._start, 1e-9)
         self._tokens, self._start = 0, now
         return speed
 
-    def paused(self) -> Interval:
-        return self
-
-    def __enter__(self) -> None:
-        self._pause = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._start += time.monotonic() - self._pause
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time spent inside."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._start += time.monotonic() - start
 
 
 class StopSignals:
-    """Remembers SIGTERM, SIGINT or SIGUSR2 until the step is done.
+    """Remembers SIGTERM, SIGINT or SIGUSR2, or a call of :meth:`request`, until the step is done.
 
     Launchers pass a signal on to processes that have it already, so a repeat is ignored; only a
-    second Ctrl-C some seconds later acts at once.
+    second Ctrl-C some seconds later acts at once. Python delivers signals to the main thread alone:
+    on another one no handler is installed.
     """
 
     def __init__(self) -> None:
@@ -103,22 +106,30 @@ class StopSignals:
         self._before: dict[int, Any] = {}
         self._first = 0.0
 
+    def request(self, reason: str) -> None:
+        """Do as if a signal named ``reason`` had arrived."""
+        if not self.received:
+            self.received, self.name, self._first = True, reason, time.monotonic()
+
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            self._before[number] = signal.signal(number, self._receive)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.received:
-            if number == signal.SIGINT and now - self._first > _REPEAT_SECONDS:
-                self.__exit__()
-                signal.raise_signal(number)
-            return
-        self.received, self.name, self._first = True, signal.Signals(number).name, now
+        if not self.received:
+            self.request(signal.Signals(number).name)
+        elif number == signal.SIGINT and time.monotonic() - self._first > _REPEAT_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
-    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        if kind is not None:
-            return  # a launcher's signal must not cut off the telling of what happened
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an exception of one of several processes, a launcher's signal must not cut off the
+        # message of what happened.
+        if kind is None or world_size() == 1:
+            self._restore()

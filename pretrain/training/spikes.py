@@ -8,12 +8,12 @@ from pathlib import Path
 from pretrain.checkpoint.state import (
     CheckpointState,
     check_files,
-    list_checkpoints,
     load_checkpoint,
     read_state,
 )
 from pretrain.config import RunConfig, SpikeConfig
 from pretrain.parallel.processes import on_main_process
+from pretrain.run_directory import list_checkpoints
 from pretrain.training.engine import Engine
 
 
@@ -25,7 +25,10 @@ class SpikeDetector:
         self.config, self.recent = config, recent
 
     def is_spike(self, loss: float) -> bool:
-        """Not before ``window`` losses are known; every process finds the same."""
+        """Return whether ``loss`` is a spike: never before ``window`` losses are known.
+
+        Every process finds the same.
+        """
         if self.config.policy == "none" or len(self.recent) < self.config.window:
             return False
         mean, deviation = statistics.fmean(self.recent), statistics.pstdev(self.recent)
@@ -33,7 +36,7 @@ class SpikeDetector:
         return rise > self.config.margin and rise > self.config.deviations * deviation
 
     def add(self, loss: float) -> None:
-        """A spike too: where the loss stays high it soon is none."""
+        """Remember a loss, a spike's too: where the loss stays high it soon is none."""
         if self.config.policy != "none":
             self.recent.append(loss)
             del self.recent[: -self.config.window]
@@ -42,9 +45,11 @@ class SpikeDetector:
 def roll_back(
     config: RunConfig, engine: Engine, checkpoints: Path, state: CheckpointState
 ) -> Path | None:
-    """Load the newest checkpoint that is ``rollback_steps`` older than the spike at ``state.step``
-    and change ``state`` to go on from there with data that has not been seen; None, and nothing
-    changed, where there is no such checkpoint. Every process must call."""
+    """Load the newest checkpoint that is ``rollback_steps`` older than the spike at ``state.step``.
+
+    ``state`` is changed to continue from there with data that has not been seen. Returns the
+    checkpoint; None, and nothing is changed, where there is no such one. Every process must call.
+    """
     spikes, train, last = config.train.spikes, config.train, state.step - 1
 
     def newest() -> Path | None:

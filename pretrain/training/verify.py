@@ -8,7 +8,6 @@ norms and final weights are compared and printed.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -28,6 +27,7 @@ from pretrain.common.errors import UserError
 from pretrain.config import ParallelConfig, RunConfig, load_run_config, to_yaml
 from pretrain.config.checks import check_layout
 from pretrain.parallel.processes import start_processes, stop_processes
+from pretrain.run_directory import RunDirectory, checkpoint_name, find_checkpoint
 
 # Relative, of the first step's loss and gradient norm: float32 sums in another order, bf16 rounds.
 TOLERANCE = {"float32": 1e-5, "bf16": 2e-2}
@@ -74,7 +74,8 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
     flat = int(steps * (1 - config.schedule.decay_fraction))
     config.schedule.warmup_steps = min(config.schedule.warmup_steps, steps // 2, flat)
     config.train.spikes.policy = "none"
-    config.eval.tasks, config.logging.wandb = [], "disabled"
+    config.eval.tasks, config.callbacks = [], []
+    config.logging.wandb, config.logging.tensorboard = "disabled", False
     config.logging.every, config.sample.tokens, config.validation.every = 1, 0, 0
     config.validation.tokens, config.checkpoint.resume = 1, None
     config.checkpoint.every, config.checkpoint.keep_last = steps // 2, 2
@@ -86,9 +87,11 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
     one = _train(config, folder / "one", 1)
     config.parallel = wanted
     layout = _train(config, folder / "layout", processes)
-    middle = f"step-{steps // 2:08d}"
     resumed = folder / "resumed"
-    shutil.copytree(layout / "checkpoints" / middle, resumed / "checkpoints" / middle)
+    saved, copied = (
+        RunDirectory(run).checkpoints / checkpoint_name(steps // 2) for run in (layout, resumed)
+    )
+    shutil.copytree(saved, copied)
     _train(config, resumed, processes)
 
     start_processes()
@@ -156,12 +159,11 @@ def _largest(numbers: Iterable[float]) -> float:
 
 
 def _metrics(directory: Path) -> dict[int, dict[str, Any]]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row for row in map(json.loads, lines) if "loss" in row}
+    return {row["step"]: row for row in RunDirectory(directory).read_metrics() if "loss" in row}
 
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
-    from pretrain.checkpoint.state import find_checkpoint, load_weights, read_state
+    from pretrain.checkpoint.state import load_weights, read_state
     from pretrain.model.build import build_model
 
     checkpoint = find_checkpoint(directory)

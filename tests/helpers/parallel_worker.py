@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint.state import find_checkpoint, load_checkpoint
+from pretrain.checkpoint.state import load_checkpoint
 from pretrain.checkpoint.writer import save_checkpoint
 from pretrain.common.config_loader import build_config
 from pretrain.config import (
@@ -33,6 +33,7 @@ from pretrain.parallel.processes import (
     start_processes,
     stop_processes,
 )
+from pretrain.run_directory import find_checkpoint
 from pretrain.training.engine import Engine
 from tests.pretrain.checkpoint.test_checkpoint import STATE
 from tests.pretrain.nn.test_mixers import SMALL

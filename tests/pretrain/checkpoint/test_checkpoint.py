@@ -12,8 +12,6 @@ from pretrain.checkpoint.state import (
     CheckpointState,
     check_files,
     check_same_model,
-    find_checkpoint,
-    list_checkpoints,
     load_checkpoint,
     load_weights,
     read_state,
@@ -22,6 +20,7 @@ from pretrain.checkpoint.state import (
 from pretrain.checkpoint.writer import save_checkpoint
 from pretrain.common.errors import UserError
 from pretrain.config import CheckpointConfig, RunConfig
+from pretrain.run_directory import find_checkpoint, list_checkpoints
 from pretrain.training.engine import Engine
 from tests.pretrain.model.test_language_model import settings
 from tests.pretrain.training.test_engine import OPTIMIZER, VOCAB, batches, make

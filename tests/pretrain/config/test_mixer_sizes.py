@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from evals.perplexity import evaluate_perplexity
-from pretrain.checkpoint.state import check_same_model, find_checkpoint, read_state
+from pretrain.checkpoint.state import check_same_model, read_state
 from pretrain.common.config_loader import ConfigError
 from pretrain.config import (
     ModelConfig,
@@ -24,6 +24,7 @@ from pretrain.inference.load import load_model
 from pretrain.model.counts import count_model
 from pretrain.model.spec import block_specs, with_sizes
 from pretrain.nn.mixers import registry
+from pretrain.run_directory import RunDirectory, find_checkpoint
 
 EARLIER = Path(__file__).parents[2] / "data" / "run-v1"
 
@@ -141,17 +142,17 @@ def test_going_on_with_such_a_run_keeps_its_sizes_too(tmp_path):
     shutil.copytree(EARLIER / "runs" / "small", tmp_path / "small")
     config = load_run_config(EARLIER / "run.yaml", [f"directory={tmp_path / 'small'}"])
     assert block_specs(config.model)[1].config.num_heads == 4
-    legacy.keep_saved_sizes(config, config.run_directory)
+    RunDirectory(config.run_directory).keep_saved_sizes(config)
     assert block_specs(config.model)[1].config.num_heads == 8
     checkpoint = find_checkpoint(config.run_directory)
     state = read_state(checkpoint)
     check_same_model(state, with_sizes(config.model), state.vocab_size, checkpoint)
     # What is given, is given; and a run of another width is another run.
     config.model.mixers["attn"] = {"num_heads": 2}
-    legacy.keep_saved_sizes(config, config.run_directory)
+    RunDirectory(config.run_directory).keep_saved_sizes(config)
     assert config.model.mixers["attn"]["num_heads"] == 2
     config.model.mixers, config.model.hidden_size = {}, 32
-    legacy.keep_saved_sizes(config, config.run_directory)
+    RunDirectory(config.run_directory).keep_saved_sizes(config)
     assert config.model.mixers == {}
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.checkpoint.state import check_files, list_checkpoints
+from pretrain.checkpoint.state import check_files
+from pretrain.run_directory import list_checkpoints
 from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT, STEPS, Run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

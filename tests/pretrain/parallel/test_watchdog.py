@@ -9,6 +9,7 @@ import pytest
 
 from pretrain.parallel import watchdog as module
 from pretrain.parallel.watchdog import Watchdog
+from pretrain.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -18,7 +19,7 @@ def watched(monkeypatch, tmp_path):
     """(what says its beats, what was left for, seconds that pass)."""
     clock = [0.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    dog: Any = Watchdog(100.0, tmp_path)
+    dog: Any = Watchdog(100.0, RunDirectory(tmp_path))
     words: dict[str, bytes] = {}
     dog._size = 2
     dog._store = SimpleNamespace(get=words.__getitem__, check=lambda keys: keys[0] in words)

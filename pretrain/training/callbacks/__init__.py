@@ -1,0 +1,63 @@
+"""Callbacks: all that happens in a run beside its steps, and the place for a user's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pretrain.training.callbacks.base import Callback, Decision
+from pretrain.training.callbacks.loading import load_callback
+from pretrain.training.callbacks.log import LogSteps
+from pretrain.training.callbacks.non_finite import StopNonFinite
+from pretrain.training.callbacks.profiler import Profiler
+from pretrain.training.callbacks.sample import Sample, Summary
+from pretrain.training.callbacks.save import Save
+from pretrain.training.callbacks.spikes import RollBackSpikes, SkipSpikes
+from pretrain.training.callbacks.validate import Validate
+from pretrain.training.callbacks.watchdog import WatchProcesses
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
+
+__all__ = [
+    "Callback",
+    "Decision",
+    "LogSteps",
+    "Profiler",
+    "RollBackSpikes",
+    "Sample",
+    "Save",
+    "SkipSpikes",
+    "StopNonFinite",
+    "Summary",
+    "Validate",
+    "WatchProcesses",
+    "default_callbacks",
+    "load_callback",
+]
+
+_IN_LOOP_EVALUATION = "evals.harness.in_loop.InLoopEvaluation"
+_SPIKE_POLICIES: dict[str, type[Callback]] = {"skip": SkipSpikes, "rollback": RollBackSpikes}
+
+
+def default_callbacks(config: RunConfig) -> list[Callback]:
+    """Return what a run of these settings does beside its steps, in the order that it is done in.
+
+    Those of the user come after them.
+    """
+    # First, so that it watches what the others do, and sees an exception last: it may end the
+    # process.
+    callbacks: list[Callback] = [WatchProcesses()]
+    # A spike before all that looks at the step's outcome: after a rollback there is none.
+    policy = _SPIKE_POLICIES.get(config.train.spikes.policy)
+    if policy is not None:
+        callbacks.append(policy())
+    # Whether the run is given up, before the step is logged.
+    callbacks += [StopNonFinite(), LogSteps()]
+    # Validation before the save, so that a run killed after it does not validate again; evaluation
+    # behind it: one that fails, or is stopped, costs no training.
+    callbacks += [Validate(), Save()]
+    if config.eval.tasks:
+        # By name: training does not depend on the evaluations.
+        callbacks.append(load_callback(_IN_LOOP_EVALUATION, "eval.tasks"))
+    # What is shown at the end, when the last checkpoint is written.
+    return [*callbacks, Sample(), Summary()]

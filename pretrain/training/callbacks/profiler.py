@@ -1,0 +1,48 @@
+"""Where the time of a step goes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from pretrain.training.callbacks.base import Callback
+from pretrain.training.result import TrainResult
+
+
+class Profiler(Callback):
+    """Trace the steps ``first`` to ``last`` with torch.profiler into the run directory.
+
+    Every process writes ``profiles/steps-FIRST-LAST-rank-N.json``, which chrome://tracing and
+    https://ui.perfetto.dev show.
+    """
+
+    def __init__(self, first: int = 10, last: int = 12):
+        self.first, self.last = first, last
+        self._profile: torch.profiler.profile | None = None
+
+    def before_step(self) -> None:
+        if self.trainer.state.step + 1 == self.first and self._profile is None:
+            self._profile = torch.profiler.profile()
+            self._profile.start()
+
+    def between_steps(self) -> None:
+        if self.trainer.state.step >= self.last or self.trainer.stopping:
+            self._write()
+
+    def on_fit_end(self, result: TrainResult) -> None:
+        self._write()
+
+    def on_exception(self, error: BaseException) -> None:
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
+
+    def _write(self) -> None:
+        if self._profile is None:
+            return
+        self._profile.stop()
+        folder = self.trainer.run_directory.profiles
+        folder.mkdir(exist_ok=True)
+        name = f"steps-{self.first}-{self.last}-rank-{dist.get_rank()}.json"
+        self._profile.export_chrome_trace(str(folder / name))
+        self._profile = None

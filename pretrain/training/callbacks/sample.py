@@ -1,0 +1,59 @@
+"""What a run that is complete shows: a sample, its loss curve, and what can be done next."""
+
+from __future__ import annotations
+
+import itertools
+
+from pretrain.inference.generate import generate
+from pretrain.parallel.processes import is_main_process
+from pretrain.training.callbacks.base import Callback
+from pretrain.training.loss_curve import plot_loss_curve
+
+
+class Sample(Callback):
+    """Show a text that the model continues, where one process has all of the model."""
+
+    def on_complete(self) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        trainer.engine.backend.gather_weights()  # the main process generates alone
+        wanted = config.sample.tokens > 0 and config.parallel.one_has_all
+        if not (wanted and is_main_process()):
+            return
+        tokenizer = trainer.data.tokenizer
+        prompt = [tokenizer.eod_id, *tokenizer.encode(config.sample.prompt)]
+        ids = generate(
+            trainer.engine.parts[0],
+            prompt,
+            max_tokens=config.sample.tokens,
+            temperature=config.sample.temperature,
+            seed=config.seed,
+            vocab_size=tokenizer.vocab_size,
+            stop_id=tokenizer.eod_id,
+        )
+        written = itertools.takewhile(lambda _: not trainer.stop.received, ids)
+        lines = tokenizer.decode([*prompt, *written]).splitlines()
+        trainer.log.say("a sample of what it writes:\n" + "\n".join(f"  | {x}" for x in lines))
+
+
+class Summary(Callback):
+    """Draw the loss curve, and name the commands that come next."""
+
+    def on_complete(self) -> None:
+        if not is_main_process():
+            return
+        trainer, config, directory = self.trainer, self.trainer.config, self.trainer.run_directory
+        log = trainer.log
+        curve = plot_loss_curve(directory, config.name, trainer.data.bigram_entropy)
+        log.say(f"loss curve   {curve}")
+        log.say(f"checkpoint   {directory.last_checkpoint()}")
+        if config.train.steps is not None:
+            twice = f"train.steps={2 * config.train.steps}"
+        else:
+            twice = f"train.tokens={2 * (config.train.tokens or 0)}"
+        log.say(f"resume       the same command; with {twice} it goes on for as long again")
+        commands = [
+            f"python -m evals {directory}",
+            f"python -m data_prep inspect {config.data.path or config.data.blend[0].path}",
+            f"cat {directory.metrics_file}",
+        ]
+        log.say("next         " + "\n             ".join(commands))

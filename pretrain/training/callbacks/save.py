@@ -1,0 +1,30 @@
+"""Checkpoints on the way."""
+
+from __future__ import annotations
+
+from pretrain.training.callbacks.base import Callback
+
+
+class Save(Callback):
+    """Save every ``checkpoint.every`` steps, after the last one, and before the run stops."""
+
+    def between_steps(self) -> None:
+        trainer, step = self.trainer, self.trainer.state.step
+        due = step % trainer.config.checkpoint.every == 0
+        if due or trainer.stopping or step == trainer.num_steps:
+            with trainer.paused(f"saving step {step}"):
+                trainer.writer.save(trainer.engine, trainer.state)
+                for callback in trainer.callbacks:
+                    callback.after_save()
+        trainer.writer.check()
+
+    def on_stop(self) -> None:
+        trainer = self.trainer
+        trainer.log.say(
+            f"stopped by {trainer.stop.name} after step {trainer.state.step}, saved "
+            f"{trainer.writer.wait()}; run the same command again to go on"
+        )
+
+    def on_complete(self) -> None:
+        self.trainer.announce("finishing")
+        self.trainer.writer.wait()

@@ -1,0 +1,34 @@
+"""The watchdog over a run's processes."""
+
+from __future__ import annotations
+
+from pretrain.parallel.watchdog import Watchdog
+from pretrain.training.callbacks.base import Callback
+from pretrain.training.result import TrainResult
+
+
+class WatchProcesses(Callback):
+    """End all processes, soon and with one message, when one of several fails, hangs or dies."""
+
+    _watchdog: Watchdog | None = None
+
+    def on_fit_start(self) -> None:
+        seconds = 60 * self.trainer.config.parallel.timeout_minutes
+        self._watchdog = Watchdog(seconds, self.trainer.run_directory)
+        self._watchdog.__enter__()
+
+    def on_work(self, work: str) -> None:
+        if self._watchdog is not None:
+            self._watchdog.at(work)
+
+    def on_progress(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.moving()
+
+    def on_fit_end(self, result: TrainResult) -> None:
+        if self._watchdog is not None:
+            self._watchdog.__exit__(None, None, None)
+
+    def on_exception(self, error: BaseException) -> None:
+        if self._watchdog is not None:
+            self._watchdog.__exit__(type(error), error, error.__traceback__)

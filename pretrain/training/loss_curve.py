@@ -1,0 +1,64 @@
+"""The picture of a run's losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.run_directory import RunDirectory
+
+
+def plot_loss_curve(
+    directory: RunDirectory, title: str, bigram_entropy: float | None
+) -> Path | None:
+    """Draw the training loss, and the validation loss in bits per byte, into the run directory.
+
+    ``bigram_entropy``, in bits per byte, is drawn beside them. Returns the picture's path, or None
+    where no loss is logged.
+    """
+    from matplotlib.figure import Figure
+
+    rows = directory.read_metrics()
+    train = [(r["tokens"], r["loss"]) for r in rows if r.get("loss") is not None]
+    valid = [
+        (r["tokens"], r["valid_loss"], r["valid_bits_per_byte"])
+        for r in rows
+        if r.get("valid_loss") is not None
+    ]
+    if not train:
+        return None
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, label="training")
+    if valid:
+        left.plot(
+            *zip(*[v[:2] for v in valid], strict=True),
+            "o-",
+            color="tab:orange",
+            markersize=4,
+            label="validation",
+        )
+    left.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    left.legend()
+    points = [(tokens, bits) for tokens, _, bits in valid if bits is not None]
+    if points:
+        right.plot(*zip(*points, strict=True), "o-", color="tab:orange", label="validation")
+        right.annotate(
+            f"{points[-1][1]:.3f}",
+            points[-1],
+            textcoords="offset points",
+            xytext=(-4, 8),
+            ha="right",
+        )
+    if bigram_entropy is not None:
+        right.axhline(
+            bigram_entropy, color="gray", linestyle="--", label=f"byte bigrams {bigram_entropy:.2f}"
+        )
+    right.set(xlabel="tokens", ylabel="bits per byte", title="held-out text")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    path = directory.loss_plot
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,135 @@
+"""What a run is made of before its first step: checked settings, engine, state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pretrain.checkpoint.state import CheckpointState, check_files, load_checkpoint, read_state
+from pretrain.config import RunConfig
+from pretrain.config.checks import check_vocab_size
+from pretrain.data.batches import PreparedData
+from pretrain.model.build import build_stages, padded_vocab_size
+from pretrain.model.counts import ModelCounts
+from pretrain.parallel.processes import (
+    data_parallel_rank_and_size,
+    on_every_process,
+    world_size,
+)
+from pretrain.run_directory import RunDirectory
+from pretrain.training.engine import Engine
+from pretrain.training.environment import describe_environment
+from pretrain.training.initialization import initialize_from
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def vocabulary_of(config: RunConfig, data: PreparedData, where: str) -> int:
+    """Return the number of rows of the vocabulary.
+
+    Raises UserError, beginning with ``where``, where the tokenizer has more ids or the rows cannot
+    be sharded over tensor-parallel processes.
+    """
+    check_vocab_size(config, data.tokenizer.vocab_size, where)
+    return padded_vocab_size(config.model, data.tokenizer.vocab_size)
+
+
+def check_hashes(checkpoint: Path) -> None:
+    """Check the sha256 of every file of a checkpoint, each process a share of them.
+
+    Raises UserError on every process where one has changed. Every process must call.
+    """
+    rank, size = dist.get_rank(), world_size()
+    on_every_process(lambda: check_files(checkpoint, "sha256", rank, size))
+
+
+def build_engine(
+    config: RunConfig, data: PreparedData, vocab_size: int, checkpoint: Path | None
+) -> Engine:
+    """Return the engine of this process, with the weights and optimizer state of ``checkpoint``.
+
+    Without one the weights are random, or those that ``initialize`` names.
+    """
+    train = config.train
+    stages = build_stages(
+        config.model,
+        vocab_size,
+        seed=config.seed,
+        seq_len=train.seq_len,
+        dtype=DTYPES[train.precision],
+        activation_checkpointing=train.activation_checkpointing,
+        sequence_parallel=config.parallel.sequence,
+        filled=_shard_at_once(config, checkpoint),
+    )
+    if config.initialize is not None and checkpoint is None:
+        initialize_from(stages, config.initialize, data.tokenizer.sha256)
+    _, replicas = data_parallel_rank_and_size()
+    tokens_at_once = train.seq_len * config.parallel.micro_batch_size * replicas
+    engine = Engine(
+        stages, config.optimizer, config.parallel, train.global_batch_tokens // tokens_at_once
+    )
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, engine)
+    return engine
+
+
+def _shard_at_once(
+    config: RunConfig, checkpoint: Path | None
+) -> Callable[[nn.Module], None] | None:
+    """Return what shards the model while it is built: with ZeRO-3 no process holds all of it,
+    unless it is filled from another run's checkpoint."""
+    if config.parallel.zero_stage < 3 or (config.initialize is not None and checkpoint is None):
+        return None
+    from pretrain.optim.backends.deepspeed import shard_parameters
+
+    return shard_parameters
+
+
+def state_of(
+    config: RunConfig, data: PreparedData, vocab_size: int, checkpoint: Path | None
+) -> CheckpointState:
+    """Return the state of a new run, or of one that continues from ``checkpoint``."""
+    state = CheckpointState(
+        step=0,
+        tokens=0,
+        seed=config.seed,
+        skipped=0,
+        vocab_size=vocab_size,
+        precision=config.train.precision,
+        tokenizer_sha256=data.tokenizer.sha256,
+        data=data.identity,
+        model=dataclasses.asdict(config.model),
+    )
+    if checkpoint is None:
+        return state
+    saved = read_state(checkpoint)
+    return dataclasses.replace(
+        state,
+        step=saved.step,
+        tokens=saved.tokens,
+        skipped=saved.skipped,
+        data_offset=saved.data_offset,
+        rollbacks=saved.rollbacks,
+        recent_losses=saved.recent_losses,
+    )
+
+
+def describe_run(
+    directory: RunDirectory, config: RunConfig, counts: ModelCounts, vocab_size: int
+) -> None:
+    """Write what the run is, for whoever reads it later: settings, environment, model."""
+    directory.write_config(config)
+    directory.write_environment(describe_environment())
+    directory.write_model(
+        {
+            "parameters": counts.parameters,
+            "embedding_parameters": counts.embedding_parameters,
+            "training_flops_per_token": counts.training_flops(),
+            "vocab_size": vocab_size,
+        }
+    )

@@ -1,0 +1,97 @@
+"""Where metrics go besides the run directory's own file: Weights & Biases, TensorBoard."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from pretrain.common.errors import UserError
+from pretrain.config import LoggingConfig
+from pretrain.run_directory import RunDirectory
+
+
+class Tracker(Protocol):
+    """A place that every line of the metrics is mirrored to, by the main process alone."""
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Add one line of metrics, which has its ``step``; numbers that are not finite are None."""
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines of later steps than ``step``, which will be done again."""
+
+    def close(self) -> None:
+        """Finish what is written."""
+
+
+def open_trackers(config: LoggingConfig, directory: RunDirectory, step: int) -> list[Tracker]:
+    """Return the trackers that ``logging`` asks for, which continue from ``step``.
+
+    Raises UserError where the library of one is not installed.
+    """
+    trackers: list[Tracker] = []
+    if config.wandb != "disabled":
+        trackers.append(WandbTracker(config, directory))
+    if config.tensorboard:
+        trackers.append(TensorBoardTracker(directory, step))
+    return trackers
+
+
+class WandbTracker:
+    """A run of Weights & Biases with the name of the run directory."""
+
+    def __init__(self, config: LoggingConfig, directory: RunDirectory):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"logging.wandb is '{config.wandb}', but wandb is not installed: pip install wandb"
+            ) from None
+        mode: Any = config.wandb
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=directory.name,
+            dir=str(directory),
+            mode=mode,
+            id=directory.name,
+            resume="allow",
+        )
+
+    def record(self, values: dict[str, Any]) -> None:
+        self._run.log(values, step=values["step"])
+
+    def rewind(self, step: int) -> None:
+        """Do nothing: its steps only rise, and lines of earlier ones are ignored there."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardTracker:
+    """Event files in the run directory, a scalar for each number of a line."""
+
+    def __init__(self, directory: RunDirectory, step: int):
+        self._directory = directory
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "logging.tensorboard is true, but tensorboard is not installed: "
+                "pip install tensorboard"
+            ) from None
+        # TensorBoard drops what an earlier file has of these steps.
+        self._writer: Any = SummaryWriter(str(self._directory.tensorboard), purge_step=step + 1)
+
+    def record(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, values["step"])
+        self._writer.flush()
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._open(step)
+
+    def close(self) -> None:
+        self._writer.close()

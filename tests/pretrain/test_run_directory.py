@@ -1,0 +1,130 @@
+"""The files of a run: their names are in one place, their formats are read as written."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.common.errors import UserError
+from pretrain.config import MLPConfig, ModelConfig, RunConfig
+from pretrain.run_directory import (
+    RunDirectory,
+    checkpoint_name,
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    mark_latest,
+    run_of_checkpoint,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_what_is_written_is_read(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    assert (run.name, str(run), run.read_launch(), run.last_error()) == (
+        "run",
+        str(tmp_path / "run"),
+        {},
+        "",
+    )
+    model = ModelConfig(hidden_size=16, pattern="attn", mlp=MLPConfig(ratio=2))
+    config = RunConfig("test", model)
+    run.write_launch_config(config)
+    run.write_config(config)
+    assert run.read_config() == config
+    assert run.launch_config_file.read_bytes() == run.config_file.read_bytes()
+    assert run.read_model() == {}
+    run.write_model({"parameters": 3})
+    assert run.read_model() == {"parameters": 3}
+    run.model_file.write_text("{")
+    with pytest.raises(UserError, match=r"model.json is not JSON"):
+        run.read_model()
+    run.write_launch(pid=1, status=None)
+    run.write_launch(status=0)
+    assert run.read_launch() == {"pid": 1, "status": 0}
+    run.launch_file.write_text("[")
+    assert run.read_launch() == {}
+    run.output_file.write_text("error: first\nstep 1\nerror: last\nthe end\n")
+    assert run.last_error() == "error: last"
+
+
+def test_lines_of_the_metrics_that_are_cut_short_are_dropped(tmp_path):
+    run = RunDirectory(tmp_path)
+    rows: list[dict[str, Any]] = [
+        {"step": 1, "tokens": 8, "loss": 2.0},
+        {"step": 2, "tokens": 16, "loss": None},
+    ]
+    run.write_metrics(rows)
+    with run.metrics_file.open("a") as file:
+        file.write('[1]\n{"step": 3}\n{"step": 4, "tok')
+    assert run.read_metrics() == rows
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    RunDirectory(tmp_path / "b" / "c").write_metrics([])
+    assert [r.path for r in RunDirectory.find_below(tmp_path)] == [tmp_path / "b" / "c", tmp_path]
+
+
+def test_one_holder_of_the_lock(tmp_path):
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    assert not first.is_locked()
+    first.take_lock()
+    assert second.is_locked()
+    with pytest.raises(UserError, match="another process is training in"):
+        second.take_lock()
+    second.release_lock()
+    assert first.is_locked(), "releasing what one does not hold changes nothing"
+    first.release_lock()
+    second.take_lock()
+    second.release_lock()
+    assert not first.is_locked()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to the run directory"):
+        RunDirectory(tmp_path / "file").take_lock()
+
+
+def test_checkpoints_by_name(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert run.last_checkpoint() is None
+    assert run.describe_last_checkpoint() == "there is no checkpoint yet"
+    with pytest.raises(UserError, match="no checkpoint at"):
+        find_checkpoint(tmp_path)
+    folders = [run.checkpoints / checkpoint_name(step) for step in (5, 10, 123_456_789)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    (run.checkpoints / ".writing-step-00000011").mkdir()
+    assert list_checkpoints(run.checkpoints) == folders[::-1]
+    assert [checkpoint_step(folder) for folder in folders] == [5, 10, 123_456_789]
+    assert run.last_checkpoint() == folders[-1]
+    mark_latest(folders[1])
+    assert run.last_checkpoint() == find_checkpoint(tmp_path) == folders[1]
+    assert find_checkpoint(folders[0]) == folders[0]
+    assert run_of_checkpoint(folders[0]).path == tmp_path
+    assert run.describe_last_checkpoint() == f"the last checkpoint is {folders[1]}"
+
+
+def test_it_is_read_without_torch():
+    code = "import sys, pretrain.run_directory; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_no_other_file_spells_the_names():
+    files = (
+        "metrics.jsonl|metrics-rolled-back.jsonl|config.yaml|model.json|environment.json"
+        "|launch.json|launch.yaml|log.txt|output.txt|failure.txt|loss.png|.lock|latest"
+    )
+    folders = "checkpoints|plots|evals|tensorboard|profiles"
+    spelled = re.compile(rf"""["']({files.replace(".", "[.]")})["']|/ ["']({folders})["']""")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in ("pretrain", "launch", "evals", "benchmarks", "data_prep")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if path != ROOT / "pretrain" / "run_directory.py"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if spelled.search(line) and "with_suffix" not in line
+    ]
+    assert not found, "\n".join(found)
