@@ -1,8 +1,8 @@
-"""The first checkpoint of a 1B model, written under one layout and read under another, on a CPU.
+"""Write a 1B model's first checkpoint under one layout and read it under another, on a CPU.
 
-``OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/checkpoint_1b_cpu.py [FOLDER]``: 20 GB of
-memory and 14 GB of disk. Weights and the optimizer's state get values that depend on their names
-alone, so what is read can be compared to the last bit, element by element, with what it must be.
+``OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/checkpoint_1b_cpu.py [FOLDER]`` takes
+20 GB of memory and 14 GB of disk. Weights and optimizer state get values that depend on their names
+alone, so that what is read can be compared with what it must be, bit by bit.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def engine_under(parallel: ParallelConfig, config: ModelConfig, seed: int) -> En
 
 
 def state_of(engine: Engine) -> Any:
-    """(name, key, the optimizer's own tensor, what it must hold) of all that this process has."""
+    """Yield (name, key, optimizer tensor, expected values) of all local optimizer state."""
     updates: Any = engine.backend
-    for name, parameter, place, main, first in updates._mains():
-        tensors = updates._tensors(place, main)
+    for name, parameter, index, main, first in updates._mains():
+        tensors = updates._tensors(index, main)
         for key in KEYS:
             wanted = draw_like(parameter, 1.0, f"{key}:{name}").view(-1)
             wanted = wanted if first is None else wanted[first : first + main.numel()]
@@ -122,9 +122,9 @@ def main(folder: Path) -> None:
     if is_main_process():
         print(
             f"{MODEL}, bf16: {size / 1e9:.2f} GB written under tensor 2 x sequence in "
-            f"{written:.0f} s, sha256 included;\nhashes checked in {checked:.0f} s and read under "
+            f"{written:.0f} s, including sha256;\nhashes checked in {checked:.0f} s and read under "
             f"pipeline 2 in {read - checked:.0f} s; {compared:,} numbers compared, {wrong} tensors "
-            f"different; most memory of a process {peak_writing / 1e9:.1f} GB"
+            f"different; largest peak memory of a process {peak_writing / 1e9:.1f} GB"
         )
     stop_processes()
     if wrong:

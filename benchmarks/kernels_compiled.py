@@ -1,12 +1,12 @@
-"""Every Triton kernel compiled for a GPU that need not be here: registers, spills, instructions.
+"""Compile every Triton kernel for a GPU that need not be present: registers, spills, instructions.
 
     python -m benchmarks.kernels_compiled [--arch 90]
 
-Needs triton alone, no GPU: the ops are called on the meta device, what they would launch is
-compiled for compute capability ARCH and read back with cuobjdump. `spilled`: bytes of a thread's
-stack; `shared`: of a program, at most 227 KB on Hopper; instructions are those of the whole kernel,
-`tanh`: MUFU among them, `tensor`: tensor-core products. Shapes are those of the 410M models, in
-bfloat16.
+Needs only triton, no GPU: the ops are called on the meta device, and the kernels that they would
+launch are compiled for compute capability ARCH and read back with cuobjdump. `spilled`: bytes of a
+thread's stack; `shared`: bytes of a program, at most 227 KB on Hopper; instructions are counted
+over the entire kernel, `tanh` the MUFU ones, `tensor` the tensor-core products. Shapes are those of
+the 410M models, in bfloat16.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def calls() -> dict[str, Any]:
-    """Name and shape to a call of the op."""
+    """Return calls of the ops by name and shape."""
     wide, tokens = torch.float32, 4096
     row = torch.tensor([0, tokens])  # lengths must be known
 
@@ -92,7 +92,7 @@ def calls() -> dict[str, Any]:
 
 
 def launches(call: Any) -> list[Launch]:
-    """What one forward and one backward pass would run, each kernel once."""
+    """Return the launches of one forward and one backward pass, each kernel once."""
     found: list[Launch] = []
 
     def record(kernel: Any, grid: Any, work: Any, *arguments: Any, **options: Any) -> None:
@@ -113,7 +113,7 @@ def launches(call: Any) -> list[Launch]:
 
 
 def compiled(launch: Launch, arch: int) -> Any:
-    """As ``kernel[grid](*arguments, **options)`` would on a GPU of compute capability ``arch``."""
+    """Compile as ``kernel[grid](*arguments, **options)`` would for compute capability ``arch``."""
     kernel, arguments, options = launch
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
     signature, constants, card = {}, {}, {}
@@ -137,7 +137,7 @@ def compiled(launch: Launch, arch: int) -> Any:
 
 
 def counted(kernel: Any) -> dict[str, int]:
-    """Registers, bytes on the stack, shared memory and instructions of a compiled kernel."""
+    """Return a compiled kernel's registers, bytes on the stack, shared memory and instructions."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])

@@ -1,9 +1,9 @@
-"""A stand-in for the published Triton kernel of M2RNN, for benchmarks/ops_gpu.py alone.
+"""A stand-in for the published Triton kernel of M2RNN, for benchmarks/ops_gpu.py only.
 
 The published one is not on the package index. This one moves the same bytes: its backward pass runs
-forward once more, writing the state after every token in the inputs' dtype, then goes back step by
-step and reads it; gradients of shared queries and keys, and W's, are added by float atomics. Its
-arithmetic is ours, so a difference in time is one of traffic, atomics and tiling.
+the forward pass again, writing the state after every token in the inputs' dtype, then steps back
+and reads it; gradients of shared queries and keys, and of W, are added by float atomics. Its
+arithmetic is this project's, so a difference in time is due to traffic, atomics and tiling.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _backward_kernel(
     dh = tl.zeros([K, V], tl.float32)
     for back in range(0, length):
         token = start + length - 1 - back
-        place = history + (token * num_heads + head) * K * V + rows[:, None] * V + columns[None, :]
-        before = tl.load(place)
+        at = history + (token * num_heads + head) * K * V + rows[:, None] * V + columns[None, :]
+        before = tl.load(at)
         q_t = tl.load(q + (token * q_heads + q_head) * K + rows).to(tl.float32)
         k_t = tl.load(k + (token * k_heads + k_head) * K + rows).to(tl.float32)
         v_t = tl.load(v + (token * num_heads + head) * V + columns).to(tl.float32)
@@ -82,8 +82,10 @@ def _backward_kernel(
 
 
 class M2RNNWithHistory(torch.autograd.Function):
-    """As :class:`pretrain.ops.m2rnn.kernels.M2RNN` without states and clip; K and V powers of two,
-    K at most 64."""
+    """:class:`pretrain.ops.m2rnn.kernels.M2RNN` without states and clip.
+
+    K and V are powers of two, K at most 64.
+    """
 
     @staticmethod
     def forward(

@@ -1,12 +1,12 @@
-"""Every op's fast form against its definition, forward and backward, on the CPU.
+"""Time every op's fast form against its definition, forward and backward, on the CPU.
 
     python benchmarks/ops_cpu.py [--threads 2] [--only NAME ...]
 
-Both forms are ours and are equal to 1e-10 in float64 (tests/pretrain). The definitions are plain
-loops over time whose backward pass is linear in T; those of matrix states are left out where
-autograd would keep more than about 8 GB of states. ``growth``: the exponent of T in the fast form's
-time between 2048 and 8192; 1 is linear. Times are medians. The last table is the memory of M2RNN's
-backward pass, each in a process of its own.
+Both forms are this project's and agree to 1e-10 in float64 (tests/pretrain/ops). The definitions
+are plain loops over time whose backward pass is linear in T; those of matrix states are skipped
+where autograd would keep more than about 8 GB of states. ``growth`` is the exponent of T in the
+fast form's time between 2048 and 8192; 1 is linear. Times are medians. The last table is the memory
+of M2RNN's backward pass, each measured in a separate process.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ CASES = [
 
 
 def seconds(case: Case, length: int, backend: str, repeats: int) -> float:
-    """Median time of a forward and a backward pass, after one to warm up."""
+    """Return the median time of a forward and a backward pass, after a warm-up."""
     wanted, call = case.make(length)
     for tensor in wanted:
         tensor.requires_grad_()
@@ -155,7 +155,7 @@ def seconds(case: Case, length: int, backend: str, repeats: int) -> float:
 
 
 def _peak_bytes() -> int:
-    """Of this process's own memory; getrusage would inherit the parent's peak."""
+    """Return the peak of this process's memory; getrusage would inherit the parent's peak."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
@@ -172,7 +172,7 @@ def _peak(backend: str, length: int, results: Any) -> None:
 
 
 def memory() -> None:
-    """Growth of a fresh process's peak memory over one forward and backward pass of M2RNN."""
+    """Print a fresh process's growth of peak memory in one forward and backward pass of M2RNN."""
     context = multiprocessing.get_context("spawn")
     every_state = 4 * 16 * 64 * 16
     # Inputs' gradients, the output and its gradient, of a token: what any form must hold.

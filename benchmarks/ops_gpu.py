@@ -1,21 +1,21 @@
-"""Every op's GPU form against the floor of the card and against its obvious alternative.
+"""Time every op's GPU form against the card's roofline and against its obvious alternative.
 
     python -m benchmarks.ops_gpu [--only NAME ...] [--sizes 410M 1B 7B]
                                  [--lengths 1024 4096 16384 65536] [--tune] [--smoke]
 
-First the card's own rates, measured: a large copy (bytes read and written) and a large bf16 matrix
-product. Then, for each op, shape and length T (32,768 tokens at a time, at least one sequence), the
-median time of a forward pass and of a forward and a backward pass; ``floor``: the larger of bytes
-(each input, output and gradient once for each pass) over the copy's rate and FLOPs of tensor cores
-over the product's; ``share``: floor / time; ``ratio``: time of the alternative / time, both forward
-and backward in this run. ``error``: of the fast form's output and gradients against the definition
-in float64, at 200 tokens, the largest.
+First the card's rates are measured, by a large copy (bytes read and written) and a large bf16
+matrix product. Then, for each op, shape and length T (32,768 tokens at a time, at least one
+sequence), the median times of a forward pass and of a forward and a backward pass; ``floor``: the
+larger of bytes (each input, output and gradient once for each pass) over the copy's rate and
+tensor-core FLOPs over the product's; ``share``: floor / time; ``ratio``: time of the alternative /
+time, both forward and backward in this run; ``error``: the largest error of the fast form's output
+and gradients against the definition in float64, at 200 tokens.
 
-The alternatives: ours in plain torch (chunked, checkpointed); for M2RNN also a stand-in for the
-published kernel (benchmarks/m2rnn_history.py), with the peak memory of both; for the ParaRNN cells
-the sequential torch loop, at T = 512 to 16384. ``--tune`` tries tile sizes of our kernels.
-``--smoke`` runs all of it on tiny shapes wherever it is, also on a CPU with TRITON_INTERPRET=1: its
-times mean nothing.
+The alternatives are this project's plain torch forms (chunked, checkpointed); for M2RNN also a
+stand-in for the published kernel (benchmarks/m2rnn_history.py), with the peak memory of both; for
+the ParaRNN cells the sequential torch loop, at T = 512 to 16384. ``--tune`` tries other tile sizes.
+``--smoke`` runs everything on tiny shapes on any machine, also on a CPU with TRITON_INTERPRET=1;
+its times mean nothing.
 """
 
 from __future__ import annotations
@@ -57,9 +57,12 @@ Run = Callable[[str], Any]  # backend to output (and states)
 
 @dataclass
 class Case:
-    """make: (width, batch size, T, dtype) to the tensors with gradients, and a call by backend;
-    flops: of tensor cores, for a token's forward pass, from the tensors; definition, fast,
-    alternative: backends."""
+    """An op to time.
+
+    make: takes (width, batch size, T, dtype) and returns the tensors with gradients, and a call by
+    backend; flops: tensor-core FLOPs of a token's forward pass, from the tensors; definition, fast,
+    alternative: backends.
+    """
 
     name: str
     make: Callable[[int, int, int, torch.dtype], tuple[list[Tensor], Run]]
@@ -72,8 +75,10 @@ class Case:
 
 
 class Device:
-    """Where the benchmark runs, and its clock: medians over some 200 milliseconds of runs, those of
-    more than 300 once."""
+    """The device of the benchmark, and its clock.
+
+    Times are medians over about 200 milliseconds of runs; runs of more than 300 are timed once.
+    """
 
     def __init__(self, smoke: bool):
         self.gpu = torch.cuda.is_available()
@@ -85,7 +90,7 @@ class Device:
         self.smoke = smoke
 
     def milliseconds(self, run: Callable[[], Any]) -> float:
-        """Median of several runs, after warming up."""
+        """Return the median time of several runs, after a warm-up."""
         if not self.gpu:
             start = time.perf_counter()
             run()
@@ -93,7 +98,7 @@ class Device:
         first, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def together(times: int) -> float:
-            """Milliseconds for each of so many runs in a row, so that launching them is hidden."""
+            """Return the milliseconds per run of ``times`` in a row, which hides their launches."""
             torch.cuda.synchronize()
             first.record()
             for _ in range(times):
@@ -109,7 +114,7 @@ class Device:
         return statistics.median(together(max(1, min(20, int(40 / once)))) for _ in range(5))
 
     def rates(self) -> tuple[float, float]:
-        """(bytes per second of a copy, FLOP/s of a matrix product), of random data."""
+        """Return (bytes per second of a copy, FLOP/s of a matrix product), of random data."""
         size = 1 << (12 if self.smoke else 30)
         source = torch.randn(size // 2, device=self.name).to(self.dtype)
         target = torch.empty_like(source)
@@ -294,7 +299,7 @@ def first(output: Any) -> Tensor:
 
 
 def passes(wanted: list[Tensor], call: Run, backend: str) -> tuple[Any, Any]:
-    """Functions that run a forward pass, and a forward and a backward pass."""
+    """Return functions that run a forward pass, and a forward and a backward pass."""
     for tensor in wanted:
         tensor.requires_grad_()
     with torch.no_grad():
@@ -311,7 +316,7 @@ def passes(wanted: list[Tensor], call: Run, backend: str) -> tuple[Any, Any]:
 
 
 def largest_error(case: Case, device: Device) -> float:
-    """Of the fast form in ``device.dtype`` against the definition in float64, on equal numbers."""
+    """Return the fast form's error in ``device.dtype`` against the definition in float64."""
     results: list[list[Tensor]] = []
     for backend, dtype in ((case.fast, device.dtype), (case.definition, torch.float64)):
         torch.manual_seed(0)
@@ -336,7 +341,7 @@ def largest_error(case: Case, device: Device) -> float:
 def floors(
     wanted: list[Tensor], output: Tensor, flops: float, states: int, copy: float, product: float
 ) -> Any:
-    """Milliseconds of a forward pass, and of a forward and a backward pass."""
+    """Return the least milliseconds of a forward pass, and of a forward and a backward pass."""
     read, written = sum(t.nbytes for t in wanted), output.nbytes
     forward = max((read + written) / copy, flops / product)
     kept = max((read + max(states, 1) * written) / copy, flops / product)
@@ -344,7 +349,7 @@ def floors(
     return 1e3 * forward, 1e3 * (kept + backward)
 
 
-def said(problem: Exception) -> str:
+def one_line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0]}"
 
 
@@ -365,7 +370,7 @@ def op_table(
         try:
             error = f"{largest_error(case, device):.1e}"
         except Exception as problem:  # whatever a library or a compiler finds wrong with it
-            print(f"{case.name:<26} not here: {said(problem)}", flush=True)
+            print(f"{case.name:<26} not available: {one_line(problem)}", flush=True)
             continue
         sizes = {"tiny": 64} if device.smoke else {name: SIZES[name] for name in chosen_sizes}
         for size, width in sizes.items():
@@ -375,7 +380,7 @@ def op_table(
                     row(device, case, size, width, batch, length, rates, error)
                 except Exception as problem:
                     print(
-                        f"{case.name:<26} {size:>5} {length:>6} {batch:>3} {said(problem)}",
+                        f"{case.name:<26} {size:>5} {length:>6} {batch:>3} {one_line(problem)}",
                         flush=True,
                     )
 
@@ -412,7 +417,7 @@ def row(
 
 
 def against_history(device: Device, case: Case) -> None:
-    """M2RNN against the stand-in for the published kernel: time, and memory beyond the inputs."""
+    """Compare M2RNN with the stand-in for the published kernel: time, and memory beyond inputs."""
     print(f"\n{'m2rnn, backend':<28} {'T':>6} {'B':>3} {'both ms':>9} {'peak MB':>9}")
     for length in (16,) if device.smoke else (1024, 4096, 16384):
         batch = 1 if device.smoke else TOKENS // length
@@ -426,7 +431,7 @@ def against_history(device: Device, case: Case) -> None:
             )
 
         found = []
-        for name, run in (("triton", call), ("stand-in, whole history", stand_in)):
+        for name, run in (("triton", call), ("stand-in, full history", stand_in)):
             _, both = passes(wanted, run, "triton")
             took, peak = device.milliseconds(both), 0.0
             if device.gpu:
@@ -444,7 +449,7 @@ def against_history(device: Device, case: Case) -> None:
 
 
 def against_stepping(device: Device, chosen: list[Case], rates: Any, longest: int) -> None:
-    """The ParaRNN kernels against the sequential torch loop, forward and backward."""
+    """Compare the ParaRNN kernels with the sequential torch loop, forward and backward."""
     print(
         f"\n{'cell':<10} {'D':>5} {'B':>3} {'T':>6} {'loop ms':>10} {'kernel':<7} {'ms':>10} "
         f"{'ratio':>8} {'floor ms':>9} {'kernel / floor':>15}"
@@ -471,7 +476,7 @@ def against_stepping(device: Device, chosen: list[Case], rates: Any, longest: in
 
 
 def tune(device: Device, found: dict[str, Case]) -> None:
-    """Times of our kernels at other tile sizes; the ones in use are marked."""
+    """Time the kernels at other tile sizes; the ones in use are marked."""
     from pretrain.ops.m2rnn import kernels as of_m2rnn
     from pretrain.ops.para_rnn import kernels as of_para_rnn
 

@@ -1,8 +1,8 @@
-"""What layouts of four CPU processes cost, measured against formulas.
+"""Measure what layouts of four CPU processes cost, against formulas.
 
-Bytes sent per step and process by kind of group, as ring collectives send them; bytes of weights,
-gradients and optimizer state held by a process; the pipeline's idle share against (p - 1) / m; the
-most memory that a process takes against the planner's figure.
+Bytes sent per step and rank by kind of group, as ring collectives send them; bytes of weights,
+gradients and optimizer state held by a rank; the pipeline's idle share against (p - 1) / m; the
+peak memory of a process against the planner's prediction.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/parallel_cpu.py
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/parallel_cpu.py --bubble
@@ -59,7 +59,7 @@ def model_config(pattern: str = "gdn attn gdn attn", hidden: int = HIDDEN) -> Mo
 
 
 class SentBytes(TorchDispatchMode):
-    """Adds up what every collective of torch.distributed makes this process send in a ring."""
+    """Add up the bytes that the collectives of torch.distributed make this rank send in a ring."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,18 +96,18 @@ class SentBytes(TorchDispatchMode):
             return
         group: dist.ProcessGroup = dist.ProcessGroup.unbox(boxed)
         size = group.size()
-        whole = max(_bytes(a) for a in args)
+        total = max(_bytes(a) for a in args)
         if "recv" in name or "barrier" in name:
             return
         share = (size - 1) / size
         if "allreduce" in name:
-            sent = 2 * share * whole
+            sent = 2 * share * total
         elif name.startswith("send"):
-            sent = float(whole)
+            sent = float(total)
         elif "broadcast" in name:
-            sent = share * whole
-        else:  # all-gather, reduce-scatter: the larger side is what all have together
-            sent = share * whole
+            sent = share * total
+        else:  # all-gather, reduce-scatter: the larger side is the full tensor
+            sent = share * total
         self.by_kind[self._kinds.get(group.group_name, "other")] += round(sent)
 
 
@@ -119,29 +119,30 @@ def _bytes(argument: Any) -> int:
     return 0
 
 
-def times_whole(parallel: ParallelConfig, micro_batches: int) -> int:
-    """How often as many bytes as a process's part of the model go around data-parallel processes.
+def data_parallel_passes(parallel: ParallelConfig, micro_batches: int) -> int:
+    """Return how often the bytes of a rank's part of the model pass around data-parallel ranks.
 
     megatron-core: gradients and parameters once each; an all-reduce (ZeRO-0) is as much. DeepSpeed
     all-reduces gradients, at stage 2 those of every micro-batch, and gathers parameters once; at
-    stage 3 it gathers them for, and reduces behind, every micro-batch.
+    stage 3 it gathers parameters before and reduces gradients after every micro-batch.
     """
     if parallel.zero_backend == "megatron":
         return 2
     return {1: 3, 2: 2 * micro_batches + 1, 3: 2 * micro_batches}[parallel.zero_stage]
 
 
-def expected_bytes(parallel: ParallelConfig, engine: Engine, own: int) -> Counter[str]:
-    """Per step, of this process, which holds ``own`` parameters, in float32."""
+def expected_bytes(parallel: ParallelConfig, engine: Engine, local: int) -> Counter[str]:
+    """Return the bytes that a rank with ``local`` parameters sends per step, in float32."""
     size, data = dist.get_world_size(), data_parallel_rank_and_size()[1]
     tensor, stages = parallel.tensor, parallel.pipeline
     micro_batches = MICRO_BATCHES // data
     expected: Counter[str] = Counter()
-    expected["data"] = round(4 * own * (data - 1) / data * times_whole(parallel, micro_batches))
+    passes = data_parallel_passes(parallel, micro_batches)
+    expected["data"] = round(4 * local * (data - 1) / data * passes)
     activation = 4 * SEQ_LEN * HIDDEN
     # One all-reduce of activations per mixer and MLP forward and one backward, one each for the
-    # embedding and the head; or their two halves, where the tokens are divided, and once more the
-    # inputs for the weights' gradients.
+    # embedding and the head; or their two halves, where the tokens are sharded, and the inputs
+    # again for the weights' gradients.
     ends = sum(part.stage.first + part.stage.last for part in engine.parts)
     blocks = sum(len(part.stage.blocks) for part in engine.parts)
     each = 2 * activation * (tensor - 1) / tensor
@@ -162,7 +163,7 @@ def expected_bytes(parallel: ParallelConfig, engine: Engine, own: int) -> Counte
 
 
 def held_bytes() -> int:
-    """Of all live float tensors' storages: weights, gradients and optimizer state."""
+    """Return the bytes of all live float tensors: weights, gradients and optimizer state."""
     gc.collect()
     storages = {}
     for found in gc.get_objects():
@@ -172,13 +173,16 @@ def held_bytes() -> int:
     return sum(storages.values())
 
 
-def expected_held(parallel: ParallelConfig, own: int) -> float:
-    """float32: 4 bytes a parameter for weights, 4 for gradients, 8 for the moments; DeepSpeed has a
-    second copy of the weights that it updates and lets go of gradients, but at stage 3."""
+def expected_held(parallel: ParallelConfig, local: int) -> float:
+    """Return the bytes that a rank with ``local`` parameters holds.
+
+    In float32 a parameter takes 4 bytes for the weight, 4 for the gradient and 8 for the moments.
+    DeepSpeed updates a second copy of the weights and frees gradients, except at stage 3.
+    """
     data = data_parallel_rank_and_size()[1]
     if parallel.zero_backend == "deepspeed":
-        return own * {1: 4 + 12 / data, 2: 4 + 12 / data, 3: 20 / data}[parallel.zero_stage]
-    return own * (4 + 4 + 8 / (1 if parallel.zero_stage == 0 else data))
+        return local * {1: 4 + 12 / data, 2: 4 + 12 / data, 3: 20 / data}[parallel.zero_stage]
+    return local * (4 + 4 + 8 / (1 if parallel.zero_stage == 0 else data))
 
 
 def batches(micro_batches: int, seq_len: int = SEQ_LEN) -> list[Any]:
@@ -190,12 +194,12 @@ def batches(micro_batches: int, seq_len: int = SEQ_LEN) -> list[Any]:
 def make(
     config: ModelConfig, parallel: ParallelConfig, seq_len: int, count: int
 ) -> tuple[Engine, int]:
-    """The engine, and the number of parameters of this process."""
+    """Return an engine, and the number of this rank's parameters."""
     stages = build_stages(
         config, VOCAB, seed=0, seq_len=seq_len, sequence_parallel=parallel.sequence
     )
-    own = sum(p.numel() for stage in stages for p in stage.parameters())
-    return Engine(stages, OptimizerConfig(), parallel, count), own
+    local = sum(p.numel() for stage in stages for p in stage.parameters())
+    return Engine(stages, OptimizerConfig(), parallel, count), local
 
 
 def costs() -> None:
@@ -211,11 +215,11 @@ def costs() -> None:
         rank, size = data_parallel_rank_and_size()
         before = held_bytes()
         engine, parameters = make(model_config(), parallel, SEQ_LEN, MICRO_BATCHES // size)
-        own = batches(MICRO_BATCHES)[rank::size]
+        local = batches(MICRO_BATCHES)[rank::size]
         formula = expected_bytes(parallel, engine, parameters)
-        engine.train_step(own, 1e-3)
+        engine.train_step(local, 1e-3)
         with SentBytes() as sent:
-            engine.train_step(own, 1e-3)
+            engine.train_step(local, 1e-3)
         held = gather((held_bytes() - before, expected_held(parallel, parameters)))
         everyone = gather((sent.by_kind, formula))
         name = layout_name(parallel)
@@ -248,9 +252,11 @@ def layout_name(parallel: ParallelConfig) -> str:
 
 
 class _Clock:
-    """Of a process: a stage takes 1 forward and 2 backward, and goes on when what it needs is there
-    and it has nothing earlier to do. A number in every activation and gradient that is sent says
-    when that was."""
+    """The simulated clock of a rank.
+
+    A stage takes 1 forward and 2 backward, and continues once its input has arrived and its earlier
+    work is done. A number in every activation and gradient that is sent holds the time of sending.
+    """
 
     now = 0.0
 
@@ -267,7 +273,7 @@ class _Clock:
 
 
 class _Arrives(torch.autograd.Function):
-    """A stage's input, whose gradient goes to the stage before."""
+    """A stage's input, whose gradient goes to the previous stage."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -279,7 +285,7 @@ class _Arrives(torch.autograd.Function):
 
 
 class _Leaves(torch.autograd.Function):
-    """A stage's output, or the losses of the last."""
+    """A stage's output, or the losses of the last stage."""
 
     @staticmethod
     def forward(
@@ -310,8 +316,11 @@ def _keep_time(part: Any, length: float) -> None:
 
 
 def bubble() -> None:
-    """Idle micro-batches of a step, by clocks of the processes' own that real steps of the real
-    schedules carry along: two busy cores are no instrument for it. And the step's time on them."""
+    """Print the idle micro-batches of a step, and its time.
+
+    The ranks have simulated clocks that real steps of the real schedules carry along, because two
+    busy cores cannot measure idle time.
+    """
     table = Table(title="idle time of the pipeline, in micro-batches", title_justify="left")
     for column in ("layout", "m", "measured", "(p - 1) / v", "seconds of the step"):
         table.add_column(column)
@@ -323,10 +332,10 @@ def bubble() -> None:
         for part in engine.parts:
             _keep_time(part, 1 / parts)
         for count in COUNTS:
-            own = batches(count * data_parallel_rank_and_size()[1], seq_len)[:count]
+            local = batches(count * data_parallel_rank_and_size()[1], seq_len)[:count]
             dist.barrier()
             begin, _Clock.now = time.perf_counter(), 0.0
-            engine.backend.forward_backward(own)
+            engine.backend.forward_backward(local)
             dist.barrier()
             seconds, end = time.perf_counter() - begin, max(gather(_Clock.now))
             table.add_row(
@@ -342,7 +351,7 @@ def bubble() -> None:
 
 
 def memory() -> None:
-    """Models of width 512 and more on two processes that it starts; planned by itself, without."""
+    """Print measured and planned peak memory of models of width 512 and more on two processes."""
     from tests.helpers.memory_worker import CASES, MORE_CASES
     from tests.pretrain.planner.test_planner import measure, plan
 

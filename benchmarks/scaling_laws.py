@@ -1,8 +1,8 @@
-"""Scaling laws on what they were not fitted to; exact recovery; coverage of the intervals.
+"""Test scaling laws on held-out curves; exact recovery of a law; coverage of the intervals.
 
 ``python benchmarks/scaling_laws.py [FOLDER ...] [--fit NAME ...] [--coverage 200]``: each FOLDER
 has CSV files with step, lr, loss of one size (tests/data/curves/csv_25 and csv_100). Schedules are
-rebuilt from the files' names (see tests/data/curves/README.md), of other names interpolated.
+rebuilt from the files' names (see tests/data/curves/README.md), or interpolated for other names.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from pretrain.config import ScheduleConfig
 
 CURVES = Path(__file__).parents[1] / "tests/data/curves"
 FITTED = ("cosine_24000", "constant_24000", "wsdcon_9")
-# Mean absolute percentage errors with 7 parameters, arXiv 2503.12811's own repository.
+# Mean absolute percentage errors with 7 parameters, from the repository of arXiv 2503.12811.
 PUBLISHED = {"csv_25": 0.110, "csv_100": 0.142}
 
 
 def schedule_of(name: str) -> str | None:
-    """The settings of a published curve by its name; None for other names."""
+    """Return the schedule of a published curve by its name; None for other names."""
     kind, *numbers = name.split("_") if re.fullmatch(r"[a-z]+(_\d+)+", name) else [""]
     common = "lr=3e-4 warmup_steps=2160 final_ratio=0.1"
     n = [int(x) for x in numbers]
@@ -76,12 +76,12 @@ def held_out(curves: dict[str, Curve], fitted: tuple[str, ...], law: str) -> tup
 
 
 def errors(folders: list[Path], fitted: tuple[str, ...]) -> None:
-    print(f"fitted to {', '.join(fitted)}: mean absolute error of the others (%)")
+    print(f"fitted to {', '.join(fitted)}: mean absolute error on the others (%)")
     for folder in folders:
         curves = read(folder)
         missing = [name for name in fitted if name not in curves]
         if missing:
-            raise SystemExit(f"{folder}: has no {missing[0]}.csv; --fit names the fitted ones")
+            raise SystemExit(f"{folder} has no {missing[0]}.csv; name the fitted curves with --fit")
         published = PUBLISHED.get(folder.name)
         print(
             f"{folder.name}" + (f", published multi-power law {published:.3f}" if published else "")
@@ -108,7 +108,7 @@ def errors(folders: list[Path], fitted: tuple[str, ...]) -> None:
 
 
 def splits(folders: list[Path], longest: int = 30_000) -> None:
-    """Every three curves of up to ``longest`` steps, so that nothing hangs on one split."""
+    """Fit to every three curves of up to ``longest`` steps, so that no single split decides."""
     print(f"\nfitted to any three curves of up to {longest:,} steps, the others predicted (%)")
     for folder in folders:
         curves = read(folder)
@@ -126,7 +126,7 @@ TRUTH = {"alpha": 0.3478, "beta": 0.3658, "E": 1.8172, "A": 482.01, "B": 2085.43
 
 
 def grid_of_runs(noise: float = 0.0, seed: int = 0) -> Points:
-    """Sizes and tokens like those of arXiv 2203.15556, losses by the law and its noise."""
+    """Return sizes and tokens like those of arXiv 2203.15556, with losses by the law and noise."""
     sizes, ratios = np.geomspace(44e6, 16e9, 16), np.geomspace(2, 200, 15)
     n, r = (x.ravel() for x in np.meshgrid(sizes, ratios))
     loss = TRUTH["E"] + TRUTH["A"] * n ** -TRUTH["alpha"] + TRUTH["B"] * (n * r) ** -TRUTH["beta"]
@@ -139,12 +139,12 @@ def recovery() -> None:
     found = fit(size_law("chinchilla", points), [points], Options("log"))
     raw = found.law.derived(found.values)
     values = {**found.values, "A": raw["raw A"], "B": raw["raw B"]}
-    told = ", ".join(f"{k} {values[k]:.6g} (true {v})" for k, v in TRUTH.items())
-    print(f"\nChinchilla from {len(points.loss)} noiseless runs: {told}")
+    listed = ", ".join(f"{k} {values[k]:.6g} (true {v})" for k, v in TRUTH.items())
+    print(f"\nChinchilla from {len(points.loss)} noiseless runs: {listed}")
 
 
 def true_fit(name: str) -> tuple[Fit, list[Any]]:
-    """A law with known parameters and the runs that it is simulated on."""
+    """Return a law with known parameters and the runs that it is simulated on."""
     if name in CURVE_LAWS:
         schedules = (
             ScheduleConfig("cosine", 100),
@@ -161,8 +161,8 @@ def true_fit(name: str) -> tuple[Fit, list[Any]]:
             "annealing": [0.5, np.log(200.0), 3.0, 0.6, 0.8],
             "multi_power": [0.5, np.log(10.0), np.log(0.6), 0.4, 3.0, 0.6, 0.2],
         }[name]
-        own = len(law.nonlinear)
-        truth = Fit(law, np.array(values[:own]), np.array(values[own:]), 0, [], [], [], Options())
+        k = len(law.nonlinear)
+        truth = Fit(law, np.array(values[:k]), np.array(values[k:]), 0, [], [], [], Options())
         return truth, curves
     points = grid_of_runs()
     points = points.only(range(0, len(points.loss), 4))
@@ -174,21 +174,21 @@ def true_fit(name: str) -> tuple[Fit, list[Any]]:
         "kaplan": [0.08, 0.1, 0.5, 3.0],
         "data_constrained": [0.35, 0.37, np.log(15.0), 1.8, 0.3, 0.4],
     }[name]
-    own = len(law.nonlinear)
-    return Fit(
-        law, np.array(values[:own]), np.array(values[own:]), 0, [], [], [], Options("log")
-    ), [points]
+    k = len(law.nonlinear)
+    return Fit(law, np.array(values[:k]), np.array(values[k:]), 0, [], [], [], Options("log")), [
+        points
+    ]
 
 
 def simulated(task: tuple[str, int, int]) -> np.ndarray:
-    """Which parameters' intervals cover the truth on one noisy data set."""
+    """Return which parameters' intervals cover the truth on one noisy data set."""
     name, seed, samples = task
     truth, runs = true_fit(name)
     generator = np.random.default_rng(seed)
     noisy = []
     for run in runs:
         noise = generator.standard_normal(len(run.loss))
-        if name in CURVE_LAWS:  # neighbours are alike: AR(1), 0.6
+        if name in CURVE_LAWS:  # neighbors are correlated: AR(1), 0.6
             for i in range(1, len(noise)):
                 noise[i] = 0.6 * noise[i - 1] + 0.8 * noise[i]
         noisy.append(replace(run, loss=truth.predict(run) * np.exp(1e-3 * noise)))

@@ -1,10 +1,10 @@
-"""How fast documents become shards, against a bare SentencePiece loop over the same documents.
+"""Time turning documents into shards, against a bare SentencePiece loop over the same documents.
 
     python -m benchmarks.tokenization_speed [--megabytes 60] [--rounds 3]
 
-The bare loop is `for text in documents: model.encode(text)` in one process, nothing kept. The
-pipeline is `python -m data_prep` from reading files to hashed shards on disk, its start (imports
-and worker processes) left out: it is timed from the first document read to the last shard whole.
+The bare loop is `for text in documents: model.encode(text)` in one process, keeping nothing. The
+pipeline is `python -m data_prep` from reading files to hashed shards on disk, without its start-up
+(imports and worker processes): it is timed from the first document read to the last complete shard.
 Rounds alternate and the median counts, because other work on the machine disturbs single figures.
 """
 
@@ -22,10 +22,11 @@ from pathlib import Path
 import sentencepiece
 
 from data_prep.config import SourceConfig, TokenizerConfig
+from data_prep.local_files import StandardLibrary
 from data_prep.progress import Progress
 from data_prep.screen import ProgressDisplay
 from data_prep.shards import indexed_dataset, write_shards
-from data_prep.sources import StandardLibrary, open_source
+from data_prep.sources import open_source
 from data_prep.tokenizer_training import train_sentencepiece
 from data_prep.workers import WorkerPool
 from pretrain.data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ from pretrain.data.tokenizer import Tokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=60, help="of text for each measurement")
+    parser.add_argument("--megabytes", type=int, default=60, help="text for each measurement (60)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kind", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument("--vocab-size", type=int, default=4096)
@@ -69,7 +70,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def bare(model_file: Path, texts: list[str]) -> tuple[float, float]:
-    """Wall and CPU seconds of encoding, and nothing else."""
+    """Return the wall and CPU seconds of encoding alone."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     wall, cpu = time.perf_counter(), time.process_time()
     for text in texts:
@@ -78,7 +79,7 @@ def bare(model_file: Path, texts: list[str]) -> tuple[float, float]:
 
 
 def pipeline(text: Path, model_file: Path, output: Path, processes: int) -> tuple[float, float]:
-    """Wall seconds, and CPU seconds of the parent and all workers together."""
+    """Return the wall seconds, and the CPU seconds of the parent and all workers together."""
     (output / ".partial").mkdir(parents=True)
     progress = Progress({}, {}, path=str(output / ".partial" / "progress.json"))
     source = open_source(SourceConfig(name="text", kind="files", paths=[str(text)]))
@@ -126,7 +127,7 @@ def report(
             f"{name:28} {wall:8.2f} {megabytes / wall:7.2f} {cpu:8.2f} {megabytes / cpu:13.2f} "
             f"{bare_cpu / cpu:7.2f}   (wall: {bare_wall / wall:.2f})"
         )
-    print("ratio: MB per CPU second, parent and workers counted, to that of the bare loop")
+    print("ratio: MB per CPU second of parent and workers, to that of the bare loop")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""The training step of whole models on one GPU: tokens/s, MFU, memory, and where the time goes.
+"""Time the training step of full models on one GPU: tokens/s, MFU, memory, and time by kernel.
 
     python -m benchmarks.train_gpu [--sizes 410m 1b] [--only NAME ...] [--lengths 4096 16384]
                                    [--profile FOLDER] [--smoke]
 
-Every model of configs/models in bfloat16, through the engine that trains: megatron-core's schedule,
-forward, backward, clipping, AdamW. Random tokens, 32,768 in a micro-batch, two micro-batches in a
-step, rows of T as sequences. MFU: model FLOPs (matrix products, attention's causal half counted)
-over the dense peak. ``ratio``: tokens/s over the transformer's of that size and length; the 7:1
-hybrid with one M2RNN layer is also set against the one without, which has as many parameters (its
-MLP is wider instead, and its attention lies elsewhere). ``waits``: how often a
-step made the host wait for the GPU, as torch's sync debug mode tells (the loss and the gradient's
-norm are looked at once each). ``--profile`` saves a picture of one step by kernel. ``--smoke``: one
-tiny model wherever it runs, its figures meaning nothing.
+Runs every model of configs/models in bfloat16 through the training engine: megatron-core's
+schedule, forward, backward, clipping, AdamW. Tokens are random, 32,768 in a micro-batch, two
+micro-batches in a step, rows of T as sequences. MFU: model FLOPs (matrix products, counting
+attention's causal half) over the dense peak. ``ratio``: tokens/s over the transformer's of that
+size and length; the 7:1 hybrid with one M2RNN layer is also compared with the one without, which
+has as many parameters (its MLP is wider instead, and its attention is at other depths). ``waits``:
+how often a step made the host wait for the GPU, according to torch's sync debug mode (the loss and
+the gradient's norm are read once each). ``--profile`` saves a picture of one step by kernel.
+``--smoke`` runs one tiny model on any machine; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def loaded(path: Path, length: int, tokens: int) -> RunConfig:
 
 
 def waits(step: Callable[[], Any]) -> int | str:
-    """How often the host waited for the GPU in a step."""
+    """Count how often the host waited for the GPU in a step."""
     if not torch.cuda.is_available():
         return "-"
     with warnings.catch_warnings(record=True) as seen:
@@ -96,7 +96,7 @@ def waits(step: Callable[[], Any]) -> int | str:
 
 
 def measure(config: RunConfig, name: str, steps: int, tokens: int, profile: Path | None) -> Any:
-    """(tokens per second, MFU or None, peak GB, waits)."""
+    """Return (tokens per second, MFU or None, peak GB, waits)."""
     torch._dynamo.reset()  # what earlier models had compiled counts against a limit
     vocab_size, length = config.model.vocab_size or 32000, config.train.seq_len
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -139,7 +139,7 @@ def measure(config: RunConfig, name: str, steps: int, tokens: int, profile: Path
 
 
 def save_profile(step: Callable[[], Any], path: Path, title: str) -> None:
-    """The kernels of one step, those that take most of the GPU's time, as a picture."""
+    """Draw the kernels that take most of the GPU's time in one step."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -166,10 +166,10 @@ def save_profile(step: Callable[[], Any], path: Path, title: str) -> None:
     values = [time / 1e3 for _, time in most] + [rest / 1e3]
     figure, axes = plt.subplots(figsize=(10, 7), layout="constrained")
     axes.barh(names[::-1], values[::-1])
-    for place, value in enumerate(values[::-1]):
+    for row, value in enumerate(values[::-1]):
         axes.text(
             value,
-            place,
+            row,
             f" {value:.2f} ({value / max(sum(values), 1e-9):.0%})",
             va="center",
             fontsize=8,
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="models whose name contains one of these")
     parser.add_argument("--lengths", nargs="*", type=int, default=[4096])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--profile", type=Path, help="folder for a picture of a step of each")
+    parser.add_argument("--profile", type=Path, help="folder for pictures of each model's step")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.smoke:
@@ -248,8 +248,8 @@ def main() -> None:
             pair = [speeds.get((size, f"gdn-hybrid-{kind}")) for kind in ("one-m2rnn", "7to1")]
             if pair[0] and pair[1]:
                 print(
-                    f"{size}, T = {length}: one M2RNN layer in the hybrid, "
-                    f"{pair[0] / pair[1]:.3f} of its speed without"
+                    f"{size}, T = {length}: the hybrid with one M2RNN layer has "
+                    f"{pair[0] / pair[1]:.3f} of the speed without"
                 )
 
 

@@ -1,11 +1,11 @@
-"""The training step against a bare torch loop over the same model, and the loader's share of it.
+"""Time the training step against a bare torch loop over the same model, and the loader's share.
 
     python benchmarks/training_step_cpu.py configs/runs/demo.yaml [key=value ...]
 
-Both train the same model on the same batches, in turns within one run, so that whatever else the
-machine does falls on both. The bare loop is forward, backward, clip, torch.optim.AdamW, and
-batches made beforehand. Ours loads its batches, runs through megatron-core's schedule, data
-parallel and distributed optimizer, and checks the loss.
+Both train the same model on the same batches, alternating within one run, so that other work on the
+machine affects both. The bare loop is forward, backward, clip, torch.optim.AdamW, and prepared
+batches. The project's step loads its batches, runs through megatron-core's schedule, data parallel
+and distributed optimizer, and checks the loss.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pretrain.training.engine import Engine
 
 
 class BareLoop:
-    """What one would write without any of this project but the model."""
+    """Train as one would with only the model from this project."""
 
     def __init__(self, model: LanguageModel, lr: float, weight_decay: float):
         self.model = model

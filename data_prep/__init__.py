@@ -1,1 +1,1 @@
-"""Text to token shards: ``python -m data_prep CONFIG``."""
+"""Tokenize text into shards: ``python -m data_prep CONFIG``."""

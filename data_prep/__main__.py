@@ -1,4 +1,4 @@
-"""``python -m data_prep CONFIG [key=value ...]``, and ``inspect`` and ``verify`` for the result."""
+"""``python -m data_prep CONFIG [key=value ...]``, and ``inspect`` and ``verify`` for its result."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pretrain.common.errors import run_command
 
 
 class Terminated(BaseException):
-    """SIGTERM, as an exception, so that everything is closed on the way out."""
+    """Raised on SIGTERM, so that everything is closed on the way out."""
 
 
 def main() -> int:
-    """Run the command of ``sys.argv``; the exit status."""
+    """Run the command of ``sys.argv`` and return the exit status."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return _main(sys.argv[1:])
@@ -23,7 +23,7 @@ def main() -> int:
         status = 128 + signal.SIGINT
     except Terminated:
         status = 128 + signal.SIGTERM
-    words = "interrupted: whole shards are kept, run the same command again to go on from there"
+    words = "interrupted: complete shards are kept, run the same command again to resume"
     print("interrupted" if _only_reads(sys.argv[1:]) else words, file=sys.stderr)
     return status
 
@@ -39,13 +39,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep",
-        description="Turn text into shards of tokens for pretraining.",
+        description="Tokenize text into shards for pretraining.",
         epilog="python -m data_prep inspect DIR shows what a data set holds; "
         "python -m data_prep verify DIR checks it against its hashes.",
     )
     if _only_reads(arguments):
         parser.add_argument("command")
-        parser.add_argument("directory", help="a data set made by this program")
+        parser.add_argument("directory", help="folder of a data set")
         options = parser.parse_args(arguments)
         from data_prep import inspection
 

@@ -1,4 +1,4 @@
-"""Every setting of ``python -m data_prep``."""
+"""The settings of ``python -m data_prep``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.common.config_loader import Config, ConfigError, load_config, sett
 
 @dataclass
 class SourceConfig(Config):
-    """Where text comes from. Each source keeps its own shards."""
+    """A source of text. Each has shards of its own, which weights blend at load time."""
 
     name: str
     """Name of the source, also in the names of its shards."""
@@ -60,7 +60,7 @@ class TokenizerConfig(Config):
 
 @dataclass
 class DataPrepConfig(Config):
-    """One data set: sources of text, a tokenizer, and how the shards are cut."""
+    """The settings of one data set: sources of text, a tokenizer, and how shards are cut."""
 
     output: str
     """The directory to write."""
@@ -85,7 +85,10 @@ _ONLY_FOR = {
 
 
 def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataPrepConfig:
-    """Read and check a data config; :class:`ConfigError` says what is wrong and where."""
+    """Read and check a data config.
+
+    Raises :class:`ConfigError`, which names the setting.
+    """
     config = load_config(DataPrepConfig, path, overrides)
     if not config.sources:
         raise ConfigError(f"{path}: sources is empty, expected at least one source of text")
@@ -98,7 +101,7 @@ def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataPre
                 "because it becomes part of file names"
             )
         if names.count(source.name) > 1:
-            raise ConfigError(f"{where}.name is '{source.name}', which another source has too")
+            raise ConfigError(f"{where}.name is '{source.name}', the name of another source too")
         _check_kind(source, where)
     return config
 

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.config import SourceConfig
-from data_prep.sources import Document, Source, text_of
+from data_prep.documents import Document, Source, text_of
 from pretrain.common.errors import UserError
 
 T = TypeVar("T")
 
 
 class HuggingFace(Source):
-    """One split of a data set, as a single file of rows."""
+    """One split of a Hugging Face data set, as a single file of rows.
+
+    Raises :class:`UserError` when the ``datasets`` package is missing or cannot read the data set.
+    """
 
     def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
@@ -42,7 +45,7 @@ class HuggingFace(Source):
         )
 
     def _guard(self, action: Callable[[], T]) -> T:
-        """Run ``action``; whatever ``datasets`` raises becomes one sentence."""
+        """Run ``action``, turning whatever ``datasets`` raises into a one-sentence UserError."""
         try:
             return action()
         except UserError:
@@ -70,23 +73,25 @@ class HuggingFace(Source):
             self._builder.download_and_prepare()
             rows = self._builder.as_dataset(split=config.split)
         if rows.column_names is None:
-            return rows  # a stream whose columns are only known by its rows
+            return rows  # a stream, whose columns are known only from its rows
         text_of(dict.fromkeys(rows.column_names), config.text_field, f"source '{config.name}'")
         return rows.select_columns([config.text_field])
 
     @property
     def sizes(self) -> list[int] | None:
+        """Number of rows, None for a stream."""
         if isinstance(self._rows, self._library.Dataset):
             return [self._rows.num_rows]
         return None
 
     @property
     def file_count(self) -> int:
+        """Number of files: the split counts as one."""
         return 1
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the builder with its files' times of change, or of the saved data set."""
+        """A hash of the builder with its files' times of change, or of the saved data set."""
         if self._builder is None:
             parts = [self._rows._fingerprint]
         else:
@@ -94,6 +99,7 @@ class HuggingFace(Source):
         return hashlib.sha256("\0".join([*map(str, parts), self.config.split]).encode()).hexdigest()
 
     def read(self, file: int, skip: int = 0) -> Iterator[Document]:
+        """Yield the rows' texts, skipping the first ``skip`` rows."""
         rows = iter(self._rows.skip(skip) if skip else self._rows)
         number = skip
         while (row := self._guard(lambda: next(rows, None))) is not None:

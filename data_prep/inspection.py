@@ -1,4 +1,4 @@
-"""Look into a finished data set, and check that it is undamaged."""
+"""Inspect a finished data set, and verify its files against the manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _SAMPLE_TOKENS = 200
 
 
 def verify(directory: str | Path) -> None:
-    """Compare every file with the manifest's hashes; :class:`UserError` names the damaged ones."""
+    """Compare every file with the manifest's hashes.
+
+    Raises :class:`UserError`, naming them, when files are missing or damaged.
+    """
     directory = Path(directory)
     manifest = Manifest.load(directory)
     expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
@@ -34,7 +37,7 @@ def verify(directory: str | Path) -> None:
             damaged.append(f"{path} is damaged (its hash differs from the manifest's)")
     if damaged:
         raise UserError("; ".join(damaged))
-    print(f"{directory}: {len(expected)} files as the manifest says")
+    print(f"{directory}: all {len(expected)} files match the manifest")
 
 
 def inspect(directory: str | Path) -> None:
@@ -53,18 +56,18 @@ def inspect(directory: str | Path) -> None:
     console.print("\nlength of documents, in tokens")
     for line in histogram(np.concatenate(lengths)):
         console.print(line)
-    # One from the middle of each of the first shards: they differ more than neighbours do.
+    # One from the middle of each of the first shards: these differ more than neighbors do.
     for shard, sizes in list(zip(manifest.shards, lengths, strict=True))[:_SAMPLES]:
         dataset = indexed_dataset().IndexedDataset(str(directory / shard.name))
         index = shard.documents // 2
         size = int(sizes[index])
         shown = min(_SAMPLE_TOKENS, size)
-        console.rule(f"{shard.name}, document {index}: {shown} of its {size:,} tokens")
+        console.rule(f"{shard.name}, document {index}: {shown} of {size:,} tokens")
         console.print(tokenizer.decode(dataset.get(index, length=shown)))
 
 
 def histogram(lengths: np.ndarray) -> list[str]:
-    """Lines of a histogram whose classes are powers of two."""
+    """Return the lines of a histogram of ``lengths`` [documents], binned by powers of two."""
     classes = np.floor(np.log2(np.maximum(lengths, 1))).astype(int)
     counts = np.bincount(classes)
     first = int(np.flatnonzero(counts)[0]) if len(lengths) else 0

@@ -1,4 +1,4 @@
-"""From a config to a finished data set: start, resume, or see that nothing is to be done."""
+"""From a config to a finished data set: start, resume, or find that there is nothing to do."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DataPrepConfig
+from data_prep.documents import Source
 from data_prep.progress import NAME as PROGRESS
 from data_prep.progress import Progress, shard_files
 from data_prep.screen import ProgressDisplay, print_summary
 from data_prep.shards import file_hash, indexed_dataset, write_shards
-from data_prep.sources import Source, open_source
+from data_prep.sources import open_source
 from data_prep.tokenizer_training import train_tokenizer
 from data_prep.workers import SPLITS, WorkerPool
 from pretrain.common.errors import UserError
@@ -38,10 +39,10 @@ from pretrain.data.tokenizer import FILE_NAMES, Tokenizer
 
 
 def prepare(config: DataPrepConfig, overwrite: bool = False) -> Manifest:
-    """Make the data set that ``config`` describes, or what of it is missing.
+    """Build the data set that ``config`` describes, resuming an interrupted build.
 
-    Raises :class:`UserError` for bad input, a full disk, or an output built from other settings
-    (unless ``overwrite``).
+    Returns the manifest. Raises :class:`UserError` for bad input, a full disk, or an output built
+    from other settings (unless ``overwrite``).
     """
     output = Path(config.output)
     try:
@@ -82,7 +83,7 @@ def _run(
     processes = config.processes or os.cpu_count() or 1
     with ProgressDisplay() as display, WorkerPool(processes) as pool:
         if progress.shards:
-            display.say(f"resuming after {len(progress.shards)} whole shard files")
+            display.say(f"resuming after {len(progress.shards)} complete shard files")
         tokenizer = _tokenizer(config, progress, output, pool, display)
         write_shards(
             sources,
@@ -108,7 +109,7 @@ def _tokenizer(
     pool: WorkerPool,
     display: ProgressDisplay,
 ) -> Tokenizer:
-    """The data set's tokenizer: from an earlier start, an existing file, or trained now."""
+    """Return the data set's tokenizer: of an earlier start, of an existing file, or trained now."""
     existing = config.tokenizer.path
     original = Tokenizer.load(existing).path if existing else None
     path = output / FILE_NAMES[original is not None and original.suffix == ".json"]
@@ -127,8 +128,8 @@ def _tokenizer(
         content = pool.result(future)
     if progress.shards:
         raise UserError(
-            f"{path} is missing or changed, but shards were made with it: start over with "
-            "--overwrite"
+            f"{path} is missing or has changed, but existing shards were made with it: start over "
+            "with --overwrite"
         )
     write_bytes(path, content)
     tokenizer = Tokenizer.load(path)
@@ -138,7 +139,7 @@ def _tokenizer(
 
 
 def _settings(config: DataPrepConfig) -> dict[str, Any]:
-    """What decides the content of the shards; neither where they lie nor how many make them."""
+    """Return the settings that decide the shards' content: not the output nor the processes."""
     settings = dataclasses.asdict(config)
     del settings["output"], settings["processes"]
     if config.tokenizer.path:
@@ -153,7 +154,7 @@ def _same_input(
     settings: dict[str, Any],
     fingerprints: dict[str, str],
 ) -> None:
-    """Raise :class:`UserError` when ``output`` was made from something else than is given now."""
+    """Raise :class:`UserError` when ``output`` was made from other settings or other text."""
     advice = "choose another output, or replace it with --overwrite"
     changed = [
         f"{name} was {old}, now is {new}" for name, old, new in _differences(old_settings, settings)
@@ -166,7 +167,7 @@ def _same_input(
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Name, old and new value of the settings that differ."""
+    """Yield the name, old value and new value of each setting that differs."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
@@ -192,7 +193,7 @@ def _check_holds_text(source: Source) -> None:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Keep a second run from writing to the same place."""
+    """Keep a second run from writing to the same folder."""
     partial = output / ".partial"
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / "lock").open("w") as file:
@@ -206,7 +207,7 @@ def _locked(output: Path) -> Iterator[None]:
 def _start(
     output: Path, settings: dict[str, Any], fingerprints: dict[str, str], overwrite: bool
 ) -> Progress:
-    """The progress to go on from; everything in ``output`` that it does not list is removed."""
+    """Return the progress to resume from; remove the shards in ``output`` that it does not list."""
     path = output / ".partial" / PROGRESS
     progress = None if overwrite else Progress.load(path)
     if progress is None and not overwrite and (foreign := shard_files(output)):
@@ -217,7 +218,7 @@ def _start(
     if progress is not None and progress.shards:
         _same_input(output, progress.settings, progress.fingerprints, settings, fingerprints)
     else:
-        (output / MANIFEST).unlink(missing_ok=True)  # first: from here on nothing is vouched for
+        (output / MANIFEST).unlink(missing_ok=True)  # first: what follows invalidates it
         progress = Progress(settings, fingerprints, path=str(path))
         progress.save()
         for name in FILE_NAMES:
@@ -258,7 +259,7 @@ def _manifest(config: DataPrepConfig, progress: Progress, tokenizer: Tokenizer) 
             "no document fell into the training split: add documents or lower validation_fraction"
         )
     if not tokenizer.lossless:
-        warnings.append("this tokenizer does not give text back byte for byte")
+        warnings.append("this tokenizer does not restore text byte for byte")
     return Manifest(
         format=FORMAT,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -285,7 +286,7 @@ def _explain(error: OSError, output: Path) -> str:
     where = error.filename or output
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"the disk that holds {output.resolve()} is full: whole shards are kept, free some "
-            "space and run the same command again to go on from there"
+            f"the disk that holds {output.resolve()} is full: complete shards are kept, free some "
+            "space and run the same command again to resume"
         )
     return f"{where}: {error.strerror or error}"

@@ -1,4 +1,4 @@
-"""``.partial/progress.json``: how far an unfinished data set has come."""
+"""``.partial/progress.json``: the state of an unfinished data set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME = "progress.json"
 
 @dataclass(frozen=True)
 class Position:
-    """Up to where the sources have been read."""
+    """How far the sources have been read."""
 
     source: int = 0
     file: int = 0
@@ -35,7 +35,7 @@ class Position:
 
 @dataclass
 class Progress:
-    """Whole shards, and what has been counted while making them."""
+    """The complete shards, and the counts of the text in them."""
 
     settings: dict[str, Any]
     fingerprints: dict[str, str]  # by source
@@ -55,7 +55,10 @@ class Progress:
 
     @classmethod
     def load(cls, path: Path) -> Progress | None:
-        """The progress saved at ``path``, None when there is none."""
+        """Read the progress saved at ``path``; return None when there is none.
+
+        Raises :class:`UserError` for a damaged file.
+        """
         try:
             progress = build_config(cls, json.loads(path.read_bytes()), str(path))
         except FileNotFoundError:
@@ -66,13 +69,13 @@ class Progress:
         return progress
 
     def save(self) -> None:
-        """Write, whole or not at all."""
+        """Write the file atomically."""
         packed = zlib.compress(self._counts.tobytes())
         self.bigrams = base64.b64encode(packed).decode()
         write_json(Path(self.path), dataclasses.asdict(self))
 
     def count(self, source: str, batch: TokenizedBatch) -> None:
-        """Add what a batch skipped, and its bytes."""
+        """Add a batch's skipped documents and its counts of bytes."""
         skipped = self.skipped.setdefault(source, dict.fromkeys(batch.skipped, 0))
         for why, number in batch.skipped.items():
             skipped[why] += number
@@ -80,18 +83,18 @@ class Progress:
         self._counts[256:] += batch.bigrams
 
     def add(self, shards: list[ShardEntry], position: Position) -> None:
-        """List whole shards; everything up to ``position`` is in them. Saved at once."""
+        """List complete shards, which hold everything up to ``position``, and save."""
         self.shards.extend(shards)
         self.position = position
         self.save()
 
     def next_index(self, source: str) -> int:
-        """The index of the next shard of ``source``."""
+        """Return the index of the next shard of ``source``."""
         indices = (int(s.name.rpartition("-")[2]) for s in self.shards if s.source == source)
         return max(indices, default=-1) + 1
 
     def counts(self, source: str, split: str) -> Counts:
-        """Of the whole shards of a source's split."""
+        """Return the counts of all complete shards of a source's split."""
         total = Counts()
         for shard in self.shards:
             if (shard.source, shard.split) == (source, split):
@@ -99,13 +102,13 @@ class Progress:
         return total
 
     def entropies(self) -> tuple[float, float]:
-        """Bits per byte: of single bytes, and of a byte given the one before."""
+        """Return the entropies of a byte, and of a byte given the previous one, in bits."""
         pairs = self._counts[256:].reshape(256, 256)
         return _bits(self._counts[:256]), _bits(pairs.ravel()) - _bits(pairs.sum(axis=1))
 
 
 def _bits(counts: npt.NDArray[np.int64]) -> float:
-    """Entropy in bits of the distribution that ``counts`` describe."""
+    """Return the entropy in bits of the distribution that ``counts`` describe."""
     total = counts.sum()
     if total == 0:
         return 0.0
@@ -114,7 +117,7 @@ def _bits(counts: npt.NDArray[np.int64]) -> float:
 
 
 def shard_files(output: Path) -> list[Path]:
-    """Files in ``output`` with the names of shards."""
+    """Return the files in ``output`` that are named like shards, sorted."""
     if not output.is_dir():
         return []
     pattern = re.compile(r"(train|valid)-.+-\d{5,}\.(bin|idx)")

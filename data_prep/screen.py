@@ -1,4 +1,4 @@
-"""What a person sees while the shards are made, and after."""
+"""The progress display while shards are written, and the summary afterwards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressDisplay:
-    """Documents, MB/s and time left: a bar on a terminal, else a line every few seconds."""
+    """Show documents, MB/s and time left: a bar on a terminal, otherwise a line now and then."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, soft_wrap=True)
@@ -54,11 +54,11 @@ class ProgressDisplay:
             self._bar.stop()
 
     def say(self, message: str) -> None:
-        """Print a line beside the bar."""
+        """Print a line above the bar."""
         self._console.print(message, highlight=False, markup=False)
 
     def start_source(self, name: str, total: int | None, completed: int) -> None:
-        """Begin with a source of ``total`` units of work, ``completed`` of them done before."""
+        """Begin a source of ``total`` units of work (None: unknown), ``completed`` already done."""
         self.name, self.total, self.before = name, total, completed
         self.documents = self.text_bytes = 0
         self._start = self._last = time.monotonic()
@@ -66,7 +66,7 @@ class ProgressDisplay:
             self._task = self._bar.add_task(name, total=total, completed=completed, words="")
 
     def advance(self, documents: int, text_bytes: int, completed: int) -> None:
-        """Count documents and bytes of text more; ``completed`` units of work in all."""
+        """Add documents and bytes of text; ``completed`` is the total of units of work done."""
         self.documents += documents
         self.text_bytes += text_bytes
         now = time.monotonic()
@@ -84,18 +84,18 @@ class ProgressDisplay:
 
 
 def print_summary(manifest: Manifest, directory: str, seconds: float, text_bytes: int) -> None:
-    """The figures of a data set just made, ``text_bytes`` of it by this run in ``seconds``."""
+    """Print the counts of a finished data set; this run read ``text_bytes`` in ``seconds``."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     print_counts(manifest, directory, console)
     rate = text_bytes / 1e6 / seconds
     console.print(
-        f"{text_bytes / 1e6:.1f} MB in {seconds:.1f} s: {rate:.1f} MB/s, start and tokenizer "
-        "training included"
+        f"{text_bytes / 1e6:.1f} MB in {seconds:.1f} s: {rate:.1f} MB/s, including start-up and "
+        "tokenizer training"
     )
 
 
 def print_counts(manifest: Manifest, directory: str, console: Console) -> None:
-    """What a data set holds, by source and split."""
+    """Print what a data set holds, by source and split."""
     table = Table(title=directory, title_justify="left")
     for column in ("source", "split", "documents", "MB", "tokens", "bytes/token", "shards"):
         table.add_column(column, justify="left" if column in ("source", "split") else "right")
@@ -123,7 +123,7 @@ def print_counts(manifest: Manifest, directory: str, console: Console) -> None:
     )
     console.print(
         f"bits per byte: {entropy.unigram:.2f} of single bytes, {entropy.bigram:.2f} of a byte "
-        "given the one before (the first bar for a model)"
+        "given the previous one (a baseline for models)"
     )
     for warning in manifest.warnings:
         console.print(f"warning: {warning}")

@@ -1,9 +1,9 @@
-"""Tokenize sources into Megatron shards, in parallel, so that any interruption costs one shard.
+"""Tokenize sources into Megatron shards in parallel; an interruption costs at most one shard.
 
 The parent reads documents in order and sends batches to worker processes; results are consumed in
 order, so the shards do not depend on the number of processes. A shard is written in
-``OUTPUT/.partial``, renamed into ``OUTPUT`` when whole, then listed in ``.partial/progress.json``:
-what that file does not list never happened. ``manifest.json`` comes last.
+``OUTPUT/.partial``, moved to ``OUTPUT`` when complete, then listed in ``.partial/progress.json``:
+a shard that is not listed there does not count. ``manifest.json`` comes last.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.documents import Source
 from data_prep.progress import Position, Progress
 from data_prep.screen import ProgressDisplay
-from data_prep.sources import Source
 from data_prep.workers import SPLITS, TokenizedBatch, WorkerPool, tokenize
 from pretrain.common.files import sync
 from pretrain.data.manifest import Counts, ShardEntry
@@ -32,7 +32,7 @@ BATCH_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class BatchEnd:
-    """Where reading stands after a batch."""
+    """The reading position after a batch."""
 
     position: Position
     consumed: int  # units of work of the source, for the progress bar
@@ -48,7 +48,7 @@ def write_shards(
     validation_fraction: float,
     display: ProgressDisplay,
 ) -> None:
-    """Bring ``progress`` to the end of all sources, writing the shards that are not there yet."""
+    """Write the shards that are still missing, bringing ``progress`` to the end of all sources."""
     for index in range(progress.position.source, len(sources)):
         source = sources[index]
         if index > progress.position.source:
@@ -82,10 +82,10 @@ def write_shards(
 def read_batches(
     source: Source, start: Position, batch_bytes: int
 ) -> Iterator[tuple[list[bytes], BatchEnd]]:
-    """Batches of documents from ``start`` on, each of ``batch_bytes`` or one document more.
+    """Yield batches of documents from ``start`` on; a batch ends once it has ``batch_bytes``.
 
-    Where a batch begins depends only on where the one before ended, so that a resumed run cuts
-    the same batches as an uninterrupted one.
+    A batch begins where the previous one ended, so that a resumed run cuts the same batches as an
+    uninterrupted one.
     """
     limit = source.config.max_documents
     sizes = source.sizes
@@ -116,7 +116,7 @@ def read_batches(
 
 
 class ShardWriter:
-    """Writes one source's shards, a train and a valid file side by side, through megatron-core."""
+    """Write one source's shards, a train and a valid file side by side, through megatron-core."""
 
     def __init__(self, output: Path, source: str, index: int, dtype: np.dtype[Any]) -> None:
         self.output = output
@@ -147,7 +147,10 @@ class ShardWriter:
         self.text_bytes += batch.text_bytes
 
     def finish(self) -> list[ShardEntry]:
-        """Make the shard visible, whole and on disk, and begin the next one."""
+        """Move the shard, synced to disk, into the output, and begin the next one.
+
+        Returns the shard's entries for the manifest, one for each split that has documents.
+        """
         entries = []
         for split in SPLITS:
             if split not in self._builders:
@@ -184,13 +187,13 @@ class ShardWriter:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Return the SHA-256 of a file's content in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def indexed_dataset() -> Any:
-    """megatron-core's module for ``.bin/.idx`` files; the first call takes seconds (torch)."""
+    """Import megatron-core's module for ``.bin/.idx`` files; the first call takes seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about optional GPU libraries, of no use here
         from megatron.core.datasets import indexed_dataset as module

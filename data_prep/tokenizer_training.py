@@ -1,4 +1,4 @@
-"""Train SentencePiece so that every text comes back byte for byte."""
+"""Train a SentencePiece model that restores every text byte for byte."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ import re
 from collections.abc import Iterable, Iterator
 
 from data_prep.config import DataPrepConfig, TokenizerConfig
-from data_prep.sources import Source, open_source
+from data_prep.documents import Source
+from data_prep.sources import open_source
 from pretrain.common.errors import UserError
 
 _LINE = 2_000  # characters: at most 8,000 bytes, below max_sentence_length, so nothing is skipped
 
 
 def is_validation(content: bytes, fraction: float) -> bool:
-    """Whether a document belongs to the validation split: decided by its content alone."""
+    """Return whether a document belongs to the validation split, by its content alone."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8]) < fraction * 2**64
 
 
 def train_tokenizer(config: DataPrepConfig) -> bytes:
-    """A SentencePiece model trained on a bounded sample; equal samples give equal bytes."""
+    """Return the bytes of a model trained on a bounded sample; equal samples give equal bytes."""
     return train_sentencepiece(sample(config), config.tokenizer)
 
 
 def sample(config: DataPrepConfig) -> Iterator[str]:
-    """Training documents, at most ``tokenizer.sample_bytes``, shared out by the sources' weights.
+    """Yield text of training documents, at most ``tokenizer.sample_bytes``, by sources' weights.
 
-    Within a source the files come in a shuffled order and share what is left evenly, so that a
-    large first file does not crowd out the others; a file gives its beginning.
+    Within a source the files come in a shuffled order and divide the remaining budget evenly, so
+    that a large first file does not crowd out the others; each contributes its beginning.
     """
     total = sum(source.weight for source in config.sources)
     for source_config in config.sources:
@@ -54,11 +55,14 @@ def _sample_source(source: Source, budget: int, config: DataPrepConfig) -> Itera
 
 
 def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> bytes:
-    """The model file's bytes. :class:`UserError` when the text cannot fill the vocabulary."""
+    """Train on ``texts`` and return the bytes of the model file.
+
+    Raises :class:`UserError` when the text cannot fill the vocabulary.
+    """
     import sentencepiece
 
     model = io.BytesIO()
-    failures: list[UserError] = []  # of reading; the library would make them its own RuntimeError
+    failures: list[UserError] = []  # of reading; the library would turn them into a RuntimeError
 
     def lines() -> Iterator[str]:
         try:
@@ -106,9 +110,9 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 def _explain(message: str, config: TokenizerConfig) -> str:
     size = f"tokenizer.vocab_size is {config.vocab_size}"
     if match := re.search(r"set it to a value <= (\d+)", message):
-        return f"{size}, but the sample of text only supports up to {match[1]}"
+        return f"{size}, but the text sample supports at most {match[1]}"
     if match := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
-        return f"{size}, but the characters of the sample need at least {match[1]}"
+        return f"{size}, but the sample's characters need at least {match[1]}"
     if "sentences_.empty()" in message:
         return (
             "no text to train a tokenizer on: every document fell into the validation split, "

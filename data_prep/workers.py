@@ -1,6 +1,6 @@
-"""Worker processes: batches of documents become batches of tokens.
+"""Worker processes that turn batches of documents into batches of tokens.
 
-Kept light (numpy and the tokenizer): each worker imports it anew.
+This module imports little (numpy and the tokenizer), because every worker imports it again.
 """
 
 from __future__ import annotations
@@ -33,23 +33,21 @@ SPLITS = ("train", "valid")
 
 @dataclass
 class SplitTokens:
-    """Documents of one split of a batch."""
+    """The tokens of one split's documents in a batch."""
 
-    tokens: npt.NDArray[Any]  # all documents, one after the other, each with its end
+    tokens: npt.NDArray[Any]  # [tokens], documents one after the other, each ending with eod
     lengths: npt.NDArray[np.int64]  # [documents], in tokens
     text_bytes: int
 
 
 @dataclass
 class TokenizedBatch:
-    """What a worker makes of a batch."""
+    """A worker's result for one batch of documents."""
 
     splits: dict[str, SplitTokens]
     skipped: dict[str, int]
     unigrams: npt.NDArray[np.int64]  # [256] counts of bytes
-    bigrams: npt.NDArray[
-        np.int64
-    ]  # [65536] counts of byte pairs within documents, first * 256 + second
+    bigrams: npt.NDArray[np.int64]  # [65536] counts of pairs in documents: first * 256 + second
     text_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +57,7 @@ class TokenizedBatch:
 def tokenize(
     documents: list[bytes], tokenizer_path: str, validation_fraction: float
 ) -> TokenizedBatch:
-    """Tokenize a batch; documents that are empty or not UTF-8 are counted and left out."""
+    """Tokenize a batch; documents that are empty or not UTF-8 are counted and skipped."""
     tokenizer = _tokenizer(tokenizer_path)
     skipped = {"undecodable": 0, "empty": 0}
     tokens: dict[str, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
@@ -94,12 +92,13 @@ def tokenize(
 def count_bytes(
     documents: list[bytes], slice_bytes: int = 1 << 20
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Counts of bytes ``[256]`` and of pairs within a document ``[65536]``; no empty documents."""
+    """Count the bytes ``[256]`` and the byte pairs ``[65536]`` within non-empty documents.
+
+    Bytes are counted in slices of ``slice_bytes``, because bincount takes 8 times their memory.
+    """
     text = np.frombuffer(b"".join(documents), dtype=np.uint8)
     bigrams = np.zeros(65_536, dtype=np.int64)
-    for start in range(
-        0, len(text) - 1, slice_bytes
-    ):  # slices, because bincount takes 8x the memory
+    for start in range(0, len(text) - 1, slice_bytes):
         part = text[start : start + slice_bytes + 1]
         bigrams += np.bincount(part[:-1].astype(np.uint16) << 8 | part[1:], minlength=65_536)
     ends = np.cumsum([len(document) for document in documents])[:-1]
@@ -117,7 +116,7 @@ def _tokenizer(path: str) -> Tokenizer:
 
 
 class WorkerPool:
-    """Processes that die with this one, whatever ends it, and leave Ctrl-C to it."""
+    """Worker processes that die with this process, whatever ends it, and ignore Ctrl-C."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
@@ -133,28 +132,32 @@ class WorkerPool:
             self._executor.shutdown()
             return
         self._executor.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():  # what they work on is of no use any more
+        for process in multiprocessing.active_children():  # their results are no longer needed
             process.kill()
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        # Processes start here, and inherit that these signals wait.
+        """Have a worker call ``function(*arguments)``."""
+        # Processes start here, and inherit the blocked signals.
         with _signals_blocked():
             return self._executor.submit(function, *arguments)
 
     def result(self, future: Future[T]) -> T:
-        """The future's value; :class:`UserError` when its worker was killed."""
+        """Wait for a future's value; raises :class:`UserError` when its worker was killed."""
         try:
             return future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, most likely for lack of memory: free some or set "
-                "processes lower, then run the same command again to go on from here"
+                "a worker process was killed, most likely for lack of memory: free some or lower "
+                "processes, then run the same command again to resume"
             ) from None
 
     def map(
         self, function: Callable[..., U], items: Iterable[tuple[tuple[Any, ...], T]]
     ) -> Iterator[tuple[U, T]]:
-        """``function(*arguments)`` for each ``(arguments, label)``, in order, few ahead."""
+        """Yield ``(function(*arguments), label)`` for each ``(arguments, label)``, in order.
+
+        Only a few items more than there are workers are submitted ahead.
+        """
         waiting: list[tuple[Future[U], T]] = []
         for arguments, label in items:
             waiting.append((self.submit(function, *arguments), label))

@@ -1,6 +1,6 @@
-"""Scores of trained models: ``python -m evals CHECKPOINT``."""
+"""Score trained models: ``python -m evals CHECKPOINT``."""
 
 import os
 
-# Libraries draw progress bars of fractions of a second between our own lines.
+# Libraries would draw progress bars of fractions of a second between our lines.
 os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,4 +1,4 @@
-"""``python -m evals CHECKPOINT``: score a run's latest checkpoint, or the one named."""
+"""``python -m evals CHECKPOINT``: score a run's latest checkpoint, or the named one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pretrain.common.errors import run_command
 
 
 def main() -> int:
+    """Run the command of ``sys.argv`` and return the exit status."""
     commands: dict[str, Callable[[], Callable[[Sequence[str]], int]]] = {
         "report": _report,
         "sample": _sample,
@@ -23,7 +24,7 @@ def main() -> int:
     return score(sys.argv[1:])
 
 
-# One at a time: what one command needs, another should not wait for.
+# Imported one at a time: no command should wait for what only another needs.
 def _report() -> Callable[[Sequence[str]], int]:
     from evals.report.page import main
 

@@ -1,4 +1,4 @@
-"""``python -m evals CHECKPOINT --tasks ...`` and ``python -m evals tasks``."""
+"""The commands ``python -m evals CHECKPOINT --tasks ...`` and ``python -m evals tasks``."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.run_directory import RunDirectory
 
-HELD_OUT = ("perplexity", "positions")  # of the run's own validation text
+HELD_OUT = ("perplexity", "positions")  # scored on the run's own validation text
 HF = "hf:"
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Score a checkpoint on the tasks that ``arguments`` name, and write a JSON file for each."""
     given = _parser().parse_args(arguments)
     names = list(dict.fromkeys(name for name in given.tasks.split(",") if name))
     if not names:
-        raise UserError("--tasks names nothing; 'python -m evals tasks' lists what there is")
+        raise UserError("--tasks is empty; 'python -m evals tasks' lists the tasks that there are")
     harness = [name for name in names if name not in HELD_OUT]
-    if harness:  # before a model is loaded: a name that is wrong shows at once
+    if harness:  # before a model is loaded, so that a wrong name is reported at once
         from evals.tasks.loading import check_tasks
 
         check_tasks(harness)
     if given.checkpoint.startswith(HF):
         if len(harness) < len(names):
             raise UserError(
-                f"{', '.join(n for n in names if n in HELD_OUT)} is of a run's own validation "
-                f"text, which {given.checkpoint} does not have"
+                f"{', '.join(n for n in names if n in HELD_OUT)} is scored on a run's own "
+                f"validation text, which {given.checkpoint} does not have"
             )
         return _score_hugging_face(given, harness)
     from pretrain.inference.load import load_model
@@ -117,8 +118,8 @@ def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
         value = getattr(given, option)
         if value != _parser().get_default(option):
             raise UserError(
-                f"--{option} is {value}, which is of a run's own checkpoint; {given.checkpoint} "
-                "has what its tokenizer and weights say"
+                f"--{option} is {value}, but this option is only for checkpoints of runs; "
+                f"{given.checkpoint} is evaluated as its tokenizer and weights define it"
             )
     found = evaluate_hugging_face(
         source,
@@ -142,7 +143,7 @@ def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
 
 
 def _mark(extra: dict[str, Any], options: tuple[Any, ...]) -> str:
-    """Tells the file of scores under other settings than the default ones from theirs."""
+    """Return a suffix for the file's name that depends on the settings, "" for the defaults."""
     mark = "-ema" if "weights" in extra else ""
     mark += f"-{extra['precision']}" if "precision" in extra else ""
     if "recurrences" in extra:
@@ -161,12 +162,13 @@ def _write(directory: Path, name: str, result: dict[str, Any], extra: dict[str, 
 
 
 def list_tasks(arguments: Sequence[str]) -> int:
+    """Print the tasks that need no network."""
     argparse.ArgumentParser(
         prog="python -m evals tasks", description="List the tasks that need no network."
     ).parse_args(arguments)
-    from evals.tasks.loading import own_tasks
+    from evals.tasks.loading import bundled_tasks
 
-    show_tasks({"held-out text of the run": list(HELD_OUT), **own_tasks()})
+    show_tasks({"held-out text of the run": list(HELD_OUT), **bundled_tasks()})
     return 0
 
 
@@ -174,18 +176,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals",
         description="Score a checkpoint. 'python -m evals tasks' lists tasks, 'sample' continues a "
-        "text, 'scaling' fits scaling laws to runs, 'report' makes a page of them.",
+        "text, 'scaling' fits scaling laws to runs, 'report' writes a page about runs.",
     )
     parser.add_argument(
         "checkpoint",
-        help="a run directory, one of its checkpoints/step-N, or hf:NAME, a Hugging Face model "
-        "(a name or a folder)",
+        help="a run directory, one of its checkpoints/step-N, or hf:NAME for a Hugging Face model "
+        "by name or folder",
     )
     parser.add_argument(
         "--tasks",
         default="perplexity",
-        help=f"separated by commas: {', '.join(HELD_OUT)}, or any task of 'python -m evals tasks' "
-        "or of lm-eval",
+        help=f"comma-separated: {', '.join(HELD_OUT)}, or any task of 'python -m evals tasks' or "
+        "of lm-eval (perplexity)",
     )
     parser.add_argument(
         "--recurrences",
@@ -196,42 +198,44 @@ def _parser() -> argparse.ArgumentParser:
         "--weights",
         choices=("last", "ema"),
         default="last",
-        help="of the last step, or averaged over steps by optimizer.ema_decay",
+        help="weights of the last step, or their average by optimizer.ema_decay (last)",
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="of hf:NAME: run the code it comes with"
+        "--trust-remote-code",
+        action="store_true",
+        help="hf:NAME: run the Python code that comes with the model",
     )
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     held_out = parser.add_argument_group("perplexity and positions")
-    held_out.add_argument("--data", help="a prepared directory; the run's own by default")
-    held_out.add_argument("--window", type=_positive, help="tokens seen at once (training length)")
+    held_out.add_argument("--data", help="a prepared data directory (the run's)")
+    held_out.add_argument("--window", type=_positive, help="tokens per window (training length)")
     held_out.add_argument(
-        "--stride", type=_positive, help="tokens the window moves on (half of it)"
+        "--stride", type=_positive, help="tokens between windows (half the window)"
     )
     held_out.add_argument(
-        "--carry-state", action="store_true", help="hand the mixers' states on between windows"
+        "--carry-state", action="store_true", help="carry the mixers' states from window to window"
     )
-    held_out.add_argument("--max-tokens", type=_positive, help="stop after so many (all)")
+    held_out.add_argument("--max-tokens", type=_positive, help="stop after this many (all)")
     held_out.add_argument(
-        "--factor", type=_positive, help="positions: up to so many times the training length (16)"
+        "--factor", type=_positive, help="positions: sequence length / training length (16)"
     )
-    held_out.add_argument("--sequences", type=_positive, help="positions: how many (8)")
+    held_out.add_argument("--sequences", type=_positive, help="positions: number of sequences (8)")
     tasks = parser.add_argument_group("tasks of lm-eval")
     tasks.add_argument("--limit", type=_positive, help="documents of each task (all)")
-    tasks.add_argument("--num-fewshot", type=_number, help="examples in a prompt (the task's)")
+    tasks.add_argument("--num-fewshot", type=_number, help="examples per prompt (the task's)")
     tasks.add_argument(
         "--max-length",
         type=_positive,
-        help="tokens of a request; the beginning of longer ones is cut (training length)",
+        help="tokens per request; longer ones lose their beginning (training length)",
     )
     tasks.add_argument(
         "--bos",
         choices=("document", "none"),
         default="document",
-        help="what opens a request: the end-of-document token, as in training, or nothing",
+        help="begin requests with the end-of-document token, as in training, or with nothing",
     )
     tasks.add_argument(
-        "--tokens-per-pass", type=_positive, default=8192, help="computed together (8192)"
+        "--tokens-per-pass", type=_positive, default=8192, help="tokens per forward pass (8192)"
     )
     return parser
 

@@ -1,11 +1,11 @@
 """Perplexity and bits per byte of held-out documents, by sliding windows.
 
-Every document is scored alone. It is opened by the end-of-document token, as in training (the BOS
-rule), and its own end-of-document token is the last target. Windows of ``window`` tokens move on by
+Every document is scored alone. It begins with the end-of-document token, as in training (the BOS
+rule), and its own end-of-document token is the last target. Windows of ``window`` tokens advance by
 ``stride``; each target is scored once, with at least ``window - stride`` tokens of context where
 the document has them. Windows are packed without padding, so no state ever sees a padding token.
-With ``carry_state`` windows follow one another instead, the mixers' states handed on: every target
-has the whole document before it (attention then looks back as far, beyond its training length).
+With ``carry_state`` windows do not overlap and the mixers' states are carried from one to the next:
+every target has the full document before it (attention then looks back beyond its training length).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pretrain.model.language_model import LanguageModel
 
 @dataclass
 class Window:
-    """inputs, targets: ``[n]`` ids; the last ``scored`` targets count."""
+    """A window of ``[n]`` input and target ids, of which the last ``scored`` targets count."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -37,7 +37,7 @@ class Window:
 
 
 def windows(document: np.ndarray, eod_id: int, window: int, stride: int) -> Iterator[Window]:
-    """Windows over ``document`` (its ids, the final end-of-document id included)."""
+    """Yield the windows over ``document`` [tokens], ids that end with the end-of-document id."""
     inputs = np.concatenate([[eod_id], document[:-1]])
     done = 0
     while done < len(document):
@@ -49,7 +49,7 @@ def windows(document: np.ndarray, eod_id: int, window: int, stride: int) -> Iter
 
 @torch.no_grad()
 def score(model: LanguageModel, batch: list[Window]) -> list[np.ndarray]:
-    """The negative log-likelihood in nats of each window's scored targets, float64."""
+    """Return the negative log-likelihoods in nats of each window's scored targets, in float64."""
     device = next(model.parameters()).device
     lengths = [len(w.inputs) for w in batch]
     inputs = torch.from_numpy(np.concatenate([w.inputs for w in batch])[None]).to(device)
@@ -72,18 +72,18 @@ def evaluate_perplexity(
 ) -> dict[str, Any]:
     """Score the validation split of a prepared directory (the run's own by default).
 
-    window defaults to the training length, stride to half of it; ``max_tokens``, shared evenly by
-    the run's directories, stops after the document in which that many are scored. Returns the
-    figures and every setting they depend on.
-    Raises UserError for settings that do not fit or data of another tokenizer.
+    ``window`` defaults to the training length, ``stride`` to half of it. ``max_tokens``, divided
+    evenly over the run's directories, stops after the document in which it is reached. Returns the
+    scores and every setting that they depend on. Raises UserError for settings that do not fit
+    together or data of another tokenizer.
     """
     window = window or loaded.run.train.seq_len
     if carry_state and stride is not None:
-        raise UserError("--stride is of windows that overlap; with --carry-state none do")
+        raise UserError("--stride is for overlapping windows; with --carry-state none overlap")
     stride = window if carry_state else stride or max(window // 2, 1)
     if not 1 <= stride <= window:
         raise UserError(f"stride is {stride}, expected 1 to the window of {window}")
-    directories = own_directories(loaded, data)
+    directories = data_directories(loaded, data)
     bytes_per_token = loaded.tokenizer.bytes_per_token()
     totals = Totals()
     entropies = {}
@@ -103,7 +103,7 @@ def evaluate_perplexity(
                 break
             totals.count_document(document, bytes_per_token)
             if carry_state:
-                totals.nats += _score_whole(loaded, document, window)
+                totals.nats += _score_with_state(loaded, document, window)
                 continue
             waiting += windows(document, loaded.tokenizer.eod_id, window, stride)
             while sum(len(w.inputs) for w in waiting) >= tokens_per_pass:
@@ -135,22 +135,24 @@ def evaluate_perplexity(
     }
 
 
-def own_directories(loaded: LoadedModel, data: str | None) -> list[str]:
-    """``data``, or the prepared directories that a run was trained on. Raises UserError where
-    there are none, as of an imported model."""
+def data_directories(loaded: LoadedModel, data: str | None) -> list[str]:
+    """Return ``data``, or the prepared directories that a run was trained on.
+
+    Raises UserError where there are none, as for an imported model.
+    """
     blend = [source.path for source in loaded.run.data.blend]
     found = [d for d in ([data] if data else [loaded.run.data.path, *blend]) if d is not None]
     if not found:
         raise UserError(
-            f"{loaded.checkpoint} was trained on no data of its own: give --data, a directory "
-            "prepared with its tokenizer"
+            f"{loaded.checkpoint} has no training data: give --data, a directory prepared with its "
+            "tokenizer"
         )
     return found
 
 
 @torch.no_grad()
-def _score_whole(loaded: LoadedModel, document: np.ndarray, window: int) -> float:
-    """Negative log-likelihood of a document, window after window with the state handed on."""
+def _score_with_state(loaded: LoadedModel, document: np.ndarray, window: int) -> float:
+    """Return a document's negative log-likelihood, carrying the state from window to window."""
     model, total, states = loaded.model, 0.0, None
     device = next(model.parameters()).device
     ids = torch.from_numpy(np.concatenate([[loaded.tokenizer.eod_id], document])).to(device)
@@ -163,7 +165,7 @@ def _score_whole(loaded: LoadedModel, document: np.ndarray, window: int) -> floa
 
 @dataclass
 class Totals:
-    """What has been scored so far; ``tokens`` and ``bytes`` count whole documents."""
+    """Running totals of what has been scored; ``tokens`` and ``bytes`` count full documents."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -171,6 +173,7 @@ class Totals:
     documents: int = 0
 
     def count_document(self, document: np.ndarray, bytes_per_token: np.ndarray) -> None:
+        """Count a document [tokens], by the bytes of each token of the vocabulary."""
         self.documents += 1
         self.tokens += len(document)
         self.bytes += int(bytes_per_token[document].sum())
@@ -179,7 +182,7 @@ class Totals:
 def _score_some(
     model: LanguageModel, waiting: list[Window], totals: Totals, tokens_per_pass: int
 ) -> list[Window]:
-    """Score the first windows that fit one pass; return the others."""
+    """Score the first windows that fit into one pass, and return the others."""
     size = count = 0
     for w in waiting:
         size += len(w.inputs)
@@ -191,6 +194,7 @@ def _score_some(
 
 
 def validation_documents(directory: Path, manifest: Manifest) -> Iterator[np.ndarray]:
+    """Yield the documents of a prepared directory's validation split, [tokens] ids in int64."""
     manifest.verify_sizes(directory)
     for shard in manifest.shards:
         if shard.split == "valid":

@@ -1,7 +1,7 @@
-"""Loss by position, far beyond the training length, and what the recurrent states do there.
+"""Loss by position far beyond the training length, and the size of the recurrent states there.
 
-Held-out documents, each opened by the end-of-document token as in training, are read as one text
-with nothing reset between them, in sequences of up to 16 times the training length. A model that
+Held-out documents, each beginning with the end-of-document token as in training, are read as one
+text without resets between them, in sequences of up to 16 times the training length. A model that
 extrapolates keeps its loss; one whose state fills up or grows loses it beyond some position, and
 its state's size shows why (state collapse, arXiv 2410.07145).
 """
@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from evals.perplexity import own_directories, validation_documents
+from evals.perplexity import data_directories, validation_documents
 from pretrain.common.errors import UserError
 from pretrain.data.manifest import Manifest
 from pretrain.inference.load import LoadedModel
@@ -29,28 +29,29 @@ from pretrain.nn.mixers.base import State
 def evaluate_positions(
     loaded: LoadedModel, *, data: str | None = None, factor: int = 16, sequences: int = 8
 ) -> dict[str, Any]:
-    """Mean loss in bins of positions, each twice as long as the one before, and the root mean
-    square of each recurrent block's state where the bins end.
+    """Measure the mean loss in bins of positions, and the recurrent states where the bins end.
 
-    ``sequences`` of ``factor`` x the training length; fewer where the validation text is shorter.
-    Raises UserError where it is shorter than one, or was made with another tokenizer.
+    Scores ``sequences`` of ``factor`` x the training length, fewer where the validation text is
+    shorter. Returns the loss in nats per token by bin and the root mean square of each recurrent
+    block's state. Raises UserError where the text is shorter than one sequence, or was made with
+    another tokenizer.
     """
     seq_len = loaded.run.train.seq_len
     length = factor * seq_len
-    directory = Path(own_directories(loaded, data)[0])
+    directory = Path(data_directories(loaded, data)[0])
     text = _text(loaded, directory, sequences * length + 1)
     count = (len(text) - 1) // length
     if count == 0:
         raise UserError(
             f"{directory}: {len(text):,} tokens of validation text are fewer than one sequence of "
-            f"{factor} x {seq_len}; expected more text, or a smaller --factor"
+            f"{factor} x {seq_len}; use more text or a smaller --factor"
         )
     ends = _bin_ends(seq_len, length)
     losses = np.zeros(length)
     sizes: dict[str, np.ndarray] = {}
     for start in range(0, count * length, length):
-        own, states = _one(loaded, text[start : start + length + 1], ends)
-        losses += own / count
+        nats, states = _score_sequence(loaded, text[start : start + length + 1], ends)
+        losses += nats / count
         for name, values in states.items():
             sizes[name] = sizes.get(name, np.zeros(len(ends))) + np.array(values) / count
     begins = [0, *ends[:-1]]
@@ -93,8 +94,10 @@ def _text(loaded: LoadedModel, directory: Path, wanted: int) -> np.ndarray:
 
 
 def _bin_ends(seq_len: int, length: int) -> list[int]:
-    """Half the training length, it, twice it and so on, and thirds between: where the state is
-    looked at as well."""
+    """Return the positions where bins end and states are measured.
+
+    These are the training length times powers of 2 and 1.5 times those, from a quarter on.
+    """
     ends = {length}
     for power in range(-2, math.ceil(math.log2(length / seq_len)) + 1):
         for part in (1.0, 1.5):
@@ -102,11 +105,13 @@ def _bin_ends(seq_len: int, length: int) -> list[int]:
     return sorted(e for e in ends if 0 < e <= length)
 
 
-def _one(
+def _score_sequence(
     loaded: LoadedModel, tokens: np.ndarray, ends: list[int]
 ) -> tuple[np.ndarray, dict[str, list[float]]]:
-    """Loss of every position, and each state's size at every end: chunk by chunk, the state
-    handed on."""
+    """Return the loss at every position, and each state's size at every one of ``ends``.
+
+    Runs bin by bin, carrying the state.
+    """
     model = loaded.model
     device = next(model.parameters()).device
     ids = torch.from_numpy(tokens[None]).to(device)
@@ -121,7 +126,7 @@ def _one(
         losses.append(flat.double().cpu().numpy())
         numbers = [sum(t.numel() for t in state.values()) for state in states]
         for i, state in enumerate(states):
-            # What grows with the text is a cache of it, not a state.
+            # A state that grows with the text is a cache.
             if state and (not before or numbers[i] == before[i]):
                 sizes.setdefault(names[i], []).append(_rms(state))
             else:
@@ -131,13 +136,13 @@ def _one(
 
 
 def _rms(state: State) -> float:
-    wide: list[Tensor] = [t.float() for t in state.values() if t.is_floating_point()]
-    total = sum(float((t * t).sum()) for t in wide)
-    return math.sqrt(total / max(sum(t.numel() for t in wide), 1))
+    values: list[Tensor] = [t.float() for t in state.values() if t.is_floating_point()]
+    total = sum(float((t * t).sum()) for t in values)
+    return math.sqrt(total / max(sum(t.numel() for t in values), 1))
 
 
 def _block_names(loaded: LoadedModel) -> list[str]:
-    """One for every state: the block's number and mixer, and the pass of a loop."""
+    """Return a name for every state: the block's number and mixer, and the pass of a loop."""
     specs, recursion = block_specs(loaded.run.model), loaded.model.recursion
     plain = [f"{i} {spec.name}" for i, spec in enumerate(specs)]
     if recursion is None:
@@ -152,7 +157,7 @@ def _block_names(loaded: LoadedModel) -> list[str]:
 
 
 def draw_positions(result: dict[str, Any], path: Path) -> Path:
-    """Loss by position, and below it the states' sizes, 1 at the training length."""
+    """Draw the loss by position, and below it the states' sizes relative to the training length."""
     recurrent = bool(result["state_rms"])
     figure = Figure(figsize=(8, 7 if recurrent else 4), layout="constrained")
     grid: Any = figure.subplots(2 if recurrent else 1, 1, sharex=True)

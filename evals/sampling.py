@@ -1,4 +1,4 @@
-"""``python -m evals sample CHECKPOINT --prompt TEXT``: what a model writes, as it writes it."""
+"""``python -m evals sample CHECKPOINT --prompt TEXT``: print a continuation as it is generated."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Completion:
-    """The text that follows a prompt, piece by piece. After the last piece, ``reason`` tells why it
-    ended: ``end of document``, ``stop string`` or ``length``; ``tokens``: how many were made.
+    """The text that follows a prompt, generated piece by piece.
 
-    A character whose bytes are not all there is held back, and so is what may be the beginning of a
-    stop string; the stop string itself is left out.
+    After the last piece ``reason`` says why it ended (``end of document``, ``stop string`` or
+    ``length``), and ``tokens`` how many were generated. An incomplete character is held back, and
+    so is what may be the beginning of a stop string; the stop string itself is never yielded.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Completion:
         for token in self._ids:
             made.append(token)
             self.tokens += 1
-            # With the prompt: how a token is spelled may depend on what is before it.
+            # With the prompt: a token's text may depend on the tokens before it.
             text = self._tokenizer.decode([*self.prompt_ids, *made])[len(start) :]
             found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
             if found:
@@ -76,7 +76,7 @@ class Completion:
             yield rest
 
     def _beginning(self, text: str) -> int:
-        """Length of the longest end of ``text`` that a stop string begins with."""
+        """Return the length of the longest end of ``text`` that begins a stop string."""
         longest = 0
         for stop in self._stop:
             for size in range(min(len(stop) - 1, len(text)), longest, -1):
@@ -87,15 +87,16 @@ class Completion:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Print a checkpoint's continuation of a prompt."""
     parser = argparse.ArgumentParser(
         prog="python -m evals sample", description="Continue a text with a checkpoint."
     )
     parser.add_argument("checkpoint", help="a run directory, or one of its checkpoints/step-N")
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--prompt", default="", help="(nothing: a new document)")
+    text.add_argument("--prompt", default="", help="text to continue (a new document)")
     text.add_argument("--prompt-file", type=Path, help="UTF-8 text; - reads the standard input")
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (0.8)")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
     parser.add_argument(
@@ -123,8 +124,8 @@ def main(arguments: Sequence[str]) -> int:
     seen = loaded.run.train.seq_len
     if len(completion.prompt_ids) + given.max_tokens > seen:
         print(
-            f"note: the prompt has {len(completion.prompt_ids):,} tokens, with --max-tokens more "
-            f"than the {seen:,} that the model was trained on at once; nothing is cut",
+            f"note: the prompt's {len(completion.prompt_ids):,} tokens and --max-tokens exceed the "
+            f"training length of {seen:,}; nothing is cut",
             file=sys.stderr,
         )
     print(prompt, end="", flush=True)
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str]) -> int:
     seconds = time.perf_counter() - begun
     print()
     print(
-        f"{completion.tokens} tokens after {len(completion.prompt_ids)} of the prompt, "
+        f"{completion.tokens} tokens after a prompt of {len(completion.prompt_ids)}, "
         f"{completion.tokens / seconds:,.1f} tokens/s, ended by {completion.reason}",
         file=sys.stderr,
     )
@@ -166,8 +167,6 @@ def _read(path: Path) -> str:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         return content.decode()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: is not UTF-8 at byte {error.start:,}; convert it first"
-        ) from None
+        raise UserError(f"{where} is not UTF-8 at byte {error.start:,}; convert it first") from None
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from None

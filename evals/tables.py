@@ -1,4 +1,4 @@
-"""Results as tables on the screen."""
+"""Print results as tables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 
 
 def show_perplexity(result: dict[str, Any], path: Path) -> None:
+    """Print a result of :func:`evals.perplexity.evaluate_perplexity`, written to ``path``."""
     table = Table(title=f"{result['checkpoint']}: held-out text", title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
@@ -22,7 +23,7 @@ def show_perplexity(result: dict[str, Any], path: Path) -> None:
     sizes = f"{result['documents']:,}, {result['tokens']:,}, {result['bytes']:,}"
     table.add_row("documents, tokens, bytes", sizes)
     if result["carry_state"]:
-        table.add_row("window, state handed on", f"{result['window']:,}")
+        table.add_row("window, state carried", f"{result['window']:,}")
     else:
         table.add_row("window, stride", f"{result['window']:,}, {result['stride']:,}")
     Console().print(table)
@@ -30,6 +31,7 @@ def show_perplexity(result: dict[str, Any], path: Path) -> None:
 
 
 def show_positions(result: dict[str, Any], path: Path, picture: Path) -> None:
+    """Print a result of :func:`evals.positions.evaluate_positions`, written to ``path``."""
     title = f"{result['checkpoint']}: {result['sequences']} sequences"
     table = Table(title=title, title_justify="left")
     for column in ("positions", "of the training length", "nats per token"):
@@ -56,6 +58,7 @@ def show_positions(result: dict[str, Any], path: Path, picture: Path) -> None:
 
 
 def show_scores(checkpoint: str, results: dict[str, dict[str, Any]], paths: Sequence[Path]) -> None:
+    """Print the results of lm-eval's tasks by name, written to ``paths``."""
     table = Table(title=checkpoint, title_justify="left")
     table.add_column("task")
     for column in ("version", "shots", "documents"):
@@ -63,17 +66,17 @@ def show_scores(checkpoint: str, results: dict[str, dict[str, Any]], paths: Sequ
     table.add_column("metric")
     table.add_column("score", justify="right")
     for name, result in results.items():
-        said = [
+        about = [
             name,
-            _said(result["version"]),
-            _said(result["num_fewshot"]),
-            _said(result["documents"]),
+            _cell(result["version"]),
+            _cell(result["num_fewshot"]),
+            _cell(result["documents"]),
         ]
         for metric, value in result["scores"].items():
             error = result["stderr"].get(metric)
             shown = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-            table.add_row(*said, metric, shown)
-            said = ["", "", "", ""]
+            table.add_row(*about, metric, shown)
+            about = ["", "", "", ""]
     Console().print(table)
     for name, result in results.items():
         if result.get("cut_requests"):
@@ -85,6 +88,7 @@ def show_scores(checkpoint: str, results: dict[str, dict[str, Any]], paths: Sequ
 
 
 def show_tasks(tasks: dict[str, list[str]]) -> None:
+    """Print the names of tasks by kind."""
     table = Table(show_header=False, title="tasks that need no network", title_justify="left")
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
@@ -92,8 +96,8 @@ def show_tasks(tasks: dict[str, list[str]]) -> None:
         table.add_row(kind, ", ".join(names))
         table.add_section()
     Console().print(table)
-    print("Any other task of lm-eval works too, where its data can be downloaded.")
+    print("Any other task of lm-eval works too if its data can be downloaded.")
 
 
-def _said(value: Any) -> str:
+def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,1 +1,1 @@
-"""Starting runs, and grids of runs."""
+"""Start runs, and grids of runs, on this machine or on Slurm: ``python -m launch CONFIG``."""

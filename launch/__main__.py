@@ -1,5 +1,7 @@
-"""``python -m launch CONFIG``: start a run, or a grid of runs, on this machine or on Slurm;
-``status``, ``cancel`` and ``logs`` for what was started; ``measure`` for how fast it will be."""
+"""Start a run, or a grid of runs, on this machine or on Slurm: ``python -m launch CONFIG``.
+
+``status``, ``cancel`` and ``logs`` handle started runs; ``measure`` times a grid's members.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ COMMANDS = ("status", "cancel", "logs", "measure")
 
 
 def main(command: Sequence[str] | None = None) -> int:
+    """Run ``command``, by default of ``sys.argv``, and return the exit status."""
     command = sys.argv[1:] if command is None else command
     if command[:1] and command[0] in COMMANDS:
         from launch import commands
@@ -28,24 +31,28 @@ def main(command: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launch",
-        description="Start a run, or a grid of runs, on this machine or on a Slurm cluster; what "
-        "is done is left out, what was stopped goes on. 'python -m launch status CONFIG' shows how "
-        "far they are, 'cancel CONFIG' ends them, 'logs RUN [--follow]' shows what they print, "
-        "'measure GRID' times its members for grid.match: time.",
+        description="Start a run, or a grid of runs, on this machine or on a Slurm cluster. "
+        "Finished members are skipped and stopped ones resume. 'python -m launch status CONFIG' "
+        "shows their progress, 'cancel CONFIG' ends them, 'logs RUN [--follow]' prints their "
+        "output, 'measure GRID' times the members for grid.match: time.",
         epilog="Exit status: 0 all done (or submitted), 1 some failed, 2 bad input, 75 stopped and "
-        "saved: run the same command again.",
+        "saved (run the same command again to resume).",
     )
-    parser.add_argument("config", help="of a run or a grid, or a run's directory")
+    parser.add_argument("config", help="config of a run or a grid, or a run directory")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every member")
-    parser.add_argument("--cluster", help="file of configs/clusters (this machine)")
+    parser.add_argument("--cluster", help="a file of configs/clusters (default: this machine)")
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="show the members, the plan and the job script; start nothing",
     )
-    parser.add_argument("--at-once", type=_positive, help="members at a time (here 1; Slurm: all)")
     parser.add_argument(
-        "--processes", type=_positive, help="per run, here (tensor x pipeline: one model)"
+        "--at-once", type=_positive, help="members at a time (default: 1 here, all on Slurm)"
+    )
+    parser.add_argument(
+        "--processes",
+        type=_positive,
+        help="processes per run on this machine (default: tensor x pipeline, one model)",
     )
     parser.add_argument("--retry-failed", action="store_true", help="start failed members again")
     return parser
@@ -77,10 +84,10 @@ def _start(arguments: argparse.Namespace) -> int:
         for member in failed:
             console.print(
                 f"{member.name or grid.name} failed before: {states[member.name].reason}; "
-                "--retry-failed starts it again"
+                "add --retry-failed to start it again"
             )
-    left_out = {DONE, RUNNING, QUEUED} | (set() if arguments.retry_failed else {FAILED})
-    members = [m for m in grid.members if states[m.name].state not in left_out]
+    skipped = {DONE, RUNNING, QUEUED} | (set() if arguments.retry_failed else {FAILED})
+    members = [m for m in grid.members if states[m.name].state not in skipped]
     if arguments.dry_run:
         console.print(f"would start {len(members)} of {len(grid.members)}")
         if cluster.hardware is not None:
@@ -91,8 +98,7 @@ def _start(arguments: argparse.Namespace) -> int:
         return 0
     if len(grid.members) > 1:
         grid.directory.mkdir(parents=True, exist_ok=True)
-        told = {"config": str(grid.path), "match": grid.match}
-        write_json(grid.directory / "grid.json", told)
+        write_json(grid.directory / "grid.json", {"config": str(grid.path), "match": grid.match})
     if not members:
         console.print("nothing to start")
         return EXIT_FAILED if failed else 0

@@ -1,9 +1,9 @@
-"""``python -m launch.agent RUN/launch.yaml``: on each node of a Slurm job, torchrun for its share
-of a run's processes; on the first node, what becomes of the run when they end.
+"""Run one node's share of a Slurm job: ``python -m launch.agent RUN/launch.yaml``.
 
-SIGUSR2 is handed on to the training processes, which save at the end of their step, and the job is
-to be queued again; so it is after a failure, but not when the same step fails twice. SIGTERM also
-saves; then the job is queued again if it was preempted, and not if it was cancelled.
+It starts torchrun, and on the first node decides what becomes of the run when its processes end.
+SIGUSR2 is forwarded to the training processes, which save at the end of their step, and the job is
+queued again. The same happens after a failure, unless the same step fails twice. SIGTERM saves
+too; the job is then queued again if it was preempted, but not if it was cancelled.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
 def main() -> int:
+    """Run torchrun for this node's processes and return the agent's exit status."""
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
@@ -60,27 +61,27 @@ def main() -> int:
             job=_job(),
             restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         )
-    # Out of the reach of signals to the whole task: torchrun would end its processes at once.
+    # In a session of its own, away from signals to the task: torchrun would end its processes.
     process = subprocess.Popen(command, start_new_session=True)
     status = None
     while status is None:
         try:
             status = process.wait(timeout=3)
         except subprocess.TimeoutExpired:
-            if received:  # again, for those that had not begun; the others know it already
+            if received:  # again, for those that had not begun; the others ignore it
                 _signal_training(process)
-    for number in _SIGNALS:  # nobody is left to hand it on to
+    for number in _SIGNALS:  # there is no process left to forward them to
         signal.signal(number, signal.SIG_IGN)
     if node != 0:
-        # Not an error, for which srun would end the first node's agent before it has decided: that
-        # one's processes end for the same reason as these.
+        # Not an error: srun would then end the first node's agent before it has decided. Its
+        # processes end for the same reason as these.
         print(f"== node {node} ended with status {status}", flush=True)
         return 0
     return _decide(config, directory, received)
 
 
 def _torchrun(config: Path, processes: int, node: int) -> list[str]:
-    """All nodes' agents make one group; the port differs between the jobs of a node."""
+    """Return the torchrun command that joins all nodes; its port differs between a node's jobs."""
     job = int(os.environ.get("SLURM_JOB_ID", "0"))
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return [
@@ -106,7 +107,7 @@ def _job() -> str:
 
 
 def _signal_training(process: subprocess.Popen[bytes]) -> None:
-    """To torchrun's own children, which know it, and nobody else."""
+    """Send SIGUSR2 to torchrun's own children, which handle it, and to no other process."""
     import psutil
 
     try:
@@ -122,7 +123,7 @@ def _signal_training(process: subprocess.Popen[bytes]) -> None:
 
 
 def _decide(config: RunConfig, directory: RunDirectory, received: list[int]) -> int:
-    """On the first node: how it ended, and whether the job shall be queued again."""
+    """Record how the run ended, and mark the job to be queued again if it should be."""
     from launch.grid import Member
     from launch.members import DONE, member_state
 

@@ -1,4 +1,4 @@
-"""Where runs are started: this machine, or a Slurm cluster. See configs/clusters/."""
+"""The settings of the machine or Slurm cluster that runs start on, files of configs/clusters/."""
 
 from __future__ import annotations
 
@@ -71,29 +71,34 @@ class ClusterConfig(Config):
     """File of a machine in ``configs/hardware`` that ``--dry-run`` plans with."""
 
     def processes(self, wanted: int) -> int:
-        """On each node, of a run that would like ``wanted`` in all. Raises ConfigError where they
-        do not divide."""
+        """Return the number of processes on each node of a run that needs ``wanted`` in total.
+
+        Raises ConfigError where these do not divide evenly over the nodes.
+        """
         if self.processes_per_node is not None:
             return self.processes_per_node
         if self.gpus_per_node:
             return self.gpus_per_node
         if wanted % self.nodes:
             raise ConfigError(
-                f"the run's {wanted} processes do not divide over nodes = {self.nodes}; set "
+                f"the run's {wanted} processes do not divide evenly over nodes = {self.nodes}; set "
                 "processes_per_node"
             )
         return wanted // self.nodes
 
 
 def load_cluster(path: str | Path) -> ClusterConfig:
-    """Read a cluster's file, or the one of that name in configs/clusters. Raises ConfigError."""
+    """Read a cluster's file, or the one of that name in configs/clusters.
+
+    Raises ConfigError, which names the setting.
+    """
     file = Path(path)
     if not file.suffix and not file.exists():
         file = Path("configs/clusters") / f"{path}.yaml"
     config = load_config(ClusterConfig, file)
     if config.time is not None and not _TIME.fullmatch(config.time):
         raise ConfigError(
-            f"{file}: time is '{config.time}', expected Slurm's: minutes, hours:minutes:seconds or "
-            "days-hours:minutes:seconds, in quotes"
+            f"{file}: time is '{config.time}', expected Slurm's format in quotes: minutes, "
+            "hours:minutes:seconds or days-hours:minutes:seconds"
         )
     return config

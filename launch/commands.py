@@ -1,4 +1,4 @@
-"""``python -m launch status``, ``cancel``, ``logs`` and ``measure``, and the table of a grid."""
+"""The commands ``python -m launch status``, ``cancel``, ``logs`` and ``measure``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from rich.live import Live
 from rich.table import Table
 
 from launch import throughput
-from launch.grid import Grid, load_grid
+from launch.expansion import load_grid
+from launch.grid import Grid
 from launch.matching import counts_of
 from launch.members import (
     DONE,
@@ -34,9 +35,9 @@ from pretrain.run_directory import RunDirectory
 
 
 def status(arguments: Sequence[str]) -> int:
-    """How far the members of a grid are, once or until all have ended."""
-    parser = _parser("status", "How far a run, or the members of a grid, are.")
-    parser.add_argument("--watch", action="store_true", help="until all have ended")
+    """Show the progress of a grid's members, once or until all have ended."""
+    parser = _parser("status", "Show the progress of a run, or of a grid's members.")
+    parser.add_argument("--watch", action="store_true", help="update until all have ended")
     options = parser.parse_intermixed_args(arguments)
     grid, states = load(options.config, options.overrides)
     console = console_of()
@@ -52,8 +53,8 @@ def status(arguments: Sequence[str]) -> int:
 
 
 def cancel(arguments: Sequence[str]) -> int:
-    """Have what runs save and end, and take what waits out of Slurm's queue."""
-    parser = _parser("cancel", "Have running members save and end, and queued ones not begin.")
+    """Make running members save and exit, and remove waiting ones from Slurm's queue."""
+    parser = _parser("cancel", "Make running members save and exit, and dequeue waiting ones.")
     options = parser.parse_intermixed_args(arguments)
     grid, states = load(options.config, options.overrides)
     ended = cancel_jobs(grid.members)
@@ -65,21 +66,21 @@ def cancel(arguments: Sequence[str]) -> int:
             ended.append(member.name)
     console = console_of()
     for name in ended:
-        console.print(f"{name or grid.name}: told to end")
+        console.print(f"{name or grid.name}: asked to save and exit")
     if not ended:
         console.print("nothing is running or queued")
     return 0
 
 
 def logs(arguments: Sequence[str]) -> int:
-    """What a run printed."""
-    parser = _parser("logs", "What a run printed.")
-    parser.add_argument("--follow", action="store_true", help="go on until it has ended")
+    """Print a run's output."""
+    parser = _parser("logs", "Print a run's output.")
+    parser.add_argument("--follow", action="store_true", help="continue until the run ends")
     options = parser.parse_intermixed_args(arguments)
     grid, _ = load(options.config, options.overrides)
     if len(grid.members) > 1:
         listed = ", ".join(str(m.config.run_directory) for m in grid.members)
-        raise UserError(f"{options.config} is a grid, expected one run's directory: {listed}")
+        raise UserError(f"{options.config} is a grid, expected one run directory of: {listed}")
     (member,) = grid.members
     folder = RunDirectory(member.config.run_directory)
     path = next((p for p in (folder.output_file, folder.log_file) if p.exists()), None)
@@ -100,9 +101,9 @@ def logs(arguments: Sequence[str]) -> int:
 
 
 def measure(arguments: Sequence[str]) -> int:
-    """How fast each member of a grid is on this machine."""
-    parser = _parser("measure", "Train every member for some steps and keep its tokens per second.")
-    parser.add_argument("--steps", type=int, default=8, help="that are timed (8)")
+    """Measure and save the tokens per second of each member of a grid on this machine."""
+    parser = _parser("measure", "Train every member for some steps and save its tokens per second.")
+    parser.add_argument("--steps", type=int, default=8, help="steps to time (8)")
     parser.add_argument("--processes", type=int, help="per run (tensor x pipeline)")
     options = parser.parse_intermixed_args(arguments)
     if options.steps < 1:
@@ -118,14 +119,16 @@ def measure(arguments: Sequence[str]) -> int:
 
 def _parser(name: str, what: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m launch {name}", description=what)
-    parser.add_argument("config", help="of a run or a grid, or a run's directory")
+    parser.add_argument("config", help="config of a run or a grid, or a run directory")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser
 
 
 def load(path: str, overrides: Sequence[str]) -> tuple[Grid, dict[str, MemberState]]:
-    """A grid and its members' states. A run directory stands for the settings that it was made
-    with."""
+    """Load a grid and its members' states from a config, or from a run directory's config.
+
+    Raises UserError for a folder that is no run directory.
+    """
     folder = Path(path)
     if folder.is_dir():
         run = RunDirectory(folder)
@@ -133,7 +136,7 @@ def load(path: str, overrides: Sequence[str]) -> tuple[Grid, dict[str, MemberSta
         found = next((f for f in files if f.is_file()), None)
         if found is None:
             raise UserError(
-                f"{folder} is a folder without {run.config_file.name}, expected a run's directory"
+                f"{folder} is a folder without {run.config_file.name}, expected a run directory"
             )
         folder = found
     grid = load_grid(folder, overrides)
@@ -141,7 +144,7 @@ def load(path: str, overrides: Sequence[str]) -> tuple[Grid, dict[str, MemberSta
 
 
 def states_of(grid: Grid) -> dict[str, MemberState]:
-    """By member's name: from the run directories and, where jobs were submitted, from Slurm."""
+    """Return the members' states by name, from their run directories and Slurm's queue."""
     states = {member.name: member_state(member) for member in grid.members}
     for name, (state, reason) in queue_states(grid.members).items():
         if states[name].state != DONE:
@@ -151,16 +154,16 @@ def states_of(grid: Grid) -> dict[str, MemberState]:
 
 
 def console_of() -> Console:
-    """As wide as the terminal; files get lines that nothing is cut from."""
+    """Return a console as wide as the terminal, or wide enough to truncate nothing in files."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> Table:
-    """A line for each member; ``plan``: what it is, instead of how far."""
+    """Return a table with a row per member: its progress, or with ``plan`` its size and cost."""
     counts = Counter(state.state for state in states.values())
-    told = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
-    matched = "" if grid.match is None else f"; {grid.match} made alike"
-    found = Table(title=f"{grid.name}: {told}{matched}", title_justify="left")
+    listed = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
+    matched = "" if grid.match is None else f"; {grid.match} matched"
+    found = Table(title=f"{grid.name}: {listed}{matched}", title_justify="left")
     found.add_column("member", overflow="fold")
     columns = ("parameters", "tokens", "PFLOP") if plan else ("loss", "tokens/s", "left", "")
     for column in ("state", "step", *columns):

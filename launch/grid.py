@@ -1,52 +1,21 @@
-"""From a config with a ``grid`` section to the runs that it stands for.
-
-.. code-block:: yaml
-
-    name: ratios
-    extends: ../runs/demo.yaml
-    grid:
-      model.pattern: ["8*gdn", "2*(3*gdn attn)"]     # every combination of the axes
-      seed: [0, 1, 2]
-      zip:                                           # axes that go together, entry by entry
-        - {optimizer.lr: [1e-3, 3e-4], schedule.warmup_steps: [10, 40]}
-      exclude: [{model.pattern: "8*gdn", seed: 2}]   # members with all of these values
-      include: [{model.pattern: "8*attn"}]           # further members, of what they name
-      match: parameters                              # see launch/matching.py
-
-Values of an axis may have labels for the members' names, ``{pure: "8*gdn", hybrid: ...}``, which
-``exclude`` and ``include`` may use too.
-"""
+"""A grid of runs and its members, as every command of this package handles them."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.common.config_loader import ConfigError, load_config, load_values
 from pretrain.config import RunConfig
-from pretrain.config.checks import check_model, check_run_config
-
-_LONGEST_NAME = 80
-_RESERVED = ("zip", "exclude", "include", "match")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One value of an axis, and how names tell it from others."""
-
-    value: Any
-    label: str
 
 
 @dataclass
 class Member:
-    """One run of a grid. name: from what differs between members, "" where nothing does; changes:
-    its settings beside those of the file, by dotted name."""
+    """One run of a grid.
+
+    ``name`` is made of the settings that differ between members, "" where none does; ``changes``
+    are the settings that it adds to those of the file, by dotted name.
+    """
 
     name: str
     changes: dict[str, Any]
@@ -55,177 +24,13 @@ class Member:
 
 @dataclass
 class Grid:
-    """name: of all of it; directory: where the members' run directories lie; match: what they were
-    made alike in."""
+    """A grid of runs; ``directory`` holds the members' run directories.
+
+    ``match`` is the budget that all members share, one of :data:`launch.matching.MATCHES`.
+    """
 
     name: str
     path: Path
     directory: Path
     members: list[Member]
     match: str | None = None
-
-
-def load_grid(path: str | Path, overrides: Sequence[str] = (), *, measuring: bool = False) -> Grid:
-    """Expand and check a whole grid; a config without one is a grid of one. ``measuring``: before
-    it is known how fast the members are, which ``match: time`` asks for.
-
-    Raises ConfigError where any member could not run, naming it.
-    """
-    values = load_values(path, overrides)
-    section = values.pop("grid", None)
-    name = str(values.get("name"))
-    directory = Path(values.get("directory") or Path("runs") / name)
-    points = _points(section, str(path)) if section is not None else [{}]
-    differing = [
-        key
-        for key in sorted({k for p in points for k in p})
-        if len({_key(p.get(key)) for p in points}) > 1
-    ]
-    members: list[Member] = []
-    for point in points:
-        member = _name(point, differing)
-        changes = {key: choice.value for key, choice in point.items()}
-        where = f"{path}, member {member}" if member else str(path)
-        config = load_config(
-            RunConfig, path, overrides, changes=changes, ignore=("grid",), where=where
-        )
-        if member:
-            config.name, config.directory = f"{name}-{member}", str(directory / member)
-        check_model(config.model, where)
-        members.append(Member(member, changes, config))
-    _check_names(members, str(path))
-    how = (section or {}).get("match")
-    if how is not None:
-        from launch.matching import match_members
-        from launch.throughput import read_throughput
-
-        speeds = None
-        if how == "time" and not measuring:
-            speeds = read_throughput(directory, [m.name for m in members])
-        match_members(members, str(how), str(path), speeds)
-    for m in members:
-        check_run_config(m.config, f"{path}, member {m.name}" if m.name else str(path))
-    return Grid(name, Path(path), directory, members, how)
-
-
-def _points(section: Any, where: str) -> list[dict[str, Choice]]:
-    """The settings of each member, by dotted name, in the order of the axes."""
-    if not isinstance(section, Mapping) or not section:
-        raise ConfigError(f"{where}: grid is {section!r}, expected axes: setting: [values]")
-    axes = [
-        [{key: c} for c in _choices(key, values, where)]
-        for key, values in section.items()
-        if key not in _RESERVED
-    ]
-    zips = section.get("zip") or []
-    for group in [zips] if isinstance(zips, Mapping) else zips:
-        axes.append(_zipped(group, where))
-    points = [_merged(parts) for parts in itertools.product(*axes)] if axes else []
-    excluded = _conditions(section, "exclude", where)
-    points = [p for p in points if not any(_matches(p, e) for e in excluded)]
-    labelled = {(key, choice.label): choice for point in points for key, choice in point.items()}
-    for extra in _conditions(section, "include", where):
-        points.append(
-            {
-                key: labelled.get((key, _text(value)), Choice(value, _text(value)))
-                for key, value in extra.items()
-            }
-        )
-    if not points:
-        raise ConfigError(f"{where}: grid has no members left")
-    return points
-
-
-def _choices(key: str, values: Any, where: str) -> list[Choice]:
-    if isinstance(values, Mapping):
-        found = [Choice(value, str(label)) for label, value in values.items()]
-    elif isinstance(values, Sequence) and not isinstance(values, str):
-        found = [Choice(value, _text(value)) for value in values]
-    else:
-        raise ConfigError(f"{where}: grid.{key} is {values!r}, expected a list of values")
-    if not found:
-        raise ConfigError(f"{where}: grid.{key} is empty, expected at least one value")
-    return found
-
-
-def _zipped(group: Any, where: str) -> list[dict[str, Choice]]:
-    if not isinstance(group, Mapping) or not group:
-        raise ConfigError(f"{where}: grid.zip is {group!r}, expected axes of equal length")
-    columns = {key: _choices(key, values, where) for key, values in group.items()}
-    lengths = {key: len(values) for key, values in columns.items()}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{key} {length}" for key, length in lengths.items())
-        raise ConfigError(f"{where}: the axes of grid.zip have different lengths: {told}")
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _merged(parts: Sequence[dict[str, Choice]]) -> dict[str, Choice]:
-    return {key: choice for part in parts for key, choice in part.items()}
-
-
-def _conditions(section: Mapping[str, Any], name: str, where: str) -> list[Mapping[str, Any]]:
-    found = section.get(name) or []
-    entries = list(found) if isinstance(found, Sequence) else [found]
-    for entry in entries:
-        if not isinstance(entry, Mapping) or not entry:
-            raise ConfigError(f"{where}: grid.{name} has {entry!r}, expected setting: value pairs")
-    return entries
-
-
-def _matches(point: dict[str, Choice], condition: Mapping[str, Any]) -> bool:
-    return all(
-        key in point and value in (point[key].value, point[key].label)
-        for key, value in condition.items()
-    )
-
-
-def _key(choice: Choice | None) -> str:
-    return "" if choice is None else repr(choice.value)
-
-
-def _name(point: dict[str, Choice], differing: Sequence[str]) -> str:
-    """Such as ``lr=0.001,seed=0``: the same however axes and values are ordered."""
-    short = _short_keys(differing)
-    parts = [f"{short[key]}={_plain(point[key].label)}" for key in differing if key in point]
-    name = ",".join(parts)
-    if len(name) <= _LONGEST_NAME:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name[: _LONGEST_NAME - 9]}-{digest}"
-
-
-def _short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of a dotted name, as long as that tells it from the others."""
-    last = [key.rsplit(".", 1)[-1] for key in keys]
-    return {
-        key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)
-    }
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "_".join(f"{k}-{_text(v)}" for k, v in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "_".join(_text(v) for v in value)
-    return str(value)
-
-
-def _plain(text: str) -> str:
-    """Fit for a folder's name and a command line without quotes."""
-    text = text.replace("*", "x").replace(" ", "_").replace("(", "").replace(")", "")
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip(".").rstrip("-") or "none"
-
-
-def _check_names(members: Sequence[Member], where: str) -> None:
-    seen: dict[str, Member] = {}
-    for member in members:
-        if member.name in seen:
-            raise ConfigError(
-                f"{where}: two members of the grid are named '{member.name}': {member.changes} and "
-                f"{seen[member.name].changes}; give their values labels, {{label: value}}"
-            )
-        seen[member.name] = member

@@ -1,4 +1,4 @@
-"""Runs on this machine: one, or a grid's members from a queue, some at a time."""
+"""Run one config, or a grid's members from a queue, on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pretrain.run_directory import RunDirectory
 
 @dataclass
 class Running:
-    """A member's processes; output goes to a file in its directory, or to the screen."""
+    """A member that is running; output goes to a file in its directory, or to the screen."""
 
     member: Member
     process: subprocess.Popen[bytes]
@@ -28,8 +28,10 @@ class Running:
 
 
 def processes_of(config: RunConfig, wanted: int | None = None) -> int:
-    """How many a run is started with: ``wanted``, or one copy of the model's. Raises UserError
-    for fewer cores (or GPUs) than that."""
+    """Return the number of processes of a run: ``wanted``, or as many as one model copy needs.
+
+    Raises UserError if this machine has fewer GPUs (or, without GPUs, cores).
+    """
     count = wanted or config.parallel.model_size
     available = _available()
     if count > available:
@@ -42,7 +44,7 @@ def processes_of(config: RunConfig, wanted: int | None = None) -> int:
 
 
 def command_of(config_path: Path, processes: int) -> list[str]:
-    """What starts a run: torchrun where there are several processes."""
+    """Return the command that starts a run, with torchrun if there are several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     launcher = torchrun if processes > 1 else []
     return [sys.executable, *launcher, "-m", "pretrain", str(config_path)]
@@ -55,8 +57,11 @@ def run_queue(
     processes: int | None,
     show: Callable[[Member, str], None],
 ) -> dict[str, int]:
-    """Run all, ``at_once`` at a time, and return their exit statuses by name. One alone writes to
-    the screen. An interrupt is passed on, so that every run saves, and ends the queue."""
+    """Run all members, ``at_once`` at a time, and return their exit statuses by name.
+
+    A single member writes to the screen. An interrupt is forwarded to the running members, which
+    save and exit, and ends the queue. ``show`` is called when a member starts and ends.
+    """
     waiting, statuses = list(members), dict[str, int]()
     running: list[Running] = []
     alone = len(members) == 1
@@ -77,9 +82,9 @@ def run_queue(
             time.sleep(0.1)
             for run in [r for r in running if r.process.poll() is not None]:
                 running.remove(run)
-                status, told = _finished(run, stopped=bool(stopped))
+                status, words = _finished(run, stopped=bool(stopped))
                 statuses[run.member.name] = status
-                show(run.member, told)
+                show(run.member, words)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -87,7 +92,7 @@ def run_queue(
 
 
 def environment_of(processes: int, at_once: int = 1) -> dict[str, str]:
-    """Variables of a run's processes: those of this one, and the cores shared out as threads."""
+    """Return a run's environment: this process's, with the cores divided into threads."""
     threads = max(1, _available_cores() // (at_once * processes))
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
@@ -105,7 +110,7 @@ def _start(member: Member, processes: int | None, at_once: int, alone: bool) -> 
         stdout=output,
         stderr=subprocess.STDOUT if output else None,
         env=environment_of(count, at_once),
-        # Ctrl-C reaches the whole group of the terminal: children get it from here alone.
+        # Ctrl-C reaches the terminal's whole process group: children must get it only from here.
         start_new_session=True,
     )
     directory.write_launch(pid=process.pid, host=os.uname().nodename)
@@ -113,7 +118,10 @@ def _start(member: Member, processes: int | None, at_once: int, alone: bool) -> 
 
 
 def _finished(run: Running, *, stopped: bool) -> tuple[int, str]:
-    """(exit status, in words); torchrun's own after a signal says nothing of its processes."""
+    """Return a run's exit status, also in words.
+
+    After a signal torchrun's own status says nothing about its processes, so it is replaced.
+    """
     status = run.process.returncode
     if run.output is not None:
         run.output.close()
@@ -124,8 +132,8 @@ def _finished(run: Running, *, stopped: bool) -> tuple[int, str]:
     if status not in (0, EXIT_STOPPED):
         reason = directory.last_error() or f"exit status {status}"
     directory.write_launch(ended=time.time(), status=status, reason=reason)
-    told = {0: "done", EXIT_STOPPED: "stopped, saved"}.get(status, f"failed: {reason}")
-    return status, told
+    words = {0: "done", EXIT_STOPPED: "stopped, saved"}.get(status, f"failed: {reason}")
+    return status, words
 
 
 def _gpus() -> int:

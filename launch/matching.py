@@ -1,5 +1,4 @@
-"""Equal budgets: members of a grid made alike in parameters, FLOPs, tokens or time, so that what
-differs between them is what is studied."""
+"""Equal budgets: match a grid's members in parameters, FLOPs, tokens or time."""
 
 from __future__ import annotations
 
@@ -18,37 +17,46 @@ _CLOSE = 0.01
 def match_members(
     members: Sequence[Member], how: str, where: str, speeds: Mapping[str, float] | None = None
 ) -> None:
-    """Change all but the first member: ``parameters``, the inner width of its MLPs; ``flops`` and
-    ``time``, how many tokens it is trained on; ``tokens``, that they are as many. ``speeds``: in
-    tokens per second, for ``time``. Raises ConfigError where that cannot be done to within 1 %."""
+    """Change all members but the first so that they match it in ``how``.
+
+    ``parameters`` changes the intermediate size of the MLPs; ``flops`` and ``time`` change the
+    number of training tokens; ``tokens`` equals them. ``speeds`` are in tokens per second by
+    member, for ``time``. Raises ConfigError where a member cannot match within 1 %.
+    """
     if how not in MATCHES:
         raise ConfigError(f"{where}: grid.match is '{how}', expected one of: {', '.join(MATCHES)}")
     reference = members[0].config
     for member in members[1:]:
-        place = f"{where}, member {member.name}"
+        at = f"{where}, member {member.name}"
         if how == "parameters":
-            _match_parameters(member.config, reference, place)
+            _match_parameters(member.config, reference, at)
         else:
             ratio = 1.0
             if how == "flops":
-                both = (reference, member.config)
-                a, b = (_whole_counts(c, place).training_flops() for c in both)
-                ratio = a / b
+                first, this = (
+                    _full_counts(c, at).training_flops() for c in (reference, member.config)
+                )
+                ratio = first / this
             elif how == "time" and speeds is not None:
                 ratio = speeds[member.name] / speeds[members[0].name]
-            _match_tokens(member.config, reference, ratio, place)
+            _match_tokens(member.config, reference, ratio, at)
 
 
 def counts_of(config: RunConfig) -> ModelCounts:
-    """Without a vocabulary of its own, a model is counted as if there were one row: its own part,
-    for showing, and for comparing parameters where embeddings are alike."""
+    """Count a model's parameters and FLOPs, with one embedding row if it sets no vocab_size.
+
+    That suffices to show them, and to compare models whose embeddings are equal.
+    """
     return count_model(config.model, config.model.vocab_size or 1, config.train.seq_len)
 
 
-def _whole_counts(config: RunConfig, where: str, *, embeddings_alike: bool = False) -> ModelCounts:
-    """With the rows that the tokenizer of the data needs. Raises ConfigError where it is not
-    there, unless all that will be compared has the same ``embeddings_alike``."""
-    if config.model.vocab_size is not None or embeddings_alike:
+def _full_counts(config: RunConfig, where: str, *, equal_embeddings: bool = False) -> ModelCounts:
+    """Count a model with the embedding rows that the data's tokenizer needs.
+
+    Raises ConfigError where there is no data, unless the models compared have
+    ``equal_embeddings``.
+    """
+    if config.model.vocab_size is not None or equal_embeddings:
         return counts_of(config)
     from pretrain.data.batches import open_data
     from pretrain.model.build import padded_vocab_size
@@ -58,30 +66,31 @@ def _whole_counts(config: RunConfig, where: str, *, embeddings_alike: bool = Fal
     except UserError as error:
         raise ConfigError(
             f"{where}: grid.match counts the vocabulary too, but model.vocab_size is not set and "
-            f"the data that would tell it is not there ({error}); set model.vocab_size"
+            f"the data that defines it is missing ({error}); set model.vocab_size"
         ) from None
     return count_model(config.model, rows, config.train.seq_len)
 
 
 def _match_parameters(config: RunConfig, reference: RunConfig, where: str) -> None:
     mlp, models = config.model.mlp, (config.model, reference.model)
-    alike = len({(m.hidden_size, m.tie_embeddings, m.vocab_size) for m in models}) == 1
-    wanted = _whole_counts(reference, where, embeddings_alike=alike).parameters
+    equal = len({(m.hidden_size, m.tie_embeddings, m.vocab_size) for m in models}) == 1
+    wanted = _full_counts(reference, where, equal_embeddings=equal).parameters
 
     def parameters() -> int:
-        return _whole_counts(config, where, embeddings_alike=alike).parameters
+        return _full_counts(config, where, equal_embeddings=equal).parameters
 
     if mlp.kind == "none":
         raise ConfigError(f"{where}: grid.match is parameters, but the model has no MLP to resize")
     unit = config.parallel.tensor
     found = []
-    for width in (unit, 2 * unit):  # parameters grow in a line
+    for width in (unit, 2 * unit):  # parameters grow linearly with it
         mlp.intermediate_size = width
         found.append(parameters())
     slope = (found[1] - found[0]) / unit
     if slope == 0:  # every MLP is a mixture of experts
         raise ConfigError(
-            f"{where}: grid.match is parameters, but the width of model.mlp changes nothing"
+            f"{where}: grid.match is parameters, but model.mlp.intermediate_size changes no "
+            "parameters"
         )
     exact = unit + (wanted - found[0]) / slope
     step = mlp.multiple_of * unit
@@ -91,8 +100,9 @@ def _match_parameters(config: RunConfig, reference: RunConfig, where: str) -> No
     reached = parameters()
     if abs(reached / wanted - 1) > _CLOSE:
         raise ConfigError(
-            f"{where}: grid.match is parameters, but an MLP of width {mlp.intermediate_size} makes "
-            f"{reached:,} parameters, the first member has {wanted:,}"
+            f"{where}: grid.match is parameters, but the closest MLP width, "
+            f"{mlp.intermediate_size}, gives {reached:,} parameters and the first member has "
+            f"{wanted:,}"
         )
 
 
@@ -100,9 +110,9 @@ def _match_tokens(config: RunConfig, reference: RunConfig, ratio: float, where: 
     train = reference.train
     wanted = round(ratio * train.tokens_before(train.num_steps))
     if wanted < config.train.global_batch_tokens:
-        raise ConfigError(f"{where}: grid.match leaves {wanted} tokens, less than one batch")
+        raise ConfigError(f"{where}: grid.match gives it {wanted} tokens, less than one batch")
     config.train.steps, config.train.tokens = None, wanted
-    if ratio != 1:  # whole batches, the nearer number of them
+    if ratio != 1:  # round to the nearest number of whole batches
         steps = config.train.num_steps
         below, above = (config.train.tokens_before(s) for s in (steps - 1, steps))
         config.train.tokens = below if wanted - below < above - wanted else above

@@ -1,4 +1,4 @@
-"""What the run directories tell of a grid's members: which are done, running, stopped, failed."""
+"""The states of a grid's members, read from their run directories: done, running, failed, ..."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pretrain.run_directory import RunDirectory
 
 WAITING, QUEUED, RUNNING = "waiting", "queued", "running"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
-# Settings that a run may be started again with.
-_FREE = (
+# Settings that may change when a run is started again.
+_CHANGEABLE = (
     "train.steps",
     "train.tokens",
     "train.threads",
@@ -34,7 +34,7 @@ _FREE = (
 
 @dataclass
 class MemberState:
-    """step: optimizer steps done, as far as they are logged; loss: the last one logged."""
+    """The state of one member, with the last logged ``step``, ``loss`` and speed."""
 
     state: str
     step: int = 0
@@ -43,7 +43,7 @@ class MemberState:
     reason: str = ""
 
     def seconds_left(self, config: RunConfig) -> float | None:
-        """None where no speed is known."""
+        """Estimate the seconds until the run ends; None where no speed is known."""
         if not self.tokens_per_second:
             return None
         train = config.train
@@ -52,8 +52,10 @@ class MemberState:
 
 
 def member_state(member: Member, *, held: bool = True) -> MemberState:
-    """Read from the member's run directory alone, so from any machine that sees it; ``held``:
-    look whether a process trains in there."""
+    """Read a member's state from its run directory, on any machine that sees it.
+
+    ``held``: also check whether a process is training there.
+    """
     directory = RunDirectory(member.config.run_directory)
     found = MemberState(WAITING)
     if directory.metrics_file.exists():
@@ -77,7 +79,7 @@ def member_state(member: Member, *, held: bool = True) -> MemberState:
 
 
 def check_same_settings(member: Member) -> None:
-    """Raise ConfigError where the run directory holds a run with other settings."""
+    """Raise ConfigError if the run directory holds a run with other settings."""
     directory = RunDirectory(member.config.run_directory)
     if not directory.config_file.exists():
         return
@@ -89,7 +91,7 @@ def check_same_settings(member: Member) -> None:
     differences = [
         f"{key} is {was.get(key)} there and {now.get(key)} here"
         for key in sorted({*was, *now})
-        if was.get(key) != now.get(key) and not key.startswith(_FREE)
+        if was.get(key) != now.get(key) and not key.startswith(_CHANGEABLE)
     ]
     if differences:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What the members of a grid will need on a cluster's hardware, by ``python -m pretrain plan``."""
+"""Plan a grid's members on a cluster's hardware, by ``python -m pretrain plan``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from pretrain.config import RunConfig, to_yaml
 
 
 def print_plans(console: Console, members: Sequence[Member], hardware: str, devices: int) -> None:
-    """Memory, time and device-hours of each, and all together. Members that differ in nothing that
-    matters to a plan share one."""
+    """Print the memory, time and device-hours of each member, and the total device-hours.
+
+    Members whose model, training and layout are equal share one plan.
+    """
     table = Table(title=f"planned on {devices} devices of {hardware}", title_justify="left")
     for column in ("member", "GB per device", "MFU", "hours", "device-hours"):
         table.add_column(column, justify="left" if column == "member" else "right", overflow="fold")
@@ -62,8 +64,10 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
 
 
 def plan(config: RunConfig, hardware: str, devices: int) -> dict[str, Any] | str:
-    """The planner's figures, or why there are none; in a process of its own, which plays one of
-    many."""
+    """Return the planner's figures, or the reason why it has none.
+
+    It runs in a separate process, because it simulates one rank of many.
+    """
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         path, result = Path(folder) / "run.yaml", Path(folder) / "plan.json"
         path.write_text(to_yaml(config))

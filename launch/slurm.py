@@ -1,5 +1,4 @@
-"""Runs on a Slurm cluster: a script that a person can read, submitted once for a run or as an
-array for a grid."""
+"""Submit runs to Slurm with a readable batch script: one job for a run, an array for a grid."""
 
 from __future__ import annotations
 
@@ -25,7 +24,11 @@ _TEMPLATES = Path(__file__).parent / "templates"
 def render(
     cluster: ClusterConfig, grid: Grid, members: Sequence[Member], at_once: int | None
 ) -> str:
-    """The batch script for some members of a grid. Raises ConfigError."""
+    """Return the batch script for ``members`` of a grid.
+
+    ``at_once`` limits how many run at a time. Raises UserError where the members need different
+    numbers of processes per node.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -50,7 +53,10 @@ def render(
 
 
 def processes_per_node(cluster: ClusterConfig, members: Sequence[Member]) -> int:
-    """All members have one job script, so they need as many processes."""
+    """Return the number of processes per node, which must be the same for all members.
+
+    Raises UserError where it is not.
+    """
     found = {cluster.processes(m.config.parallel.model_size) for m in members}
     if len(found) > 1:
         raise UserError(
@@ -106,11 +112,14 @@ def _apptainer(cluster: ClusterConfig, python: str) -> str:
 def submit(
     cluster: ClusterConfig, grid: Grid, members: Sequence[Member], at_once: int | None
 ) -> tuple[str, Path]:
-    """(job id, the script). Raises UserError with Slurm's reason where it is refused."""
+    """Submit members of a grid to Slurm; return the job's id and the script's path.
+
+    Raises UserError without Slurm, or with Slurm's reason where it refuses the job.
+    """
     if shutil.which("sbatch") is None:
         raise UserError(
-            "there is no sbatch on PATH: this machine is no part of a Slurm cluster; log in to one "
-            "that is, or leave --cluster out to run here"
+            "there is no sbatch on PATH, so this machine is not part of a Slurm cluster: log in to "
+            "one that is, or omit --cluster to run here"
         )
     script = render(cluster, grid, members, at_once)
     grid.directory.mkdir(parents=True, exist_ok=True)
@@ -139,7 +148,7 @@ def submit(
 
 
 def queue_states(members: Sequence[Member]) -> dict[str, tuple[str, str]]:
-    """{member: (Slurm's state, its reason)} of those that are in the queue."""
+    """Return Slurm's state and reason of each member in its queue, by name."""
     jobs = {_job_of(member): member.name for member in members}
     jobs.pop("", None)
     if not jobs or shutil.which("squeue") is None:
@@ -167,7 +176,7 @@ def queue_states(members: Sequence[Member]) -> dict[str, tuple[str, str]]:
 
 
 def cancel(members: Sequence[Member]) -> list[str]:
-    """Ask Slurm to end what is in the queue; the names of those members."""
+    """Cancel the members that are in Slurm's queue, and return their names."""
     names = queue_states(members)
     jobs = [_job_of(member) for member in members if member.name in names]
     if jobs:

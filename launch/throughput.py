@@ -1,5 +1,8 @@
-"""Tokens per second of a grid's members, measured where they will run: what ``match: time`` gives
-each as many tokens by as fit into the time of the first one (Languini, arXiv 2309.11197)."""
+"""Measure the tokens per second of a grid's members, on the hardware where they will run.
+
+With ``match: time`` each member gets as many tokens as it can process in the first member's time
+(Languini, arXiv 2309.11197).
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from pretrain.config import RunConfig, to_yaml
 from pretrain.run_directory import RunDirectory
 
 FILE = "throughput.json"
-_WARM = 2  # steps that are not timed
+_WARMUP_STEPS = 2  # not timed
 
 
 def read_throughput(directory: Path, names: Sequence[str]) -> dict[str, float]:
-    """Tokens per second by member. Raises ConfigError where one has not been measured."""
+    """Read the tokens per second by member; raises ConfigError where one was not measured."""
     try:
         found = json.loads((directory / FILE).read_bytes())
     except (OSError, ValueError):
@@ -33,17 +36,19 @@ def read_throughput(directory: Path, names: Sequence[str]) -> dict[str, float]:
         raise ConfigError(
             f"{directory / FILE} has no tokens per second of {', '.join(missing[:3])}"
             f"{' and others' if len(missing) > 3 else ''}; run python -m launch measure first, on "
-            "the hardware of the runs"
+            "the hardware that the runs will use"
         )
     return {name: float(found[name]) for name in names}
 
 
 def measure(config: RunConfig, steps: int, processes: int | None) -> float:
-    """Tokens per second of the median of ``steps`` training steps. Raises UserError where the run
-    fails."""
+    """Train for a few steps and return the median tokens per second over ``steps`` of them.
+
+    Raises UserError when the run fails.
+    """
     config = copy.deepcopy(config)
     train = config.train
-    train.steps, train.tokens = steps + _WARM, None
+    train.steps, train.tokens = steps + _WARMUP_STEPS, None
     config.schedule.warmup_steps, config.schedule.kind = 0, "constant"
     config.validation.every, config.validation.tokens, config.sample.tokens = 0, 1, 0
     config.checkpoint.every, config.logging.every = 10**9, 1
@@ -68,11 +73,14 @@ def measure(config: RunConfig, steps: int, processes: int | None) -> float:
             for row in RunDirectory(config.directory).read_metrics()
             if row.get("tokens_per_second")
         ]
-    return statistics.median(rows[_WARM:])
+    return statistics.median(rows[_WARMUP_STEPS:])
 
 
 def write_throughput(directory: Path, values: dict[str, float]) -> Path:
-    """Keep what was measured; every later launch of the grid gives the same budgets."""
+    """Save measured tokens per second by member, so that every launch has the same budgets.
+
+    Returns the file's path.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / FILE
     write_json(path, values)

@@ -1,4 +1,4 @@
-"""lm-eval's tasks on a checkpoint of ours."""
+"""Evaluate a run's checkpoint on lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ def evaluate_checkpoint(
     max_length: int | None = None,
     tokens_per_pass: int = 8192,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each task's result as soon as it is there, with every setting that it depends on; what cannot
-    work raises before the first. ``max_length`` defaults to the training length."""
+    """Yield each task's name and result, with every setting that it depends on, when it is done.
+
+    ``max_length`` defaults to the training length. Raises UserError, before the first task, for
+    tasks that cannot be evaluated with these settings.
+    """
     scorer = StateScorer(loaded.model, loaded.tokenizer.vocab_size, tokens_per_pass=tokens_per_pass)
     length = max_length or loaded.run.train.seq_len
     model = HarnessModel(scorer, loaded.tokenizer, length, bos=bos)

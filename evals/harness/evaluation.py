@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model, in this process or on all training processes alike."""
+"""Evaluate a model on tasks of lm-evaluation-harness, in one process or on all training ranks."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     bootstrap_samples: int = 1000,
 ) -> dict[str, dict[str, Any]]:
-    """The result of each task and group by name, as it goes into a file.
+    """Return the result of each task and group by name, as it is written to a file.
 
-    model: an ``lm_eval.api.model.LM``; tasks: of :func:`evals.tasks.loading.load_tasks`;
-    limit: documents of each task, the first ones; num_fewshot: examples in a prompt, null as the
-    task has it (0 where it says nothing); bootstrap_samples: for standard errors of metrics
-    without a formula, 0 for no standard errors at all.
-    Random numbers of this process are left as they were.
+    ``model`` is an ``lm_eval.api.model.LM``; ``tasks`` come from
+    :func:`evals.tasks.loading.load_tasks`; ``limit`` is the number of documents per task, the first
+    ones; ``num_fewshot`` the examples per prompt, None for the task's own (0 where it has none);
+    ``bootstrap_samples`` serve standard errors of metrics without a formula, 0 for no standard
+    errors at all. The state of random number generators is restored. Raises UserError where
+    lm-eval refuses a task.
     """
     from lm_eval.evaluator import evaluate
 
@@ -45,13 +46,13 @@ def evaluate_tasks(
                 bootstrap_iters=bootstrap_samples,
                 log_samples=False,
             )
-        except (AssertionError, ValueError) as error:  # as lm-eval says what it does not take
+        except (AssertionError, ValueError) as error:  # lm-eval's way of refusing settings
             inside = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
             if inside & {"loglikelihood", "loglikelihood_rolling", "generate_until"}:
-                raise  # the model's own
-            said = str(error).strip().splitlines() or [type(error).__name__]
+                raise  # an error of the model
+            lines = str(error).strip().splitlines() or [type(error).__name__]
             names = ", ".join(tasks["tasks"])
-            raise UserError(f"lm-eval refused {names}: {said[0]}") from error
+            raise UserError(f"lm-eval refused {names}: {lines[0]}") from error
     cut = getattr(model, "cut", None)
     common = {
         "limit": limit,
@@ -61,37 +62,37 @@ def evaluate_tasks(
     }
     results = {}
     for name, metrics in found["results"].items():
-        own = found.get("group_subtasks", {}).get(name)
+        subtasks = found.get("group_subtasks", {}).get(name)
         results[name] = {
             "task": name,
             **_scores(metrics),
             "version": found["versions"].get(name),
             "num_fewshot": found["n-shot"].get(name),
             "documents": found["n-samples"].get(name, {}).get("effective"),
-            **({"subtasks": own} if own else {}),
+            **({"subtasks": subtasks} if subtasks else {}),
             **common,
         }
     return results
 
 
 def set_examples(tasks: dict[str, Any], num_fewshot: int | None) -> None:
-    """How many examples a prompt has, of all tasks. Raises UserError where one takes none."""
+    """Set the number of examples per prompt of all tasks; raises UserError where one takes none."""
     for name, task in tasks["tasks"].items():
-        own = task.get_config("num_fewshot")
-        if num_fewshot is not None and own != 0:
+        default = task.get_config("num_fewshot")
+        if num_fewshot is not None and default != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
-        elif num_fewshot and own == 0:
+        elif num_fewshot and default == 0:
             raise UserError(
                 f"task '{name}' is defined without examples, but {num_fewshot} are asked for "
                 "(num_fewshot)"
             )
-        elif own is None:
+        elif default is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
-    """``scores`` and ``stderr`` by metric; the filter is part of the name where there is one."""
+    """Return ``scores`` and ``stderr`` by metric; a metric's name includes its filter."""
     scores: dict[str, float] = {}
     errors: dict[str, float] = {}
     for key, value in metrics.items():
@@ -106,17 +107,16 @@ def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Random numbers inside are the same every time and on every process, and of no consequence
-    outside."""
-    with random_numbers_kept():
+    """Seed random numbers equally every time and on every rank, and restore them afterwards."""
+    with random_state_restored():
         random.seed(FEWSHOT_SEED)
         np.random.seed(FEWSHOT_SEED)
         yield
 
 
 @contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """What is drawn inside does not change what is drawn after."""
+def random_state_restored() -> Iterator[None]:
+    """Restore the states of Python's, NumPy's and torch's random numbers afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     cpu = torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -1,6 +1,6 @@
-"""lm-eval's tasks on any causal model of Hugging Face, by lm-eval's own ``hf`` model.
+"""Evaluate any causal model of Hugging Face on lm-eval's tasks, by lm-eval's own ``hf`` model.
 
-Nothing of ``pretrain`` is imported: what it does to run without CUDA confuses transformers.
+No model code of ``pretrain`` is imported: what it does to run without CUDA confuses transformers.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ def evaluate_hugging_face(
     trust_remote_code: bool = False,
     batch_size: int = 8,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each task's result, as soon as it is there, of a causal model by name or folder, run by
-    lm-eval's own ``hf`` model;
-    ``trust_remote_code``: run the code that comes with it."""
+    """Yield each task's name and result, when it is done, of the causal model ``source``.
+
+    ``source`` is a name on the hub or a folder; ``trust_remote_code`` runs the code that comes with
+    it. Raises UserError where packages are missing or the model cannot be loaded.
+    """
     try:
         import torch
         from lm_eval.models.huggingface import HFLM
@@ -48,8 +50,8 @@ def evaluate_hugging_face(
             dtype={"float32": "float32", "bf16": "bfloat16"}[precision],
         )
     except Exception as error:  # of transformers, of the formats that it reads, of the model's code
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"hf:{source}: could not be loaded ({said[0]})") from None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"hf:{source} could not be loaded ({lines[0]})") from None
     settings = TextSettings(
         lambda text: len(model.tok_encode(text)), model.max_length, limit or COUNT
     )
@@ -60,7 +62,7 @@ def evaluate_hugging_face(
     about = {
         "bos_rule": "as the tokenizer has it",
         "max_length": model.max_length,
-        "tokenizer_sha256": hashlib.sha256(_written(model.tokenizer).encode()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(_serialized(model.tokenizer).encode()).hexdigest(),
         "checkpoint": f"hf:{source}",
         "precision": precision,
     }
@@ -69,8 +71,8 @@ def evaluate_hugging_face(
         yield from ((name, {**result, **about}) for name, result in results.items())
 
 
-def _written(tokenizer: Any) -> str:
-    """What tells one tokenizer from another: its file where it has one, else its vocabulary."""
+def _serialized(tokenizer: Any) -> str:
+    """Return a tokenizer's file where it has one, otherwise its vocabulary, as text."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if hasattr(backend, "to_str"):
         text: str = backend.to_str()

@@ -1,8 +1,8 @@
-"""Our models behind lm-evaluation-harness: its tasks, prompts and metrics, our forward passes.
+"""This project's models behind lm-evaluation-harness's interface.
 
-BOS rule: with ``bos="document"`` every request is opened by the end-of-document token, as every
-document was in training; with ``"none"`` by nothing (a request without any context still is, there
-being nothing else to score its first token after).
+Tasks, prompts and metrics are lm-eval's. The BOS rule: with ``bos="document"`` every request begins
+with the end-of-document token, as every document did in training; with ``"none"`` only a request
+without context does, because its first token could not be scored otherwise.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.score import Pair, Prompt, Scorer
 
 BOS_RULES = ("document", "none")
-_MAX_GENERATED = 256  # where a task does not say; lm-eval's own default
-_BEFORE = 4  # ids of the prompt that a text is decoded with, as its first characters depend on them
+_MAX_GENERATED = 256  # where a task sets no limit; lm-eval's own default
+_BEFORE = 4  # prompt ids that a text is decoded with, because its first characters depend on them
 
 
 class HarnessModel(TemplateLM):
-    """A scorer and a tokenizer as lm-eval wants them. ``max_length``: tokens that go into the model
-    at once; of a request with more the beginning is left out, and ``cut`` counts them."""
+    """A scorer and a tokenizer behind lm-eval's interface.
+
+    ``max_length`` is the model's limit of input tokens; longer requests lose their beginning and
+    are counted in ``cut``. Raises UserError for an unknown ``bos`` rule.
+    """
 
     def __init__(
         self, scorer: Scorer, tokenizer: Tokenizer, max_length: int, *, bos: str = "document"
@@ -44,13 +47,13 @@ class HarnessModel(TemplateLM):
         self.cut = 0
 
     def text_settings(self, limit: int | None) -> TextSettings:
-        """For generated tasks, as many documents as will be scored."""
+        """Return the settings of generated tasks, with as many documents as will be scored."""
         return TextSettings(
             lambda text: len(self._opened(self.tok_encode(text))), self.max_length, limit or COUNT
         )
 
     def settings(self) -> dict[str, Any]:
-        """What scores depend on beside the model."""
+        """Return the settings, other than the model, that scores depend on."""
         opened = "opened by the end-of-document token" if self.bos == "document" else "not opened"
         return {
             "bos_rule": f"each request is {opened}",
@@ -60,38 +63,44 @@ class HarnessModel(TemplateLM):
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         return self.scorer.device
 
     @property
     def tokenizer_name(self) -> str:
+        """The tokenizer's hash, which lm-eval uses as a key of its caches."""
         return self.text.sha256
 
     @property
     def eot_token_id(self) -> int:
+        """The id of the end-of-document token."""
         return self.text.eod_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
+        """Return the ids of ``string``, without special tokens."""
         return self.text.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both, cut where those of the whole text leave the context's own: a tokenizer
-        may merge a continuation into the context's last token."""
+        """Return the ids of context and continuation, split where they diverge from the context's.
+
+        A tokenizer may merge a continuation into the context's last token.
+        """
         found: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
         if found[1] or not continuation:
             return found
-        whole = self.tok_encode(context + continuation)
+        joint = self.tok_encode(context + continuation)
         kept = 0
-        while kept < len(whole) - 1 and whole[kept] == found[0][kept]:
+        while kept < len(joint) - 1 and joint[kept] == found[0][kept]:
             kept += 1
-        return whole[:kept], whole[kept:]
+        return joint[:kept], joint[kept:]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         pairs = [self._fitted(context, rest) for _, context, rest in requests]
-        # An empty continuation (a choice of no text) is certain.
+        # An empty continuation (a choice without text) is certain.
         some = [pair for pair in pairs if pair.continuation]
         found = iter(self.scorer.log_likelihoods(some))
         results = [next(found) if pair.continuation else (0.0, True) for pair in pairs]
@@ -102,12 +111,14 @@ class HarnessModel(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
+        """Return each continuation's log-likelihood in nats, and whether it is the greedy one."""
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
+        """Return each text's log-likelihood in nats, over disjoint windows."""
         pairs, counts = list[Pair](), list[int]()
         for (string,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
@@ -126,6 +137,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return a generated text for each prompt, up to its stop strings or token limit."""
         prompts, stops = list[Prompt](), list[list[str]]()
         end = self.text.eod_id
         for number, (text, options) in enumerate(request.args for request in requests):
@@ -153,8 +165,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def check_task(self, name: str, task: Any, *, sampled: bool) -> None:
-        """Raise UserError for one that asks for texts that are too long, or, unless ``sampled``,
-        for any that are drawn at a temperature."""
+        """Raise UserError for a task whose texts are too long or, unless ``sampled``, sampled."""
         if task.OUTPUT_TYPE != "generate_until":
             return
         given = dict(task.config.generation_kwargs or {})
@@ -162,14 +173,15 @@ class HarnessModel(TemplateLM):
         self._check_room(f"task '{name}'", int(kwargs["max_gen_toks"]))
         if kwargs.get("do_sample") and not sampled:
             raise UserError(
-                f"task '{name}' draws its text at a temperature, which a pipeline, sequence or "
-                "expert parallelism and ZeRO-3 do not; score the checkpoint afterwards"
+                f"task '{name}' samples its text at a temperature, which is not supported under "
+                "pipeline, sequence or expert parallelism and ZeRO-3; score the checkpoint "
+                "afterwards"
             )
 
     def _check_room(self, what: str, longest: int) -> None:
         if longest >= self.max_length:
             raise UserError(
-                f"{what} asks for {longest:,} tokens of text, which leave no room for a prompt "
+                f"{what} asks for {longest:,} tokens of text, which leaves no room for a prompt "
                 f"within {self.max_length:,} tokens: set max_length (--max-length) higher"
             )
 
@@ -211,8 +223,11 @@ class HarnessModel(TemplateLM):
         return ids[-room:]
 
     def _fitted(self, context: list[int], continuation: list[int]) -> Pair:
-        """Within ``max_length`` inputs: the beginning of the context goes first, then, of a
-        continuation that is too long alone, its own."""
+        """Return a request cut to ``max_length`` inputs.
+
+        The context's beginning is cut first; a continuation that is too long by itself then loses
+        its own.
+        """
         context = self._opened(context)
         if len(continuation) > self.max_length:
             self.cut += 1

@@ -1,4 +1,4 @@
-"""Scores under any layout of processes: pipelines, sequence and expert parallelism, ZeRO-3."""
+"""Score under any parallel layout: pipelines, sequence and expert parallelism, ZeRO-3."""
 
 from __future__ import annotations
 
@@ -17,19 +17,26 @@ from pretrain.training.engine import Engine
 
 
 class ScheduleScorer(Scorer):
-    """By the schedule of training, without states: what requests share is computed for each of
-    them, and a text's beginning once more for each of its tokens."""
+    """Score by the training schedule, without recurrent states.
+
+    Shared prefixes are computed for each request, and a generated text again for each of its
+    tokens.
+    """
 
     def __init__(
         self, engine: Engine, candidates: int, *, filler: int, tokens_per_pass: int, multiple: int
     ) -> None:
-        """``filler``: the id that passes are filled up with, behind the text, as a sequence of its
-        own; ``multiple``: what the length of a pass must be one of."""
+        """Create a scorer of ``engine`` over the first ``candidates`` ids of the vocabulary.
+
+        ``filler`` is the id that fills up a pass behind the text, as a sequence of its own; the
+        length of a pass is a multiple of ``multiple``.
+        """
         self.engine, self.candidates, self.filler = engine, candidates, filler
         self.tokens_per_pass, self.multiple = tokens_per_pass, multiple
         self.device = engine.parts[0].context.device
 
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        """Return each continuation's log-likelihood in nats, and whether it is the greedy one."""
         found = self._scores(pairs)
         return [
             (float(scores[0].double().sum()), scores[1].tolist() == list(pair.continuation))
@@ -37,15 +44,16 @@ class ScheduleScorer(Scorer):
         ]
 
     def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the greedily generated ids of each prompt; raises UserError for sampled ones."""
         if any(prompt.temperature for prompt in prompts):
             raise UserError(
-                "a task that draws its text at a temperature cannot be scored under a pipeline, "
+                "a task that samples its text at a temperature cannot be scored under pipeline, "
                 "sequence or expert parallelism or ZeRO-3; score the checkpoint afterwards"
             )
         made: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
         while running:
-            # Scored is any id: what counts is the likeliest in its place.
+            # Any id will do as the target: only the most likely id at its position is used.
             pairs = [Pair([*prompts[i].ids, *made[i]], [self.filler]) for i in running]
             for i, scores in zip(running, self._scores(pairs), strict=True):
                 made[i].append(int(scores[1, 0]))
@@ -57,7 +65,7 @@ class ScheduleScorer(Scorer):
         return made
 
     def _scores(self, pairs: Sequence[Pair]) -> list[Tensor]:
-        """``[2, continuation]`` of each pair, on every process."""
+        """Return ``[2, continuation]`` scores of each pair, on every rank."""
         if not pairs:
             return []
         sizes = [len(pair.context) + len(pair.continuation) - 1 for pair in pairs]
@@ -65,12 +73,12 @@ class ScheduleScorer(Scorer):
         groups = _fill(sizes, length)
         rank = parallel_state.get_data_parallel_rank()
         replicas = parallel_state.get_data_parallel_world_size()
-        groups += [[]] * (-len(groups) % replicas)  # all go through the model together
-        own = groups[rank::replicas]
-        batches = [self._batch([pairs[i] for i in group], length) for group in own]
+        groups += [[]] * (-len(groups) % replicas)  # all ranks run the model equally often
+        local = groups[rank::replicas]
+        batches = [self._batch([pairs[i] for i in group], length) for group in local]
         self.alive()
         parts: dict[int, Tensor] = {}
-        for group, scores in zip(own, self._of_last_stage(batches), strict=True):
+        for group, scores in zip(local, self._of_last_stage(batches), strict=True):
             each = scores.split([len(pairs[i].continuation) for i in group], dim=1)
             parts.update(zip(group, each, strict=True))
         return merged(parts, len(pairs))
@@ -89,9 +97,9 @@ class ScheduleScorer(Scorer):
         tokens, targets = list[int](), list[int]()
         mask, ends = list[float](), [0]
         for pair in pairs:
-            whole = [*pair.context, *pair.continuation]
-            tokens += whole[:-1]
-            targets += whole[1:]
+            ids = [*pair.context, *pair.continuation]
+            tokens += ids[:-1]
+            targets += ids[1:]
             mask += [0.0] * (len(pair.context) - 1) + [1.0] * len(pair.continuation)
             ends.append(len(tokens))
         rest = length - len(tokens)
@@ -107,7 +115,7 @@ class ScheduleScorer(Scorer):
 
 
 def _fill(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Numbers of sequences in groups of at most ``length`` tokens, the longest first."""
+    """Group sequences, by index, into groups of at most ``length`` tokens, the longest first."""
     groups: list[list[int]] = []
     rooms: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):

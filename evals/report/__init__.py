@@ -1,1 +1,1 @@
-"""``python -m evals report RUN...``: one self-contained page over runs and grids."""
+"""``python -m evals report RUN...``: one self-contained page about runs and grids."""

@@ -1,4 +1,4 @@
-"""The report's pictures, as files and as data inside the page."""
+"""Draw the report's pictures."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ STYLES = ["-", "--", ":", "-."]
 
 
 def color_of(index: int) -> tuple[str, str]:
+    """Return the color and line style of a group by its index."""
     return f"C{index % 10}", STYLES[index // 10 % len(STYLES)]
 
 
 def draw_losses(groups: Sequence[Group], over: str, path: Path) -> Path | None:
-    """Training loss over ``tokens``, ``flops`` or ``seconds``; None where no run has them."""
+    """Draw the training loss over ``tokens``, ``flops`` or ``seconds``; None if no run has them."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     late, drawn = [], 0
@@ -51,7 +52,7 @@ def draw_losses(groups: Sequence[Group], over: str, path: Path) -> Path | None:
 
 
 def draw_speeds(groups: Sequence[Group], path: Path) -> Path | None:
-    """Tokens per second of every group, MFU written beside where it is known."""
+    """Draw every group's tokens per second, with MFU where known; None if no run has speeds."""
     speeds = [
         (g.label, g.mean([r.tokens_per_second for r in g.runs]), g.mean([r.mfu for r in g.runs]))
         for g in groups

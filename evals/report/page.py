@@ -1,4 +1,4 @@
-"""Makes the page: ``report.html`` without any file beside it, and the pictures as PNG too."""
+"""Write the report: a self-contained ``report.html``, and its pictures as PNG files too."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ TITLES = {"tokens": "Loss by tokens", "flops": "Loss by training FLOPs", "second
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Write the report that ``arguments`` ask for."""
     parser = argparse.ArgumentParser(
-        prog="python -m evals report", description="One page over runs and grids of runs."
+        prog="python -m evals report", description="Write a page about runs and grids of runs."
     )
     parser.add_argument("runs", nargs="+", help="run directories, or folders of them")
-    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="(runs/report)")
-    parser.add_argument("--title", help="(the folders' names)")
-    parser.add_argument("--no-fits", action="store_true", help="leave out the scaling fits")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/report"), help="output folder (runs/report)"
+    )
+    parser.add_argument("--title", help="the page's title (the folders' names)")
+    parser.add_argument("--no-fits", action="store_true", help="omit the scaling fits")
     given = parser.parse_args(arguments)
     page = make_report(given.runs, given.out, given.title, fits=not given.no_fits)
     print(f"written to {page}")
@@ -37,7 +40,10 @@ def main(arguments: Sequence[str]) -> int:
 def make_report(
     paths: Sequence[str | Path], out: Path, title: str | None = None, *, fits: bool = True
 ) -> Path:
-    """Write ``out/report.html`` and its pictures. Raises UserError where there is no run."""
+    """Write ``out/report.html`` and its pictures, and return the page's path.
+
+    Raises UserError where there is no run.
+    """
     runs, notes = find_runs(paths)
     groups = grouped(runs)
     out.mkdir(parents=True, exist_ok=True)
@@ -73,7 +79,7 @@ def _picture(heading: str, path: Path) -> dict[str, str]:
 
 
 def _table(groups: Sequence[Group]) -> dict[str, Any]:
-    """Columns and rows; a cell is what is shown and what it is sorted by."""
+    """Return the table's columns and rows; a cell has a text and a value to sort by."""
     settings = list(dict.fromkeys(k for g in groups for k in g.differing))
     scores = sorted({s for g in groups for r in g.runs for s in r.scores})
     measures: list[tuple[str, Any, str]] = [
@@ -118,13 +124,15 @@ def _cell(value: Any) -> dict[str, Any]:
 
 
 def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:
-    """Laws of the loss curves: with N where there are at least three sizes, else one per size of
-    which there are several schedules. What cannot be fitted is told in a sentence."""
+    """Fit laws to the loss curves: one with N for at least three sizes, otherwise one per size.
+
+    Without N a size needs several schedules. A sentence reports what cannot be fitted.
+    """
     from evals.scaling import Reading, curve_law, fit, read_curves
     from evals.scaling.figures import draw_curves
 
     try:
-        curves, left_out = read_curves(paths, Reading())
+        curves, skipped = read_curves(paths, Reading())
     except UserError as error:
         return [{"heading": "Scaling fit", "sentences": [str(error)]}]
     sizes = sorted({c.parameters for c in curves if c.parameters is not None})
@@ -142,7 +150,7 @@ def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:
         ]
     found = []
     for number, (what, chosen, sized) in enumerate(sets):
-        section: dict[str, Any] = {"heading": f"Loss curves {what}", "sentences": list(left_out)}
+        section: dict[str, Any] = {"heading": f"Loss curves {what}", "sentences": list(skipped)}
         found.append(section)
         try:
             law = curve_law("intrinsic", chosen, sized)
@@ -170,7 +178,7 @@ def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:
             {
                 "heading": "Scaling fit",
                 "sentences": [
-                    "No size has several schedules, so no law of the loss curve is fitted."
+                    "No size was trained with several schedules, so no loss-curve law is fitted."
                 ],
             }
         )

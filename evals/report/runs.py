@@ -1,4 +1,4 @@
-"""What run directories tell, as a report needs it: settings that differ, losses, speeds, scores."""
+"""Read run directories for a report: settings that differ, losses, speeds and scores."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
 from pretrain.run_directory import METRICS_FILE, RunDirectory
 
-LAST = 5  # logged losses that the final one is the mean of
-# Settings that do not say what was trained.
-_ASIDE = (
+LAST = 5  # logged losses whose mean is the final loss
+# Settings that do not change what is trained.
+_IRRELEVANT = (
     "name",
     "directory",
     "logging.",
@@ -34,8 +34,12 @@ _ASIDE = (
 
 @dataclass
 class Run:
-    """One run directory. steps, tokens, loss, seconds: (n,) of the log; valid: (tokens, nats per
-    token, bits per byte or None) of every validation; scores: result of each evaluation."""
+    """One run directory.
+
+    ``steps``, ``tokens``, ``loss`` (nats per token) and ``seconds`` are those of the n logged
+    losses; ``valid`` holds (tokens, nats per token, bits per byte or None) of every validation;
+    ``scores`` the result of each evaluation.
+    """
 
     name: str
     directory: Path
@@ -55,35 +59,40 @@ class Run:
 
     @property
     def final(self) -> float:
+        """The mean of the last logged losses."""
         return float(self.loss[-LAST:].mean())
 
     @property
     def best(self) -> float:
-        """Lowest mean of so many neighbours as the final loss is the mean of."""
+        """The lowest mean of as many consecutive losses as the final loss averages."""
         width = min(LAST, len(self.loss))
         return float(np.convolve(self.loss, np.full(width, 1 / width), "valid").min())
 
     @property
     def flops(self) -> Array | None:
+        """Training FLOPs at each logged loss, None where not known."""
         return None if self.flops_per_token is None else self.tokens * self.flops_per_token
 
     @property
     def state(self) -> str:
+        """The word "done", or how far the run is."""
         done = int(self.steps[-1])
         return "done" if done >= self.num_steps else f"step {done:,} of {self.num_steps:,}"
 
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but their seed. label: what tells it from the others."""
+    """Runs that differ only in their seed; ``label`` lists the settings in which groups differ."""
 
     label: str
     differing: dict[str, Any]
     runs: list[Run]
 
     def mean(self, values: Sequence[float | None]) -> tuple[float, float | None] | None:
-        """Mean, and standard deviation over the seeds where there are several; None where a run
-        has no value."""
+        """Return the mean, and the standard deviation over several seeds.
+
+        Returns None where a run has no value.
+        """
         known = [v for v in values if v is not None]
         if not known or len(known) < len(values):
             return None
@@ -91,30 +100,33 @@ class Group:
 
 
 def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
-    """Every run under ``paths``, and a sentence for each directory that holds none.
+    """Return every run under ``paths``, and a sentence for each directory without one.
 
     Raises UserError where a path does not exist or no run has logged a loss.
     """
-    runs, told = list[Run](), list[str]()
+    runs, notes = list[Run](), list[str]()
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such run directory")
         found = RunDirectory.find_below(path)
         if not found:
-            told.append(f"{path} holds no run (no {METRICS_FILE})")
+            notes.append(f"{path} holds no run (no {METRICS_FILE})")
         for directory in found:
             run = read_run(directory)
             if run is None:
-                told.append(f"{directory} has logged no loss yet")
+                notes.append(f"{directory} has logged no loss yet")
             else:
                 runs.append(run)
     if not runs:
-        raise UserError(f"nothing to report: {'; '.join(told)}")
-    return runs, told
+        raise UserError(f"nothing to report: {'; '.join(notes)}")
+    return runs, notes
 
 
 def read_run(directory: RunDirectory) -> Run | None:
-    """None where no loss is logged yet. Raises UserError for a damaged config."""
+    """Read a run directory; return None where no loss is logged yet.
+
+    Raises UserError for a damaged config.
+    """
     every = directory.read_metrics()
     by_step = {r["step"]: r for r in every if isinstance(r.get("loss"), int | float)}
     rows = [by_step[s] for s in sorted(by_step) if np.isfinite(by_step[s]["loss"])]
@@ -124,7 +136,7 @@ def read_run(directory: RunDirectory) -> Run | None:
     settings = {
         k: v
         for k, v in flattened(dataclasses.asdict(config)).items()
-        if not k.startswith(_ASIDE) and k != "seed"
+        if not k.startswith(_IRRELEVANT) and k != "seed"
     }
     model = directory.read_model()
     speeds = [r["tokens_per_second"] for r in rows if r.get("tokens_per_second")]
@@ -153,7 +165,7 @@ def read_run(directory: RunDirectory) -> Run | None:
 
 
 def _seconds(rows: Sequence[dict[str, Any]]) -> Array:
-    """Seconds of training; the clock of the log begins anew with each start."""
+    """Return the seconds of training; the clock of the log restarts with each start."""
     total, before = [], 0.0
     offset = 0.0
     for row in rows:
@@ -166,8 +178,11 @@ def _seconds(rows: Sequence[dict[str, Any]]) -> Array:
 
 
 def _scores(directory: RunDirectory) -> dict[str, float]:
-    """The latest result of each evaluation: bits per byte of perplexity, numbers called accuracy
-    or score of others, the first score of lm-eval's tasks (normalised by length where it is)."""
+    """Return the latest result of each evaluation.
+
+    That is bits per byte for perplexity, numbers named accuracy or score for others, and the first
+    score of lm-eval's tasks (normalized by length if there is such a score).
+    """
     found: dict[str, tuple[int, float]] = {}
     for path in sorted(directory.evals.glob("*.json")):
         try:
@@ -175,11 +190,11 @@ def _scores(directory: RunDirectory) -> dict[str, float]:
         except ValueError:
             continue
         task, step = str(result.get("task", path.stem)), int(result.get("step", 0))
-        own = result.get("scores")
-        scores = own if isinstance(own, dict) else result
+        listed = result.get("scores")
+        scores = listed if isinstance(listed, dict) else result
         wanted = [k for k in ("bits_per_byte", "accuracy", "score") if k in scores]
-        if scores is own and own:
-            wanted = ["acc_norm" if "acc_norm" in own else next(iter(own))]
+        if scores is listed and listed:
+            wanted = ["acc_norm" if "acc_norm" in listed else next(iter(listed))]
         for key in wanted:
             if isinstance(scores[key], int | float):
                 name = f"{task} {key.replace('_', ' ')}"
@@ -189,7 +204,7 @@ def _scores(directory: RunDirectory) -> dict[str, float]:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs alike but for the seed together, in the order of their final loss."""
+    """Group runs that differ only in their seed, in the order of their final loss."""
     keys = sorted({k for run in runs for k in run.settings})
     differing = [
         k for k in keys if len({json.dumps(r.settings.get(k), sort_keys=True) for r in runs}) > 1
@@ -201,14 +216,14 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     short = _short_names(differing)
     groups = []
     for members in by_settings.values():
-        told = {short[k]: members[0].settings.get(k) for k in differing}
-        words = [f"{k}={_value(v)}" for k, v in told.items()]
-        groups.append(Group(", ".join(words) or members[0].name, told, members))
+        settings = {short[k]: members[0].settings.get(k) for k in differing}
+        words = [f"{k}={_value(v)}" for k, v in settings.items()]
+        groups.append(Group(", ".join(words) or members[0].name, settings, members))
     return sorted(groups, key=lambda g: float(np.mean([r.final for r in g.runs])))
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted name, and as much before it as tells it from others."""
+    """Shorten each dotted name to as few of its last parts as make it unique."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -225,13 +240,13 @@ def _value(value: Any) -> str:
 
 
 def matches_of(paths: Sequence[str | Path]) -> list[str]:
-    """What grids were made alike in, as ``python -m launch`` noted it."""
-    told = []
+    """Return a sentence per grid that says in what its members match, if in anything."""
+    notes = []
     for path in map(Path, paths):
         for file in sorted({path / "grid.json", path.parent / "grid.json"}):
             if file.exists():
                 grid = json.loads(file.read_text())
-                alike = grid.get("match")
-                words = f"made alike in {alike}" if alike else "not made alike (no grid.match)"
-                told.append(f"{file.parent.name}: {words}")
-    return list(dict.fromkeys(told))
+                budget = grid.get("match")
+                words = f"matched in {budget}" if budget else "not matched (no grid.match)"
+                notes.append(f"{file.parent.name}: members are {words}")
+    return list(dict.fromkeys(notes))

@@ -1,9 +1,11 @@
-"""Scaling laws fitted to loss curves and to runs.
+"""Fit scaling laws to loss curves and to tables of runs.
 
-from evals.scaling import IntrinsicTimeLaw, fit, read_curves
+.. code-block:: python
 
-curves, left_out = read_curves(["runs/a", "runs/b", "other.csv"])
-found = fit(IntrinsicTimeLaw(reference=max(c.peak for c in curves)), curves)
+    from evals.scaling import IntrinsicTimeLaw, fit, read_curves
+
+    curves, skipped = read_curves(["runs/a", "runs/b", "other.csv"])
+    found = fit(IntrinsicTimeLaw(reference=max(c.peak for c in curves)), curves)
 """
 
 from evals.scaling.annealing_laws import CURVE_LAWS, AnnealingLaw, IntrinsicTimeLaw, MultiPowerLaw

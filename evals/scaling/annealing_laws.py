@@ -1,7 +1,7 @@
 """Laws of the whole loss curve under any learning-rate schedule.
 
 In all of them the loss falls with a clock that the learning rate drives, and falls further, with
-some delay, when the learning rate does.
+some delay, when the learning rate falls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from evals.scaling.curves import Curve
 from evals.scaling.parameters import Array, Law, Parameter
 from pretrain.common.errors import UserError
 
-SUDDEN = 0.2  # share of the peak by which a learning rate must fall within the memory to tell it
+SUDDEN = 0.2  # share of the peak by which the rate must fall within the memory to determine it
 
 _SIZE_PARAMETERS = {
     "beta": Parameter("beta", "", "exponent of the size", 0.01, 2.0, (0.2, 0.5)),
@@ -32,8 +32,11 @@ _SIZE_PARAMETERS = {
 
 @dataclass
 class PreparedCurve:
-    """drops: (m,) steps after the warm-up before which the learning rate changed; by: (m,) by how
-    much it fell, in units of ``reference``."""
+    """A curve with what does not depend on a law's parameters.
+
+    drops: (m,) steps after the warm-up before which the learning rate changed; by: (m,) how much it
+    fell, in units of ``reference``; owner: (m,) index of the first logged step after the change.
+    """
 
     name: str
     loss: Array
@@ -47,7 +50,7 @@ class PreparedCurve:
 
 
 class _CurveLaw(Law):
-    """reference: the learning rate that others are measured in (raw units: 1)."""
+    """A law of the loss curve; learning rates are in units of ``reference`` (1: raw)."""
 
     def __init__(
         self,
@@ -62,22 +65,24 @@ class _CurveLaw(Law):
         self.size_in_annealing, self.size_in_progress = size_in_annealing, size_in_progress
         wanted = {"beta": sized, "gamma": size_in_annealing, "eta": size_in_progress}
         self.size_names = [name for name, used in wanted.items() if used]
-        self.nonlinear = (*self.own_nonlinear(), *(_SIZE_PARAMETERS[n] for n in self.size_names))
+        self.nonlinear = (*self.base_nonlinear(), *(_SIZE_PARAMETERS[n] for n in self.size_names))
         size = Parameter("B", "nats", f"excess at N = {size_reference:.3g}")
-        self.linear = (*self.own_linear(), *([size] if sized else []))
+        self.linear = (*self.base_linear(), *([size] if sized else []))
 
     @abstractmethod
-    def own_nonlinear(self) -> tuple[Parameter, ...]:
-        """Without those of the size."""
+    def base_nonlinear(self) -> tuple[Parameter, ...]:
+        """Return the non-linear parameters, without those of the size."""
 
-    def own_linear(self) -> tuple[Parameter, ...]:
+    def base_linear(self) -> tuple[Parameter, ...]:
+        """Return the linear parameters, without those of the size."""
         return (
-            Parameter("L0", "nats", "loss that is left in the end"),
+            Parameter("L0", "nats", "irreducible loss"),
             Parameter("A", "nats", "excess where the clock shows 1"),
-            Parameter("C", "nats", "what annealing from the reference learning rate to 0 gives"),
+            Parameter("C", "nats", "gain by annealing from the reference learning rate to 0"),
         )
 
     def settings(self) -> dict[str, Any]:
+        """Return the constructor's arguments for this law."""
         return {
             "reference": self.reference,
             "sized": self.sized,
@@ -87,9 +92,10 @@ class _CurveLaw(Law):
         }
 
     def prepared(self, data: Curve) -> PreparedCurve:
+        """Find the changes of a curve's learning rate; raises UserError for a missing size."""
         if (self.sized or self.size_names) and data.parameters is None:
             raise UserError(
-                f"{data.name}: its number of parameters is not known, and the law has N"
+                f"{data.name}: its number of parameters is not known, but the law includes N"
             )
         lr = data.lr[: data.step[-1] + 1] / self.reference
         change = np.zeros(len(lr))
@@ -112,7 +118,7 @@ class _CurveLaw(Law):
         )
 
     def doubts(self, values: dict[str, float], prepared: Sequence[PreparedCurve]) -> dict[str, str]:
-        """A smooth decay alone does not tell the memory: a law with another one bends as well."""
+        """Return a doubt on the memory, which smooth decay alone does not determine."""
         if "memory" not in values:
             return {}
         window = max(1, round(values["memory"]))
@@ -126,35 +132,36 @@ class _CurveLaw(Law):
             return {}
         return {
             "memory": f"within it no learning rate falls by more than {most:.0%} of its peak; "
-            "a run with an abrupt drop would tell"
+            "a run with an abrupt drop would determine it"
         }
 
     @abstractmethod
     def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
-        """progress (n,), its derivatives (p, n), annealing (n,), its derivatives (p, n)."""
+        """Return progress (n,), its derivatives (p, n), annealing (n,), its derivatives (p, n)."""
 
     def design(self, theta: Array, prepared: PreparedCurve) -> tuple[Array, Array]:
-        own, n = len(theta) - len(self.size_names), len(prepared.loss)
-        progress, d_progress, annealing, d_annealing = self.terms(theta[:own], prepared)
-        exponents = dict(zip(self.size_names, theta[own:], strict=True))
+        """Return f (n, number of linear parameters) and its derivatives (len(theta), n, ...)."""
+        base, n = len(theta) - len(self.size_names), len(prepared.loss)
+        progress, d_progress, annealing, d_annealing = self.terms(theta[:base], prepared)
+        exponents = dict(zip(self.size_names, theta[base:], strict=True))
         log_size = math.log(prepared.size)
         in_progress = math.exp(log_size * exponents.get("eta", 0.0))
         in_annealing = math.exp(log_size * exponents.get("gamma", 0.0))
         columns = [np.ones(n), progress * in_progress, -annealing * in_annealing]
         derivatives = np.zeros((len(theta), n, len(self.linear)))
-        derivatives[:own, :, 1] = d_progress * in_progress
-        derivatives[:own, :, 2] = -d_annealing * in_annealing
+        derivatives[:base, :, 1] = d_progress * in_progress
+        derivatives[:base, :, 2] = -d_annealing * in_annealing
         if self.sized:
             columns.append(np.full(n, math.exp(-log_size * exponents["beta"])))
         for i, name in enumerate(self.size_names):
             column = {"beta": 3, "gamma": 2, "eta": 1}[name]
             sign = -1.0 if name == "beta" else 1.0
-            derivatives[own + i, :, column] = sign * log_size * columns[column]
+            derivatives[base + i, :, column] = sign * log_size * columns[column]
         return np.stack(columns, axis=1), derivatives
 
 
 class AnnealingLaw(_CurveLaw):
-    """L(s) = L0 + A S1^-alpha - C S2 [+ B N^-beta].
+    """The annealing law: L(s) = L0 + A S1^-alpha - C S2 [+ B N^-beta].
 
     S1: sum of the learning rates so far, warm-up included; S2: sum over the steps of the
     momentum-weighted fall of the learning rate, m_i = lambda m_(i-1) + (lr_(i-1) - lr_i), counted
@@ -168,7 +175,8 @@ class AnnealingLaw(_CurveLaw):
     formula = "L0 + A S1^-alpha - C S2"
     source = "arXiv 2408.11029"
 
-    def own_nonlinear(self) -> tuple[Parameter, ...]:
+    def base_nonlinear(self) -> tuple[Parameter, ...]:
+        """Return alpha and the other non-linear parameters, without those of the size."""
         return (
             Parameter("alpha", "", "exponent of S1", 0.05, 2.0, (0.3, 0.7)),
             Parameter(
@@ -182,7 +190,8 @@ class AnnealingLaw(_CurveLaw):
             ),
         )
 
-    def own_linear(self) -> tuple[Parameter, ...]:
+    def base_linear(self) -> tuple[Parameter, ...]:
+        """Return L0, A and C in the published units."""
         return (
             Parameter("L0", "nats", "loss that is left in the end"),
             Parameter("A", "nats", "excess where S1 is 1"),
@@ -190,9 +199,11 @@ class AnnealingLaw(_CurveLaw):
         )
 
     def derived(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the published constants."""
         return {"lambda": math.exp(-1 / values["memory"])}
 
     def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
+        """Return progress (n,), its derivatives (p, n), annealing (n,), its derivatives (p, n)."""
         alpha, memory = theta[0], math.exp(theta[1])
         s1 = np.concatenate([[0.0], np.cumsum(curve.lr)])[curve.step]
         progress = s1**-alpha
@@ -212,16 +223,17 @@ class AnnealingLaw(_CurveLaw):
 
 
 class IntrinsicTimeLaw(_CurveLaw):
-    """L(s) = L0 + A (t/1000)^-alpha - C sum_k (x_(k-1) - x_k) (1 - exp(-(t_s - t_k) / memory)).
+    """The intrinsic-time law, in which training has a clock that both terms share.
 
-    x = learning rate / reference, t_s = sum over the steps before s of x^q: training has a clock
-    of its own, which both terms share. q = 1 is a clock that the learning rate drives, as long as
-    weight decay has not acted; in equilibrium with it an AdamW step turns the weights by
-    sqrt(2 lr weight_decay) (arXiv 2305.17212), q = 1/2. Runs lie between, so 1/2 <= q <= 1, with
-    a weak prior in the middle. The memory has one at the lambda of 0.99 to 0.999 that was
-    published for the annealing law. ``reference``: the highest learning rate of the fitted runs.
+    L(s) = L0 + A (t/1000)^-alpha - C sum_k (x_(k-1) - x_k) (1 - exp(-(t_s - t_k) / memory)), with
+    x = learning rate / reference and the clock t_s = sum over the steps before s of x^q. With q = 1
+    the learning rate drives the clock, which holds before weight decay has acted; in equilibrium
+    with it an AdamW step rotates the weights by sqrt(2 lr weight_decay) (arXiv 2305.17212), so
+    q = 1/2. Runs lie between: 1/2 <= q <= 1, with a weak prior in the middle. The memory has a
+    prior at the lambda of 0.99 to 0.999 published for the annealing law. ``reference`` is the
+    highest learning rate of the fitted runs.
     Source: this project; six parameters, from the annealing law (arXiv 2408.11029) and the
-    multi-power law (arXiv 2503.12811), whose annealing gain also runs on the summed learning rate.
+    multi-power law (arXiv 2503.12811), whose annealing gain also uses the summed learning rate.
     """
 
     name = "intrinsic"
@@ -229,7 +241,8 @@ class IntrinsicTimeLaw(_CurveLaw):
     formula = "L0 + A t^-alpha - C sum_k dx_k (1 - exp(-(t - t_k)/memory)), dt = x^q"
     source = "this project, after arXiv 2408.11029, 2503.12811, 2305.17212"
 
-    def own_nonlinear(self) -> tuple[Parameter, ...]:
+    def base_nonlinear(self) -> tuple[Parameter, ...]:
+        """Return alpha and the other non-linear parameters, without those of the size."""
         middle = math.sqrt(100 * 1000)
         return (
             Parameter("alpha", "", "exponent of the clock", 0.05, 2.0, (0.5,)),
@@ -247,6 +260,7 @@ class IntrinsicTimeLaw(_CurveLaw):
         )
 
     def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
+        """Return progress (n,), its derivatives (p, n), annealing (n,), its derivatives (p, n)."""
         alpha, rate, q = theta[0], math.exp(-theta[1]), theta[2]
         speed = np.exp(q * curve.log_lr)
         clock = np.concatenate([[0.0], np.cumsum(speed)])
@@ -262,11 +276,12 @@ class IntrinsicTimeLaw(_CurveLaw):
 
 
 class MultiPowerLaw(_CurveLaw):
-    """L(s) = L0 + A S(s)^-alpha - B sum_k (lr_(k-1) - lr_k) (1 - (1 + C lr_k^-gamma S_k(s))^-beta).
+    """The multi-power law, with bounded parameters.
 
-    S: sum of the learning rates so far, warm-up included; S_k(s): from step k on. Bounded:
-    unbounded, C goes to 0 and beta to infinity without end. The clock counts 1,000 steps of the
-    reference learning rate, which :meth:`derived` turns into the published units. Changes of the
+    L(s) = L0 + A S(s)^-alpha - B sum_k (lr_(k-1) - lr_k) (1 - (1 + C lr_k^-gamma S_k(s))^-beta),
+    where S is the sum of the learning rates so far, including warm-up, and S_k(s) that from step k
+    on. Without bounds C tends to 0 and beta to infinity. The clock counts 1,000 steps of the
+    reference learning rate, which :meth:`derived` converts to the published units. Changes of the
     learning rate are summed in blocks of up to 16 steps.
     Source: Luo et al., "A Multi-Power Law for Loss Curve Prediction", arXiv 2503.12811.
     """
@@ -277,7 +292,8 @@ class MultiPowerLaw(_CurveLaw):
     source = "arXiv 2503.12811"
     block = 16
 
-    def own_nonlinear(self) -> tuple[Parameter, ...]:
+    def base_nonlinear(self) -> tuple[Parameter, ...]:
+        """Return alpha and the other non-linear parameters, without those of the size."""
         return (
             Parameter("alpha", "", "exponent of the clock", 0.05, 2.0, (0.5,)),
             Parameter("c", "per 1000 steps", "speed of annealing", 0.03, 300.0, (3.0, 30.0), True),
@@ -286,6 +302,7 @@ class MultiPowerLaw(_CurveLaw):
         )
 
     def derived(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the published constants."""
         gamma, unit = values["gamma_lr"], 1000 * self.reference
         return {
             "published A": values["A"] * unit ** values["alpha"],
@@ -296,6 +313,7 @@ class MultiPowerLaw(_CurveLaw):
         }
 
     def prepared(self, data: Curve) -> PreparedCurve:
+        """Find the changes of a curve's learning rate, and merge them into blocks."""
         found = super().prepared(data)
         drops, by = found.drops, found.by
         # Blocks of neighbours that the same logged step sees first.
@@ -313,6 +331,7 @@ class MultiPowerLaw(_CurveLaw):
         return found
 
     def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:
+        """Return progress (n,), its derivatives (p, n), annealing (n,), its derivatives (p, n)."""
         alpha, c, power, gamma = theta[0], math.exp(theta[1]), math.exp(theta[2]), theta[3]
         clock = np.concatenate([[0.0], np.cumsum(curve.lr)]) / 1000
         t = clock[curve.step]
@@ -336,16 +355,19 @@ class MultiPowerLaw(_CurveLaw):
 
 
 def _fallen(curve: PreparedCurve) -> Array:
-    """(n,) by how much the learning rate has fallen since the warm-up."""
+    """Return by how much the learning rate has fallen (n,) since the warm-up."""
     return np.cumsum(np.bincount(curve.owner, curve.by, len(curve.step)))
 
 
 def decayed_sums(
     curve: PreparedCurve, clock: Array, rate: float, others: list[Array]
 ) -> tuple[Array, list[Array]]:
-    """E(s) = sum over changes k seen by step s of by_k exp(-rate (clock_s - clock_k)), and for
-    each other clock D the same with a factor D_s - D_k; all (n,). Linear in the steps: a change
-    is carried to the next logged step, and from there on with all earlier ones at once."""
+    """Return E(s) = sum over changes k up to step s of by_k exp(-rate (clock_s - clock_k)).
+
+    Also returns, for each other clock D, the same sum with a factor D_s - D_k; all are (n,). The
+    cost is linear in the steps: a change is carried to the next logged step, and from there on
+    together with all earlier ones.
+    """
     n = len(curve.step)
     moments: list[Array] = [np.zeros(n) for _ in others]
     if not len(curve.drops):

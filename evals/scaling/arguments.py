@@ -1,4 +1,4 @@
-"""The options of ``python -m evals scaling`` and what they mean."""
+"""The options of ``python -m evals scaling``, and what they are converted to."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ SCHEDULE = '"kind=wsd lr=3e-4 steps=24000 warmup_steps=2000 decay_fraction=0.2"'
 
 
 def reading_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of reading loss curves."""
     parser.add_argument(
         "sources",
         nargs="+",
@@ -31,30 +32,31 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--schedule",
-        help=f"of all sources, such as {SCHEDULE}, or a YAML file with CURVE: SETTINGS",
+        help=f"schedule of all sources, such as {SCHEDULE}, or a YAML file of CURVE: SETTINGS",
     )
     parser.add_argument("--warmup-steps", type=int)
     parser.add_argument("--parameters", type=float, help="N of all sources")
     parser.add_argument("--tokens-per-step", type=float)
-    parser.add_argument("--from-step", type=int, help="leave out losses before (the warm-up)")
+    parser.add_argument("--from-step", type=int, help="skip earlier losses (those of the warm-up)")
     parser.add_argument(
         "--smooth",
         type=float,
         default=0.0,
         metavar="FACTOR",
-        help="exponential mean of the losses (off)",
+        help="smooth the losses by an exponential mean (off)",
     )
-    parser.add_argument("--no-embeddings", action="store_true", help="N without embeddings")
-    parser.add_argument("--keep-diverged", action="store_true")
+    parser.add_argument("--no-embeddings", action="store_true", help="count N without embeddings")
+    parser.add_argument("--keep-diverged", action="store_true", help="fit runs that diverged too")
 
 
 def fitting_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of fitting a law."""
     parser.add_argument(
         "--bootstrap",
         type=int,
         default=200,
         metavar="SAMPLES",
-        help="for 95 %% intervals (200); 0 = none",
+        help="bootstrap samples for 95 %% intervals (200; 0: no intervals)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--residual", choices=("relative", "log"))
@@ -63,15 +65,17 @@ def fitting_options(parser: argparse.ArgumentParser) -> None:
 
 
 def out_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the output folder."""
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("runs/scaling"),
-        help="directory of the JSON and the picture (runs/scaling)",
+        help="folder for the JSON file and the picture (runs/scaling)",
     )
 
 
 def fit_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fit``."""
     reading_options(parser)
     parser.add_argument(
         "--law",
@@ -79,28 +83,33 @@ def fit_options(parser: argparse.ArgumentParser) -> None:
         metavar="LAW",
         help=f"{', '.join(LAWS)}; 'auto' chooses a curve law by held-out schedules (or sizes)",
     )
-    parser.add_argument("--sized", action="store_true", help="curve laws: with B N^-beta")
-    parser.add_argument("--size-in-annealing", action="store_true", help="N^gamma on annealing")
-    parser.add_argument("--size-in-progress", action="store_true", help="N^eta on progress")
+    parser.add_argument("--sized", action="store_true", help="curve laws: add B N^-beta")
+    parser.add_argument(
+        "--size-in-annealing", action="store_true", help="multiply the annealing term by N^gamma"
+    )
+    parser.add_argument(
+        "--size-in-progress", action="store_true", help="multiply the progress term by N^eta"
+    )
     parser.add_argument(
         "--test",
         nargs="+",
         default=[],
         metavar="SOURCE",
-        help="curves to predict from the fit and compare with",
+        help="curves to compare with the fit's predictions",
     )
     fitting_options(parser)
     out_option(parser)
 
 
 def predict_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``predict``."""
     parser.add_argument("fit", type=Path, help="fit.json")
     parser.add_argument(
         "--schedule",
         action="append",
         default=[],
         metavar="SETTINGS",
-        help=f"such as {SCHEDULE}; may be given again",
+        help=f"such as {SCHEDULE}; repeatable",
     )
     parser.add_argument(
         "--run",
@@ -109,40 +118,44 @@ def predict_options(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a run or CSV to compare the prediction with",
     )
-    parser.add_argument("--parameters", type=float, help="N, for laws that have it")
+    parser.add_argument("--parameters", type=float, help="N, for laws that include it")
     out_option(parser)
 
 
 def plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``plan``."""
     parser.add_argument("fit", type=Path, help="fit.json")
-    parser.add_argument("--steps", type=int, help="curve laws: of the planned run")
+    parser.add_argument("--steps", type=int, help="curve laws: steps of the planned run")
     parser.add_argument("--flops", type=float, help="laws with N: the budget, 6 N D")
     parser.add_argument("--tokens-per-step", type=float)
     parser.add_argument("--parameters", type=float, help="N of the planned run")
-    parser.add_argument("--lr", type=float, nargs="+", help="peaks to choose from (the fitted)")
-    parser.add_argument("--warmup-steps", type=int, help="(2 %% of the steps)")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", help="peaks to choose from (the highest fitted)"
+    )
+    parser.add_argument("--warmup-steps", type=int, help="steps of warm-up (2 %% of all)")
     parser.add_argument(
         "--tolerance",
         type=float,
         default=0.002,
-        help="for the runs that would pin the law down: standard error of the "
-        "final loss, as a share of it (0.002)",
+        help="relative standard error of the final loss that proposed runs should reach (0.002)",
     )
     out_option(parser)
 
 
 def compare_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``compare``."""
     parser.add_argument(
         "families",
         nargs="+",
         metavar="NAME=SOURCE",
-        help="of each family its runs, folders of them or a table; * and ? stand "
-        "for any; a name may be given again",
+        help="a family's runs, folders of runs or a table; * and ? are wildcards; a name may be "
+        "repeated",
     )
     parser.add_argument(
         "--by",
         metavar="SETTING",
-        help="families by a setting of the runs, such as model.pattern; sources then have no names",
+        help="form families by a setting of the runs, such as model.pattern; sources then have no "
+        "names",
     )
     parser.add_argument("--at", type=float, help="FLOPs to compare at (100 x the largest run)")
     parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[])
@@ -152,6 +165,7 @@ def compare_options(parser: argparse.ArgumentParser) -> None:
 
 
 def columns_of(given: Sequence[str]) -> dict[str, str]:
+    """Convert ``WHAT=NAME`` words to names of columns; raises UserError for others."""
     found = {}
     for word in given:
         what, equals, name = word.partition("=")
@@ -162,6 +176,7 @@ def columns_of(given: Sequence[str]) -> dict[str, str]:
 
 
 def reading_of(given: argparse.Namespace) -> Reading:
+    """Convert the options of reading; raises UserError for values that do not fit."""
     if not 0 <= given.smooth < 1:
         raise UserError(f"--smooth is {given.smooth}, expected 0 or more and below 1")
     return Reading(
@@ -178,7 +193,10 @@ def reading_of(given: argparse.Namespace) -> Reading:
 
 
 def schedules_of(given: str | None) -> str | dict[str, str] | None:
-    """Settings, or a YAML file with some for each curve by name."""
+    """Return the schedule's settings, or those of each curve by name from a YAML file.
+
+    Raises UserError for a file that cannot be read or holds something else.
+    """
     if given is None or Path(given).suffix not in (".yaml", ".yml"):
         return given
     try:
@@ -191,7 +209,8 @@ def schedules_of(given: str | None) -> str | dict[str, str] | None:
 
 
 def options_of(given: argparse.Namespace, points: bool) -> Options:
+    """Convert the options of fitting; raises UserError for values that do not fit."""
     if given.huber <= 0 or given.bootstrap < 0:
-        raise UserError("--huber is to be above 0, --bootstrap 0 or more")
+        raise UserError("expected --huber above 0 and --bootstrap at least 0")
     residual: Residual = given.residual or ("log" if points else "relative")
     return Options(residual, given.huber, priors=not given.no_priors)

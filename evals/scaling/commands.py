@@ -1,4 +1,4 @@
-"""``python -m evals scaling fit | predict | plan | compare``."""
+"""The commands ``python -m evals scaling fit | predict | plan | compare``."""
 
 from __future__ import annotations
 
@@ -57,14 +57,15 @@ MOST_PROFILES = 12  # shown; all are in the JSON
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command that ``arguments`` begin with."""
     parser = argparse.ArgumentParser(
-        prog="python -m evals scaling", description="Scaling laws from the logs of runs."
+        prog="python -m evals scaling", description="Fit and use scaling laws of logged runs."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     fit_options(commands.add_parser("fit", help="fit a law to loss curves, or to a table of runs"))
-    predict_options(commands.add_parser("predict", help="the loss curve of a run not run yet"))
-    plan_options(commands.add_parser("plan", help="schedule, size, tokens; runs to fit from"))
-    compare_options(commands.add_parser("compare", help="where families of runs cross"))
+    predict_options(commands.add_parser("predict", help="predict the loss curve of a future run"))
+    plan_options(commands.add_parser("plan", help="choose schedule, size, tokens and runs to fit"))
+    compare_options(commands.add_parser("compare", help="find where families of runs cross"))
     given = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = {
         "fit": _fit,
@@ -85,8 +86,8 @@ def _fit(given: argparse.Namespace) -> int:
     if len(sources) == 1 and is_points_table(sources[0]):
         return _fit_points(given, read_points(sources[0], columns_of(given.columns)), console)
     reading = reading_of(given)
-    curves, left_out = read_curves(sources, reading)
-    for sentence in left_out:
+    curves, skipped = read_curves(sources, reading)
+    for sentence in skipped:
         console.print(f"[yellow]{sentence}[/]")
     if given.law in SIZE_LAWS:
         return _fit_points(given, points_of(curves), console)
@@ -121,7 +122,7 @@ def _choose(
     curves: Sequence[Curve], sizes: tuple[bool, bool, bool], options: Options, console: Console
 ) -> tuple[str, dict[str, Any]]:
     hold_out = hold_out_sizes if any(sizes) else hold_out_schedules
-    table = Table(title="error of what was held out (%)", title_justify="left")
+    table = Table(title="error on held-out curves (%)", title_justify="left")
     results = [hold_out(partial(_law_of, name, sizes), curves, options) for name in CURVE_LAWS]
     table.add_column("held out")
     for result in results:
@@ -143,7 +144,7 @@ def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> 
     name = given.law or "chinchilla"
     if name not in SIZE_LAWS:
         raise UserError(
-            f"{points.name}: has one row per run; --law is '{name}', expected one of "
+            f"{points.name} has one row per run, but --law is '{name}', expected one of "
             f"{', '.join(SIZE_LAWS)}"
         )
     law = size_law(name, points)
@@ -158,7 +159,7 @@ def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> 
     if len(profiles) >= 2:
         saved["isoflop"] = {"profiles": profiles, "exponents": frontier_exponents(profiles)}
         table = Table(title="isoFLOP profiles", title_justify="left")
-        for column in ("FLOPs", "parameters", "tokens", "loss", "bottom"):
+        for column in ("FLOPs", "parameters", "tokens", "loss", "minimum"):
             table.add_column(column, justify="right")
         for p in profiles[:: math.ceil(len(profiles) / MOST_PROFILES)]:
             table.add_row(
@@ -179,7 +180,7 @@ def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> 
 def _predict(given: argparse.Namespace) -> int:
     console, found = Console(), load_fit(given.fit)
     if found.law.name not in CURVE_LAWS:
-        raise UserError(f"{given.fit}: {found.law.title} has no curves to predict")
+        raise UserError(f"{given.fit}: {found.law.title} is not a law of loss curves")
     if not given.schedule and not given.run:
         raise UserError(f"predict needs --schedule, such as {SCHEDULE}, or --run")
     curves, seen = list[Curve](), list[bool]()
@@ -204,7 +205,7 @@ def _predict(given: argparse.Namespace) -> int:
             curves.append(curve)
             seen.append(True)
     table = Table(title=f"{found.law.title}: predicted", title_justify="left")
-    for column in ("curve", "steps", "final loss", "95 % interval", "seen", "mean error"):
+    for column in ("curve", "steps", "final loss", "95 % interval", "logged", "mean error"):
         table.add_column(column, justify="left" if column == "curve" else "right")
     saved = []
     for curve, has_loss in zip(curves, seen, strict=True):
@@ -246,14 +247,14 @@ def _warn_of_extrapolation(found: Fit, curves: Sequence[Curve], console: Console
     for curve in curves:
         outside = outside_of(found, curve)
         if outside:
-            console.print(f"[yellow]{curve.name}: beyond the fitted runs: {outside}[/]")
+            console.print(f"[yellow]{curve.name}: extrapolates from the fitted runs: {outside}[/]")
 
 
 def _plan(given: argparse.Namespace) -> int:
     console, found = Console(), load_fit(given.fit)
     if isinstance(found.law, ChinchillaLaw):
         if given.flops is None:
-            raise UserError("plan needs --flops, the budget, for a law of size and tokens")
+            raise UserError("plan needs the budget, --flops, for a law of size and tokens")
         size = best_size(found, given.flops)
         show_size(size, console)
         from evals.scaling.figures import draw_sizes
@@ -266,7 +267,7 @@ def _plan(given: argparse.Namespace) -> int:
             lambda to: draw_sizes(found, chosen, to),
         )
     if found.law.name not in CURVE_LAWS:
-        raise UserError(f"{given.fit}: {found.law.title} has nothing to plan with")
+        raise UserError(f"{given.fit}: {found.law.title} cannot plan a schedule or a size")
     peaks = given.lr or [found.domain["peak_lr"][1]]
     saved: dict[str, Any] = {}
     steps, parameters = given.steps, given.parameters
@@ -280,9 +281,9 @@ def _plan(given: argparse.Namespace) -> int:
         parameters = size.parameters
         steps = int(size.tokens / given.tokens_per_step)
     if steps is None:
-        raise UserError("plan needs --steps, or --flops where the law has N")
+        raise UserError("plan needs --steps, or --flops for a law that includes N")
     if found.domain.get("parameters") and parameters is None and found.law.settings()["sized"]:
-        raise UserError("the law has N: give --parameters, or a budget by --flops")
+        raise UserError("the law includes N: give --parameters, or a budget with --flops")
     warmup = given.warmup_steps if given.warmup_steps is not None else max(1, steps // 50)
     if steps < 2 * warmup + 10:
         raise UserError(f"--steps is {steps}, expected at least {2 * warmup + 10}")
@@ -298,8 +299,9 @@ def _plan(given: argparse.Namespace) -> int:
     console.print(table)
     if len(peaks) == 1:
         console.print(
-            "[dim]The law knows no instability: among peaks it favours the highest. It was fitted "
-            f"to {found.domain['peak_lr'][0]:.3g} to {found.domain['peak_lr'][1]:.3g}.[/]"
+            "[dim]The law does not model instability, so it prefers the highest peak. It was "
+            f"fitted to peaks of {found.domain['peak_lr'][0]:.3g} to "
+            f"{found.domain['peak_lr'][1]:.3g}.[/]"
         )
     saved["schedules"] = [dataclasses.asdict(c) for c in choices]
     first = choices[0]
@@ -307,8 +309,8 @@ def _plan(given: argparse.Namespace) -> int:
     frontier, cheapest = cheapest_design(found, target, given.tolerance)
     saved["designs"] = [dataclasses.asdict(d) for d in frontier]
     saved["cheapest_design"] = None if cheapest is None else dataclasses.asdict(cheapest)
-    table = Table(title="runs that would pin the law down", title_justify="left")
-    for column in ("steps in all", "error of the final loss", "runs"):
+    table = Table(title="runs that would determine the law", title_justify="left")
+    for column in ("total steps", "error of the final loss", "runs"):
         table.add_column(column, justify="left" if column == "runs" else "right")
     at = frontier.index(cheapest) if cheapest is not None else len(frontier)
     for design in frontier[max(0, at - 3) : at + 4]:
@@ -318,7 +320,7 @@ def _plan(given: argparse.Namespace) -> int:
         )
     console.print(table)
     if cheapest is None:
-        console.print(f"no three runs reach {100 * given.tolerance:.2g} %")
+        console.print(f"no set of three runs reaches an error of {100 * given.tolerance:.2g} %")
     from evals.scaling.figures import draw_schedules
 
     return _written(given.out, "plan", saved, lambda to: draw_schedules(choices, to))
@@ -328,14 +330,14 @@ def _compare(given: argparse.Namespace) -> int:
     console = Console()
     if given.bootstrap < 2:
         raise UserError(
-            f"--bootstrap is {given.bootstrap}, expected 2 samples or more to compare by"
+            f"--bootstrap is {given.bootstrap}, expected at least 2 samples for a comparison"
         )
     if given.by is not None:
         families = _by_setting(given.families, given.by, console)
     else:
         families = _by_name(given.families, columns_of(given.columns), console)
     if len(families) < 2:
-        raise UserError("compare needs two families or more, such as gdn=runs/gdn attn=runs/attn")
+        raise UserError("compare needs at least two families, such as gdn=runs/gdn attn=runs/attn")
     fits = fit_families(families, given.bootstrap, given.seed)
     comparisons = compare(fits, families, given.at)
     for name, found in fits.items():
@@ -360,7 +362,7 @@ def _by_name(words: Sequence[str], columns: dict[str, str], console: Console) ->
         name, equals, pattern = word.partition("=")
         if not equals or not pattern:
             raise UserError(f"found '{word}', expected NAME=SOURCE")
-        # Not Path.glob, which takes no absolute pattern.
+        # Not Path.glob, which accepts no absolute pattern.
         paths = [Path(p) for p in sorted(glob.glob(pattern))]  # noqa: PTH207
         if not paths:
             raise UserError(f"{pattern}: no such run directory or file")
@@ -369,22 +371,24 @@ def _by_name(words: Sequence[str], columns: dict[str, str], console: Console) ->
         if len(paths) == 1 and is_points_table(paths[0]):
             families[name] = read_points(paths[0], columns)
             continue
-        curves, left_out = read_curves(paths, Reading(columns))
-        for sentence in left_out:
+        curves, skipped = read_curves(paths, Reading(columns))
+        for sentence in skipped:
             console.print(f"[yellow]{sentence}[/]")
         families[name] = points_of(curves)
     return families
 
 
 def _by_setting(runs: Sequence[str], setting: str, console: Console) -> dict[str, Points]:
-    curves, left_out = read_curves(runs)
-    for sentence in left_out:
+    curves, skipped = read_curves(runs)
+    for sentence in skipped:
         console.print(f"[yellow]{sentence}[/]")
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
         if setting not in curve.labels:
             known = nearest(setting, list(curve.labels))
-            raise UserError(f"--by is '{setting}'{known}, which {curve.name} has no setting of")
+            raise UserError(
+                f"--by is '{setting}'{known}, a setting that {curve.name} does not have"
+            )
         groups.setdefault(str(curve.labels[setting]), []).append(curve)
     return {name: points_of(chosen) for name, chosen in groups.items()}
 

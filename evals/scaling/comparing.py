@@ -1,5 +1,4 @@
-"""Families of runs against each other: where their fitted laws cross, and what it would cost to
-know."""
+"""Compare families of runs: where their fitted laws cross, and what it would cost to decide."""
 
 from __future__ import annotations
 
@@ -14,16 +13,19 @@ from evals.scaling.intervals import bootstrap, ends_of
 from evals.scaling.parameters import Array
 from evals.scaling.size_laws import size_law
 
-FURTHEST = 1e4  # times the largest budget of any run: no crossing is looked for beyond
+FURTHEST = 1e4  # times the largest budget: crossings are searched up to there
 
 
 @dataclass
 class Comparison:
-    """Two families. better: at the largest budget of both, the family with the lower predicted
-    loss, by ``difference`` nats with its 95 % interval; crossing: FLOPs at which the laws meet, its
-    interval over the bootstrap samples that cross at all, and the share that does; cost: FLOPs of
-    the two further runs, one of each family, after which the difference at ``target`` FLOPs would
-    be known with 95 % confidence, 0 where it is already, None where no runs up to the target do."""
+    """A comparison of two families.
+
+    better: the family with the lower predicted loss at the largest budget that both have, by
+    ``difference`` nats with its 95 % interval; crossing: FLOPs at which the laws cross, with the
+    interval over the bootstrap samples that cross, and the share that does; cost: total FLOPs of
+    two additional runs, one of each family, that would make the difference at ``target`` FLOPs
+    significant at 95 %, 0 where it already is, None where no runs up to the target suffice.
+    """
 
     families: tuple[str, str]
     better: str
@@ -39,9 +41,9 @@ class Comparison:
 
 
 def fit_families(families: dict[str, Points], samples: int = 200, seed: int = 0) -> dict[str, Fit]:
-    """A law of loss by compute for each family, with bootstrap samples.
+    """Fit a law of loss by compute to each family, with bootstrap samples.
 
-    Raises UserError where a family has too few budgets.
+    Raises UserError where a family has fewer than 3 budgets.
     """
     found = {}
     for number, (name, points) in enumerate(families.items()):
@@ -55,7 +57,7 @@ def fit_families(families: dict[str, Points], samples: int = 200, seed: int = 0)
 def compare(
     fits: dict[str, Fit], families: dict[str, Points], target: float | None = None
 ) -> list[Comparison]:
-    """Every pair of families."""
+    """Compare every pair of families, at ``target`` FLOPs or 100 times the largest run."""
     pairs = itertools.combinations(fits, 2)
     return [_pair((a, b), fits, families, target) for a, b in pairs]
 
@@ -97,13 +99,13 @@ def _pair(
 
 
 def budgets(flops: Array) -> Points:
-    """Points of which only the compute matters."""
+    """Return points at these training FLOPs, for laws that depend on compute alone."""
     side = np.sqrt(flops / 6)
     return Points(side, side, np.ones(len(flops)), flops=flops)
 
 
 def _crossing(grid: Array, apart: Array) -> float | None:
-    """The first budget at which the sign changes."""
+    """Return the first budget at which the sign changes, None where it does not."""
     changes = np.flatnonzero(np.sign(apart[1:]) != np.sign(apart[:-1]))
     if not len(changes):
         return None
@@ -124,8 +126,11 @@ def _sign(ends: tuple[float, float], apart: float) -> tuple[float, float]:
 def _cost(
     first: Fit, second: Fit, families: dict[str, Points], names: tuple[str, str], target: float
 ) -> float | None:
-    """To first order: information of one more run of each family, as noisy as its others, added;
-    larger runs are tried until the difference at the target is 1.96 standard errors from 0."""
+    """Return the FLOPs of two runs after which the difference at the target is significant.
+
+    To first order: the information of one more run of each family, as noisy as its others, is
+    added; larger runs are tried until the difference is 1.96 standard errors from 0.
+    """
     at = budgets(np.array([target]))
     apart = abs(float(first.predict(at)[0] - second.predict(at)[0]))
 

@@ -1,4 +1,4 @@
-"""Loss curves with the learning rate of every step, and runs reduced to one point."""
+"""Loss curves with the learning rate of every step, and runs reduced to one point each."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pretrain.common.errors import UserError
 
 @dataclass
 class Curve:
-    """One run.
+    """The loss curve of one run.
 
     step: (n,) int64, ascending, optimizer steps done at each logged loss; loss: (n,) nats per
     token; lr: (T,) learning rate of each optimizer step, T at least the last logged step; warmup:
     steps until the learning rate first stops rising; parameters: N, or None where not known;
-    tokens_per_step, flops_per_token: or None; labels: settings that tell runs apart; warnings:
-    what a reader of a fit should know.
+    tokens_per_step, flops_per_token: None where not known; labels: the run's settings; warnings:
+    what a reader of a fit should know. Raises UserError where no loss or not every rate is known.
     """
 
     name: str
@@ -37,20 +37,21 @@ class Curve:
 
     def __post_init__(self) -> None:
         if not len(self.step):
-            raise UserError(f"{self.name}: no logged loss is left to fit")
+            raise UserError(f"{self.name}: there is no logged loss to fit")
         if len(self.lr) < self.step[-1]:
             raise UserError(
-                f"{self.name}: the learning rate is known for {len(self.lr):,} steps, the loss up "
-                f"to step {self.step[-1]:,}"
+                f"{self.name}: the learning rate is known for {len(self.lr):,} steps, but the loss "
+                f"is logged up to step {self.step[-1]:,}"
             )
 
     @property
     def peak(self) -> float:
+        """The highest learning rate."""
         return float(self.lr.max())
 
     @property
     def tokens(self) -> Array | None:
-        """(n,) tokens seen at each logged step."""
+        """The tokens (n,) seen at each logged step, None where not known."""
         if self.tokens_per_step is None:
             return None
         return self.step.astype(np.float64) * self.tokens_per_step
@@ -58,10 +59,11 @@ class Curve:
 
 @dataclass
 class Points:
-    """Runs reduced to a size, tokens and a final loss.
+    """Runs reduced to a size, a number of tokens and a final loss.
 
     parameters, tokens, loss: (n,); unique_tokens: (n,) tokens of the data before they repeat, or
-    None; flops: (n,) training FLOPs, 6 N D where not given; names: (n,).
+    None; flops: (n,) training FLOPs, 6 N D where not given; names: (n,). Raises UserError for
+    numbers that are not positive.
     """
 
     parameters: Array
@@ -88,6 +90,7 @@ class Points:
             self.names = [f"run {i + 1}" for i in range(len(self.loss))]
 
     def only(self, keep: Any) -> Points:
+        """Return the points at the indices ``keep``."""
         keep = np.asarray(keep, dtype=int)
         unique = None if self.unique_tokens is None else self.unique_tokens[keep]
         assert self.flops is not None
@@ -104,21 +107,21 @@ class Points:
 
 
 def end_of_warmup(lr: Array) -> int:
-    """The first step, counted from 0, after which the learning rate does not rise; 0 where it
-    does not rise at first."""
+    """Return the first step, from 0, after which the learning rate does not rise."""
     falls = np.flatnonzero(np.diff(lr) <= 0)
     return int(falls[0]) if len(falls) else len(lr) - 1
 
 
 def points_of(curves: Sequence[Curve], last: int = 5) -> Points:
-    """Each curve's end: the mean of its ``last`` logged losses.
+    """Reduce each curve to a point, whose loss is the mean of its ``last`` logged losses.
 
     Raises UserError where a curve's size or tokens are not known.
     """
     for curve in curves:
         if curve.parameters is None or curve.tokens_per_step is None:
             what = "parameters" if curve.parameters is None else "tokens per step"
-            raise UserError(f"{curve.name}: the {what} are not known: give them by an option")
+            option = f"--{what.replace(' ', '-')}"
+            raise UserError(f"{curve.name}: the {what} are not known; give {option}")
     sizes = np.array([float(c.parameters or 0) for c in curves])
     tokens = np.array([float(c.step[-1]) * (c.tokens_per_step or 0) for c in curves])
     per_token = np.array([c.flops_per_token or 6 * (c.parameters or 0) for c in curves])

@@ -1,4 +1,4 @@
-"""Pictures of fits, predictions, plans and comparisons."""
+"""Draw fits, predictions, plans and comparisons."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ COLORS = [f"tab:{c}" for c in ("blue", "orange", "green", "red", "purple", "brow
 
 
 def save(figure: Figure, path: Path) -> Path:
+    """Write a figure, with grid lines, and return its path."""
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +31,7 @@ def save(figure: Figure, path: Path) -> Path:
 def draw_curves(
     found: Fit, curves: Sequence[Curve], path: Path, others: Sequence[Curve] = ()
 ) -> Path:
-    """Data and fit above, residuals below; ``others`` were not fitted, and are dashed."""
+    """Draw data and fit above, residuals below; ``others``, which were not fitted, are dashed."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     low = []
@@ -50,12 +51,12 @@ def draw_curves(
     top.set_ylim(lowest - 0.05 * (max(low) - lowest), max(low) + 0.1 * (max(low) - lowest))
     top.legend(fontsize=8, title="data, fit, mean absolute error", title_fontsize=8)
     bottom.axhline(0, color="black", linewidth=0.6)
-    bottom.set(xlabel="optimizer step", ylabel="predicted / seen - 1 (%)")
+    bottom.set(xlabel="optimizer step", ylabel="predicted / logged - 1 (%)")
     return save(figure, path)
 
 
 def draw_points(found: Fit, points: Points, path: Path) -> Path:
-    """Loss by compute with the law at each size, and residuals; Chinchilla's also the frontier."""
+    """Draw loss by compute with the law at each size, residuals, and Chinchilla's frontier."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     flops, predicted = np.asarray(points.flops), found.predict(points)
@@ -83,13 +84,12 @@ def draw_points(found: Fit, points: Points, path: Path) -> Path:
     if top.get_legend_handles_labels()[0]:
         top.legend(fontsize=8)
     bottom.axhline(0, color="black", linewidth=0.6)
-    bottom.set(xlabel="training FLOPs", ylabel="predicted / seen - 1 (%)")
+    bottom.set(xlabel="training FLOPs", ylabel="predicted / logged - 1 (%)")
     return save(figure, path)
 
 
 def draw_prediction(found: Fit, curves: Sequence[Curve], seen: Sequence[bool], path: Path) -> Path:
-    """Predicted curves with their intervals, what was seen where there is any, and the learning
-    rates below."""
+    """Draw predicted curves with intervals and any logged losses, and the learning rates below."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     highest = []
@@ -118,6 +118,7 @@ def draw_prediction(found: Fit, curves: Sequence[Curve], seen: Sequence[bool], p
 
 
 def draw_schedules(choices: Sequence[Choice], path: Path, most: int = 15) -> Path:
+    """Draw the ``most`` best schedules' predicted final losses."""
     shown = list(choices[:most])[::-1]
     figure = Figure(figsize=(10, 0.4 * len(shown) + 1.5), layout="constrained")
     axes = figure.subplots()
@@ -142,7 +143,7 @@ def draw_schedules(choices: Sequence[Choice], path: Path, most: int = 15) -> Pat
 
 
 def draw_sizes(found: Fit, choice: SizeChoice, path: Path) -> Path:
-    """Loss over the size for the budget."""
+    """Draw the predicted loss by model size for a budget."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     sizes = choice.parameters * np.logspace(-1, 1, 101)
@@ -172,6 +173,7 @@ def draw_sizes(found: Fit, choice: SizeChoice, path: Path) -> Path:
 def draw_comparison(
     fits: dict[str, Fit], families: dict[str, Points], comparisons: Sequence[Comparison], path: Path
 ) -> Path:
+    """Draw each family's runs and law, and where laws cross."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     every = np.concatenate([np.asarray(p.flops) for p in families.values()])

@@ -1,4 +1,4 @@
-"""Fits a law: Huber loss, linear parameters in closed form, bounded search from many starts."""
+"""Fit a law: Huber loss, linear parameters in closed form, bounded search from many starts."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from pretrain.common.files import write_json
 
 Residual = Literal["relative", "log"]
 HUBER = 1e-3
-# Logged losses of a run are not independent: about so many tell as much as one, where priors are
-# weighed against them.
+# Logged losses of a run are not independent: where priors are weighed against them, this many count
+# as one.
 CORRELATED = 20
-FACTOR = math.log(1.6)  # 95 % interval of a logarithm beyond which it counts as not determined
-_SAME = 1.01  # objectives within 1 % are not told apart
+_SAME = 1.01  # objectives within 1 % count as equal
 
 
 @dataclass
 class Options:
-    """residual: of the loss, ``relative`` (predicted / seen - 1) or ``log``; huber: beyond which
-    residuals count linearly; starts: at most so many; priors: use the law's."""
+    """Options of a fit.
+
+    residual: ``relative`` (predicted / logged - 1) or ``log``; huber: the residual beyond which the
+    loss is linear; starts: at most this many; priors: whether to use the law's.
+    """
 
     residual: Residual = "relative"
     huber: float = HUBER
@@ -38,7 +40,7 @@ class Options:
 
 @dataclass
 class Start:
-    """One local optimum: where the search began, where it ended, and the objective there."""
+    """One local search: where it began and ended, and the objective there."""
 
     begun: dict[str, float]
     found: dict[str, float]
@@ -51,9 +53,10 @@ class Fit:
     """A fitted law.
 
     theta: non-linear parameters in the space of the search; beta: linear ones; objective: mean
-    Huber loss and priors; residuals: predicted against seen, one array per curve; intervals:
+    Huber loss and priors; residuals: of the predicted loss, one array per curve; intervals:
     parameter -> (low, high), once bootstrapped; samples: (number, parameters) of the bootstrap,
-    theta and beta side by side; undetermined: parameter -> why; warnings.
+    theta and beta concatenated; undetermined: parameter -> reason; domain: ranges of the fitted
+    data.
     """
 
     law: Law
@@ -72,26 +75,31 @@ class Fit:
 
     @property
     def values(self) -> dict[str, float]:
+        """The parameters' values by name."""
         found = named(self.law.nonlinear, self.theta)
         return found | named(self.law.linear, self.beta)
 
     def predict(self, data: Any) -> Array:
-        """Loss (n,) of a curve's logged steps, or of points."""
+        """Return the predicted loss (n,) at a curve's logged steps, or of points."""
         return self.law.loss(self.theta, self.beta, self.law.prepared(data))
 
     def predict_samples(self, data: Any) -> Array:
-        """(samples, n), one prediction per sample of the bootstrap."""
+        """Return a prediction (samples, n) per sample of the bootstrap.
+
+        Raises UserError where there are none.
+        """
         if self.samples is None:
             raise UserError("the fit has no intervals: fit with --bootstrap")
-        prepared, own = self.law.prepared(data), len(self.theta)
-        return np.stack([self.law.loss(row[:own], row[own:], prepared) for row in self.samples])
+        prepared, k = self.law.prepared(data), len(self.theta)
+        return np.stack([self.law.loss(row[:k], row[k:], prepared) for row in self.samples])
 
     def mape(self) -> dict[str, float]:
-        """Mean absolute percentage error of every curve that was fitted."""
+        """Return the mean absolute percentage error of every fitted curve."""
         pairs = zip(self.names, self.residuals, strict=True)
         return {name: 100 * float(np.abs(r).mean()) for name, r in pairs}
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fit as it is written to a file, without residuals."""
         law = self.law
         return {
             "law": law.name,
@@ -121,18 +129,19 @@ class Fit:
         }
 
     def save(self, path: Path) -> None:
+        """Write the fit to a JSON file."""
         write_json(path, self.to_json())
 
 
 def load_fit(path: Path) -> Fit:
-    """Read what :meth:`Fit.save` wrote; residuals are not kept. Raises UserError."""
+    """Read a file of :meth:`Fit.save`, which has no residuals; raises UserError for others."""
     from evals.scaling.laws import LAWS
 
     try:
         saved = json.loads(path.read_text())
         law: Law = LAWS[saved["law"]](**saved["settings"])
-        told = saved["parameters"].items()
-        values = {name: entry["value"] for name, entry in told}
+        entries = saved["parameters"].items()
+        values = {name: entry["value"] for name, entry in entries}
         samples = saved["samples"]
         return Fit(
             law,
@@ -143,9 +152,9 @@ def load_fit(path: Path) -> Fit:
             [],
             [Start(**s) for s in saved["starts"]],
             Options(saved["residual"], saved["huber"]),
-            {n: e["undetermined"] for n, e in told if e["undetermined"]},
+            {n: e["undetermined"] for n, e in entries if e["undetermined"]},
             saved["warnings"],
-            {n: tuple(e["interval_95"]) for n, e in told if e["interval_95"]},
+            {n: tuple(e["interval_95"]) for n, e in entries if e["interval_95"]},
             None if samples is None else np.array(samples),
             saved.get("domain", {}),
         )
@@ -154,23 +163,25 @@ def load_fit(path: Path) -> Fit:
 
 
 class Problem:
-    """All data of a fit beside each other, and its objective as a function of theta alone."""
+    """The concatenated data of a fit, and its objective as a function of theta alone."""
 
     def __init__(self, law: Law, prepared: Sequence[Any], options: Options) -> None:
         self.law, self.prepared, self.options = law, prepared, options
         self.loss = np.concatenate([p.loss for p in prepared])
         self.beta: Array | None = None
         priors = [p.prior if options.priors else None for p in law.nonlinear]
-        self.centre = np.array([p[0] if p else 0.0 for p in priors])
+        self.center = np.array([p[0] if p else 0.0 for p in priors])
         self.precision = np.array([p[1] ** -2 if p else 0.0 for p in priors])
-        # As -log likelihood with a standard deviation of ``huber``, per point.
+        # As the negative log-likelihood with a standard deviation of ``huber``, per point.
         self.weight = options.huber**2 * min(CORRELATED, len(self.loss)) / len(self.loss)
 
     def designs(self, theta: Array) -> tuple[Array, Array]:
+        """Return :meth:`Law.design` of all data: (n, linear) and (len(theta), n, linear)."""
         found = [self.law.design(theta, p) for p in self.prepared]
         return np.concatenate([x for x, _ in found]), np.concatenate([d for _, d in found], axis=1)
 
     def residuals(self, predicted: Array) -> Array:
+        """Return the residuals (n,) of a predicted loss."""
         ratio = predicted / self.loss
         if self.options.residual == "relative":
             return ratio - 1
@@ -178,7 +189,7 @@ class Problem:
         return result
 
     def __call__(self, theta: Array) -> tuple[float, Array]:
-        """Objective x 1e6 and its gradient: at the best beta, the derivative by beta is 0."""
+        """Return the objective x 1e6 and its gradient; at the best beta its derivative is 0."""
         columns, derivatives = self.designs(theta)
         beta = self.solve(columns)
         predicted = columns @ beta
@@ -188,14 +199,13 @@ class Problem:
         slope = np.clip(residual, -delta, delta) / len(residual)
         slope = slope / (self.loss if self.options.residual == "relative" else predicted)
         gradient = np.einsum("n,pnk,k->p", slope, derivatives, beta)
-        apart = theta - self.centre
+        apart = theta - self.center
         value += self.weight * (self.precision * apart**2).sum() / 2
         gradient = gradient + self.weight * self.precision * apart
         return 1e6 * float(value), 1e6 * gradient
 
     def solve(self, columns: Array) -> Array:
-        """The linear parameters that are best for these columns, none negative: iteratively
-        reweighted least squares."""
+        """Find the best non-negative linear parameters by iteratively reweighted least squares."""
         beta = self.beta
         delta = self.options.huber
         weights = np.ones(len(self.loss))
@@ -241,17 +251,17 @@ def _least_squares(columns: Array, target: Array, weights: Array) -> Array:
 
 
 def fit(law: Law, data: Sequence[Any], options: Options | None = None) -> Fit:
-    """Fit ``law`` to curves (or to one set of points in a list).
+    """Fit ``law`` to curves, or to one set of points in a list.
 
-    Raises UserError where there are fewer points than parameters.
+    Raises UserError where there are fewer losses than parameters.
     """
     options = options or Options()
     prepared = [law.prepared(item) for item in data]
     count = sum(len(p.loss) for p in prepared)
     if count < len(law.parameters):
         raise UserError(
-            f"{law.title} has {len(law.parameters)} parameters, there are {count} losses to fit: "
-            "expected at least as many"
+            f"{law.title} has {len(law.parameters)} parameters, but there are {count} losses to "
+            "fit, expected at least as many"
         )
     problem = Problem(law, prepared, options)
     starts, best = [], None
@@ -292,6 +302,7 @@ def fit(law: Law, data: Sequence[Any], options: Options | None = None) -> Fit:
 
 
 def search(problem: Problem, begun: Array) -> Any:
+    """Minimize the objective from ``begun`` on, and return scipy's result."""
     law = problem.law
     problem.beta = None
     if not len(begun):
@@ -308,7 +319,7 @@ def search(problem: Problem, begun: Array) -> Any:
 
 
 def jacobian(fit_: Fit, prepared: Sequence[Any]) -> Array:
-    """(n, parameters): derivatives of the log loss by theta and beta side by side."""
+    """Return the derivatives (n, parameters) of the log loss by theta and beta, concatenated."""
     rows = []
     for item in prepared:
         columns, derivatives = fit_.law.design(fit_.theta, item)
@@ -319,12 +330,12 @@ def jacobian(fit_: Fit, prepared: Sequence[Any]) -> Array:
 
 
 def correlation_length(residuals: Sequence[Array]) -> float:
-    """Integrated autocorrelation of the residuals along the curves, at least 1 point."""
-    total, own = 1.0, sum(float(r @ r) for r in residuals)
-    if own == 0:
+    """Return the integrated autocorrelation of the residuals along the curves, at least 1 point."""
+    total, power = 1.0, sum(float(r @ r) for r in residuals)
+    if power == 0:
         return 1.0
     for lag in range(1, max(len(r) for r in residuals) // 2):
-        shared = sum(float(r[lag:] @ r[:-lag]) for r in residuals if len(r) > lag) / own
+        shared = sum(float(r[lag:] @ r[:-lag]) for r in residuals if len(r) > lag) / power
         if shared < 0.05:
             break
         total += 2 * shared
@@ -334,11 +345,13 @@ def correlation_length(residuals: Sequence[Array]) -> float:
 def covariance(
     fit_: Fit, prepared: Sequence[Any], *, priors: bool = True, least: float = 0.0
 ) -> Array:
-    """Of theta and beta, to first order, correlated residuals counted as fewer points; ``least``:
-    the least relative error of one point."""
+    """Return the covariance of theta and beta, to first order.
+
+    Correlated residuals count as fewer points; ``least`` is the least relative error of one point.
+    """
     matrix = jacobian(fit_, prepared)
     residual = np.concatenate(fit_.residuals)
-    # Robust, as the fit: the spread of the middle of the residuals.
+    # Robust, like the fit: from the median of the residuals.
     spread = max(1.4826 * float(np.median(np.abs(residual))), 1e-9, least)
     information = matrix.T @ matrix / (spread**2 * correlation_length(fit_.residuals))
     if priors and fit_.options.priors:
@@ -347,24 +360,26 @@ def covariance(
                 information[i, i] += parameter.prior[1] ** -2
     scale = np.sqrt(np.maximum(np.diag(information), 1e-300))
     values, vectors = np.linalg.eigh(information / np.outer(scale, scale))
-    # What the data tell nothing of has a large variance, not none.
+    # Directions without information have a large variance, not none.
     vectors = vectors / np.maximum(scale, 1e-100)[:, None]
     result: Array = (vectors / np.maximum(values, 1e-12)) @ vectors.T
     return result
 
 
 def _undetermined(found: Fit, problem: Problem) -> dict[str, str]:
-    """Which parameters the data do not determine, and how that shows. Residuals are taken for at
-    least as large as the Huber width: no law is truer than that, and a single smooth curve is
-    often fitted better, with any values."""
+    """Return the parameters that the data do not determine, each with a reason.
+
+    Residuals count as at least as large as the Huber width: no law is more accurate than that, and
+    a single smooth curve is often fitted better, by many values.
+    """
     law = found.law
-    told = law.doubts(found.values, problem.prepared)
+    reasons = law.doubts(found.values, problem.prepared)
     spread = covariance(found, problem.prepared, priors=False, least=found.options.huber)
     errors = np.sqrt(np.diag(spread))
     bounds = law.bounds()
-    alike = [s.found for s in found.starts if s.objective <= found.objective * _SAME]
+    equal = [s.found for s in found.starts if s.objective <= found.objective * _SAME]
     for i, parameter in enumerate(law.parameters):
-        if parameter.name in told:
+        if parameter.name in reasons:
             continue
         value = found.values[parameter.name]
         error = float(errors[i])
@@ -372,31 +387,32 @@ def _undetermined(found: Fit, problem: Problem) -> dict[str, str]:
             low, high = bounds[i]
             width = (found.theta[i] - low, high - found.theta[i])
             if min(width) < 1e-6 * max(high - low, 1):
-                told[parameter.name] = f"at its bound of {value:.4g}"
+                reasons[parameter.name] = f"at its bound of {value:.4g}"
                 continue
             if parameter.prior and found.options.priors and error > parameter.prior[1]:
-                told[parameter.name] = "the data say less of it than its prior"
+                reasons[parameter.name] = "the data say less about it than its prior"
                 continue
-            others = [other[parameter.name] for other in alike]
+            others = [other[parameter.name] for other in equal]
             if others and max(others) - min(others) > 0.5 * abs(value):
-                told[parameter.name] = (
-                    f"{min(others):.4g} to {max(others):.4g} fit alike, from different starts"
+                reasons[parameter.name] = (
+                    f"different starts end at {min(others):.4g} to {max(others):.4g}, which fit "
+                    "equally well"
                 )
                 continue
         relative = error if parameter.log else error / max(abs(value), 1e-12)
         if value == 0:
-            told[parameter.name] = "at its bound of 0"
+            reasons[parameter.name] = "at its bound of 0"
         elif relative > 0.5:
-            told[parameter.name] = (
+            reasons[parameter.name] = (
                 f"standard error {error:.3g}"
                 if not parameter.log
-                else f"known to a factor of {math.exp(min(error, 99)):.3g} only"
+                else f"known only to a factor of {math.exp(min(error, 99)):.3g}"
             )
-    return told
+    return reasons
 
 
 def _domain(data: Sequence[Any]) -> dict[str, Any]:
-    """What was fitted, to tell an extrapolation by."""
+    """Return the ranges of the fitted data, by which extrapolation is recognized."""
     curves = [c for c in data if hasattr(c, "lr")]
     if curves:
         sizes = [c.parameters for c in curves if c.parameters is not None]

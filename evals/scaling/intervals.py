@@ -1,4 +1,4 @@
-"""Intervals by block bootstrap, and the choice among laws by what was held out."""
+"""Intervals by block bootstrap, and the choice among laws by held-out curves."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LEVEL = 0.95
 def bootstrap(
     found: Fit, data: Sequence[Any], samples: int = 200, seed: int = 0, processes: int | None = None
 ) -> Fit:
-    """Fill ``found.intervals`` and ``found.samples``: refits to fitted loss x resampled residuals.
+    """Refit to fitted loss x resampled residuals; fill ``found.intervals`` and ``found.samples``.
 
-    Residuals are drawn in blocks of neighbours along a curve, twice their correlation length long,
-    from all curves; those of points one by one. They are enlarged by what the fit took of them, and
-    by what the blocks' ends lose of their correlation. Priors are drawn anew for each sample, so
-    that the interval of a parameter that only its prior knows is the prior's. The result does not
-    depend on the number of processes.
+    Residuals are drawn from all curves in blocks of neighbors, twice their correlation length long;
+    those of points one by one. They are scaled up for the parameters that were fitted to them, and
+    for the correlation that is lost at the blocks' ends. Priors are redrawn for each sample, so
+    that a parameter known only by its prior has the prior's interval. The result does not depend
+    on the number of processes. Returns ``found``.
     """
     law = found.law
     prepared = [law.prepared(item) for item in data]
@@ -67,8 +67,11 @@ def bootstrap(
 
 
 def kept_by_blocks(correlation: float, length: int) -> float:
-    """Share of the variance of a mean that blocks of ``length`` neighbours still have, of residuals
-    whose autocorrelation falls as a power of the lag and adds up to ``correlation``."""
+    """Return the share of a mean's variance that blocks of ``length`` neighbors preserve.
+
+    The residuals' autocorrelation is assumed to fall geometrically with the lag and to add up to
+    ``correlation``.
+    """
     one = (correlation - 1) / (correlation + 1)
     lags = np.arange(1, length)
     return (1 + 2 * float(((1 - lags / length) * one**lags).sum())) / correlation
@@ -86,7 +89,7 @@ def _refit(task: tuple[Fit, list[Any], list[Array], int, tuple[int, int]]) -> Ar
         new.append(copy)
     problem = Problem(law, new, found.options)
     spread = np.where(problem.precision > 0, np.maximum(problem.precision, 1e-300) ** -0.5, 0.0)
-    problem.centre = problem.centre + spread * generator.standard_normal(len(spread))
+    problem.center = problem.center + spread * generator.standard_normal(len(spread))
     theta = found.theta
     if len(theta):
         result = minimize(
@@ -119,12 +122,15 @@ def _blocks(
 
 
 def interval(found: Fit, data: Any, *, new_run: bool = False, seed: int = 0) -> tuple[Array, Array]:
-    """Low and high (n,) of the predicted loss: of the law, or with ``new_run`` of what a run would
-    log, residuals like those of the fitted runs included."""
+    """Return the low and high ends (n,) of the predicted loss's 95 % interval.
+
+    They are those of the law, or with ``new_run`` of a run's log, with residuals like those of the
+    fitted runs. Raises UserError for a fit without bootstrap samples.
+    """
     predictions = np.log(found.predict_samples(data))
     if new_run:
         if not found.residuals:
-            raise UserError("the fit was read from a file, which keeps no residuals")
+            raise UserError("the fit was read from a file, which does not store residuals")
         generator = np.random.default_rng(seed)
         length = max(1, math.ceil(2 * correlation_length(found.residuals)))
         predictions = predictions + np.stack(
@@ -135,10 +141,11 @@ def interval(found: Fit, data: Any, *, new_run: bool = False, seed: int = 0) -> 
 
 
 def ends_around(estimate: Array, samples: Array) -> tuple[Array, Array]:
-    """The 95 % interval of an estimate (n,) whose spread is that of its bootstrap samples (m, n).
+    """Return the 95 % interval of an estimate (n,) with the spread of bootstrap samples (m, n).
 
-    Parameters of a curve depend on each other so much that their samples are skewed, and quantiles
-    of samples then cover less than they say: 87 to 92 % of simulated truths, these 95 %."""
+    The parameters of a curve depend on each other so much that their samples are skewed; quantiles
+    of the samples would then cover 87 to 92 % of simulated truths, while these cover 95 %.
+    """
     if len(samples) < 2:
         return np.full_like(estimate, -np.inf), np.full_like(estimate, np.inf)
     width = student_t.ppf((1 + LEVEL) / 2, len(samples) - 1) * samples.std(0, ddof=1)
@@ -146,7 +153,7 @@ def ends_around(estimate: Array, samples: Array) -> tuple[Array, Array]:
 
 
 def ends_of(samples: Array) -> tuple[Array, Array]:
-    """The 95 % interval over the first axis; few samples make it wider, not narrower."""
+    """Return the 95 % interval over the first axis; few samples make it wider, not narrower."""
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(samples, [tail, 1 - tail], axis=0, method="weibull")
     return low, high
@@ -154,30 +161,31 @@ def ends_of(samples: Array) -> tuple[Array, Array]:
 
 @dataclass
 class HeldOut:
-    """errors: MAPE in percent by what was held out; mean: over them."""
+    """A law's ``errors`` on held-out curves: the MAPE in percent by the curve's name."""
 
     law: str
     errors: dict[str, float]
 
     @property
     def mean(self) -> float:
+        """The mean of the errors in percent."""
         return float(np.mean(list(self.errors.values())))
 
 
 def hold_out_schedules(
     make: Callable[[Sequence[Curve]], Law], curves: Sequence[Curve], options: Options | None = None
 ) -> HeldOut:
-    """Each curve predicted from the others; curves of one schedule are held out together.
+    """Predict each curve from the others, holding out curves of one schedule together.
 
-    Raises UserError with fewer than 3 schedules.
+    Raises UserError for fewer than 3 schedules.
     """
     groups: dict[str, list[int]] = {}
     for i, curve in enumerate(curves):
         groups.setdefault(_schedule_key(curve), []).append(i)
     if len(groups) < 3:
         raise UserError(
-            f"there are {len(groups)} different schedules: expected at least 3, to choose a law by "
-            "those held out"
+            f"there are {len(groups)} different schedules: expected at least 3 to choose a law by "
+            "held-out schedules"
         )
     return _hold_out(make, curves, list(groups.values()), options)
 
@@ -185,13 +193,13 @@ def hold_out_schedules(
 def hold_out_sizes(
     make: Callable[[Sequence[Curve]], Law], curves: Sequence[Curve], options: Options | None = None
 ) -> HeldOut:
-    """Each size predicted from the others. Raises UserError with fewer than 4 sizes."""
+    """Predict each size from the others; raises UserError for fewer than 4 sizes."""
     groups: dict[float, list[int]] = {}
     for i, curve in enumerate(curves):
         groups.setdefault(curve.parameters or 0.0, []).append(i)
     if len(groups) < 4:
         raise UserError(
-            f"there are {len(groups)} sizes: expected at least 4, to choose a law by those held out"
+            f"there are {len(groups)} sizes: expected at least 4 to choose a law by held-out sizes"
         )
     return _hold_out(make, curves, list(groups.values()), options)
 
@@ -213,7 +221,7 @@ def _hold_out(
 
 
 def mape(found: Fit, data: Curve | Points) -> float:
-    """Mean absolute percentage error of the predicted loss."""
+    """Return the mean absolute percentage error of the predicted loss."""
     return 100 * float(np.abs(found.predict(data) / data.loss - 1).mean())
 
 

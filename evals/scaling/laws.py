@@ -1,4 +1,4 @@
-"""All laws by name, and curve laws with what they are measured in taken from the curves."""
+"""All laws by name, and curve laws with units taken from the curves."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def curve_law(
     size_in_annealing: bool = False,
     size_in_progress: bool = False,
 ) -> Law:
-    """The law ``name`` with learning rates in units of the highest of the curves (the annealing
-    law's own: as they are) and, where ``sized``, N in units of their geometric mean.
+    """Return the law ``name``, in units taken from the curves.
 
-    Raises UserError where it is to have N and the curves' sizes do not determine its exponent.
+    Learning rates are in units of the curves' highest (except in the annealing law) and N, if
+    ``sized``, in units of their geometric mean. Raises UserError where the law does not fit the
+    number of the curves' sizes.
     """
     law = CURVE_LAWS[name]
     reference = 1.0 if law is AnnealingLaw else max(c.peak for c in curves)
@@ -33,18 +34,18 @@ def curve_law(
         sizes = {c.parameters for c in curves}
         if len(sizes) > 1:
             raise UserError(
-                f"the curves have {len(sizes)} sizes, of which {law.title} knows nothing without "
-                "--sized; or fit each size for itself"
+                f"the curves come from {len(sizes)} model sizes; add --sized to fit a law that "
+                "includes size, or fit each size separately"
             )
         return law(reference)
     sizes = {c.parameters for c in curves}
     if None in sizes:
         name = next(c.name for c in curves if c.parameters is None)
-        raise UserError(f"{name}: its number of parameters is not known; give it by --parameters")
+        raise UserError(f"{name}: its number of parameters is not known; give --parameters")
     if len(sizes) < 3:
         raise UserError(
-            f"{len(sizes)} sizes do not determine the exponent of N beside the loss that is left: "
-            "expected at least 3"
+            f"{len(sizes)} model sizes do not determine both the exponent of N and the irreducible "
+            "loss; expected at least 3"
         )
     middle = float(np.exp(np.mean([np.log(size or 1) for size in sizes])))
     return law(reference, sized, middle, size_in_annealing, size_in_progress)

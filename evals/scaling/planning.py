@@ -1,4 +1,4 @@
-"""What a fitted law says to do: the schedule, the size and tokens, the runs to fit it from."""
+"""Plan with a fitted law: the schedule, the size and tokens, and the runs to fit it to."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from pretrain.config import ScheduleConfig
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 END_RATIOS = (0.0, 0.1)
-# Of the losses of one run around a law, where no fit tells: relative spread, correlated points.
+# Assumed without residuals of a fit: a run's relative spread around its law, and the number of
+# consecutive losses that are correlated.
 NOISE, CORRELATED = 1e-3, 10.0
-POINTS = 150  # logged losses that a planned run is taken to have
+POINTS = 150  # number of logged losses that a planned run is assumed to have
 
 
 def planned_curve(
@@ -35,8 +36,7 @@ def planned_curve(
     points: int = 1,
     name: str = "",
 ) -> Curve:
-    """A run that has not been: its loss is not known (1 everywhere), its steps are ``points``
-    spread evenly up to the last."""
+    """Return the curve of a future run: a loss of 1 at ``points`` steps, evenly up to the last."""
     lr = schedule_lr(schedule, peak, steps)
     warmup = end_of_warmup(lr)
     first = max(warmup + 1, 1) if points > 1 else steps
@@ -53,6 +53,7 @@ def planned_curve(
 
 
 def describe(schedule: ScheduleConfig, peak: float) -> str:
+    """Describe a schedule in a few words."""
     words: list[str] = [schedule.kind]
     if schedule.kind == "wsd":
         words.append(f"{schedule.decay} over {schedule.decay_fraction:.0%}")
@@ -65,9 +66,11 @@ def describe(schedule: ScheduleConfig, peak: float) -> str:
 
 @dataclass
 class Choice:
-    """loss: predicted at the end; schedule, peak: of the learning rate; behind: (low, high) of how
-    much worse than the first choice, or None without intervals; extrapolates: in what it lies
-    outside the fitted runs."""
+    """A schedule and its predicted final loss.
+
+    behind: interval (low, high) of the loss above the best choice's, or None without bootstrap
+    samples; extrapolates: in what it lies outside the fitted runs, or "".
+    """
 
     name: str
     loss: float
@@ -85,8 +88,10 @@ def best_schedules(
     warmup_steps: int,
     parameters: float | None = None,
 ) -> list[Choice]:
-    """Schedules of ``steps`` steps by their predicted final loss, best first; the decay of WSD is
-    optimised over its share of the steps."""
+    """Return schedules of ``steps`` steps by their predicted final loss, best first.
+
+    The length of WSD's decay is optimized.
+    """
     choices = list[tuple[Choice, Curve]]()
     for peak in peaks:
         options = [ScheduleConfig("constant", warmup_steps)]
@@ -151,25 +156,27 @@ def _best_decay(
 
 
 def outside_of(found: Fit, curve: Curve) -> str:
-    """In what the curve lies outside the runs that were fitted, or nothing."""
-    told, domain = [], found.domain
+    """Return in what a curve lies outside the fitted runs, or ""."""
+    reasons, domain = list[str](), found.domain
     if not domain.get("steps"):
         return ""
     if curve.step[-1] > 1.001 * domain["steps"][1]:
-        told.append(f"{curve.step[-1] / domain['steps'][1]:.1f} x the longest fitted run")
+        reasons.append(f"{curve.step[-1] / domain['steps'][1]:.1f} x the longest fitted run")
     low, high = domain["peak_lr"]
     if not 0.999 * low <= curve.peak <= 1.001 * high:
-        told.append(f"peak outside {low:.3g} to {high:.3g}")
+        reasons.append(f"peak outside {low:.3g} to {high:.3g}")
     sizes = domain.get("parameters")
     if sizes and curve.parameters and not 0.999 * sizes[0] <= curve.parameters <= 1.001 * sizes[1]:
-        told.append(f"N outside {sizes[0]:.3g} to {sizes[1]:.3g}")
-    return "; ".join(told)
+        reasons.append(f"N outside {sizes[0]:.3g} to {sizes[1]:.3g}")
+    return "; ".join(reasons)
 
 
 @dataclass
 class SizeChoice:
-    """The compute-optimal size; intervals are (low, high) or None; alike: sizes (low, high) whose
-    predicted loss is within 0.5 % of the best."""
+    """The compute-optimal size; intervals are (low, high) or None.
+
+    ``alike`` is the range (low, high) of sizes whose predicted loss is within 0.5 % of the best.
+    """
 
     flops: float
     parameters: float
@@ -183,10 +190,13 @@ class SizeChoice:
 
 
 def best_size(found: Fit, flops: float) -> SizeChoice:
-    """N and D of the lowest loss for ``flops`` = 6 N D, from a fitted Chinchilla law."""
+    """Return the N and D of the lowest loss for ``flops`` = 6 N D, from a fitted Chinchilla law.
+
+    Raises UserError for other laws.
+    """
     law = found.law
     if not isinstance(law, ChinchillaLaw):
-        raise UserError(f"{law.title} has no size and tokens to choose between")
+        raise UserError(f"{law.title} is not a law of size and tokens")
 
     def at(values: dict[str, float]) -> tuple[float, float, float]:
         n, d = law.optimum(values, np.array([flops]))
@@ -224,10 +234,13 @@ def best_size(found: Fit, flops: float) -> SizeChoice:
 def best_size_and_schedule(
     found: Fit, flops: float, tokens_per_step: float, peak: float, warmup_steps: int
 ) -> SizeChoice:
-    """The same from a curve law with N: every size with as many steps as the budget allows, under
-    the best schedule that the law finds for it."""
+    """Return the best size from a curve law with N.
+
+    Every size is trained for as many steps as the budget allows, with its best schedule. Raises
+    UserError for a law without N or too small a budget.
+    """
     if found.domain.get("parameters") is None:
-        raise UserError("the fit has no N: fit several sizes with --sized")
+        raise UserError("the fitted law does not include N: fit several sizes with --sized")
 
     def choose(size: float) -> tuple[float, str]:
         steps = int(flops / (6 * size * tokens_per_step))
@@ -242,8 +255,8 @@ def best_size_and_schedule(
     best = int(np.argmin(losses))
     if not np.isfinite(losses[best]):
         raise UserError(
-            f"{flops:.3g} FLOPs are less than {2 * warmup_steps + 10} steps of {tokens_per_step:g} "
-            f"tokens at any size from {sizes[0]:.3g} parameters on"
+            f"{flops:.3g} FLOPs do not suffice for {2 * warmup_steps + 10} steps of "
+            f"{tokens_per_step:g} tokens, even with {sizes[0]:.3g} parameters"
         )
     n = float(sizes[best])
     alike = sizes[losses <= 1.005 * losses[best]]
@@ -262,8 +275,11 @@ def best_size_and_schedule(
 
 @dataclass
 class Design:
-    """A set of runs. steps: in all, a constant trunk that several branch off counted once; error:
-    expected standard error of the target's predicted loss, as a share of it."""
+    """A set of runs.
+
+    ``steps`` is their total, where a constant trunk that several branch off counts once; ``error``
+    the expected relative standard error of the target's predicted loss.
+    """
 
     runs: list[str]
     steps: int
@@ -273,11 +289,11 @@ class Design:
 def cheapest_design(
     found: Fit, target: Curve, tolerance: float, most: int = 3
 ) -> tuple[list[Design], Design | None]:
-    """Sets of up to ``most`` short runs that would determine the law well enough to predict the
-    target's final loss within ``tolerance`` (one standard error): the best set for each cost,
-    cheapest first, and the cheapest that is good enough, or None.
+    """Find sets of up to ``most`` short runs from which the target's final loss can be predicted.
 
-    To first order, around the fitted law: information adds up over runs, their noise is the fit's.
+    Returns the best set for each cost, cheapest first, and the cheapest whose relative standard
+    error is within ``tolerance``, or None. To first order around the fitted law: information adds
+    up over runs, and their noise is that of the fit.
     """
     spread, correlated = NOISE, CORRELATED
     if found.residuals:
@@ -332,5 +348,5 @@ def _standard_error(information: Array, direction: Array) -> float:
     scaled = information / np.outer(scale, scale)
     values, vectors = np.linalg.eigh(scaled)
     along = vectors.T @ (direction / scale)
-    # What no run tells of is not known at all.
+    # Directions without information have a large variance.
     return float(np.sqrt((along**2 / np.maximum(values, 1e-12)).sum()))

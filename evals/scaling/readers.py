@@ -1,4 +1,4 @@
-"""Reads loss curves: run directories, CSV and Parquet files, wandb exports, TensorBoard events."""
+"""Read loss curves: run directories, CSV and Parquet files, wandb exports, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
 from pretrain.run_directory import METRICS_FILE, RunDirectory
 
-# What others call the columns, first found first taken.
+# Common names of the columns; the first one found is used.
 KNOWN = {
     "step": ("step", "_step", "Step", "global_step", "iteration", "iterations", "iter"),
     "lr": ("lr", "learning_rate", "train/lr", "train/learning_rate", "learning-rate", "optim/lr"),
@@ -35,10 +35,12 @@ MISMATCH = 1e-3
 
 @dataclass
 class Reading:
-    """Options for what a file does not tell. columns: names of step, lr, loss; schedule: as
-    :func:`parse_schedule` takes it, or one for each curve by name; from_step: losses before it are
-    left out (None: those of the warm-up); smooth: factor of an exponential mean, 0 = off;
-    embeddings: whether N counts them."""
+    """Options for what a file does not say.
+
+    columns: names of step, lr, loss; schedule: as :func:`parse_schedule` takes it, or one for each
+    curve by name; from_step: earlier losses are skipped (None: those of the warm-up); smooth:
+    factor of an exponential mean, 0 = off; embeddings: whether N counts them.
+    """
 
     columns: dict[str, str] | None = None
     schedule: str | dict[str, str] | None = None
@@ -54,11 +56,11 @@ class Reading:
 def read_curves(
     sources: Sequence[str | Path], reading: Reading | None = None
 ) -> tuple[list[Curve], list[str]]:
-    """All curves of ``sources`` that can be fitted, and a sentence for each that was left out.
+    """Read all curves of ``sources`` that can be fitted, and a sentence for each skipped one.
 
-    Raises UserError for a source that cannot be read, and where nothing is left.
+    Raises UserError for a source that cannot be read, and where no curve remains.
     """
-    reading, curves, left_out = reading or Reading(), list[Curve](), list[str]()
+    reading, curves, skipped = reading or Reading(), list[Curve](), list[str]()
     for source in sources:
         path = Path(source)
         if not path.exists():
@@ -66,19 +68,20 @@ def read_curves(
         for curve in _read(path, reading):
             reason = None if reading.keep_diverged else diverged(curve)
             if reason:
-                left_out.append(f"{curve.name} is left out: {reason}")
+                skipped.append(f"{curve.name} is skipped: {reason}")
             else:
                 curves.append(curve)
     if not curves:
-        raise UserError(f"no curve is left to fit; {'; '.join(left_out) or 'none was given'}")
+        raise UserError(f"there is no curve to fit; {'; '.join(skipped) or 'none was given'}")
     names = [c.name for c in curves]
     for curve, source in zip(curves, names, strict=True):
         if names.count(source) > 1:
-            raise UserError(f"two curves have the name {curve.name}: expected different ones")
-    return curves, left_out
+            raise UserError(f"two curves have the name {curve.name}: expected different names")
+    return curves, skipped
 
 
 def is_run(path: Path) -> bool:
+    """Return whether ``path`` is a run directory."""
     return RunDirectory(path).metrics_file.is_file()
 
 
@@ -111,11 +114,11 @@ class _Table:
 
 
 def _run(run: RunDirectory, reading: Reading) -> Curve:
-    """A run of this project: the schedule is that of its config."""
+    """Read a run of this project, with the schedule of its config."""
     key = (reading.columns or {}).get("loss", "loss")
     rows = [r for r in run.read_metrics() if key in r]
     if not rows:
-        raise UserError(f"{run.metrics_file}: no '{key}' is logged")
+        raise UserError(f"{run.metrics_file} has no '{key}'")
     table = _Table(
         str(run.metrics_file),
         np.array([r["step"] for r in rows]),
@@ -177,7 +180,7 @@ def _column(path: Path, names: dict[str, Any], what: str, reading: Reading) -> s
     if what == "lr":
         return None
     raise UserError(
-        f"{path}: no column is known as the {what}, found: {', '.join(names)}; name it by "
+        f"{path}: no column is known as the {what}, found: {', '.join(names)}; name it with "
         f"--columns {what}=NAME"
     )
 
@@ -188,12 +191,12 @@ def _table(path: Path, frame: Any, step: str, loss: str, lr: str | None) -> _Tab
     rows = frame[frame[step].notna()]
     numbers = {c: pandas.to_numeric(rows[c], errors="coerce") for c in (step, loss, lr) if c}
     if numbers[step].isna().any():
-        raise UserError(f"{path}: column '{step}' holds something that is no number")
-    whole = pandas.DataFrame(numbers)
-    # A row may tell of one thing only: neighbours of the same step are one.
-    whole = whole.groupby((whole[step] != whole[step].shift()).cumsum()).last()
-    whole = whole[whole[loss].notna()]
-    kept = {c: whole[c].to_numpy(dtype=float) for c in numbers}
+        raise UserError(f"{path}: column '{step}' holds values that are not numbers")
+    table = pandas.DataFrame(numbers)
+    # A row may hold one value only: merge adjacent rows of the same step.
+    table = table.groupby((table[step] != table[step].shift()).cumsum()).last()
+    table = table[table[loss].notna()]
+    kept = {c: table[c].to_numpy(dtype=float) for c in numbers}
     return _Table(str(path), kept[step].astype(np.int64), kept[loss], kept[lr] if lr else None)
 
 
@@ -201,7 +204,9 @@ def _events(path: Path, reading: Reading) -> _Table:
     try:
         from tensorboard.backend.event_processing import event_accumulator
     except ImportError:
-        raise UserError(f"{path}: to read TensorBoard events: pip install tensorboard") from None
+        raise UserError(
+            f"{path}: reading TensorBoard events needs tensorboard: pip install tensorboard"
+        ) from None
     events: Any = event_accumulator.EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
     tags = {t: t for t in events.Tags()["scalars"]}
@@ -219,9 +224,9 @@ def _events(path: Path, reading: Reading) -> _Table:
 
 
 def _curve(name: str, table: _Table, reading: Reading, lr: Array | None = None) -> Curve:
-    """Clean the table, and give it a learning rate for every step."""
+    """Clean a table, and add a learning rate for every step."""
     warnings = list[str]()
-    # After a resume a step is logged again: the later counts.
+    # After a resume steps are logged again: the last time counts.
     last = {int(s): i for i, s in enumerate(table.step)}
     if len(last) < len(table.step):
         again = len(table.step) - len(last)
@@ -233,13 +238,13 @@ def _curve(name: str, table: _Table, reading: Reading, lr: Array | None = None) 
     if not finite.all():
         bad = step[~finite]
         warnings.append(
-            f"{len(bad)} losses are not finite (the first at step {bad[0]:,}) and left out"
+            f"{len(bad)} losses that are not finite (the first at step {bad[0]:,}) were skipped"
         )
     ends_bad = len(finite) and not finite[-max(1, len(finite) // 20) :].any()
     step, loss = step[finite], loss[finite]
     logged = None if logged is None else logged[finite]
     if not len(step):
-        raise UserError(f"{table.where}: no loss is finite")
+        raise UserError(f"{table.where} has no finite loss")
     gaps = np.diff(step)
     if len(gaps) > 2 and gaps.max() > 5 * np.median(gaps):
         at = int(np.argmax(gaps))
@@ -252,10 +257,10 @@ def _curve(name: str, table: _Table, reading: Reading, lr: Array | None = None) 
         lr = schedule_lr(config, peak, max(steps, int(step[-1])))
     known = None if logged is None else np.isfinite(logged)
     if lr is not None and logged is not None and known is not None and known.any():
-        if len(lr) < step[-1]:  # trained on, with other settings
+        if len(lr) < step[-1]:  # the run was continued with other settings
             raise UserError(
-                f"{table.where}: the loss is logged up to step {step[-1]:,}, the schedule ends at "
-                f"{len(lr):,}"
+                f"{table.where}: the loss is logged up to step {step[-1]:,}, but the schedule ends "
+                f"at {len(lr):,}"
             )
         difference, at = largest_difference(lr, step[known], logged[known])
         if difference > MISMATCH:
@@ -269,10 +274,10 @@ def _curve(name: str, table: _Table, reading: Reading, lr: Array | None = None) 
                 f"{table.where}: no learning rate is logged; give the schedule, such as --schedule "
                 '"kind=cosine lr=3e-4 steps=24000 warmup_steps=2000"'
             )
-        lr, told = interpolated_lr(step[known], logged[known], reading.warmup_steps)
+        lr, notes = interpolated_lr(step[known], logged[known], reading.warmup_steps)
         if len(lr) <= step[-1]:
             lr = np.append(lr, np.full(int(step[-1]) + 1 - len(lr), lr[-1]))
-        warnings += told
+        warnings += notes
     if lr.max() <= 0:
         raise UserError(f"{table.where}: the learning rate is never above 0")
     warmup = end_of_warmup(lr) if reading.warmup_steps is None else reading.warmup_steps
@@ -281,7 +286,7 @@ def _curve(name: str, table: _Table, reading: Reading, lr: Array | None = None) 
     if not kept.any():
         raise UserError(
             f"{table.where}: no loss is logged from step {begin:,} on, the last is at "
-            f"{step[-1]:,}; --from-step takes an earlier one"
+            f"{step[-1]:,}; choose an earlier --from-step"
         )
     step, loss = step[kept], loss[kept]
     if reading.smooth:
@@ -296,7 +301,7 @@ def _curve(name: str, table: _Table, reading: Reading, lr: Array | None = None) 
 
 
 def diverged(curve: Curve) -> str | None:
-    """Why a curve is no training run to learn from, or None."""
+    """Return why a curve counts as diverged, or None."""
     if "diverged" in curve.labels:
         return str(curve.labels["diverged"])
     window = max(3, len(curve.loss) // 20)
@@ -319,10 +324,11 @@ def _smoothed(loss: Array, factor: float) -> Array:
 
 
 def read_points(path: Path, columns: dict[str, str] | None = None) -> Points:
-    """A CSV or Parquet table with a row per run: parameters, tokens, loss, and where there are
-    any unique_tokens, flops, name.
+    """Read a CSV or Parquet table with a row per run.
 
-    Raises UserError.
+    Columns are parameters, tokens and loss, and optionally unique_tokens, flops and name;
+    ``columns`` maps these to the table's names. Raises UserError for a table that cannot be read or
+    lacks a column.
     """
     import pandas
 
@@ -351,7 +357,7 @@ def read_points(path: Path, columns: dict[str, str] | None = None) -> Points:
     if missing:
         raise UserError(
             f"{path}: no column is known as {missing[0]}, found: "
-            f"{', '.join(map(str, frame.columns))}; name it by --columns {missing[0]}=NAME"
+            f"{', '.join(map(str, frame.columns))}; name it with --columns {missing[0]}=NAME"
         )
     numbers = {
         w: pandas.to_numeric(v, errors="coerce").to_numpy(dtype=float)
@@ -369,12 +375,12 @@ def read_points(path: Path, columns: dict[str, str] | None = None) -> Points:
         path.name,
     )
     if not finite.all():
-        points.warnings.append(f"{int((~finite).sum())} runs without a finite loss are left out")
+        points.warnings.append(f"{int((~finite).sum())} runs without a finite loss were skipped")
     return points
 
 
 def is_points_table(path: Path) -> bool:
-    """Whether a table has a row per run (parameters and tokens, no step)."""
+    """Return whether a table has a row per run (parameters and tokens, no step)."""
     import pandas
 
     if path.suffix not in (".csv", ".parquet") or not path.exists():

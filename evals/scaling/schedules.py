@@ -1,4 +1,4 @@
-"""The learning rate of every step: from settings, or from what was logged."""
+"""Rebuild the learning rate of every step, from settings or from logged values."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
 from pretrain.optim.schedule import learning_rate
 
-JUMP = 0.2  # relative change between two logged steps that is taken for an abrupt one
+JUMP = 0.2  # relative change between two logged steps that counts as abrupt
 
 
 def schedule_lr(config: ScheduleConfig, peak: float, num_steps: int) -> Array:
-    """(num_steps,) as the training loop computes it."""
+    """Return the learning rate (num_steps,) of every step, as training computes it."""
     return np.array([learning_rate(config, peak, step, num_steps) for step in range(num_steps)])
 
 
 def parse_schedule(text: str) -> tuple[ScheduleConfig, float, int]:
-    """Settings, peak learning rate and steps of ``kind=wsd lr=3e-4 steps=24000 warmup_steps=2000
-    decay_fraction=0.2 ...``: the names of ``schedule:`` in a run's config, and ``lr``, ``steps``.
+    """Parse ``kind=wsd lr=3e-4 steps=24000 warmup_steps=2000 decay_fraction=0.2 ...``.
 
-    Raises UserError.
+    The names are those of ``schedule:`` in a run's config, ``lr`` and ``steps``. Returns the
+    schedule's settings, the peak learning rate and the number of steps. Raises UserError, or its
+    subclass ConfigError, for a text that is no such schedule.
     """
     where, values = f"schedule '{text}'", dict[str, str]()
     for word in text.split():
@@ -38,7 +39,7 @@ def parse_schedule(text: str) -> tuple[ScheduleConfig, float, int]:
     except KeyError as error:
         raise UserError(f"{where}: {error.args[0]} is missing") from None
     except ValueError:
-        raise UserError(f"{where}: lr and steps are to be numbers") from None
+        raise UserError(f"{where}: expected numbers for lr and steps") from None
     if peak <= 0 or steps < 1:
         raise UserError(f"{where}: lr is {peak} and steps {steps}, expected both above 0")
     numbers = {n: _number(v) for n, v in values.items()}
@@ -57,17 +58,17 @@ def _number(text: str) -> int | float | str:
 def interpolated_lr(
     step: NDArray[np.int64], logged: Array, warmup_steps: int | None
 ) -> tuple[Array, list[str]]:
-    """The learning rate of every step up to the last, from logged samples, and what was assumed.
+    """Return the learning rate of every step from logged values, and sentences on assumptions.
 
-    Between samples it runs straight; a change by more than 20 % from one sample to the next, with
-    the learning rate constant before or after it, is abrupt and put in the middle. Before the first
-    sample: a ramp from 0 over ``warmup_steps`` (all of it, where None), then the first value.
+    It is linear between logged steps; a change by more than 20 % between two of them, with a
+    constant learning rate before or after it, is abrupt and placed in the middle. Before the first
+    logged step it rises from 0 over ``warmup_steps`` (None: all of them), then has the first value.
     """
     lr = np.interp(np.arange(step[-1] + 1), step, logged)
-    told = []
+    notes = []
     gaps = np.diff(step)
     if len(gaps) and gaps.max() > 1:
-        told.append(
+        notes.append(
             f"the learning rate was logged every {int(np.median(gaps))} steps and interpolated"
         )
     flat = np.abs(np.diff(logged)) <= 1e-6 * logged.max()
@@ -76,9 +77,9 @@ def interpolated_lr(
             middle = (step[i] + step[i + 1] + 1) // 2
             lr[step[i] : middle], lr[middle : step[i + 1] + 1] = logged[i], logged[i + 1]
             if step[i + 1] - step[i] > 1:
-                told.append(
-                    f"the learning rate jumps between steps {step[i]:,} and {step[i + 1]:,}; taken "
-                    f"to be at {middle:,}"
+                notes.append(
+                    f"the learning rate jumps between steps {step[i]:,} and {step[i + 1]:,}; "
+                    f"assumed to jump at {middle:,}"
                 )
     first = int(step[0])
     rising = len(logged) > 1 and logged[1] > logged[0]
@@ -88,16 +89,18 @@ def interpolated_lr(
     elif first > 1:
         lr[:first] = logged[0] * np.arange(first) / first
         if not rising:
-            told.append(
-                "the steps before the first that was logged are taken for a warm-up from 0 (say "
-                "otherwise by --warmup-steps)"
+            notes.append(
+                "the steps before the first logged one are assumed to be a warm-up from 0 (change "
+                "this with --warmup-steps)"
             )
-    return lr, told
+    return lr, notes
 
 
 def largest_difference(lr: Array, step: NDArray[np.int64], logged: Array) -> tuple[float, int]:
-    """Between logged and rebuilt learning rates, as a share of the peak, and the step it is at. A
-    log may tell the rate of the step before or of the one after."""
+    """Return the largest difference of logged and rebuilt rates, as a share of the peak, and where.
+
+    A log may hold the rate of the previous or of the next step.
+    """
     best: tuple[float, int] | None = None
     for shift in (0, 1):
         at = np.clip(step - shift, 0, len(lr) - 1)

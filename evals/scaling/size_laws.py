@@ -15,6 +15,8 @@ from pretrain.common.errors import UserError
 
 @dataclass
 class PreparedPoints:
+    """Points with what does not depend on a law's parameters, as logarithms in its units."""
+
     name: str
     loss: Array
     log_n: Array
@@ -24,15 +26,17 @@ class PreparedPoints:
 
 
 class _SizeLaw(Law):
-    """references: N and D that others are measured in, so that A and B stay of the order of 1."""
+    """A law of size and data; N and D are in units of references, so that A and B are near 1."""
 
     def __init__(self, size_reference: float = 1.0, token_reference: float = 1.0) -> None:
         self.size_reference, self.token_reference = size_reference, token_reference
 
     def settings(self) -> dict[str, Any]:
+        """Return the constructor's arguments for this law."""
         return {"size_reference": self.size_reference, "token_reference": self.token_reference}
 
     def prepared(self, data: Points) -> PreparedPoints:
+        """Convert points to logarithms in the law's units."""
         unique = data.tokens if data.unique_tokens is None else data.unique_tokens
         return PreparedPoints(
             data.name,
@@ -49,7 +53,7 @@ def _excess(of: str) -> Parameter:
 
 
 class ChinchillaLaw(_SizeLaw):
-    """L = E + A N^-alpha + B D^-beta.
+    """The Chinchilla law: L = E + A N^-alpha + B D^-beta.
 
     Source: Hoffmann et al., arXiv 2203.15556, eq. 2 and appendix D.3; fitted as by Besiroglu et
     al., arXiv 2404.10102. :meth:`derived` gives A and B in raw units, where N = D = 1.
@@ -64,16 +68,17 @@ class ChinchillaLaw(_SizeLaw):
         Parameter("beta", "", "exponent of D", 0.02, 1.5, (0.2, 0.5, 0.9)),
     )
     linear = (
-        Parameter("E", "nats", "loss that is left in the end"),
+        Parameter("E", "nats", "irreducible loss"),
         _excess("AN"),
         _excess("BD"),
     )
 
     def effective_data(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
-        """log D and its derivatives by what of theta comes after alpha and beta."""
+        """Return log D and its derivatives by the elements of theta after alpha and beta."""
         return prepared.log_d, np.zeros((len(theta) - 2, len(prepared.loss)))
 
     def design(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
+        """Return f (n, 3) and its derivatives (len(theta), n, 3)."""
         alpha, beta = theta[:2]
         log_d, d_log_d = self.effective_data(theta, prepared)
         by_n, by_d = np.exp(-alpha * prepared.log_n), np.exp(-beta * log_d)
@@ -85,6 +90,7 @@ class ChinchillaLaw(_SizeLaw):
         return columns, derivatives
 
     def derived(self, values: dict[str, float]) -> dict[str, float]:
+        """Return A and B in raw units, and the compute-optimal exponent of N."""
         return {
             "raw A": values["A"] * self.size_reference ** values["alpha"],
             "raw B": values["B"] * self.token_reference ** values["beta"],
@@ -92,7 +98,7 @@ class ChinchillaLaw(_SizeLaw):
         }
 
     def optimum(self, values: dict[str, float], flops: Array) -> tuple[Array, Array]:
-        """N and D of the lowest loss for a budget of ``flops`` = 6 N D (eq. 4)."""
+        """Return the N and D of the lowest loss for budgets of ``flops`` = 6 N D (eq. 4)."""
         alpha, beta = values["alpha"], values["beta"]
         raw = self.derived(values)
         scale = (alpha * raw["raw A"] / (beta * raw["raw B"])) ** (1 / (alpha + beta))
@@ -101,11 +107,11 @@ class ChinchillaLaw(_SizeLaw):
 
 
 class DataConstrainedLaw(ChinchillaLaw):
-    """Chinchilla's with D' = U (1 + R (1 - exp(-r / R))) in place of D: U unique tokens, seen
-    r = D / U - 1 times again, each time worth less.
+    """The Chinchilla law for repeated data, with D' = U (1 + R (1 - exp(-r / R))) instead of D.
 
-    Source: Muennighoff et al., arXiv 2305.16264, eq. 5; the twin term for excess parameters is
-    left out (their R_N without bound).
+    U unique tokens are repeated r = D / U - 1 times, each time with less value.
+    Source: Muennighoff et al., arXiv 2305.16264, eq. 5, without the corresponding term for excess
+    parameters (an unbounded R_N).
     """
 
     name = "data_constrained"
@@ -114,10 +120,11 @@ class DataConstrainedLaw(ChinchillaLaw):
     source = "arXiv 2305.16264"
     nonlinear = (
         *ChinchillaLaw.nonlinear,
-        Parameter("R", "epochs", "worth of repeating without end", 0.1, 1000.0, (5.0, 30.0), True),
+        Parameter("R", "epochs", "value of unlimited repetition", 0.1, 1000.0, (5.0, 30.0), True),
     )
 
     def effective_data(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
+        """Return log D' and its derivative by the logarithm of R."""
         worth = math.exp(theta[2])
         repeats = np.maximum(np.exp(prepared.log_d - prepared.log_unique) - 1, 0.0)
         left = np.exp(-repeats / worth)
@@ -127,9 +134,10 @@ class DataConstrainedLaw(ChinchillaLaw):
 
 
 class KaplanLaw(_SizeLaw):
-    """L = k ((N_c/N)^(alpha_N/alpha_D) + D_c/D)^alpha_D, written with k = 1 at the references:
-    L = scale (w N^(-alpha_N/alpha_D) + (1 - w) D^-1)^alpha_D.
+    """The Kaplan law: L = ((N_c/N)^(alpha_N/alpha_D) + D_c/D)^alpha_D.
 
+    It is written as L = scale (w N^(-alpha_N/alpha_D) + (1 - w) D^-1)^alpha_D, where ``scale`` is
+    the loss at the references.
     Source: Kaplan et al., arXiv 2001.08361, eq. 1.5; :meth:`derived` gives N_c and D_c.
     """
 
@@ -145,6 +153,7 @@ class KaplanLaw(_SizeLaw):
     linear = (Parameter("scale", "nats", "loss at the references"),)
 
     def design(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
+        """Return f (n, 1) and its derivatives (3, n, 1)."""
         a, d, w = theta
         by_n, by_d = np.exp(-a / d * prepared.log_n), np.exp(-prepared.log_d)
         inner = w * by_n + (1 - w) * by_d
@@ -157,6 +166,7 @@ class KaplanLaw(_SizeLaw):
         return column[:, None], derivatives
 
     def derived(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the published constants N_c and D_c."""
         a, d, w = values["alpha_N"], values["alpha_D"], values["w"]
         base = values["scale"] ** (1 / d)
         return {
@@ -166,10 +176,11 @@ class KaplanLaw(_SizeLaw):
 
 
 class ComputeLaw(_SizeLaw):
-    """L = E + K C^-kappa in the training FLOPs C alone, for runs of one family that each have the
-    size and tokens its makers would give them. K: excess at 6 x both references.
+    """The compute law: L = E + K C^-kappa, in the training FLOPs C alone.
 
-    Source: Hestness et al., arXiv 1712.00409, with the loss that is left (Henighan et al.,
+    It is for runs of one family whose size and tokens were each chosen for their budget. K is the
+    excess at C = 6 x both references.
+    Source: Hestness et al., arXiv 1712.00409, with an irreducible loss (Henighan et al.,
     arXiv 2010.14701, eq. 1.1).
     """
 
@@ -179,11 +190,12 @@ class ComputeLaw(_SizeLaw):
     source = "arXiv 1712.00409, 2010.14701"
     nonlinear = (Parameter("kappa", "", "exponent of C", 0.01, 1.0, (0.05, 0.2, 0.5)),)
     linear = (
-        Parameter("E", "nats", "loss that is left in the end"),
+        Parameter("E", "nats", "irreducible loss"),
         Parameter("K", "nats", "excess at the reference compute"),
     )
 
     def design(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
+        """Return f (n, 2) and its derivatives (1, n, 2)."""
         by_c = np.exp(-theta[0] * prepared.log_c)
         derivatives = np.zeros((1, len(by_c), 2))
         derivatives[0, :, 1] = -prepared.log_c * by_c
@@ -196,9 +208,9 @@ SIZE_LAWS: dict[str, type[_SizeLaw]] = {
 
 
 def size_law(name: str, points: Points) -> _SizeLaw:
-    """The law ``name`` with its references in the middle of the points.
+    """Return the law ``name`` with references in the middle of the points.
 
-    Raises UserError where the sizes or the tokens do not vary.
+    Raises UserError where there are fewer than 3 sizes, numbers of tokens or budgets.
     """
     law = SIZE_LAWS[name]
     needed: list[tuple[str, Array, str]] = [
@@ -211,19 +223,21 @@ def size_law(name: str, points: Points) -> _SizeLaw:
         if len(np.unique(values)) < 3:
             raise UserError(
                 f"{points.name}: {len(np.unique(values))} different numbers of {what} do not "
-                f"determine {exponent} beside the loss that is left: expected at least 3"
+                f"determine both {exponent} and the irreducible loss; expected at least 3"
             )
     if name == "data_constrained" and points.unique_tokens is None:
-        raise UserError(f"{points.name}: {law.title} needs the unique tokens of every run")
+        raise UserError(f"{points.name}: the {law.title} law needs every run's unique_tokens")
     return law(
         float(np.exp(np.log(points.parameters).mean())), float(np.exp(np.log(points.tokens).mean()))
     )
 
 
 def isoflop_profiles(points: Points, width: float = 0.1) -> list[dict[str, Any]]:
-    """For each budget (FLOPs alike within ``width``) of at least 3 runs: a parabola of the loss in
-    log N, and the N, D and loss at its bottom (arXiv 2203.15556, approach 2). ``inside`` is false
-    where the bottom lies outside the runs."""
+    """Fit a parabola of the loss in log N to each budget of at least 3 runs.
+
+    Runs belong to one budget if their FLOPs agree within ``width``. Returns the N, D and loss at
+    each minimum (arXiv 2203.15556, approach 2); ``inside`` is false where it lies outside the runs.
+    """
     flops = np.asarray(points.flops)
     order = np.argsort(flops)
     groups: list[list[int]] = []
@@ -261,7 +275,7 @@ def isoflop_profiles(points: Points, width: float = 0.1) -> list[dict[str, Any]]
 
 
 def frontier_exponents(profiles: list[dict[str, Any]]) -> dict[str, float]:
-    """Exponents a, b of N ~ C^a and D ~ C^b over the profiles' bottoms; at least 2 are needed."""
+    """Return the exponents a, b of N ~ C^a and D ~ C^b over at least 2 profiles' minima."""
     logs = np.log([p["flops"] for p in profiles])
     return {
         "N": float(np.polyfit(logs, np.log([p["parameters"] for p in profiles]), 1)[0]),

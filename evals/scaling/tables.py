@@ -1,4 +1,4 @@
-"""What a fit or a comparison says, on the screen."""
+"""Print fits, sizes and comparisons."""
 
 from __future__ import annotations
 
@@ -12,36 +12,41 @@ from evals.scaling.fitting import Fit
 
 
 def sentences(found: Comparison) -> list[str]:
-    """What a comparison says."""
+    """Return a comparison's results in sentences."""
     first, second = found.families
     other = second if found.better == first else first
     low, high = found.difference_interval
-    told = [
+    result = [
         f"{found.better} is ahead of {other} by {found.difference:.4f} nats at the largest budget "
-        f"of both (95 %: {low:.4f} to {high:.4f})"
+        f"that both have (95 %: {low:.4f} to {high:.4f})"
     ]
     if found.crossing is None:
-        told.append("their laws do not cross beyond the smallest budget of both")
+        result.append("their laws do not cross above the smallest budget that both have")
     else:
         where = f"their laws cross at {found.crossing:.3g} FLOPs"
         if found.crossing_interval is not None:
             low, high = found.crossing_interval
             where += f" (95 % of the samples that cross: {low:.3g} to {high:.3g})"
-        told.append(f"{where}; {found.crossing_share:.0%} of the samples cross at all")
+        result.append(f"{where}; {found.crossing_share:.0%} of the samples cross at all")
     ahead = first if found.target_difference < 0 else second
     sure = found.target_interval[0] * found.target_interval[1] > 0
-    told.append(
+    result.append(
         f"at {found.target:.3g} FLOPs {ahead} is predicted to be ahead by "
-        f"{abs(found.target_difference):.4f}, {'which is' if sure else 'which is not'} beyond doubt"
+        f"{abs(found.target_difference):.4f} nats, which is {'' if sure else 'not '}significant at "
+        "95 %"
     )
     if found.cost is None:
-        told.append("no pair of further runs up to that budget would decide it")
+        result.append("no pair of additional runs up to that budget would decide it")
     elif found.cost > 0:
-        told.append(f"to know it, one more run of each, {found.cost:.3g} FLOPs together")
-    return told
+        result.append(
+            f"one more run of each family, {found.cost:.3g} FLOPs together, would decide it"
+        )
+    return result
 
 
 def show_size(size: Any, console: Console) -> None:
+    """Print a :class:`evals.scaling.planning.SizeChoice`."""
+
     def ends(interval: tuple[float, float] | None) -> str:
         return "" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
 
@@ -59,6 +64,7 @@ def show_size(size: Any, console: Console) -> None:
 
 
 def show_fit(found: Fit, console: Console, name: str = "") -> None:
+    """Print a fit's parameters, doubts and warnings, headed by ``name``."""
     title = f"{name + ': ' if name else ''}{found.law.title}: {found.law.formula}"
     table = Table(title=title, title_justify="left")
     for column in ("parameter", "value", "95 % interval", "unit"):
@@ -77,9 +83,10 @@ def show_fit(found: Fit, console: Console, name: str = "") -> None:
     for parameter_name, why in found.undetermined.items():
         console.print(f"[yellow]the data do not determine {parameter_name}: {why}[/]")
     objectives = sorted(s.objective for s in found.starts)
-    alike = sum(o <= 1.01 * objectives[0] for o in objectives)
+    equal = sum(o <= 1.01 * objectives[0] for o in objectives)
     console.print(
-        f"objective {1e6 * found.objective:.4f}e-6; {alike} of {len(objectives)} starts end there"
+        f"objective {1e6 * found.objective:.4f}e-6, reached from {equal} of {len(objectives)} "
+        "starts"
     )
     by_sentence: dict[str, list[str]] = {}
     for warning in found.warnings:

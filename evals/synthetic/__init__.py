@@ -1,1 +1,1 @@
-"""Small tasks with a known answer, on which a layer's expressiveness is trained and measured."""
+"""Small tasks with known answers that measure, by training on them, what a layer can express."""

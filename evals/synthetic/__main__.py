@@ -1,6 +1,6 @@
-"""``python -m evals.synthetic TASK --pattern PATTERN``: train on a synthetic task and score it.
+"""``python -m evals.synthetic TASK --pattern PATTERN``: train a model on a synthetic task.
 
-``--suite FILE.yaml`` does a list of such runs and prints them as a markdown table.
+``--suite FILE.yaml`` runs a list of such trainings and prints them as a markdown table.
 ``python -m evals.synthetic text NAME`` writes problems and answers in English to train on.
 """
 
@@ -33,14 +33,18 @@ OUTPUT = "runs/synthetic"
 
 @dataclass
 class SuiteConfig:
-    """defaults: settings by task; runs: of each what differs from them, with ``seeds``, a list, in
-    place of ``seed``."""
+    """A list of runs.
+
+    ``defaults`` are settings by task; each of ``runs`` gives the settings that differ from them,
+    with a list ``seeds`` instead of ``seed``.
+    """
 
     runs: list[dict[str, Any]]
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one task or a suite, by default as ``sys.argv`` says, and print the scores."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["text"]:
         from evals.synthetic.text_files import main as write_text
@@ -66,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m evals.synthetic", description="Train a model on a synthetic task, score it."
+        prog="python -m evals.synthetic",
+        description="Train a model on a synthetic task and score it.",
     )
     parser.add_argument("task", nargs="?", help=", ".join(TASKS))
     parser.add_argument("--suite", help="a YAML file of runs, instead of a task")
@@ -76,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[NAME.]KEY=VALUE",
-        help="a mixer's setting; NAME where the pattern has several mixers",
+        help="a mixer's setting; with NAME if the pattern has several mixers",
     )
     for item in dataclasses.fields(SyntheticConfig):
         if item.name not in ("task", "mixers"):
@@ -101,8 +106,8 @@ def _command_line(options: argparse.Namespace) -> SyntheticConfig:
             raise UserError(f"--mixer is '{item}', expected KEY=VALUE or NAME.KEY=VALUE")
         if not dot and len(mixers) > 1:
             raise UserError(
-                f"--mixer is '{item}', but the pattern has {', '.join(mixers)}; "
-                f"expected {mixers[0]}.{item} or the like"
+                f"--mixer is '{item}', but the pattern has several mixers ({', '.join(mixers)}); "
+                f"expected NAME.KEY=VALUE, such as {mixers[0]}.{item}"
             )
         config.mixers.setdefault(name or mixers[0], {})[inner] = _value(text)
     check_config(config, "command line")
@@ -110,7 +115,7 @@ def _command_line(options: argparse.Namespace) -> SyntheticConfig:
 
 
 def _value(text: str) -> Any:
-    """A value as YAML has it: a number, true, null, a list, or else text."""
+    """Parse a value as YAML does: a number, true, null, a list, or text."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -118,7 +123,7 @@ def _value(text: str) -> Any:
 
 
 def load_suite(path: str) -> list[SyntheticConfig]:
-    """A suite's runs, one for each seed, all checked. Raises ConfigError."""
+    """Read and check a suite's runs, one for each seed; raises ConfigError naming the run."""
     suite = load_config(SuiteConfig, path)
     configs = []
     for index, given in enumerate(suite.runs):
@@ -134,14 +139,14 @@ def load_suite(path: str) -> list[SyntheticConfig]:
 
 
 def _path(config: SyntheticConfig, output: Path) -> Path:
-    """Where the result of these very settings lies."""
+    """Return the path of the result of these settings."""
     digest = hashlib.sha256(repr(dataclasses.asdict(config)).encode()).hexdigest()[:8]
     pattern = "".join(c if c.isalnum() or c == "_" else "-" for c in config.pattern)
     return output / f"{config.task}-{pattern}-{digest}.json"
 
 
 def _result(config: SyntheticConfig, output: Path) -> dict[str, Any]:
-    """Run it, unless its result is there already."""
+    """Return the result of ``config``, running it unless its result exists."""
     path = _path(config, output)
     if path.is_file():
         known: dict[str, Any] = json.loads(path.read_text())
@@ -163,7 +168,7 @@ def _result(config: SyntheticConfig, output: Path) -> dict[str, Any]:
 
 
 def label(settings: dict[str, Any]) -> str:
-    """The pattern and what was set of its mixers."""
+    """Return a label of a run's settings: the pattern and the mixers' changed settings."""
     parts = [
         f"{key}={json.dumps(value)}"
         for mixer in settings["mixers"].values()
@@ -189,7 +194,7 @@ def _cells(score: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """A table for each task, with a line for each model, its seeds side by side."""
+    """Return a markdown table per task, with a line per model and its seeds side by side."""
     tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for result in results:
         models = tasks.setdefault(result["settings"]["task"], {})

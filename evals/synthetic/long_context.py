@@ -22,12 +22,12 @@ import numpy as np
 from evals.synthetic.words import ADJECTIVES, NOISE, NOUNS, essay_sentences
 
 STREAMS = {"test": 0, "train": 1}
-_DEPTHS = 40  # places that a needle may have, evenly spread
+_DEPTHS = 40  # evenly spaced positions that a needle may have
 
 
 @dataclass(frozen=True)
 class Text:
-    """What is asked, and all that a right answer contains."""
+    """A prompt, and all the words that a right answer contains."""
 
     prompt: str
     answers: list[str]
@@ -35,8 +35,11 @@ class Text:
 
 @dataclass(frozen=True)
 class LongTask:
-    """make: (random numbers, size) to a text; max_tokens: that an answer may take; solve: a prompt
-    to its answers, by reading it."""
+    """A long-context task.
+
+    ``make`` takes (generator, size) and returns a text; ``max_tokens`` limits an answer; ``solve``
+    finds a prompt's answers by reading it.
+    """
 
     make: Callable[[np.random.Generator, int], Text]
     max_tokens: int
@@ -53,17 +56,20 @@ def needles(
     queries: int = 1,
     uuid: bool = False,
 ) -> Text:
-    """``keys`` magic numbers (or uuids), with ``values`` each, hidden in ``size`` sentences;
-    asked for are those of ``queries`` keys. haystack: noise, essay, or needles (more keys)."""
+    """Hide magic numbers (or uuids), ``values`` for each of ``keys``, in ``size`` sentences.
+
+    The text asks for those of ``queries`` keys. ``haystack`` is noise, essay, or needles (more
+    keys).
+    """
     kind = "uuid" if uuid else "number"
     if haystack == "needles":
         keys = max(size, 1)
     names = _names(generator, max(keys, queries))
-    told = {name: [_value(generator, uuid) for _ in range(values)] for name in names}
+    numbers = {name: [_value(generator, uuid) for _ in range(values)] for name in names}
     hidden = [
         f"One of the special magic {kind}s for {name} is: {value}."
-        for name, own in told.items()
-        for value in own
+        for name, listed in numbers.items()
+        for value in listed
     ]
     hidden = [hidden[i] for i in generator.permutation(len(hidden))]
     if haystack == "needles":
@@ -85,21 +91,21 @@ def needles(
         f"the provided text? The special magic {kind}{'s' if plural else ''} for {which} mentioned "
         f"in the provided text {'are' if plural else 'is'}"
     )
-    return Text(prompt, [value for name in asked for value in told[name]])
+    return Text(prompt, [value for name in asked for value in numbers[name]])
 
 
 def _solve_needles(prompt: str) -> list[str]:
-    told: dict[str, list[str]] = {}
+    numbers: dict[str, list[str]] = {}
     pattern = r"One of the special magic \w+ for (\S+) is: (\S+)\."
     for name, value in re.findall(pattern, prompt):
-        told.setdefault(name, []).append(value)
+        numbers.setdefault(name, []).append(value)
     question = prompt.rpartition("What ")[2].partition(" mentioned in")[0]
     asked = re.split(r", and |, ", question.partition(" for ")[2])
-    return [value for name in asked for value in told[name]]
+    return [value for name in asked for value in numbers[name]]
 
 
 def variable_tracking(generator: np.random.Generator, size: int, *, hops: int = 4) -> Text:
-    """A chain of assignments in noise: which variables have its value?"""
+    """Hide a chain of ``hops`` assignments in noise, and ask which variables have its value."""
     letters = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
     names: list[str] = []
     while len(names) < hops + 1:
@@ -130,7 +136,7 @@ def _solve_variables(prompt: str) -> list[str]:
 
 
 def common_words(generator: np.random.Generator, size: int) -> Text:
-    """A numbered list in which 10 words stand 30 times and the others 3 times."""
+    """List 10 words 30 times and ``size`` others 3 times, and ask for the most common ones."""
     common, rest = 10, max(size, 1)
     words = _names(generator, common + rest)
     listed = words[:common] * 30 + words[common:] * 3
@@ -152,14 +158,14 @@ def _solve_common(prompt: str) -> list[str]:
 
 
 def frequent_words(generator: np.random.Generator, size: int, *, alpha: float = 2.0) -> Text:
-    """Coded words with frequencies as k^-alpha, the first rank noise: which three are next?"""
+    """Write coded words with frequencies k^-alpha, and ask for the top three after the noise."""
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     count = max(size, 20)
     vocabulary = ["".join(generator.choice(letters, 6)) for _ in range(max(count // 10, 10))]
     vocabulary = list(dict.fromkeys(vocabulary))
     shares = np.arange(1, len(vocabulary) + 1, dtype=float) ** -alpha
     often = np.maximum((count * shares / shares.sum()).astype(int), 1)
-    often[1:4] = np.maximum(often[1:4], [7, 6, 5])  # told apart at any length
+    often[1:4] = np.maximum(often[1:4], [7, 6, 5])  # distinguishable at any length
     coded = ["..." if i == 0 else word for i, word in enumerate(vocabulary)]
     words = [
         coded[i] for i, n in enumerate(often) for _ in range(min(n, often[3] - 1) if i > 3 else n)
@@ -182,10 +188,10 @@ def _solve_frequent(prompt: str) -> list[str]:
 
 
 def passkey(generator: np.random.Generator, size: int) -> Text:
-    """A number of five digits in noise."""
+    """Hide a number of five digits in noise."""
     key = str(generator.integers(10_000, 100_000))
-    said = f"The pass key is {key}. Remember it. {key} is the pass key."
-    lines = _hide(generator, [NOISE] * size, [said])
+    needle = f"The pass key is {key}. Remember it. {key} is the pass key."
+    lines = _hide(generator, [NOISE] * size, [needle])
     prompt = (
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
         "it. I will quiz you about the important information there.\n"
@@ -196,7 +202,7 @@ def passkey(generator: np.random.Generator, size: int) -> Text:
 
 
 def _names(generator: np.random.Generator, count: int) -> list[str]:
-    """Different pairs of an adjective and a noun; of several adjectives where those run out."""
+    """Return different pairs of an adjective and a noun, with two adjectives if those run out."""
     pairs, names = len(ADJECTIVES) * len(NOUNS), []
     longer = count > 2_000
     numbers = generator.choice(
@@ -220,14 +226,14 @@ def _value(generator: np.random.Generator, uuid: bool) -> str:
 def _hide(
     generator: np.random.Generator, lines: list[str], hidden: list[str], *, in_order: bool = False
 ) -> list[str]:
-    """``hidden`` at some of 40 depths of ``lines``."""
+    """Insert ``hidden`` at some of 40 depths of ``lines``."""
     depths = generator.choice(_DEPTHS, len(hidden), replace=len(hidden) > _DEPTHS)
-    places = np.round(depths / (_DEPTHS - 1) * len(lines)).astype(int)
+    positions = np.round(depths / (_DEPTHS - 1) * len(lines)).astype(int)
     if in_order:
-        places = np.sort(places)
+        positions = np.sort(positions)
     at: dict[int, list[str]] = {}
-    for place, line in zip(places.tolist(), hidden, strict=True):
-        at.setdefault(place, []).append(line)
+    for position, line in zip(positions.tolist(), hidden, strict=True):
+        at.setdefault(position, []).append(line)
     found: list[str] = []
     for number in range(len(lines) + 1):
         found += at.get(number, [])
@@ -268,9 +274,11 @@ def make_texts(
     seed: int = 0,
     stream: str = "test",
 ) -> list[Text]:
-    """``count`` texts of about ``length`` tokens, never more, room for the answer included; a
-    function of the arguments alone, ``train`` independent of ``test``. ``tokens``: how many a text
-    has. Raises ValueError where even the shortest is longer."""
+    """Return ``count`` texts that fill up to ``length`` tokens together with their answers.
+
+    They are a function of the arguments alone, and ``train`` is independent of ``test``.
+    ``tokens`` counts a text's tokens. Raises ValueError where even the shortest text is too long.
+    """
     spec = LONG_TASKS[task]
     room = length - spec.max_tokens
 

@@ -1,21 +1,21 @@
-"""Generators of synthetic tasks: rows of tokens, a target for each, and which targets count.
+"""Generate synthetic tasks: rows of tokens, a target for each, and which targets count.
 
 ``s3``, ``s4``, ``a5``, ``s5``, ``z60``, ``parity`` and ``modular_addition`` are word problems of a
 group: a row is BOS and ``length - 1`` group elements, independent and uniform; the target of every
 element is the product of all elements so far (arXiv 2502.10297, section 5; automl/DeltaProduct;
 arXiv 2404.08819). BOS lets a layer whose state starts at zero write something for the elements to
-act on. ``z60`` commutes and is as large as ``a5``, which cannot even be solved.
+act on. ``z60`` commutes and has as many elements as ``a5``, which is not even solvable.
 
 ``modular_arithmetic`` is a formula of digits below 5 joined by +, - and *; the target of every
 digit is the value of the formula so far, modulo 5, products before sums (arXiv 2207.02098).
 
-``copying`` is a text, a separator, and the text once more, whose tokens are the targets of the
-separator and of those before them. ``induction`` is random tokens in which one, at the row's end,
-was there before, once; the target is what followed it (arXiv 2209.11895).
+``copying`` is a text, a separator, and the text again; from the separator on, the target is the
+next token of the copy. ``induction`` is random tokens of which the last occurred once before; its
+target is the token that followed it then (arXiv 2209.11895).
 
-``mqar`` is multi-query associative recall (arXiv 2312.04927; HazyResearch/zoology): keys and values
-in turn, then every key once more, at gaps that follow a power law, among filler; the target of a
-repeated key is its value, and nothing else counts. Each row has keys and values of its own.
+``mqar`` is multi-query associative recall (arXiv 2312.04927; HazyResearch/zoology): alternating
+keys and values, then every key again, at gaps that follow a power law, among filler; the target of
+a repeated key is its value, and nothing else counts. Keys and values are drawn for each row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STREAMS = {"train": 0, "test": 1}
 
 @dataclass(frozen=True)
 class Rows:
-    """tokens, targets: ``[B, T]`` int64; scored: ``[B, T]`` bool, the targets that count."""
+    """A batch: ``[B, T]`` int64 tokens and targets, and in ``scored`` which targets count."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -44,9 +44,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Task:
-    """make: (generator, number of rows, length, tokens per key-value pair) to rows; chance: the
-    accuracy of a guess; solve: one row's tokens to its targets, -1 where none counts, by the
-    definition alone; tokens_per_pair matters to ``mqar`` alone."""
+    """A synthetic task.
+
+    ``make`` takes (generator, number of rows, length, tokens per key-value pair), of which the
+    last matters to ``mqar`` only; ``chance`` is the accuracy of a guess; ``solve`` returns the
+    targets of one row's tokens by the definition alone, -1 where none counts.
+    """
 
     vocab_size: int
     chance: float
@@ -55,7 +58,7 @@ class Task:
 
 
 def elements_of(things: int, *, even: bool = False) -> list[tuple[int, ...]]:
-    """The permutations of some things in lexicographic order, or the even ones of them."""
+    """Return the permutations of ``things`` objects in lexicographic order, or the even ones."""
     return [p for p in permutations(range(things)) if not even or _is_even(p)]
 
 
@@ -65,19 +68,22 @@ def _is_even(permutation: tuple[int, ...]) -> bool:
 
 
 def permutation_table(elements: list[tuple[int, ...]]) -> np.ndarray:
-    """``[n, n]``: entry (a, b) is a after b, (a b)(i) = a(b(i))."""
+    """Return the group's table ``[n, n]``: entry (a, b) is a after b, (a b)(i) = a(b(i))."""
     number = {p: i for i, p in enumerate(elements)}
     return np.array([[number[tuple(a[i] for i in b)] for b in elements] for a in elements])
 
 
 def cyclic_table(n: int) -> np.ndarray:
-    """Addition modulo n, ``[n, n]``."""
+    """Return the table ``[n, n]`` of addition modulo n."""
     return np.add.outer(np.arange(n), np.arange(n)) % n
 
 
 def word_problem(table: np.ndarray, generator: np.random.Generator, rows: int, length: int) -> Rows:
-    """Running products; ``table[a, b]`` is the element a b, element 0 the neutral one and the token
-    after the last element BOS."""
+    """Return rows of group elements whose targets are the running products.
+
+    ``table[a, b]`` is the element a b; element 0 is the identity, and the token after the last
+    element is BOS.
+    """
     order = len(table)
     tokens = generator.integers(0, order, (rows, length))
     tokens[:, 0] = order
@@ -90,35 +96,35 @@ def word_problem(table: np.ndarray, generator: np.random.Generator, rows: int, l
 
 
 def associative_recall(generator: np.random.Generator, rows: int, length: int, pairs: int) -> Rows:
-    """``pairs`` keys and values, then the keys again; needs an even ``length >= 4 pairs``."""
+    """Return rows of ``pairs`` keys and values, then the keys again; even ``length >= 4 pairs``."""
     row = np.arange(rows)[:, None]
     keys = 1 + _distinct(generator, rows, MQAR_KEYS, pairs)
     values = 1 + MQAR_KEYS + _distinct(generator, rows, MQAR_KEYS, pairs)
     tokens = np.zeros((rows, length), dtype=np.int64)
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
     gaps = np.arange(1, (length - 2 * pairs) // 2 + 1)
-    # The largest of log p + Gumbel noise are a draw without replacement, in order of the draw.
+    # The largest of log p + Gumbel noise are a sample without replacement, in the order drawn.
     noise = generator.gumbel(size=(rows, len(gaps)))
     chosen = np.argsort(-((_GAP_POWER - 1) * np.log(gaps) + noise), axis=1)[:, :pairs]
-    places = 2 * pairs + 2 * chosen
+    at = 2 * pairs + 2 * chosen
     targets, scored = np.zeros_like(tokens), np.zeros(tokens.shape, dtype=bool)
-    tokens[row, places], targets[row, places], scored[row, places] = keys, values, True
+    tokens[row, at], targets[row, at], scored[row, at] = keys, values, True
     return Rows(tokens, targets, scored)
 
 
 def _distinct(generator: np.random.Generator, rows: int, n: int, count: int) -> np.ndarray:
-    """``count`` different numbers below n in each row, ``[rows, count]``."""
+    """Return ``[rows, count]`` numbers below n, different within each row."""
     return np.argsort(generator.random((rows, n)), axis=1)[:, :count]
 
 
 def modular_arithmetic(generator: np.random.Generator, rows: int, length: int) -> Rows:
-    """BOS, then digits and operators by turns."""
+    """Return rows of BOS and alternating digits and operators, with the formula's values."""
     digits = generator.integers(0, MODULUS, (rows, length))
     operators = MODULUS + generator.integers(0, 3, (rows, length))
     tokens = np.where(np.arange(length) % 2 == 1, digits, operators)
     tokens[:, 0] = MODULUS + 3
     targets = np.zeros_like(tokens)
-    # The value is total + sign * product; a product goes on until a + or -.
+    # The value is total + sign * product; a product continues until a + or -.
     total, product = np.zeros(rows, dtype=np.int64), tokens[:, 1].copy()
     scored = np.zeros(tokens.shape, dtype=bool)
     for t in range(1, length, 2):
@@ -133,7 +139,7 @@ def modular_arithmetic(generator: np.random.Generator, rows: int, length: int) -
 
 
 def copying(generator: np.random.Generator, rows: int, length: int) -> Rows:
-    """``(length - 1) // 2`` letters, a separator (0) and the letters again."""
+    """Return rows of ``(length - 1) // 2`` letters, a separator (0) and the letters again."""
     half = (length - 1) // 2
     tokens = np.zeros((rows, length), dtype=np.int64)
     tokens[:, :half] = 1 + generator.integers(0, LETTERS, (rows, half))
@@ -145,15 +151,15 @@ def copying(generator: np.random.Generator, rows: int, length: int) -> Rows:
 
 
 def induction(generator: np.random.Generator, rows: int, length: int) -> Rows:
-    """The last token is there once before, not right before; its follower is the target."""
+    """Return rows whose last token occurred once before; its target is the token after that."""
     tokens = 1 + generator.integers(0, LETTERS - 1, (rows, length))
-    place = generator.integers(0, length - 2, rows)
+    earlier = generator.integers(0, length - 2, rows)
     row = np.arange(rows)
-    tokens[row, place] = tokens[:, -1] = LETTERS  # a letter that no other place has
+    tokens[row, earlier] = tokens[:, -1] = LETTERS  # a letter that occurs nowhere else
     swap = 1 + generator.permuted(np.tile(np.arange(LETTERS), (rows, 1)), axis=1)
     tokens = swap[row[:, None], tokens - 1]
     targets, scored = np.zeros_like(tokens), np.zeros(tokens.shape, dtype=bool)
-    targets[:, -1], scored[:, -1] = tokens[row, place + 1], True
+    targets[:, -1], scored[:, -1] = tokens[row, earlier + 1], True
     return Rows(tokens, targets, scored)
 
 
@@ -257,7 +263,9 @@ def make_rows(
     length: int,
     tokens_per_pair: int = 8,
 ) -> Rows:
-    """Batch ``index`` of a stream: a function of the arguments alone, independent for each seed,
-    stream and index."""
+    """Return batch ``index`` of a stream, a function of the arguments alone.
+
+    Batches are independent for different seeds, streams and indices.
+    """
     generator = np.random.default_rng([seed, _STREAMS[stream], index])
     return TASKS[task].make(generator, rows, length, tokens_per_pair)

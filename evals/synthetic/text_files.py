@@ -1,4 +1,4 @@
-"""``python -m evals.synthetic text NAME``: generated problems with their answers, to train on."""
+"""``python -m evals.synthetic text NAME``: write problems with their answers, to train on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from pretrain.data.tokenizer import Tokenizer
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Write generated problems with their answers as JSON lines."""
     parser = argparse.ArgumentParser(
         prog="python -m evals.synthetic text",
-        description="Write problems with their answers, one JSON line each, for a source of "
-        "data_prep. They are other ones than 'python -m evals' scores.",
+        description="Write problems with their answers, one JSON line each, as a source for "
+        "data_prep. They differ from the ones that 'python -m evals' scores.",
     )
-    parser.add_argument("task", help=f"of: {', '.join([*LONG_TASKS, *PROBLEMS])}")
+    parser.add_argument("task", help=f"one of: {', '.join([*LONG_TASKS, *PROBLEMS])}")
     parser.add_argument("output", type=Path, help="a file, such as data/mqar.jsonl")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument(
@@ -30,12 +31,12 @@ def main(arguments: Sequence[str]) -> int:
         help=f"elements of a problem ({DEFAULT_LENGTH}), or tokens of a long text (1024)",
     )
     parser.add_argument(
-        "--tokenizer", help="that counts the tokens of a long text; words are counted without"
+        "--tokenizer", help="tokenizer that measures long texts (without one, words are counted)"
     )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     if given.count < 1 or (given.length is not None and given.length < 1) or given.seed < 0:
-        raise UserError("--count and --length are expected to be 1 or more, --seed 0 or more")
+        raise UserError("--count and --length are expected to be at least 1, --seed at least 0")
     try:
         texts = _texts(given)
     except ValueError as error:

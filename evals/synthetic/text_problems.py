@@ -1,6 +1,6 @@
-"""The tasks of :mod:`.tasks` as English, for models that were trained on text.
+"""The tasks of :mod:`.tasks` in English, for models that were trained on text.
 
-A problem is a prompt and either choices, of which one is right, or an answer to be written.
+A problem is a prompt and either choices, of which one is right, or an answer to be generated.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from evals.synthetic.long_context import STREAMS
 from evals.synthetic.tasks import MODULUS, TASKS, elements_of
 from evals.synthetic.words import NOUNS
 
-_CHOICES = 4  # where all would be too many
+_CHOICES = 4  # if there are too many to list all
 
 
 @dataclass(frozen=True)
 class Problem:
-    """choices: empty where the answer is to be written; gold: the right one's number."""
+    """A prompt with its answer; ``choices`` are empty where the answer is to be generated."""
 
     prompt: str
     answer: str
@@ -27,6 +27,7 @@ class Problem:
 
     @property
     def gold(self) -> int:
+        """The index of the right choice."""
         return self.choices.index(self.answer)
 
 
@@ -64,10 +65,10 @@ def _permutations(things: int, *, even: bool = False) -> Callable[..., Problem]:
             others = [others[i] for i in generator.permutation(len(others))[: _CHOICES - 1]]
         choices = [row(state), *map(row, others)]
         choices = [choices[i] for i in generator.permutation(len(choices))]
-        said = "; ".join(" ".join(str(i + 1) for i in step) for step in steps)
+        listed = "; ".join(" ".join(str(i + 1) for i in step) for step in steps)
         prompt = (
             f"{things} cups stand in a row: {row(range(things))}. Each step makes a new row out of "
-            f"the cups at these places of the old one. Steps: {said}. The row is now:"
+            f"the cups at these places of the old one. Steps: {listed}. The row is now:"
         )
         return Problem(prompt, row(state), choices)
 
@@ -76,7 +77,7 @@ def _permutations(things: int, *, even: bool = False) -> Callable[..., Problem]:
 
 def _words(generator: np.random.Generator, count: int) -> list[str]:
     if count > len(NOUNS):
-        raise ValueError(f"length is {count}, expected at most {len(NOUNS)}, the words there are")
+        raise ValueError(f"length is {count}, expected at most {len(NOUNS)}, the number of words")
     return [NOUNS[i] for i in generator.permutation(len(NOUNS))[:count]]
 
 
@@ -87,16 +88,16 @@ def _copying(generator: np.random.Generator, length: int) -> Problem:
 
 def _induction(generator: np.random.Generator, length: int) -> Problem:
     words = _words(generator, max(length, 3))
-    place = int(generator.integers(0, len(words) - 2))
-    return Problem(f"{' '.join([*words, words[place]])}", words[place + 1], [])
+    at = int(generator.integers(0, len(words) - 2))
+    return Problem(f"{' '.join([*words, words[at]])}", words[at + 1], [])
 
 
 def _recall(generator: np.random.Generator, length: int) -> Problem:
     words = _words(generator, 2 * length)
     pairs = list(zip(words[:length], words[length:], strict=True))
     key, value = pairs[int(generator.integers(length))]
-    told = "\n".join(f"{a}: {b}" for a, b in pairs)
-    return Problem(f"{told}\n\nOnce more:\n{key}:", value, [])
+    listed = "\n".join(f"{a}: {b}" for a, b in pairs)
+    return Problem(f"{listed}\n\nOnce more:\n{key}:", value, [])
 
 
 PROBLEMS: dict[str, Callable[[np.random.Generator, int], Problem]] = {
@@ -118,7 +119,10 @@ DEFAULT_LENGTH = 16  # group elements, digits, words or pairs
 def make_problems(
     task: str, *, count: int, length: int, seed: int = 0, stream: str = "test"
 ) -> list[Problem]:
-    """A function of the arguments alone; what is in ``train`` is independent of ``test``."""
+    """Return problems, a function of the arguments alone; ``train`` is independent of ``test``.
+
+    Raises ValueError for a length that is too large.
+    """
     return [
         PROBLEMS[task](np.random.default_rng([seed, STREAMS[stream], number]), length)
         for number in range(count)

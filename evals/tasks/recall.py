@@ -1,9 +1,9 @@
-"""Recall of what a passage says: SQuAD, CoQA and DROP as texts to complete.
+"""Recall from a passage: SQuAD, CoQA and DROP as texts to complete.
 
-After the passage and a question the model writes greedily; right is a text that contains an answer
-(as arXiv 2402.18668 scores FDA, SWDE and SQuAD). Only questions with an answer that stands in the
-passage word for word are asked, so that nothing but recall is needed. ``_twice`` tasks show passage
-and question twice (arXiv 2407.05483): a recurrent model then knows what to keep.
+After the passage and a question the model generates greedily; a text that contains an answer is
+correct (as arXiv 2402.18668 scores FDA, SWDE and SQuAD). Only questions whose answer occurs in the
+passage word for word are used, so that nothing but recall is needed. ``_twice`` tasks show passage
+and question twice (arXiv 2407.05483), so that a recurrent model knows what to remember.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ RECALL_TASKS = tuple(f"recall_{source}{twice}" for source in _FOLDERS for twice 
 
 
 def contains(text: str, answers: list[str]) -> bool:
-    """Whether one of ``answers`` stands in ``text`` as whole words, in any case."""
+    """Return whether one of ``answers`` occurs in ``text`` as whole words, ignoring case."""
     return any(
         re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) for answer in answers
     )
 
 
 def answers_of(source: str, document: Document) -> list[str]:
-    """The answers that people gave, each once."""
+    """Return the answers that people gave, each once."""
     if source == "squad":
         given = document["answers_text"]
     elif source == "coqa":
         given = document["answers"]
-    else:  # several parts each; only those of one part can be found as they are
+    else:  # of several parts each; only those with one part can occur verbatim
         given = [parts[0] for parts in document["answers"] if len(parts) == 1]
     return list(dict.fromkeys(answer.strip() for answer in given if answer.strip()))
 
 
 def passage_of(source: str, document: Document) -> str:
+    """Return the passage that a document asks about."""
     if source == "squad":
         before, _, _ = document["query"].rpartition("\nQuestion: ")
         return before.partition("\nBackground: ")[2]
@@ -45,7 +46,7 @@ def passage_of(source: str, document: Document) -> str:
 
 
 def recall_document(source: str, document: Document, twice: bool) -> Document | None:
-    """text, answers; None where no answer stands in the passage."""
+    """Return a document's ``text`` and ``answers``, or None where no answer is in the passage."""
     passage = passage_of(source, document)
     answers = [a for a in answers_of(source, document) if contains(passage, [a])]
     if not answers:
@@ -57,7 +58,7 @@ def recall_document(source: str, document: Document, twice: bool) -> Document | 
 
 @cache
 def load_recall(source: str, twice: bool) -> Any:
-    """``datasets.Dataset`` of all questions that can be asked."""
+    """Return a ``datasets.Dataset`` of all questions of a source whose answer is in the passage."""
     from datasets import Dataset
 
     found = (recall_document(source, d, twice) for d in documents(_FOLDERS[source]))
@@ -65,12 +66,12 @@ def load_recall(source: str, twice: bool) -> Any:
 
 
 def score(document: Document, results: list[str]) -> dict[str, float]:
-    """lm-eval's ``process_results``."""
+    """Score a text by whether it has an answer; this is lm-eval's ``process_results``."""
     return {"contains": float(contains(results[0], document["answers"]))}
 
 
 def recall_config(name: str) -> dict[str, Any]:
-    """lm-eval's settings of one of ``RECALL_TASKS``."""
+    """Return lm-eval's settings of one of ``RECALL_TASKS``."""
     source, _, rest = name.removeprefix("recall_").partition("_")
     return {
         "task": name,

@@ -28,7 +28,7 @@ def test_overrides_reach_into_lists(tmp_path):
         ([], "sources is empty"),
         ([{**FILES, "paths": []}], r"sources\[0\]\.paths must be set"),
         ([{"name": "a", "kind": "huggingface"}], r"sources\[0\]\.dataset must be set"),
-        ([FILES, FILES], "which another source has too"),
+        ([FILES, FILES], "the name of another source too"),
         ([{**FILES, "name": "a/b"}], "becomes part of file names"),
         ([{**FILES, "split": "x"}], "split is only for kind huggingface, not files"),
         ([{"name": "a", "kind": "stdlib", "paths": ["x"]}], "paths is only for kind files"),

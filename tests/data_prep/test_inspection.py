@@ -9,7 +9,7 @@ from pretrain.common.errors import UserError
 
 def test_verify_is_content_with_a_whole_data_set(small_data, capsys):
     verify(small_data)
-    assert "files as the manifest says" in capsys.readouterr().out
+    assert "files match the manifest" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["train-text-00002.bin", "valid-text-00000.idx"])

@@ -341,7 +341,7 @@ def test_a_signal_ends_it_with_one_sentence(slow_run, number, status):
         process.send_signal(number)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == status
-    assert stderr.splitlines()[-1].startswith("interrupted: whole shards are kept, run the same")
+    assert stderr.splitlines()[-1].startswith("interrupted: complete shards are kept, run the same")
     assert "Traceback" not in stderr
     wait_until_gone(children)
 

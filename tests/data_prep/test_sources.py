@@ -6,7 +6,8 @@ import pytest
 import zstandard
 
 from data_prep.config import SourceConfig
-from data_prep.sources import StandardLibrary, find_files, open_source
+from data_prep.local_files import StandardLibrary, find_files
+from data_prep.sources import open_source
 from pretrain.common.errors import UserError
 
 TEXTS = ["one", "two\nlines", "", "drei é 🙂", "x" * 300_000, "last"]

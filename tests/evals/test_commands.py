@@ -34,11 +34,11 @@ def evals(*words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tasks", ","], "--tasks names nothing"),
+        (["--tasks", ","], "--tasks is empty"),
         (["--limit", "0"], "found '0', expected a whole number from 1"),
         (["--tasks", "passkey@x"], "expected passkey@LENGTH, such as passkey@1024"),
         (["--tasks", "passkey@9999", "--limit", "1"], "give --max-length 9999"),
-        (["--stride", "3", "--carry-state"], "--stride is of windows that overlap"),
+        (["--stride", "3", "--carry-state"], "--stride is for overlapping windows"),
     ],
 )
 def test_bad_input_is_one_sentence(trained, words, message):
@@ -53,7 +53,7 @@ def test_a_hugging_face_model_that_is_not_there(tmp_path):
     done = evals(f"hf:{tmp_path / 'none'}", "--tasks", "text_parity")
     assert done.returncode == 2 and "could not be loaded" in done.stderr.splitlines()[-1]
     done = evals(f"hf:{tmp_path / 'none'}", "--tasks", "perplexity")
-    assert "perplexity is of a run's own validation text" in done.stderr
+    assert "perplexity is scored on a run's own validation text" in done.stderr
 
 
 @pytest.mark.slow

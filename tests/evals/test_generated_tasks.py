@@ -136,7 +136,7 @@ def test_names_with_lengths():
         generated_config("passkey@900", settings)
     with pytest.raises(UserError, match="the shortest text has"):
         generated_config("ruler_cwe@300", settings)
-    with pytest.raises(UserError, match="expected at most 229, the words there are"):
+    with pytest.raises(UserError, match="expected at most 229, the number of words"):
         generated_config("text_mqar@200", settings)
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
-from evals.harness.evaluation import evaluate_tasks, random_numbers_kept
+from evals.harness.evaluation import evaluate_tasks, random_state_restored
 from evals.harness.model import HarnessModel
 from pretrain.common.errors import UserError
 from pretrain.inference.score import Pair, Scorer, StateScorer
@@ -157,7 +157,7 @@ def test_a_task_that_cannot_run_is_refused_beforehand():
     harness().check_task("x", asked, sampled=True)
     with pytest.raises(UserError, match="task 'x' asks for 40 tokens of text"):
         harness(max_length=40).check_task("x", asked, sampled=True)
-    with pytest.raises(UserError, match="task 'x' draws its text at a temperature"):
+    with pytest.raises(UserError, match="task 'x' samples its text at a temperature"):
         harness().check_task("x", asked, sampled=False)
 
 
@@ -238,7 +238,7 @@ def test_random_numbers_stay_as_they_were():
     expected = draws()
     for kind in (random.seed, np.random.seed, torch.manual_seed):
         kind(5)
-    with random_numbers_kept():
+    with random_state_restored():
         draws()
         evaluate_tasks(harness(), loaded(task()), limit=3)
     assert draws() == expected

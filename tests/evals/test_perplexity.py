@@ -92,7 +92,7 @@ def test_settings_that_do_not_fit_are_named(corpus):
 def test_a_model_without_data_of_its_own_asks_for_some(corpus):
     subject = loaded(corpus)
     subject.run.data = SimpleNamespace(path=None, blend=[])
-    with pytest.raises(UserError, match="was trained on no data of its own: give --data"):
+    with pytest.raises(UserError, match="has no training data: give --data"):
         evaluate_perplexity(subject)
     assert evaluate_perplexity(subject, data=str(corpus), max_tokens=1)["documents"] == 1
 
@@ -110,5 +110,5 @@ def test_a_state_that_is_handed_on_makes_one_window_of_all(corpus):
     assert (carried["tokens"], carried["stride"]) == (whole["tokens"], None)
     cut = evaluate_perplexity(subject, window=7, stride=7)
     assert abs(cut["nats_per_token"] - whole["nats_per_token"]) > 1e-4
-    with pytest.raises(UserError, match="--stride is of windows that overlap"):
+    with pytest.raises(UserError, match="--stride is for overlapping windows"):
         evaluate_perplexity(subject, window=7, stride=3, carry_state=True)

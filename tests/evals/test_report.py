@@ -75,7 +75,7 @@ def test_seeds_are_one_row_with_their_spread(runs):
     assert groups[0].runs[0].scores == {"perplexity bits per byte": 1.25}
     assert groups[2].runs[0].state == "step 50 of 200"
     assert groups[2].mean([None, 1.0]) is None
-    assert matches_of([runs]) == ["grid: made alike in flops"]
+    assert matches_of([runs]) == ["grid: members are matched in flops"]
     assert not told
 
 
@@ -95,7 +95,7 @@ def test_the_page_holds_all_of_it(runs, tmp_path):
     assert main([str(runs), "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
     for text in (
-        "grid: made alike in flops",
+        "grid: members are matched in flops",
         "± 0.0200",
         "step 50 of 200",
         "Loss by training FLOPs",

@@ -96,7 +96,7 @@ def test_plan_lists_schedules_and_runs(fitted, tmp_path, capsys):
     assert saved["schedules"][-1]["schedule"]["kind"] == "constant"
     assert saved["cheapest_design"]["error"] <= 0.01
     assert is_picture(tmp_path / "plan.png")
-    assert "among peaks it favours the highest" in " ".join(capsys.readouterr().out.split())
+    assert "so it prefers the highest peak" in " ".join(capsys.readouterr().out.split())
 
 
 def test_laws_are_chosen_by_what_is_held_out(tmp_path, capsys):
@@ -121,7 +121,7 @@ def test_laws_are_chosen_by_what_is_held_out(tmp_path, capsys):
     means = {law: errors["mean"] for law, errors in saved["held_out"].items()}
     assert saved["law"] == min(means, key=lambda law: means[law])
     assert len(means) == 3
-    assert "error of what was held out" in capsys.readouterr().out
+    assert "error on held-out curves" in capsys.readouterr().out
 
 
 def test_sizes_and_tokens(tmp_path):
@@ -243,7 +243,7 @@ def test_runs_of_this_project_by_size(tmp_path):
 
     points = points_of(read_curves([tmp_path])[0])
     assert list(points.parameters) == [5000, 10000, 15000, 20000]
-    with pytest.raises(UserError, match="1 different numbers of tokens do not determine beta"):
+    with pytest.raises(UserError, match="1 different numbers of tokens do not determine both beta"):
         main(["fit", str(tmp_path), "--law", "chinchilla", "--out", str(tmp_path)])
 
 
@@ -255,13 +255,16 @@ def test_runs_of_this_project_by_size(tmp_path):
         (["fit", SOURCES[0], "--columns", "loss"], "--columns holds 'loss', expected WHAT=NAME"),
         (["fit", SOURCES[0], "--smooth", "1"], "--smooth is 1.0, expected 0 or more"),
         (["fit", SOURCES[0], "--law", "chinchilla"], "parameters are not known"),
-        (["fit", *SOURCES, "--sized"], "number of parameters is not known; give it"),
-        (["fit", *SOURCES, "--sized", "--parameters", "1e6"], "1 sizes do not determine"),
-        (["fit", *SOURCES[:2], "--law", "auto"], "expected at least 3, to choose a law"),
+        (["fit", *SOURCES, "--sized"], "number of parameters is not known; give --parameters"),
+        (["fit", *SOURCES, "--sized", "--parameters", "1e6"], "1 model sizes do not determine"),
+        (["fit", *SOURCES[:2], "--law", "auto"], "expected at least 3 to choose a law"),
         (["predict", "none.json", "--schedule", ONE], "none.json: not a fit"),
         (["compare", "a"], "found 'a', expected NAME=SOURCE"),
         (["compare", f"a={SOURCES[0]}"], "parameters are not known"),
-        (["compare", SOURCES[0], "--by", "model.pattern"], "--by is 'model.pattern', which"),
+        (
+            ["compare", SOURCES[0], "--by", "model.pattern"],
+            "--by is 'model.pattern', a setting that",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(words, message, tmp_path):
@@ -275,7 +278,10 @@ def test_bad_input_is_one_sentence(words, message, tmp_path):
         (["plan"], "plan needs --steps, or --flops"),
         (["plan", "--steps", "5"], "--steps is 5, expected at least 12"),
         (["plan", "--flops", "1e18"], "needs --tokens-per-step"),
-        (["plan", "--flops", "1e18", "--tokens-per-step", "1e5"], "the fit has no N"),
+        (
+            ["plan", "--flops", "1e18", "--tokens-per-step", "1e5"],
+            "the fitted law does not include N",
+        ),
         (["predict"], "predict needs --schedule"),
     ],
 )

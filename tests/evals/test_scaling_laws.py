@@ -245,10 +245,10 @@ def test_sizes_that_do_not_determine_the_exponent(sizes, message):
 
 def test_too_few_points_are_refused():
     curve = planned_curve(ScheduleConfig("cosine", 10), 1e-3, 100, points=1)
-    with pytest.raises(UserError, match="6 parameters, there are 1 losses to fit"):
+    with pytest.raises(UserError, match="6 parameters, but there are 1 losses to fit"):
         fit(IntrinsicTimeLaw(1e-3), [curve])
     points = Points(np.array([1e6, 2e6, 3e6]), np.full(3, 1e9), np.array([3.0, 2.9, 2.8]))
-    with pytest.raises(UserError, match="1 different numbers of tokens do not determine beta"):
+    with pytest.raises(UserError, match="1 different numbers of tokens do not determine both beta"):
         size_law("chinchilla", points)
 
 

@@ -41,8 +41,8 @@ def write(folder, frame, name="a.csv"):
 
 
 def one(path, **reading):
-    (curve,), left_out = read_curves([path], Reading(**reading))
-    assert not left_out
+    (curve,), skipped = read_curves([path], Reading(**reading))
+    assert not skipped
     return curve
 
 
@@ -115,7 +115,7 @@ def test_sparse_learning_rates_are_interpolated_with_a_warning(tmp_path):
     steps = np.arange(20, 201, 20)
     curve = one(write(tmp_path, table(steps)))
     assert any("logged every 20 steps and interpolated" in w for w in curve.warnings)
-    assert any("taken for a warm-up from 0" in w for w in curve.warnings)
+    assert any("assumed to be a warm-up from 0" in w for w in curve.warnings)
     assert curve.lr[9] == pytest.approx(0.5e-3, rel=0.11)
     # The log tells of the step before: within one step's change of the schedule.
     exact = schedule_lr(*parse_schedule(SCHEDULE))
@@ -142,7 +142,7 @@ def test_a_schedule_that_the_log_does_not_follow(tmp_path):
     curve = one(path, schedule=SCHEDULE.replace("cosine", "constant"))
     (warning,) = curve.warnings
     assert "differs from the schedule's by up to 90 % of the peak, at step 200" in warning
-    with pytest.raises(UserError, match="logged up to step 200, the schedule ends at 150"):
+    with pytest.raises(UserError, match="logged up to step 200, but the schedule ends at 150"):
         run_directory(tmp_path, rows(np.arange(5, 201, 5)), train={"steps": 150})
         one(tmp_path / "run")
 
@@ -165,7 +165,10 @@ def test_losses_that_are_not_finite_are_left_out_and_divergent_runs_named(tmp_pa
     frame.loc[6, "loss"] = math.inf
     curve = one(write(tmp_path, frame), schedule=SCHEDULE)
     # An empty cell of a CSV is a step without a loss, infinity is a loss.
-    assert any("1 losses are not finite (the first at step 70)" in w for w in curve.warnings)
+    assert any(
+        "1 losses that are not finite (the first at step 70) were skipped" in w
+        for w in curve.warnings
+    )
     assert len(curve.loss) == len(steps) - 1 - 2
     good = write(tmp_path, table(steps), "good.csv")
     diverged = table(np.arange(1, 201))
@@ -173,11 +176,11 @@ def test_losses_that_are_not_finite_are_left_out_and_divergent_runs_named(tmp_pa
     ends = table(steps)
     ends.loc[15:, "loss"] = math.inf
     bad = [write(tmp_path, diverged, "bad.csv"), write(tmp_path, ends, "ends.csv")]
-    curves, left_out = read_curves([good, *bad], Reading(schedule=SCHEDULE))
+    curves, skipped = read_curves([good, *bad], Reading(schedule=SCHEDULE))
     assert [c.name for c in curves] == ["good"]
-    assert "bad is left out: it diverged: its loss ends" in left_out[0]
-    assert "ends is left out: its last losses are not finite" in left_out[1]
-    with pytest.raises(UserError, match="no curve is left to fit; bad is left out"):
+    assert "bad is skipped: it diverged: its loss ends" in skipped[0]
+    assert "ends is skipped: its last losses are not finite" in skipped[1]
+    with pytest.raises(UserError, match="there is no curve to fit; bad is skipped"):
         read_curves(bad[:1], Reading(schedule=SCHEDULE))
     kept = read_curves(bad[:1], Reading(schedule=SCHEDULE, keep_diverged=True))[0]
     assert len(kept) == 1
@@ -228,7 +231,7 @@ def test_tensorboard_events(tmp_path):
     ("columns", "message"),
     [
         ({"step": "it", "loss": "nll"}, "no column 'nll', found: it, lr, ce"),
-        ({"step": "it"}, r"no column is known as the loss, found: it, lr, ce; name it by"),
+        ({"step": "it"}, r"no column is known as the loss, found: it, lr, ce; name it with"),
         ({}, "no column is known as the step"),
     ],
 )
@@ -245,7 +248,7 @@ def test_columns_are_named(columns, message, tmp_path):
     ("text", "message"),
     [
         ("kind=cosine steps=10", "lr is missing"),
-        ("kind=cosine lr=1 steps=many", "lr and steps are to be numbers"),
+        ("kind=cosine lr=1 steps=many", "expected numbers for lr and steps"),
         ("kind=cosine lr=0 steps=5", "expected both above 0"),
         ("kind=cosin lr=1 steps=5", "cosin"),
         ("cosine", "found 'cosine', expected NAME=VALUE"),
@@ -269,7 +272,7 @@ def test_other_bad_input(tmp_path):
     with pytest.raises(UserError, match="two curves have the name a"):
         read_curves([path, path], Reading(schedule=SCHEDULE))
     words = write(tmp_path, pandas.DataFrame({"step": ["x"], "loss": [1]}), "words.csv")
-    with pytest.raises(UserError, match="column 'step' holds something that is no number"):
+    with pytest.raises(UserError, match="column 'step' holds values that are not numbers"):
         one(words, schedule=SCHEDULE)
 
 
@@ -286,7 +289,7 @@ def test_a_table_of_runs(tmp_path):
     assert list(points.names) == ["a", "b", "d"]
     assert points.flops is not None
     assert points.flops[0] == 6e14
-    assert points.warnings == ["1 runs without a finite loss are left out"]
+    assert points.warnings == ["1 runs without a finite loss were skipped"]
     frame.loc[0, "N"] = -1
     with pytest.raises(UserError, match=r"parameters holds -1\.0, expected positive numbers"):
         read_points(write(tmp_path, frame))

@@ -213,7 +213,10 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys, monkeypatch):
             "num_heads is 3, which does not divide hidden_size 64",
         ),
         ("s3 --pattern gru --mixer num_heads", "--mixer is 'num_heads', expected KEY=VALUE"),
-        ("s3 --pattern 'gru attn' --mixer num_heads=4", "expected gru.num_heads=4 or the like"),
+        (
+            "s3 --pattern 'gru attn' --mixer num_heads=4",
+            "expected NAME.KEY=VALUE, such as gru.num_heads=4",
+        ),
         ("mqar --pattern gru --length 200", "makes 100 pairs at 4 times the length, expected at"),
         ("mqar --pattern gru --length 33", "a length of mqar is 33, expected an even number"),
         ("--suite nowhere.yaml", "no config file at nowhere.yaml"),

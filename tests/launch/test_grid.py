@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.grid import load_grid
+from launch.expansion import load_grid
 from launch.matching import counts_of
 from launch.throughput import write_throughput
 from pretrain.common.config_loader import ConfigError
@@ -113,7 +113,7 @@ def test_without_a_grid_it_is_one_run(tmp_path):
             "  zip: {seed: [0, 1], optimizer.lr: [1e-3]}",
             "different lengths: seed 2, optimizer.lr 1",
         ),
-        ("  seed: [0]\n  exclude: [{seed: 0}]", "no members left"),
+        ("  seed: [0]\n  exclude: [{seed: 0}]", "grid has no members; add axes or include"),
         ("  seed: [0]\n  exclude: [3]", "grid.exclude has 3"),
         ("  seed: [0, 1]\n  match: watts", "grid.match is 'watts', expected one of"),
         ("  {}", "expected axes"),
@@ -133,7 +133,7 @@ def test_members_made_alike_in_parameters(tmp_path):
     sizes = [counts_of(m.config).parameters for m in found.members]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
     assert found.members[0].config.model.mlp.intermediate_size is None, "the first is the measure"
-    with pytest.raises(ConfigError, match="but an MLP of width"):
+    with pytest.raises(ConfigError, match="but the closest MLP width"):
         grid(tmp_path, PATTERNS + "  match: parameters")
     with pytest.raises(ConfigError, match="has no MLP to resize"):
         grid(tmp_path, "  model.mlp.kind: [swiglu, none]\n  match: parameters")

@@ -136,12 +136,12 @@ def test_measured_speeds_make_members_alike_in_time(tmp_path, corpus, launch):
     speeds = json.loads((tmp_path / "runs/throughput.json").read_text())
     assert speeds["pattern=one"] > 2 * speeds["pattern=many"] > 0
     status, output = launch(path, "--dry-run")
-    assert (status, "time made alike" in output) == (0, True)
+    assert (status, "time matched" in output) == (0, True)
     steps = 50 * speeds["pattern=many"] / speeds["pattern=one"]
     assert f"0/{round(steps)} " in output
     status, output = launch("cancel", path)
     assert "nothing is running or queued" in output
-    assert "is a grid, expected one run's directory" in launch("logs", path)[1]
+    assert "is a grid, expected one run directory" in launch("logs", path)[1]
     assert "has no output yet" in launch("logs", write(tmp_path, corpus, **{GRID: ""}))[1]
 
 
@@ -160,7 +160,7 @@ def test_failed_members_are_named_and_retried_when_asked(tmp_path, corpus, launc
     status, output = launch(path)
     assert status == 1
     assert "lr=1e+30 failed before" in output
-    assert "--retry-failed starts it again" in output
+    assert "add --retry-failed to start it again" in output
     status, output = launch(path, "--retry-failed", "--dry-run")
     assert "would start 1 of 2" in output
 

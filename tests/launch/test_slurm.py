@@ -11,7 +11,7 @@ import pytest
 
 from launch.__main__ import main
 from launch.cluster import load_cluster
-from launch.grid import load_grid
+from launch.expansion import load_grid
 from launch.slurm import render
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
@@ -193,7 +193,7 @@ def test_cancel_saves_and_does_not_queue_again(slurm, tmp_path, corpus, capsys):
     assert main(["status", str(job.config)]) == 0
     assert "1 running" in capsys.readouterr().out
     assert main(["cancel", str(job.config)]) == 0
-    assert "told to end" in capsys.readouterr().out
+    assert "asked to save and exit" in capsys.readouterr().out
     slurm.wait_for(lambda: "CANCELLED" in slurm.job_state(job.id), 200)
     assert (job.directory / "checkpoints/latest").exists()
     assert "== queued again" not in job.output()
@@ -339,5 +339,5 @@ def test_without_sbatch_or_with_uneven_processes(tmp_path, corpus, monkeypatch):
     with pytest.raises(UserError, match="there is no sbatch on PATH"):
         job.launch()
     job = Job(tmp_path / "job", corpus, nodes=3)
-    with pytest.raises(UserError, match="2 processes do not divide over nodes = 3"):
+    with pytest.raises(UserError, match="2 processes do not divide evenly over nodes = 3"):
         job.launch()

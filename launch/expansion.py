@@ -1,0 +1,210 @@
+"""Expand a config with a ``grid`` section into the runs that it stands for.
+
+.. code-block:: yaml
+
+    name: ratios
+    extends: ../runs/demo.yaml
+    grid:
+      model.pattern: ["8*gdn", "2*(3*gdn attn)"]     # every combination of the axes
+      seed: [0, 1, 2]
+      zip:                                           # axes that advance together
+        - {optimizer.lr: [1e-3, 3e-4], schedule.warmup_steps: [10, 40]}
+      exclude: [{model.pattern: "8*gdn", seed: 2}]   # members with all of these values
+      include: [{model.pattern: "8*attn"}]           # additional members with these values
+      match: parameters                              # see launch/matching.py
+
+Values of an axis may have labels for the members' names, ``{pure: "8*gdn", hybrid: ...}``, which
+``exclude`` and ``include`` may use too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.grid import Grid, Member
+from launch.matching import match_members
+from launch.throughput import read_throughput
+from pretrain.common.config_loader import ConfigError, load_config, load_values
+from pretrain.config import RunConfig
+from pretrain.config.checks import check_run_config
+from pretrain.model.spec import block_specs
+
+_LONGEST_NAME = 80
+_RESERVED = ("zip", "exclude", "include", "match")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One value of an axis, and its label in members' names."""
+
+    value: Any
+    label: str
+
+
+def load_grid(path: str | Path, overrides: Sequence[str] = (), *, measuring: bool = False) -> Grid:
+    """Expand and check a grid; a config without a grid section gives a grid of one member.
+
+    ``measuring`` loads a grid with ``match: time`` before its members' speeds are known. Raises
+    ConfigError, naming the member, where any could not run.
+    """
+    values = load_values(path, overrides)
+    section = values.pop("grid", None)
+    name = str(values.get("name"))
+    directory = Path(values.get("directory") or Path("runs") / name)
+    points = _points(section, str(path)) if section is not None else [{}]
+    differing = [
+        key
+        for key in sorted({k for p in points for k in p})
+        if len({_key(p.get(key)) for p in points}) > 1
+    ]
+    members: list[Member] = []
+    for point in points:
+        member = _name(point, differing)
+        changes = {key: choice.value for key, choice in point.items()}
+        where = f"{path}, member {member}" if member else str(path)
+        config = load_config(
+            RunConfig, path, overrides, changes=changes, ignore=("grid",), where=where
+        )
+        if member:
+            config.name, config.directory = f"{name}-{member}", str(directory / member)
+        block_specs(config.model, where)
+        members.append(Member(member, changes, config))
+    _check_names(members, str(path))
+    how = (section or {}).get("match")
+    if how is not None:
+        speeds = None
+        if how == "time" and not measuring:
+            speeds = read_throughput(directory, [m.name for m in members])
+        match_members(members, str(how), str(path), speeds)
+    for m in members:
+        check_run_config(m.config, f"{path}, member {m.name}" if m.name else str(path))
+    return Grid(name, Path(path), directory, members, how)
+
+
+def _points(section: Any, where: str) -> list[dict[str, Choice]]:
+    """Return the settings of each member, by dotted name, in the order of the axes."""
+    if not isinstance(section, Mapping) or not section:
+        raise ConfigError(f"{where}: grid is {section!r}, expected axes, 'setting: [values]'")
+    axes = [
+        [{key: c} for c in _choices(key, values, where)]
+        for key, values in section.items()
+        if key not in _RESERVED
+    ]
+    zips = section.get("zip") or []
+    for group in [zips] if isinstance(zips, Mapping) else zips:
+        axes.append(_zipped(group, where))
+    points = [_merged(parts) for parts in itertools.product(*axes)] if axes else []
+    excluded = _conditions(section, "exclude", where)
+    points = [p for p in points if not any(_matches(p, e) for e in excluded)]
+    labelled = {(key, choice.label): choice for point in points for key, choice in point.items()}
+    for extra in _conditions(section, "include", where):
+        points.append(
+            {
+                key: labelled.get((key, _text(value)), Choice(value, _text(value)))
+                for key, value in extra.items()
+            }
+        )
+    if not points:
+        raise ConfigError(f"{where}: grid has no members; add axes or include, or exclude fewer")
+    return points
+
+
+def _choices(key: str, values: Any, where: str) -> list[Choice]:
+    if isinstance(values, Mapping):
+        found = [Choice(value, str(label)) for label, value in values.items()]
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        found = [Choice(value, _text(value)) for value in values]
+    else:
+        raise ConfigError(f"{where}: grid.{key} is {values!r}, expected a list of values")
+    if not found:
+        raise ConfigError(f"{where}: grid.{key} is empty, expected at least one value")
+    return found
+
+
+def _zipped(group: Any, where: str) -> list[dict[str, Choice]]:
+    if not isinstance(group, Mapping) or not group:
+        raise ConfigError(f"{where}: grid.zip is {group!r}, expected axes of equal length")
+    columns = {key: _choices(key, values, where) for key, values in group.items()}
+    lengths = {key: len(values) for key, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
+        raise ConfigError(f"{where}: the axes of grid.zip have different lengths: {listed}")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _merged(parts: Sequence[dict[str, Choice]]) -> dict[str, Choice]:
+    return {key: choice for part in parts for key, choice in part.items()}
+
+
+def _conditions(section: Mapping[str, Any], name: str, where: str) -> list[Mapping[str, Any]]:
+    found = section.get(name) or []
+    entries = list(found) if isinstance(found, Sequence) else [found]
+    for entry in entries:
+        if not isinstance(entry, Mapping) or not entry:
+            raise ConfigError(f"{where}: grid.{name} has {entry!r}, expected setting: value pairs")
+    return entries
+
+
+def _matches(point: dict[str, Choice], condition: Mapping[str, Any]) -> bool:
+    return all(
+        key in point and value in (point[key].value, point[key].label)
+        for key, value in condition.items()
+    )
+
+
+def _key(choice: Choice | None) -> str:
+    return "" if choice is None else repr(choice.value)
+
+
+def _name(point: dict[str, Choice], differing: Sequence[str]) -> str:
+    """Return a name such as ``lr=0.001,seed=0``, the same for any order of axes and values."""
+    short = _short_keys(differing)
+    parts = [f"{short[key]}={_plain(point[key].label)}" for key in differing if key in point]
+    name = ",".join(parts)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: _LONGEST_NAME - 9]}-{digest}"
+
+
+def _short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Shorten each dotted name to its last part where that is unique."""
+    last = [key.rsplit(".", 1)[-1] for key in keys]
+    return {
+        key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "_".join(f"{k}-{_text(v)}" for k, v in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "_".join(_text(v) for v in value)
+    return str(value)
+
+
+def _plain(text: str) -> str:
+    """Replace what does not fit in a folder's name or an unquoted command line."""
+    text = text.replace("*", "x").replace(" ", "_").replace("(", "").replace(")", "")
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip(".").rstrip("-") or "none"
+
+
+def _check_names(members: Sequence[Member], where: str) -> None:
+    seen: dict[str, Member] = {}
+    for member in members:
+        if member.name in seen:
+            raise ConfigError(
+                f"{where}: two members of the grid are named '{member.name}': {member.changes} and "
+                f"{seen[member.name].changes}; label their values, {{label: value}}"
+            )
+        seen[member.name] = member
