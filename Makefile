@@ -1,10 +1,11 @@
-# make demo: the main job on real text, from nothing. make test: the tests. make docs: the guides as
-# pages, build/docs. All set up .venv first.
+# make demo: the main job on real text, from nothing. make test: the tests but for the slow ones,
+# which make test-slow runs: layouts of processes, kernels in an interpreter, most pages' commands.
+# make docs: the guides as pages, build/docs. All set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-slow lint docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -22,8 +23,13 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m pretrain configs/runs/demo.yaml
 	$(BIN)/python -m evals runs/demo
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+
 test: $(VENV)/.data
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.data
+	$(PYTEST) -m slow
 
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict --quiet

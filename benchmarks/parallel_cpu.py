@@ -353,7 +353,7 @@ def bubble() -> None:
 def memory() -> None:
     """Print measured and planned peak memory of models of width 512 and more on two processes."""
     from tests.helpers.memory_worker import CASES, MORE_CASES
-    from tests.pretrain.planner.test_planner import measure, plan
+    from tests.helpers.planner_figures import measure, plan
 
     cases = {**CASES, **MORE_CASES}
     planned = plan({n: {"settings": settings, "devices": 2} for n, settings in cases.items()})

@@ -32,8 +32,7 @@ from launch.matching import match_members
 from launch.throughput import read_throughput
 from pretrain.common.config_loader import ConfigError, load_config, load_values
 from pretrain.config import RunConfig
-from pretrain.config.checks import check_run_config
-from pretrain.model.spec import block_specs
+from pretrain.config.checks import check_model, check_run_config
 
 _LONGEST_NAME = 80
 _RESERVED = ("zip", "exclude", "include", "match")
@@ -73,7 +72,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), *, measuring: boo
         )
         if member:
             config.name, config.directory = f"{name}-{member}", str(directory / member)
-        block_specs(config.model, where)
+        check_model(config.model, where)
         members.append(Member(member, changes, config))
     _check_names(members, str(path))
     how = (section or {}).get("match")

@@ -23,28 +23,31 @@ settings.register_profile("default", deadline=None, max_examples=12, derandomize
 settings.load_profile("default")
 
 
-# Of those that take long, first, so that no worker ends long after the others.
-LONGEST = (
-    "test_parallel_layouts",
-    "test_training_run",
-    "test_documentation",
-    "test_planner",
-    "test_failing_processes",
-    "test_tensor_parallel",
-    "test_local",
-    "test_prepare",
-    "test_scoring_layouts",
-    "test_export",
-    "test_commands",
-    "test_in_loop",
-    "test_shard_by_shard",
-    "test_golden_curves",
-    "test_training_options",
-)
+def _durations_key(config):
+    """Return where pytest's cache keeps how long each file took, of this selection by markers."""
+    return "durations/" + (config.option.markexpr.replace(" ", "-") or "all")
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda x: LONGEST.index(x.path.stem) if x.path.stem in LONGEST else 99)
+def pytest_collection_modifyitems(config, items):
+    """Files that took longest the last time first, so that no worker ends long after the others;
+    without a last time, those with slow tests first."""
+    known = config.cache.get(_durations_key(config), {}) if hasattr(config, "cache") else {}
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (-known.get(item.location[0], 0), item.path not in slow))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Keep how long each file took, of a run of all."""
+    every = config.args_source == config.ArgsSource.TESTPATHS and not config.option.keyword
+    if not every or not hasattr(config, "cache"):
+        return
+    took: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                name = report.location[0]
+                took[name] = took.get(name, 0.0) + report.duration
+    config.cache.set(_durations_key(config), took)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.helpers import processes
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
@@ -25,6 +27,8 @@ PAGES = [
     "docs/laptop-to-cluster.md",
     "docs/reproduce-a-table.md",
 ]
+# What a reader does first is always tested; the rest is slow.
+FIRST = ("README.md", "docs/data.md", "docs/training.md")
 # Whose commands have a test of their own, or which have none.
 OTHERS = {
     "docs/add-a-layer.md",
@@ -62,20 +66,25 @@ def project(tmp_path_factory, corpus):
     return folder
 
 
-def run(folder, command):
+def run(folder, command, *, interpreter=False):
+    """In an interpreter of its own, or quicker, see tests/helpers/processes.py."""
     words = shlex.split(command)
     assert words[0] in ("python", "torchrun"), command
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", *words[1:]]
-    done = subprocess.run(
-        [sys.executable, *words[1:]],
-        cwd=folder,
-        text=True,
-        capture_output=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(folder)},
-    )
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    if interpreter or words[1] != "-m":
+        done = subprocess.run(
+            [sys.executable, *words[1:]],
+            cwd=folder,
+            text=True,
+            capture_output=True,
+            check=False,
+            timeout=300,
+            env=environment,
+        )
+    else:
+        done = processes.run(*words[2:], folder=folder, environment=environment)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 
@@ -114,8 +123,9 @@ def test_what_needs_gpus_says_so(page):
         assert needed is None or needed in " ".join(lines[number - 4 : number]).lower(), page
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [p if p in FIRST else pytest.param(p, marks=pytest.mark.slow) for p in PAGES]
+)
 def test_the_commands_of_a_page(page, project):
     for command in commands(page):
-        run(project, command)
+        run(project, command, interpreter=page == "docs/data.md")

@@ -88,4 +88,4 @@ def test_workers_leave_signals_to_the_parent_and_go_with_an_error():
     with pytest.raises(RuntimeError) as error:
         fail()
     wait_until_gone([int(str(error.value))])
-    assert time.monotonic() - start < 60, "the pool waited for its workers' work"
+    assert time.monotonic() - start < 300, "the pool waited for its workers' work"

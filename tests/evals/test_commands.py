@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT, Run
+from tests.helpers import processes
+from tests.helpers.training_run import Run
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +20,7 @@ def trained(tmp_path_factory, corpus):
 
 
 def evals(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "evals", *map(str, words)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    return processes.run("evals", *words)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +48,6 @@ def test_a_hugging_face_model_that_is_not_there(tmp_path):
     assert "perplexity is scored on a run's own validation text" in done.stderr
 
 
-@pytest.mark.slow
 def test_half_a_checkpoint_is_refused(trained, tmp_path):
     folder = tmp_path / "half"
     shutil.copytree(trained.directory, folder)
@@ -71,7 +62,6 @@ def test_half_a_checkpoint_is_refused(trained, tmp_path):
     assert done.returncode == 2 and "files.json is missing or unreadable" in done.stderr
 
 
-@pytest.mark.slow
 def test_a_request_that_is_cut_is_said(trained):
     done = evals(trained.directory, "--tasks", "text_s5@30", "--limit", "2")
     assert done.returncode == 0, done.stderr
@@ -80,7 +70,6 @@ def test_a_request_that_is_cut_is_said(trained):
     assert json.loads(path.read_text())["cut_requests"] == 8
 
 
-@pytest.mark.slow
 def test_tasks_are_listed():
     done = evals("tasks")
     assert done.returncode == 0

@@ -20,8 +20,8 @@ from evals.harness.model import HarnessModel
 from pretrain.common.errors import UserError
 from pretrain.inference.score import Pair, Scorer, StateScorer
 from pretrain.model.build import build_model
-from tests.evals.test_sampling import Letters
-from tests.pretrain.model.test_language_model import settings
+from tests.helpers.byte_tokenizer import Letters
+from tests.helpers.small_model import settings
 
 pytestmark = pytest.mark.usefixtures("processes")
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("lm_eval")
 
-from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT, Run
+from tests.helpers import processes
+from tests.helpers.training_run import Run
 
 pytestmark = pytest.mark.slow
 EVAL = (
@@ -51,24 +50,10 @@ def test_training_is_bit_equal(runs):
 
 
 def test_the_command_gives_the_same_scores_afterwards(runs):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "evals",
-            str(runs[0].directory),
-            "--tasks",
-            "text_parity@4,text_mqar@2",
-            "--limit",
-            "5",
-            "--max-length",
-            "120",
-        ],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        text=True,
-        capture_output=True,
-        check=False,
+    done = processes.run(
+        "evals",
+        runs[0].directory,
+        *("--tasks", "text_parity@4,text_mqar@2", "--limit", "5", "--max-length", "120"),
     )
     assert done.returncode == 0, done.stderr
     assert "text_parity@4" in done.stdout and "written to" in done.stdout

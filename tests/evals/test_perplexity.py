@@ -17,7 +17,7 @@ from pretrain.data.batches import open_shard
 from pretrain.data.manifest import Manifest
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.build import build_model
-from tests.pretrain.model.test_language_model import VOCAB, settings
+from tests.helpers.small_model import VOCAB, settings
 
 pytestmark = pytest.mark.usefixtures("processes")
 

@@ -14,7 +14,7 @@ from pretrain.common.errors import UserError
 from pretrain.data.manifest import Manifest
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.build import build_model
-from tests.pretrain.model.test_language_model import settings
+from tests.helpers.small_model import settings
 
 pytestmark = pytest.mark.usefixtures("processes")
 

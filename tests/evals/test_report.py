@@ -14,7 +14,7 @@ import pytest
 from evals.report.page import main
 from evals.report.runs import find_runs, grouped, matches_of
 from pretrain.common.errors import UserError
-from tests.evals.test_scaling_readers import run_directory
+from tests.helpers.scaling_runs import run_directory
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +12,10 @@ from evals.sampling import Completion
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.generate import choose, generate
 from pretrain.model.build import build_model
-from tests.pretrain.model.test_language_model import VOCAB, settings
-from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT, Run
+from tests.helpers import processes
+from tests.helpers.byte_tokenizer import Letters
+from tests.helpers.small_model import VOCAB, settings
+from tests.helpers.training_run import Run
 
 LOGITS = torch.log(torch.tensor([0.05, 0.5, 0.15, 0.3]))
 
@@ -65,18 +65,6 @@ def test_a_seed_gives_the_same_text():
     assert ids(0) != ids(1)
 
 
-class Letters:
-    """A tokenizer of bytes; 0 ends a document."""
-
-    eod_id, vocab_size = 0, 256
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, ids):
-        return bytes(i for i in ids if i).decode(errors="replace")
-
-
 def completion(monkeypatch, text, ended=False, **options):
     """One of a model that writes ``text``."""
     made = list(text.encode())
@@ -123,23 +111,16 @@ def trained(tmp_path_factory, corpus):
 
 
 def sample(run, *words, stdin=b""):
-    return subprocess.run(
-        [sys.executable, "-m", "evals", "sample", str(run.directory), *words],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        input=stdin,
-        capture_output=True,
-        check=False,
-    )
+    return processes.run("evals", "sample", run.directory, *words, text=stdin)
 
 
 @pytest.mark.slow
 def test_the_command_continues_a_text(trained):
     done = sample(trained, "--prompt", "def function_1", "--max-tokens", "20", "--temperature", "0")
     assert done.returncode == 0, done.stderr
-    text = done.stdout.decode()
+    text = done.stdout
     assert text.startswith("def function_1")
-    told = done.stderr.decode()
+    told = done.stderr
     assert "tokens/s, ended by" in told
     piped = sample(
         trained,
@@ -151,7 +132,7 @@ def test_the_command_continues_a_text(trained):
         "0",
         stdin=b"def function_1",
     )
-    assert piped.stdout.decode() == text
+    assert piped.stdout == text
     tokenizer = Tokenizer.load(trained.directory / "checkpoints" / "step-00000016")
     assert len(tokenizer.encode(text)) > 5
 
@@ -169,5 +150,5 @@ def test_bad_input_is_one_sentence(words, stdin, message, tmp_path):
     run = SimpleNamespace(directory=tmp_path)
     done = sample(run, *words, stdin=stdin)
     assert done.returncode == 2
-    assert message in done.stderr.decode()
-    assert len(done.stderr.decode().splitlines()) == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1

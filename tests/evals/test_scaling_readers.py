@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
 import pandas
 import pytest
-import yaml
 
 from benchmarks.scaling_laws import CURVES, FITTED, read
 from evals.scaling import Reading, curve_law, fit, points_of, read_curves, read_points
 from evals.scaling.intervals import mape
 from evals.scaling.schedules import parse_schedule, schedule_lr
 from pretrain.common.errors import UserError
+from tests.helpers.scaling_runs import run_directory
 
 SCHEDULE = "kind=cosine lr=1e-3 steps=200 warmup_steps=20"
 
@@ -44,32 +43,6 @@ def one(path, **reading):
     (curve,), skipped = read_curves([path], Reading(**reading))
     assert not skipped
     return curve
-
-
-def run_directory(folder, rows, name="run", **config):
-    directory = folder / name
-    directory.mkdir()
-    settings = {
-        "name": name,
-        "model": {"hidden_size": 8, "pattern": "attn"},
-        "optimizer": {"lr": 1e-3},
-        "schedule": {"kind": "cosine", "warmup_steps": 20},
-        "train": {"steps": 200, "seq_len": 16, "global_batch_tokens": 128},
-        **config,
-    }
-    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (directory / "model.json").write_text(
-        json.dumps(
-            {
-                "parameters": 5000,
-                "embedding_parameters": 2000,
-                "training_flops_per_token": 31000.0,
-                "vocab_size": 64,
-            }
-        )
-    )
-    return directory
 
 
 def rows(steps):

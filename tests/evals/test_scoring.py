@@ -13,8 +13,8 @@ from pretrain.inference.prefix_tree import Node, prefix_tree
 from pretrain.inference.score import Pair, Prompt, StateScorer
 from pretrain.model.build import build_model
 from pretrain.nn.mixers import registry
-from tests.pretrain.model.test_language_model import VOCAB, settings
-from tests.pretrain.nn.test_mixers import SMALL
+from tests.helpers.small_mixers import SMALL
+from tests.helpers.small_model import VOCAB, settings
 
 pytestmark = pytest.mark.usefixtures("processes")
 CANDIDATES = VOCAB - 7  # as if the last rows padded the vocabulary

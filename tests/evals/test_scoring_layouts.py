@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +11,7 @@ import pytest
 
 from pretrain.config import ParallelConfig
 from tests.helpers import scoring_worker
+from tests.helpers.processes import run_on
 from tests.helpers.scoring_worker import CASES, PAIRS
 
 pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.slow]
@@ -24,26 +21,7 @@ BY_STATES = ("tied-tp2-dp2-zero0", "tied-dp4")
 @pytest.fixture(scope="module")
 def four_processes(tmp_path_factory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("scores") / "found.json"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "4",
-            "-m",
-            scoring_worker.__name__,
-            str(path),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_on(4, scoring_worker.__name__, path)
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 

@@ -25,7 +25,8 @@ from pretrain.model.build import build_model, build_stages
 from pretrain.optim.backends.deepspeed import shard_parameters
 from pretrain.parallel.processes import data_parallel_rank_and_size, start_processes, stop_processes
 from pretrain.training.engine import Engine
-from tests.pretrain.training.test_engine import OPTIMIZER, VOCAB, batches, plain_loop, settings
+from tests.helpers.small_model import VOCAB, settings
+from tests.helpers.small_training import OPTIMIZER, batches, plain_loop
 
 # Wide enough for files: DeepSpeed leaves less than 1 MB in memory.
 MODEL = {"init_std": 0.05, "hidden_size": 120}

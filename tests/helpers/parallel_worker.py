@@ -35,9 +35,9 @@ from pretrain.parallel.processes import (
 )
 from pretrain.run_directory import find_checkpoint
 from pretrain.training.engine import Engine
-from tests.pretrain.checkpoint.test_checkpoint import STATE
-from tests.pretrain.nn.test_mixers import SMALL
-from tests.pretrain.training.test_engine import VOCAB, batches
+from tests.helpers.small_mixers import SMALL
+from tests.helpers.small_model import VOCAB
+from tests.helpers.small_training import STATE, batches
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.2, clip_grad=0.5)
 OPTIMIZERS = {

@@ -15,7 +15,7 @@ from pretrain.config import EvalConfig, RunConfig
 from pretrain.inference.score import Pair, Prompt
 from pretrain.parallel.processes import is_main_process, stop_processes
 from tests.helpers.parallel_worker import ALL_LAYOUTS, MODELS, make, start, step_of
-from tests.pretrain.training.test_engine import VOCAB
+from tests.helpers.small_model import VOCAB
 
 HEADER = list(range(1, 25))
 PAIRS = [

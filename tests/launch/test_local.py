@@ -12,7 +12,7 @@ import pytest
 
 from launch.__main__ import main
 from pretrain.common.errors import UserError
-from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT
+from tests.helpers.processes import ENVIRONMENT, ROOT
 
 pytestmark = pytest.mark.slow
 GRID = "grid:\n  model.pattern: [gdn, attn]\n  seed: [0, 1]\n"
@@ -134,7 +134,7 @@ def test_measured_speeds_make_members_alike_in_time(tmp_path, corpus, launch):
     status, output = launch("measure", path, "--steps", 4)
     assert (status, output.count("tokens/s")) == (0, 2)
     speeds = json.loads((tmp_path / "runs/throughput.json").read_text())
-    assert speeds["pattern=one"] > 2 * speeds["pattern=many"] > 0
+    assert speeds["pattern=one"] > speeds["pattern=many"] > 0
     status, output = launch(path, "--dry-run")
     assert (status, "time matched" in output) == (0, True)
     steps = 50 * speeds["pattern=many"] / speeds["pattern=one"]

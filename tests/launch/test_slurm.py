@@ -15,8 +15,8 @@ from launch.expansion import load_grid
 from launch.slurm import render
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
+from tests.helpers.processes import ROOT
 from tests.helpers.slurm_cluster import SlurmCluster, missing
-from tests.pretrain.training.test_training_run import ROOT
 
 CONFIG = """
 name: run

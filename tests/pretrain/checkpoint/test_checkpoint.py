@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from pretrain.checkpoint.state import (
-    CheckpointState,
     check_files,
     check_same_model,
     load_checkpoint,
@@ -22,21 +21,10 @@ from pretrain.common.errors import UserError
 from pretrain.config import CheckpointConfig, RunConfig
 from pretrain.run_directory import find_checkpoint, list_checkpoints
 from pretrain.training.engine import Engine
-from tests.pretrain.model.test_language_model import settings
-from tests.pretrain.training.test_engine import OPTIMIZER, VOCAB, batches, make
+from tests.helpers.small_model import VOCAB, settings
+from tests.helpers.small_training import OPTIMIZER, STATE, batches, make
 
 pytestmark = pytest.mark.usefixtures("processes")
-STATE = CheckpointState(
-    step=2,
-    tokens=256,
-    seed=0,
-    skipped=0,
-    vocab_size=VOCAB,
-    precision="float32",
-    tokenizer_sha256="0" * 64,
-    data=["x"],
-    model=dataclasses.asdict(settings()),
-)
 
 
 def save(directory, engine, step=2, **checkpoint):

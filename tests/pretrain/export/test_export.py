@@ -28,9 +28,10 @@ from pretrain.inference.load import load_model
 from pretrain.model.build import build_model
 from pretrain.nn.mixers import registry
 from pretrain.ops import m2rnn
-from tests.pretrain.model.test_language_model import VOCAB, settings
-from tests.pretrain.nn.test_mixers import SMALL
-from tests.pretrain.training.test_training_run import Run
+from tests.helpers import processes
+from tests.helpers.small_mixers import SMALL
+from tests.helpers.small_model import VOCAB, settings
+from tests.helpers.training_run import Run
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("processes")
@@ -238,33 +239,13 @@ def test_an_exported_checkpoint_needs_nothing_of_ours(trained, tmp_path):
 
 
 def test_the_commands_say_what_they_wrote(trained, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pretrain",
-            "export",
-            str(trained.directory),
-            str(tmp_path / "out"),
-            "--precision",
-            "bf16",
-        ],
-        cwd=Path(__file__).parents[3],
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    out = tmp_path / "out"
+    done = processes.run("pretrain", "export", trained.directory, out, "--precision", "bf16")
     assert done.returncode == 0, done.stderr
     assert "model.safetensors" in done.stdout and "load with transformers:" in done.stdout
     described = json.loads((tmp_path / "out" / "config.json").read_text())
     assert described["dtype"] == "bfloat16" and described["model_type"] == "hybrid_pretrain"
-    missing = subprocess.run(
-        [sys.executable, "-m", "pretrain", "import", str(tmp_path / "none"), str(tmp_path / "r")],
-        cwd=Path(__file__).parents[3],
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    missing = processes.run("pretrain", "import", tmp_path / "none", tmp_path / "r")
     assert missing.returncode == 2
     assert "could not be loaded by transformers" in missing.stderr.splitlines()[-1]
 

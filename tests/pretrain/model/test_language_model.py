@@ -7,36 +7,14 @@ import math
 import pytest
 import torch
 
-from pretrain.common.config_loader import build_config
-from pretrain.config import ModelConfig
 from pretrain.inference.generate import generate
 from pretrain.model.build import build_model, padded_vocab_size
 from pretrain.model.counts import count_model
 from pretrain.nn.parameters import info_of
 from tests.helpers.relative_error import relative_error
+from tests.helpers.small_model import VOCAB, make, settings
 
 pytestmark = pytest.mark.usefixtures("processes")
-VOCAB = 50
-
-
-def settings(**changes):
-    values = {
-        "hidden_size": 24,
-        "pattern": "2*(gdn attn)",
-        "mixers": {
-            "gdn": {"num_heads": 2, "head_dim": 4, "chunk_size": 8},
-            "attn": {"num_heads": 4, "num_kv_heads": 2},
-        },
-        "init_std": 0.2,
-        **changes,
-    }
-    return build_config(ModelConfig, values, "test")
-
-
-def make(dtype=torch.float64, seed=0, checkpointing="none", **changes):
-    return build_model(
-        settings(**changes), VOCAB, seed=seed, dtype=dtype, activation_checkpointing=checkpointing
-    )
 
 
 def test_packed_documents_do_not_see_each_other():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 import pytest
 import torch
@@ -18,26 +17,11 @@ from pretrain.model.counts import count_model
 from pretrain.model.depth_lora import DepthLoRA
 from pretrain.model.recursion import sample_recurrences
 from pretrain.training.initialization import fill_from
+from tests.helpers.recursion_kinds import KINDS, RECURRENT_DEPTH
 from tests.helpers.relative_error import relative_error
 
 pytestmark = pytest.mark.usefixtures("processes")
 VOCAB = 50
-RECURRENT_DEPTH: dict[str, Any] = {
-    "prelude": 1,
-    "coda": 1,
-    "times": 3,
-    "adapter": True,
-    "state_init": "random",
-    "normalize_state": True,
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "looped": {"times": 3},
-    "lora": {"prelude": 1, "coda": 1, "times": 3, "lora_rank": 2},
-    "depth": RECURRENT_DEPTH,
-    "universal": {"prelude": 1, "times": 3, "step_signal": "sinusoidal"},
-    "learned": {"coda": 1, "times": 3, "step_signal": "learned"},
-    "halting": {"prelude": 1, "coda": 1, "times": 4, "step_signal": "sinusoidal", "halting": True},
-}
 
 
 def settings(pattern="gdn attn para_gru gdn", recursion=None, **changes):

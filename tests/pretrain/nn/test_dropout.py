@@ -11,7 +11,8 @@ from pretrain.model.build import build_stages
 from pretrain.nn.dropout import EMBEDDING, Dropout
 from pretrain.parallel.context import current_context
 from pretrain.training.engine import Engine
-from tests.pretrain.training.test_engine import VOCAB, batches
+from tests.helpers.small_model import VOCAB
+from tests.helpers.small_training import batches
 
 pytestmark = pytest.mark.usefixtures("processes")
 SEQ_LEN = 32  # of the rows of batches

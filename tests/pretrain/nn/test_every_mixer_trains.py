@@ -16,9 +16,9 @@ from pretrain.model.build import build_model
 from pretrain.nn.mixers import registry
 from pretrain.training.engine import Engine
 from tests.helpers.relative_error import relative_error
-from tests.pretrain.checkpoint.test_checkpoint import STATE
-from tests.pretrain.nn.test_mixers import SMALL
-from tests.pretrain.training.test_engine import OPTIMIZER, VOCAB, batches
+from tests.helpers.small_mixers import SMALL
+from tests.helpers.small_model import VOCAB
+from tests.helpers.small_training import OPTIMIZER, STATE, batches
 
 pytestmark = pytest.mark.usefixtures("processes")
 

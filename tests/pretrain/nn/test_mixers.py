@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import example, given
@@ -17,52 +15,9 @@ from pretrain.nn.parameters import fill_parameters
 from pretrain.ops import definitions
 from pretrain.parallel.context import current_context
 from tests.helpers.relative_error import relative_error
+from tests.helpers.small_mixers import SMALL
 
 HIDDEN = 24
-# Settings small enough for float64 on a CPU; a mixer without an entry is built with its defaults.
-SMALL: dict[str, list[dict[str, Any]]] = {
-    "attn": [
-        {"num_heads": 4, "num_kv_heads": 2},
-        {"num_heads": 2, "qk_norm": True, "rope_theta": None},
-    ],
-    "swa": [{"num_heads": 2, "window": 5}],
-    "linear_attn": [
-        {"num_heads": 2, "chunk_size": 8},
-        {"num_heads": 2, "feature_map": "elu", "normalize": True, "expand_v": 0.5},
-    ],
-    "retnet": [{"num_heads": 2, "chunk_size": 8}, {"num_heads": 3, "rope_theta": None}],
-    "gla": [{"num_heads": 2, "gate_rank": 3, "chunk_size": 16}],
-    "hgrn2": [{"head_dim": 4, "chunk_size": 8}, {"num_heads": 3, "head_dim": 5}],
-    "mamba2": [
-        {"head_dim": 8, "state_size": 6, "chunk_size": 16},
-        {"head_dim": 4, "state_size": 5, "num_groups": 3, "conv_size": 0},
-    ],
-    "deltanet": [{"num_heads": 2, "head_dim": 4, "allow_neg_eigval": True}],
-    "gdn": [
-        {"num_heads": 2, "head_dim": 4, "chunk_size": 8},
-        {"num_heads": 3, "head_dim": 4, "expand_v": 1, "allow_neg_eigval": True},
-    ],
-    "kda": [
-        {"num_heads": 2, "head_dim": 4, "chunk_size": 8},
-        {"num_heads": 2, "head_dim": 4, "conv_size": 0},
-    ],
-    "delta_product": [
-        {"num_heads": 2, "head_dim": 4, "chunk_size": 16},
-        {"num_heads": 2, "head_dim": 4, "num_householder": 3, "use_decay": False, "chunk_size": 12},
-    ],
-    "m2rnn": [
-        {"num_heads": 4, "head_dim": 5, "value_dim": 3},
-        {"num_heads": 4, "num_qk_heads": 2, "head_dim": 3, "value_dim": 4, "state_grad_clip": 0.01},
-        {"num_heads": 2, "head_dim": 4, "value_dim": 4, "conv_size": 0, "recurrent_init": "normal"},
-    ],
-    "para_gru": [{"num_heads": 2}, {"num_heads": 3, "head_dim": 4, "conv_size": 0}],
-    "para_lstm": [{"num_heads": 2}],
-    "lstm": [{"num_heads": 2}],
-    "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
-    "slstm": [{"num_heads": 2}],
-    "elman": [{"num_heads": 2}, {"num_heads": 3}],
-    "rat": [{"num_heads": 4, "chunk_size": 8}, {"num_heads": 2, "head_dim": 4, "chunk_size": 3}],
-}
 CASES = [
     pytest.param(name, settings, id=f"{name}-{i}")
     for name in registry()

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,33 +10,20 @@ import pytest
 from pretrain.common.errors import UserError
 from pretrain.config import ParallelConfig
 from pretrain.optim.backends.offload_folder import make_offload_folder
-
-ROOT = Path(__file__).parents[3]
+from tests.helpers.processes import run, run_on
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_state_in_files_trains_and_resumes_as_in_memory(processes, tmp_path):
     """One process with no launcher; DeepSpeed asks the environment for what one sets."""
-    environment = {k: v for k, v in os.environ.items() if "RANK" not in k and k != "WORLD_SIZE"}
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *(torchrun if processes == 2 else []),
-            "tests.helpers.offload_worker",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
+    if processes == 1:
+        done = run("tests.helpers.offload_worker", tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        output = done.stdout
+    else:
+        output = run_on(2, "tests.helpers.offload_worker", tmp_path)
+    line = next(x for x in output.splitlines() if x.startswith("RESULT"))
     results = json.loads(line.removeprefix("RESULT"))
     left = results.pop("left")
     assert left == [] or processes == 2, "other libraries would take it for a launcher's"

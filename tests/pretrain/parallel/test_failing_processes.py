@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import pytest
 
 from pretrain.checkpoint.state import check_files
 from pretrain.run_directory import list_checkpoints
-from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT, STEPS, Run
+from tests.helpers.processes import ENVIRONMENT, ROOT, TORCHRUN
+from tests.helpers.training_run import STEPS, Run
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TWO_PROCESSES = [*TORCHRUN, "2"]
 LAYOUT = ["parallel.pipeline=2", "parallel.timeout_minutes=1"]
 
 
@@ -50,7 +50,7 @@ def test_one_process_that_fails_ends_all_with_one_message(kind, message, folder,
     run = Run(folder, corpus, f"failing-{kind}")
     done = subprocess.run(
         [
-            *TORCHRUN,
+            *TWO_PROCESSES,
             "-m",
             "tests.helpers.failing_run",
             kind,
@@ -81,7 +81,7 @@ def test_one_process_that_fails_ends_all_with_one_message(kind, message, folder,
 def start(run):
     """The launcher, and its two processes by rank."""
     launcher = subprocess.Popen(
-        [*TORCHRUN, "-m", "pretrain", str(run.config), *LAYOUT],
+        [*TWO_PROCESSES, "-m", "pretrain", str(run.config), *LAYOUT],
         cwd=ROOT,
         env=ENVIRONMENT,
         text=True,

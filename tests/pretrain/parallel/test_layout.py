@@ -27,7 +27,7 @@ from pretrain.parallel.context import current_context
 from pretrain.parallel.megatron import transformer_config
 from pretrain.parallel.processes import order_kernels
 from pretrain.training.engine import Engine
-from tests.pretrain.training.test_engine import make
+from tests.helpers.small_training import make
 
 RECURSIVE = {"prelude": 1, "coda": 1, "times": 3}
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +12,7 @@ import pytest
 from pretrain.config import ParallelConfig
 from tests.helpers import parallel_worker
 from tests.helpers.parallel_worker import ACROSS, CASES, STEPS
+from tests.helpers.processes import run_on
 
 pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.slow]
 
@@ -27,26 +24,7 @@ FLOAT32 = 1e-5
 @pytest.fixture(scope="module")
 def four_processes(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("layouts")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "4",
-            "-m",
-            parallel_worker.__name__,
-            str(folder),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-        cwd=Path(__file__).parents[3],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_on(4, parallel_worker.__name__, folder)
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return found
 

@@ -21,8 +21,8 @@ from pretrain.parallel.processes import start_processes, stop_processes
 from pretrain.parallel.shared_input import project, share_input
 from tests.helpers.fake_processes import as_process
 from tests.helpers.relative_error import relative_error
-from tests.pretrain.parallel.test_tensor_parallel import cases
-from tests.pretrain.training.test_engine import VOCAB
+from tests.helpers.small_model import VOCAB
+from tests.helpers.tensor_parallel_worker import cases
 
 ONE = pytest.mark.usefixtures("processes")
 

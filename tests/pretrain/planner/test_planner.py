@@ -1,114 +1,25 @@
 """The planner's figures against real processes, the mixers' own counts and formulas."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from pretrain.common.config_loader import ConfigError, build_config
-from pretrain.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from pretrain.config import ModelConfig
 from pretrain.model.counts import block_flops, block_parameters, count_model
 from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import registry
 from pretrain.planner.hardware import load_hardware
 from pretrain.training.metrics import PEAK_FLOPS
 from tests.helpers.memory_worker import CASES, MORE_CASES, VOCAB, case
-from tests.pretrain.nn.test_mixers import SMALL
-
-ROOT = Path(__file__).parents[3]
-# Planning plays one process of many, which needs an interpreter without process groups.
-PLAN = """
-import json, sys
-from tests.pretrain.planner.test_planner import figures
-print("planned", json.dumps({name: figures(**case) for name, case in json.load(sys.stdin).items()}))
-"""
-
-
-def run_config(settings):
-    train = TrainConfig(
-        steps=1,
-        seq_len=settings["seq_len"],
-        precision=settings["precision"],
-        global_batch_tokens=settings["rows"] * settings["seq_len"],
-        activation_checkpointing=settings["checkpointing"],
-    )
-    return RunConfig("test", build_config(ModelConfig, settings["model"], "case"), train=train)
-
-
-def figures(settings, devices, hardware="cpu"):
-    """What the planner says of a case."""
-    from pretrain.planner.estimate import Planner
-
-    planner = Planner(
-        run_config(settings), VOCAB, load_hardware(ROOT / f"configs/hardware/{hardware}.yaml")
-    )
-    parallel = ParallelConfig(**settings["parallel"])
-    estimate = planner.estimate(parallel, devices)
-    units = planner.units(parallel, settings["checkpointing"])
-    return {
-        "memory": [stage.peak for stage in estimate.stages],
-        "sent": estimate.sent,
-        "seconds": estimate.seconds,
-        "model_flops": estimate.model_flops,
-        "hardware_flops": estimate.hardware_flops,
-        "forward": {name: unit.forward.flops for name, unit in units.blocks.items()},
-        "backward": {name: unit.backward.flops for name, unit in units.blocks.items()},
-        "parameters": {n: sum(u.parameters.values()) for n, u in units.blocks.items()},
-    }
-
-
-def plan(cases):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PLAN],
-        input=json.dumps(cases),
-        text=True,
-        capture_output=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    line = next(x for x in done.stdout.splitlines() if x.startswith("planned "))
-    return json.loads(line.removeprefix("planned "))
+from tests.helpers.planner_figures import measure, plan
+from tests.helpers.processes import ENVIRONMENT, ROOT, run
+from tests.helpers.small_mixers import SMALL
 
 
 @pytest.fixture(scope="module")
 def planned():
     return plan({n: {"settings": settings, "devices": 2} for n, settings in CASES.items()})
-
-
-def measure(names):
-    """Bytes of each of two processes, by case."""
-    # Memory that is let go goes back to the system at once, so that its count is of what is used.
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_ARENA_MAX": "2",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            "-m",
-            "tests.helpers.memory_worker",
-            *names,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(x for x in done.stdout.splitlines() if x.startswith("measured "))
-    return json.loads(line.removeprefix("measured "))
 
 
 @pytest.fixture(scope="module")
@@ -204,15 +115,8 @@ def test_bytes_are_those_of_the_formulas():
 
 
 def command(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "pretrain", "plan", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    return done
+    environment = {**ENVIRONMENT, "COLUMNS": "200"}
+    return run("pretrain", "plan", *arguments, environment=environment)
 
 
 def test_search_lists_what_fits_and_says_why_the_rest_does_not(tmp_path):

@@ -4,72 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from pretrain.config import OptimizerConfig, ParallelConfig
-from pretrain.data.batches import pack_rows
-from pretrain.model.build import build_model
-from pretrain.nn.parameters import info_of
 from pretrain.training.engine import Engine
-from tests.pretrain.model.test_language_model import VOCAB, settings
+from tests.helpers import data_parallel_worker
+from tests.helpers.processes import run_on
+from tests.helpers.small_model import VOCAB
+from tests.helpers.small_training import OPTIMIZER, batches, engine_loop, make, plain_loop
 
 pytestmark = pytest.mark.usefixtures("processes")
-OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.2, clip_grad=0.5)
-STEPS = 3
-
-
-def batches(step, rows=4, micro_batch_size=2):
-    generator = np.random.default_rng(step)
-    tokens = generator.integers(0, VOCAB, (rows, 33))
-    return [
-        pack_rows(tokens[i : i + micro_batch_size], eod_id=7)
-        for i in range(0, rows, micro_batch_size)
-    ]
-
-
-def plain_loop(model, micro_batch_size=2):
-    """Losses and gradient norms of a loop with nothing but torch."""
-    groups = [
-        {"params": [p for p in model.parameters() if info_of(p).weight_decay], "weight_decay": 0.2},
-        {
-            "params": [p for p in model.parameters() if not info_of(p).weight_decay],
-            "weight_decay": 0.0,
-        },
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
-    results = []
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        parts = batches(step, micro_batch_size=micro_batch_size)
-        count = sum(int(b.loss_mask.sum()) for b in parts)
-        total = 0.0
-        for b in parts:
-            loss = (model(b.tokens, b.targets, sequences=b.sequences) * b.loss_mask).sum()
-            (loss / count).backward()
-            total += loss.item() / count
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        results.append((total, float(norm)))
-    return results
-
-
-def engine_loop(model, micro_batch_size=2):
-    engine = Engine(model, OPTIMIZER)
-    results = [
-        engine.train_step(batches(step, micro_batch_size=micro_batch_size), 1e-3)
-        for step in range(STEPS)
-    ]
-    return [(r.loss, r.grad_norm) for r in results]
-
-
-def make(dtype=torch.float32):
-    return build_model(settings(init_std=0.05), VOCAB, seed=0, dtype=dtype)
 
 
 def test_equals_a_plain_torch_loop():
@@ -157,46 +104,7 @@ def test_validation_counts_tokens_and_bytes():
     assert loss == pytest.approx(mean.item(), rel=1e-6)
 
 
-_TWO_PROCESSES = """
-import json, sys
-from pretrain.parallel.processes import data_parallel_rank_and_size, is_main_process
-from pretrain.parallel.processes import start_processes, stop_processes
-start_processes()
-from tests.pretrain.training.test_engine import OPTIMIZER, STEPS, batches, make
-from pretrain.training.engine import Engine
-engine = Engine(make(), OPTIMIZER)
-rank, size = data_parallel_rank_and_size()
-assert size == 2
-results = [
-    engine.train_step(batches(step, micro_batch_size=1)[rank::size], 1e-3) for step in range(STEPS)
-]
-if is_main_process():
-    print("RESULT", json.dumps([(r.loss, r.grad_norm) for r in results]))
-stop_processes()
-"""
-
-
-@pytest.mark.slow
 def test_two_data_parallel_processes_equal_one(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(_TWO_PROCESSES)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(script),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=Path(__file__).parents[3],
-        env={"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )
-    assert done.returncode == 0, done.stderr
-    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
-    assert np.allclose(json.loads(line.removeprefix("RESULT")), engine_loop(make()), rtol=1e-5)
+    path = tmp_path / "found.json"
+    run_on(2, data_parallel_worker.__name__, path)
+    assert np.allclose(json.loads(path.read_text()), engine_loop(make()), rtol=1e-5)

@@ -1,29 +1,18 @@
 """Training does what it did: the losses of 100 steps of every family, against recorded ones."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.helpers.golden_curves import FAMILIES, RECORD, STEPS
+from tests.helpers.processes import run
 
-ROOT = Path(__file__).parents[3]
 RECORDED = json.loads(RECORD.read_text())
 
 
 @pytest.fixture(scope="module")
 def curves():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.helpers.golden_curves", "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run("tests.helpers.golden_curves", "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -18,7 +18,8 @@ from pretrain.parallel.processes import start_processes, stop_processes
 from pretrain.run_directory import RunDirectory
 from pretrain.training.callbacks import Callback, Decision, Profiler, default_callbacks
 from pretrain.training.trainer import Trainer
-from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT, Run
+from tests.helpers.processes import ENVIRONMENT, ROOT
+from tests.helpers.training_run import Run
 
 QUICK = ("sample.tokens=0", "logging.every=1", "validation.every=2", "checkpoint.every=2")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -30,10 +28,10 @@ from pretrain.data.batches import TrainingBatches, open_data
 from pretrain.nn.parameters import draw_like, info_of
 from pretrain.training.engine import Engine
 from pretrain.training.spikes import SpikeDetector
-from tests.pretrain.checkpoint.test_checkpoint import STATE
-from tests.pretrain.model.test_language_model import VOCAB, make, settings
-from tests.pretrain.training.test_engine import batches
-from tests.pretrain.training.test_training_run import ENVIRONMENT, ROOT, Run
+from tests.helpers import processes
+from tests.helpers.small_model import VOCAB, make, settings
+from tests.helpers.small_training import STATE, batches
+from tests.helpers.training_run import Run
 
 pytestmark = pytest.mark.usefixtures("processes")
 ALONE = ParallelConfig(zero_stage=0)
@@ -283,20 +281,15 @@ def test_what_is_a_spike():
 
 
 def spiking(run, policy):
-    command = [
-        sys.executable,
-        "-m",
+    done = processes.run(
         "tests.helpers.spiking_run",
-        str(run.config),
+        run.config,
         f"train.spikes.policy={policy}",
         "train.spikes.window=8",
         "train.spikes.deviations=3",
         "train.spikes.rollback_steps=5",
         "train.spikes.skip_steps=3",
         "checkpoint.keep_last=4",
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return {row["step"]: row for row in run.metrics if "loss" in row}, done.stdout

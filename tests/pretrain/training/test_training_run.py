@@ -8,73 +8,12 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-STEPS = 16
-CONFIG = """
-name: tiny
-model:
-  hidden_size: 24
-  pattern: gdn attn
-  mixers: {{gdn: {{num_heads: 2, head_dim: 4, chunk_size: 8}}, attn: {{num_heads: 4}}}}
-data: {{path: {data}}}
-optimizer: {{lr: 1e-2}}
-schedule: {{warmup_steps: 2}}
-train: {{steps: {steps}, seq_len: 32, global_batch_tokens: 128}}
-parallel: {{micro_batch_size: 2}}
-validation: {{every: 5, tokens: 128}}
-checkpoint: {{every: 3}}
-logging: {{every: 1}}
-sample: {{tokens: 8}}
-directory: {directory}
-"""
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-ROOT = Path(__file__).parents[3]
-
-
-class Run:
-    """A run directory, its config, and processes on it."""
-
-    def __init__(self, folder, corpus, name, **changes):
-        self.directory = folder / name
-        self.config = folder / f"{name}.yaml"
-        values = {"data": corpus, "steps": STEPS, "directory": self.directory, **changes}
-        self.config.write_text(CONFIG.format(**values))
-
-    def start(self, *overrides):
-        return subprocess.Popen(
-            [sys.executable, "-m", "pretrain", str(self.config), *overrides],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    def finish(self, *overrides):
-        process = self.start(*overrides)
-        output, _ = process.communicate(timeout=120)
-        return process.returncode, output
-
-    @property
-    def metrics(self):
-        path = self.directory / "metrics.jsonl"
-        return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-
-    @property
-    def losses(self):
-        """What must not depend on interruptions: everything measured but time and memory."""
-        keys = ("step", "tokens", "loss", "lr", "grad_norm", "valid_loss", "valid_bits_per_byte")
-        return [{k: row[k] for k in keys if k in row} for row in self.metrics]
-
-    def wait_until(self, process, happens):
-        end = time.monotonic() + 60
-        while not happens() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.001)
+from tests.helpers import processes
+from tests.helpers.training_run import STEPS, Run, whole_lines
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +24,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(folder, corpus):
     run = Run(folder, corpus, "uninterrupted")
-    status, output = run.finish()
+    status, output = run.finish_interpreter()
     assert status == 0, output
     return run, output
 
 
-@pytest.mark.slow
 def test_a_whole_run_leaves_what_a_user_expects(uninterrupted):
     run, output = uninterrupted
     assert [row["step"] for row in run.metrics if "loss" in row] == list(range(1, STEPS + 1))
@@ -114,7 +52,6 @@ def test_a_whole_run_leaves_what_a_user_expects(uninterrupted):
     assert (status, "nothing to do: all 16 steps are done" in output) == (0, True)
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(uninterrupted, folder, corpus):
     """kill -9 after random steps and, twice, while a checkpoint is being written."""
     expected, _ = uninterrupted
@@ -122,7 +59,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(uninterrupted, folder, corp
     checkpoints, chance = run.directory / "checkpoints", random.Random(0)
 
     def steps_done(count):
-        return lambda: sum("loss" in row for row in _whole_lines(run)) >= count
+        return lambda: sum("loss" in row for row in whole_lines(run)) >= count
 
     def saving(step):
         return lambda: any(
@@ -150,19 +87,12 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(uninterrupted, folder, corp
     assert run.losses == expected.losses
 
 
-def _whole_lines(run):
-    path = run.directory / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_saves_and_exits_with_its_own_status(uninterrupted, folder, corpus, number):
     expected, _ = uninterrupted
     run = Run(folder, corpus, f"signal-{number.name}")
     process = run.start()
-    run.wait_until(process, lambda: len(_whole_lines(run)) >= 4)
+    run.wait_until(process, lambda: len(whole_lines(run)) >= 4)
     for _ in range(3):  # launchers pass on what the process has received already
         process.send_signal(number)
         time.sleep(0.02)
@@ -176,7 +106,6 @@ def test_a_signal_saves_and_exits_with_its_own_status(uninterrupted, folder, cor
         assert [x for x in run.losses if "loss" in x] == [x for x in expected.losses if "loss" in x]
 
 
-@pytest.mark.slow
 def test_bad_input_is_one_sentence_and_status_2(uninterrupted, folder, corpus, tmp_path):
     run, _ = uninterrupted
     before = sorted(p.relative_to(run.directory) for p in run.directory.rglob("*"))
@@ -214,7 +143,7 @@ def test_bad_input_is_one_sentence_and_status_2(uninterrupted, folder, corpus, t
 def test_one_run_directory_has_one_run(folder, corpus):
     run = Run(folder, corpus, "twice")
     first = run.start("train.steps=2000", "checkpoint.every=2000")
-    run.wait_until(first, lambda: len(_whole_lines(run)) >= 1)
+    run.wait_until(first, lambda: len(whole_lines(run)) >= 1)
     status, output = run.finish()
     first.kill()
     first.communicate()
@@ -245,7 +174,6 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(folder, corpus, tmp_path)
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used_on_request(
     uninterrupted, folder, corpus
 ):
@@ -302,23 +230,8 @@ def test_a_recursive_model_from_a_trained_one(folder, corpus):
     assert first["looped"]["recurrences"] == 2
     assert first["looped"]["loss"] < first["fresh"]["loss"] - 0.3
     for run, recurrences, expected in ((looped, 4, 0), (dense, 2, 1)):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "evals",
-                str(run.directory),
-                "--recurrences",
-                str(recurrences),
-                "--max-tokens",
-                "64",
-            ],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            text=True,
-            capture_output=True,
-            check=False,
-        )
+        words = ("--recurrences", recurrences, "--max-tokens", 64)
+        done = processes.run("evals", run.directory, *words)
         assert (done.returncode != 0) == expected, done.stderr
         if expected:
             assert "has no loop" in done.stderr
@@ -330,47 +243,14 @@ def test_a_recursive_model_from_a_trained_one(folder, corpus):
 @pytest.mark.slow
 def test_verify_compares_a_layout_with_one_process(folder, corpus):
     run = Run(folder, corpus, "verified")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pretrain",
-            "verify",
-            str(run.config),
-            "parallel.tensor=2",
-            "parallel.sequence=true",
-            "--processes",
-            "2",
-            "--steps",
-            "2",
-        ],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    words = ("parallel.tensor=2", "parallel.sequence=true", "--processes", 2, "--steps", 2)
+    done = processes.run("pretrain", "verify", run.config, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal ") >= 2
     assert "DIFFERENT" not in done.stdout
     assert not run.directory.exists()  # nothing outside its temporary folder
-    bad = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pretrain",
-            "verify",
-            str(run.config),
-            "parallel.tensor=2",
-            "--processes",
-            "3",
-        ],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    command = ("pretrain", "verify", run.config, "parallel.tensor=2")
+    bad = processes.run(*command, "--processes", 3)
     assert bad.returncode == 2
     assert "is 2 x 1 = 2, but there are 3 processes" in bad.stderr
     assert "Traceback" not in bad.stderr

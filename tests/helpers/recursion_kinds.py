@@ -1,0 +1,24 @@
+"""Settings of every kind of loop over depth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+RECURRENT_DEPTH: dict[str, Any] = {
+    "prelude": 1,
+    "coda": 1,
+    "times": 3,
+    "adapter": True,
+    "state_init": "random",
+    "normalize_state": True,
+}
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "looped": {"times": 3},
+    "lora": {"prelude": 1, "coda": 1, "times": 3, "lora_rank": 2},
+    "depth": RECURRENT_DEPTH,
+    "universal": {"prelude": 1, "times": 3, "step_signal": "sinusoidal"},
+    "learned": {"coda": 1, "times": 3, "step_signal": "learned"},
+    "halting": {"prelude": 1, "coda": 1, "times": 4, "step_signal": "sinusoidal", "halting": True},
+}
