@@ -32,7 +32,7 @@ from pretrain.ops.m2rnn import kernels as m2rnn_kernels
 from pretrain.ops.para_rnn import kernels as para_rnn_kernels
 from pretrain.ops.rnn import kernels as rnn_kernels
 from pretrain.ops.rnn.cells import CELLS
-from pretrain.ops.shared.arguments import planned_device
+from pretrain.ops.shared.planning import planned_device
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]

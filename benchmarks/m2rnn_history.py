@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pretrain.ops.m2rnn.step_kernels import KERNELS
-from pretrain.ops.shared.arguments import Work
 from pretrain.ops.shared.elementary_kernels import tanh
 from pretrain.ops.shared.launching import approximate, launch
+from pretrain.ops.shared.planning import Work
 
 
 @triton.jit

@@ -30,12 +30,13 @@ from typing import Any
 
 import torch
 
-from pretrain.config import RunConfig, load_run_config
+from pretrain.config import RunConfig
+from pretrain.config.checks import load_run_config
 from pretrain.data.batches import Batch
 from pretrain.data.sequences import Sequences
 from pretrain.model.build import build_model
 from pretrain.model.counts import count_model
-from pretrain.ops.shared.backends import describe_backends
+from pretrain.ops.backends import describe_backends
 from pretrain.parallel.processes import start_processes
 from pretrain.training.engine import Engine
 from pretrain.training.metrics import peak_flops

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pretrain.common.errors import UserError
-    from pretrain.config import ConfigError, ModelConfig, RunConfig, load_run_config
+    from pretrain.config import ConfigError, ModelConfig, RunConfig
+    from pretrain.config.checks import load_run_config
     from pretrain.data.sequences import Sequences
     from pretrain.library import build_model, load, mixer
     from pretrain.run_directory import Run
@@ -29,7 +30,7 @@ _HOMES = {
     "UserError": "pretrain.common.errors",
     "build_model": "pretrain.library",
     "load": "pretrain.library",
-    "load_run_config": "pretrain.config",
+    "load_run_config": "pretrain.config.checks",
     "mixer": "pretrain.library",
 }
 

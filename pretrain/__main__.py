@@ -44,7 +44,7 @@ def main() -> int:
 
     overrides = [*arguments.overrides, *extra]
 
-    from pretrain.config import load_run_config
+    from pretrain.config.checks import load_run_config
 
     load_run_config(arguments.config, overrides)  # refuses bad settings before torch is imported
 

@@ -13,6 +13,7 @@ import torch
 
 from pretrain.common.config_loader import ConfigError, build_config, nearest
 from pretrain.config import ModelConfig
+from pretrain.config.checks import check_model
 from pretrain.inference.hugging_face import HuggingFaceModel, load_hugging_face
 from pretrain.inference.load import LoadedModel, load_model
 from pretrain.model import build
@@ -46,6 +47,7 @@ def build_model(
     else:
         values = {"pattern": model, **settings}
     config = build_config(ModelConfig, values, "build_model")
+    check_model(config, "build_model")
     if config.vocab_size is None:
         raise ConfigError("build_model: vocab_size is not set, expected the number of token ids")
     context = ParallelContext(dtype, home=_device(device))

@@ -5,7 +5,7 @@ from pretrain.config.data import DataConfig, DataSource
 from pretrain.config.model import MLPConfig, ModelConfig, MoEConfig, RecursionConfig
 from pretrain.config.optimizer import DECAYS, SCHEDULES, OptimizerConfig, ScheduleConfig
 from pretrain.config.parallel import ZERO_BACKENDS, ParallelConfig
-from pretrain.config.run import InitializeConfig, RunConfig, load_run_config, load_saved_config
+from pretrain.config.run import InitializeConfig, RunConfig, load_saved_config
 from pretrain.config.train import (
     CheckpointConfig,
     EvalConfig,
@@ -39,7 +39,6 @@ __all__ = [
     "SpikeConfig",
     "TrainConfig",
     "ValidationConfig",
-    "load_run_config",
     "load_saved_config",
     "to_yaml",
 ]

@@ -7,13 +7,22 @@ checked as soon as the data is open.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
-from pretrain.common.config_loader import ConfigError, validate
+from pretrain.common.config_loader import ConfigError, load_config, validate
 from pretrain.config import ModelConfig, RecursionConfig, RunConfig
 from pretrain.config.parallel import check_world_size
 from pretrain.model.spec import block_specs
 from pretrain.model.stages import split_into_stages
 from pretrain.nn.mixers.base import SHAREABLE
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, extend, override and check a run's settings. Raises ConfigError."""
+    config = load_config(RunConfig, path, overrides)
+    check_run_config(config, str(path))
+    return config
 
 
 def check_run_config(config: RunConfig, where: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pretrain.common.config_loader import Config, build_config, load_config, load_values, setting
+from pretrain.common.config_loader import Config, build_config, load_values, setting
 from pretrain.config import legacy
 from pretrain.config.data import DataConfig
 from pretrain.config.model import ModelConfig
@@ -81,15 +80,6 @@ class RunConfig(Config):
     def run_directory(self) -> Path:
         """Where the run's files lie."""
         return Path(self.directory or Path("runs") / self.name)
-
-
-def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, extend, override and check a run's settings. Raises ConfigError."""
-    from pretrain.config.checks import check_run_config
-
-    config = load_config(RunConfig, path, overrides)
-    check_run_config(config, str(path))
-    return config
 
 
 def load_saved_config(path: str | Path) -> RunConfig:

@@ -19,9 +19,8 @@ from torch import Tensor
 from pretrain.data.sequences import Sequences
 from pretrain.inference.generate import choose
 from pretrain.inference.prefix_tree import Node, prefix_tree
-from pretrain.model.counts import passes
 from pretrain.model.language_model import LanguageModel
-from pretrain.model.spec import block_specs
+from pretrain.model.spec import block_specs, passes
 from pretrain.nn.mixers.base import State
 from pretrain.parallel.processes import data_parallel_rank_and_size, gather, groups
 

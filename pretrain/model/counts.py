@@ -5,22 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from pretrain.config import ModelConfig
-from pretrain.model.spec import BlockSpec, block_specs
+from pretrain.model.depth_lora import linear_shapes
+from pretrain.model.spec import BlockSpec, block_specs, passes
 from pretrain.nn.mixers import LayerContext
-from pretrain.nn.mlp import mlp_parameters
+from pretrain.nn.mlp import MLP, mlp_parameters
 from pretrain.nn.moe import MoE
 from pretrain.parallel.context import ParallelContext
-
-
-def passes(config: ModelConfig) -> list[int]:
-    """How often each block of the pattern is gone through (the mean, where it is sampled)."""
-    num_blocks, recursion = len(block_specs(config)), config.recursion
-    if recursion is None:
-        return [1] * num_blocks
-    looped = num_blocks - recursion.prelude - recursion.coda
-    return [1] * recursion.prelude + [recursion.times] * looped + [1] * recursion.coda
 
 
 def block_parameters(config: ModelConfig, spec: BlockSpec) -> int:
@@ -64,14 +57,17 @@ def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
     recursion = config.recursion
     if recursion is None or recursion.lora_rank == 0:
         return 0
-    from pretrain.model.depth_lora import linear_shapes
-    from pretrain.model.language_model import Block
-
     total = 0
     with torch.device("meta"):
-        layer = LayerContext(config.hidden_size, 0.0, 0.0, ParallelContext())
+        context = LayerContext(config.hidden_size, 0.0, 0.0, ParallelContext())
         for spec in specs[recursion.prelude : len(specs) - recursion.coda]:
-            total += sum(map(sum, linear_shapes(Block(spec, config, layer))))
+            layers: list[nn.Module] = [spec.mixer(spec.config, context)]
+            if spec.moe is not None:
+                layers.append(MoE(spec.moe, context))
+            elif config.mlp.kind != "none":
+                width = config.mlp.width(config.hidden_size)
+                layers.append(MLP(config.mlp.kind, width, context))
+            total += sum(sum(shape) for layer in layers for shape in linear_shapes(layer))
     return recursion.lora_rank * total
 
 

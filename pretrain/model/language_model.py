@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from pretrain.common.metrics import merge_metrics
 from pretrain.config import ModelConfig
-from pretrain.config.checks import check_model
 from pretrain.data.sequences import Sequences, given_sequences
-from pretrain.model.counts import passes
 from pretrain.model.depth_lora import add_depth_lora, set_depth
 from pretrain.model.recursion import Recursion
-from pretrain.model.spec import BlockSpec, block_specs
+from pretrain.model.spec import BlockSpec, block_specs, passes
 from pretrain.model.stages import Stage, whole_model
 from pretrain.nn.dropout import EMBEDDING, DropAt, Dropout
 from pretrain.nn.linear import (
@@ -114,7 +112,6 @@ class LanguageModel(DescribedModule):
         """Build the model, or ``stage`` of it. ``seq_len``: of the training batches' sequences, for
         dropout."""
         super().__init__()
-        check_model(config, "config")
         specs = block_specs(config)
         self.stage = stage = stage or whole_model(config)
         self.pre_process, self.post_process = stage.first, stage.last

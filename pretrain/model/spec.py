@@ -111,3 +111,12 @@ def with_sizes(config: ModelConfig, where: str = "config") -> ModelConfig:
         sizes = {name: getattr(spec.config, name) for name in spec.config.size_names()}
         mixers[spec.name] = {**mixers.get(spec.name, {}), **sizes}
     return dataclasses.replace(config, mixers=mixers)
+
+
+def passes(config: ModelConfig) -> list[int]:
+    """How often each block of the pattern is gone through (the mean, where it is sampled)."""
+    num_blocks, recursion = len(block_specs(config)), config.recursion
+    if recursion is None:
+        return [1] * num_blocks
+    looped = num_blocks - recursion.prelude - recursion.coda
+    return [1] * recursion.prelude + [recursion.times] * looped + [1] * recursion.coda

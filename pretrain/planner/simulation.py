@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from pretrain.ops.shared.arguments import Work, planned_device
+from pretrain.ops.shared.planning import Work, planned_device
 from pretrain.planner.hardware import Hardware
 
 _aten: Any = torch.ops.aten

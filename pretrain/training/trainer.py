@@ -14,8 +14,8 @@ import torch
 from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.common.config_loader import ConfigError
-from pretrain.config import RunConfig, load_run_config
-from pretrain.config.checks import check_layout, check_model, check_run_config
+from pretrain.config import RunConfig
+from pretrain.config.checks import check_layout, check_model, check_run_config, load_run_config
 from pretrain.data.batches import (
     PreparedData,
     TrainingBatches,
@@ -23,7 +23,7 @@ from pretrain.data.batches import (
 )
 from pretrain.model.counts import ModelCounts, count_model
 from pretrain.model.spec import with_sizes
-from pretrain.ops.shared.backends import describe_backends
+from pretrain.ops.backends import describe_backends
 from pretrain.optim.schedule import learning_rate
 from pretrain.parallel.processes import (
     any_process,

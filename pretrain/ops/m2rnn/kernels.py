@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pretrain.data.sequences import Sequences, without_waiting
 from pretrain.ops.m2rnn.step_kernels import KERNELS
-from pretrain.ops.shared.arguments import Work
 from pretrain.ops.shared.launching import approximate, launch, power_of_two
+from pretrain.ops.shared.planning import Work
 
 CHUNK = 64  # tokens between stored states, unless asked otherwise
 PIECE = 4  # tokens of a chunk whose inner values are in registers at once

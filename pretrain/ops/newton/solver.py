@@ -13,7 +13,7 @@ from pretrain.ops.newton.cell import ElementwiseCell
 from pretrain.ops.newton.definition import sequential_recurrence
 from pretrain.ops.newton.options import NewtonOptions
 from pretrain.ops.newton.tiles import Tiles, arrange, previous_states, tiles_of
-from pretrain.ops.shared.arguments import count_true, device_type
+from pretrain.ops.shared.planning import count_true, device_type
 
 _USUAL_STEPS = 3  # Newton steps that bounded recurrent weights take in float32
 

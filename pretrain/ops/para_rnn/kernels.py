@@ -14,8 +14,8 @@ from pretrain.ops.para_rnn.backward_kernels import KERNELS as BACKWARD
 from pretrain.ops.para_rnn.newton_kernels import KERNELS as NEWTON
 from pretrain.ops.para_rnn.step_kernels import AHEAD, CHANNELS
 from pretrain.ops.para_rnn.step_kernels import KERNELS as STEPS
-from pretrain.ops.shared.arguments import Work
 from pretrain.ops.shared.launching import approximate, launch
+from pretrain.ops.shared.planning import Work
 
 # Channels of all sequences from which on steps are less work than Newton's method: by the number
 # of instructions that both compile to, no GPU's clock having been asked.

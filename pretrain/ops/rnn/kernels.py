@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pretrain.data.sequences import Sequences
 from pretrain.ops.rnn.step_kernels import KERNELS
-from pretrain.ops.shared.arguments import Work
 from pretrain.ops.shared.launching import approximate, launch, power_of_two
+from pretrain.ops.shared.planning import Work
 
 BATCH = 16  # sequences of a program
 

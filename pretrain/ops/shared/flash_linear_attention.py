@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
-from pretrain.ops.shared.arguments import device_type
+from pretrain.ops.shared.planning import device_type
 
 _WIDEST = 256  # channels of a key
 

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pretrain.ops.shared.arguments import Work, observe
+from pretrain.ops.shared.planning import Work, observe
 
 
 def launch(kernel: Any, grid: tuple[int, ...], work: Work, *arguments: Any, **options: Any) -> None:

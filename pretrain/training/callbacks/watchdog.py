@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pretrain.parallel.watchdog import Watchdog
 from pretrain.training.callbacks.base import Callback
 from pretrain.training.result import TrainResult
+from pretrain.training.watchdog import Watchdog
 
 
 class WatchProcesses(Callback):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.common.config_loader import ConfigError, load_config
-from pretrain.config import ModelConfig, RunConfig, load_run_config, to_yaml
+from pretrain.config import ModelConfig, RunConfig, to_yaml
+from pretrain.config.checks import load_run_config
 from pretrain.model.counts import count_model
 from pretrain.model.spec import block_specs
 

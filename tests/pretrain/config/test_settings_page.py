@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from pretrain.common.config_loader import Config
-from pretrain.config.document import field_docs, page, schemas
+from pretrain.settings_page import field_docs, page, schemas
 
 PAGE = Path(__file__).parents[3] / "docs" / "settings.md"
 
 
 def test_the_page_is_the_dataclasses():
-    assert PAGE.read_text() == page(), "run: python -m pretrain.config.document > docs/settings.md"
+    assert PAGE.read_text() == page(), "run: python -m pretrain.settings_page > docs/settings.md"
 
 
 @pytest.mark.parametrize("schema", schemas(), ids=lambda schema: schema.__name__)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.parallel import watchdog as module
-from pretrain.parallel.watchdog import Watchdog
 from pretrain.run_directory import RunDirectory
+from pretrain.training import watchdog as module
+from pretrain.training.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("processes")
 

@@ -1,4 +1,4 @@
-"""``python -m pretrain.config.document > docs/settings.md``: every setting, from its dataclass."""
+"""``python -m pretrain.settings_page > docs/settings.md``: every setting, from its dataclass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.nn.mixers import registry
 HEAD = """# Settings
 
 All settings, their types, defaults and meaning: made from the dataclasses that are the schema, by
-`python -m pretrain.config.document > docs/settings.md`. A file may set any of them, and start from
+`python -m pretrain.settings_page > docs/settings.md`. A file may set any of them, and start from
 other files (`extends: other.yaml`, or a list of files of which later ones win); the command line
 overrides them by their dotted names (`optimizer.lr=3e-4`). What the schema does not know, or has
 another type or range, is refused by a sentence that names it.

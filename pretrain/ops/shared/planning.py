@@ -1,0 +1,63 @@
+"""Tensors without values that stand for ones on a device: how plans are made of the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_planned: ContextVar[str] = ContextVar("_planned", default="cpu")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel does, for plans: matrix-multiply FLOPs, instructions of warps that it issues,
+    and cycles of its longest chain of steps that wait for each other, by what it compiles to."""
+
+    flops: float
+    instructions: float
+    cycles: float
+
+    def share(self, part: float) -> Work:
+        """Return so much of it."""
+        return Work(self.flops * part, self.instructions * part, self.cycles * part)
+
+
+# (work, bytes of its tensors, their dtype) of a kernel that would run
+Observer = Callable[[Work, float, torch.dtype], None]
+_observer: ContextVar[Observer | None] = ContextVar("_observer", default=None)
+
+
+@contextmanager
+def planned_device(kind: str, observer: Observer | None = None) -> Iterator[None]:
+    """Let tensors on the meta device stand for ones on a device of type ``kind`` while open.
+
+    ``observer`` is called with every kernel that would run.
+    """
+    tokens = _planned.set(kind), _observer.set(observer)
+    try:
+        yield
+    finally:
+        _planned.reset(tokens[0])
+        _observer.reset(tokens[1])
+
+
+def observe(work: Work, moved: float, dtype: torch.dtype) -> None:
+    """Report a kernel that would run to whoever plans."""
+    observer = _observer.get()
+    if observer is not None:
+        observer(work, moved, dtype)
+
+
+def device_type(x: Tensor) -> str:
+    """Return the type of x's device; on the meta device, of the one that x stands for."""
+    return _planned.get() if x.is_meta else x.device.type
+
+
+def count_true(mask: Tensor, assumed: int) -> int:
+    """Return how many elements are true; ``assumed`` on the meta device, where none has a value."""
+    return assumed if mask.is_meta else int(mask.sum())
