@@ -68,16 +68,16 @@ class DepthLoRA(ReadsSharedInput):
         """Return what this pass's low-rank difference multiplies the input by."""
         return self.lora_a[self.depth]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> Tensor:
         """Add the low-rank difference of this pass to the wrapped layer's output."""
-        y = self.inner(x)[0]
+        y = self.inner(x)
         a, b = self.lora_a[self.depth], self.lora_b[self.depth]
         if isinstance(self.inner, RowParallelLinear):
             low = self.inner.reduced(nn.functional.linear(x, a))
-            return y + nn.functional.linear(low, b), None
+            return y + nn.functional.linear(low, b)
         shared = project(x, a, id(self))
         low = nn.functional.linear(x, self._shared(a)) if shared is None else shared
-        return y + nn.functional.linear(low, b if self._column else self._shared(b)), None
+        return y + nn.functional.linear(low, b if self._column else self._shared(b))
 
     def _shared(self, parameter: Tensor) -> Tensor:
         return head_shared(parameter, self._context)

@@ -10,17 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.nn.parameters import (  # noqa: F401
-    Initializer,
+from pretrain.nn.parameters import (
     ParameterInfo,
-    constant,
     describe,
     matrix_parameter,
     normal,
-    replicated_parameter,
-    sharded_parameter,
     tensor_shard,
-    used_on_local_tokens,
 )
 from pretrain.parallel.collectives import (
     gather_sequence,
@@ -52,10 +47,10 @@ class ColumnParallelLinear(ReadsSharedInput):
         rows = context.local(d_out, "the number of outputs")
         self.weight = matrix_parameter(context, (rows, d_in), std, 0, grows=grows)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> Tensor:
         """Multiply an x that comes from :func:`column_input`."""
         shared = project(x, self.weight, id(self))
-        return F.linear(x, self.weight) if shared is None else shared, None
+        return F.linear(x, self.weight) if shared is None else shared
 
 
 class ReplicatedLinear(ReadsSharedInput):
@@ -68,12 +63,10 @@ class ReplicatedLinear(ReadsSharedInput):
         self.weight = matrix_parameter(context, (d_out, d_in), std, None)
         self._context = context
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., d_in]`` from :func:`column_input` to ``[..., d_out]``."""
         shared = project(x, self.weight, id(self))
-        if shared is None:
-            shared = F.linear(x, head_shared(self.weight, self._context))
-        return shared, None
+        return F.linear(x, head_shared(self.weight, self._context)) if shared is None else shared
 
 
 class RowParallelLinear(nn.Module):
@@ -88,9 +81,9 @@ class RowParallelLinear(nn.Module):
         self.weight = matrix_parameter(context, (d_out, columns), std, 1)
         self._context = context
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> Tensor:
         """Multiply, and sum over the tensor-parallel ranks."""
-        return self.reduced(F.linear(x, self.weight)), None
+        return self.reduced(F.linear(x, self.weight))
 
     def reduced(self, y: Tensor) -> Tensor:
         """Sum partial outputs ``[T, B, d_out]`` over the ranks."""

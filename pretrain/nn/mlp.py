@@ -24,9 +24,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = column_input(x, self.parallel, self)
-        up = self.up_proj(x)[0]
-        inner = swiglu(self.gate_proj(x)[0], up) if self.kind == "swiglu" else F.gelu(up)
-        return self.down_proj(inner)[0]
+        up = self.up_proj(x)
+        inner = swiglu(self.gate_proj(x), up) if self.kind == "swiglu" else F.gelu(up)
+        y: Tensor = self.down_proj(inner)
+        return y
 
 
 def mlp_parameters(kind: str, hidden_size: int, intermediate_size: int) -> int:

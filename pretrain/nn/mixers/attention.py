@@ -95,9 +95,9 @@ class Attention(Mixer):
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
-        q = heads(self.q_proj(x)[0], self.num_heads)
-        k = heads(self.k_proj(x)[0], self.num_kv_heads)
-        v = heads(self.v_proj(x)[0], self.num_kv_heads)
+        q = heads(self.q_proj(x), self.num_heads)
+        k = heads(self.k_proj(x), self.num_kv_heads)
+        v = heads(self.v_proj(x), self.num_kv_heads)
         if self.config.qk_norm:
             q = rms_norm(q, head_shared(self.q_norm, self.parallel), self.config.norm_eps)
             k = rms_norm(k, head_shared(self.k_norm, self.parallel), self.config.norm_eps)
@@ -124,7 +124,7 @@ class Attention(Mixer):
         )
         y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
         seen = sequences.sizes + (0 if state is None else state["seen"])
-        return self.o_proj(y)[0], {**self._visible(k, v, sequences_k), "seen": seen}
+        return self.o_proj(y), {**self._visible(k, v, sequences_k), "seen": seen}
 
     def _visible(self, k: Tensor, v: Tensor, sequences: Sequences) -> State:
         """Return what later tokens can still see."""

@@ -86,17 +86,17 @@ class DeltaRuleMixer(Mixer):
         x = column_input(x, self.parallel, self)
         new_state: State = {}
         q, k, v = (
-            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], sequences, state, new_state)
+            convolve(self, name, getattr(self, f"{name}_proj")(x), sequences, state, new_state)
             for name in "qkv"
         )
         q, k, v = heads_of(q, self.num_heads, 1), self._steps(k), self._steps(v)
-        beta = self._steps(self.b_proj(x)[0].transpose(0, 1))[..., 0]
+        beta = self._steps(self.b_proj(x).transpose(0, 1))[..., 0]
         beta = beta.to(accumulation_dtype(self.parallel.dtype)).sigmoid() * (
             1 + self.config.allow_neg_eigval
         )
         log_decay = None
         if self.decays(self.config):
-            log_decay = softplus_decay(self.a_proj(x)[0], self.A_log, self.dt_bias).transpose(0, 1)
+            log_decay = softplus_decay(self.a_proj(x), self.A_log, self.dt_bias).transpose(0, 1)
         y, new_state["recurrent"] = delta_rule(
             l2_norm(q),
             l2_norm(k),
@@ -110,10 +110,10 @@ class DeltaRuleMixer(Mixer):
         )
         norm, eps = head_shared(self.norm, self.parallel), self.config.norm_eps
         if self.output_gate:
-            y = rms_norm_silu_gate(y, norm, heads(self.g_proj(x)[0], self.num_heads), eps)
+            y = rms_norm_silu_gate(y, norm, heads(self.g_proj(x), self.num_heads), eps)
         else:
             y = rms_norm(y, norm, eps)
-        return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
+        return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
     def _steps(self, x: Tensor) -> Tensor:
         """Split ``[B, T, H * n * dim]`` into ``[B, T * n, H, dim]``: a head's sub-steps lie

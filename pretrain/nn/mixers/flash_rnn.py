@@ -90,7 +90,7 @@ class ClassicalRNN(Mixer):
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         kind = CELLS[self.cell]
-        gates = self.x_proj(x)[0].transpose(0, 1)
+        gates = self.x_proj(x).transpose(0, 1)
         gates = gates.unflatten(-1, (self.num_heads, kind.gates, -1)).transpose(2, 3)
         y, states = rnn(
             gates,
@@ -103,7 +103,7 @@ class ClassicalRNN(Mixer):
         )
         y = rms_norm(y, head_shared(self.norm, self.parallel), self.config.norm_eps)
         new_state = dict(zip(kind.states, states, strict=True))
-        return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
+        return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
     def init_state(self, batch_size: int) -> State:
         kind, shape = CELLS[self.cell], (batch_size, self.num_heads, self.head_dim)

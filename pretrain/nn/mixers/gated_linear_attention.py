@@ -70,7 +70,7 @@ class GatedLinearAttention(LinearFamilyMixer):
 
     def log_decay(self, x: Tensor) -> Tensor:
         """Compute log-decays ``[B, T, H, K]``."""
-        decay = self.a_up(self.a_down(x)[0])[0].to(self.a_bias.dtype) + self.a_bias
+        decay = self.a_up(self.a_down(x)).to(self.a_bias.dtype) + self.a_bias
         return heads(F.logsigmoid(decay), self.num_heads) / self.config.gate_normalizer
 
     @classmethod

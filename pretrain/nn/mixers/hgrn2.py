@@ -104,10 +104,10 @@ class HGRN2(Mixer):
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
-        q = F.silu(self.q_proj(x)[0])
-        closing, log_f = _forget(self.f_proj(x)[0], self.lower_bound)
+        q = F.silu(self.q_proj(x))
+        closing, log_f = _forget(self.f_proj(x), self.lower_bound)
         q, k, log_f = (heads(t, self.num_heads) for t in (q, closing, log_f))
-        v = heads(self.i_proj(x)[0], self.num_heads)
+        v = heads(self.i_proj(x), self.num_heads)
         y, recurrent = linear_attention(
             q,
             k.to(q.dtype),
@@ -118,7 +118,7 @@ class HGRN2(Mixer):
             initial_state=None if state is None else state["recurrent"],
         )
         y = sharded_rms_norm(y.flatten(2), self.norm, self.config.norm_eps, self.parallel)
-        return self.o_proj(y.transpose(0, 1))[0], {"recurrent": recurrent}
+        return self.o_proj(y.transpose(0, 1)), {"recurrent": recurrent}
 
     def init_state(self, batch_size: int) -> State:
         shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)

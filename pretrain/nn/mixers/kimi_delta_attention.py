@@ -115,20 +115,18 @@ class KimiDeltaAttention(Mixer):
         new_state: State = {}
         q, k, v = (
             convolve(
-                self, name, getattr(self, f"{name}_proj")(x)[0], sequences, state, new_state
+                self, name, getattr(self, f"{name}_proj")(x), sequences, state, new_state
             ).unflatten(-1, (self.num_heads, -1))
             for name in "qkv"
         )
         decay, gate = (
-            heads(
-                getattr(self, f"{name}_up")(getattr(self, f"{name}_down")(x)[0])[0], self.num_heads
-            )
+            heads(getattr(self, f"{name}_up")(getattr(self, f"{name}_down")(x)), self.num_heads)
             for name in "ag"
         )
         log_decay = softplus_decay(
             decay, self.A_log[:, None], self.dt_bias.unflatten(0, (self.num_heads, -1))
         )
-        beta = self.b_proj(x)[0].to(accumulation_dtype(x.dtype)).sigmoid().transpose(0, 1)
+        beta = self.b_proj(x).to(accumulation_dtype(x.dtype)).sigmoid().transpose(0, 1)
         y, new_state["recurrent"] = delta_rule(
             l2_norm(q),
             l2_norm(k),
@@ -141,7 +139,7 @@ class KimiDeltaAttention(Mixer):
         )
         norm = head_shared(self.norm, self.parallel)
         y = rms_norm_sigmoid_gate(y, norm, gate, self.config.norm_eps)
-        return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
+        return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
     def init_state(self, batch_size: int) -> State:
         dim = self.config.head_dim

@@ -98,7 +98,7 @@ class LinearFamilyMixer(Mixer):
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         new_state: State = {}
-        q, k, v = (heads(getattr(self, f"{name}_proj")(x)[0], self.num_heads) for name in "qkv")
+        q, k, v = (heads(getattr(self, f"{name}_proj")(x), self.num_heads) for name in "qkv")
         q, k, v = self.prepare(q, k, v, sequences, state, new_state)
         y, new_state["recurrent"] = linear_attention(
             q,
@@ -112,10 +112,10 @@ class LinearFamilyMixer(Mixer):
         y = self.finish(y)
         norm, eps = head_shared(self.norm, self.parallel), self.config.norm_eps
         if self.output_gate:
-            y = rms_norm_silu_gate(y, norm, heads(self.g_proj(x)[0], self.num_heads), eps)
+            y = rms_norm_silu_gate(y, norm, heads(self.g_proj(x), self.num_heads), eps)
         else:
             y = rms_norm(y, norm, eps)
-        return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
+        return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
     def init_state(self, batch_size: int) -> State:
         shape = (self.num_heads, self.key_dim, self.state_width(self.config, self.value_dim))

@@ -130,12 +130,12 @@ class M2RNN(Mixer):
         x = column_input(x, self.parallel, self)
         new_state: State = {}
         q, k, v = (
-            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], sequences, state, new_state)
+            convolve(self, name, getattr(self, f"{name}_proj")(x), sequences, state, new_state)
             for name in "qkv"
         )
         q, k = (t.unflatten(-1, (self.qk_heads, -1)) for t in (q, k))
         v = v.unflatten(-1, (self.num_heads, -1))
-        forget = softplus_decay(self.f_proj(x)[0], self.A_log, self.dt_bias).exp().transpose(0, 1)
+        forget = softplus_decay(self.f_proj(x), self.A_log, self.dt_bias).exp().transpose(0, 1)
         y, new_state["recurrent"] = m2rnn(
             q,
             k,
@@ -146,9 +146,9 @@ class M2RNN(Mixer):
             state_grad_clip=self.config.state_grad_clip,
             initial_state=None if state is None else state["recurrent"],
         )
-        y = skip_silu_gate(y, v, self.D, heads(self.g_proj(x)[0], self.num_heads))
+        y = skip_silu_gate(y, v, self.D, heads(self.g_proj(x), self.num_heads))
         y = sharded_rms_norm(y.flatten(2), self.norm, self.config.norm_eps, self.parallel)
-        return self.o_proj(y.transpose(0, 1))[0], new_state
+        return self.o_proj(y.transpose(0, 1)), new_state
 
     def init_state(self, batch_size: int) -> State:
         config = self.config

@@ -126,13 +126,13 @@ class Mamba2(Mixer):
         x = column_input(x, self.parallel, self)
         new_state: State = {}
         inner, b, c = (
-            convolve(self, name, getattr(self, f"{name}_proj")(x)[0], sequences, state, new_state)
+            convolve(self, name, getattr(self, f"{name}_proj")(x), sequences, state, new_state)
             for name in "xbc"
         )
         repeat = self.num_heads // self.groups
         b, c = (t.unflatten(-1, (self.groups, -1)).repeat_interleave(repeat, 2) for t in (b, c))
         inner = inner.unflatten(-1, (self.num_heads, -1))
-        step = F.softplus(self.dt_proj(x)[0].to(self.dt_bias.dtype) + self.dt_bias).transpose(0, 1)
+        step = F.softplus(self.dt_proj(x).to(self.dt_bias.dtype) + self.dt_bias).transpose(0, 1)
         wide = inner.to(step.dtype)
         y, new_state["recurrent"] = linear_attention(
             c,
@@ -144,14 +144,14 @@ class Mamba2(Mixer):
             chunk_size=self.config.chunk_size,
             initial_state=None if state is None else state["recurrent"],
         )
-        y = skip_silu_gate(y, wide, self.D[:, None], heads(self.z_proj(x)[0], self.num_heads))
+        y = skip_silu_gate(y, wide, self.D[:, None], heads(self.z_proj(x), self.num_heads))
         y = y.flatten(2)
         if self.config.num_groups == 1:
             y = sharded_rms_norm(y, self.norm, self.config.norm_eps, self.parallel)
         else:
             y = rms_norm(y.unflatten(-1, (self.groups, -1)), None, self.config.norm_eps).flatten(2)
             y = y * self.norm
-        return self.o_proj(y.transpose(0, 1))[0], new_state
+        return self.o_proj(y.transpose(0, 1)), new_state
 
     def init_state(self, batch_size: int) -> State:
         shape = (batch_size, self.num_heads, self.config.state_size, self.config.head_dim)

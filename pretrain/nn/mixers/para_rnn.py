@@ -110,7 +110,7 @@ class ParaRNNMixer(Mixer):
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         new_state: State = {}
-        inner = convolve(self, "x", self.x_proj(x)[0], sequences, state, new_state)
+        inner = convolve(self, "x", self.x_proj(x), sequences, state, new_state)
         batch_size, length, width = inner.shape
         by_head = inner.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
         u = torch.bmm(by_head, self.gates).unflatten(-1, (3, -1)).permute(1, 2, 0, 3)
@@ -135,10 +135,10 @@ class ParaRNNMixer(Mixer):
         y = rms_norm_silu_gate(
             y,
             head_shared(self.norm, self.parallel),
-            heads(self.g_proj(x)[0], self.num_heads),
+            heads(self.g_proj(x), self.num_heads),
             self.config.norm_eps,
         )
-        return self.o_proj(y.flatten(2).transpose(0, 1))[0], new_state
+        return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
     def init_state(self, batch_size: int) -> State:
         shape = (batch_size, self.num_states, self.num_heads, self.head_dim)

@@ -103,10 +103,10 @@ class RAT(Mixer):
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
-        v = heads(self.v_proj(x)[0], self.num_heads)
-        gate = torch.sigmoid(self.g_proj(x)[0].to(self.g_bias.dtype) + self.g_bias)
+        v = heads(self.v_proj(x), self.num_heads)
+        gate = torch.sigmoid(self.g_proj(x).to(self.g_bias.dtype) + self.g_bias)
         q, k = (
-            heads(getattr(self, f"{name}_proj")(x)[0], self.groups).repeat_interleave(
+            heads(getattr(self, f"{name}_proj")(x), self.groups).repeat_interleave(
                 self.num_heads // self.groups, 2
             )
             for name in "qk"
@@ -121,8 +121,8 @@ class RAT(Mixer):
             sequences=sequences,
             initial_state=None if state is None else RATState(**state),
         )
-        y = y.flatten(2).transpose(0, 1) * torch.sigmoid(self.z_proj(x)[0])
-        return self.o_proj(y)[0], dict(vars(new))
+        y = y.flatten(2).transpose(0, 1) * torch.sigmoid(self.z_proj(x))
+        return self.o_proj(y), dict(vars(new))
 
     def init_state(self, batch_size: int) -> State:
         zeros = matrix_state(self.parallel, batch_size, self.num_heads, self.head_dim)
