@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pretrain.common.errors import run_command
+from pretrain.common.quiet import quiet_process
 
 
 def main() -> int:
     """Run the command of ``sys.argv`` and return the exit status."""
+    quiet_process()
     commands: dict[str, Callable[[], Callable[[Sequence[str]], int]]] = {
         "report": _report,
         "sample": _sample,

@@ -1,21 +1,18 @@
-"""Plan a grid's members on a cluster's hardware, by ``python -m pretrain plan``."""
+"""Plan a grid's members on a cluster's hardware, as ``python -m pretrain plan`` does."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from launch.grid import Member
-from pretrain.config import RunConfig, to_yaml
+from pretrain.common.errors import UserError
+from pretrain.config import RunConfig
 
 
 def print_plans(console: Console, members: Sequence[Member], hardware: str, devices: int) -> None:
@@ -64,33 +61,10 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
 
 
 def plan(config: RunConfig, hardware: str, devices: int) -> dict[str, Any] | str:
-    """Return the planner's figures, or the reason why it has none.
+    """Return the planner's figures, or the reason why it has none."""
+    from pretrain.planner.report import plan_run
 
-    It runs in a separate process, because it simulates one rank of many.
-    """
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        path, result = Path(folder) / "run.yaml", Path(folder) / "plan.json"
-        path.write_text(to_yaml(config))
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pretrain",
-                "plan",
-                str(path),
-                "--devices",
-                str(devices),
-                "--hardware",
-                hardware,
-                "--json",
-                str(result),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
-            return errors[0].removeprefix("error: ") if errors else "the planner failed"
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
+    try:
+        return plan_run(config, hardware, devices, config.name)
+    except UserError as error:
+        return str(error)

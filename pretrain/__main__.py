@@ -9,9 +9,11 @@ import argparse
 import sys
 
 from pretrain.common.errors import run_command
+from pretrain.common.quiet import quiet_process
 
 
 def main() -> int:
+    quiet_process()
     parser = argparse.ArgumentParser(
         prog="python -m pretrain",
         description="Train a model, or go on where the run left off. 'python -m pretrain verify "

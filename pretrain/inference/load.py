@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,26 +17,65 @@ from pretrain.checkpoint.state import (
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, load_saved_config
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.inference.generate import generate
+from pretrain.inference.score import Pair, StateScorer
 from pretrain.model.build import build_model
 from pretrain.model.language_model import LanguageModel
-from pretrain.parallel.processes import start_processes
 from pretrain.run_directory import CONFIG_FILE, find_checkpoint, run_of_checkpoint
 
 
 @dataclass
 class LoadedModel:
-    """run: the settings it was trained with; checkpoint: the folder it came from."""
+    """A trained model in evaluation mode, and all that belongs to it."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     run: RunConfig
+    """The settings that it was trained with."""
     state: CheckpointState
+    """What its checkpoint says of itself, such as the step."""
     checkpoint: Path
+    """The folder that it came from."""
 
     @property
     def evals_directory(self) -> Path:
-        """Where this run's results belong: ``runs/NAME/evals``."""
+        """Return where results about this run belong, ``runs/NAME/evals``."""
         return run_of_checkpoint(self.checkpoint).evals
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 100,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Return ``prompt`` and up to ``max_tokens`` tokens after it, up to the document's end.
+
+        temperature: 0 takes the likeliest token. top_k, top_p: see
+        :func:`pretrain.inference.generate.choose`. seed: of what is drawn.
+        """
+        opened = [self.tokenizer.eod_id, *self.tokenizer.encode(prompt)]
+        written = generate(
+            self.model,
+            opened,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            vocab_size=self.tokenizer.vocab_size,
+            stop_id=self.tokenizer.eod_id,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        return self.tokenizer.decode([*opened[1:], *written])
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """Return the log-likelihood of each text as the beginning of a document, in nats."""
+        scorer = StateScorer(self.model, self.tokenizer.vocab_size)
+        pairs = [Pair([self.tokenizer.eod_id], self.tokenizer.encode(text)) for text in texts]
+        return [value for value, _ in scorer.log_likelihoods(pairs)]
 
 
 def load_model(
@@ -45,15 +85,17 @@ def load_model(
     recurrences: int | None = None,
     averaged: bool = False,
 ) -> LoadedModel:
-    """A checkpoint, or the latest of a run directory; ``recurrences``: passes through the loop of
-    a recursive model instead of the configured number; ``averaged``: weights averaged over steps
-    (optimizer.ema_decay). Raises UserError naming what is wrong."""
+    """Load a checkpoint, or the latest of a run directory; no process group is needed.
+
+    recurrences: passes through the loop of a recursive model instead of the configured number.
+    averaged: weights averaged over steps (optimizer.ema_decay). Raises UserError naming what is
+    wrong.
+    """
     checkpoint = find_checkpoint(Path(path)).resolve()
     check_files(checkpoint)
     state = read_state(checkpoint)
     run = load_saved_config(checkpoint / CONFIG_FILE)
     tokenizer = Tokenizer.load(checkpoint)
-    start_processes()
     model = build_model(state.model_config, state.vocab_size, seed=0, dtype=dtype)
     if recurrences is not None:
         if model.recursion is None:

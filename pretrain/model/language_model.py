@@ -208,6 +208,26 @@ class LanguageModel(DescribedModule):
             losses = losses + (cost - cost.detach())
         return losses
 
+    def hidden_states(
+        self, tokens: Tensor, *, sequences: Sequences | Tensor | None = None
+    ) -> Tensor:
+        """Return the last block's output for each token, ``[B, T, d]``, before the final norm.
+
+        tokens ``[B, T]`` int64; with ``sequences`` B is 1 and they are packed.
+        """
+        packed = given_sequences("the model", sequences, None)
+        x, _, _ = self._hidden(tokens, packed, None, with_states=False)
+        return x.transpose(0, 1)
+
+    def states(self, tokens: Tensor, *, sequences: Sequences | Tensor | None = None) -> list[State]:
+        """Return what each block carries from tokens ``[B, T]`` to the next one.
+
+        There is one state per block, for blocks of a loop one per pass, in the order in which they
+        run; :meth:`forward_with_state` continues from them.
+        """
+        packed = given_sequences("the model", sequences, None)
+        return self._hidden(tokens, packed, None, with_states=True)[1]
+
     def forward_with_state(
         self,
         tokens: Tensor,

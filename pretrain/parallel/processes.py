@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -80,6 +81,28 @@ def start_processes(config: ParallelConfig | None = None) -> bool:
         distributed_timeout_minutes=2 * config.timeout_minutes,
     )
     return True
+
+
+@contextlib.contextmanager
+def process_groups(config: ParallelConfig) -> Iterator[None]:
+    """Join the process groups that do not exist yet, and leave those, and no others, at the end.
+
+    After an exception on one of several processes they are not left: that would wait for peers
+    which may never come.
+    """
+    had_groups = dist.is_initialized()
+    failed, started = True, False
+    try:
+        started = start_processes(config)
+        yield
+        failed = False
+    finally:
+        if not failed or world_size() == 1:
+            state = groups()
+            if not had_groups:
+                stop_processes()
+            elif started and state is not None:
+                state.destroy_model_parallel()
 
 
 def order_kernels(config: ParallelConfig) -> None:

@@ -78,6 +78,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def plan_run(config: RunConfig, hardware: str, devices: int, where: str) -> dict[str, Any]:
+    """Return the figures of a run on ``devices`` of the hardware that a file describes.
+
+    ``where`` begins messages. Raises UserError where the run cannot be planned or does not fit the
+    number of devices.
+    """
+    planner = Planner(config, _vocab_size(config, where), load_hardware(hardware))
+    planner.hardware.peak_flops(config.train.precision)
+    check_layout(config, devices, where)
+    return estimate_figures(planner.estimate(config.parallel, devices), planner)
+
+
 def _load(path: str, overrides: list[str]) -> RunConfig:
     """A run's settings; a model alone is planned as a run with the settings of ``ASSUMED`` over 20
     tokens per parameter."""

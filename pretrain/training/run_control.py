@@ -14,35 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
-from pretrain.config import ParallelConfig
-from pretrain.parallel.processes import start_processes, stop_processes, world_size
+from pretrain.parallel.processes import world_size
 
 _REPEAT_SECONDS = 5.0
-
-
-@contextlib.contextmanager
-def process_groups(config: ParallelConfig) -> Iterator[None]:
-    """Join the process groups that do not exist yet, and leave those, and no others, at the end.
-
-    After an exception on one of several processes they are not left: that would wait for peers
-    which may never come.
-    """
-    had_groups = dist.is_initialized()
-    had_parallel_groups = parallel_state.model_parallel_is_initialized()
-    failed = True
-    try:
-        start_processes(config)
-        yield
-        failed = False
-    finally:
-        if not failed or world_size() == 1:
-            if not had_groups:
-                stop_processes()
-            elif not had_parallel_groups and parallel_state.model_parallel_is_initialized():
-                parallel_state.destroy_model_parallel()
 
 
 @contextlib.contextmanager

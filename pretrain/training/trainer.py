@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ import torch
 from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.common.config_loader import ConfigError
+from pretrain.common.quiet import ignore_warnings
 from pretrain.config import RunConfig
 from pretrain.config.checks import check_layout, check_model, check_run_config, load_run_config
 from pretrain.data.batches import (
@@ -30,6 +32,7 @@ from pretrain.parallel.processes import (
     data_parallel_rank_and_size,
     is_main_process,
     on_main_process,
+    process_groups,
     world_size,
 )
 from pretrain.run_directory import RunDirectory
@@ -42,7 +45,6 @@ from pretrain.training.resuming import checkpoint_to_resume
 from pretrain.training.run_control import (
     Interval,
     StopSignals,
-    process_groups,
     seed_step,
     threads_of_torch,
 )
@@ -139,10 +141,12 @@ class Trainer:
         check_layout(self.config, world_size(), self._where)
         self.result, self.stopping = None, False
         with (
+            warnings.catch_warnings(),
             process_groups(self.config.parallel),
             threads_of_torch(self.config.train.threads),
             contextlib.ExitStack() as stack,
         ):
+            ignore_warnings()
             for callback in self.callbacks:
                 stack.push(_on_exception(callback))
                 callback.on_fit_start()
