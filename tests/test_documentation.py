@@ -36,6 +36,7 @@ OTHERS = {
     "docs/layers.md",
     "docs/parallel.md",
     "docs/settings.md",
+    "docs/library.md",
 }
 COPIED = ("configs", "data_prep", "evals", "launch", "pretrain", "tests/data")
 

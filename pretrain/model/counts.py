@@ -72,13 +72,26 @@ def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
 
 
 def recomputed_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
-    """Forward FLOPs per token that ``activation_checkpointing: block`` does once more: outside a
-    loop, and of one pass through it."""
-    flops = [block_flops(config, spec, seq_len) for spec in block_specs(config)]
+    """Count the forward FLOPs per token that ``activation_checkpointing: block`` does once more.
+
+    Returns those outside a loop, and those of one pass through it. torch stops recomputing at the
+    last tensor that the backward pass needs: where nothing follows an MLP but the residual sum,
+    that is the input of its last product, which is not done again. Blocks without an MLP are
+    counted in full.
+    """
+    flops = [_recomputed(config, spec, seq_len) for spec in block_specs(config)]
     if config.recursion is None:
         return sum(flops), 0
     inside = slice(config.recursion.prelude, len(flops) - config.recursion.coda)
     return sum(flops) - sum(flops[inside]), sum(flops[inside])
+
+
+def _recomputed(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
+    full = block_flops(config, spec, seq_len)
+    dense = config.mlp.kind != "none" and spec.moe is None
+    if not dense or config.block_norm == "sandwich" or config.dropout > 0:
+        return full
+    return full - 2 * config.hidden_size * config.mlp.width(config.hidden_size)
 
 
 @dataclass(frozen=True)

@@ -65,25 +65,24 @@ class Shard:
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """Describe a parameter to initialisation, optimizers, checkpoints and the planner.
-
-    init: how its values are drawn. weight_decay: whether it may apply. shard: None where every
-    tensor-parallel rank holds all of it. matrix: whether it maps activations to activations in a
-    block, as Muon's share of the parameters does. lr_multiplier: of the learning rate (maximal-
-    update parametrization). sum_gradient: whether, under sequence parallelism, each rank applies
-    it to tokens of its own, so that its gradient is summed over them. tied: whether it is one of
-    the two copies of a tied embedding under a pipeline; copy: whether it is the second one, which
-    counts in no norm and is written to no checkpoint.
-    """
+    """Describe a parameter to initialisation, optimizers, checkpoints and the planner."""
 
     init: Initializer
+    """How its values are drawn."""
     weight_decay: bool = True
+    """Whether weight decay may apply."""
     shard: Shard | None = None
+    """This rank's part; None where every tensor-parallel rank holds all, however many they are."""
     matrix: bool = False
+    """Whether it maps activations to activations inside a block: Muon's share of parameters."""
     lr_multiplier: float = 1.0
+    """Multiple of the learning rate (maximal-update parametrization)."""
     sum_gradient: bool = False
+    """Whether sequence parallelism applies it to each rank's own tokens: gradients are summed."""
     tied: bool = False
+    """Whether it is one of the two copies of a tied embedding under a pipeline."""
     copy: bool = False
+    """Whether it is the second of them, which counts in no norm and is in no checkpoint."""
 
 
 def describe(parameter: nn.Parameter, info: ParameterInfo) -> nn.Parameter:
@@ -131,10 +130,11 @@ def _empty(
     return nn.Parameter(torch.empty(shape, dtype=dtype or context.dtype, device=context.device))
 
 
-def tensor_shard(context: ParallelContext, axis: int) -> Shard | None:
-    """Return this rank's shard along ``axis``; None where tensor parallelism is off."""
-    if context.tensor_size == 1:
-        return None
+def tensor_shard(context: ParallelContext, axis: int) -> Shard:
+    """Return this rank's shard along ``axis``, all of it where tensor parallelism is off.
+
+    The axis decides how large parameters are drawn, so it is the same under every layout.
+    """
     return Shard(axis, context.tensor_rank, context.tensor_size)
 
 

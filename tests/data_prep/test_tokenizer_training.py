@@ -48,7 +48,7 @@ def test_long_lines_are_learned_from(tmp_path):
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_a_vocabulary_that_the_sample_cannot_fill_names_one_that_it_can(kind):
     texts = [f"line {i} of a small text\n" for i in range(500)]
-    with pytest.raises(UserError, match=r"vocab_size is 90000, but .* up to \d+") as error:
+    with pytest.raises(UserError, match=r"vocab_size is 90000, but .* at most \d+") as error:
         train_sentencepiece(texts, TokenizerConfig(kind=kind, vocab_size=90_000))
     size = int(str(error.value).split()[-1])
     assert train_sentencepiece(texts, TokenizerConfig(kind=kind, vocab_size=size))

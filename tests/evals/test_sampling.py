@@ -140,7 +140,7 @@ def test_the_command_continues_a_text(trained):
 @pytest.mark.parametrize(
     ("words", "stdin", "message"),
     [
-        (["--prompt-file", "-"], b"ab\xff", "the standard input: is not UTF-8 at byte 2"),
+        (["--prompt-file", "-"], b"ab\xff", "the standard input is not UTF-8 at byte 2"),
         (["--prompt-file", "none.txt"], b"", "none.txt: No such file"),
         (["--top-p", "1.5"], b"", "--top-p is 1.5, expected above 0 and at most 1"),
         (["--max-tokens", "0"], b"", "--max-tokens is 0, expected 1 or more"),

@@ -231,7 +231,10 @@ def test_repeated_data_is_worth_less():
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [((1e6, 1e6, 2e6, 2e6), "2 sizes do not determine"), ((None,) * 4, "number of parameters")],
+    [
+        ((1e6, 1e6, 2e6, 2e6), "2 model sizes do not determine"),
+        ((None,) * 4, "number of parameters"),
+    ],
 )
 def test_sizes_that_do_not_determine_the_exponent(sizes, message):
     _, runs = true_fit("intrinsic")

@@ -23,7 +23,7 @@ from pretrain.ops import (
     rnn,
     short_convolution,
 )
-from tests.pretrain.model.test_language_model import VOCAB, settings
+from tests.helpers.small_model import VOCAB, settings
 
 LENGTHS = [3, 0, 5, 1]
 
