@@ -9,8 +9,7 @@ converged?), the ops themselves say what is usual on the meta device.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -72,17 +71,14 @@ class Simulation(TorchDispatchMode):
         self._cost = Cost()
         self._base = 0
         self._known: dict[int, Any] = {}
-        self._functions = _fused_attention(self)
-        self._planned = planned_device(hardware.device, self._kernel)
+        self._planned = planned_device(hardware.device, self._kernel, _planned_attention(self))
 
     def __enter__(self) -> Simulation:
         self._planned.__enter__()
-        self._functions.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._functions.__exit__(*error)
         self._planned.__exit__(*error)
 
     def measure(self, function: Callable[[], Any]) -> tuple[Any, Cost]:
@@ -218,26 +214,19 @@ def _without_masks(indices: Any) -> list[Any]:
     return found
 
 
-@contextmanager
-def _fused_attention(simulation: Simulation) -> Iterator[None]:
-    """Torch chooses its attention kernel by the tensors' device: answer for the planned one. Not a
-    mode for functions, which is blind in recomputations of the backward pass."""
-    function: Any = F.scaled_dot_product_attention
+def _planned_attention(simulation: Simulation) -> Callable[..., Tensor]:
+    """Return what stands for torch's attention: the kernel that the planned device would choose."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
         cuda = simulation._hardware.device == "cuda"
         if not q.is_meta or not (cuda or _cpu_is_fused(q, k, v, **settings)):
-            return function(q, k, v, **settings)
+            return F.scaled_dot_product_attention(q, k, v, **settings)
         length = k.shape[2]
         seen = (length + 1) / (2 * length) if settings.get("is_causal") else 1.0
-        return _Fused.apply(simulation, q, k, v, seen)
+        output: Tensor = _Fused.apply(simulation, q, k, v, seen)
+        return output
 
-    module: Any = F
-    module.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        module.scaled_dot_product_attention = function
+    return attention
 
 
 def _cpu_is_fused(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> bool:

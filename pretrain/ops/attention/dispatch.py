@@ -9,12 +9,12 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences, given_sequences
 from pretrain.ops.attention.definition import explicit_attention
 from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
+from pretrain.ops.shared.planning import scaled_dot_product_attention
 
 BACKENDS = ("auto", "explicit", "sdpa", "varlen", "flash")
 
@@ -205,7 +205,7 @@ def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int
         mask = keys <= last
         if window is not None:
             mask = mask & (keys > last - window)
-    output = F.scaled_dot_product_attention(
+    output = scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),

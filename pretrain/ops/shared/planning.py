@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _planned: ContextVar[str] = ContextVar("_planned", default="cpu")
@@ -30,20 +32,33 @@ class Work:
 # (work, bytes of its tensors, their dtype) of a kernel that would run
 Observer = Callable[[Work, float, torch.dtype], None]
 _observer: ContextVar[Observer | None] = ContextVar("_observer", default=None)
+# Stands for torch's attention, which chooses its kernel by the tensors' device.
+Attention = Callable[..., Tensor]
+_attention: ContextVar[Attention | None] = ContextVar("_attention", default=None)
 
 
 @contextmanager
-def planned_device(kind: str, observer: Observer | None = None) -> Iterator[None]:
+def planned_device(
+    kind: str, observer: Observer | None = None, attention: Attention | None = None
+) -> Iterator[None]:
     """Let tensors on the meta device stand for ones on a device of type ``kind`` while open.
 
-    ``observer`` is called with every kernel that would run.
+    ``observer`` is called with every kernel that would run; ``attention`` in the place of
+    ``F.scaled_dot_product_attention``, with its arguments.
     """
-    tokens = _planned.set(kind), _observer.set(observer)
+    tokens = _planned.set(kind), _observer.set(observer), _attention.set(attention)
     try:
         yield
     finally:
         _planned.reset(tokens[0])
         _observer.reset(tokens[1])
+        _attention.reset(tokens[2])
+
+
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+    """Call torch's attention, or what stands for it in a plan."""
+    planned = _attention.get()
+    return (F.scaled_dot_product_attention if planned is None else planned)(q, k, v, **settings)
 
 
 def observe(work: Work, moved: float, dtype: torch.dtype) -> None:
