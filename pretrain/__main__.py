@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 
 from pretrain.common.errors import run_command
+from pretrain.common.garbage import paused_collection
 from pretrain.common.quiet import quiet_process
 
 
@@ -46,13 +48,17 @@ def main() -> int:
 
     overrides = [*arguments.overrides, *extra]
 
-    from pretrain.config.checks import load_run_config
+    with paused_collection():
+        from pretrain.config.checks import load_run_config
 
-    load_run_config(arguments.config, overrides)  # refuses bad settings before torch is imported
+        load_run_config(arguments.config, overrides)  # refuses bad settings before all is imported
 
-    from pretrain.training.trainer import Trainer
+        from pretrain.training.callbacks.garbage import KeepObjects
+        from pretrain.training.trainer import Trainer
 
-    return Trainer(arguments.config, overrides=overrides).fit().exit_status
+        trainer = Trainer(arguments.config, overrides=overrides, callbacks=[KeepObjects()])
+    gc.freeze()
+    return trainer.fit().exit_status
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Tensors of a checkpoint as far as a process has them: as boxes of the whole tensor.
 
 Saved and loaded by torch.distributed.checkpoint, whatever layout either side has: every process
-writes what it alone has, without exchanging anything, and reads what it needs.
+writes what it alone has, without exchanging anything, and reads what it needs. That module, which
+takes most of a second to import, is imported where something is saved or loaded.
 """
 
 from __future__ import annotations
@@ -11,22 +12,18 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from pretrain.nn.parameters import info_of
 from pretrain.parallel.processes import data_parallel_rank_and_size, tensor_parallel_rank
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+    from torch.distributed.checkpoint.planner import WriteItem
 
 Shape = tuple[int, ...]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,11 +45,16 @@ class Boxes:
         return Boxes(self.whole, ((o, t.to("cpu", copy=True)) for o, t in self.parts.items()))
 
     def _chunks(self) -> Iterator[tuple[ChunkStorageMetadata, Tensor]]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         for offsets, tensor in self.parts.items():
             yield ChunkStorageMetadata(offsets=offsets, sizes=tensor.size()), tensor
 
     # The names that torch.distributed.checkpoint looks for.
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         return [
             WriteItem(
                 index=MetadataIndex(name, chunk.offsets),
@@ -88,33 +90,20 @@ class HoldsState(Protocol):
     def backend(self) -> StateOfTraining: ...
 
 
-class _SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn].parts[index.offset]
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(
-        self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
-    ) -> None:
-        # Not the inherited one: it makes None of what is not a tensor.
-        self.original_state_dict = self.state_dict = state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].parts[index.offset]
-
-
 def save_state(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
     """Write the parts of all processes into ``folder``; all processes of ``group`` must call.
 
     Raises CheckpointException, on every process, where one could not write.
     """
+    import torch.distributed.checkpoint as dcp
+
+    from pretrain.checkpoint.planners import SavePlanner
+
     dcp.save(
         {name: boxes for name, boxes in state.items() if boxes.parts},
         # Nothing copied ahead: that would wait for the GPU's stream, and tensors are on the CPU.
         storage_writer=dcp.FileSystemWriter(folder, per_thread_copy_ahead=0),
-        planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        planner=SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         process_group=group,
     )
 
@@ -124,12 +113,16 @@ def load_state(state: State, folder: Path) -> None:
 
     Raises CheckpointException where the folder lacks a name or has it in another shape.
     """
+    import torch.distributed.checkpoint as dcp
+
+    from pretrain.checkpoint.planners import LoadPlanner
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*load in a single process")
         dcp.load(
             {name: boxes for name, boxes in state.items() if boxes.parts},
             storage_reader=dcp.FileSystemReader(folder),
-            planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            planner=LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             no_dist=True,
         )
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from pretrain.checkpoint.sharded_state import (
     HoldsState,
@@ -180,6 +179,8 @@ def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) 
 
 
 def _load(state: State, checkpoint: Path) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         load_state(state, checkpoint)
     except CheckpointException as error:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from pretrain.checkpoint.sharded_state import HoldsState, State, save_state, weights_state
 from pretrain.checkpoint.state import CheckpointState
@@ -84,6 +83,8 @@ class CheckpointWriter:
             self._group = None
 
     def _write(self, own: State, state: CheckpointState) -> Path:
+        from torch.distributed.checkpoint.api import CheckpointException
+
         final = self.directory / checkpoint_name(state.step)
         writing = on_main_process(lambda: self._begin(final), self._group)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -29,4 +30,5 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    gc.freeze()  # or the interpreter, when it ends, looks for garbage among all that was imported
     raise SystemExit(status or 0)

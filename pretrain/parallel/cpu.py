@@ -16,23 +16,34 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from pretrain.common.garbage import paused_collection
+
+_NOT_ON_A_CPU = ("triton", "torch.utils.tensorboard")
+
 
 @contextlib.contextmanager
 def importing_megatron() -> Iterator[None]:
-    """Import megatron-core without torch's compiler.
+    """Import megatron-core without what it needs on a GPU alone, or not for us.
 
     megatron-core compiles its fused functions where they are defined, and to name
-    ``torch.compile`` imports the compiler: half of a process's start, for nothing on a CPU.
+    ``torch.compile`` imports the compiler: half of a process's start, for nothing on a CPU. So are
+    Triton and TensorBoard, which it imports where it finds them.
     """
-    if torch.cuda.is_available() or "megatron.core" in sys.modules:
-        yield
-        return
-    compiler = torch.compile
-    torch.compile = lambda function=None, **_: function or (lambda found: found)  # type: ignore
-    try:
-        yield
-    finally:
-        torch.compile = compiler
+    with paused_collection():
+        if torch.cuda.is_available() or "megatron.core" in sys.modules:
+            yield
+            return
+        compiler = torch.compile
+        torch.compile = lambda function=None, **_: function or (lambda found: found)  # type: ignore
+        hidden = [name for name in _NOT_ON_A_CPU if name not in sys.modules]
+        modules: dict[str, Any] = dict.fromkeys(hidden)  # None: "no such module"
+        sys.modules.update(modules)
+        try:
+            yield
+        finally:
+            torch.compile = compiler
+            for name in hidden:
+                del sys.modules[name]
 
 
 class _CudaMeansCpu(TorchFunctionMode):

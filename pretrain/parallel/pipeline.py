@@ -11,12 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.batches import Batch
-from pretrain.parallel.cpu import device_scope, importing_megatron, model_scope
-from pretrain.parallel.processes import local_device
-
-with importing_megatron():
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+from pretrain.parallel.cpu import device_scope, model_scope
+from pretrain.parallel.processes import groups, local_device
 
 
 def run_schedule(
@@ -68,6 +64,8 @@ def _through(
     step: Callable[..., Any], modules: Sequence[nn.Module], group: list[Batch], forward_only: bool
 ) -> list[Any]:
     """What megatron-core's schedule collects of micro-batches of one length."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
     iterators = [iter(group) for _ in modules]
     with device_scope():
         found: list[Any] = get_forward_backward_func()(
@@ -85,9 +83,10 @@ def _through(
 def _whole_rounds(batches: list[Batch]) -> list[Batch]:
     """The interleaved schedule goes through as many micro-batches at a time as there are stages:
     fill up with ones that count nothing."""
-    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
+    state = groups()
+    if state.get_virtual_pipeline_model_parallel_world_size() is None:
         return batches
-    missing = -len(batches) % parallel_state.get_pipeline_model_parallel_world_size()
+    missing = -len(batches) % state.get_pipeline_model_parallel_world_size()
     last = batches[-1]
     empty = Batch(last.tokens, last.targets, torch.zeros_like(last.loss_mask), last.sequences)
     return batches + [empty] * missing
