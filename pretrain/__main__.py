@@ -1,7 +1,10 @@
-"""``python -m pretrain CONFIG [key=value ...]``: train, or go on where the run left off;
-``python -m pretrain verify CONFIG``: check that a layout of processes trains the same model;
-``python -m pretrain plan CONFIG``: what a run will need and cost;
-``python -m pretrain export CHECKPOINT FOLDER``, ``import NAME RUN``: to and from Hugging Face."""
+"""The command ``python -m pretrain``: train, or check, plan, export or import a run.
+
+``python -m pretrain CONFIG [key=value ...]`` trains, or resumes where the run stopped; ``python -m
+pretrain verify CONFIG`` checks that a layout of processes trains the same model; ``python -m
+pretrain plan CONFIG`` says what a run will need and cost; ``python -m pretrain export CHECKPOINT
+FOLDER`` and ``import NAME RUN`` convert to and from Hugging Face.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from pretrain.common.quiet import quiet_process
 
 
 def main() -> int:
+    """Run the command; return its exit status."""
     quiet_process()
     parser = argparse.ArgumentParser(
         prog="python -m pretrain",
-        description="Train a model, or go on where the run left off. 'python -m pretrain verify "
+        description="Train a model, or resume where the run stopped. 'python -m pretrain verify "
         "CONFIG' checks that a layout of processes trains the same model as one, 'python -m "
         "pretrain plan CONFIG' tells what a run will need and cost, 'python -m pretrain export "
         "CHECKPOINT FOLDER' writes a Hugging Face model, 'python -m pretrain import NAME RUN' "

@@ -1,4 +1,4 @@
-"""A run's directory: the names and formats of its files, its lock, its checkpoints.
+"""The directory of a run: the names and formats of its files, its lock, its checkpoints.
 
 Nothing here needs torch: whoever launches or reports runs reads them without it.
 """
@@ -41,98 +41,102 @@ class RunDirectory:
     def __str__(self) -> str:
         return str(self.path)
 
-    # Where things are
+    # Paths
 
     @property
     def name(self) -> str:
+        """Return the name of the directory."""
         return self.path.name
 
     @property
     def config_file(self) -> Path:
-        """Every setting of the run, defaults written out."""
+        """Return the file of every setting of the run, defaults written out."""
         return self.path / CONFIG_FILE
 
     @property
     def environment_file(self) -> Path:
-        """Versions, commit, command and hardware of the last start."""
+        """Return the file of versions, commit, command and hardware of the last start."""
         return self.path / "environment.json"
 
     @property
     def model_file(self) -> Path:
-        """Parameters, FLOPs per token and size of the vocabulary."""
+        """Return the file of parameters, FLOPs per token and size of the vocabulary."""
         return self.path / "model.json"
 
     @property
     def metrics_file(self) -> Path:
-        """A JSON object per line: what was measured at a step."""
+        """Return the file of what was measured at a step, a JSON object per line."""
         return self.path / METRICS_FILE
 
     @property
     def rolled_back_metrics_file(self) -> Path:
-        """The lines of steps that a rollback undid."""
+        """Return the file of the metrics of steps that a rollback undid."""
         return self.path / "metrics-rolled-back.jsonl"
 
     @property
     def log_file(self) -> Path:
-        """What was on the screen, with times."""
+        """Return the file of what was on the screen, with times."""
         return self.path / "log.txt"
 
     @property
     def failure_file(self) -> Path:
-        """The traceback of the process that ended the others."""
+        """Return the file of the traceback of the process that ended the others."""
         return self.path / "failure.txt"
 
     @property
     def lock_file(self) -> Path:
-        """Held by the process that trains in here."""
+        """Return the file that the process that trains in here holds locked."""
         return self.path / ".lock"
 
     @property
     def launch_file(self) -> Path:
-        """What ``python -m launch`` started, and how it ended."""
+        """Return the file of what ``python -m launch`` started, and how it ended."""
         return self.path / "launch.json"
 
     @property
     def launch_config_file(self) -> Path:
-        """The settings that ``python -m launch`` starts the run with."""
+        """Return the file of the settings that ``python -m launch`` starts the run with."""
         return self.path / "launch.yaml"
 
     @property
     def output_file(self) -> Path:
-        """What the processes of a launched run print."""
+        """Return the file of what the processes of a launched run print."""
         return self.path / "output.txt"
 
     @property
     def checkpoints(self) -> Path:
+        """Return the folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def evals(self) -> Path:
-        """The results of evaluations, a JSON file each."""
+        """Return the folder of the results of evaluations, a JSON file each."""
         return self.path / "evals"
 
     @property
     def plots(self) -> Path:
+        """Return the folder of the plots."""
         return self.path / "plots"
 
     @property
     def loss_plot(self) -> Path:
+        """Return the file of the loss curve."""
         return self.plots / "loss.png"
 
     @property
     def tensorboard(self) -> Path:
-        """TensorBoard's event files."""
+        """Return the folder of TensorBoard's event files."""
         return self.path / "tensorboard"
 
     @property
     def profiles(self) -> Path:
-        """Traces of torch.profiler, one per process."""
+        """Return the folder of torch.profiler's traces, one per process."""
         return self.path / "profiles"
 
-    # What is in the files
+    # Contents of the files
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of the metrics that are whole and have their step and tokens."""
+        """Return the lines of the metrics that are complete and have their step and tokens."""
         rows = []
         for line in self.metrics_file.read_text(errors="replace").splitlines():
             try:
@@ -197,7 +201,7 @@ class RunDirectory:
         write_bytes(self.launch_config_file, to_yaml(config).encode())
 
     def keep_saved_sizes(self, config: RunConfig) -> None:
-        """Give mixers whose sizes ``config`` leaves out those that this run was started with.
+        """Give mixers whose sizes ``config`` does not set those that this run was started with.
 
         Changes ``config``; does nothing for a run without a checkpoint.
         """
@@ -207,7 +211,7 @@ class RunDirectory:
         try:
             saved = load_saved_config(checkpoint / CONFIG_FILE)
         except ConfigError:
-            return  # whoever loads the checkpoint says what is wrong with it
+            return  # loading the checkpoint reports what is wrong
         legacy.keep_saved_sizes(config.model, saved.model)
 
     def last_error(self) -> str:
@@ -253,7 +257,7 @@ class RunDirectory:
             return
 
     def release_lock(self) -> None:
-        """Let another run have the directory; nothing happens where the lock is not held."""
+        """Unlock the directory for another run; nothing happens where the lock is not held."""
         if self._lock_handle is not None:
             os.close(self._lock_handle)
             self._lock_handle = None
@@ -291,14 +295,14 @@ class Run(RunDirectory):
 
     @property
     def metrics(self) -> pandas.DataFrame:
-        """The metrics, a row per line of the file, in its order; NaN where a line lacks a name."""
+        """Return the metrics, a row per line, in order; NaN where a line lacks a name."""
         import pandas
 
         return pandas.DataFrame(self.read_metrics())
 
     @property
     def config(self) -> RunConfig:
-        """Every setting of the run."""
+        """Return every setting of the run."""
         return self.read_config()
 
 
@@ -316,7 +320,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Return the whole checkpoints in ``directory``, newest first."""
+    """Return the complete checkpoints in ``directory``, newest first."""
     named = (p for p in directory.glob("step-*") if _CHECKPOINT.fullmatch(p.name))
     return sorted((p for p in named if p.is_dir()), reverse=True)
 

@@ -22,8 +22,8 @@ other files (`extends: other.yaml`, or a list of files of which later ones win);
 overrides them by their dotted names (`optimizer.lr=3e-4`). What the schema does not know, or has
 another type or range, is refused by a sentence that names it.
 """
-# Title, what reads it, where the schema is, and what its names begin with. Packages that this one
-# must not depend on are named, not imported.
+# Title, reader, and module and name of the schema. Packages that this one must not depend on are
+# named, not imported.
 _PAGES = (
     (
         "Training",
@@ -63,7 +63,7 @@ run directories have the sizes that this came to.
 def schemas() -> list[type]:
     """Return every dataclass of settings that the page describes."""
     found: dict[type, None] = {}
-    pending = [_load(place) for _, _, place in _PAGES]
+    pending = [_load(path) for _, _, path in _PAGES]
     pending += [mixer.config_class for mixer in registry().values()]
     while pending:
         schema = pending.pop(0)
@@ -73,8 +73,10 @@ def schemas() -> list[type]:
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """Return the string under each field of a dataclass, in one line, by the field's name; a field
-    without one is missing."""
+    """Return the string under each field of a dataclass, in one line, by the field's name.
+
+    A field without such a string is missing.
+    """
     found: dict[str, str] = {}
     for owner in reversed(schema.__mro__):
         if not dataclasses.is_dataclass(owner):
@@ -92,10 +94,10 @@ def field_docs(schema: type) -> dict[str, str]:
 
 
 def page() -> str:
-    """Return the whole page."""
+    """Return the page."""
     parts = [HEAD]
-    for title, reader, place in _PAGES:
-        schema = _load(place)
+    for title, reader, path in _PAGES:
+        schema = _load(path)
         parts.append(f"\n## {title}\n\n{reader}\n")
         parts += _tables(schema, "")
     parts.append(_MIXERS)
@@ -105,7 +107,7 @@ def page() -> str:
 
 
 def _tables(schema: type, prefix: str) -> Iterator[str]:
-    """Yield the schema's own table, then those of the sections in it."""
+    """Yield the schema's table, then those of the sections in it."""
     title = f"`{prefix.removesuffix('.')}`" if prefix else "Top level"
     words = " ".join((inspect.getdoc(schema) or "").split())
     yield f"\n### {title}\n\n{words}\n\n{_table(schema, prefix)}"
@@ -177,8 +179,8 @@ def _inner(kind: Any) -> type | None:
     return None
 
 
-def _load(place: str) -> type:
-    module, _, name = place.partition(":")
+def _load(path: str) -> type:
+    module, _, name = path.partition(":")
     schema: type = getattr(importlib.import_module(module), name)
     return schema
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class InLoopEvaluation(Callback):
-    """Scores the tasks of ``eval`` every ``eval.every`` steps, and after the last one.
+    """Evaluation of the tasks of ``eval`` every ``eval.every`` steps, and after the last one.
 
     Every process loads the same tasks and gets the same scores; the weights, their optimizer and
     all random numbers stay as they are. Raises UserError, before the first step, for tasks that do
@@ -28,6 +28,7 @@ class InLoopEvaluation(Callback):
     """
 
     def on_train_start(self) -> None:
+        """Load the tasks, and the scorer of the model in training."""
         require_harness()
         self.trainer.announce("loading the tasks of eval")
         config, tokenizer = self.trainer.config, self.trainer.data.tokenizer
@@ -36,6 +37,7 @@ class InLoopEvaluation(Callback):
         self._model, self._tasks = _load(config, scorer, tokenizer)
 
     def between_steps(self) -> None:
+        """Evaluate if it is due."""
         trainer, step = self.trainer, self.trainer.state.step
         every = trainer.config.eval.every
         due = step == trainer.num_steps or (every > 0 and step % every == 0)
@@ -111,8 +113,10 @@ def _load(
 
 
 def make_scorer(config: RunConfig, engine: Engine, tokenizer: Tokenizer) -> Scorer:
-    """Return what scores by states where a process and its tensor-parallel peers have the full
-    model and need nobody else to run it; by the schedule of training elsewhere."""
+    """Return a StateScorer where a process and its tensor-parallel peers can run the full model.
+
+    Elsewhere return a ScheduleScorer, which scores by the schedule of training.
+    """
     from evals.harness.schedule_scoring import ScheduleScorer
 
     parallel, tokens = config.parallel, config.eval.tokens_per_pass

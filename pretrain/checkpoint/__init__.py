@@ -1,0 +1,1 @@
+"""Checkpoints: their format, and how they are written, checked and loaded."""

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint as far as a process has them: as boxes of the whole tensor.
+"""Tensors of a checkpoint as far as this process holds them: as boxes of the full tensor.
 
 Saved and loaded by torch.distributed.checkpoint, whatever layout either side has: every process
 writes what it alone has, without exchanging anything, and reads what it needs. That module, which
@@ -30,19 +30,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Boxes:
-    """Parts of one tensor of shape ``whole``: (offsets in it, values), not overlapping."""
+    """The local boxes of one tensor of shape ``full_shape``: (offsets in it, values), disjoint."""
 
-    def __init__(self, whole: Shape, parts: Iterable[tuple[Shape, Tensor]]):
-        self.whole = torch.Size(whole)
+    def __init__(self, full_shape: Shape, parts: Iterable[tuple[Shape, Tensor]]):
+        self.full_shape = torch.Size(full_shape)
         self.parts = {torch.Size(offsets): tensor.detach() for offsets, tensor in parts}
 
     def size(self) -> torch.Size:
-        """Of the whole tensor: what loading compares with the checkpoint."""
-        return self.whole
+        """Return the shape of the full tensor, which loading compares with the checkpoint."""
+        return self.full_shape
 
     def copied(self) -> Boxes:
-        """The same, with values of its own in the CPU's memory."""
-        return Boxes(self.whole, ((o, t.to("cpu", copy=True)) for o, t in self.parts.items()))
+        """Return a copy whose values are in the CPU's memory."""
+        return Boxes(self.full_shape, ((o, t.to("cpu", copy=True)) for o, t in self.parts.items()))
 
     def _chunks(self) -> Iterator[tuple[ChunkStorageMetadata, Tensor]]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
@@ -60,7 +60,7 @@ class Boxes:
                 index=MetadataIndex(name, chunk.offsets),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk, TensorProperties.create_from_tensor(tensor), self.whole
+                    chunk, TensorProperties.create_from_tensor(tensor), self.full_shape
                 ),
             )
             for chunk, tensor in self._chunks()
@@ -76,18 +76,22 @@ State = dict[str, Boxes]
 class StateOfTraining(Protocol):
     """Weights and optimizer state, as far as this process has them; see UpdateBackend."""
 
-    def weights_state(self, *, saving: bool) -> State: ...
+    def weights_state(self, *, saving: bool) -> State:
+        """Return every parameter's local boxes; when saving, those that this rank writes."""
 
-    def optimizer_state(self, *, saving: bool) -> State: ...
+    def optimizer_state(self, *, saving: bool) -> State:
+        """Return the optimizer state's local boxes; when saving, those that this rank writes."""
 
-    def loaded(self, num_updates: int) -> None: ...
+    def loaded(self, num_updates: int) -> None:
+        """Finish loading a checkpoint after ``num_updates`` updates."""
 
 
 class HoldsState(Protocol):
-    """What checkpoints are written and filled from: a training engine."""
+    """A training engine, as far as checkpoints are concerned."""
 
     @property
-    def backend(self) -> StateOfTraining: ...
+    def backend(self) -> StateOfTraining:
+        """Return what holds the weights and the optimizer state."""
 
 
 def save_state(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
@@ -101,7 +105,7 @@ def save_state(state: State, folder: Path, group: dist.ProcessGroup | None) -> N
 
     dcp.save(
         {name: boxes for name, boxes in state.items() if boxes.parts},
-        # Nothing copied ahead: that would wait for the GPU's stream, and tensors are on the CPU.
+        # Copying ahead would wait for the GPU's stream, and the tensors are on the CPU.
         storage_writer=dcp.FileSystemWriter(folder, per_thread_copy_ahead=0),
         planner=SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         process_group=group,
@@ -137,30 +141,35 @@ def global_shape(parameter: Tensor, shape: Shape) -> tuple[Shape, Shape]:
     return tuple(full), tuple(offsets)
 
 
-def whole_part(parameter: nn.Parameter, tensor: Tensor) -> Boxes:
-    """``tensor``, shaped as this process's part of ``parameter`` is, as one box."""
-    whole, offsets = global_shape(parameter, tuple(tensor.shape))
-    return Boxes(whole, [(offsets, tensor)])
+def full_part(parameter: nn.Parameter, tensor: Tensor) -> Boxes:
+    """Return ``tensor``, shaped as this process's shard of ``parameter``, as one box."""
+    full, offsets = global_shape(parameter, tuple(tensor.shape))
+    return Boxes(full, [(offsets, tensor)])
 
 
 def flat_part(
     parameter: nn.Parameter, start: int, values: Tensor, shape: Shape | None = None
 ) -> Boxes:
-    """``values [n]``: what is at ``start`` and behind in this tensor-parallel process's part of
-    ``parameter``, which has ``shape`` (its own unless given), when that is flattened. A range of a
-    flattened tensor is a few boxes."""
+    """Return the boxes of a range of this tensor-parallel rank's shard of ``parameter``, flattened.
+
+    ``values`` ``[n]`` are the elements from ``start`` on; ``shape`` is that of the shard, by
+    default the parameter's. A range of a flattened tensor is a few boxes.
+    """
     shape = tuple(parameter.shape) if shape is None else shape
-    whole, offsets = global_shape(parameter, shape)
+    full, offsets = global_shape(parameter, shape)
     parts = []
     for corner, box, first in boxes_of_range(shape, start, len(values)):
         values_of_box = values[first : first + math.prod(box)].view(box)
         parts.append((tuple(a + b for a, b in zip(offsets, corner, strict=True)), values_of_box))
-    return Boxes(whole, parts)
+    return Boxes(full, parts)
 
 
 def boxes_of_range(shape: Shape, start: int, count: int) -> Iterator[tuple[Shape, Shape, int]]:
-    """(corner, shape, where its values begin in the range) of the boxes that the ``count`` elements
-    from ``start`` on make up: what is left of a row, whole rows, the beginning of a row."""
+    """Yield the boxes that the ``count`` elements from ``start`` on make up.
+
+    They are (corner, shape, where its values begin in the range): the rest of a row, full rows, the
+    beginning of a row.
+    """
     if count == 0:
         return
     if not shape:
@@ -185,10 +194,10 @@ def boxes_of_range(shape: Shape, start: int, count: int) -> Iterator[tuple[Shape
 
 
 def writes(name: str, parameter: Tensor, *, replicas: int) -> bool:
-    """Tell whether this rank writes its part of a parameter's tensor.
+    """Return whether this rank writes its shard of a parameter's tensor.
 
     All tensor-parallel ranks hold the same unless it is sharded; ``replicas`` data-parallel ranks
-    hold copies (1: each has a part of its own), of which one writes, in turn. The second copy of a
+    hold copies (1: each has a different shard), of which one writes, in turn. The second copy of a
     tied embedding is not written.
     """
     info = info_of(parameter)
@@ -208,15 +217,15 @@ def writes(name: str, parameter: Tensor, *, replicas: int) -> bool:
 
 
 def optimizer_key(key: str, name: str) -> str:
-    """The name in a checkpoint of a parameter's optimizer state."""
+    """Return the name in a checkpoint of a parameter's optimizer state."""
     return f"optimizer.state.{key}.{name}"
 
 
 def weights_state(parts: Iterable[nn.Module], *, saving: bool) -> State:
-    """Every parameter by its name."""
+    """Return every parameter's local boxes by name; when saving, those this rank writes."""
     _, replicas = data_parallel_rank_and_size()
     return {
-        name: whole_part(parameter, parameter)
+        name: full_part(parameter, parameter)
         for part in parts
         for name, parameter in part.named_parameters()
         if not saving or writes(name, parameter, replicas=replicas)

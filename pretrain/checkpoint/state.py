@@ -1,10 +1,10 @@
-"""Checkpoints: whole or absent, checked before use, loadable under another layout of processes.
+"""Checkpoints: complete or absent, checked before use, loadable under any layout of processes.
 
 ``checkpoints/step-N/`` holds torch's distributed checkpoint (weights, optimizer state), the
-resolved ``config.yaml``, ``state.json`` and ``files.json``, the size and sha256 of every file.
-It is written under another name, flushed to disk, and renamed; ``latest`` is written after that.
-The data position, the schedule and the random numbers are functions of the step, so the step is
-their state.
+resolved ``config.yaml``, ``state.json`` and ``files.json``, the size and sha256 of every file. It
+is written under another name, flushed to disk, and renamed; ``latest`` is written after that. The
+data position, the schedule and the random numbers are functions of the step, so the step is their
+state.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import nn
 from pretrain.checkpoint.sharded_state import (
     HoldsState,
     State,
+    full_part,
     load_state,
     optimizer_key,
     weights_state,
-    whole_part,
 )
 from pretrain.common.config_loader import build_config, flattened
 from pretrain.common.errors import UserError
@@ -36,9 +36,14 @@ from pretrain.run_directory import CONFIG_FILE, list_checkpoints
 
 @dataclass
 class CheckpointState:
-    """What a checkpoint says of itself. step: optimizer steps done; skipped: steps that were left
-    out for a loss or gradient that was not finite, or a spike; data_offset: tokens of data that
-    rollbacks left out; recent_losses: see :class:`pretrain.training.spikes.SpikeDetector`."""
+    """The metadata of a checkpoint, its ``state.json``.
+
+    Attributes:
+        step: Optimizer steps done.
+        skipped: Steps skipped for a loss or gradient that was not finite, or for a spike.
+        data_offset: Tokens of data that rollbacks skipped.
+        recent_losses: See :class:`pretrain.training.spikes.SpikeDetector`.
+    """
 
     step: int
     tokens: int
@@ -56,7 +61,7 @@ class CheckpointState:
 
     @property
     def model_config(self) -> ModelConfig:
-        """The model's settings, of an earlier version with the sizes that mixers had then."""
+        """Return the model's settings; an earlier format's get the default sizes of its time."""
         model = dict(self.model)
         legacy.upgrade(model, self.format, "checkpoint")
         return build_config(ModelConfig, model, "checkpoint")
@@ -71,8 +76,10 @@ def recover_replaced(directory: Path) -> None:
 
 
 def check_files(checkpoint: Path, how: str = "sha256", rank: int = 0, size: int = 1) -> None:
-    """Raise UserError naming the first file that is missing, cut short or altered; of ``size``
-    processes each hashes its share."""
+    """Raise UserError naming the first file that is missing, cut short or altered.
+
+    Each of ``size`` processes hashes every ``size``-th file.
+    """
     try:
         listed = json.loads((checkpoint / "files.json").read_bytes())
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
@@ -103,7 +110,7 @@ def _damaged(checkpoint: Path, what: str) -> UserError:
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
-    """What the checkpoint says of itself, without loading it."""
+    """Return the metadata of a checkpoint, without loading it."""
     try:
         values = json.loads((checkpoint / "state.json").read_bytes())
         return build_config(
@@ -128,7 +135,7 @@ def check_same_model(
     state: CheckpointState, model: ModelConfig, vocab_size: int, checkpoint: Path
 ) -> None:
     """Raise UserError naming each setting in which the checkpoint's model is another one."""
-    # Defaults spelled out and defaults left out are the same model.
+    # Defaults written out and defaults not set are the same model.
     saved, wanted = (_model_settings(m) for m in (state.model_config, model))
     saved["vocab_size"], wanted["vocab_size"] = state.vocab_size, vocab_size
     differences = [
@@ -141,7 +148,7 @@ def check_same_model(
 
 
 def _model_settings(model: ModelConfig) -> dict[str, Any]:
-    """Every setting of a model by its dotted name, those of the mixers it uses filled in."""
+    """Return every setting of a model by its dotted name, with those of its mixers filled in."""
     settings = dataclasses.asdict(model)
     specs = {spec.name: spec for spec in block_specs(model)}
     settings["mixers"] = {name: spec.identity for name, spec in specs.items()}
@@ -149,7 +156,7 @@ def _model_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def load_checkpoint(checkpoint: Path, engine: HoldsState) -> None:
-    """Weights and optimizer state into an engine whose model has the checkpoint's shape."""
+    """Load weights and optimizer state into an engine whose model has the checkpoint's shape."""
     state = read_state(checkpoint)
     _load(engine.backend.weights_state(saving=False), checkpoint)
     _load(engine.backend.optimizer_state(saving=False), checkpoint)
@@ -157,8 +164,11 @@ def load_checkpoint(checkpoint: Path, engine: HoldsState) -> None:
 
 
 def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) -> None:
-    """Weights alone, for evaluation; ``averaged``: over steps, by ``optimizer.ema_decay``. Raises
-    UserError where the checkpoint has no such average."""
+    """Load weights alone, for evaluation.
+
+    ``averaged``: those averaged over steps by ``optimizer.ema_decay``. Raises UserError where the
+    checkpoint has no such average.
+    """
     _load(weights_state([model], saving=False), checkpoint)
     if not averaged:
         return
@@ -170,7 +180,7 @@ def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) 
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     averages = {n: torch.empty(p.shape, dtype=torch.float32) for n, p in trained.items()}
     _load(
-        {optimizer_key("ema", n): whole_part(p, averages[n]) for n, p in trained.items()},
+        {optimizer_key("ema", n): full_part(p, averages[n]) for n, p in trained.items()},
         checkpoint,
     )
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Writing checkpoints: from a copy, in the background, whole or not at all."""
+"""Writing checkpoints: from a copy, in the background, atomically."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pretrain.run_directory import (
 
 
 class CheckpointWriter:
-    """Saves the state of an engine, from all processes, which must all make the same calls.
+    """A writer of an engine's checkpoints; all processes must make the same calls.
 
     :meth:`save` copies what this process has to write and returns; a thread writes it. One save at
     a time: the next waits for it.
@@ -43,7 +43,7 @@ class CheckpointWriter:
     def __init__(self, directory: Path, config: RunConfig, tokenizer: Path | None = None):
         self.directory, self.config, self._tokenizer = directory, config, tokenizer
         self._pending: Future[Path] | None = None
-        # Messages of its own: training's go on meanwhile. Not over NCCL, whose order matters.
+        # A separate group: training communicates meanwhile. Not over NCCL, whose order matters.
         self._group = None
         if dist.get_world_size() > 1:
             minutes = 2 * config.parallel.timeout_minutes
@@ -52,17 +52,17 @@ class CheckpointWriter:
 
     def save(self, engine: HoldsState, state: CheckpointState) -> None:
         """Begin to write ``directory/step-N``. Raises UserError where the last save failed."""
-        self.begin(_own_state(engine), state)
+        self.begin(_local_state(engine), state)
 
-    def begin(self, own: State, state: CheckpointState) -> None:
-        """:meth:`save` of what this process has to write."""
+    def begin(self, local: State, state: CheckpointState) -> None:
+        """Begin to write ``local``, the state that this process has to write; see :meth:`save`."""
         self.wait()
         state = copy.deepcopy(state)
         if not self.config.checkpoint.background:
-            self._pending = _finished(lambda: self._write(own, state))
+            self._pending = _finished(lambda: self._write(local, state))
             self.check()
             return
-        copied = {name: boxes.copied() for name, boxes in own.items()}
+        copied = {name: boxes.copied() for name, boxes in local.items()}
         self._pending = _in_background(lambda: self._write(copied, state))
 
     def check(self) -> None:
@@ -71,29 +71,31 @@ class CheckpointWriter:
             self._pending.result()
 
     def wait(self) -> Path | None:
-        """Until what was begun is written: the last checkpoint saved, if any. Raises UserError
-        where it could not be."""
+        """Wait for the save at hand, and return the last checkpoint saved, if any.
+
+        Raises UserError where it could not be written.
+        """
         return None if self._pending is None else self._pending.result()
 
     def close(self) -> None:
-        """Wait, and leave the process group that writing has of its own."""
+        """Wait, and leave the process group that the writer made for itself."""
         self.wait()
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def _write(self, own: State, state: CheckpointState) -> Path:
+    def _write(self, local: State, state: CheckpointState) -> Path:
         from torch.distributed.checkpoint.api import CheckpointException
 
         final = self.directory / checkpoint_name(state.step)
         writing = on_main_process(lambda: self._begin(final), self._group)
         try:
-            save_state(own, writing, self._group)
+            save_state(local, writing, self._group)
             on_main_process(lambda: self._describe(writing, state), self._group)
             hashes = _hash_all_files(writing, self._group)
             on_main_process(lambda: _publish(writing, final, hashes, self.config), self._group)
         except (CheckpointException, OSError) as error:
-            # Every process gets here for what befell one of them.
+            # Every process gets here when one of them fails.
             refusal = _not_written(final, error)
             shutil.rmtree(writing, ignore_errors=True)
             raise refusal from None
@@ -113,7 +115,7 @@ class CheckpointWriter:
         write_json(writing / "state.json", dataclasses.asdict(state))
         write_bytes(writing / CONFIG_FILE, to_yaml(self.config).encode())
         if self._tokenizer is not None:
-            # A checkpoint can be used wherever it lies.
+            # With its tokenizer a checkpoint can be used wherever it lies.
             write_bytes(writing / self._tokenizer.name, self._tokenizer.read_bytes())
 
 
@@ -139,7 +141,7 @@ def write_weights(
     return path
 
 
-def _own_state(engine: HoldsState) -> State:
+def _local_state(engine: HoldsState) -> State:
     return {
         **engine.backend.weights_state(saving=True),
         **engine.backend.optimizer_state(saving=True),
@@ -152,12 +154,12 @@ def _in_background(function: Callable[[], Path]) -> Future[Path]:
     def run() -> None:
         try:
             if torch.cuda.is_available():
-                torch.cuda.set_device(local_device())  # a thread begins on the first one
+                torch.cuda.set_device(local_device())  # a thread begins on the first GPU
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
 
-    # A daemon: a process that ends for another reason does not wait for its peers in here.
+    # A daemon, so that a process that ends for another reason does not wait for its peers here.
     threading.Thread(target=run, name="checkpoint", daemon=True).start()
     return future
 
@@ -174,7 +176,7 @@ def _hash_all_files(folder: Path, group: dist.ProcessGroup | None) -> dict[str, 
     def list_files() -> list[str]:
         return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
-    # As the main process sees it: where folders are not shared, what another wrote is not there.
+    # As the main process sees them: on a file system that is not shared, others' are missing.
     names = on_main_process(list_files, group)
 
     def check_seen() -> None:
@@ -187,15 +189,15 @@ def _hash_all_files(folder: Path, group: dist.ProcessGroup | None) -> dict[str, 
 
     on_every_process(check_seen, group)
 
-    def hash_own_share() -> dict[str, dict[str, Any]]:
-        own = {}
+    def hash_local_share() -> dict[str, dict[str, Any]]:
+        hashed = {}
         for name in names[dist.get_rank() :: dist.get_world_size()]:
             path = folder / name
             sync(path)
-            own[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-        return own
+            hashed[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        return hashed
 
-    parts = on_every_process(hash_own_share, group)
+    parts = on_every_process(hash_local_share, group)
     return {name: entry for part in parts for name, entry in sorted(part.items())}
 
 
@@ -214,7 +216,7 @@ def _not_written(final: Path, error: BaseException) -> UserError:
     reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
     return UserError(
         f"cannot write checkpoint {final}: {reason} ({free:,.0f} MB free there); "
-        + (f"the last whole one is {earlier[0].name}" if earlier else "there is no earlier one")
+        + (f"the last complete one is {earlier[0].name}" if earlier else "there is no earlier one")
     )
 
 
@@ -231,12 +233,15 @@ def _replace_folder(writing: Path, final: Path) -> None:
 
 
 def _remove_old(newest: Path, config: RunConfig) -> None:
-    """Later steps than ``newest``, left from before a resume from an earlier one, do not count."""
+    """Remove the checkpoints that need not be kept.
+
+    Later steps than ``newest``, left from before a resume from an earlier one, do not count.
+    """
     milestone = config.checkpoint.milestone_every
     done = [p for p in list_checkpoints(newest.parent) if p.name <= newest.name]
     for path in done[config.checkpoint.keep_last :]:
         step = checkpoint_step(path)
         if not (milestone and step % milestone == 0):
             hidden = path.with_name(f".writing-removed-{path.name}")
-            path.rename(hidden)  # first out of sight, so that no half-removed one is ever seen
+            path.rename(hidden)  # hidden first, so that no half-removed one is ever seen
             shutil.rmtree(hidden, ignore_errors=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NULL_ALLOWED = "null allowed"
-# A number that may be left null until something else decides it: whoever reads it sees an int.
+# A number that may be null until something else determines it; its readers see an int.
 Derived = Annotated[int, NULL_ALLOWED]
 
 
@@ -45,7 +45,7 @@ class Config:
     Raises :class:`ConfigError`, such as "ModelConfig: hidden_size is -3, expected at least 1".
     """
 
-    # Of a schema that is saved with the results it belongs to: the mark of how to read it.
+    # The format of a schema that is saved with the results it belongs to.
     saved_format: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Config:
         for name, hint in field_types(kind).items():
             value = _convert(hint, getattr(self, name), name, kind.__name__)
             _check_limits(value, name, limits[name], kind.__name__)
-            object.__setattr__(self, name, value)  # also of a frozen one
+            object.__setattr__(self, name, value)  # works on frozen dataclasses too
 
 
 def setting(
@@ -90,9 +90,11 @@ def load_config(
     ignore: Sequence[str] = (),
     where: str | None = None,
 ) -> T:
-    """Read ``path`` into ``schema``, apply ``changes`` (values by dotted name) and then
-    ``key=value`` overrides, check every field; top-level keys in ``ignore`` are skipped, and so is
-    the ``format`` of a schema that is saved with one.
+    """Read ``path`` into ``schema`` and check every field.
+
+    ``changes`` (values by dotted name) and then the ``key=value`` overrides replace what the file
+    says. Top-level keys in ``ignore`` are skipped, and so is the ``format`` of a schema that is
+    saved with one.
 
     Raises :class:`ConfigError` naming the file (or ``where``) or field, what was found, and what
     was expected.
@@ -107,12 +109,12 @@ def load_config(
 def load_values(
     path: str | Path, overrides: Sequence[str] = (), *, changes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What a file, its ``extends``, ``changes`` and overrides say, without a schema."""
+    """Return what a file, its ``extends``, ``changes`` and overrides say, without a schema."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     config = _read(Path(path), ())
-    # Whole sections first, then what is inside them.
+    # Sections before the settings inside them.
     for key, value in sorted((changes or {}).items(), key=lambda item: item[0].count(".")):
         try:
             OmegaConf.update(config, key, value, merge=False)
@@ -169,7 +171,7 @@ def to_yaml(instance: Any) -> str:
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
+    """Return nested settings by their dotted names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -180,7 +182,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)``, or nothing when no known name is near."""
+    """Return `` (did you mean 'x'?)``, or an empty string when no known name is near."""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""
 

@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Callable
 
-# Of a run that was stopped and saved, and goes on by the same command: EX_TEMPFAIL, "try again
+# Of a run that was stopped and saved, which the same command resumes: EX_TEMPFAIL, "try again
 # later".
 EXIT_STOPPED = 75
 
 
 class UserError(Exception):
-    """Bad input. The message names the field or file, what was found, and what was expected."""
+    """Bad input; the message names the field or file, what was found, and what was expected."""
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -1,4 +1,4 @@
-"""Files that are at every instant the old ones or the new ones, whole."""
+"""Files that are at every instant the old ones or the new ones, complete."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file that is at every instant the old one or the new one, whole."""
+    """Write a JSON file that is at every instant the old one or the new one, complete."""
     write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is at every instant the old one or the new one, whole."""
+    """Write a file that is at every instant the old one or the new one, complete."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -26,7 +26,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, reach the disk."""
+    """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Numbers that layers tell, put together over layers and processes."""
+"""Metrics that layers report, merged over layers and processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What libraries warn each other about, and nobody who trains could act on."""
+"""Warnings of libraries on which nobody who trains could act."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _WARNINGS = (
     ".*torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor|_all_gather_base|"
     "_reduce_scatter_base)` is deprecated.*",
     ".*`load_state_dict` is deprecated and will be removed.*",
-    # Parameters of two dtypes lie in buckets of their own: neither order is the one of use.
+    # Parameters of two dtypes lie in separate buckets: neither order is the one of use.
     "The next bucket's parameter all-gather",
 )
 
 
 def ignore_warnings() -> None:
-    """Ignore them from now on; inside ``warnings.catch_warnings`` until it ends."""
+    """Ignore these warnings from now on; inside ``warnings.catch_warnings`` until it ends."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 

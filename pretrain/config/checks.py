@@ -1,4 +1,4 @@
-"""What one setting alone cannot tell: whether those of a run go together.
+"""Checks across settings: whether those of a run go together.
 
 All of these are made before any process has met another; a vocabulary that only the data knows is
 checked as soon as the data is open.
@@ -74,12 +74,12 @@ def check_run_config(config: RunConfig, where: str) -> None:
 
 
 def _check_optimizer(config: RunConfig, where: str) -> None:
-    """What only some backends and layouts can do."""
+    """Refuse what the backend or the layout cannot do."""
     optimizer, parallel = config.optimizer, config.parallel
     if optimizer.kind == "muon" and (parallel.zero_stage or parallel.zero_backend != "megatron"):
         raise ConfigError(
-            f"{where}: optimizer.kind is muon, which updates whole matrices, but "
-            f"{parallel.zero_backend} ZeRO-{parallel.zero_stage} divides them; expected "
+            f"{where}: optimizer.kind is muon, which updates full matrices, but "
+            f"{parallel.zero_backend} ZeRO-{parallel.zero_stage} shards them; expected "
             "parallel.zero_stage=0 with the megatron backend"
         )
     spikes, checkpoint = config.train.spikes, config.checkpoint
@@ -95,7 +95,7 @@ def _check_optimizer(config: RunConfig, where: str) -> None:
         return
     if spikes.policy == "skip":
         raise ConfigError(
-            f"{where}: train.spikes.policy is skip, but DeepSpeed has no way to leave out a step "
+            f"{where}: train.spikes.policy is skip, but DeepSpeed has no way to skip a step "
             "whose gradients it has; expected none, rollback, or parallel.zero_backend=megatron"
         )
     for name, value in (
@@ -139,7 +139,7 @@ def _check_batch_warmup(config: RunConfig, where: str) -> None:
 
 
 def _check_experts(config: RunConfig, where: str) -> None:
-    """A mixture of experts, and how it is divided."""
+    """Check a mixture of experts, and how it is sharded."""
     moe, parallel = config.model.moe, config.parallel
     if moe is None:
         if parallel.expert > 1:
@@ -171,22 +171,22 @@ def _check_experts(config: RunConfig, where: str) -> None:
     if parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
             f"{where}: with model.moe and parallel.tensor {parallel.tensor} every process routes "
-            "tokens of its own; expected parallel.sequence=true"
+            "different tokens; expected parallel.sequence=true"
         )
     if moe.capacity_factor is not None and parallel.tensor > 1:
         raise ConfigError(
-            f"{where}: model.moe.capacity_factor is {moe.capacity_factor}, which counts a whole "
+            f"{where}: model.moe.capacity_factor is {moe.capacity_factor}, which counts a full "
             f"micro-batch's tokens; expected null with parallel.tensor {parallel.tensor}"
         )
 
 
 def _check_parallel(config: RunConfig, where: str) -> None:
-    """The settings of ``parallel`` among themselves."""
+    """Check the settings of ``parallel`` against each other."""
     parallel = config.parallel
     row = config.train.seq_len
     if parallel.sequence and (parallel.tensor == 1 or row % parallel.tensor):
         raise ConfigError(
-            f"{where}: parallel.sequence divides the train.seq_len = {row} tokens of a sequence "
+            f"{where}: parallel.sequence shards the train.seq_len = {row} tokens of a sequence "
             f"over parallel.tensor processes, found {parallel.tensor}; expected a divisor above 1"
         )
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
@@ -198,7 +198,7 @@ def _check_parallel(config: RunConfig, where: str) -> None:
     if stage > 1 and parallel.pipeline > 1:
         raise ConfigError(
             f"{where}: parallel.zero_stage is {stage} with parallel.pipeline {parallel.pipeline}: "
-            "gradients that are divided as soon as they are made cannot add up over a pipeline's "
+            "gradients that are sharded as soon as they are made cannot add up over a pipeline's "
             "micro-batches; expected zero_stage 0 or 1, or pipeline 1"
         )
     if stage > 1 and backend != "deepspeed":
@@ -209,7 +209,7 @@ def _check_parallel(config: RunConfig, where: str) -> None:
     if backend == "deepspeed" and stage == 0 and config.train.precision != "float32":
         raise ConfigError(
             f"{where}: parallel.zero_stage is 0 with DeepSpeed, which in {config.train.precision} "
-            "divides the optimizer's state anyway; expected zero_stage 1, or zero_backend=megatron"
+            "shards the optimizer's state anyway; expected zero_stage 1, or zero_backend=megatron"
         )
     if parallel.offload != "device" and (backend != "deepspeed" or stage == 0):
         raise ConfigError(
@@ -279,7 +279,7 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
             f"{parallel.tensor}"
         )
     stages = parallel.pipeline * parallel.virtual_pipeline
-    # How large the vocabulary is moves the stages' borders, not their possible number.
+    # The size of the vocabulary moves the stages' borders, not their possible number.
     split_into_stages(config.model, config.model.vocab_size or 1, train.seq_len, stages, where)
     check_world_size(parallel, count)
     data = count // parallel.model_size

@@ -19,7 +19,7 @@ class DataSource(Config):
 
 @dataclass
 class DataConfig(Config):
-    """What a run is trained on: exactly one of ``path`` and ``blend`` is set."""
+    """The training data: exactly one of ``path`` and ``blend`` is set."""
 
     path: str | None = None
     """A directory that ``python -m data_prep`` wrote; its sources are blended by the weights in its

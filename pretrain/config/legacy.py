@@ -73,7 +73,7 @@ def upgrade(model: Any, saved_format: Any, where: str) -> None:
 
 
 def keep_saved_sizes(model: ModelConfig, saved: ModelConfig) -> None:
-    """Give mixers whose sizes ``model`` leaves out those that it was ``saved`` with, in place.
+    """Give mixers whose sizes ``model`` does not set those that it was ``saved`` with, in place.
 
     Does nothing for a model of another width.
     """

@@ -1,4 +1,4 @@
-"""How processes share the work."""
+"""The layout of processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ZERO_BACKENDS: tuple[ZeroBackend, ...] = get_args(ZeroBackend)
 
 @dataclass
 class ParallelConfig(Config):
-    """How processes share the work; those that tensor x pipeline does not use are data-parallel."""
+    """The layout of processes; those that tensor x pipeline does not use are data-parallel."""
 
     tensor: int = setting(1, minimum=1)
     """Tensor-parallel size: processes that share every layer by its heads and channels."""
@@ -48,12 +48,12 @@ class ParallelConfig(Config):
 
     @property
     def model_size(self) -> int:
-        """Processes that hold one copy of the model."""
+        """Return the number of processes that hold one copy of the model."""
         return self.tensor * self.pipeline
 
     @property
     def one_has_all(self) -> bool:
-        """Whether a process can use the model without the others, as for a sample."""
+        """Return whether a process can use the model without the others, as for a sample."""
         return self.model_size == self.expert == 1 and self.zero_stage < 3
 
     def describe(self, count: int, what: str = "process") -> str:
@@ -64,7 +64,7 @@ class ParallelConfig(Config):
             "data-parallel": count // self.model_size,
         }
         shared = [f"{number} {name}" for name, number in parts.items() if number > 1]
-        experts = f", experts divided by {self.expert}" if self.expert > 1 else ""
+        experts = f", experts sharded by {self.expert}" if self.expert > 1 else ""
         plural = "" if count == 1 else "es" if what.endswith("s") else "s"
         processes = f"{count} {what}{plural}"
         return f"{processes} ({' x '.join(shared)}{experts})" if shared else processes

@@ -1,4 +1,4 @@
-"""A whole training run; see :func:`load_run_config`."""
+"""The settings of a training run; see :func:`load_run_config`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RunConfig(Config):
 
     @property
     def run_directory(self) -> Path:
-        """Where the run's files lie."""
+        """Return the directory of the run's files."""
         return Path(self.directory or Path("runs") / self.name)
 
 

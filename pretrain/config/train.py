@@ -10,7 +10,7 @@ from pretrain.common.config_loader import Config, setting
 
 @dataclass
 class SpikeConfig(Config):
-    """What a sudden rise of the loss does.
+    """The reaction to a sudden rise of the loss.
 
     A spike is a loss more than ``deviations`` standard deviations above the mean of the last
     ``window`` steps' losses, and more than ``margin`` above it.
@@ -64,7 +64,7 @@ class TrainConfig(Config):
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Return the number of optimizer steps of the whole run."""
         if self.steps is not None:
             return self.steps
         steps = self._warmup_steps
@@ -80,14 +80,14 @@ class TrainConfig(Config):
         return self.batch_warmup_steps if self.batch_warmup_start is not None else 0
 
     def batch_tokens(self, step: int) -> int:
-        """Tokens of optimizer step ``step``, counted from 0."""
+        """Return the number of tokens of optimizer step ``step``, counted from 0."""
         if self.batch_warmup_start is None or step >= self.batch_warmup_steps:
             return self.global_batch_tokens
         doublings = (self.global_batch_tokens // self.batch_warmup_start).bit_length() - 1
         return self.batch_warmup_start << (step * doublings // self.batch_warmup_steps)
 
     def tokens_before(self, step: int) -> int:
-        """Tokens of all steps before ``step``."""
+        """Return the number of tokens of all steps before ``step``."""
         warm = min(step, self._warmup_steps)
         rest = (step - warm) * self.global_batch_tokens
         return rest + sum(self.batch_tokens(i) for i in range(warm))

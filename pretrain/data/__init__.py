@@ -1,0 +1,1 @@
+"""Training data: tokenizers, prepared token shards, and batches of packed sequences."""

@@ -34,8 +34,11 @@ from pretrain.data.tokenizer import Tokenizer
 class Batch:
     """One micro-batch, all sequences packed in a row of T tokens.
 
-    tokens, targets: ``[1, T]`` int64; loss_mask: ``[1, T]`` float32, 1 where the target counts;
-    sequences: the documents, or parts of documents, that the row is packed of.
+    Attributes:
+        tokens: ``[1, T]`` int64.
+        targets: ``[1, T]`` int64, the token after each.
+        loss_mask: ``[1, T]`` float32, 1 where the target counts.
+        sequences: The documents, or pieces of documents, that the row is packed of.
     """
 
     tokens: Tensor
@@ -45,7 +48,7 @@ class Batch:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """``[N + 1]`` int64: 0, then where each of the N sequences ends."""
+        """Return ``[N + 1]`` int64: 0, then where each of the N sequences ends."""
         return self.sequences.cu_seqlens
 
     def to(self, device: torch.device) -> Batch:
@@ -108,7 +111,7 @@ class PreparedData:
 
     @property
     def identity(self) -> list[str]:
-        """What the order of samples depends on besides the seed."""
+        """Return what the order of samples depends on besides the seed."""
         return [f"{n} x {w:.6g}" for n, w in zip(self.sources, self.weights, strict=True)]
 
 
@@ -160,7 +163,7 @@ def open_data(config: DataConfig) -> PreparedData:
 
 
 class TrainingBatches:
-    """``micro_batches(step, rank, size)``: what each process sees at a step."""
+    """The micro-batches of every step, a function of (seed, step, rank, world size) alone."""
 
     def __init__(self, data: PreparedData, config: TrainConfig, micro_batch_size: int, seed: int):
         self.config, self.micro_batch_size, self.seed = config, micro_batch_size, seed
@@ -179,8 +182,10 @@ class TrainingBatches:
     def micro_batches(
         self, step: int, rank: int = 0, size: int = 1, *, offset: int = 0
     ) -> list[Batch]:
-        """Return the micro-batches of one step for process ``rank`` of ``size`` data-parallel ones;
-        ``offset``: tokens of data skipped before it."""
+        """Return the micro-batches of one step for data-parallel rank ``rank`` of ``size``.
+
+        ``offset``: tokens of data skipped before the step.
+        """
         length, micro = self.config.seq_len, self.micro_batch_size
         first = (self.config.tokens_before(step) + offset) // length
         per_step = self.config.batch_tokens(step) // length
@@ -264,8 +269,11 @@ def pack_rows(rows: np.ndarray, eod_id: int) -> Batch:
 
 
 def share_of(batches: list[Batch], rank: int, size: int) -> list[Batch]:
-    """Return the ``rank``-th of ``size`` processes' batches, as many for each: filled up with ones
-    that count nothing, for where all must go through the model together."""
+    """Return the batches of data-parallel rank ``rank`` of ``size``, equally many for each rank.
+
+    They are filled up with batches that count nothing, because all ranks must go through the model
+    together.
+    """
     if not batches:
         return []
     last = batches[-1]
@@ -276,8 +284,7 @@ def share_of(batches: list[Batch], rank: int, size: int) -> list[Batch]:
 def validation_batches(
     data: PreparedData, config: TrainConfig, micro_batch_size: int, tokens: int
 ) -> list[Batch]:
-    """Return about ``tokens`` tokens, evenly spread over every source's validation split, by
-    weight."""
+    """Return about ``tokens`` tokens, evenly spread over the validation splits, by weight."""
     batches: list[Batch] = []
     total = sum(data.weights)
     for stream, weight in zip(data.valid, data.weights, strict=True):

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a finished data set holds. It is written last, so it vouches for all."""
+"""``manifest.json``, the contents of a finished data set, written last to vouch for all of it."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ class ByteEntropy:
 
 @dataclass
 class Counts:
-    """Of documents; the tokens include one end-of-document token each."""
+    """Counts of documents; the tokens include one end-of-document token each."""
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
 
     def add(self, other: Counts) -> None:
+        """Add the counts of ``other``, in place."""
         self.documents += other.documents
         self.tokens += other.tokens
         self.bytes += other.bytes
@@ -74,7 +75,7 @@ class ShardEntry:
     split: str
     documents: int
     tokens: int
-    bytes: int  # of text
+    bytes: int  # of the text
     sha256: dict[str, str]  # bin, idx
     size: dict[str, int]  # bin, idx: bytes on disk
 
@@ -97,7 +98,7 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: str | Path) -> Manifest:
-        """The manifest of ``directory``; :class:`UserError` when there is none or it is damaged."""
+        """Read the manifest of ``directory``. Raises UserError when it is missing or damaged."""
         path = Path(directory) / NAME
         try:
             values = json.loads(path.read_bytes())
@@ -119,18 +120,18 @@ class Manifest:
             raise UserError(f"{error} (a damaged or foreign manifest)") from None
 
     def save(self, directory: Path) -> None:
-        """Write the manifest, whole or not at all."""
+        """Write the manifest atomically."""
         write_json(directory / NAME, dataclasses.asdict(self))
 
     def counts(self, split: str) -> Counts:
-        """Of all sources together."""
+        """Return the counts of all sources together."""
         total = Counts()
         for source in self.sources:
             total.add(source.splits[split])
         return total
 
     def verify_sizes(self, directory: str | Path) -> None:
-        """A quick check that every file is there whole; :class:`UserError` naming the first not."""
+        """Check the sizes of all files. Raises UserError naming the first that is wrong."""
         for shard in self.shards:
             for suffix, size in shard.size.items():
                 path = Path(directory) / f"{shard.name}.{suffix}"
@@ -141,7 +142,7 @@ class Manifest:
 
 
 def content_hash(shards: list[ShardEntry], tokenizer_sha256: str) -> str:
-    """One hash for all tokens of a data set and what they mean."""
+    """Return one hash for all tokens of a data set and what they mean."""
     digest = hashlib.sha256(tokenizer_sha256.encode())
     for shard in shards:
         digest.update(f"{shard.name} {shard.sha256['bin']} {shard.sha256['idx']}\n".encode())
@@ -149,5 +150,5 @@ def content_hash(shards: list[ShardEntry], tokenizer_sha256: str) -> str:
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    """One hash for all settings."""
+    """Return one hash for all settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

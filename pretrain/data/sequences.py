@@ -87,12 +87,12 @@ class Sequences:
 
     @property
     def device(self) -> torch.device:
-        """The device of ``cu_seqlens`` and of the tensors derived from it."""
+        """Return the device of ``cu_seqlens`` and of the tensors derived from it."""
         return self._device
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """``[N + 1]``: 0, then where each sequence ends."""
+        """Return ``[N + 1]``: 0, then where each sequence ends."""
         if self._cu_seqlens is None:
             with torch.inference_mode(False):
                 if self._row_length is None:
@@ -104,12 +104,12 @@ class Sequences:
 
     @property
     def count(self) -> int:
-        """The number N of sequences, empty ones included."""
+        """Return the number N of sequences, empty ones included."""
         return len(self.cu_seqlens) - 1 if self._lengths is None else len(self._lengths)
 
     @property
     def lengths(self) -> list[int]:
-        """The N lengths, on the host. Raises ValueError where ``cu_seqlens`` falls."""
+        """Return the N lengths, on the host. Raises ValueError where ``cu_seqlens`` falls."""
         if self._lengths is None:
             ends = self.cu_seqlens.tolist()
             lengths = [b - a for a, b in itertools.pairwise(ends)]
@@ -120,32 +120,32 @@ class Sequences:
 
     @property
     def on_host(self) -> Tensor:
-        """``cu_seqlens`` ``[N + 1]`` in int64 on the CPU."""
+        """Return ``cu_seqlens`` ``[N + 1]`` in int64 on the CPU."""
         return self.derive(_on_host)
 
     @property
     def sizes(self) -> Tensor:
-        """``[N]``: the lengths, on the device and in the dtype of ``cu_seqlens``."""
+        """Return ``[N]``: the lengths, on the device and in the dtype of ``cu_seqlens``."""
         return self.derive(_sizes)
 
     @property
     def num_tokens(self) -> int:
-        """The number T of tokens of all sequences."""
+        """Return the number T of tokens of all sequences."""
         return self.derive(_num_tokens)
 
     @property
     def max_length(self) -> int:
-        """The length of the longest sequence, 0 where there is none."""
+        """Return the length of the longest sequence, 0 where there is none."""
         return self.derive(_max_length)
 
     @property
     def ids(self) -> Tensor:
-        """``[T]`` int64: the number of the sequence that each token belongs to."""
+        """Return ``[T]`` int64: the number of the sequence that each token belongs to."""
         return self.derive(_ids)
 
     @property
     def positions(self) -> Tensor:
-        """``[T]`` int64: each token's position within its own sequence, from 0."""
+        """Return ``[T]`` int64: each token's position within its sequence, from 0."""
         return self.derive(_positions)
 
     def last_tokens(self, count: int) -> Tensor:
@@ -224,16 +224,18 @@ def _last_tokens(sequences: Sequences, count: int) -> Tensor:
 
 
 def without_waiting(x: Tensor, device: torch.device) -> Tensor:
-    """Return ``x``, which is on the CPU, on ``device``; a GPU copies from pinned memory by
-    itself."""
+    """Return ``x``, which is on the CPU, on ``device``, copied asynchronously to a GPU."""
     if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
 def select_packed(x: Tensor, lengths: Tensor, indices: Tensor) -> Tensor:
-    """Return some of the sequences of ``lengths`` ``[N]`` that are packed along x's first axis:
-    those of ``indices`` ``[M]`` (int64), in that order, packed likewise."""
+    """Select some of the sequences that are packed along x's first axis.
+
+    ``lengths`` ``[N]`` are those of all; the result holds the sequences of ``indices`` ``[M]``
+    (int64), in that order, packed likewise.
+    """
     chosen = lengths[indices]
     starts = (lengths.cumsum(0) - lengths)[indices]
     within = torch.arange(int(chosen.sum()), device=x.device)
@@ -245,16 +247,17 @@ def select_packed(x: Tensor, lengths: Tensor, indices: Tensor) -> Tensor:
 class ChunkLayout:
     """A cut of sequences into chunks, ordered so that step j holds the j-th chunk of each sequence.
 
-    Every sequence starts a chunk of its own, so a chunk never straddles two sequences and a
-    sequence's arithmetic does not depend on its neighbours. Longer sequences come first: the
-    sequences that still run at step j are a prefix, as in ``torch.nn.utils.rnn.PackedSequence``.
+    Every sequence starts a new chunk, so a chunk never straddles two sequences and a sequence's
+    arithmetic does not depend on its neighbours. Longer sequences come first: the sequences that
+    still run at step j are a prefix, as in ``torch.nn.utils.rnn.PackedSequence``.
 
-    token_index:  [num_chunks, chunk_size] int64, index of the token, or T at padding
-    steps:        for each step, (first chunk, number of chunks)
-    order:        [N] int64, the sequences, longest first
-    token_slot:   [T] int64, position of each token in the flattened chunks
-    padded:       whether any chunk has padding
-    in_order:     whether the chunks are the tokens in their own order, without padding
+    Attributes:
+        token_index: ``[num_chunks, chunk_size]`` int64, index of the token, or T at padding.
+        steps: For each step, (first chunk, number of chunks).
+        order: ``[N]`` int64, the sequences, longest first.
+        token_slot: ``[T]`` int64, position of each token in the flattened chunks.
+        padded: Whether any chunk has padding.
+        in_order: Whether the chunks are the tokens in their original order, without padding.
     """
 
     token_index: Tensor

@@ -46,7 +46,7 @@ _PROBE = (
 
 
 class Tokenizer(ABC):
-    """A loaded tokenizer. Make one with :meth:`load`."""
+    """A loaded tokenizer; make one with :meth:`load`."""
 
     kind: str
     path: Path
@@ -55,7 +55,7 @@ class Tokenizer(ABC):
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """A SentencePiece ``.model``, a Hugging Face ``tokenizer.json``, or a folder with one.
+        """Load a SentencePiece ``.model``, a Hugging Face ``tokenizer.json``, or a folder with one.
 
         Raises :class:`UserError` when the file is missing or is no tokenizer.
         """
@@ -75,46 +75,46 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``; no text whatever produces the end-of-document or another special id."""
+        """Return the ids of ``text``. No text produces the end-of-document or a special id."""
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str:
-        """Text of ids among which no end-of-document id is left."""
+        """Return the text of ids among which no end-of-document id is left."""
 
     @abstractmethod
     def name_of(self, index: int) -> str:
-        """How the tokenizer's own file writes the token ``index``."""
+        """Return the token ``index`` as the tokenizer's file writes it."""
 
     @abstractmethod
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
-        """``[vocab_size]``: how many UTF-8 bytes each id stands for, 0 for special ids.
+        """Return ``[vocab_size]``: the UTF-8 bytes that each id stands for, 0 for special ids.
 
         The sum over a text's ids is the text's length in bytes. Raises :class:`UserError` for
         tokenizers that change the text, where no such number exists.
         """
 
     def decode(self, ids: Iterable[int] | npt.NDArray[Any]) -> str:
-        """The text of ``ids``, the inverse of :meth:`encode`; end-of-document ids are dropped."""
+        """Return the text of ``ids``, without end-of-document ids; the inverse of ``encode``."""
         plain = ids.tolist() if isinstance(ids, np.ndarray) else ids
         return self._decode([int(i) for i in plain if i != self.eod_id])
 
     def encode_to_array(self, text: str) -> npt.NDArray[Any]:
-        """:meth:`encode` as a ``[tokens]`` array of :attr:`dtype`."""
+        """Return :meth:`encode` of ``text`` as a ``[tokens]`` array of :attr:`dtype`."""
         return np.array(self.encode(text), dtype=self.dtype)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """uint16 where the vocabulary allows, else int32: megatron-core's ``optimal_dtype``."""
+        """Return uint16 where the vocabulary allows, else int32, as megatron-core does."""
         return np.dtype(np.uint16 if self.vocab_size < 65_500 else np.int32)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the tokenizer's file."""
+        """Return the hash of the tokenizer's file."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     @cached_property
     def lossless(self) -> bool:
-        """Whether a text made of the usual stumbling blocks comes back unchanged."""
+        """Return whether a text made of the usual stumbling blocks comes back unchanged."""
         return self.decode(self.encode(_PROBE)) == _PROBE
 
 
@@ -151,6 +151,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._space_ids = bytes_of_space if has_bytes and exact else None
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``."""
         # SentencePiece would turn a literal U+2581 into a space: spell it in bytes instead.
         if self._space_ids is None or _SPACE not in text:
             return self._encode_plain(text)
@@ -173,9 +174,11 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.decode(ids)
 
     def name_of(self, index: int) -> str:
+        """Return the piece ``index``."""
         return self._pieces[index]
 
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
+        """Return the bytes of each piece, 1 for byte pieces. Raises UserError for lossy models."""
         if not self.lossless:
             raise UserError(f"{self.path}: {_LOSSY}")
         model = self._model
@@ -194,7 +197,7 @@ class HuggingFaceTokenizer(Tokenizer):
     kind = "huggingface"
 
     def __init__(self, path: Path) -> None:
-        # Each of our workers encodes on its own; threads below them would only compete.
+        # Each worker process encodes alone; threads below it would only compete.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             import tokenizers
@@ -224,6 +227,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod_id = ends[0]
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``."""
         if len(text) <= _LONGEST_LINE:
             return self._model.encode(text, add_special_tokens=False).ids
         ids: list[int] = []
@@ -235,9 +239,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._model.decode(ids, skip_special_tokens=False)
 
     def name_of(self, index: int) -> str:
+        """Return the token ``index`` as the vocabulary writes it."""
         return str(self._model.id_to_token(index))
 
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
+        """Return the bytes of each token. Raises UserError unless it is a byte-level BPE."""
         if not (_byte_level(self._spec) and self.lossless):
             raise UserError(f"{self.path}: {_LOSSY}")
         alphabet = _byte_alphabet()
@@ -275,7 +281,7 @@ def chunks(text: str, size: int) -> Iterator[str]:
 
 
 def _byte_level(spec: dict[str, Any]) -> bool:
-    """Whether every token of a tokenizer.json is a string over the alphabet of 256 bytes."""
+    """Return whether every token of a tokenizer.json is a string over the alphabet of 256 bytes."""
 
     def parts(section: str, key: str) -> list[dict[str, Any]]:
         part = spec.get(section)
@@ -290,7 +296,7 @@ def _byte_level(spec: dict[str, Any]) -> bool:
 
 
 def _byte_alphabet() -> set[str]:
-    """The 256 characters by which byte-level BPE (GPT-2) writes bytes."""
+    """Return the 256 characters by which byte-level BPE (GPT-2) writes bytes."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printable += range(ord("®"), ord("ÿ") + 1)
     others = 256 - len(printable)

@@ -1,0 +1,1 @@
+"""Exchange with other libraries: Hugging Face models and tokenizers."""

@@ -1,7 +1,7 @@
 """Checkpoints as Hugging Face models, and Llama models as checkpoints.
 
 ``python -m pretrain export CHECKPOINT FOLDER`` writes safetensors, a config and the tokenizer. A
-model of Llama's shape loads in stock transformers; any other comes with a file of its own code
+model of Llama's shape loads in stock transformers; any other comes with a file of its code
 (:mod:`pretrain.export.standalone_model`) and loads with ``trust_remote_code=True``.
 ``python -m pretrain import NAME RUN`` makes a run with one checkpoint of a Llama model's weights.
 """
@@ -47,7 +47,7 @@ _SHARD = "5GB"
 
 
 def llama_names(num_blocks: int, tied: bool) -> dict[str, str]:
-    """Our parameter names to those of transformers' LlamaForCausalLM."""
+    """Map our parameter names to those of transformers' LlamaForCausalLM."""
     names = {
         "embedding.weight": "model.embed_tokens.weight",
         "final_norm.weight": "model.norm.weight",
@@ -61,7 +61,7 @@ def llama_names(num_blocks: int, tied: bool) -> dict[str, str]:
 
 
 def not_llama(config: ModelConfig) -> str | None:
-    """What keeps a model from being Llama's shape, or None."""
+    """Return the reason why a model is not of Llama's shape, or None if it is."""
     specs = block_specs(config)
     for spec in specs:
         if spec.mixer is not registry()["attn"]:
@@ -88,7 +88,7 @@ def not_llama(config: ModelConfig) -> str | None:
 
 
 def llama_config(config: ModelConfig, vocab_size: int, seq_len: int, eod_id: int) -> dict[str, Any]:
-    """transformers' config.json of a model of Llama's shape."""
+    """Return transformers' config.json of a model of Llama's shape."""
     specs = block_specs(config)
     settings = specs[0].config
     return {
@@ -116,8 +116,10 @@ def llama_config(config: ModelConfig, vocab_size: int, seq_len: int, eod_id: int
 
 
 def model_of_llama(config: Any) -> tuple[ModelConfig, int, int]:
-    """(model, rows of the vocabulary, longest text) of transformers' LlamaConfig. Raises UserError
-    for what our attention does not do."""
+    """Return (model, rows of the vocabulary, longest text) of transformers' LlamaConfig.
+
+    Raises UserError for what our attention does not do.
+    """
     if config.model_type != "llama":
         raise UserError(f"the model's model_type is {config.model_type}, expected llama")
     rope = getattr(config, "rope_parameters", None) or {}
@@ -156,8 +158,10 @@ def model_of_llama(config: Any) -> tuple[ModelConfig, int, int]:
 
 @torch.no_grad()
 def fill_from_llama(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
-    """transformers' weights by their names into a model of ours. Raises UserError naming a weight
-    that is missing or of another shape."""
+    """Copy transformers' weights, by their names, into a model of ours.
+
+    Raises UserError naming a weight that is missing or of another shape.
+    """
     names = llama_names(len(model.blocks), model.model_config.tie_embeddings)
     for ours, parameter in model.named_parameters():
         found = weights.get(names[ours])
@@ -174,7 +178,7 @@ def export_checkpoint(
     dtype: torch.dtype = torch.float32,
     averaged: bool = False,
 ) -> str:
-    """Write ``folder``; returns what loads it. Raises UserError where the model cannot be."""
+    """Write ``folder``; return what loads it. Raises UserError where it cannot be written."""
     from pretrain.inference.load import load_model
 
     if folder.exists() and any(folder.iterdir()):
@@ -191,12 +195,14 @@ def export_checkpoint(
 def write_hugging_face(
     model: LanguageModel, folder: Path, seq_len: int, eod_id: int, dtype: torch.dtype
 ) -> str | None:
-    """config.json, the weights and, unless the model is of Llama's shape, the code; returns what
-    keeps it from being, or None."""
+    """Write config.json, the weights and, unless the model is of Llama's shape, the code.
+
+    Returns the reason why it is not of that shape, or None.
+    """
     config = model.model_config
     reason = not_llama(config)
     folder.mkdir(parents=True, exist_ok=True)
-    # Gates and the like keep their own, wider dtype.
+    # Parameters of a wider dtype, such as gates, keep it.
     weights = {
         name: p.detach().to(dtype if p.dtype == model.context.dtype else p.dtype)
         for name, p in model.named_parameters()
@@ -222,14 +228,14 @@ def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
     contiguous = {name: value.contiguous() for name, value in weights.items()}
     save_torch_state_dict(contiguous, folder, max_shard_size=_SHARD, metadata={"format": "pt"})
     for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)  # written for its owner alone
+        path.chmod(0o644)  # written readable by its owner alone
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """The tokenizer's file, and what AutoTokenizer needs to load it."""
+    """Write the tokenizer's file, and what AutoTokenizer needs to load it."""
     write_bytes(folder / tokenizer.path.name, tokenizer.path.read_bytes())
     end = tokenizer.name_of(tokenizer.eod_id)
-    # Padding is behind the mask, whatever it is.
+    # Any token can pad: the mask hides it.
     settings: dict[str, Any] = {
         "eos_token": end,
         "pad_token": end,
@@ -247,9 +253,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def import_llama(source: str, run_directory: Path, *, gguf_file: str | None = None) -> Path:
-    """A run directory with one checkpoint, step 0, of a Hugging Face model of Llama's shape, by its
-    name or folder; returns the checkpoint. It can be scored, sampled from and be what
-    ``initialize`` starts from; it has no optimizer state to go on training with."""
+    """Make a run directory of a Hugging Face model of Llama's shape, by its name or folder.
+
+    Returns its one checkpoint, of step 0. It can be scored, sampled from and given to
+    ``initialize``; it has no optimizer state to resume training with.
+    """
     from pretrain.checkpoint.writer import write_weights
     from pretrain.parallel.processes import start_processes
 
@@ -265,7 +273,7 @@ def import_llama(source: str, run_directory: Path, *, gguf_file: str | None = No
             source, dtype=torch.float32, **options
         )
         text: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # of transformers, and of the formats that it reads
+    except Exception as error:  # transformers and the formats it reads raise anything
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{source}: could not be loaded by transformers ({said[0]})") from None
     backend: Any = getattr(text, "backend_tokenizer", None)
@@ -304,6 +312,7 @@ def import_llama(source: str, run_directory: Path, *, gguf_file: str | None = No
 
 
 def export_command(arguments: Sequence[str]) -> int:
+    """Run ``python -m pretrain export``; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m pretrain export", description="Write a checkpoint as a Hugging Face model."
     )
@@ -323,6 +332,7 @@ def export_command(arguments: Sequence[str]) -> int:
 
 
 def import_command(arguments: Sequence[str]) -> int:
+    """Run ``python -m pretrain import``; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m pretrain import",
         description="Make a run with one checkpoint of a Hugging Face model of Llama's shape.",

@@ -1,9 +1,9 @@
 """Models of any layers as one file that transformers loads without this project.
 
-The file carries the source of the layers themselves, as text, and makes modules of it under a name
-of their own. Layers import megatron-core only where there are several processes, so the file needs
-none of it. The exported model computes what the trained one did, and a new layer is exported
-without a line of its own.
+The file carries the source of the layers themselves, as text, and makes modules of it in a separate
+package. Layers import megatron-core only where there are several processes, so the file needs none
+of it. The exported model computes what the trained one did, and a new layer is exported without an
+additional line.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ _UNUSED = {
 def write_standalone_model(
     folder: Path, model: LanguageModel, seq_len: int, eod_id: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Write the code into ``folder``; returns config.json. Raises UserError for a mixture of
-    experts, whose dispatch between processes is megatron-core's own."""
+    """Write the code into ``folder``; return config.json.
+
+    Raises UserError for a mixture of experts, whose dispatch between processes is megatron-core's.
+    """
     config = model.model_config
     if config.moe is not None:
         raise UserError("a model with a mixture of experts cannot be exported yet")
@@ -96,7 +98,7 @@ def _sources(start: str) -> dict[str, str]:
         for node in _own_imports(source):
             names = (f"{node.module}.{alias.name}" for alias in node.names)
             pending += [str(node.module), *(each for each in names if _path(each) is not None)]
-        # A package's own file runs before what is in it.
+        # A package's __init__ runs before its modules.
         if "." in name:
             pending.append(name.rpartition(".")[0])
     return found

@@ -26,7 +26,7 @@ def generate(
     """Sample up to ``max_tokens`` ids after ``prompt``; see :func:`choose` for the rest.
 
     ``vocab_size`` is the tokenizer's: the embedding's padding rows are never sampled. ``stop_id``
-    ends the text and is not yielded. The model must be whole on this process. A recurrent mixer
+    ends the text and is not yielded. This process must hold the full model. A recurrent mixer
     keeps a state of one size, attention the keys and values of all tokens so far (of a window), and
     a loop over depth one of each for every pass.
     """
@@ -56,7 +56,7 @@ def choose(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> int:
-    """One id from logits ``[vocab]``: the likeliest at temperature 0, else drawn.
+    """Choose one id from logits ``[vocab]``: the likeliest at temperature 0, else drawn.
 
     top_k: only from the ``top_k`` likeliest; top_p: only from the fewest likeliest that together
     have at least this probability (arXiv 1904.09751), after top_k and the temperature.

@@ -13,7 +13,7 @@ from pretrain.common.errors import UserError
 
 @dataclass
 class HuggingFaceModel:
-    """Hold a model and its tokenizer as transformers loads them; ``source``: name or folder."""
+    """A model and its tokenizer as transformers loads them from ``source``, a name or folder."""
 
     model: Any
     tokenizer: Any
@@ -31,7 +31,7 @@ class HuggingFaceModel:
     ) -> str:
         """Return ``prompt`` and up to ``max_tokens`` tokens after it.
 
-        temperature: 0 takes the likeliest token; top_k, top_p: as of our own models.
+        temperature: 0 takes the likeliest token; top_k, top_p: as for trained models.
         """
         ids = self._ids(prompt)
         chosen: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_tokens}
@@ -90,7 +90,7 @@ def load_hugging_face(
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # of transformers, of the formats that it reads, of the model's code
+    except Exception as error:  # transformers, formats and model code raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"hf:{source}: could not be loaded ({reason})") from None
     return HuggingFaceModel(

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model and the tokenizer it was trained with."""
+"""Loading a checkpoint: its model and the tokenizer it was trained with."""
 
 from __future__ import annotations
 

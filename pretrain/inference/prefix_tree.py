@@ -1,24 +1,30 @@
-"""Sequences that begin alike, as a tree: what they share is computed once."""
+"""Sequences that begin alike, as a tree: shared prefixes are computed once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-# Tokens that a node must save to be worth a pass of its own.
+# Tokens that a node must save to be worth a separate pass.
 _WORTHWHILE = 16
 
 
 @dataclass
 class Node:
-    """tokens: a piece of the sequences below; ends: the numbers of those that end with it."""
+    """A piece of some sequences.
+
+    Attributes:
+        tokens: The piece, never empty.
+        children: The pieces that follow it.
+        ends: The numbers of the sequences that end with it.
+    """
 
     tokens: list[int]
     children: list[Node] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
     def walk(self) -> Iterator[Node]:
-        """This node and all below."""
+        """Yield this node and all below."""
         pending = [self]
         while pending:
             node = pending.pop()
@@ -27,7 +33,7 @@ class Node:
 
 
 def prefix_tree(sequences: Sequence[list[int]], *, share: bool = True) -> list[Node]:
-    """The roots of a forest whose paths spell the sequences, none of which may be empty.
+    """Return the roots of a forest whose paths spell the sequences, none of which may be empty.
 
     Sequences share a node only where that saves enough; ``share=False`` gives each its own root.
     """
@@ -57,7 +63,7 @@ def prefix_tree(sequences: Sequence[list[int]], *, share: bool = True) -> list[N
 
 
 def _alike(sequences: Sequence[list[int]], some: list[int], depth: int) -> Iterator[list[int]]:
-    """Runs of those that go on with the same token."""
+    """Yield runs of those that continue with the same token."""
     start = 0
     for at in range(1, len(some) + 1):
         if at == len(some) or sequences[some[at]][depth] != sequences[some[start]][depth]:

@@ -1,8 +1,8 @@
 """Log-likelihoods of continuations and greedy or sampled text, many requests at a time.
 
 Sequences are packed one after another, never padded, so no recurrent state sees what is not text;
-what requests have in common (a prompt's examples, a question before its answers) is computed once
-and its states handed on.
+the common prefixes of requests (a prompt's examples, a question before its answers) are computed
+once and their states reused.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pretrain.nn.mixers.base import State
 from pretrain.parallel.processes import data_parallel_rank_and_size, gather, groups
 
 T = TypeVar("T")
-_STATE_BYTES = 2**31  # of all sequences of a pass
+_STATE_BYTES = 2**31  # limit of the states of all sequences of a pass
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Ids: ``context``, at least one, and what is scored after it."""
+    """A ``context`` of at least one id, and the ``continuation`` that is scored after it."""
 
     context: list[int]
     continuation: list[int]
@@ -38,8 +38,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to go on from, and how. ``done`` is told the ids made so far and says when to stop;
-    temperature 0: always the likeliest."""
+    """A text to continue, and how.
+
+    ``done`` is called with the ids generated so far and returns whether to stop. Temperature 0
+    takes the likeliest id.
+    """
 
     ids: list[int]
     max_tokens: int
@@ -51,8 +54,14 @@ class Prompt:
 
 
 class Scorer(ABC):
-    """candidates: ids that a text can have; tokens_per_pass: of one forward pass, about; alive: is
-    called with every pass."""
+    """The interface of what scores and generates for evaluations.
+
+    Attributes:
+        candidates: Ids that a text can have.
+        tokens_per_pass: Of one forward pass, about.
+        device: Where tokens belong.
+        alive: Called with every pass.
+    """
 
     candidates: int
     tokens_per_pass: int
@@ -61,16 +70,18 @@ class Scorer(ABC):
 
     @abstractmethod
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """Of each pair, in nats, and whether the continuation is what greedy decoding gives."""
+        """Return each pair's log-likelihood in nats, and whether greedy decoding gives it."""
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """What follows each prompt; every process has the same prompts and gets all texts."""
+        """Return what follows each prompt; all processes give the same prompts, get all texts."""
 
 
 class StateScorer(Scorer):
-    """For a model that this process, with its tensor-parallel peers, has whole. Replicas share the
-    requests, all get all results."""
+    """A scorer of a model that this process, with its tensor-parallel peers, has in full.
+
+    Replicas split the requests, and all get all results.
+    """
 
     def __init__(
         self,
@@ -89,38 +100,40 @@ class StateScorer(Scorer):
 
     @torch.no_grad()
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        """Return each pair's log-likelihood in nats, and whether greedy decoding gives it."""
         sequences = [[*pair.context, *pair.continuation[:-1]] for pair in pairs]
         was_training = self.model.training
         self.model.eval()
-        own = self._own(sequences)
-        wanted = _Wanted([pairs[i] for i in own])
-        roots = prefix_tree([sequences[i] for i in own], share=self.share_prefixes)
+        local = self._local(sequences)
+        wanted = _Wanted([pairs[i] for i in local])
+        roots = prefix_tree([sequences[i] for i in local], share=self.share_prefixes)
         wanted.mark(roots)
         for nodes, x, ends, _ in self._passes(roots):
             wanted.score(nodes, x, ends, self.model, self.candidates)
         self.model.train(was_training)
-        return merged(dict(zip(own, wanted.results(), strict=True)), len(pairs))
+        return merged(dict(zip(local, wanted.results(), strict=True)), len(pairs))
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return what follows each prompt; all processes give the same prompts, get all texts."""
         was_training = self.model.training
         self.model.eval()
-        own = self._own([prompt.ids for prompt in prompts])
+        local = self._local([prompt.ids for prompt in prompts])
         found: dict[int, list[int]] = {}
-        roots = prefix_tree([prompts[i].ids for i in own], share=self.share_prefixes)
+        roots = prefix_tree([prompts[i].ids for i in local], share=self.share_prefixes)
         for nodes, x, ends, states in self._passes(roots):
-            places = [(place, own[i]) for place, node in enumerate(nodes) for i in node.ends]
-            if places:
-                at = torch.tensor([place for place, _ in places], device=self.device)
+            ends_here = [(row, local[i]) for row, node in enumerate(nodes) for i in node.ends]
+            if ends_here:
+                at = torch.tensor([row for row, _ in ends_here], device=self.device)
                 logits = self.model.next_logits(x[ends.to(self.device)[at]])
-                numbers = [number for _, number in places]
+                numbers = [number for _, number in ends_here]
                 chosen = self.model.select_states(states, at)
                 found.update(self._decode(numbers, prompts, logits, chosen))
         self.model.train(was_training)
         return merged(found, len(prompts))
 
-    def _own(self, sequences: Sequence[list[int]]) -> list[int]:
-        """The requests of this replica: neighbours in order, about as many tokens for each."""
+    def _local(self, sequences: Sequence[list[int]]) -> list[int]:
+        """Return this replica's requests: neighbours in order, about as many tokens for each."""
         rank, size = data_parallel_rank_and_size()
         order = sorted(range(len(sequences)), key=lambda i: sequences[i])
         if size == 1:
@@ -135,8 +148,11 @@ class StateScorer(Scorer):
     def _passes(
         self, roots: list[Node]
     ) -> Iterator[tuple[list[Node], Tensor, Tensor, list[State]]]:
-        """(nodes, their hidden rows one node after another, the row of each node's last token,
-        their states), parents before children."""
+        """Yield forward passes over the nodes, parents before children.
+
+        Each is (nodes, their hidden rows one node after another, the row of each node's last token,
+        their states).
+        """
         pending: list[tuple[list[Node], list[State] | None, list[int], list[int]]] = []
         if roots:  # a replica may have nothing to do
             pending.append((roots, None, [], [0] * len(roots)))
@@ -155,14 +171,14 @@ class StateScorer(Scorer):
             x, after = self.model.hidden_with_state(tokens, before, sequences=packed)
             self.alive()
             yield nodes, x, packed.on_host[1:] - 1, after
-            children = [(c, place) for place, n in enumerate(nodes) for c in n.children]
+            children = [(c, row) for row, n in enumerate(nodes) for c in n.children]
             if children:
-                below = [depths[place] + len(nodes[place].tokens) for _, place in children]
-                places = [place for _, place in children]
-                pending.append(([c for c, _ in children], after, places, below))
+                below = [depths[row] + len(nodes[row].tokens) for _, row in children]
+                rows = [row for _, row in children]
+                pending.append(([c for c, _ in children], after, rows, below))
 
     def _how_many(self, nodes: list[Node], depths: list[int]) -> int:
-        """Of the first nodes, behind so many tokens each, those that go into one pass."""
+        """Return how many of the first nodes, at these depths in tokens, go into one pass."""
         size = memory = 0
         for count, (node, depth) in enumerate(zip(nodes, depths, strict=True)):
             size += len(node.tokens)
@@ -172,7 +188,7 @@ class StateScorer(Scorer):
         return len(nodes)
 
     def _state_bytes(self, length: int) -> int:
-        """Of one sequence: recurrent states, and the keys and values of attention."""
+        """Return the bytes of one sequence's recurrent states, and keys and values of attention."""
         if length not in self._sizes:
             model = self.model
             width = model.model_config.hidden_size
@@ -187,7 +203,7 @@ class StateScorer(Scorer):
     def _decode(
         self, numbers: list[int], prompts: Sequence[Prompt], logits: Tensor, states: list[State]
     ) -> dict[int, list[int]]:
-        """Token by token, all texts side by side; those that are done leave."""
+        """Generate token by token, all texts side by side; those that are done leave."""
         made: dict[int, list[int]] = {number: [] for number in numbers}
         generators = {n: torch.Generator().manual_seed(prompts[n].seed) for n in numbers}
         running = list(numbers)
@@ -198,50 +214,52 @@ class StateScorer(Scorer):
                 [generators[n] for n in running],
             )
             stays = []
-            for place, (number, token) in enumerate(zip(running, next_ids, strict=True)):
+            for row, (number, token) in enumerate(zip(running, next_ids, strict=True)):
                 prompt, ids = prompts[number], made[number]
                 ids.append(token)
                 if len(ids) < prompt.max_tokens and not prompt.done(ids):
-                    stays.append(place)
+                    stays.append(row)
             if not stays:
                 return made
             if len(stays) < len(running):
                 states = self.model.select_states(states, torch.tensor(stays, device=self.device))
-            running = [running[place] for place in stays]
-            tokens = torch.tensor([[next_ids[place]] for place in stays], device=self.device)
+            running = [running[row] for row in stays]
+            tokens = torch.tensor([[next_ids[row]] for row in stays], device=self.device)
             self.alive()
             x, states = self.model.hidden_with_state(tokens, states)
             logits = self.model.next_logits(x)
 
 
 class _Wanted:
-    """Which targets at which rows of a tree's nodes make up each pair's log-likelihood."""
+    """The targets at rows of a tree's nodes that make up each pair's log-likelihood."""
 
     def __init__(self, pairs: list[Pair]) -> None:
         self._pairs = pairs
-        # Of every node, by identity: (offset, target) to the pairs that count it.
+        # For every node, by identity: (offset, target) to the pairs that count it.
         self._at: dict[int, dict[tuple[int, int], list[int]]] = {}
         self._sums, self._hits = [0.0] * len(pairs), [True] * len(pairs)
 
     def mark(self, roots: list[Node]) -> None:
+        """Note, for every node, the targets in it and the pairs that count each."""
         pending = [(root, 0) for root in roots]
         below = {id(n): _below(n) for root in roots for n in root.walk()}
         while pending:
             node, start = pending.pop()
-            places: dict[tuple[int, int], list[int]] = {}
+            counted: dict[tuple[int, int], list[int]] = {}
             end = start + len(node.tokens)
             for number in below[id(node)]:
                 pair = self._pairs[number]
                 first = len(pair.context) - 1
                 for at in range(max(first, start), end):
                     target = pair.continuation[at - first]
-                    places.setdefault((at - start, target), []).append(number)
-            self._at[id(node)] = places
+                    counted.setdefault((at - start, target), []).append(number)
+            self._at[id(node)] = counted
             pending += [(child, end) for child in node.children]
 
     def score(
         self, nodes: list[Node], x: Tensor, ends: Tensor, model: LanguageModel, candidates: int
     ) -> None:
+        """Add the scores of a pass's nodes to the pairs that count them."""
         rows, targets, counted = list[int](), list[int](), list[list[int]]()
         for node, end in zip(nodes, ends.tolist(), strict=True):
             start = end + 1 - len(node.tokens)
@@ -260,6 +278,7 @@ class _Wanted:
                 self._hits[number] &= best == target
 
     def results(self) -> list[tuple[float, bool]]:
+        """Return each pair's log-likelihood and whether it is greedy."""
         return list(zip(self._sums, self._hits, strict=True))
 
 
@@ -270,7 +289,7 @@ def _below(node: Node) -> list[int]:
 def _choose(
     logits: Tensor, prompts: Sequence[Prompt], generators: Sequence[torch.Generator]
 ) -> list[int]:
-    """The next id of each text; logits ``[texts, candidates]``."""
+    """Return the next id of each text from logits ``[texts, candidates]``."""
     likeliest = logits.argmax(-1).tolist()
     return [
         best
@@ -281,7 +300,7 @@ def _choose(
 
 
 def merged(found: dict[int, T], count: int) -> list[T]:
-    """The results of all data-parallel processes, by number; every process must call."""
+    """Return the results of all data-parallel ranks, by number; every process must call."""
     everyone: dict[int, T] = {}
     state = groups()
     group = None if state is None else state.get_data_parallel_group()

@@ -47,7 +47,8 @@ def build_model(
 
 def fill_units(model: LanguageModel, seed: int) -> Iterator[nn.Module]:
     """Initialise a model that was built on the meta device: each embedding, block, loop, norm and
-    head is yielded when it has its values, before the next one takes memory."""
+    head is yielded when it has its values, before the next one takes memory.
+    """
     for name, child in model.named_children():
         units = child.named_children() if child is model.blocks else [("", child)]
         for index, unit in units:

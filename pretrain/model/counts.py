@@ -37,7 +37,8 @@ def block_flops(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
 
 def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:
     """Forward and backward FLOPs per token of every block of the pattern, loops gone through, the
-    head and what a loop has beside its blocks left out."""
+    head and what a loop has beside its blocks left out.
+    """
     recursion = config.recursion
     flops = []
     for spec, times in zip(block_specs(config), passes(config), strict=True):
@@ -98,7 +99,8 @@ def _recomputed(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
 class ModelCounts:
     """parameters; forward matrix-multiply FLOPs per token; of them those of one pass through the
     loop of a recursive model; recurrent or cached state in bytes; recomputed: see
-    :func:`recomputed_flops`."""
+    :func:`recomputed_flops`.
+    """
 
     parameters: int
     embedding_parameters: int

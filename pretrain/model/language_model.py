@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 class Block(nn.Module):
     """Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` unless the MLP kind is none.
-    Sandwich: the same, and each sum is normalised."""
+    Sandwich: the same, and each sum is normalised.
+    """
 
     def __init__(self, spec: BlockSpec, config: ModelConfig, context: LayerContext):
         super().__init__()
@@ -110,7 +111,8 @@ class LanguageModel(DescribedModule):
         seq_len: int | None = None,
     ):
         """Build the model, or ``stage`` of it. ``seq_len``: of the training batches' sequences, for
-        dropout."""
+        dropout.
+        """
         super().__init__()
         specs = block_specs(config)
         self.stage = stage = stage or whole_model(config)
@@ -156,7 +158,8 @@ class LanguageModel(DescribedModule):
     def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
         """Draw what follows in training from (seed, step) and the number of the micro-batch in the
         global batch, which this process, the ``place``-th of ``places`` data-parallel ones, takes
-        by turns."""
+        by turns.
+        """
         for drawing in (self.dropout, self.recursion):
             if drawing is not None:
                 drawing.begin_step(seed, step, place, places)
@@ -237,7 +240,8 @@ class LanguageModel(DescribedModule):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, list[State]]:
         """Return logits ``[B, T, vocab]`` and the states to continue from where a call ended: one
-        for every block, for those of a loop one for every pass."""
+        for every block, for those of a loop one for every pass.
+        """
         packed = given_sequences("the model", sequences, cu_seqlens)
         x, states, _ = self._hidden(tokens, packed, states, with_states=True)
         return self._logits(x).transpose(0, 1), states
@@ -252,14 +256,16 @@ class LanguageModel(DescribedModule):
     ) -> tuple[Tensor, list[State]]:
         """Return what :meth:`score` and :meth:`next_logits` start from, ``[B * T, d]`` row by row,
         and the states as of :meth:`forward_with_state`. For a whole model without sequence
-        parallelism."""
+        parallelism.
+        """
         packed = given_sequences("the model", sequences, cu_seqlens)
         x, states, _ = self._hidden(tokens, packed, states, with_states=True)
         return x.transpose(0, 1).flatten(0, 1), states
 
     def score(self, x: Tensor, targets: Tensor, candidates: int | None = None) -> Tensor:
         """Return ``[2, M]``: log-likelihoods of ``targets`` ``[M]`` after the tokens whose hidden
-        rows are x ``[M, d]``, and the likeliest of the first ``candidates`` ids there."""
+        rows are x ``[M, d]``, and the likeliest of the first ``candidates`` ids there.
+        """
         return self._score(self._head_rows(x), targets, candidates)
 
     def next_logits(self, x: Tensor) -> Tensor:
@@ -304,7 +310,8 @@ class LanguageModel(DescribedModule):
         with_states: bool,
     ) -> tuple[Tensor, list[State], Tensor | None]:
         """Return the last block's output ``[T, B, d]``, the blocks' states, and a loop's ponder
-        cost."""
+        cost.
+        """
         x = self._embed(tokens)
         new_states: list[State] = []
         drop = None
@@ -405,7 +412,8 @@ class LanguageModel(DescribedModule):
 
     def metrics(self) -> dict[str, float]:
         """Return what the mixers have to report since the last call, over all blocks of this
-        process."""
+        process.
+        """
         found: dict[str, float] = {}
         for index in self.stage.blocks:
             block = cast(Block, self.blocks[index])

@@ -31,7 +31,8 @@ _RECURRENCES, _STATE = 0, 1  # the two streams of random numbers
 def sample_recurrences(mean: int, seed: int, step: int) -> int:
     """Passes of a training step: 1 + Poisson of a log-normal rate with mean ``mean`` (arXiv
     2502.05171, section 3.3). The same for all its micro-batches on every process, which must stay
-    in step and give the same numbers however many they are."""
+    in step and give the same numbers however many they are.
+    """
     generator = np.random.default_rng([seed, step, _RECURRENCES])
     rate = generator.lognormal(np.log(mean) - 0.125, 0.5)
     return int(generator.poisson(rate)) + 1
@@ -71,7 +72,8 @@ class Recursion(nn.Module):
 
     def metrics(self) -> dict[str, float]:
         """Of the training micro-batches since the last call: mean number of passes and, with
-        halting, mean ponder cost per token."""
+        halting, mean ponder cost per token.
+        """
         passes, self._passes = self._passes, []
         ponder, self._ponder = self._ponder, []
         found = {"recurrences": sum(passes) / len(passes)} if passes else {}
@@ -81,7 +83,8 @@ class Recursion(nn.Module):
 
     def set_times(self, times: int | None) -> None:
         """Passes in evaluation; None for the configured number. Raises UserError where the loop has
-        something of its own for each pass."""
+        something of its own for each pass.
+        """
         config = self.config
         if times is not None and times < 1:
             raise UserError(f"recurrences is {times}, expected at least 1")
@@ -108,7 +111,7 @@ class Recursion(nn.Module):
     def forward(
         self, x: Tensor, run: Callable[[Tensor, int], Tensor], *, whole: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """x ``[T, B, d]``, the prelude's output; ``run(state, pass)`` goes through the blocks once.
+        """X ``[T, B, d]``, the prelude's output; ``run(state, pass)`` goes through the blocks once.
 
         ``whole``: make every pass even where all tokens have halted, because the blocks' states are
         wanted. So does training, where every process must use every parameter, sequence

@@ -15,7 +15,8 @@ from pretrain.nn.mixers import Mixer, registry
 @dataclass(frozen=True)
 class BlockSpec:
     """One block: the mixer's name in the pattern, its class and its resolved settings, and the
-    mixture of experts that it has instead of an MLP."""
+    mixture of experts that it has instead of an MLP.
+    """
 
     name: str
     mixer: type[Mixer]
@@ -38,7 +39,8 @@ class BlockSpec:
 
 def block_specs(config: ModelConfig, where: str = "config") -> list[BlockSpec]:
     """Return the blocks of a model, first to last, every mixer's settings checked and its sizes
-    resolved. Raises ConfigError."""
+    resolved. Raises ConfigError.
+    """
     # A config may change between two calls, and is read often: known by what it says.
     snapshot = repr((config.pattern, config.hidden_size, config.mixers, config.moe))
     found = _known_specs.get(snapshot)

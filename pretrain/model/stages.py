@@ -15,7 +15,8 @@ from pretrain.model.spec import block_specs
 @dataclass(frozen=True)
 class Stage:
     """Consecutive blocks, by their numbers in the pattern; ``first`` also holds the embedding,
-    ``last`` the final norm and the head, or with tied embeddings a copy of the embedding."""
+    ``last`` the final norm and the head, or with tied embeddings a copy of the embedding.
+    """
 
     blocks: range
     first: bool = True
@@ -67,7 +68,8 @@ def split_into_stages(
 
 def balance(costs: Sequence[float], count: int) -> list[int]:
     """The ends of ``count`` consecutive, non-empty groups of ``costs``: the dearest group is as
-    cheap as can be and, among those divisions, the sum of squares is least."""
+    cheap as can be and, among those divisions, the sum of squares is least.
+    """
     total = [0.0, *accumulate(costs)]
 
     def divide(worth: float | None) -> tuple[float, list[int]]:

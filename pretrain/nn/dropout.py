@@ -36,7 +36,8 @@ class Dropout:
 
     def begin_step(self, seed: int, step: int, place: int, places: int) -> None:
         """This process, the ``place``-th of ``places`` data-parallel ones, takes the global batch's
-        micro-batches by turns."""
+        micro-batches by turns.
+        """
         self._seeds, self._micro_batch = (seed, step), 0
         self._place, self._places = place, places
 

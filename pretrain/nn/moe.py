@@ -71,7 +71,8 @@ class MoE(nn.Module):
 
     def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weights ``[N, top_k]`` in float32 or wider (0 for what is dropped), their experts, and in
-        training the loss that balances them, summed over tokens."""
+        training the loss that balances them, summed over tokens.
+        """
         config, k = self.config, self.config.top_k
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         logits = F.linear(tokens.to(dtype), self.router.to(dtype))
@@ -108,7 +109,8 @@ class MoE(nn.Module):
 
     def _balance(self, logits: Tensor, scores: Tensor, load: Tensor) -> Tensor | None:
         """Over the tokens of a micro-batch, whichever tensor-parallel process has them: the number
-        of experts x sum of (share of the choices x mean score), and the router's z-loss."""
+        of experts x sum of (share of the choices x mean score), and the router's z-loss.
+        """
         config = self.config
         if config.balance_weight == 0 and config.z_loss_weight == 0:
             return None
@@ -201,7 +203,8 @@ class MoE(nn.Module):
 
     def metrics(self) -> dict[str, float]:
         """Of the training tokens since the last call: the busiest expert's load against the mean,
-        on one process, and how many choices were dropped."""
+        on one process, and how many choices were dropped.
+        """
         found = {}
         if self._load is not None:
             load = self._load.float()
@@ -214,7 +217,8 @@ class MoE(nn.Module):
     @torch.no_grad()
     def update_bias(self) -> None:
         """After a step: experts with less than the mean load become more likely to be chosen, and
-        the others less. Every process must call."""
+        the others less. Every process must call.
+        """
         seen, self._seen = self._seen, None
         if self.config.bias_update_rate == 0 or seen is None:
             return
@@ -240,7 +244,8 @@ class MoE(nn.Module):
 
 class _WithLoss(torch.autograd.Function):
     """y as it is; the gradient also goes into ``loss``, which is a sum over tokens like the model's
-    own before it is divided by their number."""
+    own before it is divided by their number.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
@@ -253,7 +258,7 @@ class _WithLoss(torch.autograd.Function):
 
 
 def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x ``[N, d_in]``, the first ``counts[0]`` rows times ``weight[0]``, and so on."""
+    """X ``[N, d_in]``, the first ``counts[0]`` rows times ``weight[0]``, and so on."""
     if x.is_meta and len(x) % len(weight) == 0:  # evenly, in one operation
         return torch.bmm(x.view(len(weight), -1, x.shape[1]), weight).flatten(0, 1)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu"):

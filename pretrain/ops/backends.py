@@ -14,7 +14,8 @@ from pretrain.ops.shared.flash_linear_attention import fla_fits
 
 def describe_backends(dtype: torch.dtype = torch.bfloat16) -> str:
     """Describe in one line what runs the ops of a model whose activations are ``dtype`` on this
-    process's device."""
+    process's device.
+    """
     if not torch.cuda.is_available():
         return "kernels: plain torch, on the CPU"
     x = torch.empty(1, 128, dtype=dtype, device="cuda")

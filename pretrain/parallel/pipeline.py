@@ -41,7 +41,8 @@ def score_schedule(
     """``[2, M]`` of each micro-batch, on the last stage (elsewhere none): log-likelihoods of the
     targets that its mask counts, and the likeliest of the first ``candidates`` ids in their places.
 
-    All micro-batches must be of one length, and as many on every process."""
+    All micro-batches must be of one length, and as many on every process.
+    """
 
     def step(batches: Iterator[Batch], module: nn.Module) -> tuple[Tensor, Any]:
         batch = next(batches).to(local_device())
@@ -82,7 +83,8 @@ def _through(
 
 def _whole_rounds(batches: list[Batch]) -> list[Batch]:
     """The interleaved schedule goes through as many micro-batches at a time as there are stages:
-    fill up with ones that count nothing."""
+    fill up with ones that count nothing.
+    """
     state = groups()
     if state.get_virtual_pipeline_model_parallel_world_size() is None:
         return batches
@@ -101,7 +103,8 @@ def _forward_step(batches: Iterator[Batch], module: nn.Module) -> tuple[Tensor, 
 
 def _loss(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What megatron-core wants of the last stage: the summed loss, the number of targets, and what
-    to report."""
+    to report.
+    """
     with model_scope():
         total, count = (losses * mask).sum(), mask.sum()
         sums = torch.stack([total.detach().double(), count.double()])

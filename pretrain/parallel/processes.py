@@ -108,14 +108,16 @@ def process_groups(config: ParallelConfig) -> Iterator[None]:
 def order_kernels(config: ParallelConfig) -> None:
     """Have GPUs take kernels in the order that they are given, where tensors are divided: the
     exchange of a gradient comes before the products that it runs beside, which would otherwise take
-    the whole GPU. Before CUDA starts; whoever set the variable knows better."""
+    the whole GPU. Before CUDA starts; whoever set the variable knows better.
+    """
     if config.tensor > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def name_local_rank() -> None:
     """Set ``LOCAL_RANK``, which DeepSpeed asks for also where no launcher was needed, until
-    :func:`stop_processes`: other libraries take it for a launcher's, and wait for its processes."""
+    :func:`stop_processes`: other libraries take it for a launcher's, and wait for its processes.
+    """
     if "LOCAL_RANK" not in os.environ:
         os.environ["LOCAL_RANK"] = "0"
         _named_here.append("LOCAL_RANK")
@@ -190,7 +192,8 @@ def on_every_process(function: Callable[[], T], group: dist.ProcessGroup | None 
 
 def all_reduce_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Metrics of all processes, whatever names each has; see :func:`merge_metrics`. Every process
-    must call."""
+    must call.
+    """
     merged: dict[str, float] = {}
     for found in gather(metrics):
         merge_metrics(merged, found)

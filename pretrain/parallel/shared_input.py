@@ -26,7 +26,8 @@ _ATTRIBUTE = "shared_input"
 class _Gradients:
     """What the projections leave for their input's backward pass. ``weights``: of the outputs, by
     the number of the weight; ``summed``: of which weights over processes; ``gathered``: the whole
-    input and whether it has come."""
+    input and whether it has come.
+    """
 
     group: dist.ProcessGroup
     sequence_parallel: bool
@@ -92,7 +93,8 @@ def summed_gradient(parameter: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def project(x: Tensor, weight: Tensor, key: int) -> Tensor | None:
     """``x W^T`` ``[..., d_out]`` where x comes from :func:`share_input` and knows this projection's
-    ``key``; else None."""
+    ``key``; else None.
+    """
     shared: _Shared | None = getattr(x, _ATTRIBUTE, None)
     if shared is None or key not in shared.numbers or not torch.is_grad_enabled():
         return None

@@ -22,9 +22,21 @@ _LIVE_PARAMETERS = 1_000_000_000  # that DeepSpeed's ZeRO-3 keeps gathered
 
 @dataclass
 class StageEstimate:
-    """Of a process of one pipeline stage. parameters: those of experts apart; memory: bytes by
-    kind, at the moment when they are most; forward, backward: seconds of one micro-batch, the
-    exchanges of tensor and expert parallelism included."""
+    """The estimate of a process of one pipeline stage.
+
+    Attributes:
+        blocks: The blocks of each model chunk.
+        parameters: Parameters of the process, without those of experts.
+        expert_parameters: Parameters of its experts.
+        memory: Bytes by kind, at the moment when they are most.
+        forward: Seconds of one micro-batch, with the exchanges of tensor and expert parallelism.
+        backward: The same of the backward pass.
+        hardware_flops: FLOPs of one micro-batch, with recomputation.
+        tensor_bytes: Bytes sent between tensor-parallel processes per micro-batch.
+        tensor_seconds: Seconds of that.
+        expert_bytes: Bytes sent between expert-parallel processes per micro-batch.
+        expert_seconds: Seconds of that.
+    """
 
     blocks: list[range]
     parameters: int
@@ -40,14 +52,22 @@ class StageEstimate:
 
     @property
     def peak(self) -> float:
-        """Bytes, all kinds together."""
+        """Return the bytes of all kinds together."""
         return sum(self.memory.values())
 
 
 @dataclass
 class Estimate:
-    """seconds: of a step, by what takes them; sent: bytes per step and process, by kind, of the
-    stage that sends most."""
+    """The estimate of one optimizer step.
+
+    Attributes:
+        seconds: Seconds of a step, by what takes them.
+        sent: Bytes per step and process, by kind, of the stage that sends most.
+        tokens: Tokens of the global batch.
+        model_flops: FLOPs of a step without recomputation.
+        hardware_flops: FLOPs of a step with recomputation.
+        peak_flops: Dense peak of a device, FLOP/s.
+    """
 
     parallel: ParallelConfig
     devices: int
@@ -62,34 +82,37 @@ class Estimate:
 
     @property
     def data_parallel(self) -> int:
+        """Return the data-parallel size."""
         return self.devices // self.parallel.model_size
 
     @property
     def step_seconds(self) -> float:
+        """Return the seconds of a step."""
         return sum(self.seconds.values())
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all devices together."""
+        """Return the speed of all devices together."""
         return self.tokens / self.step_seconds
 
     @property
     def memory(self) -> dict[str, float]:
-        """Of the stage that needs most."""
+        """Return the bytes by kind of the stage that needs most."""
         return max(self.stages, key=lambda s: s.peak).memory
 
     @property
     def peak_memory(self) -> float:
+        """Return the bytes of the stage that needs most."""
         return max(stage.peak for stage in self.stages)
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs as a share of the devices' dense peak: recomputation does not count."""
+        """Return the model's FLOPs over the devices' dense peak: recomputation does not count."""
         return self._utilization(self.model_flops)
 
     @property
     def hfu(self) -> float:
-        """What the devices really compute, as a share of their dense peak."""
+        """Return the FLOPs that the devices really compute over their dense peak."""
         return self._utilization(self.hardware_flops)
 
     def _utilization(self, flops: float) -> float:
@@ -98,7 +121,7 @@ class Estimate:
 
 @dataclass
 class Planner:
-    """Estimates of one run on one kind of hardware; what simulations found is kept."""
+    """A planner of one run on one kind of hardware; simulations are cached."""
 
     config: RunConfig
     vocab_size: int
@@ -107,10 +130,11 @@ class Planner:
 
     @property
     def counts(self) -> ModelCounts:
+        """Return the model's parameters and FLOPs."""
         return count_model(self.config.model, self.vocab_size, self.config.train.seq_len)
 
     def units(self, parallel: ParallelConfig, checkpointing: str) -> Units:
-        """What each part of the model costs on one process."""
+        """Return the cost of each unit of the model on one process."""
         key = (parallel.tensor, parallel.sequence, parallel.micro_batch_size, checkpointing)
         if key not in self._units:
             train = self.config.train
@@ -128,7 +152,7 @@ class Planner:
     def estimate(
         self, parallel: ParallelConfig, devices: int, checkpointing: str | None = None
     ) -> Estimate:
-        """One step of the global batch; the layout must fit (see check_layout)."""
+        """Estimate one step of the global batch; the layout must fit (see check_layout)."""
         train = self.config.train
         units = self.units(parallel, checkpointing or train.activation_checkpointing)
         data = devices // parallel.model_size
@@ -155,18 +179,20 @@ class Planner:
     ) -> list[StageEstimate]:
         count, parts = parallel.pipeline, parallel.virtual_pipeline
         model, train = self.config.model, self.config.train
-        divided = split_into_stages(model, self.vocab_size, train.seq_len, count * parts, "config")
+        all_stages = split_into_stages(
+            model, self.vocab_size, train.seq_len, count * parts, "config"
+        )
         stages = []
         for rank in range(count):
-            own = divided[rank::count]
-            chains = [list(self._chain(stage, units)) for stage in own]
+            local = all_stages[rank::count]
+            chains = [list(self._chain(stage, units)) for stage in local]
             held, experts = (Counter[ParameterKind]() for _ in range(2))
-            for unit in self._held(own, units):
+            for unit in self._held(local, units):
                 held.update(unit.parameters)
                 experts.update(unit.experts)
             experts = Counter({k: n // parallel.expert for k, n in experts.items()})
             memory = self._state_memory(parallel, held, data)
-            if experts:  # copies of an expert are fewer, so less of its optimizer is divided
+            if experts:  # copies of an expert are fewer, so less of its optimizer is sharded
                 copies = data * parallel.tensor // parallel.expert
                 for kind, more in self._state_memory(parallel, experts, copies).items():
                     memory[kind] = (max if kind == "update" else add)(memory[kind], more)
@@ -200,7 +226,7 @@ class Planner:
             )
             stages.append(
                 StageEstimate(
-                    blocks=[stage.blocks for stage in own],
+                    blocks=[stage.blocks for stage in local],
                     parameters=sum(held.values()),
                     expert_parameters=sum(experts.values()),
                     memory=memory,
@@ -216,12 +242,12 @@ class Planner:
         return stages
 
     def _routed_bytes(self, parallel: ParallelConfig, tokens: int) -> float:
-        """Sent by a process when so many tokens go to their experts and come back, evenly."""
+        """Return the bytes a process sends when its ``tokens`` go to experts and back, evenly."""
         width = DTYPES[self.config.train.precision].itemsize * self.config.model.hidden_size
         return 2.0 * width * tokens * (parallel.expert - 1) / parallel.expert
 
     def _chain(self, stage: Stage, units: Units) -> Iterator[tuple[Unit, bool]]:
-        """What a micro-batch goes through in a stage, and whether gradients go back through it."""
+        """Yield the units a micro-batch passes in a stage, and whether gradients pass them too."""
         recursion = self.config.model.recursion
         if stage.first:
             yield units.embedding, True
@@ -243,7 +269,7 @@ class Planner:
             yield units.head, True
 
     def _held(self, stages: Sequence[Stage], units: Units) -> Iterator[Unit]:
-        """Whose parameters a process holds, each once."""
+        """Yield the units whose parameters a process holds, each once."""
         tied = self.config.model.tie_embeddings
         recursion = self.config.model.recursion
         if any(s.first or (s.last and tied) for s in stages):
@@ -258,32 +284,32 @@ class Planner:
     def _state_memory(
         self, parallel: ParallelConfig, held: Counter[ParameterKind], data: int
     ) -> dict[str, float]:
-        """Bytes of weights, gradients, optimizer state and what an update takes beside them."""
-        narrow = self.config.train.precision != "float32"
+        """Return the bytes of weights, gradients, optimizer state and of an update beside them."""
+        low_precision = self.config.train.precision != "float32"
         total = sum(held.values())
         weights = float(sum(n * kind[0].itemsize for kind, n in held.items()))
-        shares = data if parallel.zero_stage else 1
+        shards = data if parallel.zero_stage else 1
         optimizer = self.config.optimizer
         muon = optimizer.kind == "muon"
         stepped = Counter[bool]()
         for (_, decay, hidden), n in held.items():
             stepped[decay] += n * (not (muon and hidden))
         # torch's fused loop over a group: a root of every element
-        update = 4.0 * max(stepped.values()) / shares
+        update = 4.0 * max(stepped.values()) / shards
         if parallel.zero_backend == "megatron":
-            # Two moments, of Muon's share one, and the average of the weights.
+            # Two moments, of Muon's matrices one, and the average of the weights.
             masters = sum(n for kind, n in held.items() if kind[0] != torch.float32)
             state = (8.0 + 4.0 * (optimizer.ema_decay > 0)) * total + 4.0 * masters
             state -= 4.0 * muon * sum(n for kind, n in held.items() if kind[2])
             return {
                 "weights": weights,
                 "gradients": 4.0 * total,
-                "optimizer": state / shares,
+                "optimizer": state / shards,
                 "update": update,
             }
-        width = 2 if narrow else 4
+        width = 2 if low_precision else 4
         bucket = 4.0 * min(_DEEPSPEED_BUCKET, total)
-        moments = (8.0 if parallel.zero_stage == 0 else 12.0) * total / shares
+        moments = (8.0 if parallel.zero_stage == 0 else 12.0) * total / shards
         if parallel.offload == "nvme" or (
             parallel.offload == "cpu" and self.hardware.device != "cpu"
         ):
@@ -311,8 +337,10 @@ class Planner:
         micro_batches: int,
         state: dict[str, float],
     ) -> dict[str, float]:
-        """Bytes of activations, those of the head and loss apart, at the worst moment of a step. An
-        update comes when there are none, so only the larger of both counts."""
+        """Return the bytes of activations at the worst moment of a step, head and loss apart.
+
+        An update comes when there are none, so only the larger of both counts.
+        """
         worst, head, kept = 0.0, 0.0, 0.0
         stages, parts = parallel.pipeline, parallel.virtual_pipeline
         late = 4.0 * self._fills_late(parallel)
@@ -343,8 +371,11 @@ class Planner:
         return {"activations": total - head, "logits and loss": head, "update": 0.0}
 
     def _fills_late(self, parallel: ParallelConfig) -> bool:
-        """Whether gradients take the memory of DeepSpeed's bucket one by one, as activations leave
-        theirs, because the system gives it to a process when it first writes there."""
+        """Return whether gradients fill the memory of DeepSpeed's bucket one by one.
+
+        They do on a CPU, as activations leave theirs, because the system gives memory to a process
+        when it first writes there.
+        """
         return parallel.zero_stage == 2 and self.hardware.device == "cpu"
 
     def _time(
@@ -388,9 +419,10 @@ class Planner:
         hidden = 0.0
         if parallel.overlap and gradients_late:
             hidden = min(exchange, min(s.backward for s in stages) / parts)
-        dense, own = (data, copies) if parallel.zero_stage else (1, 1)
+        dense_shards, expert_shards = (data, copies) if parallel.zero_stage else (1, 1)
         moved = max(
-            s.parameters * (28.0 / dense + 8.0) + s.expert_parameters * (28.0 / own + 8.0)
+            s.parameters * (28.0 / dense_shards + 8.0)
+            + s.expert_parameters * (28.0 / expert_shards + 8.0)
             for s in stages
         )
         seconds = {
@@ -413,8 +445,10 @@ class Planner:
     def _exchanges(
         self, parallel: ParallelConfig, data: int, micro_batches: int, width: int
     ) -> tuple[float, bool]:
-        """Bytes per parameter that go around data-parallel processes in a step, and whether they do
-        beside the last backward pass."""
+        """Return (bytes per parameter that data-parallel ranks exchange in a step, whether late).
+
+        Late: beside the last backward pass.
+        """
         if parallel.zero_backend == "megatron":
             # Gradients are float32; without ZeRO they are all-reduced, there and back.
             return (8.0 if parallel.zero_stage == 0 else 4.0 + width), True

@@ -20,7 +20,7 @@ def planned_context(
     """
     if tensor_size == 1:
         return ParallelContext(dtype)
-    # torch's type stubs know other signatures than its classes have.
+    # torch's type stubs have other signatures than its classes.
     new_group: Any = dist.ProcessGroup
     new_backend: Any = FakeProcessGroup
     group: dist.ProcessGroup = new_group(0, tensor_size)

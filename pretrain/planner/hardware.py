@@ -1,4 +1,4 @@
-"""What a machine can do, read from ``configs/hardware/*.yaml``."""
+"""The abilities of a machine, read from ``configs/hardware/*.yaml``."""
 
 from __future__ import annotations
 
@@ -66,11 +66,14 @@ class Hardware(Config):
 
     @property
     def memory_bytes(self) -> float:
-        """What tensors may take of a device."""
+        """Return the bytes that tensors may take of a device."""
         return self.memory_gb * 1e9 * self.usable_memory
 
     def peak_flops(self, precision: str) -> float:
-        """Of matrix multiplication, FLOP/s. Raises ConfigError for a dtype that is not given."""
+        """Return the peak of matrix multiplication in FLOP/s.
+
+        Raises ConfigError for a dtype that is not given.
+        """
         if precision not in self.peak_tflops:
             raise ConfigError(
                 f"hardware '{self.name}': peak_tflops has {sorted(self.peak_tflops)}, expected an "
@@ -79,7 +82,7 @@ class Hardware(Config):
         return self.peak_tflops[precision] * 1e12
 
     def seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
-        """Of one operation with so many FLOPs that reads and writes so many bytes."""
+        """Return the seconds of an operation of ``flops`` that reads and writes ``moved`` bytes."""
         name = _NAMES.get(dtype, "float32")
         peak = self.peak_tflops.get(name, self.peak_tflops.get("float32", 1.0)) * 1e12
         return max(
@@ -89,19 +92,21 @@ class Hardware(Config):
         )
 
     def memory_seconds(self, moved: float) -> float:
-        """To read and write so many bytes of a device's memory."""
+        """Return the seconds to read and write ``moved`` bytes of a device's memory."""
         return moved / (self.memory_bandwidth_gbs * 1e9 * self.bandwidth_efficiency)
 
     def kernel_seconds(self, instructions: float, cycles: float) -> float:
-        """To issue so many instructions of warps, the longest chain of which takes so many
-        cycles."""
+        """Return the seconds to issue so many instructions of warps.
+
+        ``cycles`` is the length of their longest chain.
+        """
         if not self.clock_ghz or not self.warp_schedulers:
             return 0.0
         issued = instructions / (self.warp_schedulers * self.issue_efficiency)
         return max(issued, cycles) / (self.clock_ghz * 1e9)
 
     def link_seconds(self, sent: float, messages: float, *, spans_nodes: bool) -> float:
-        """For a process to send so many bytes in so many messages or collectives."""
+        """Return the seconds for a process to send bytes in so many messages or collectives."""
         speed = self.inter_node_gbs if spans_nodes else self.intra_node_gbs
         return sent / (speed * 1e9 * self.link_efficiency) + messages * self.latency_us * 1e-6
 

@@ -1,6 +1,7 @@
-"""``python -m pretrain plan CONFIG``: what a run will need and cost, before anything is started.
+"""The command ``python -m pretrain plan CONFIG``: the needs and the cost of a run.
 
-Nothing is allocated: the layers run on tensors without values, so any model fits this machine.
+Nothing is started or allocated: the layers run on tensors without values, so any model fits this
+machine.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pretrain.planner.hardware import Hardware, load_hardware
 from pretrain.planner.search import Candidate, search
 from pretrain.planner.units import Unit, Units
 
-# Of a model without a run.
+# Assumed for a model without a run.
 TOKENS_PER_PARAMETER = 20  # arXiv 2203.15556
 ASSUMED = (
     "data.path=none",
@@ -40,6 +41,7 @@ ASSUMED = (
 
 
 def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m pretrain plan",
         description="Parameters, FLOPs, memory, communication, time and cost of a run, or of a "
@@ -91,12 +93,14 @@ def plan_run(config: RunConfig, hardware: str, devices: int, where: str) -> dict
 
 
 def _load(path: str, overrides: list[str]) -> RunConfig:
-    """A run's settings; a model alone is planned as a run with the settings of ``ASSUMED`` over 20
-    tokens per parameter."""
+    """Load a run's settings, or assume them for a model alone.
+
+    A model is planned as a run with the settings of ``ASSUMED`` over 20 tokens per parameter.
+    """
     try:
         is_model = "name" not in (yaml.safe_load(Path(path).read_text()) or {})
     except (OSError, yaml.YAMLError, TypeError):
-        is_model = False  # loading it tells what is wrong
+        is_model = False  # loading it reports what is wrong
     if not is_model or any(x.startswith("name=") for x in overrides):
         return load_run_config(path, overrides)
     assumed = [f"name={Path(path).stem}", *ASSUMED]
@@ -118,14 +122,14 @@ def _vocab_size(config: RunConfig, path: str) -> int:
         tokenizer = open_data(config.data).tokenizer
     except UserError as error:
         raise UserError(
-            f"{path}: model.vocab_size is not set, and the data that would tell it is not there "
+            f"{path}: model.vocab_size is not set, and the data that determines it is not there "
             f"({error}); set model.vocab_size"
         ) from None
     return padded_vocab_size(config.model, tokenizer.vocab_size)
 
 
 def estimate_figures(estimate: Estimate, planner: Planner) -> dict[str, Any]:
-    """Everything that is printed, as numbers: bytes, seconds, FLOPs."""
+    """Return everything that is printed, as numbers: bytes, seconds, FLOPs."""
     return {
         "parallel": dataclasses.asdict(estimate.parallel),
         "devices": estimate.devices,
@@ -221,7 +225,7 @@ def _remarks(planner: Planner, estimate: Estimate) -> list[str]:
 
 
 def _parts_table(planner: Planner, estimate: Estimate, units: Units) -> Table:
-    """Whole model; activations of a micro-batch on one process."""
+    """Return the table of the full model, and of a micro-batch's activations on one process."""
     config, seq_len = planner.config.model, planner.config.train.seq_len
     d, specs = config.hidden_size, {s.kind: s for s in block_specs(config)}
     table = _table(
@@ -382,7 +386,7 @@ def _short(parallel: Any, devices: int) -> str:
 
 
 def _settings(candidate: Candidate) -> str:
-    """As overrides of the command line."""
+    """Return a candidate as overrides of the command line."""
     parallel = candidate.parallel
     chosen = {
         "tensor": parallel.tensor,

@@ -1,4 +1,4 @@
-"""Which layouts a number of devices could train a model with, fastest first."""
+"""The layouts that a number of devices could train a model with, fastest first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ CHECKPOINTING = ("none", "block")
 
 @dataclass
 class Candidate:
-    """A layout; estimate: None where it is not possible at all; why: it is not, or does not fit."""
+    """A layout that may be possible.
+
+    Attributes:
+        estimate: None where the layout is not possible at all.
+        why: Why it is not, or does not fit; empty where it fits.
+    """
 
     parallel: ParallelConfig
     checkpointing: str
@@ -26,8 +31,10 @@ class Candidate:
 
 
 def candidates(devices: int, per_node: int, experts: int = 1) -> Iterator[ParallelConfig]:
-    """Tensor parallelism within a node, pipelines, and ZeRO over the rest; ``experts``, where there
-    are any, divided over as many devices as they can be."""
+    """Yield layouts: tensor parallelism within a node, pipelines, and ZeRO over the rest.
+
+    ``experts``, where there are any, are sharded over as many devices as possible.
+    """
     for layout in _dense(devices, per_node):
         yield layout
         if layout.zero_backend == "megatron":
@@ -53,7 +60,7 @@ def _dense(devices: int, per_node: int) -> Iterator[ParallelConfig]:
 
 
 def search(planner: Planner, devices: int) -> list[Candidate]:
-    """Every candidate: those that fit first, fastest first, then the others."""
+    """Return every candidate: those that fit first, fastest first, then the others."""
     found = []
     moe = planner.config.model.moe
     experts = moe.num_experts if moe is not None else 1
@@ -72,7 +79,7 @@ def _try(planner: Planner, parallel: ParallelConfig, devices: int, checkpointing
         check_layout(config, devices, "")
         if planner.vocab_size % parallel.tensor:
             raise ConfigError(f": the vocabulary of {planner.vocab_size} does not divide")
-    except UserError as error:  # of which ConfigError is one
+    except UserError as error:  # or its subclass ConfigError
         return Candidate(parallel, checkpointing, None, str(error).removeprefix(": "))
     estimate = planner.estimate(parallel, devices, checkpointing)
     limit = planner.hardware.memory_bytes

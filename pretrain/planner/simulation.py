@@ -1,7 +1,7 @@
-"""Running model code on tensors that have shapes but no values: what it allocates, computes, reads
-and writes, without memory or a device.
+"""Simulation of model code on tensors that have shapes but no values.
 
-Floating-point tensors are on the meta device; integers that tell where sequences begin stay real,
+It finds what the code allocates, computes, reads and writes, without memory or a device.
+Floating-point tensors are on the meta device; integers that say where sequences begin stay real,
 because the layers' control flow depends on them. Where it depends on a number (has Newton's method
 converged?), the ops themselves say what is usual on the meta device.
 """
@@ -41,9 +41,17 @@ _LOOKUPS = {
 
 @dataclass
 class Cost:
-    """Of running something: bytes newly allocated at the most and left behind, seconds of the
-    device, matrix-multiply FLOPs, operations, and bytes sent and collectives between
-    tensor-parallel processes."""
+    """The cost of running something on one device.
+
+    Attributes:
+        peak: Bytes newly allocated at the most.
+        kept: Bytes left behind.
+        seconds: Seconds of the device.
+        flops: FLOPs of matrix multiplications.
+        operations: Number of operations.
+        bytes_sent: Bytes sent between tensor-parallel processes.
+        collectives: Collectives between them.
+    """
 
     peak: float = 0.0
     kept: float = 0.0
@@ -54,7 +62,7 @@ class Cost:
     collectives: float = 0.0
 
     def plus(self, other: Cost, times: float) -> Cost:
-        """``self + times * other``, field by field."""
+        """Return ``self + times * other``, field by field."""
         pairs = {
             f.name: getattr(self, f.name) + times * getattr(other, f.name) for f in fields(self)
         }
@@ -62,7 +70,7 @@ class Cost:
 
 
 class Simulation(TorchDispatchMode):
-    """While open, operations on meta tensors are counted, and memory that they would take."""
+    """A context that counts operations on meta tensors, and the memory that they would take."""
 
     def __init__(self, hardware: Hardware):
         super().__init__()
@@ -82,14 +90,14 @@ class Simulation(TorchDispatchMode):
         self._planned.__exit__(*error)
 
     def measure(self, function: Callable[[], Any]) -> tuple[Any, Cost]:
-        """What ``function`` returns, and what it cost; what the result holds is ``kept``."""
+        """Return the result of ``function``, and its cost; what the result holds is ``kept``."""
         self._cost, self._base = Cost(), self._live
         result = function()
         self._cost.kept = self._live - self._base
         return result, self._cost
 
-    def own(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these: they were there before."""
+    def exclude(self, tensors: Iterable[Tensor]) -> None:
+        """Exclude tensors that were there before from the count."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._known[storage._cdata] = storage
@@ -101,10 +109,10 @@ class Simulation(TorchDispatchMode):
         if function.namespace == "c10d":
             return self._communicate(function, args, kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        shadow = any(x.is_meta for x in tensors)
-        if shadow and function is _aten._local_scalar_dense.default:
+        on_meta = any(x.is_meta for x in tensors)
+        if on_meta and function is _aten._local_scalar_dense.default:
             return False if args[0].dtype == torch.bool else 0
-        if shadow:
+        if on_meta:
             if function in _INDEXED:
                 args = (args[0], _without_masks(args[1]), *args[2:])
             if not args or not isinstance(args[0], Tensor) or not _writes_real(function, args[0]):
@@ -112,14 +120,14 @@ class Simulation(TorchDispatchMode):
             else:
                 return args[0]
         result = function(*args, **kwargs)
-        # What is made from nothing or from integers: here every floating-point number is a shadow.
+        # Made from nothing or from integers: every floating-point tensor is on the meta device.
         result = tree_map_only(
             Tensor, lambda x: _to_meta(x) if x.is_floating_point() else x, result
         )
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         for x in outputs:
             self._notice(x)
-        if shadow or any(x.is_meta for x in outputs):
+        if on_meta or any(x.is_meta for x in outputs):
             self._count(function, args, kwargs, result, tensors, outputs)
         return result
 
@@ -153,17 +161,17 @@ class Simulation(TorchDispatchMode):
         formula = flop_registry.get(function._overloadpacket)
         flops = formula(*args, **kwargs, out_val=result) if formula else 0
         moved = sum(map(_bytes, outputs))
-        # What looks things up reads no more than it returns.
+        # A lookup reads no more than it returns.
         moved += moved if function in _LOOKUPS else sum(map(_bytes, inputs))
         self.compute(flops, moved, outputs[0].dtype)
 
     def compute(self, flops: float, moved: float, dtype: torch.dtype) -> None:
-        """An operation: as long as its arithmetic or its memory traffic takes, or its launch."""
+        """Count an operation: as long as its arithmetic, memory traffic or launch takes."""
         self._cost.flops += flops
         self._cost.seconds += self._hardware.seconds(flops, moved, dtype)
 
     def _kernel(self, work: Work, moved: float, dtype: torch.dtype) -> None:
-        """A kernel of ours, of which torch sees nothing."""
+        """Count a kernel of ours, of which torch sees nothing."""
         self._cost.operations += 1
         self._cost.flops += work.flops
         self._cost.seconds += max(
@@ -172,7 +180,7 @@ class Simulation(TorchDispatchMode):
         )
 
     def _communicate(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Nothing is sent; the fake group must not see tensors without memory."""
+        """Count a collective without sending: the fake group must not see meta tensors."""
         tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
         boxed = next(
             x
@@ -181,8 +189,8 @@ class Simulation(TorchDispatchMode):
         )
         size = dist.ProcessGroup.unbox(boxed).size()
         name = function.__name__
-        share = (size - 1) / size * max(map(_bytes, tensors), default=0)
-        self._cost.bytes_sent += share * (2 if "allreduce" in name else 1)
+        sent = (size - 1) / size * max(map(_bytes, tensors), default=0)
+        self._cost.bytes_sent += sent * (2 if "allreduce" in name else 1)
         self._cost.collectives += size > 1
         args, kwargs = tree_map_only(Tensor, lambda _: torch.empty(0), (args, kwargs))
         return function(*args, **kwargs)
@@ -199,12 +207,12 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 
 def _writes_real(function: Any, first: Tensor) -> bool:
-    """In place, to a tensor with values: what it holds then does not matter."""
+    """Return whether a function writes to a tensor with values, which then do not matter."""
     return not first.is_meta and function._schema.is_mutable
 
 
 def _without_masks(indices: Any) -> list[Any]:
-    """Boolean masks as the places where they are true."""
+    """Return indices with boolean masks replaced by the positions where they are true."""
     found: list[Any] = []
     for index in indices:
         if isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta:
@@ -230,7 +238,7 @@ def _planned_attention(simulation: Simulation) -> Callable[..., Tensor]:
 
 
 def _cpu_is_fused(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> bool:
-    """What torch would choose, asked with tensors of a few tokens."""
+    """Return whether torch would choose a fused kernel, asked with tensors of a few tokens."""
     with _disable_current_modes():
         small = [
             torch.empty(1, x.shape[1], 2, x.shape[3], dtype=x.dtype, requires_grad=True)
@@ -243,8 +251,10 @@ def _cpu_is_fused(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> bool:
 
 
 class _Fused(torch.autograd.Function):
-    """Attention that keeps its output and a number per query; the backward pass computes the
-    weights again. q ``[B, H, T, D]``."""
+    """Attention that keeps its output and a number per query; q ``[B, H, T, D]``.
+
+    The backward pass computes the weights again.
+    """
 
     @staticmethod
     def forward(

@@ -1,5 +1,8 @@
-"""What each part of a model costs on one tensor-parallel process: the embedding, one block of each
-kind, what a loop has beside its blocks, and the head with the loss."""
+"""The cost of each unit of a model on one tensor-parallel process.
+
+Units are the embedding, one block of each kind, what a loop has beside its blocks, and the head
+with the loss.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from pretrain.planner.hardware import Hardware
 from pretrain.planner.simulation import Cost, Simulation
 
 # Operations of one pass that are simulated as they are; longer loops over time are measured on
-# shorter sequences and drawn out.
+# shorter sequences and extrapolated.
 _PATIENCE = 40_000
 
 
@@ -35,9 +38,15 @@ ParameterKind = tuple[torch.dtype, bool, bool]
 
 @dataclass
 class Unit:
-    """parameters: of this process, by (dtype, whether weight decay applies, whether a hidden
-    matrix), those of experts apart and all of them; routed: tokens times experts that each goes to;
-    forward, backward: of one micro-batch; forward's ``kept`` is what waits for the backward pass.
+    """A unit of the model, and its cost on one process.
+
+    Attributes:
+        parameters: Of this process, by (dtype, whether weight decay applies, whether a hidden
+            matrix), without those of experts.
+        experts: Parameters of all experts, counted likewise.
+        routed: Tokens times experts that each goes to.
+        forward: Cost for one micro-batch; its ``kept`` is what waits for the backward pass.
+        backward: The same of the backward pass.
     """
 
     name: str
@@ -50,7 +59,13 @@ class Unit:
 
 @dataclass
 class Units:
-    """blocks: one of each kind, by the kind's name; kinds: of every block of the pattern."""
+    """The units of a model.
+
+    Attributes:
+        blocks: One of each kind, by the kind's name.
+        kinds: The kind of every block of the pattern.
+        loop: What a loop has beside its blocks, if there is one.
+    """
 
     embedding: Unit
     blocks: dict[str, Unit]
@@ -69,8 +84,10 @@ def measure_units(
     dtype: torch.dtype,
     activation_checkpointing: str,
 ) -> Units:
-    """Simulate every kind of unit under ``parallel``'s tensor and sequence parallelism and micro-
-    batch size."""
+    """Simulate every kind of unit.
+
+    The tensor and sequence parallelism and the micro-batch size are those of ``parallel``.
+    """
     context = planned_context(dtype, parallel.tensor, sequence_parallel=parallel.sequence)
     with torch.device("meta"):
         model = LanguageModel(
@@ -85,7 +102,7 @@ class _Measurement:
     ):
         self.model, self.hardware, self.seq_len = model, hardware, seq_len
         self.rows = parallel.micro_batch_size
-        self.divided = parallel.tensor if parallel.sequence else 1
+        self.token_shards = parallel.tensor if parallel.sequence else 1
 
     def all(self) -> Units:
         model, specs = self.model, block_specs(self.model.model_config)
@@ -118,7 +135,7 @@ class _Measurement:
     ) -> Unit:
         parameters: Counter[ParameterKind] = Counter()
         experts: Counter[ParameterKind] = Counter()
-        routed, tokens = 0, self.rows * self.seq_len // self.divided
+        routed, tokens = 0, self.rows * self.seq_len // self.token_shards
         for module in modules:
             for p in module.parameters():
                 info = info_of(p)
@@ -129,8 +146,10 @@ class _Measurement:
         return Unit(name, parameters, experts, routed, *self._over_time(measure))
 
     def _over_time(self, measure: Callable[[int], tuple[Cost, Cost]]) -> tuple[Cost, Cost]:
-        """At the wanted length, or drawn out in a line from shorter ones where a loop over time
-        would take long."""
+        """Measure at the wanted length, or extrapolate where a loop over time would take long.
+
+        The extrapolation is linear in the length, from shorter ones.
+        """
         length = self.seq_len
         short = max(2 ** (math.ceil(math.log2(length)) - 4), 64)
         if length < 8 * short:
@@ -142,25 +161,28 @@ class _Measurement:
             return measure(length)
         if b_count + per_token * 2 * short <= _PATIENCE:
             short, a, b = 2 * short, b, measure(4 * short)
-        share = (length - 2 * short) / short
-        forward, backward = (y.plus(y.plus(x, -1), share) for x, y in zip(a, b, strict=True))
+        factor = (length - 2 * short) / short
+        forward, backward = (y.plus(y.plus(x, -1), factor) for x, y in zip(a, b, strict=True))
         return forward, backward
 
     def _hidden(self, tokens: int) -> Tensor:
         context = self.model.context
-        shape = (tokens // self.divided, 1, self.model.model_config.hidden_size)
+        shape = (tokens // self.token_shards, 1, self.model.model_config.hidden_size)
         return torch.empty(shape, dtype=context.dtype, device="meta", requires_grad=True)
 
     def _run(self, inputs: list[Tensor], forward: Callable[[], Tensor]) -> tuple[Cost, Cost]:
-        """Gradients of parameters are let go at once, as by data parallelism, which adds them to a
-        buffer of its own."""
+        """Measure a forward and a backward pass.
+
+        Gradients of parameters are freed at once, as by data parallelism, which adds them to a
+        buffer.
+        """
         self.model.train()
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             for p in self.model.parameters()
         ]
         with Simulation(self.hardware) as simulation:
-            simulation.own([*self.model.parameters(), *inputs])
+            simulation.exclude([*self.model.parameters(), *inputs])
             output, ahead = simulation.measure(forward)
             _, back = simulation.measure(lambda: output.backward(torch.empty_like(output)))
             # Relative to what was there before the forward pass.

@@ -23,9 +23,13 @@ from pretrain.parallel.processes import local_device, sum_over_replicas
 
 @dataclass
 class StepResult:
-    """loss: mean over the global batch's counted targets, in nats, before the update; grad_norm:
-    global, before clipping, None where the step was left out unseen; applied: whether the
-    parameters were updated."""
+    """The outcome of one optimizer step.
+
+    Attributes:
+        loss: Mean over the global batch's counted targets, in nats, before the update.
+        grad_norm: Global norm before clipping; None where ``skip_if`` had the step skipped.
+        applied: Whether the parameters were updated.
+    """
 
     loss: float
     grad_norm: float | None
@@ -33,7 +37,7 @@ class StepResult:
 
 
 class Engine:
-    """Owns this process's stages of the model, wrapped, and their optimizer."""
+    """This process's stages of the model, wrapped, and their optimizer."""
 
     def __init__(
         self,
@@ -42,20 +46,20 @@ class Engine:
         parallel: ParallelConfig | None = None,
         micro_batches: int = 1,
     ):
-        """``micro_batches``: per process and step; only DeepSpeed needs it beforehand."""
+        """Wrap the stages; ``micro_batches`` per process and step are for DeepSpeed alone."""
         self.parts = [model] if isinstance(model, LanguageModel) else list(model)
         parallel = parallel or ParallelConfig()
-        if parallel.expert > 1:  # tokens travel between processes at every pass of a loop
+        if parallel.expert > 1:  # every pass of a loop exchanges tokens
             for part in self.parts:
                 if part.recursion is not None:
                     part.recursion.in_step = True
         self.backend = make_backend(self.parts, config, parallel, micro_batches)
 
-    def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
-        """See :meth:`pretrain.model.language_model.LanguageModel.begin_step`."""
+    def begin_step(self, seed: int, step: int, rank: int = 0, world_size: int = 1) -> None:
+        """Seed the model's random choices; see :meth:`.LanguageModel.begin_step`."""
         self.backend.step_seed = (seed, step)
         for part in self.parts:
-            part.begin_step(seed, step, place, places)
+            part.begin_step(seed, step, rank, world_size)
 
     def train_step(
         self,
@@ -63,7 +67,7 @@ class Engine:
         lr: float,
         skip_if: Callable[[float], bool] | None = None,
     ) -> StepResult:
-        """Forward, backward and update over this process's micro-batches of the global batch.
+        """Run forward, backward and update over this process's micro-batches of the global batch.
 
         A loss or gradient norm that is not finite leaves parameters and optimizer untouched, and so
         does a loss for which ``skip_if`` (not with DeepSpeed) says so, on every process.
@@ -83,7 +87,7 @@ class Engine:
     def validate(
         self, batches: Sequence[Batch], bytes_per_token: Tensor | None = None
     ) -> tuple[float, int, int]:
-        """(mean loss in nats, counted targets, bytes of text they stand for) of all processes.
+        """Return (mean loss in nats, counted targets, bytes of their text) of all processes.
 
         ``bytes_per_token`` is ``[vocab]``; without it the bytes are 0.
         """
@@ -102,7 +106,7 @@ class Engine:
 
     @torch.no_grad()
     def score(self, batches: Sequence[Batch], candidates: int) -> list[Tensor]:
-        """See :func:`.forward_backward.score_schedule`; in evaluation mode."""
+        """Score in evaluation mode; see :func:`pretrain.parallel.pipeline.score_schedule`."""
         for part in self.parts:
             part.eval()
         try:
@@ -112,13 +116,13 @@ class Engine:
                 part.train()
 
     def layer_metrics(self) -> dict[str, float]:
-        """What this process's layers have to tell since the last call."""
+        """Return and reset the metrics that local layers accumulated since the last call."""
         found: dict[str, float] = {}
         for part in self.parts:
             merge_metrics(found, part.metrics())
         return found
 
     def recursion_metrics(self) -> dict[str, float]:
-        """What the loop of a recursive model has to tell, where it is on this process."""
+        """Return the metrics of a recursive model's loop, where it is on this process."""
         loops = (part.recursion for part in self.parts)
         return next((loop.metrics() for loop in loops if loop is not None), {})

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit, command, hardware."""
+"""The environment a run was made in: versions, commit, command, hardware."""
 
 from __future__ import annotations
 

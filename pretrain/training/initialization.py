@@ -1,8 +1,8 @@
-"""A model's first weights from another run: the same model, or a recursive one made from its blocks
-(Relaxed Recursive Transformers, arXiv 2410.20672, section 3.2).
+"""Initialization from another run: the same model, or a recursive one made from its blocks.
 
-The source's blocks between the target's prelude and coda stand for its loop: at pass b, block k of
-K replaces block b K + k. ``stepwise`` keeps K of them equally spaced, ``lower`` the first K,
+The recursive one follows Relaxed Recursive Transformers (arXiv 2410.20672, section 3.2). The
+source's blocks between the target's prelude and coda stand for its loop: at pass b, block k of K
+replaces block b K + k. ``stepwise`` keeps K of them equally spaced, ``lower`` the first K,
 ``average`` the mean over passes; the low-rank differences start from the truncated singular value
 decomposition of what each pass lost.
 """
@@ -26,9 +26,11 @@ from pretrain.model.spec import block_specs
 def initialize_from(
     stages: Sequence[LanguageModel], config: InitializeConfig, tokenizer_sha256: str | None = None
 ) -> None:
-    """Overwrite the weights of a model, given as this process's ``stages`` of it; what the source
-    does not have keeps its own start. Raises UserError where the source does not fit, or knows
-    another tokenizer."""
+    """Overwrite the weights of a model, given as this process's ``stages`` of it.
+
+    Weights that the source does not have keep their initial values. Raises UserError where the
+    source does not fit, or was trained with another tokenizer.
+    """
     from pretrain.checkpoint.state import check_files, load_weights, read_state
     from pretrain.run_directory import find_checkpoint
 
@@ -51,14 +53,14 @@ def initialize_from(
         )
     source = build_model(state.model_config, state.vocab_size, seed=0, dtype=dtype)
     load_weights(checkpoint, source)
-    # What goes where is told of whole models: a stage takes its share of one.
-    whole = stages[0]
-    if not (whole.stage.first and whole.stage.last):
-        whole = build_model(whole.model_config, vocab_size, seed=0, dtype=dtype)
-        _copy_by_name(stages, whole)
-    fill_from(whole, source, config, str(checkpoint))
-    if whole is not stages[0]:
-        _copy_by_name([whole], *stages)
+    # Blocks are matched between full models; a stage takes its blocks from one.
+    full = stages[0]
+    if not (full.stage.first and full.stage.last):
+        full = build_model(full.model_config, vocab_size, seed=0, dtype=dtype)
+        _copy_by_name(stages, full)
+    fill_from(full, source, config, str(checkpoint))
+    if full is not stages[0]:
+        _copy_by_name([full], *stages)
 
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def _copy_by_name(origins: Sequence[nn.Module], *targets: nn.Module) -> None:
 def fill_from(
     model: LanguageModel, source: LanguageModel, config: InitializeConfig, where: str
 ) -> None:
-    """:func:`initialize_from` a model at hand; ``where`` names it in messages."""
+    """Fill ``model`` from ``source``; ``where`` names the source in messages."""
     recursion = model.model_config.recursion
     _check_same_settings(model, source, where)
     if source.recursion is not None:
@@ -82,7 +84,7 @@ def fill_from(
             raise UserError(
                 f"{where} holds a recursive model; expected one without a loop, or the same loop"
             )
-        recursion = None  # the same model, loop and all: nothing to make
+        recursion = None  # the same model, loop included
         _copy(model.recursion, [source.recursion], where)
     prelude = 0 if recursion is None else recursion.prelude
     coda = 0 if recursion is None else recursion.coda
@@ -100,7 +102,7 @@ def fill_from(
         raise UserError(f"{where} has {middle} blocks for the loop, expected at least its {looped}")
     if lora and model.context.tensor_size > 1:
         raise UserError(
-            "initialize.lora=svd needs tensor parallel size 1: no process has the whole matrices"
+            "initialize.lora=svd needs tensor parallel size 1: no process has the full matrices"
         )
     chosen = _chosen(chosen_by, looped, middle, times)
     _check_same_blocks(
@@ -132,7 +134,7 @@ def fill_from(
 
 
 def _chosen(method: str, looped: int, middle: int, times: int) -> list[list[int]]:
-    """For each block of the loop, the source's blocks (counted from the prelude) that make it."""
+    """Return the source's blocks that make each block of the loop, counted from the prelude."""
     if method == "lower":
         return [[k] for k in range(looped)]
     if method == "average":
@@ -156,9 +158,7 @@ def _check_same_settings(model: LanguageModel, source: LanguageModel, where: str
             f"{where} has an MLP of kind and width {widths[0]}, expected {widths[1]}, the model's"
         )
     if wanted.tie_embeddings and not there.tie_embeddings:
-        raise UserError(
-            f"{where} has a head of its own, which model.tie_embeddings=true would leave out"
-        )
+        raise UserError(f"{where} has an untied head, which model.tie_embeddings=true would drop")
 
 
 def _check_same_blocks(
@@ -175,8 +175,10 @@ def _check_same_blocks(
 
 
 def _copy(target: nn.Module | None, origins: Sequence[nn.Module], where: str) -> None:
-    """Every parameter becomes the mean of the origins' of the same name; low-rank differences only
-    where the origins have them."""
+    """Set every parameter to the mean of the origins' of the same name.
+
+    Low-rank differences are set only where the origins have them.
+    """
     assert target is not None
     values = [_by_name(origin) for origin in origins]
     for name, parameter in _by_name(target).items():
@@ -193,12 +195,12 @@ def _copy(target: nn.Module | None, origins: Sequence[nn.Module], where: str) ->
 
 
 def _by_name(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters by the name they have without low-rank differences around them."""
+    """Return the parameters by the names they have without low-rank differences around them."""
     return {name.replace("inner.", ""): p for name, p in module.named_parameters()}
 
 
 def _low_rank(target: nn.Module, replaced: list[nn.Module]) -> None:
-    """lora_b lora_a of each pass: the best approximation of (replaced - shared) of that rank."""
+    """Set each pass's lora_b lora_a to the best approximation of (replaced - shared)."""
     for name, module in target.named_modules():
         if not isinstance(module, DepthLoRA):
             continue
@@ -206,8 +208,8 @@ def _low_rank(target: nn.Module, replaced: list[nn.Module]) -> None:
         module.lora_a.zero_()
         module.lora_b.zero_()
         for depth, origin in enumerate(replaced):
-            whole = origin.get_parameter(f"{name.replace('inner.', '')}.weight")
-            lost = (whole - module.weight).to(torch.promote_types(whole.dtype, torch.float32))
+            full = origin.get_parameter(f"{name.replace('inner.', '')}.weight")
+            lost = (full - module.weight).to(torch.promote_types(full.dtype, torch.float32))
             u, s, v = torch.linalg.svd(lost, full_matrices=False)
             r = min(rank, len(s))
             root = s[:r].sqrt()

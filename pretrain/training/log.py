@@ -1,4 +1,4 @@
-"""What a run reports: on the screen, in its log file, in its metrics, and to trackers."""
+"""Reports of a run: on the screen, in its log file, in its metrics, and to trackers."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class RunLog:
             self._progress.start()
 
     def _keep_metrics_up_to(self, step: int) -> None:
-        """Drop the lines of steps that will be done again, and a last line cut short."""
+        """Drop the lines of steps that will be repeated, and a last line cut short."""
         if self.directory.metrics_file.exists():
             rows = self.directory.read_metrics()
             self.directory.write_metrics([row for row in rows if row["step"] <= step])
 
     def rewind(self, step: int) -> None:
-        """Continue from an earlier step; the lines behind it go to a file of their own."""
+        """Continue from an earlier step; the lines behind it go to a separate file."""
         if not self.active:
             return
         self._file.close()
@@ -110,7 +110,7 @@ class RunLog:
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def close(self) -> None:
-        """Give the screen back and finish the files."""
+        """Release the screen and finish the files."""
         if not self.active:
             return
         if self._progress is not None:

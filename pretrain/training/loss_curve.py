@@ -1,4 +1,4 @@
-"""The picture of a run's losses."""
+"""The plot of a run's losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def plot_loss_curve(
 ) -> Path | None:
     """Draw the training loss, and the validation loss in bits per byte, into the run directory.
 
-    ``bigram_entropy``, in bits per byte, is drawn beside them. Returns the picture's path, or None
+    ``bigram_entropy``, in bits per byte, is drawn beside them. Returns the plot's path, or None
     where no loss is logged.
     """
     from matplotlib.figure import Figure

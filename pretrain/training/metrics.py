@@ -1,4 +1,4 @@
-"""What a run measures beside its losses: the device's peak, memory, and what layers report."""
+"""Measurements of a run beside its losses: peak FLOP/s, memory, and what layers report."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from pretrain.common.metrics import merge_metrics
 from pretrain.training.engine import Engine
 
-# Dense bf16 matrix-multiply peaks in FLOP/s, by a part of the device's name, as the vendors' data
-# sheets give them (figures "with sparsity" are twice as high and mean nothing here).
+# Dense bf16 matrix-multiply peaks in FLOP/s, by a substring of the device's name, from the vendors'
+# data sheets (figures "with sparsity" are twice as high and mean nothing here).
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -38,7 +38,7 @@ def peak_memory_bytes() -> int:
 
 
 class LayerMetrics:
-    """Gather what the layers of a model report between two lines of the log."""
+    """The metrics of the model's layers between two lines of the log."""
 
     def __init__(self) -> None:
         self._found: dict[str, float] = {}

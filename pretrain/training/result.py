@@ -16,10 +16,13 @@ _EXIT_STATUSES = {COMPLETED: 0, STOPPED: EXIT_STOPPED, NON_FINITE: EXIT_NON_FINI
 class TrainResult:
     """The outcome of :meth:`pretrain.training.trainer.Trainer.fit`.
 
-    status: ``completed``: the budget is done; ``stopped``: by a signal, saved, the same call
-    continues; ``non_finite``: a loss or gradient was not finite, or spikes came back too often.
-    step, tokens: done since the run began. loss: of the last step that was done, in nats per token;
-    None where none was left to do.
+    Attributes:
+        status: ``completed``: the budget is done; ``stopped``: by a signal, saved, the same call
+            continues; ``non_finite``: a loss or gradient was not finite, or spikes came back too
+            often.
+        step: Optimizer steps done since the run began.
+        tokens: Tokens of those steps.
+        loss: Of the last step that was done, in nats per token; None where none was left to do.
     """
 
     status: str
@@ -30,5 +33,5 @@ class TrainResult:
 
     @property
     def exit_status(self) -> int:
-        """The exit status of the command: 0, 75 or 3."""
+        """Return the exit status of the command: 0, 75 or 3."""
         return _EXIT_STATUSES[self.status]

@@ -1,4 +1,4 @@
-"""Where a run continues from: the checkpoint, and whether it is the run that the config says."""
+"""The checkpoint that a run resumes from, and whether it belongs to the run of the config."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int)
         checkpoints / config.checkpoint.resume if config.checkpoint.resume else directory
     )
     if config.checkpoint.resume:
-        # The same command again continues from what it has done since, not from there once more.
+        # The same command again resumes from its latest checkpoint, not from that step once more.
         latest = find_checkpoint(directory)
         if load_saved_config(latest / CONFIG_FILE).checkpoint.resume == found.name:
             found = latest
@@ -67,7 +67,7 @@ def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int)
     ):
         if was != now:
             raise UserError(
-                f"{directory} was trained with {name} {was}, the config says {now}: going on would "
-                "repeat or leave out data; choose another name for a new run"
+                f"{directory} was trained with {name} {was}, the config says {now}: resuming would "
+                "repeat or skip data; choose another name for a new run"
             )
     return found

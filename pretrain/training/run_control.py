@@ -1,4 +1,4 @@
-"""What surrounds the steps of a run: its processes, its random seeds, its clock, its signals."""
+"""The surroundings of a run's steps: threads, random seeds, clock, signals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REPEAT_SECONDS = 5.0
 
 @contextlib.contextmanager
 def threads_of_torch(count: int | None) -> Iterator[None]:
-    """Have torch compute with ``count`` threads, None for as many as it does already."""
+    """Let torch compute with ``count`` threads, None for as many as it does already."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -42,7 +42,7 @@ def seed_step(seed: int, step: int) -> None:
 
 
 class Interval:
-    """The clock of tokens per second: tokens and time since it was last read, without pauses."""
+    """A clock of tokens per second: tokens and time since it was last read, without pauses."""
 
     def __init__(self) -> None:
         self._tokens, self._start = 0, time.monotonic()
@@ -52,7 +52,7 @@ class Interval:
         self._tokens += tokens
 
     def tokens_per_second(self) -> float:
-        """Return the speed since the last call, and start anew."""
+        """Return the speed since the last call, and restart the clock."""
         now = time.monotonic()
         speed = self._tokens / max(now - self._start, 1e-9)
         self._tokens, self._start = 0, now
@@ -69,7 +69,7 @@ class Interval:
 
 
 class StopSignals:
-    """Remembers SIGTERM, SIGINT or SIGUSR2, or a call of :meth:`request`, until the step is done.
+    """A memory of SIGTERM, SIGINT, SIGUSR2 or a :meth:`request`, until the step is done.
 
     Launchers pass a signal on to processes that have it already, so a repeat is ignored; only a
     second Ctrl-C some seconds later acts at once. Python delivers signals to the main thread alone:
@@ -82,7 +82,7 @@ class StopSignals:
         self._first = 0.0
 
     def request(self, reason: str) -> None:
-        """Do as if a signal named ``reason`` had arrived."""
+        """Remember ``reason`` as if a signal of that name had arrived."""
         if not self.received:
             self.received, self.name, self._first = True, reason, time.monotonic()
 

@@ -1,4 +1,4 @@
-"""What a run is made of before its first step: checked settings, engine, state."""
+"""The parts of a run before its first step: vocabulary, engine, state."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def vocabulary_of(config: RunConfig, data: PreparedData, where: str) -> int:
 
 
 def check_hashes(checkpoint: Path) -> None:
-    """Check the sha256 of every file of a checkpoint, each process a share of them.
+    """Check the sha256 of every file of a checkpoint, sharded over the processes.
 
     Raises UserError on every process where one has changed. Every process must call.
     """
@@ -81,8 +81,10 @@ def build_engine(
 def _shard_at_once(
     config: RunConfig, checkpoint: Path | None
 ) -> Callable[[nn.Module], None] | None:
-    """Return what shards the model while it is built: with ZeRO-3 no process holds all of it,
-    unless it is filled from another run's checkpoint."""
+    """Return what shards the model while it is built, or None.
+
+    With ZeRO-3 no process holds all of it, unless it is filled from another run's checkpoint.
+    """
     if config.parallel.zero_stage < 3 or (config.initialize is not None and checkpoint is None):
         return None
     from pretrain.optim.backends.deepspeed import shard_parameters
@@ -122,7 +124,7 @@ def state_of(
 def describe_run(
     directory: RunDirectory, config: RunConfig, counts: ModelCounts, vocab_size: int
 ) -> None:
-    """Write what the run is, for whoever reads it later: settings, environment, model."""
+    """Write the settings, environment and model of the run into its directory."""
     directory.write_config(config)
     directory.write_environment(describe_environment())
     directory.write_model(

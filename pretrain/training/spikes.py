@@ -1,4 +1,4 @@
-"""Sudden rises of the loss: noticing them, and going back to before them."""
+"""Sudden rises of the loss: detecting them, and rolling back to before them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from pretrain.training.engine import Engine
 
 
 class SpikeDetector:
-    """Compares a step's loss with those of the last ``window`` steps. ``recent`` is the list that
-    it keeps them in: part of a checkpoint, so that a resumed run notices the same spikes."""
+    """A comparison of a step's loss with those of the last ``window`` steps.
+
+    ``recent`` is the list that it keeps them in: part of a checkpoint, so that a resumed run
+    detects the same spikes.
+    """
 
     def __init__(self, config: SpikeConfig, recent: list[float]):
         self.config, self.recent = config, recent
@@ -36,7 +39,7 @@ class SpikeDetector:
         return rise > self.config.margin and rise > self.config.deviations * deviation
 
     def add(self, loss: float) -> None:
-        """Remember a loss, a spike's too: where the loss stays high it soon is none."""
+        """Remember a loss, even a spike's: where the loss stays high, it soon is no spike."""
         if self.config.policy != "none":
             self.recent.append(loss)
             del self.recent[: -self.config.window]

@@ -1,4 +1,4 @@
-"""Where metrics go besides the run directory's own file: Weights & Biases, TensorBoard."""
+"""Mirrors of a run's metrics: Weights & Biases, TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pretrain.run_directory import RunDirectory
 
 
 class Tracker(Protocol):
-    """A place that every line of the metrics is mirrored to, by the main process alone."""
+    """A mirror of every line of the metrics, fed by the main process alone."""
 
     def record(self, values: dict[str, Any]) -> None:
         """Add one line of metrics, which has its ``step``; numbers that are not finite are None."""
 
     def rewind(self, step: int) -> None:
-        """Forget the lines of later steps than ``step``, which will be done again."""
+        """Drop the lines of later steps than ``step``, which will be repeated."""
 
     def close(self) -> None:
-        """Finish what is written."""
+        """Flush and close."""
 
 
 def open_trackers(config: LoggingConfig, directory: RunDirectory, step: int) -> list[Tracker]:
@@ -56,12 +56,14 @@ class WandbTracker:
         )
 
     def record(self, values: dict[str, Any]) -> None:
+        """Log the line at its step."""
         self._run.log(values, step=values["step"])
 
     def rewind(self, step: int) -> None:
         """Do nothing: its steps only rise, and lines of earlier ones are ignored there."""
 
     def close(self) -> None:
+        """Finish the run."""
         self._run.finish()
 
 
@@ -80,18 +82,21 @@ class TensorBoardTracker:
                 "logging.tensorboard is true, but tensorboard is not installed: "
                 "pip install tensorboard"
             ) from None
-        # TensorBoard drops what an earlier file has of these steps.
+        # TensorBoard drops these steps of an earlier file.
         self._writer: Any = SummaryWriter(str(self._directory.tensorboard), purge_step=step + 1)
 
     def record(self, values: dict[str, Any]) -> None:
+        """Add a scalar for each number of the line."""
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, values["step"])
         self._writer.flush()
 
     def rewind(self, step: int) -> None:
+        """Open another event file, which hides the later steps of the earlier ones."""
         self._writer.close()
         self._open(step)
 
     def close(self) -> None:
+        """Close the event file."""
         self._writer.close()

@@ -59,11 +59,11 @@ from pretrain.training.setup import (
 
 
 class Trainer:
-    """Trains one run, or continues it where it left off.
+    """A trainer of one run, which it begins or resumes.
 
     ``config`` is a run's settings or the YAML file that has them, with ``overrides``, such as
-    ``optimizer.lr=3e-4``, over the file's. ``callbacks`` come after the default ones and those
-    that ``config.callbacks`` names. Raises ConfigError for settings that cannot work.
+    ``optimizer.lr=3e-4``, over the file's. ``callbacks`` come after the default ones and those that
+    ``config.callbacks`` names. Raises ConfigError for settings that cannot work.
 
     Several processes, as torchrun starts them, each make a Trainer of the same settings.
     """
@@ -74,7 +74,7 @@ class Trainer:
     num_steps: int
     """Optimizer steps of the whole run."""
 
-    # From the first hook, but on_fit_start, on:
+    # Set from on_train_start on:
     data: PreparedData
     batches: TrainingBatches
     counts: ModelCounts
@@ -87,7 +87,7 @@ class Trainer:
     interval: Interval
     layer_metrics: LayerMetrics
 
-    # Of the step that was done last:
+    # About the step that was done last:
     lr: float
     result: StepResult | None
     stopping: bool
@@ -151,24 +151,24 @@ class Trainer:
                 stack.push(_on_exception(callback))
                 callback.on_fit_start()
             result = self._run()
-            self.stop = StopSignals()  # what stopped this call shall not stop the next
+            self.stop = StopSignals()  # a signal that stopped this call shall not stop the next
             for callback in self.callbacks:
                 callback.on_fit_end(result)
             return result
 
     def request_stop(self, reason: str) -> None:
-        """Have the run save and stop after the step at hand, as a signal would; from any thread."""
+        """Make the run save and stop after the current step, as a signal would; from any thread."""
         self.stop.request(reason)
 
     # For callbacks
 
     def announce(self, work: str) -> None:
-        """Have every callback hear what this process does from now on."""
+        """Call ``on_work`` of every callback: what this process does from now on."""
         for callback in self.callbacks:
             callback.on_work(work)
 
     def report_progress(self) -> None:
-        """Have every callback hear that work which may take long advances."""
+        """Call ``on_progress`` of every callback: work which may take long advances."""
         for callback in self.callbacks:
             callback.on_progress()
 
@@ -304,9 +304,9 @@ class Trainer:
         self.engine.begin_step(config.seed, step, rank, size)
         self.lr = learning_rate(config.schedule, config.optimizer.lr, step, self.num_steps)
         self.announce(f"reading the data of step {step + 1}")
-        own_batches = self.batches.micro_batches(step, rank, size, offset=state.data_offset)
+        local_batches = self.batches.micro_batches(step, rank, size, offset=state.data_offset)
         self.announce(f"step {step + 1}")
-        result = self.engine.train_step(own_batches, self.lr, self._skip_if())
+        result = self.engine.train_step(local_batches, self.lr, self._skip_if())
         tokens = config.train.batch_tokens(step)
         state.step += 1
         state.tokens += tokens

@@ -29,7 +29,7 @@ from pretrain.config.checks import check_layout, load_run_config
 from pretrain.parallel.processes import start_processes, stop_processes
 from pretrain.run_directory import RunDirectory, checkpoint_name, find_checkpoint
 
-# Relative, of the first step's loss and gradient norm: float32 sums in another order, bf16 rounds.
+# Relative, for the first step's loss and gradient norm: float32 sums in another order, bf16 rounds.
 TOLERANCE = {"float32": 1e-5, "bf16": 2e-2}
 # Later steps may be further apart: Adam turns a rounding error in a tiny gradient into a step.
 GROWTH = {"float32": 100, "bf16": 5}
@@ -38,8 +38,13 @@ EXIT_DIFFERENT = 4
 
 @dataclass
 class Comparison:
-    """The largest relative differences between two runs, in loss and gradient norm: of the first
-    step compared, and of all; and in the final weights."""
+    """The largest relative differences between two runs.
+
+    Attributes:
+        first: In loss and gradient norm of the first step compared.
+        all_steps: The same over all steps.
+        weights: In the final weights.
+    """
 
     name: str
     first: float
@@ -47,13 +52,14 @@ class Comparison:
     weights: float
 
     def within(self, tolerance: float, growth: float) -> bool:
-        """Whether the runs are the same, up to rounding; never where a number is not finite."""
+        """Return whether the runs are equal up to rounding; never where a number is not finite."""
         numbers = (self.first, self.all_steps, self.weights)
         limits = (tolerance, growth * tolerance, growth * tolerance)
         return all(x <= limit for x, limit in zip(numbers, limits, strict=True))
 
 
 def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status, 0 or 4 where a run is different."""
     parser = argparse.ArgumentParser(prog="python -m pretrain verify", description=__doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -70,7 +76,7 @@ def main(arguments: list[str]) -> int:
 
 def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: int) -> int:
     config.train.steps, config.train.tokens = steps, None
-    # What fits a run of so few steps, and asks nothing of its checkpoints.
+    # Settings that fit a run of so few steps and its few checkpoints.
     flat = int(steps * (1 - config.schedule.decay_fraction))
     config.schedule.warmup_steps = min(config.schedule.warmup_steps, steps // 2, flat)
     config.train.spikes.policy = "none"
@@ -144,7 +150,7 @@ def _compare(name: str, expected: Path, found: Path, first_step: int) -> Compari
     rows, wanted = _metrics(found), _metrics(expected)
     steps = [step for step in wanted if step > first_step]
     if sorted(s for s in rows if s > first_step) != sorted(steps):
-        raise UserError(f"{name}: some steps were not finite and left out; nothing to compare")
+        raise UserError(f"{name}: some steps were not finite and skipped; nothing to compare")
     differences = [
         _largest(rows[s][key] / wanted[s][key] - 1 for key in ("loss", "grad_norm")) for s in steps
     ]
@@ -154,7 +160,7 @@ def _compare(name: str, expected: Path, found: Path, first_step: int) -> Compari
 
 
 def _largest(numbers: Iterable[float]) -> float:
-    """Of absolute values; infinity where one is not a number."""
+    """Return the largest absolute value; infinity where a number is not finite."""
     return max(abs(x) if math.isfinite(x) else math.inf for x in numbers)
 
 

@@ -1,5 +1,7 @@
-"""When one process of several fails, hangs or is killed: all end, soon, with one message that names
-it. Processes tell each other through the store that brought them together."""
+"""A watchdog over processes: when one fails, hangs or is killed, all end soon.
+
+One message names the process. Processes talk through the store that brought them together.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from pretrain.run_directory import RunDirectory
 _BEAT_SECONDS = 1.0
 _SILENT_BEATS = 5  # without a beat, when connections break: the process is gone
 _SILENT_SECONDS = 120.0  # the same when they do not, as NCCL's do not
-_GRACE_SECONDS = 10.0  # to leave by oneself after another process's failure
+_GRACE_SECONDS = 10.0  # to leave unforced after another process's failure
 EXIT_FAILED = 1
 
 
@@ -38,23 +40,23 @@ class Watchdog:
         self._timeout, self._directory = timeout, directory
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._work, self._ended = "starting", threading.Event()
-        self._steps = 0  # of the work at hand
-        self._heard: dict[int, tuple[str, float]] = {}  # last word of each, and since when
-        self._moved: dict[int, tuple[str, float]] = {}  # the same without the beats
+        self._steps = 0  # advances within the current work
+        self._heard: dict[int, tuple[str, float]] = {}  # last beat of each rank, and since when
+        self._moved: dict[int, tuple[str, float]] = {}  # the same without the number of the beat
 
     def at(self, work: str) -> None:
-        """Say what this process does from now on, in words that fit behind "it has been at"."""
+        """Set what this process does from now on, in words that fit behind "it has been at"."""
         self._work = work
 
     def moving(self) -> None:
-        """Say that the work goes on: some kinds may take longer than the timeout in all."""
+        """Report that the work advances: some kinds may take longer than the timeout in all."""
         self._steps += 1
 
     def __enter__(self) -> Watchdog:
         if self._size > 1:
-            # Connections of its own: the main thread may be waiting on the other ones.
+            # Separate connections: the main thread may be waiting on the default one.
             store: Any = dist.distributed_c10d._get_default_store()
-            self._store, self._own = store.clone(), store.clone()
+            self._store, self._exit_store = store.clone(), store.clone()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -84,11 +86,11 @@ class Watchdog:
         return f"process {rank} of {self._size}{host}"
 
     def _leave(self, message: str, status: int, details: str = "") -> NoReturn:
-        """End this process; the first that says why, says it to the user."""
+        """End this process; the first that ends prints the message."""
         mine = f"{self._rank} {time.time()}"
         try:
-            first = self._own.compare_set("failure", "", mine).decode() == mine
-        except Exception:  # whoever held the store is gone as well
+            first = self._exit_store.compare_set("failure", "", mine).decode() == mine
+        except Exception:  # the process that held the store is gone as well
             first = self._rank == 0
         if first:
             if details:
@@ -143,7 +145,7 @@ class Watchdog:
                 )
         if self._rank != 0 or now - self._moved[0][1] <= self._timeout:
             return
-        # No step has ended: who is elsewhere than the most, who wait for it?
+        # No step has ended: which rank is at other work than the majority that waits for it?
         works = {rank: said.partition(":")[2] for rank, (said, _) in self._moved.items()}
         most, _ = Counter(works.values()).most_common(1)[0]
         stuck = [rank for rank, work in works.items() if work != most] or [0]
@@ -156,7 +158,7 @@ class Watchdog:
         )
 
     def _silent_process(self) -> str | None:
-        """Of a process whose beat has stopped; waits for some beats."""
+        """Wait some beats, and return a message about processes whose beat stopped, if any."""
         before = self._beats()
         time.sleep(_SILENT_BEATS * _BEAT_SECONDS)
         after = self._beats()
@@ -171,7 +173,7 @@ class Watchdog:
     def _beats(self) -> list[str] | None:
         try:
             return [
-                self._own.get(key).decode() if self._own.check([key]) else ""
+                self._exit_store.get(key).decode() if self._exit_store.check([key]) else ""
                 for key in (f"beat-{rank}" for rank in range(self._size))
             ]
         except Exception:

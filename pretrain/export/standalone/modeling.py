@@ -26,7 +26,7 @@ _SOURCES: dict[str, str] = {}
 
 
 class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Make modules out of ``_SOURCES``."""
+    """An importer of modules from ``_SOURCES``."""
 
     def find_spec(
         self, name: str, path: Any = None, target: Any = None
@@ -60,7 +60,7 @@ def _module(name: str) -> Any:
 
 
 class HybridConfig(PretrainedConfig):
-    """model: the settings that it was trained with."""
+    """The config of a model of mixed layers; ``model`` holds the settings it was trained with."""
 
     model_type = "hybrid_pretrain"
 
@@ -71,7 +71,7 @@ class HybridConfig(PretrainedConfig):
 
 
 class HybridForCausalLM(PreTrainedModel, GenerationMixin):
-    """Logits of texts that may be padded on either side: padding never reaches a layer."""
+    """A model of texts that may be padded on either side: padding never reaches a layer."""
 
     config_class = HybridConfig
     main_input_name = "input_ids"
@@ -88,6 +88,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
         return self.model.embedding
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -96,6 +97,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> dict[str, Any]:
+        """Return the arguments of the next forward pass, which computes the full texts."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(
@@ -105,8 +107,11 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids, attention_mask ``[B, T]``, labels likewise (-100: not counted). Logits
-        ``[B, T, vocab]``, zeros where the mask is 0. Every call computes the whole texts."""
+        """Return logits ``[B, T, vocab]``, zeros where the mask is 0.
+
+        input_ids, attention_mask: ``[B, T]``; labels: likewise, -100 is not counted. Every call
+        computes the full texts.
+        """
         if attention_mask is None or bool(attention_mask.all()):
             logits = self.model(input_ids)
         else:

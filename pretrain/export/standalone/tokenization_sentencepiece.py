@@ -13,7 +13,7 @@ _SPACE = "\u2581"  # how SentencePiece writes a space inside its pieces
 
 
 class SentencePieceText(PreTrainedTokenizer):
-    """Like the tokenizer in training: nothing is added to a text or taken from it."""
+    """A tokenizer like the one in training: nothing is added to a text or taken from it."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
@@ -27,13 +27,16 @@ class SentencePieceText(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of pieces."""
         return int(self.model.get_piece_size())
 
     def get_vocab(self) -> dict[str, int]:
+        """Return the ids of all pieces and added tokens."""
         known = {self.model.id_to_piece(i): i for i in range(self.vocab_size)}
         return {**known, **self.added_tokens_encoder}
 
     def tokenize(self, text: str, **_: Any) -> list[str]:
+        """Return the pieces of ``text``."""
         ids: list[int] = []
         # SentencePiece would turn a literal U+2581 into a space: spell it in bytes instead.
         for index, part in enumerate(text.split(_SPACE) if self._space else [text]):
@@ -51,12 +54,15 @@ class SentencePieceText(PreTrainedTokenizer):
         return str(self.model.id_to_piece(index))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Return the text of ``tokens``."""
         return str(self.model.decode([self.model.piece_to_id(t) for t in tokens]))
 
     def build_inputs_with_special_tokens(self, ids: list[int], pair: Any = None) -> list[int]:
+        """Return the ids without any special token."""
         return ids if pair is None else ids + pair
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> Any:
+        """Copy the model's file into ``save_directory``; return its path in a tuple."""
         target = Path(save_directory) / "tokenizer.model"
         if target.resolve() != Path(self.vocab_file).resolve():
             shutil.copyfile(self.vocab_file, target)

@@ -64,7 +64,8 @@ class AttentionConfig(MixerConfig):
 @register("attn")
 class Attention(Mixer):
     """State: keys and values so far (with a window, the last ``window``), packed ``[S, Hkv, D]``;
-    how many of them each sequence has, and how many tokens it has seen."""
+    how many of them each sequence has, and how many tokens it has seen.
+    """
 
     config_class = AttentionConfig
     card = MixerCard(

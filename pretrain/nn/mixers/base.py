@@ -39,7 +39,8 @@ class LayerContext:
 class MixerCard:
     """A mixer in a line of docs/layers.md. equation: one head's recurrence; state: what it carries
     from token to token; over_time: how it is computed over time; divided: what tensor parallelism
-    divides; source: paper."""
+    divides; source: paper.
+    """
 
     name: str
     equation: str
@@ -105,7 +106,8 @@ class Mixer(DescribedModule, ABC):
 
     def select_state(self, state: State, indices: Tensor) -> State:
         """Return the states of some of the sequences, ``[M]`` int64 numbers from 0; one may be
-        there several times."""
+        there several times.
+        """
         return {name: values[indices] for name, values in state.items()}
 
     def metrics(self) -> dict[str, float]:
@@ -123,7 +125,8 @@ class Mixer(DescribedModule, ABC):
     @classmethod
     def divided(cls, config: Any, hidden_size: int) -> dict[str, int]:
         """Return the counts that tensor parallelism divides, by the name of their setting. One of a
-        name in ``SHAREABLE`` may also be 1, and is then shared by all processes."""
+        name in ``SHAREABLE`` may also be 1, and is then shared by all processes.
+        """
         return {"num_heads": config.num_heads}
 
     @classmethod
@@ -135,13 +138,15 @@ class Mixer(DescribedModule, ABC):
     @abstractmethod
     def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
         """Return the matrix-multiply FLOPs of one token's forward pass in sequences of
-        ``seq_len``."""
+        ``seq_len``.
+        """
 
     @classmethod
     @abstractmethod
     def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
         """Return the bytes of one sequence's state after ``seq_len`` tokens, activations in
-        bfloat16."""
+        bfloat16.
+        """
 
 
 M = TypeVar("M", bound=type[Mixer])

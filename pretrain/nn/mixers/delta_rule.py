@@ -117,7 +117,8 @@ class DeltaRuleMixer(Mixer):
 
     def _steps(self, x: Tensor) -> Tensor:
         """Split ``[B, T, H * n * dim]`` into ``[B, T * n, H, dim]``: a head's sub-steps lie
-        together, so that heads can be divided."""
+        together, so that heads can be divided.
+        """
         return heads_of(x, self.num_heads, self.substeps)
 
     def init_state(self, batch_size: int) -> State:

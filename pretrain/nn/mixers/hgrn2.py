@@ -65,7 +65,8 @@ class HGRN2Config(MixerConfig):
 
     def shape(self, hidden_size: int) -> tuple[int, int, int]:
         """Return (num_heads, key width, value width). Raises ValueError where heads do not divide
-        the model's width."""
+        the model's width.
+        """
         value_dim = whole(hidden_size / self.num_heads, "hidden_size / num_heads")
         return self.num_heads, self.head_dim, value_dim
 

@@ -103,7 +103,8 @@ class ParaRNNMixer(Mixer):
         self, u: Tensor, weights: Tensor, bias: Tensor, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """Run the recurrence: u ``[B, T, 3, D]``, weights ``[recurrent_rows, D]``, bias ``[3, D]``;
-        output and states ``[N, S, D]``."""
+        output and states ``[N, S, D]``.
+        """
 
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None

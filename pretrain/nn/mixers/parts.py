@@ -71,7 +71,8 @@ def add_short_convolutions(
 ) -> None:
     """Give ``mixer`` a parameter ``NAME_conv`` (and ``NAME_conv_bias``) for each of this process's
     ``widths``, names of one letter; a ``size`` of 0 means no convolution. Those named in ``shared``
-    are whole on every process, for heads that all of them use."""
+    are whole on every process, for heads that all of them use.
+    """
     for name, width in widths.items():
         if size:
             make = replicated_parameter if name in shared else sharded_parameter

@@ -44,7 +44,8 @@ def attention_heads(
 ) -> tuple[int, int]:
     """Return (num_heads, head_dim) with those that are None filled in: heads of 64 channels, of 128
     from a width of 2048, shared by ``groups``. Raises ValueError where heads do not divide the
-    width."""
+    width.
+    """
     if num_heads is not None:
         return num_heads, head_dim or per_head(hidden_size, num_heads)
     if head_dim is not None:
@@ -57,7 +58,8 @@ def delta_rule_sizes(
     hidden_size: int, num_heads: int | None, head_dim: int | None, share: float, widest: int
 ) -> tuple[int, int]:
     """Return (num_heads, head_dim) with those that are None filled in: keys of a power of two
-    channels, ``widest`` at most, which together are ``share`` times as wide as the model."""
+    channels, ``widest`` at most, which together are ``share`` times as wide as the model.
+    """
     if head_dim is None:
         whole_width = 4 * share * hidden_size / num_heads if num_heads else hidden_size
         head_dim = power_of_two_width(int(whole_width), widest)
@@ -66,7 +68,8 @@ def delta_rule_sizes(
 
 def few_heads(hidden_size: int, num_heads: int | None, head_dim: int | None) -> tuple[int, int]:
     """Return (num_heads, head_dim) with those that are None filled in: four heads, or as many fewer
-    as divide the width. Raises ValueError where heads do not divide it."""
+    as divide the width. Raises ValueError where heads do not divide it.
+    """
     if num_heads is None:
         fewer = max(n for n in range(1, 5) if hidden_size % n == 0)
         num_heads = fewer if head_dim is None else heads_for(hidden_size, head_dim)

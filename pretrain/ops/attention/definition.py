@@ -18,7 +18,8 @@ def explicit_attention(
     window: int | None,
 ) -> Tensor:
     """Compute attention over all pairs of tokens, in float32 or wider; those that must not meet
-    have weight 0. q ``[T, H, D]``, k, v ``[S, Hkv, D]``, output ``[T, H, D]`` in q's dtype."""
+    have weight 0. q ``[T, H, D]``, k, v ``[S, Hkv, D]``, output ``[T, H, D]`` in q's dtype.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
     k, v = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v))

@@ -175,7 +175,8 @@ def _sdpa(
     window: int | None,
 ) -> Tensor:
     """Attend by torch's function; sequences of equal length share one call, and none ever sees
-    another's keys."""
+    another's keys.
+    """
     lengths = list(zip(queries.lengths, keys.lengths, strict=True))
     if len(set(lengths)) == 1:
         n = len(lengths)

@@ -69,7 +69,8 @@ def linear_cross_entropy(
 @functools.cache
 def has_liger() -> bool:
     """Return whether liger-kernel is installed, of the versions whose kernel has the arguments that
-    are given to it here."""
+    are given to it here.
+    """
     try:
         return importlib.metadata.version("liger-kernel").startswith("0.8.")
     except importlib.metadata.PackageNotFoundError:

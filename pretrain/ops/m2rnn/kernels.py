@@ -45,7 +45,8 @@ def blocks(key_dim: int, value_dim: int, *, backward: bool) -> dict[str, int]:
 class M2RNN(torch.autograd.Function):
     """The kernels as one differentiable function: q, k ``[T, Hx, K]``, v ``[T, H, V]``, weight
     ``[H, V, V]``, forget ``[T, H]``, initial_state ``[N, H, K, V]`` to y ``[T, H, V]`` in v's dtype
-    and the final states; ``save``: whether there will be a backward pass."""
+    and the final states; ``save``: whether there will be a backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -200,7 +201,8 @@ class M2RNN(torch.autograd.Function):
 def _work(v: Tensor, key_dim: int, sequences: Sequences, *, backward: bool) -> Work:
     """Return the work by what the kernels compile to at K = 64, V = 16
     (benchmarks/kernels_compiled.py): some 640 instructions of a warp for a token's 1024 numbers
-    forward; backward 790 for each 512."""
+    forward; backward 790 for each 512.
+    """
     numbers, value_dim = v.numel() * key_dim, v.shape[-1]
     # Backward two products with W's transpose and for its gradient, and nearly two to have states.
     flops = numbers * (8 * value_dim + 4 if backward else 2 * value_dim + 2)
@@ -212,7 +214,8 @@ def _work(v: Tensor, key_dim: int, sequences: Sequences, *, backward: bool) -> W
 class _Segment:
     """The part of every sequence that one launch of the backward kernel works off: at the most
     ``most`` chunks before its last ``done``. ``tokens`` ``[total]``: where the rows of its
-    gradients belong; ``places`` ``[N]``: the first row of each sequence."""
+    gradients belong; ``places`` ``[N]``: the first row of each sequence.
+    """
 
     done: int
     most: int
@@ -223,7 +226,8 @@ class _Segment:
 
 def _segments(sequences: Sequences, chunk: int, count: int) -> list[_Segment]:
     """Cut the longest sequence into about ``count`` segments, and all others with it; the last
-    comes first."""
+    comes first.
+    """
     lengths = sequences.lengths
     chunks = [-(-length // chunk) for length in lengths]
     most = max(-(-max(chunks, default=0) // count), 1)

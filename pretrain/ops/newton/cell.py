@@ -14,7 +14,8 @@ Linear = tuple[Tensor, Tensor, Any]
 class ElementwiseCell:
     """A cell to be solved by Newton's method: ``step(h [S, ..., D], x [G, ..., D], parameters [P,
     D]) -> h' [S, ..., D]``, elementwise over everything but S, G and P; derivatives by
-    ``torch.func`` unless a subclass knows better."""
+    ``torch.func`` unless a subclass knows better.
+    """
 
     bounded = False  # whether states stay within about 1, so that residuals need no scale
 
@@ -23,7 +24,8 @@ class ElementwiseCell:
 
     def linearize(self, h: Tensor, x: Tensor, parameters: Tensor) -> Linear:
         """Return f, its Jacobian ``[S, S, ..., D]`` (to, from), and what :meth:`vjp` needs to
-        know."""
+        know.
+        """
         columns = []
         for s in range(self.num_states):
             tangent = torch.zeros_like(h)

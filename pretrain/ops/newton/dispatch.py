@@ -77,7 +77,8 @@ def elementwise_recurrence(
     options: NewtonOptions,
 ) -> tuple[Tensor, Tensor]:
     """Run ``cell`` over x ``[B, T, G, D]``, for :func:`newton_recurrence`, ``para_gru`` and
-    ``para_lstm``. Returns all states ``[B, T, S, D]`` and the last ``[N, S, D]``."""
+    ``para_lstm``. Returns all states ``[B, T, S, D]`` and the last ``[N, S, D]``.
+    """
     if x.ndim != 4:
         raise ValueError(f"{op}: the input is {tuple(x.shape)}, expected [B, T, gates, D]")
     batch_size, length, _, dim = x.shape

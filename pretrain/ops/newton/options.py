@@ -58,7 +58,8 @@ class NewtonReport:
         iterations: int | Tensor,
     ) -> None:
         """Add one solve: its largest residual, how many of how many sequences fell back, its
-        steps."""
+        steps.
+        """
         device = residual.device if isinstance(residual, Tensor) else None
         pair = [torch.as_tensor(x, device=device).double() for x in (residual, iterations)]
         new = torch.stack(pair)

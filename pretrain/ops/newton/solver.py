@@ -20,7 +20,8 @@ _USUAL_STEPS = 3  # Newton steps that bounded recurrent weights take in float32
 
 class Newton(torch.autograd.Function):
     """The solve as one differentiable function: x [T, G, D], parameters [P, D], initial_state [N,
-    S, D] to states [T, S, D] and the last."""
+    S, D] to states [T, S, D] and the last.
+    """
 
     @staticmethod
     def forward(
@@ -127,7 +128,8 @@ def _solve_tile(
 ) -> tuple[Tensor, Tensor, int]:
     """Make Newton steps from the guess ``h`` until every sequence's residual is at most
     ``tolerance``, or ``iterations`` of them. Returns the states, the residuals ``[N]`` and the
-    number of steps."""
+    number of steps.
+    """
     residual = h.new_zeros(num_sequences)
     unsolved = torch.ones_like(residual, dtype=torch.bool)
     for step in range(iterations + 1):

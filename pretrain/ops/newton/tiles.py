@@ -35,7 +35,8 @@ class Tiles:
 
 def tiles_of(sequences: Sequences, dim: int, device_type: str) -> Tiles:
     """Return the tiles of ``sequences`` for ``dim`` channels on a device of this type, computed
-    once."""
+    once.
+    """
     return sequences.derive(_tiles_of, dim, device_type)
 
 

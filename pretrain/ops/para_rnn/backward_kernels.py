@@ -14,7 +14,8 @@ from pretrain.ops.para_rnn.cell_kernels import gru_cell, lstm_cell, tile_row
 @triton.jit
 def _back(j1, r1, s1, j2, r2, s2):
     """Compose backward, one state: 1 is the later segment; lambda of the earlier one's first
-    token."""
+    token.
+    """
     return j2, r2 * (j1 * r1), r2 * (j1 * s1) + s2
 
 

@@ -1,5 +1,6 @@
 """The cells of ParaGRU and ParaLSTM with their derivatives by hand, as Newton's method needs
-them."""
+them.
+"""
 
 from __future__ import annotations
 

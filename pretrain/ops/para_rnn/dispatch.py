@@ -98,7 +98,8 @@ def para_lstm(
 
     u ``[B, T, 3, D]``: pre-activations of f, o, z; a ``[3, D]``: their recurrent weights; c
     ``[2, D]``: the peepholes of f and o. States are ``[N, 2, D]``: cell state, then h. All else as
-    in :func:`para_gru`, and so is the output."""
+    in :func:`para_gru`, and so is the output.
+    """
     weights = {"a": (a, 3), "c": (c, 2)}
     return _para_rnn(
         "para_lstm",

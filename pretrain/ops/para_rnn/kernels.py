@@ -1,5 +1,6 @@
 """ParaGRU's and ParaLSTM's kernels as one differentiable function: which forward, and how large its
-tiles are."""
+tiles are.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ SLOTS = 256  # most parts that the parameters' gradients are left in
 def blocks(op: str) -> dict[str, int]:
     """Return a tile's tokens and channels, and its warps: 16 channels are one memory transaction of
     32 bytes; a thread holds 8 numbers of each kind, or 4 where there are pairs of states, whose
-    scan carries three times as many. More of them spill, compiled for Hopper."""
+    scan carries three times as many. More of them spill, compiled for Hopper.
+    """
     num_warps = 4 if op == "para_gru" else 8
     return {"BLOCK_T": 64, "BLOCK_D": 16, "num_warps": num_warps, "num_stages": 1}
 
@@ -53,7 +55,8 @@ class ParaRNN(torch.autograd.Function):
     weights, then biases), initial_state ``[N, S, D]`` to the output h ``[T, D]`` in u's dtype, the
     final states, and per sequence and block of channels the residual, whether it was stepped for
     want of convergence, and the Newton steps; all 0 where it is done in steps from the start
-    (``stepwise``)."""
+    (``stepwise``).
+    """
 
     @staticmethod
     def forward(

@@ -25,7 +25,8 @@ from pretrain.ops.para_rnn.cell_kernels import gru_cell, lstm_cell, tile_row
 @triton.jit
 def _then(j1, b1, r1, s1, j2, b2, r2, s2):
     """Compose forward, one state: what precedes the last token of two segments, the first one
-    first."""
+    first.
+    """
     return j2, b2, r2 * (j1 * r1), r2 * (j1 * s1 + b1) + s2
 
 

@@ -36,7 +36,8 @@ def _lstm_step(cell, h, u_f, u_o, u_z, a_f, a_o, a_z, c_f, c_o, APPROXIMATE: tl.
 @triton.jit
 def _three(u, first, length, D, ok, AHEAD: tl.constexpr):
     """Load the inputs of AHEAD tokens from ``first`` on, 0 behind the end; u points at a
-    sequence's."""
+    sequence's.
+    """
     a, b, c = (), (), ()
     for i in tl.static_range(AHEAD):
         place = u + (first + i) * (3 * D)

@@ -21,7 +21,8 @@ def chunked_rat(
     theta: float | None,
 ) -> tuple[Tensor, RATState]:
     """Compute RAT with all chunks side by side; shapes as of
-    :func:`pretrain.ops.rat.definition.recurrent_rat`."""
+    :func:`pretrain.ops.rat.definition.recurrent_rat`.
+    """
     lengths, ids, positions = sequences.sizes, sequences.ids, sequences.positions
     phase, old = state.seen % chunk_size, state.seen // chunk_size
     # Each sequence is laid out behind as many empty places as its open chunk already has tokens.

@@ -23,7 +23,8 @@ def attend(
 ) -> Tensor:
     """Attend from q to keys and to its own key, which has value v: q, v ``[R, H, D]``, own ``[R,
     H]`` (q against its own key), keys and values ``[S, H, D]``; ``hidden`` ``[R, S]`` marks the
-    keys a query must not see."""
+    keys a query must not see.
+    """
     logits = torch.einsum("rhd,shd->hrs", q, keys)
     if hidden is not None:
         logits = logits.masked_fill(hidden, -torch.inf)
@@ -43,7 +44,8 @@ def recurrent_rat(
     theta: float | None,
 ) -> tuple[Tensor, RATState]:
     """Compute RAT by its definition, token by token: q (scaled), k, v, gate ``[T, H, D]`` of one
-    dtype to the output ``[T, H, D]`` and the state."""
+    dtype to the output ``[T, H, D]`` and the state.
+    """
     old = (state.seen // chunk_size).tolist()
     outputs, keys, values = [], list(state.keys.split(old)), list(state.values.split(old))
     key, value = list(state.key), list(state.value)

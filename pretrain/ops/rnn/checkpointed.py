@@ -14,7 +14,8 @@ from pretrain.ops.shared.checkpointed_recurrence import States, Steps, previous_
 
 class CheckpointedRNN:
     """A classical cell as a :class:`Recurrence` of blocks of time steps. rows: x with its biases;
-    parameters: the recurrent weight ``[H, D, G D]``."""
+    parameters: the recurrent weight ``[H, D, G D]``.
+    """
 
     def __init__(self, kind: Cell, state_grad_clip: float | None):
         self._kind, self._clip = kind, state_grad_clip
@@ -84,7 +85,8 @@ class CheckpointedRNN:
 
 def _shrink(final: States, running: States, count: int) -> States:
     """Store the states of sequences that are over, and return those of the first ``count``, which
-    continue."""
+    continue.
+    """
     size = len(running[0])
     if count < size:
         for whole, part in zip(final, running, strict=True):

@@ -27,7 +27,8 @@ def recurrent_rnn(
     state_grad_clip: float | None,
 ) -> tuple[Tensor, States]:
     """Compute a classical cell by its definition, one token after another: rows ``[T, G, H, D]``
-    (biases added), weight ``[H, D, G D]`` to h ``[T, H, D]`` and the final states."""
+    (biases added), weight ``[H, D, G D]`` to h ``[T, H, D]`` and the final states.
+    """
     tokens, outputs, finals = rows.unbind(0), [], []
     for index, places in enumerate(sequence_rows(sequences)):
         states = tuple(s[index : index + 1] for s in initial)

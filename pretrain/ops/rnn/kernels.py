@@ -29,7 +29,8 @@ def blocks(dim: int) -> dict[str, int]:
 
 def _work(x: Tensor, sequences: Sequences, *, backward: bool) -> Work:
     """Return the work by what the kernels compile to: 170 instructions of a warp for a token and
-    gate of 16 sequences forward, 300 backward; products count a full tile of 16."""
+    gate of 16 sequences forward, 300 backward; products count a full tile of 16.
+    """
     total, gates, num_heads, dim = x.shape
     longest, sizes = sequences.max_length, blocks(dim)
     of_token = (300 if backward else 170) * gates * sizes["num_warps"]
@@ -48,7 +49,8 @@ def _longest_first(sequences: Sequences) -> Tensor:
 class ClassicalRNN(torch.autograd.Function):
     """The kernels as one differentiable function: x ``[T, G, H, D]``, weight ``[H, D, G, D]``, bias
     ``[4 or 1, H, D]``, initial ``[S, N, H, D]`` to h ``[T, H, D]`` in x's dtype and the final
-    states ``[S, N, H, D]``; ``save``: whether there will be a backward pass."""
+    states ``[S, N, H, D]``; ``save``: whether there will be a backward pass.
+    """
 
     @staticmethod
     def forward(

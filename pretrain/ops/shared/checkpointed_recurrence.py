@@ -24,7 +24,8 @@ States = tuple[Tensor, ...]
 class Recurrence(Protocol):
     """A recurrence over a block of time steps, forward and backward. Rows are ``[R, ...]``; states
     ``[N, ...]``, of the sequences that run at the block's first step; all steps share
-    ``parameters``."""
+    ``parameters``.
+    """
 
     def forward(
         self, rows: Sequence[Tensor], parameters: Sequence[Tensor], states: States, steps: Steps
@@ -82,7 +83,8 @@ def checkpointed_recurrence(
 
 def previous_rows(buffer: Tensor, num_states: int, steps: Steps) -> Tensor:
     """Return the state that each row came from, where ``buffer`` holds ``num_states`` starting
-    states and then every row's own state."""
+    states and then every row's own state.
+    """
     rows = buffer.shape[0] - num_states
     counts = [num_states, *(count for _, count in steps)]
     if counts[-1] == num_states:

@@ -42,7 +42,8 @@ class ScalarDecay:
 
     def pairs(self, later: Tensor, earlier: Tensor) -> Tensor:
         """Multiply later ``[n, H, C or Cq, K]`` and earlier ``[n, H, C, K]`` to the matrix of pairs
-        j <= i."""
+        j <= i.
+        """
         return (later @ earlier.mT).mul_(self._of(later))
 
     def pairs_backward(
@@ -92,7 +93,8 @@ class VectorDecay:
 
     def _block(self, pairs: Tensor, half: int) -> Tensor:
         """Return the view of ``pairs`` that a level fills: ``[n, H, blocks, half * rows, half *
-        s]``."""
+        s]``.
+        """
         rows, columns = pairs.shape[-2] // self._tokens, self._substeps
         view = pairs.unflatten(-1, (-1, 2, half * columns)).unflatten(2, (-1, 2, half * rows))
         return view[:, :, :, 1, :, :, 0, :].diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3)
@@ -157,6 +159,7 @@ def chunk_decay(log_decay: Tensor, substeps: int) -> ScalarDecay | VectorDecay:
 
 def chunk_tokens(chunk_size: int, substeps: int, longest: int, per_channel: bool) -> int:
     """Return the tokens per chunk: at most ``chunk_size`` sub-steps and no more than the longest
-    sequence, but a power of two where decays are per channel."""
+    sequence, but a power of two where decays are per channel.
+    """
     tokens = min(chunk_size // substeps, max(longest, 1))
     return 1 << (tokens - 1).bit_length() if per_channel else tokens

@@ -9,7 +9,8 @@ import triton.language as tl
 @triton.jit
 def tanh(x, APPROXIMATE: tl.constexpr):
     """Compute tanh by the hardware's own (relative error 2^-11, below bfloat16's rounding), or by
-    the exponential and, where that would cancel, by the series."""
+    the exponential and, where that would cancel, by the series.
+    """
     if APPROXIMATE:
         return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -24,6 +25,7 @@ def tanh(x, APPROXIMATE: tl.constexpr):
 @triton.jit
 def sigmoid(x):
     """Compute the sigmoid, never by the hardware's tanh: near 0 and 1 its error is that of the
-    difference to them, which is all that a gate of long memory has."""
+    difference to them, which is all that a gate of long memory has.
+    """
     e = tl.exp(-tl.abs(x))
     return tl.where(x < 0.0, e, tl.full(x.shape, 1.0, x.dtype)) / (1.0 + e)

@@ -42,7 +42,8 @@ def _found() -> bool:
 @functools.cache
 def _usable(device: torch.device) -> bool:
     """Return whether there is an fla of the version that is tested here, and on Hopper a Triton
-    that compiles it right: before 3.7.1 gated backward passes came out wrong, and fla refuses."""
+    that compiles it right: before 3.7.1 gated backward passes came out wrong, and fla refuses.
+    """
     if not _found() or not _at_least("flash-linear-attention", (0, 6)):
         return False
     hopper = torch.cuda.get_device_capability(device)[0] == 9
@@ -83,7 +84,8 @@ def fla_delta_rule(
     sequences: Sequences | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`pretrain.ops.delta_rule`; log_decay in float32. More than one Householder step
-    does not go with a decay per channel."""
+    does not go with a decay per channel.
+    """
     options = _options(q, scale, initial_state, sequences)
     beta = beta.to(q.dtype)
     if num_householder > 1:

@@ -23,5 +23,6 @@ class _ClipGradient(torch.autograd.Function):
 
 def clip_gradient(x: Tensor, limit: float | None) -> Tensor:
     """Return ``x``, whose gradient is clamped to +-``limit`` in the backward pass; with None it is
-    left as it is."""
+    left as it is.
+    """
     return x if limit is None else _ClipGradient.apply(x, limit)

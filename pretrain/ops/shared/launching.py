@@ -14,7 +14,8 @@ from pretrain.ops.shared.planning import Work, observe
 
 def launch(kernel: Any, grid: tuple[int, ...], work: Work, *arguments: Any, **options: Any) -> None:
     """Run ``kernel``, which does ``work``, unless there is nothing to do. On the meta device, where
-    plans are made, nothing runs and the work is told."""
+    plans are made, nothing runs and the work is told.
+    """
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     if any(x.is_meta for x in tensors):
         observe(work, sum(x.nbytes for x in tensors), tensors[0].dtype)

@@ -18,7 +18,8 @@ _planned: ContextVar[str] = ContextVar("_planned", default="cpu")
 @dataclass(frozen=True)
 class Work:
     """What a kernel does, for plans: matrix-multiply FLOPs, instructions of warps that it issues,
-    and cycles of its longest chain of steps that wait for each other, by what it compiles to."""
+    and cycles of its longest chain of steps that wait for each other, by what it compiles to.
+    """
 
     flops: float
     instructions: float

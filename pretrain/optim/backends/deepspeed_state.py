@@ -14,9 +14,9 @@ from pretrain.checkpoint.sharded_state import (
     Boxes,
     State,
     flat_part,
+    full_part,
     optimizer_key,
     weights_state,
-    whole_part,
     writes,
 )
 from pretrain.common.errors import UserError
@@ -68,7 +68,7 @@ class DeepSpeedState(UpdateBackend):
         keys = self._keys
         if self.stage == 0:
             for key in MOMENTS:
-                yield key, whole_part(parameter, self._moments(self.optimizer, parameter)[key])
+                yield key, full_part(parameter, self._moments(self.optimizer, parameter)[key])
         elif self.stage == 3:
             for key in keys:
                 values = self._read.get((key, parameter.ds_id))
@@ -139,7 +139,8 @@ class DeepSpeedState(UpdateBackend):
 
     def check_alignment(self) -> None:
         """Raise UserError where DeepSpeed would read a gradient from a file into memory that direct
-        reading cannot begin at; it looks at no errors."""
+        reading cannot begin at; it looks at no errors.
+        """
         for name, parameter in self._named.items():
             place = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             group, start, count = place
@@ -153,7 +154,8 @@ class DeepSpeedState(UpdateBackend):
 
     def _fill_three(self, parameter: Any) -> None:
         """ZeRO-3: what was read for a parameter of a group that lies in files; and in float32 the
-        copy that DeepSpeed keeps of the weight."""
+        copy that DeepSpeed keeps of the weight.
+        """
         for key in self._keys:
             if (key, parameter.ds_id) in self._read:
                 self._flat_of_three(parameter, key).copy_(self._read[key, parameter.ds_id])

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from pretrain.checkpoint.sharded_state import (
     State,
     flat_part,
+    full_part,
     optimizer_key,
     weights_state,
-    whole_part,
     writes,
 )
 from pretrain.config import OptimizerConfig, ParallelConfig
@@ -244,7 +244,7 @@ class MegatronBackend(UpdateBackend):
                 continue
             for key, tensor in self._tensors(home, main).items():
                 state[optimizer_key(key, name)] = (
-                    whole_part(parameter, tensor)
+                    full_part(parameter, tensor)
                     if start is None
                     else flat_part(parameter, start, tensor.view(-1))
                 )

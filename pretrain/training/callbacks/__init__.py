@@ -1,4 +1,4 @@
-"""Callbacks: all that happens in a run beside its steps, and the place for a user's own."""
+"""Callbacks: all that happens in a run beside its steps; users add their own."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ _SPIKE_POLICIES: dict[str, type[Callback]] = {"skip": SkipSpikes, "rollback": Ro
 
 
 def default_callbacks(config: RunConfig) -> list[Callback]:
-    """Return what a run of these settings does beside its steps, in the order that it is done in.
+    """Return the callbacks of a run of these settings, in the order that they are called in.
 
     Those of the user come after them.
     """
     # First, so that it watches what the others do, and sees an exception last: it may end the
     # process.
     callbacks: list[Callback] = [WatchProcesses()]
-    # A spike before all that looks at the step's outcome: after a rollback there is none.
+    # Spikes before what looks at the step's outcome: after a rollback there is none.
     policy = _SPIKE_POLICIES.get(config.train.spikes.policy)
     if policy is not None:
         callbacks.append(policy())
-    # Whether the run is given up, before the step is logged.
+    # Giving up a run comes before logging the step.
     callbacks += [StopNonFinite(), LogSteps()]
     # Validation before the save, so that a run killed after it does not validate again; evaluation
     # behind it: one that fails, or is stopped, costs no training.
     callbacks += [Validate(), Save()]
     if config.eval.tasks:
-        # By name: training does not depend on the evaluations.
+        # Loaded by name: training does not depend on the evaluations.
         callbacks.append(load_callback(_IN_LOOP_EVALUATION, "eval.tasks"))
-    # What is shown at the end, when the last checkpoint is written.
+    # Shown at the end, when the last checkpoint is written.
     return [*callbacks, Sample(), Summary()]

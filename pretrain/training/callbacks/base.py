@@ -1,4 +1,4 @@
-"""What a callback is, and what it may decide about a step."""
+"""The base class of callbacks, and what they may decide about a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Decision(enum.Enum):
-    """What the loop does after a step, decided by the first callback that decides at all."""
+    """The course of the loop after a step, taken from the first callback that decides at all."""
 
     ROLLED_BACK = "rolled back"
     """``trainer.state`` is that of an earlier step, from where the loop continues at once."""
@@ -22,7 +22,7 @@ class Decision(enum.Enum):
 
 
 class Callback:
-    """Something that happens beside the steps of a run; subclasses override the hooks they need.
+    """Base of what happens beside the steps of a run; subclasses override the hooks they need.
 
     Every process has its own callbacks and calls every hook, so a hook may communicate with the
     same hook of the other processes. Hooks are called in the order of ``trainer.callbacks``, except

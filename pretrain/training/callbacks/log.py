@@ -12,9 +12,11 @@ class LogSteps(Callback):
     """Log every ``logging.every`` steps, and the last one, unless the update was skipped."""
 
     def on_train_start(self) -> None:
+        """Look up the device's peak."""
         self._peak = peak_flops(self.trainer.config.train.precision)
 
     def after_step(self, result: StepResult) -> Decision | None:
+        """Log the step if it is due; never decide."""
         trainer, step = self.trainer, self.trainer.state.step
         due = step % trainer.config.logging.every == 0 or step == trainer.num_steps
         if not (result.applied and due):
@@ -30,8 +32,8 @@ class LogSteps(Callback):
         trainer, state = self.trainer, self.trainer.state
         self._speed = trainer.interval.tokens_per_second()
         trainer.layer_metrics.collect(trainer.engine)
-        own = {**trainer.layer_metrics.take(), "memory_max": float(peak_memory_bytes())}
-        layers = all_reduce_metrics(own)
+        local = {**trainer.layer_metrics.take(), "memory_max": float(peak_memory_bytes())}
+        layers = all_reduce_metrics(local)
         memory = int(layers.pop("memory_max"))
         recursion = first_of_pipeline(trainer.engine.recursion_metrics())
         if layers.get("newton_fallbacks"):

@@ -11,12 +11,15 @@ _MAX_SKIPS = 20
 
 
 class StopNonFinite(Callback):
-    """Stop the run at a step that is not finite, or, where ``train.nonfinite`` is ``skip``, after
-    20 of them in a row."""
+    """Stop the run at steps that are not finite.
+
+    The first one ends it, or, where ``train.nonfinite`` is ``skip``, 20 of them in a row.
+    """
 
     _in_a_row = 0
 
     def after_step(self, result: StepResult) -> Decision | None:
+        """Report a step that is not finite, and decide whether the run ends."""
         if result.applied:
             self._in_a_row = 0
             return None
@@ -26,10 +29,10 @@ class StopNonFinite(Callback):
         log.record({"step": state.step, "tokens": state.tokens, "skipped": state.skipped})
         self._in_a_row += 1
         if trainer.config.train.nonfinite == "stop":
-            trainer.writer.wait()  # the last checkpoint shall be whole, and named
+            trainer.writer.wait()  # the last checkpoint shall be complete, and named
             log.say(
                 f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: not "
-                "finite, stopped without updating (train.nonfinite=skip goes on past it); "
+                "finite, stopped without updating (train.nonfinite=skip skips such steps); "
                 f"{trainer.run_directory.describe_last_checkpoint()}"
             )
             return Decision.GIVE_UP

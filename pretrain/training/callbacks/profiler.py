@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""A trace of some steps: where their time goes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ class Profiler(Callback):
         self._profile: torch.profiler.profile | None = None
 
     def before_step(self) -> None:
+        """Start the trace before its first step."""
         if self.trainer.state.step + 1 == self.first and self._profile is None:
             self._profile = torch.profiler.profile()
             self._profile.start()
 
     def between_steps(self) -> None:
+        """Write the trace after its last step."""
         if self.trainer.state.step >= self.last or self.trainer.stopping:
             self._write()
 
     def on_fit_end(self, result: TrainResult) -> None:
+        """Write a trace that the end of the run cut short."""
         self._write()
 
     def on_exception(self, error: BaseException) -> None:
+        """Stop a trace that an exception cut short, without writing it."""
         if self._profile is not None:
             self._profile.stop()
             self._profile = None

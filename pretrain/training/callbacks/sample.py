@@ -1,4 +1,4 @@
-"""What a run that is complete shows: a sample, its loss curve, and what can be done next."""
+"""The end of a complete run: a sample, the loss curve, and what can be done next."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class Sample(Callback):
     """Show a text that the model continues, where one process has all of the model."""
 
     def on_complete(self) -> None:
+        """Generate on the main process and show the text."""
         trainer, config = self.trainer, self.trainer.config
         trainer.engine.backend.gather_weights()  # the main process generates alone
         wanted = config.sample.tokens > 0 and config.parallel.one_has_all
@@ -39,6 +40,7 @@ class Summary(Callback):
     """Draw the loss curve, and name the commands that come next."""
 
     def on_complete(self) -> None:
+        """Draw and print on the main process."""
         if not is_main_process():
             return
         trainer, config, directory = self.trainer, self.trainer.config, self.trainer.run_directory
@@ -50,7 +52,7 @@ class Summary(Callback):
             twice = f"train.steps={2 * config.train.steps}"
         else:
             twice = f"train.tokens={2 * (config.train.tokens or 0)}"
-        log.say(f"resume       the same command; with {twice} it goes on for as long again")
+        log.say(f"resume       run the same command again; {twice} doubles the run")
         commands = [
             f"python -m evals {directory}",
             f"python -m data_prep inspect {config.data.path or config.data.blend[0].path}",

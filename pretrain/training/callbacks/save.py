@@ -9,6 +9,7 @@ class Save(Callback):
     """Save every ``checkpoint.every`` steps, after the last one, and before the run stops."""
 
     def between_steps(self) -> None:
+        """Begin a checkpoint if one is due, and raise UserError where the last one failed."""
         trainer, step = self.trainer, self.trainer.state.step
         due = step % trainer.config.checkpoint.every == 0
         if due or trainer.stopping or step == trainer.num_steps:
@@ -19,12 +20,14 @@ class Save(Callback):
         trainer.writer.check()
 
     def on_stop(self) -> None:
+        """Wait for the checkpoint and say how to resume."""
         trainer = self.trainer
         trainer.log.say(
             f"stopped by {trainer.stop.name} after step {trainer.state.step}, saved "
-            f"{trainer.writer.wait()}; run the same command again to go on"
+            f"{trainer.writer.wait()}; run the same command again to resume"
         )
 
     def on_complete(self) -> None:
+        """Wait for the last checkpoint."""
         self.trainer.announce("finishing")
         self.trainer.writer.wait()

@@ -1,4 +1,4 @@
-"""What a sudden rise of the loss does: its step is skipped, or the run goes back before it."""
+"""Reactions to a sudden rise of the loss: skip the step, or roll back to before it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ class SkipSpikes(Callback):
     """Skip the update of a step whose loss is a spike."""
 
     def on_train_start(self) -> None:
+        """Set up the detector."""
         trainer = self.trainer
         self._detector = SpikeDetector(trainer.config.train.spikes, trainer.state.recent_losses)
 
     def skip_update(self, loss: float) -> bool:
+        """Return whether the loss is a spike."""
         return self._detector.is_spike(loss)
 
     def after_step(self, result: StepResult) -> Decision | None:
+        """Report a skipped spike; never decide."""
         if not math.isfinite(result.loss):
             return None
         spike = self._detector.is_spike(result.loss)
@@ -35,7 +38,7 @@ class SkipSpikes(Callback):
                 }
             )
             log.say(
-                f"step {state.step}: loss {result.loss:.4f} is a spike, left out "
+                f"step {state.step}: loss {result.loss:.4f} is a spike, skipped "
                 f"({state.skipped} steps so far)"
             )
         return None
@@ -45,10 +48,12 @@ class RollBackSpikes(Callback):
     """Go back to a checkpoint before a spike, and continue from there with other data."""
 
     def on_train_start(self) -> None:
+        """Set up the detector."""
         trainer = self.trainer
         self._detector = SpikeDetector(trainer.config.train.spikes, trainer.state.recent_losses)
 
     def after_step(self, result: StepResult) -> Decision | None:
+        """Roll back after a spike; give up after too many."""
         if not math.isfinite(result.loss):
             return None
         if not self._detector.is_spike(result.loss):
@@ -73,10 +78,10 @@ class RollBackSpikes(Callback):
             return Decision.GIVE_UP
         found = roll_back(trainer.config, trainer.engine, trainer.writer.directory, state)
         if found is None:
-            log.say(f"no checkpoint is {spikes.rollback_steps} steps older; going on")
+            log.say(f"no checkpoint is {spikes.rollback_steps} steps older; continuing")
             self._detector.add(loss)
             return None
-        # So that the data is skipped whatever comes.
+        # Saved, so that the data is skipped even if the run is killed now.
         trainer.writer.save(trainer.engine, state)
         log.rewind(state.step)
         log.record(
@@ -88,7 +93,7 @@ class RollBackSpikes(Callback):
             }
         )
         log.say(
-            f"rolled back to step {state.step}, leaving out the data up to the spike and of "
+            f"rolled back to step {state.step}, skipping the data up to the spike and of "
             f"{spikes.skip_steps} steps more"
         )
         return Decision.ROLLED_BACK

@@ -16,6 +16,7 @@ class Validate(Callback):
     """Measure the validation loss every ``validation.every`` steps, and after the last one."""
 
     def on_train_start(self) -> None:
+        """Read this rank's validation batches."""
         trainer, config = self.trainer, self.trainer.config
         batches = validation_batches(
             trainer.data,
@@ -28,7 +29,7 @@ class Validate(Callback):
             trainer.log.say(
                 f"no validation: no source has {config.train.seq_len + 1} tokens of validation text"
             )
-        self._own_batches = share_of(batches, *data_parallel_rank_and_size())
+        self._batches = share_of(batches, *data_parallel_rank_and_size())
         self._bytes_per_token: torch.Tensor | None = None
         try:
             self._bytes_per_token = torch.from_numpy(trainer.data.tokenizer.bytes_per_token())
@@ -36,6 +37,7 @@ class Validate(Callback):
             trainer.log.say(f"no bits per byte: {error}")
 
     def between_steps(self) -> None:
+        """Validate if it is due."""
         trainer, step = self.trainer, self.trainer.state.step
         every = trainer.config.validation.every
         due = every > 0 and step % every == 0 and not trainer.stopping
@@ -45,7 +47,7 @@ class Validate(Callback):
 
     def _validate(self) -> None:
         trainer, state = self.trainer, self.trainer.state
-        loss, tokens, text_bytes = trainer.engine.validate(self._own_batches, self._bytes_per_token)
+        loss, tokens, text_bytes = trainer.engine.validate(self._batches, self._bytes_per_token)
         bits = loss * tokens / math.log(2) / text_bytes if text_bytes else None
         trainer.log.record(
             {

@@ -333,7 +333,7 @@ def test_full_rank_differences_give_back_the_source():
         ({"block_norm": "sandwich"}, "model.block_norm sandwich, expected pre"),
         ({"norm_eps": 1e-3}, "model.norm_eps"),
         ({"scale_embeddings": True}, "model.scale_embeddings True, expected False"),
-        ({"tie_embeddings": False}, "a head of its own"),
+        ({"tie_embeddings": False}, "an untied head"),
         ({"recursion": {"times": 2}}, "holds a recursive model"),
     ],
 )

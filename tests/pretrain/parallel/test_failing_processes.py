@@ -72,7 +72,7 @@ def test_one_process_that_fails_ends_all_with_one_message(kind, message, folder,
     assert found, errors[0]
     last = Path(found.group(1))
     check_files(last)
-    if kind == "killed":  # the run goes on
+    if kind == "killed":  # the run resumes
         status, output = run.finish()
         assert status == 0
         assert f"resumed from {last}" in output

@@ -304,14 +304,14 @@ def test_spikes_are_left_out_or_rolled_back(tmp_path, corpus):
     losses, output = spiking(run, "skip")
     assert 21 not in losses
     assert losses[30]["skipped"] == 1
-    assert f"step 21: loss {height:.4f} is a spike, left out" in output
+    assert f"step 21: loss {height:.4f} is a spike, skipped" in output
     assert all(losses[s]["loss"] == plain[s]["loss"] for s in range(1, 21))
     # The step's data did nothing.
     assert losses[22]["loss"] != plain[22]["loss"]
 
     run = Run(tmp_path, corpus, "rollback", steps=30)
     losses, output = spiking(run, "rollback")
-    assert "rolled back to step 15, leaving out the data up to the spike and of 3 steps" in output
+    assert "rolled back to step 15, skipping the data up to the spike and of 3 steps" in output
     assert sorted(losses) == list(range(1, 31))
     assert max(row["loss"] for s, row in losses.items() if s > 15) < height - 1
     assert all(losses[s]["loss"] == plain[s]["loss"] for s in range(1, 16))
@@ -321,7 +321,7 @@ def test_spikes_are_left_out_or_rolled_back(tmp_path, corpus):
     assert steps == list(range(16, 21))
     state = json.loads((run.directory / "checkpoints/step-00000030/state.json").read_text())
     assert (state["rollbacks"], state["data_offset"]) == (1, (21 - 15 + 3) * 128)
-    # Stopped anywhere behind it, it goes on with the same data.
+    # Stopped anywhere behind it, it resumes with the same data.
     again = Run(tmp_path, corpus, "rollback", steps=33)
     more, _ = spiking(again, "rollback")
     assert sorted(more) == list(range(1, 34))
