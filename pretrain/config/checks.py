@@ -310,7 +310,7 @@ def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:
     """Raise ConfigError unless ``size`` tensor-parallel processes can share the model."""
     counts: dict[str, int] = {}
     for spec in block_specs(config, where):
-        for name, count in spec.mixer.divided(spec.config, config.hidden_size).items():
+        for name, count in spec.mixer.sharded_counts(spec.config, config.hidden_size).items():
             if count > 1 or name not in SHAREABLE:
                 counts[f"model.mixers.{spec.name}: {name}"] = count
     if config.moe is not None and config.moe.shared_intermediate_size:

@@ -1,0 +1,1 @@
+"""Language models: their blocks, built from settings and counted without building."""

@@ -1,4 +1,4 @@
-"""Models on this process's share of a layout, with their initial values."""
+"""Build this process's share of a model, with its initial values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.parallel.processes import groups
 
 
 def padded_vocab_size(config: ModelConfig, tokenizer_vocab_size: int) -> int:
-    """The embedding's rows: as configured, or the tokenizer's rounded up to a multiple of 128."""
+    """Return the embedding's rows: as configured, or the tokenizer's up to a multiple of 128."""
     return config.vocab_size or -(-tokenizer_vocab_size // 128) * 128
 
 
@@ -30,9 +30,9 @@ def build_model(
     sequence_parallel: bool = False,
     context: ParallelContext | None = None,
 ) -> LanguageModel:
-    """Build an initialised model, whole but for tensor parallelism; the same for every layout.
+    """Build an initialised model, sharded only by tensor parallelism; the same for every layout.
 
-    ``context``: that of this process unless given; without process groups the model is whole.
+    ``context``: that of this process unless given; without process groups the model is full.
     """
     if context is None:
         context = current_context(dtype, sequence_parallel=sequence_parallel)
@@ -46,8 +46,10 @@ def build_model(
 
 
 def fill_units(model: LanguageModel, seed: int) -> Iterator[nn.Module]:
-    """Initialise a model that was built on the meta device: each embedding, block, loop, norm and
-    head is yielded when it has its values, before the next one takes memory.
+    """Initialise a model that was built on the meta device.
+
+    Each unit (embedding, block, loop, norm, head) is yielded when it has its values, before the
+    next one takes memory.
     """
     for name, child in model.named_children():
         units = child.named_children() if child is model.blocks else [("", child)]
@@ -68,12 +70,13 @@ def build_stages(
     sequence_parallel: bool = False,
     filled: Callable[[nn.Module], None] | None = None,
 ) -> list[LanguageModel]:
-    """This process's stages of an initialised model, as :func:`build_model` makes it: one, or
-    one for each part of a virtual pipeline; without a pipeline the whole model.
+    """Build this process's stages of an initialised model, as :func:`build_model` makes it.
 
-    ``seq_len``: of the training batches' sequences, also what the mixers' FLOPs, by which stages
-    are divided, are counted at; ``filled`` is called with each unit (embedding, block, ...) when it
-    has its values.
+    That is one stage, or one per part of a virtual pipeline; without a pipeline the full model.
+
+    ``seq_len`` is that of the training batches' sequences; the FLOPs that stages are balanced by
+    are counted for it. ``filled`` is called with each unit (embedding, block, ...) once it has its
+    values.
     """
     models = empty_stages(
         config,
@@ -99,7 +102,7 @@ def empty_stages(
     activation_checkpointing: str = "none",
     sequence_parallel: bool = False,
 ) -> list[LanguageModel]:
-    """:func:`build_stages` on the meta device: shapes without memory."""
+    """Make the stages of :func:`build_stages` on the meta device: shapes without memory."""
     state = groups()
     count = 1 if state is None else state.get_pipeline_model_parallel_world_size()
     rank = 0 if state is None else state.get_pipeline_model_parallel_rank()

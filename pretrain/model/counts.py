@@ -17,7 +17,7 @@ from pretrain.parallel.context import ParallelContext
 
 
 def block_parameters(config: ModelConfig, spec: BlockSpec) -> int:
-    """Of one block: mixer, MLP and norms; low-rank differences of a loop left out."""
+    """Count the parameters of one block: mixer, MLP and norms, but no low-rank differences."""
     d = config.hidden_size
     norms = d * (1 if config.mlp.kind == "none" else 2) * (1 + (config.block_norm == "sandwich"))
     mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
@@ -27,7 +27,7 @@ def block_parameters(config: ModelConfig, spec: BlockSpec) -> int:
 
 
 def block_flops(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
-    """Matrix-multiply FLOPs of one token's forward pass through one block."""
+    """Return the matrix-multiply FLOPs of one token's forward pass through one block."""
     d = config.hidden_size
     mlp = 2 * mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
     if spec.moe is not None:
@@ -36,8 +36,9 @@ def block_flops(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
 
 
 def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:
-    """Forward and backward FLOPs per token of every block of the pattern, loops gone through, the
-    head and what a loop has beside its blocks left out.
+    """Count the forward and backward FLOPs per token of every block of the pattern, all passes.
+
+    The head is excluded, and so is what a loop has beside its blocks.
     """
     recursion = config.recursion
     flops = []
@@ -73,7 +74,7 @@ def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
 
 
 def recomputed_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
-    """Count the forward FLOPs per token that ``activation_checkpointing: block`` does once more.
+    """Count the forward FLOPs per token that ``activation_checkpointing: block`` computes again.
 
     Returns those outside a loop, and those of one pass through it. torch stops recomputing at the
     last tensor that the backward pass needs: where nothing follows an MLP but the residual sum,
@@ -97,9 +98,17 @@ def _recomputed(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """parameters; forward matrix-multiply FLOPs per token; of them those of one pass through the
-    loop of a recursive model; recurrent or cached state in bytes; recomputed: see
-    :func:`recomputed_flops`.
+    """The counts of a model; see :func:`count_model`.
+
+    Attributes:
+        parameters: all parameters, shared ones once.
+        embedding_parameters: those of the embedding and the head.
+        flops_per_token: forward matrix-multiply FLOPs.
+        state_bytes: recurrent or cached state of one sequence.
+        loop_flops: forward FLOPs per token of one pass through the loop of a recursive model.
+        times: passes through the loop.
+        backprop_last: passes that gradients go through, None for all.
+        recomputed: see :func:`recomputed_flops`.
     """
 
     parameters: int
@@ -112,8 +121,10 @@ class ModelCounts:
     recomputed: tuple[int, int] = (0, 0)
 
     def training_flops(self, times: float | None = None) -> float:
-        """Forward and backward FLOPs per token, with ``times`` passes through the loop instead of
-        the configured ones. Backward is twice forward, over the passes that gradients go through.
+        """Return forward and backward FLOPs per token, with ``times`` passes through the loop.
+
+        None means the configured number. Backward is twice forward, over the passes that gradients
+        go through.
         """
         times = self.times if times is None else times
         through = times if self.backprop_last is None else min(times, self.backprop_last)
@@ -121,7 +132,7 @@ class ModelCounts:
         return 3 * outside + self.loop_flops * (times + 2 * through)
 
     def hardware_flops(self, times: float | None = None) -> float:
-        """:meth:`training_flops` and what activation checkpointing of blocks computes again."""
+        """Add what activation checkpointing of blocks computes again to :meth:`training_flops`."""
         passes = self.times if times is None else times
         through = passes if self.backprop_last is None else min(passes, self.backprop_last)
         outside, inside = self.recomputed

@@ -98,7 +98,7 @@ def linear_shapes(block: nn.Module) -> list[tuple[int, int]]:
 
 
 def set_depth(block: nn.Module, depth: int) -> None:
-    """Say which pass the block's low-rank differences are for."""
+    """Select the pass whose low-rank differences the block uses."""
     for module in block.modules():
         if isinstance(module, DepthLoRA):
             module.depth = depth

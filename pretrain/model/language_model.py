@@ -1,4 +1,4 @@
-"""embedding -> blocks -> norm -> head, written once with tensor-parallel layers."""
+"""The language model: embedding -> blocks -> norm -> head, with tensor-parallel layers."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 
 
 class Block(nn.Module):
-    """Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))`` unless the MLP kind is none.
-    Sandwich: the same, and each sum is normalised.
+    """A residual block of a mixer and, unless the MLP kind is none, an MLP.
+
+    Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``. Sandwich: the same, and each sum is
+    normalised.
     """
 
     def __init__(self, spec: BlockSpec, config: ModelConfig, context: LayerContext):
@@ -89,7 +91,7 @@ class Block(nn.Module):
 class LanguageModel(DescribedModule):
     """A causal language model over packed sequences, or one stage of it.
 
-    Parameters have the same names in a stage as in the whole model. Raises ConfigError where the
+    Parameters have the same names in a stage as in the full model. Raises ConfigError where the
     settings do not fit each other.
     """
 
@@ -110,8 +112,9 @@ class LanguageModel(DescribedModule):
         activation_checkpointing: str = "none",
         seq_len: int | None = None,
     ):
-        """Build the model, or ``stage`` of it. ``seq_len``: of the training batches' sequences, for
-        dropout.
+        """Build the model, or ``stage`` of it.
+
+        ``seq_len``, that of the training batches' sequences, is for dropout.
         """
         super().__init__()
         specs = block_specs(config)
@@ -155,14 +158,15 @@ class LanguageModel(DescribedModule):
                 self.head = column_linear(context, d, vocab_size, config.init_std)
                 change_info(self.head.weight, matrix=False)
 
-    def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
-        """Draw what follows in training from (seed, step) and the number of the micro-batch in the
-        global batch, which this process, the ``place``-th of ``places`` data-parallel ones, takes
-        by turns.
+    def begin_step(self, seed: int, step: int, rank: int = 0, world_size: int = 1) -> None:
+        """Set what randomness in training is drawn from: (seed, step) and the micro-batch's number.
+
+        Micro-batches are numbered in the global batch; the data-parallel ranks, of which this
+        process is number ``rank`` of ``world_size``, take them by turns.
         """
         for drawing in (self.dropout, self.recursion):
             if drawing is not None:
-                drawing.begin_step(seed, step, place, places)
+                drawing.begin_step(seed, step, rank, world_size)
 
     def set_input_tensor(self, tensor: Sequence[Tensor | None]) -> None:
         """Receive the previous stage's output ``[T, B, d]`` from megatron-core's schedules."""
@@ -188,8 +192,8 @@ class LanguageModel(DescribedModule):
         packed along T.
 
         Returns each target's cross entropy ``[B, T]`` in nats, float32; without targets,
-        the logits ``[B, T, vocab]`` (this process's part of the vocabulary). A stage that is not
-        the last returns what the next one goes on from, ``[T, B, d]``. With ``scored``, ``[M]``
+        the logits ``[B, T, vocab]`` (this rank's shard of the vocabulary). A stage that is not
+        the last returns the input of the next one, ``[T, B, d]``. With ``scored``, ``[M]``
         numbers of tokens of one row: :meth:`score` of their targets.
         """
         packed = given_sequences("the model", sequences, cu_seqlens)
@@ -239,8 +243,9 @@ class LanguageModel(DescribedModule):
         sequences: Sequences | Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, list[State]]:
-        """Return logits ``[B, T, vocab]`` and the states to continue from where a call ended: one
-        for every block, for those of a loop one for every pass.
+        """Return logits ``[B, T, vocab]`` and the states to continue from where a call ended.
+
+        There is one state per block, and one per pass for the blocks of a loop.
         """
         packed = given_sequences("the model", sequences, cu_seqlens)
         x, states, _ = self._hidden(tokens, packed, states, with_states=True)
@@ -254,22 +259,25 @@ class LanguageModel(DescribedModule):
         sequences: Sequences | Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, list[State]]:
-        """Return what :meth:`score` and :meth:`next_logits` start from, ``[B * T, d]`` row by row,
-        and the states as of :meth:`forward_with_state`. For a whole model without sequence
-        parallelism.
+        """Return hidden rows ``[B * T, d]`` for :meth:`score` and :meth:`next_logits`, and states.
+
+        The states are those of :meth:`forward_with_state`. The model must be neither a stage nor
+        run with sequence parallelism.
         """
         packed = given_sequences("the model", sequences, cu_seqlens)
         x, states, _ = self._hidden(tokens, packed, states, with_states=True)
         return x.transpose(0, 1).flatten(0, 1), states
 
     def score(self, x: Tensor, targets: Tensor, candidates: int | None = None) -> Tensor:
-        """Return ``[2, M]``: log-likelihoods of ``targets`` ``[M]`` after the tokens whose hidden
-        rows are x ``[M, d]``, and the likeliest of the first ``candidates`` ids there.
+        """Return ``[2, M]``: log-likelihoods of ``targets`` ``[M]``, and the likeliest ids.
+
+        Both are for the token after the ones whose hidden rows are x ``[M, d]``; the likeliest is
+        among the first ``candidates`` ids.
         """
         return self._score(self._head_rows(x), targets, candidates)
 
     def next_logits(self, x: Tensor) -> Tensor:
-        """Return ``[M, vocab]``, the whole vocabulary, after the tokens whose hidden rows are x."""
+        """Return ``[M, vocab]``, the full vocabulary, after the tokens whose hidden rows are x."""
         logits = nn.functional.linear(self._head_rows(x), self._head_weight)
         return self._capped(gather_last_axis(logits, self.context.group))
 
@@ -283,9 +291,9 @@ class LanguageModel(DescribedModule):
     def _blocks_by_state(self) -> list[nn.Module]:
         loop = self._loop
         times = 1 if self.recursion is None else self.recursion.num_passes()
-        own = self.stage.blocks
-        order = [*range(own.start, loop.start), *[*loop] * times, *range(loop.stop, own.stop)]
-        return [self.blocks[index] for index in (order if loop else own)]
+        local = self.stage.blocks
+        order = [*range(local.start, loop.start), *[*loop] * times, *range(loop.stop, local.stop)]
+        return [self.blocks[index] for index in (order if loop else local)]
 
     def _head_rows(self, x: Tensor) -> Tensor:
         return column_input(self._head_input(x[:, None]), self.context)[:, 0]
@@ -309,9 +317,7 @@ class LanguageModel(DescribedModule):
         *,
         with_states: bool,
     ) -> tuple[Tensor, list[State], Tensor | None]:
-        """Return the last block's output ``[T, B, d]``, the blocks' states, and a loop's ponder
-        cost.
-        """
+        """Return the last block's output ``[T, B, d]``, the states, and a loop's ponder cost."""
         x = self._embed(tokens)
         new_states: list[State] = []
         drop = None
@@ -330,17 +336,17 @@ class LanguageModel(DescribedModule):
             return x
 
         ponder = None
-        own = self.stage.blocks
+        local = self.stage.blocks
         if self.recursion is None:
-            x = run(x, own)
+            x = run(x, local)
         else:
-            x = run(x, range(own.start, self._loop.start))
+            x = run(x, range(local.start, self._loop.start))
             x, ponder = self.recursion(
-                x, lambda state, index: run(state, self._loop, index), whole=with_states
+                x, lambda state, index: run(state, self._loop, index), all_passes=with_states
             )
             if self.recursion.config.normalize_state:
                 x = self.final_norm(x)
-            x = run(x, range(self._loop.stop, own.stop))
+            x = run(x, range(self._loop.stop, local.stop))
         return x, new_states, ponder
 
     def run_blocks(
@@ -373,7 +379,7 @@ class LanguageModel(DescribedModule):
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        """Return logits ``[T, B, vocab]``, this process's part of the vocabulary."""
+        """Return logits ``[T, B, vocab]``, this rank's shard of the vocabulary."""
         x = column_input(self._head_input(x), self.context)
         return self._capped(nn.functional.linear(x, self._head_weight))
 
@@ -411,9 +417,7 @@ class LanguageModel(DescribedModule):
         return losses.view_as(targets)
 
     def metrics(self) -> dict[str, float]:
-        """Return what the mixers have to report since the last call, over all blocks of this
-        process.
-        """
+        """Return and reset the metrics that the blocks of this process accumulated."""
         found: dict[str, float] = {}
         for index in self.stage.blocks:
             block = cast(Block, self.blocks[index])

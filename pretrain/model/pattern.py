@@ -18,9 +18,9 @@ _MAX_DEPTH = 20
 
 
 def parse_pattern(pattern: str, known: Collection[str]) -> list[str]:
-    """The mixer names of all blocks, first to last.
+    """Return the mixer names of all blocks, first to last.
 
-    Raises ValueError, saying where, for an unknown name, a count of 0 or a bracket out of place.
+    Raises ValueError, saying where, for an unknown name, a count of 0 or a misplaced bracket.
     """
     names, position = _parse(pattern, 0, sorted(known), depth=0)
     if position < len(pattern.rstrip()):

@@ -1,4 +1,4 @@
-"""Recursion over depth: a group of blocks, weights tied, gone through several times.
+"""Recursion over depth: a group of blocks, weights tied, run several times.
 
 Looped blocks (Relaxed Recursive Transformers, arXiv 2410.20672), recurrent depth (arXiv 2502.05171)
 and the Universal Transformer (arXiv 1807.03819) with adaptive computation time (arXiv 1603.08983)
@@ -29,9 +29,10 @@ _RECURRENCES, _STATE = 0, 1  # the two streams of random numbers
 
 
 def sample_recurrences(mean: int, seed: int, step: int) -> int:
-    """Passes of a training step: 1 + Poisson of a log-normal rate with mean ``mean`` (arXiv
-    2502.05171, section 3.3). The same for all its micro-batches on every process, which must stay
-    in step and give the same numbers however many they are.
+    """Draw the passes of a training step: 1 + Poisson of a log-normal rate with mean ``mean``.
+
+    See arXiv 2502.05171, section 3.3. The number is the same for all micro-batches of the step on
+    every process, which must stay in step and give the same numbers however many they are.
     """
     generator = np.random.default_rng([seed, step, _RECURRENCES])
     rate = generator.lognormal(np.log(mean) - 0.125, 0.5)
@@ -39,7 +40,7 @@ def sample_recurrences(mean: int, seed: int, step: int) -> int:
 
 
 class Recursion(nn.Module):
-    """What the loop has beside its blocks, and how it is gone through."""
+    """The parameters of a loop beside its blocks, and the passes through them."""
 
     def __init__(
         self, config: RecursionConfig, hidden_size: int, std: float, context: ParallelContext
@@ -49,7 +50,7 @@ class Recursion(nn.Module):
         self.times: int | None = None  # instead of the configured number, in evaluation
         self.in_step = False  # all processes must make the same passes
         self._seed, self._step, self._micro_batch = 0, 0, 0
-        self._place, self._places = 0, 1
+        self._rank, self._world_size = 0, 1
         self._passes: list[int] = []
         self._ponder: list[Tensor] = []
         d = hidden_size
@@ -65,14 +66,15 @@ class Recursion(nn.Module):
         parameter = replicated_parameter(self._context, shape, init)
         return used_on_local_tokens(parameter, self._context)
 
-    def begin_step(self, seed: int, step: int, place: int = 0, places: int = 1) -> None:
-        """See :meth:`pretrain.model.language_model.LanguageModel.begin_step`."""
+    def begin_step(self, seed: int, step: int, rank: int = 0, world_size: int = 1) -> None:
+        """Set what numbers are drawn from; see :meth:`.LanguageModel.begin_step`."""
         self._seed, self._step, self._micro_batch = seed, step, 0
-        self._place, self._places = place, places
+        self._rank, self._world_size = rank, world_size
 
     def metrics(self) -> dict[str, float]:
-        """Of the training micro-batches since the last call: mean number of passes and, with
-        halting, mean ponder cost per token.
+        """Return and reset the mean number of passes and, with halting, mean ponder cost per token.
+
+        Both are over the training micro-batches since the last call.
         """
         passes, self._passes = self._passes, []
         ponder, self._ponder = self._ponder, []
@@ -82,8 +84,9 @@ class Recursion(nn.Module):
         return found
 
     def set_times(self, times: int | None) -> None:
-        """Passes in evaluation; None for the configured number. Raises UserError where the loop has
-        something of its own for each pass.
+        """Set the number of passes in evaluation; None for the configured one.
+
+        Raises UserError where the loop has parameters for each pass, and fewer of them.
         """
         config = self.config
         if times is not None and times < 1:
@@ -97,7 +100,7 @@ class Recursion(nn.Module):
         self.times = times
 
     def num_passes(self) -> int:
-        """Passes of the forward call that begins now; counts micro-batches in training."""
+        """Return the passes of the forward call that begins; counts micro-batches in training."""
         config = self.config
         if not self.training:
             return self.times or config.times
@@ -109,14 +112,15 @@ class Recursion(nn.Module):
         return times
 
     def forward(
-        self, x: Tensor, run: Callable[[Tensor, int], Tensor], *, whole: bool
+        self, x: Tensor, run: Callable[[Tensor, int], Tensor], *, all_passes: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """X ``[T, B, d]``, the prelude's output; ``run(state, pass)`` goes through the blocks once.
+        """Run the loop on x ``[T, B, d]``, the prelude's output.
 
-        ``whole``: make every pass even where all tokens have halted, because the blocks' states are
-        wanted. So does training, where every process must use every parameter, sequence
-        parallelism, where none sees all tokens, and ``in_step``. Returns the last state and, with
-        halting, each token's ponder cost ``[T, B]``.
+        ``run(state, pass)`` goes through the blocks once. ``all_passes``: make every pass even
+        where all tokens have halted, because the blocks' states are needed. So does training, where
+        every process must use every parameter, sequence parallelism, where none sees all tokens,
+        and ``in_step``. Returns the last state and, with halting, each token's ponder cost ``[T,
+        B]``.
         """
         config, times = self.config, self.num_passes()
         through = times
@@ -124,8 +128,8 @@ class Recursion(nn.Module):
             through = min(times, config.backprop_last)
         state = self._initial(x)
         halting = _Halting(config, x) if config.halting else None
-        whole = whole or self.training or self.in_step
-        whole = whole or self._context.sequence_parallel
+        all_passes = all_passes or self.training or self.in_step
+        all_passes = all_passes or self._context.sequence_parallel
         for index in range(times):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= times - through):
                 stays = state
@@ -140,7 +144,7 @@ class Recursion(nn.Module):
                     stays.to(wide), self.halting_weight.to(wide), self.halting_bias.to(wide)
                 )
                 halting.add(torch.sigmoid(logit)[..., 0], new, last=index == times - 1)
-                if not whole and halting.all_done():
+                if not all_passes and halting.all_done():
                     break
             state = new
         if halting is None:
@@ -157,7 +161,7 @@ class Recursion(nn.Module):
             return torch.zeros_like(x)
         if self.training:
             # num_passes has counted this micro-batch already.
-            number = (self._micro_batch - 1) * self._places + self._place
+            number = (self._micro_batch - 1) * self._world_size + self._rank
             seeds, shape = (self._seed, self._step, number), tuple(x.shape)
             if self._context.sequence_parallel:
                 shape = (shape[0] * self._context.tensor_size, *shape[1:])
@@ -184,10 +188,11 @@ class Recursion(nn.Module):
 
 
 class _Halting:
-    """Adaptive computation time, every token for itself.
+    """Adaptive computation time, separately for every token.
 
-    A token halts at the first pass where its probabilities exceed the threshold; that pass weighs
-    what remains to 1. Output: the weighted mean of states; cost: passes plus remainder.
+    A token halts at the first pass where the sum of its probabilities exceeds the threshold; that
+    pass is weighted by what remains to 1. The output is the weighted mean of states, the cost
+    passes plus remainder.
     """
 
     def __init__(self, config: RecursionConfig, x: Tensor):

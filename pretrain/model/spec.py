@@ -1,4 +1,4 @@
-"""From a model's settings to its list of blocks, without building anything."""
+"""Derivation of the list of blocks from a model's settings, without building anything."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pretrain.nn.mixers import Mixer, registry
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One block: the mixer's name in the pattern, its class and its resolved settings, and the
-    mixture of experts that it has instead of an MLP.
+    """One block: the mixer's name in the pattern, its class and its resolved settings.
+
+    ``moe`` is the mixture of experts that the block has instead of an MLP, if any.
     """
 
     name: str
@@ -25,12 +26,12 @@ class BlockSpec:
 
     @property
     def kind(self) -> str:
-        """Blocks of the same kind have the same shapes and cost the same."""
+        """Return a key that is equal for blocks that have the same shapes and cost the same."""
         return f"{self.name}, experts" if self.moe else self.name
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that a trained mixer depends on."""
+        """Return everything that a trained mixer depends on."""
         settings = dataclasses.asdict(self.config)
         for name in self.mixer.speed_settings:
             settings.pop(name, None)
@@ -38,8 +39,9 @@ class BlockSpec:
 
 
 def block_specs(config: ModelConfig, where: str = "config") -> list[BlockSpec]:
-    """Return the blocks of a model, first to last, every mixer's settings checked and its sizes
-    resolved. Raises ConfigError.
+    """Return the blocks of a model, first to last, with settings checked and sizes resolved.
+
+    Raises ConfigError.
     """
     # A config may change between two calls, and is read often: known by what it says.
     snapshot = repr((config.pattern, config.hidden_size, config.mixers, config.moe))
@@ -64,14 +66,14 @@ def _read_specs(config: ModelConfig, where: str) -> list[BlockSpec]:
         raise ConfigError(f"{where}: model.{error}") from None
     specs = {}
     for name in dict.fromkeys([*names, *settings]):
-        place = f"{where}: model.mixers.{name}"
-        mixer_config = build_config(kinds[name].config_class, settings.get(name, {}), place)
+        field = f"{where}: model.mixers.{name}"
+        mixer_config = build_config(kinds[name].config_class, settings.get(name, {}), field)
         if name in names:
             try:
                 mixer_config = mixer_config.resolve(config.hidden_size)
                 kinds[name].check(mixer_config, config.hidden_size)
             except ValueError as error:
-                raise ConfigError(f"{place}: {error}") from None
+                raise ConfigError(f"{field}: {error}") from None
         specs[name] = BlockSpec(name, kinds[name], mixer_config)
     dense = len(names) if config.moe is None else config.moe.first_dense
     moe = config.moe and dataclasses.replace(config.moe)  # the caller's may change
@@ -116,7 +118,7 @@ def with_sizes(config: ModelConfig, where: str = "config") -> ModelConfig:
 
 
 def passes(config: ModelConfig) -> list[int]:
-    """How often each block of the pattern is gone through (the mean, where it is sampled)."""
+    """Return how often each block of the pattern is run (the mean, where it is sampled)."""
     num_blocks, recursion = len(block_specs(config)), config.recursion
     if recursion is None:
         return [1] * num_blocks

@@ -1,4 +1,4 @@
-"""Which blocks each stage of a pipeline holds: as even in FLOPs as whole blocks allow."""
+"""Assignment of blocks to the stages of a pipeline: as even in FLOPs as undivided blocks allow."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pretrain.model.spec import block_specs
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive blocks, by their numbers in the pattern; ``first`` also holds the embedding,
-    ``last`` the final norm and the head, or with tied embeddings a copy of the embedding.
+    """A stage of a pipeline: consecutive blocks, by their numbers in the pattern.
+
+    ``first`` also holds the embedding; ``last`` the final norm and the head, or with tied
+    embeddings a copy of the embedding.
     """
 
     blocks: range
@@ -24,21 +26,23 @@ class Stage:
 
 
 def whole_model(config: ModelConfig) -> Stage:
-    """The only stage of a model that is not divided."""
+    """Return the only stage of a model that is not split."""
     return Stage(range(len(block_specs(config))))
 
 
 def split_into_stages(
     config: ModelConfig, vocab_size: int, seq_len: int, count: int, where: str
 ) -> list[Stage]:
-    """``count`` stages, first to last. The blocks of a recursive loop stay together: a pipeline
-    goes through every stage once. So do, with ``normalize_state`` or ``halting``, the loop and all
-    that comes behind it, which share parameters or the loss.
+    """Split the model into ``count`` stages, first to last.
+
+    The blocks of a recursive loop stay together: a pipeline goes through every stage once. With
+    ``normalize_state`` or ``halting`` so do the loop and all that follows it, which share
+    parameters or the loss.
 
     Raises ConfigError where there are more stages than that leaves.
     """
     units = _units(config, where)
-    most = len(units) + (not _tied_to_head(config))  # the head may be a stage of its own
+    most = len(units) + (not _tied_to_head(config))  # the head may be a separate stage
     if count > most:
         why = (
             f"the model has {len(units)} blocks"
@@ -60,20 +64,26 @@ def split_into_stages(
     starts = [0, *ends[:-1]]
     stages = []
     for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        own = units[start:end]  # none, where the last stage is the head alone
-        blocks = range(own[0].start, own[-1].stop) if own else range(units[-1].stop, units[-1].stop)
+        local = units[start:end]  # none, where the last stage is the head alone
+        blocks = (
+            range(local[0].start, local[-1].stop)
+            if local
+            else range(units[-1].stop, units[-1].stop)
+        )
         stages.append(Stage(blocks, first=i == 0, last=i == count - 1))
     return stages
 
 
 def balance(costs: Sequence[float], count: int) -> list[int]:
-    """The ends of ``count`` consecutive, non-empty groups of ``costs``: the dearest group is as
-    cheap as can be and, among those divisions, the sum of squares is least.
+    """Return the ends of ``count`` consecutive, non-empty groups of ``costs``.
+
+    The most expensive group is as cheap as possible and, among such groupings, the sum of squares
+    is least.
     """
     total = [0.0, *accumulate(costs)]
 
     def divide(worth: float | None) -> tuple[float, list[int]]:
-        """By the dearest group, or with a limit ``worth`` on it by the sum of squares."""
+        """Minimise the largest group or, with a limit ``worth`` on it, the sum of squares."""
         best: list[tuple[float, list[int]] | None] = [(0.0, [])] + [None] * len(costs)
         for _ in range(count):
             longer: list[tuple[float, list[int]] | None] = [None] * (len(costs) + 1)
@@ -94,8 +104,8 @@ def balance(costs: Sequence[float], count: int) -> list[int]:
             raise ValueError(f"{len(costs)} costs do not make {count} groups")
         return result
 
-    dearest, _ = divide(None)
-    return divide(dearest * (1 + 1e-12))[1]
+    most_expensive, _ = divide(None)
+    return divide(most_expensive * (1 + 1e-12))[1]
 
 
 def _tied_to_head(config: ModelConfig) -> bool:
@@ -104,7 +114,7 @@ def _tied_to_head(config: ModelConfig) -> bool:
 
 
 def _units(config: ModelConfig, where: str) -> list[range]:
-    """The blocks in groups that no stage may cut."""
+    """Return the blocks in groups that no stage may cut."""
     number, recursion = len(block_specs(config, where)), config.recursion
     if recursion is None:
         return [range(i, i + 1) for i in range(number)]

@@ -152,9 +152,9 @@ def row_linear(context: ParallelContext, d_in: int, d_out: int, std: float) -> R
 
 
 def _may_share(projection: ReadsSharedInput) -> bool:
-    """Tell whether the shared input may give a projection its gradient.
+    """Return whether the shared input may give a projection its gradient.
 
-    DeepSpeed's ZeRO-3 takes weights away again behind the layer that uses them.
+    DeepSpeed's ZeRO-3 frees weights again behind the layer that uses them.
     """
     weight = projection.weight
     return weight.requires_grad and not hasattr(weight, "ds_id")

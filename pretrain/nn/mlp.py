@@ -11,7 +11,7 @@ from pretrain.ops.elementwise.gating import swiglu
 
 
 class MLP(nn.Module):
-    """``W_down(SiLU(W_gate x) * W_up x)``, or ``W_down GELU(W_up x)`` for kind ``gelu``."""
+    """The MLP ``W_down(SiLU(W_gate x) * W_up x)``, or ``W_down GELU(W_up x)`` for kind ``gelu``."""
 
     def __init__(self, kind: str, intermediate_size: int, context: LayerContext):
         super().__init__()
@@ -23,6 +23,7 @@ class MLP(nn.Module):
         self.down_proj = row_linear(self.parallel, intermediate_size, d, context.output_std)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``[T, B, d]`` to the same shape."""
         x = column_input(x, self.parallel, self)
         up = self.up_proj(x)
         inner = swiglu(self.gate_proj(x), up) if self.kind == "swiglu" else F.gelu(up)
@@ -31,5 +32,5 @@ class MLP(nn.Module):
 
 
 def mlp_parameters(kind: str, hidden_size: int, intermediate_size: int) -> int:
-    """Parameters of an MLP; half of its matrix-multiply FLOPs per token."""
+    """Return the parameters of an MLP, which are half of its matrix-multiply FLOPs per token."""
     return {"swiglu": 3, "gelu": 2, "none": 0}[kind] * hidden_size * intermediate_size

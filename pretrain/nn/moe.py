@@ -2,7 +2,7 @@
 
 Token-choice routing, shared experts (arXiv 2401.06066), a load-balancing loss (arXiv 2101.03961) or
 a bias that only chooses (arXiv 2408.15664). Experts of one process are computed by one grouped
-matrix product; divided over processes, tokens travel by megatron-core's dispatcher.
+matrix product; with experts sharded over processes, tokens travel by megatron-core's dispatcher.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pretrain.nn.parameters import (
 
 
 class MoE(nn.Module):
-    """``y = shared(x) + sum over the top_k experts e of weight_e(x) SwiGLU_e(x)``."""
+    """The layer ``y = shared(x) + sum over the top_k experts e of weight_e(x) SwiGLU_e(x)``."""
 
     def __init__(self, config: MoEConfig, context: LayerContext):
         super().__init__()
@@ -57,7 +57,7 @@ class MoE(nn.Module):
         self._dropped: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[T, B, d]`` to the same shape; with sequence parallelism T is this process's part."""
+        """Map ``[T, B, d]`` to the same shape; under sequence parallelism T is local tokens."""
         tokens = x.flatten(0, 1)
         weights, chosen, balance = self._route(tokens)
         if self.num_local < self.config.num_experts:
@@ -70,8 +70,10 @@ class MoE(nn.Module):
         return y + self.shared(x) if self.config.shared_intermediate_size else y
 
     def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weights ``[N, top_k]`` in float32 or wider (0 for what is dropped), their experts, and in
-        training the loss that balances them, summed over tokens.
+        """Return each token's weights ``[N, top_k]``, their experts, and the balancing loss.
+
+        Weights are in float32 or wider, and 0 where a choice is dropped. The loss, in training
+        only, is summed over tokens.
         """
         config, k = self.config, self.config.top_k
         dtype = torch.promote_types(tokens.dtype, torch.float32)
@@ -96,20 +98,22 @@ class MoE(nn.Module):
         return weights, chosen, self._balance(logits, scores, load)
 
     def _within_capacity(self, weights: Tensor, chosen: Tensor) -> Tensor:
-        """``[N, top_k]``: what its expert has room for, the largest weights first."""
+        """Return which choices ``[N, top_k]`` fit their expert, largest weights first."""
         from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 
         shape = (len(chosen), self.config.num_experts)
-        whole = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
-        whole.scatter_(1, chosen, weights.detach())
+        full = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
+        full.scatter_(1, chosen, weights.detach())
         _, kept = apply_router_token_dropping(
-            whole, whole > 0, self.config.top_k, self.config.capacity_factor
+            full, full > 0, self.config.top_k, self.config.capacity_factor
         )
         return kept.gather(1, chosen)
 
     def _balance(self, logits: Tensor, scores: Tensor, load: Tensor) -> Tensor | None:
-        """Over the tokens of a micro-batch, whichever tensor-parallel process has them: the number
-        of experts x sum of (share of the choices x mean score), and the router's z-loss.
+        """Compute the load-balancing loss and the router's z-loss, summed over tokens.
+
+        The first is the number of experts x sum of (share of the choices x mean score), over all
+        tokens of a micro-batch, whichever tensor-parallel rank has them.
         """
         config = self.config
         if config.balance_weight == 0 and config.z_loss_weight == 0:
@@ -126,7 +130,7 @@ class MoE(nn.Module):
         return loss
 
     def _count(self, load: Tensor | None = None, dropped: Tensor | None = None) -> None:
-        """For the log and the bias; not again where a forward pass is recomputed."""
+        """Count load and drops for log and bias, but not when a forward pass is recomputed."""
         if not self.training or torch._C._current_graph_task_id() != -1:
             return
         if load is not None:
@@ -136,7 +140,7 @@ class MoE(nn.Module):
             self._dropped = dropped if self._dropped is None else self._dropped + dropped
 
     def _experts(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Tokens in the order of their experts, ``counts [experts of this process]`` of each."""
+        """Apply the local experts to tokens in their order, ``counts [local experts]`` of each."""
         gate, up = _grouped(tokens, self.gate_up_proj, counts).chunk(2, -1)
         return _grouped(F.silu(gate) * up, self.down_proj, counts)
 
@@ -163,12 +167,12 @@ class MoE(nn.Module):
         probabilities = probabilities.scatter(1, chosen, weights)
         routing_map = torch.zeros(shape, dtype=torch.bool, device=weights.device)
         routing_map = routing_map.scatter(1, chosen, weights.detach() > 0)
-        own, own_weights = dispatcher.dispatch_preprocess(tokens, routing_map, probabilities)
+        local, local_weights = dispatcher.dispatch_preprocess(tokens, routing_map, probabilities)
         for name in ("input_splits", "output_splits"):
             splits = getattr(dispatcher, name)
             if isinstance(splits, Tensor):  # on the CPU; from a GPU it has made them numbers
                 setattr(dispatcher, name, splits.tolist())
-        received, received_weights = dispatcher.token_dispatch(own, own_weights)
+        received, received_weights = dispatcher.token_dispatch(local, local_weights)
         received, counts, received_weights = dispatcher.dispatch_postprocess(
             received, received_weights
         )
@@ -202,8 +206,10 @@ class MoE(nn.Module):
         )
 
     def metrics(self) -> dict[str, float]:
-        """Of the training tokens since the last call: the busiest expert's load against the mean,
-        on one process, and how many choices were dropped.
+        """Return and reset load and drops of the training tokens since the last call.
+
+        ``expert_load_max`` is the busiest expert's load against the mean, on one process;
+        ``dropped_tokens`` how many choices were dropped.
         """
         found = {}
         if self._load is not None:
@@ -216,8 +222,9 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def update_bias(self) -> None:
-        """After a step: experts with less than the mean load become more likely to be chosen, and
-        the others less. Every process must call.
+        """Update the load-balancing bias after an optimizer step; every process must call.
+
+        Experts with less than the mean load become more likely to be chosen, the others less.
         """
         seen, self._seen = self._seen, None
         if self.config.bias_update_rate == 0 or seen is None:
@@ -230,21 +237,22 @@ class MoE(nn.Module):
 
     @classmethod
     def num_parameters(cls, config: MoEConfig, hidden_size: int) -> int:
-        """All of them, used by a token or not."""
+        """Return the number of all parameters, used by a token or not."""
         d, experts = hidden_size, config.num_experts
         matrices = 3 * d * (experts * config.intermediate_size + config.shared_intermediate_size)
         return matrices + experts * d + experts * (config.bias_update_rate > 0)
 
     @classmethod
     def flops_per_token(cls, config: MoEConfig, hidden_size: int) -> int:
-        """Matrix-multiply FLOPs of one token's forward pass."""
+        """Return the matrix-multiply FLOPs of one token's forward pass."""
         width = config.top_k * config.intermediate_size + config.shared_intermediate_size
         return 2 * hidden_size * (3 * width + config.num_experts)
 
 
 class _WithLoss(torch.autograd.Function):
-    """y as it is; the gradient also goes into ``loss``, which is a sum over tokens like the model's
-    own before it is divided by their number.
+    """The identity on y, which also passes a gradient of 1 to ``loss``.
+
+    ``loss`` is a sum over tokens, like the model's before it is divided by their number.
     """
 
     @staticmethod
@@ -258,7 +266,7 @@ class _WithLoss(torch.autograd.Function):
 
 
 def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """X ``[N, d_in]``, the first ``counts[0]`` rows times ``weight[0]``, and so on."""
+    """Multiply the first ``counts[0]`` rows of x ``[N, d_in]`` by ``weight[0]``, and so on."""
     if x.is_meta and len(x) % len(weight) == 0:  # evenly, in one operation
         return torch.bmm(x.view(len(weight), -1, x.shape[1]), weight).flatten(0, 1)
     if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu"):

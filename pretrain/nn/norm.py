@@ -28,7 +28,7 @@ def sharded_rms_norm(x: Tensor, weight: Tensor, eps: float, context: ParallelCon
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight`` over the last axis, ``dim`` wide; the weight starts at 1."""
+    """RMS norm ``x / rms(x) * weight`` over the last axis, ``dim`` wide; the weight starts at 1."""
 
     def __init__(self, dim: int, eps: float, context: ParallelContext):
         super().__init__()
@@ -37,4 +37,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[..., dim]``; the result has x's dtype."""
         return rms_norm(x, self.weight, self.eps)

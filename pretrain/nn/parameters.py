@@ -30,6 +30,7 @@ class Normal:
     std: float
 
     def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return float32 values of ``shape``."""
         return torch.randn(shape, generator=generator) * self.std
 
 
@@ -40,6 +41,7 @@ class Constant:
     value: float
 
     def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return float32 values of ``shape``."""
         return torch.full(shape, self.value)
 
 
@@ -65,7 +67,19 @@ class Shard:
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """Describe a parameter to initialisation, optimizers, checkpoints and the planner."""
+    """The description of a parameter for initialisation, optimizers, checkpoints and the planner.
+
+    Attributes:
+        init: how its values are drawn.
+        weight_decay: whether it may apply.
+        shard: None where every tensor-parallel rank holds all of it.
+        matrix: whether it maps activations to activations in a block, as Muon's parameters do.
+        lr_multiplier: multiple of the learning rate (maximal-update parametrization).
+        sum_gradient: whether, under sequence parallelism, each rank applies it to its local tokens,
+            so that its gradient is summed over ranks.
+        tied: whether it is one of the two copies of a tied embedding under a pipeline.
+        copy: whether it is the second one, which counts in no norm and is written to no checkpoint.
+    """
 
     init: Initializer
     """How its values are drawn."""
@@ -206,11 +220,11 @@ def expert_matrices(
 
 
 def used_on_local_tokens(parameter: nn.Parameter, context: ParallelContext) -> nn.Parameter:
-    """Mark a replicated parameter that sequence parallelism applies to each rank's own tokens."""
+    """Mark a replicated parameter that sequence parallelism applies to each rank's local tokens."""
     return change_info(parameter, sum_gradient=context.sequence_parallel)
 
 
-# Larger parameters are drawn in pieces, each with a seed of its own: a rank draws what it holds.
+# Larger parameters are drawn in pieces, each with a separate seed: a rank draws what it holds.
 _WHOLE, _PIECES = 2**20, 64
 
 
@@ -220,7 +234,7 @@ def fill_parameters(
 ) -> None:
     """Give every parameter its values, also where the module was built on the meta device.
 
-    The values depend on ``seed`` and the names, which begin with ``prefix``, alone. ``device``:
+    The values depend only on ``seed`` and the names, which begin with ``prefix``. ``device`` is
     where parameters of the meta device are put, torch's default device unless given. Raises
     ValueError for a parameter without a description.
     """

@@ -1,4 +1,4 @@
-"""The recurrences as plain functions: what they compute, then how it is made fast.
+"""The recurrences as plain functions, each with its definition and its fast forms.
 
 Every function takes tensors laid out ``[B, T, H, D]``, keeps its recurrent state in float32 or
 wider, and resets that state where one of the packed ``sequences`` starts. They are a

@@ -1,4 +1,4 @@
-"""Which implementation of each op ``auto`` means here, in words for the log."""
+"""Names of the implementation that ``auto`` takes for each op here, for the log."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from pretrain.ops.shared.flash_linear_attention import fla_fits
 
 
 def describe_backends(dtype: torch.dtype = torch.bfloat16) -> str:
-    """Describe in one line what runs the ops of a model whose activations are ``dtype`` on this
-    process's device.
-    """
+    """Describe in one line what runs the ops for ``dtype`` on this process's device."""
     if not torch.cuda.is_available():
         return "kernels: plain torch, on the CPU"
     x = torch.empty(1, 128, dtype=dtype, device="cuda")
@@ -23,11 +21,11 @@ def describe_backends(dtype: torch.dtype = torch.bfloat16) -> str:
     named = {"varlen": "torch's varlen", "sdpa": "torch's sdpa"}
     softmax = flash_attention_name(x.device) if attention == "flash" else named[attention]
     linear = _version("flash-linear-attention") if fla_fits(x) else "chunked torch"
-    own = f"our kernels on {_version('triton')}" if triton_fits(x) else "plain torch"
+    ours = f"our kernels on {_version('triton')}" if triton_fits(x) else "plain torch"
     head = _version("liger-kernel") if has_liger() else "chunked torch"
     return (
         f"kernels: attention {softmax}; linear attention, delta rules and short convolutions "
-        f"{linear}; M2RNN, ParaRNN and classical cells {own}; cross entropy {head}"
+        f"{linear}; M2RNN, ParaRNN and classical cells {ours}; cross entropy {head}"
     )
 
 

@@ -15,7 +15,7 @@ STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 def selects(info: ParameterInfo) -> bool:
-    """Tell whether a parameter is this rule's: AdamW takes every one."""
+    """Return True: AdamW updates every parameter."""
     return True
 
 

@@ -12,10 +12,11 @@ from pretrain.parallel.processes import local_device
 
 
 def global_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> float:
-    """Of all that the processes of ``group`` pass, each tensor counted once by whoever passes it.
+    """Return the norm of all gradients that the processes of ``group`` pass.
 
-    Squares are summed in float64: in float32 torch's norm on the CPU is 1e-4 off for half a million
-    elements, and megatron-core's fallback with it.
+    Each tensor is counted once by whoever passes it. Squares are summed in float64: in float32
+    torch's norm on the CPU is 1e-4 off for half a million elements, and megatron-core's fallback
+    with it.
     """
     total = torch.zeros((), dtype=torch.float64, device=local_device())
     if gradients:

@@ -29,7 +29,7 @@ STATE_KEYS = ("exp_avg",)
 
 
 def selects(info: ParameterInfo) -> bool:
-    """Tell whether a parameter is this rule's: the matrices between activations are."""
+    """Return whether a parameter is a matrix between activations, as Muon updates them."""
     return info.matrix
 
 

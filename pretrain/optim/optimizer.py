@@ -23,18 +23,22 @@ from pretrain.nn.parameters import ParameterInfo
 
 
 class UpdateRule(Protocol):
-    """What a module of an update rule has."""
+    """The interface of a module of an update rule."""
 
     STATE_KEYS: tuple[str, ...]
 
-    def selects(self, info: ParameterInfo) -> bool: ...
+    def selects(self, info: ParameterInfo) -> bool:
+        """Return whether a parameter is updated by this rule."""
+        ...
 
     def update(
         self,
         params: Sequence[Tensor],
         state: MutableMapping[Tensor, dict[str, Tensor]],
         group: dict[str, Any],
-    ) -> None: ...
+    ) -> None:
+        """Update ``params`` and their ``state`` in place, by the settings of ``group``."""
+        ...
 
 
 def rule(name: str) -> UpdateRule:
@@ -47,10 +51,10 @@ def _without_compiler(method: Any) -> Any:
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Update each group by its rule.
+    """An optimizer that updates each group by its rule.
 
-    Groups: lr, betas, eps, weight_decay, step; ``rule``: the name of its rule, AdamW without;
-    ema_decay: of the weights' average ``ema`` in the state, 0 for none.
+    Groups have lr, betas, eps, weight_decay, step; ``rule``, the name of the rule, AdamW if absent;
+    and ema_decay, of the weights' average ``ema`` in the state, 0 for none.
     """
 
     def __init__(
@@ -115,7 +119,7 @@ def fill_state(state: dict[str, Tensor], parameter: Tensor, group: dict[str, Any
 
 @contextlib.contextmanager
 def used_by_megatron() -> Iterator[None]:
-    """Have megatron-core make this optimizer where it has no fused one."""
+    """Make megatron-core use this optimizer where it has no fused one, while open."""
     import megatron.core.optimizer as optimizers
     import megatron.core.optimizer.distrib_optimizer as distributed
 

@@ -8,19 +8,19 @@ from pretrain.config import ScheduleConfig
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, num_steps: int) -> float:
-    """The learning rate of optimizer step ``step``, counted from 0, of ``num_steps``.
+    """Return the learning rate of optimizer step ``step``, counted from 0, of ``num_steps``.
 
     Warm-up is linear and reaches the peak with its last step. With p the share of the remaining
     steps that is done and f = final_ratio:
 
-    constant    peak
-    linear      peak (1 - (1 - f) p)
-    cosine      peak (f + (1 - f) (1 + cos(pi p)) / 2)
-    wsd         peak, then over the last decay_fraction of all steps down to f peak, with q the
-                share of the decay done: ``linear`` 1 - (1 - f) q; ``sqrt`` 1 - (1 - f) sqrt(q);
-                ``exponential`` f^q
-    two_stage   peak, then f peak for the last decay_fraction of all steps: an abrupt drop, from
-                which the annealing law's memory can be told (arXiv 2408.11029)
+        constant    peak
+        linear      peak (1 - (1 - f) p)
+        cosine      peak (f + (1 - f) (1 + cos(pi p)) / 2)
+        wsd         peak, then over the last decay_fraction of all steps down to f peak, with q the
+                    share of the decay done: ``linear`` 1 - (1 - f) q; ``sqrt`` 1 - (1 - f) sqrt(q);
+                    ``exponential`` f^q
+        two_stage   peak, then f peak for the last decay_fraction of all steps: an abrupt drop, from
+                    which the annealing law's memory can be measured (arXiv 2408.11029)
     """
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps

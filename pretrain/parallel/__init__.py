@@ -1,1 +1,1 @@
-"""Processes, collectives and what they need; nothing in here knows a model."""
+"""Processes, collectives and what they need; nothing here depends on a model."""

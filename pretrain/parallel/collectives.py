@@ -36,7 +36,7 @@ def gather_sequence(
     """Gather every rank's tokens along the first axis, ``[T / size, ...]`` to ``[T, ...]``.
 
     ``reduce_gradient``: whether what follows differs between ranks, so that the gradient of each
-    token is summed over them; otherwise each rank takes its own part.
+    token is summed over them; otherwise each rank takes its shard.
     """
     if group is None:
         return x
@@ -61,9 +61,9 @@ def gather_last_axis(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    whole = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
-    return whole
+    full = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    dist.all_gather_into_tensor(full, x.contiguous(), group=group)
+    return full
 
 
 def _reduce_scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:

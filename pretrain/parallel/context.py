@@ -1,4 +1,4 @@
-"""What the layers of a model know of the layout that they are a part of."""
+"""The part of a layout that the layers of a model depend on."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Describe this rank's part of a layout to the layers that are built.
+    """This rank's part of a layout, for the layers that are built.
 
-    The default is a whole model on one process, for which no process group exists. Layers ask it
-    for their shares; they look at no global state.
+    The default is a full model on one process, for which no process group exists. Layers ask it for
+    their shards; they look at no global state.
 
-    dtype: of weights and activations. tensor_size, tensor_rank, group: of the tensor-parallel
-    ranks; the group is None where there is one. sequence_parallel: whether they also shard the
-    tokens outside the layers. expert_size, expert_rank: of the ranks that shard experts.
-    home: the device that weights and states are made on, None for torch's default device.
-    width: of the layers that are made, as a multiple of the width that initialisation and learning
-    rate were chosen at (maximal-update parametrization); 1 without it.
+    Attributes:
+        dtype: of weights and activations.
+        tensor_size: number of tensor-parallel ranks.
+        tensor_rank: this process's number among them.
+        group: of the tensor-parallel ranks; None where there is one.
+        sequence_parallel: whether they also shard the tokens outside the layers.
+        expert_size: number of ranks that shard experts.
+        expert_rank: this process's number among them.
+        home: device that weights and states are made on, None for torch's default device.
+        width: of the layers that are made, as a multiple of the width that initialisation and
+            learning rate were chosen at (maximal-update parametrization); 1 without it.
     """
 
     dtype: torch.dtype = torch.float32

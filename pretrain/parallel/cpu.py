@@ -1,4 +1,4 @@
-"""What megatron-core needs to run on a machine without CUDA; nothing where CUDA is present.
+"""Stand-ins that megatron-core needs on a machine without CUDA; no-ops where CUDA is present.
 
 megatron-core 0.16-0.19 names the device "cuda" literally in its schedules, data parallel and
 optimizer. While :func:`device_scope` is active, and only then, ``device="cuda"`` means the CPU,
@@ -47,7 +47,7 @@ def importing_megatron() -> Iterator[None]:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Answer for CUDA; enterable several times at once."""
+    """The mode in which "cuda" means the CPU; it can be entered several times at once."""
 
     _depth = 0
     _kept: dict[str, Any] = {}  # noqa: RUF012

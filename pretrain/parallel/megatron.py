@@ -1,4 +1,4 @@
-"""What megatron-core is told of our models: its configuration, and its marks on parameters.
+"""megatron-core's configuration of our models, and its marks on parameters.
 
 megatron-core is imported where it is needed: building, counting and exporting models need none.
 """
@@ -57,10 +57,10 @@ def transformer_config(
 
 
 def prepare(parts: Sequence[Any]) -> TransformerConfig:
-    """Give this process's stages what megatron-core's schedules and data parallel look for.
+    """Set on this process's stages what megatron-core's schedules and data parallel look for.
 
-    That is a ``config``, a ``model_type``, and the marks on parameters by which its optimizer
-    knows copies, shards and experts. Returns the configuration, which the stages share.
+    That is a ``config``, a ``model_type``, and the marks on parameters by which its optimizer knows
+    copies, shards and experts. Returns the configuration, which the stages share.
     """
     config = transformer_config(parts[0].context, parts[0].model_config.hidden_size)
     from megatron.core.enums import ModelType

@@ -18,10 +18,12 @@ from pretrain.parallel.processes import groups, local_device
 def run_schedule(
     modules: Sequence[nn.Module], batches: Sequence[Batch], *, forward_only: bool
 ) -> Tensor:
-    """One process: forward and backward by turns; a pipeline: 1F1B; a virtual one: interleaved.
+    """Run the forward and, unless ``forward_only``, backward passes of micro-batches.
 
-    ``modules`` are this process's stages, in the order that they are gone through. Gradients are of
-    the summed loss, divided by the global batch's number of counted targets where the modules'
+    One process does them by turns; a pipeline runs 1F1B, a virtual one the interleaved schedule.
+
+    ``modules`` are this process's stages, in the order that they are run. Gradients are of the
+    summed loss, divided by the global batch's number of counted targets where the modules'
     ``config.finalize_model_grads_func`` does that. Returns ``[2]`` float64: summed loss and number
     of counted targets of these micro-batches, on the last stage; zeros elsewhere.
     """
@@ -38,10 +40,11 @@ def run_schedule(
 def score_schedule(
     modules: Sequence[nn.Module], batches: Sequence[Batch], candidates: int
 ) -> list[Tensor]:
-    """``[2, M]`` of each micro-batch, on the last stage (elsewhere none): log-likelihoods of the
-    targets that its mask counts, and the likeliest of the first ``candidates`` ids in their places.
+    """Return scores ``[2, M]`` of each micro-batch on the last stage, elsewhere none.
 
-    All micro-batches must be of one length, and as many on every process.
+    The first row has the log-likelihoods of the targets that the micro-batch's mask counts, the
+    second the likeliest of the first ``candidates`` ids at their positions. All micro-batches must
+    be of one length, and as many on every process.
     """
 
     def step(batches: Iterator[Batch], module: nn.Module) -> tuple[Tensor, Any]:
@@ -64,7 +67,7 @@ def score_schedule(
 def _through(
     step: Callable[..., Any], modules: Sequence[nn.Module], group: list[Batch], forward_only: bool
 ) -> list[Any]:
-    """What megatron-core's schedule collects of micro-batches of one length."""
+    """Run micro-batches of one length through megatron-core's schedule; return what it collects."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     iterators = [iter(group) for _ in modules]
@@ -82,8 +85,9 @@ def _through(
 
 
 def _whole_rounds(batches: list[Batch]) -> list[Batch]:
-    """The interleaved schedule goes through as many micro-batches at a time as there are stages:
-    fill up with ones that count nothing.
+    """Pad micro-batches to full rounds of the interleaved schedule, with ones that count nothing.
+
+    A round is as many micro-batches as there are stages.
     """
     state = groups()
     if state.get_virtual_pipeline_model_parallel_world_size() is None:
@@ -102,9 +106,7 @@ def _forward_step(batches: Iterator[Batch], module: nn.Module) -> tuple[Tensor, 
 
 
 def _loss(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What megatron-core wants of the last stage: the summed loss, the number of targets, and what
-    to report.
-    """
+    """Return the summed loss, the number of targets and what to report, for megatron-core."""
     with model_scope():
         total, count = (losses * mask).sum(), mask.sum()
         sums = torch.stack([total.detach().double(), count.double()])

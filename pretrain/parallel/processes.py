@@ -24,14 +24,14 @@ _host_groups: list[dist.ProcessGroup] = []  # of all processes, where those of N
 
 
 def local_device() -> torch.device:
-    """This process's device."""
+    """Return this process's device."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def world_size() -> int:
-    """The number of processes, known before they have met."""
+    """Return the number of processes, known before they have met."""
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
@@ -62,7 +62,7 @@ def start_processes(config: ParallelConfig | None = None) -> bool:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # Longer than the watchdog's, which can tell more than "timed out".
+        # Longer than the watchdog's, which can report more than "timed out".
         timeout = datetime.timedelta(minutes=2 * config.timeout_minutes)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
@@ -106,17 +106,20 @@ def process_groups(config: ParallelConfig) -> Iterator[None]:
 
 
 def order_kernels(config: ParallelConfig) -> None:
-    """Have GPUs take kernels in the order that they are given, where tensors are divided: the
-    exchange of a gradient comes before the products that it runs beside, which would otherwise take
-    the whole GPU. Before CUDA starts; whoever set the variable knows better.
+    """Make GPUs run kernels in launch order where tensors are sharded.
+
+    The all-reduce of a gradient then comes before the products that it runs beside, which would
+    otherwise take the full GPU. Call before CUDA starts; a variable that is already set is kept.
     """
     if config.tensor > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def name_local_rank() -> None:
-    """Set ``LOCAL_RANK``, which DeepSpeed asks for also where no launcher was needed, until
-    :func:`stop_processes`: other libraries take it for a launcher's, and wait for its processes.
+    """Set ``LOCAL_RANK`` until :func:`stop_processes`, if it is not set.
+
+    DeepSpeed asks for it also where no launcher was needed. Other libraries take it for a
+    launcher's, and wait for its processes.
     """
     if "LOCAL_RANK" not in os.environ:
         os.environ["LOCAL_RANK"] = "0"
@@ -124,7 +127,7 @@ def name_local_rank() -> None:
 
 
 def stop_processes() -> None:
-    """Leave all process groups."""
+    """Destroy all process groups."""
     while _named_here:
         os.environ.pop(_named_here.pop(), None)
     state = groups()
@@ -136,7 +139,7 @@ def stop_processes() -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that prints and writes the small files."""
+    """Return whether this process is the one that prints and writes the small files."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -160,7 +163,7 @@ def tensor_parallel_rank() -> int:
 
 
 def on_main_process(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """``function``'s result from the main process, on every process; so is what it raises."""
+    """Return ``function``'s result from the main process on every one, or raise what it raised."""
     outcome: list[Any] = [None, None]
     if is_main_process():
         try:
@@ -175,7 +178,7 @@ def on_main_process(function: Callable[[], T], group: dist.ProcessGroup | None =
 
 
 def on_every_process(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """``function``'s results, by rank; what one process's raises, all of them raise."""
+    """Return ``function``'s results by rank; what it raises on one process, all of them raise."""
     outcome: tuple[T, None] | tuple[None, Exception]
     try:
         outcome = (function(), None)
@@ -191,8 +194,9 @@ def on_every_process(function: Callable[[], T], group: dist.ProcessGroup | None 
 
 
 def all_reduce_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics of all processes, whatever names each has; see :func:`merge_metrics`. Every process
-    must call.
+    """Merge the metrics of all processes, whatever names each has; see :func:`merge_metrics`.
+
+    Every process must call.
     """
     merged: dict[str, float] = {}
     for found in gather(metrics):
@@ -201,14 +205,14 @@ def all_reduce_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def first_of_pipeline(found: dict[str, float]) -> dict[str, float]:
-    """What the first stage that found something did; every process must call."""
+    """Return the metrics of the first pipeline stage that has any; every process must call."""
     state = groups()
     group = None if state is None else state.get_pipeline_model_parallel_group()
     return next((each for each in gather(found, group) if each), {})
 
 
 def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every process's value, by rank; every process of ``group`` must call."""
+    """Return every process's value, by rank; every process of ``group`` must call."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
     everyone: list[Any] = [None] * dist.get_world_size(group)
@@ -225,7 +229,7 @@ def sum_over_replicas(values: Tensor) -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether ``flag`` is set on any process; every process must call. Waits for no GPU."""
+    """Return whether ``flag`` is set on any process; every process must call. Waits for no GPU."""
     if world_size() == 1:
         return flag
     group = _host_groups[0] if _host_groups else None

@@ -1,11 +1,11 @@
-"""One input of several projections whose outputs are divided over tensor-parallel processes.
+"""The shared input of several projections whose outputs are sharded over tensor-parallel ranks.
 
-Its gradient is the sum of what all projections on all processes send back. A projection's backward
-pass adds to that sum and leaves out the gradient of its weight; the input's own starts the exchange
-of the sum between processes, computes the weights' gradients meanwhile, and waits. Of tokens
-divided by sequence parallelism only the own ones are kept for that; the others are gathered once
+Its gradient is the sum of what all projections on all ranks send back. A projection's backward pass
+adds to that sum and skips the gradient of its weight; the input's backward pass starts the
+reduction of the sum over ranks, computes the weights' gradients meanwhile, and waits. Of tokens
+sharded by sequence parallelism only the local ones are kept for that; the others are gathered once
 more while the projections' backward passes run. Megatron-LM does this for each linear layer alone
-(arXiv 2205.05198, section 4.2.2), with one exchange for each.
+(arXiv 2205.05198, section 4.2.2), with one reduction for each.
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ _ATTRIBUTE = "shared_input"
 
 @dataclass
 class _Gradients:
-    """What the projections leave for their input's backward pass. ``weights``: of the outputs, by
-    the number of the weight; ``summed``: of which weights over processes; ``gathered``: the whole
-    input and whether it has come.
+    """What the projections leave for their input's backward pass.
+
+    Attributes:
+        group: the tensor-parallel ranks.
+        sequence_parallel: whether they shard the input's tokens.
+        summed: numbers of the weights whose gradients are summed over ranks.
+        input: sum of the input's gradients so far.
+        outputs: gradients of the outputs, by the number of the weight.
+        gathered: the full input and the handle of its all-gather, if that was started.
     """
 
     group: dist.ProcessGroup
@@ -39,26 +45,26 @@ class _Gradients:
     def gather(self, x: Tensor) -> None:
         """Start to, unless that was done."""
         if self.sequence_parallel and self.gathered is None:
-            whole = x.new_empty(x.shape[0] * self.group.size(), *x.shape[1:])
+            full = x.new_empty(x.shape[0] * self.group.size(), *x.shape[1:])
             work = dist.all_gather_into_tensor(
-                whole, x.contiguous(), group=self.group, async_op=True
+                full, x.contiguous(), group=self.group, async_op=True
             )
-            self.gathered = whole, work
+            self.gathered = full, work
 
-    def whole_input(self, x: Tensor) -> Tensor:
+    def full_input(self, x: Tensor) -> Tensor:
         self.gather(x)
         if self.gathered is None:
             return x
-        (whole, work), self.gathered = self.gathered, None
+        (full, work), self.gathered = self.gathered, None
         work.wait()
-        return whole
+        return full
 
 
 @dataclass
 class _Shared:
-    """Lies on the input that the projections get: the weights it knows of, by their owner."""
+    """The mark on the input that projections get: the numbers of its weights, by their key."""
 
-    own: Tensor
+    local: Tensor
     gradients: _Gradients
     numbers: dict[int, int]
 
@@ -71,36 +77,37 @@ def share_input(
     sequence_parallel: bool,
     replicated: Collection[int] = (),
 ) -> Tensor:
-    """The whole input for :func:`project`; x ``[T, B, d]``, or this process's tokens of it.
+    """Return the full input for :func:`project` of x ``[T, B, d]`` or this rank's tokens of it.
 
-    ``weights`` ``[d_out, d]`` by a number of the projection's, whichever may follow: one that does
-    not takes no harm, nor does any other use of the result. Gradients of the ``replicated`` ones,
-    which every process has whole for outputs that differ, are summed over processes.
+    ``weights`` ``[d_out, d]`` are keyed by their projections. Not all of them must be used, and the
+    result may have other uses. Gradients of the ``replicated`` ones, which every rank has in full
+    for outputs that differ, are summed over ranks.
     """
     summed = frozenset(number for number, key in enumerate(weights) if key in replicated)
     gradients = _Gradients(group, sequence_parallel, summed)
-    whole: Any = _SharedInput.apply(x, gradients, *weights.values())
+    full: Any = _SharedInput.apply(x, gradients, *weights.values())
     numbers = {key: number for number, key in enumerate(weights)}
-    setattr(whole, _ATTRIBUTE, _Shared(x.detach(), gradients, numbers))
-    return whole
+    setattr(full, _ATTRIBUTE, _Shared(x.detach(), gradients, numbers))
+    return full
 
 
 def summed_gradient(parameter: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """A parameter that every process has whole, for outputs that differ: its gradient is summed."""
+    """Return a replicated parameter used for outputs that differ; its gradient is all-reduced."""
     result: Tensor = _SummedGradient.apply(parameter, group)
     return result
 
 
 def project(x: Tensor, weight: Tensor, key: int) -> Tensor | None:
-    """``x W^T`` ``[..., d_out]`` where x comes from :func:`share_input` and knows this projection's
-    ``key``; else None.
+    """Return ``x W^T`` ``[..., d_out]`` if x comes from :func:`share_input` and knows ``key``.
+
+    Otherwise return None.
     """
     shared: _Shared | None = getattr(x, _ATTRIBUTE, None)
     if shared is None or key not in shared.numbers or not torch.is_grad_enabled():
         return None
     # The weight's gradient is the shared input's to give.
     result: Tensor = _Projection.apply(
-        x, weight.detach(), shared.own, shared.gradients, shared.numbers[key]
+        x, weight.detach(), shared.local, shared.gradients, shared.numbers[key]
     )
     return result
 
@@ -108,18 +115,18 @@ def project(x: Tensor, weight: Tensor, key: int) -> Tensor | None:
 class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, own: Tensor, gradients: _Gradients, number: int
+        ctx: Any, x: Tensor, weight: Tensor, local: Tensor, gradients: _Gradients, number: int
     ) -> Tensor:
-        ctx.save_for_backward(weight, own)
+        ctx.save_for_backward(weight, local)
         ctx.gradients, ctx.number = gradients, number
         return x @ weight.t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        weight, own = ctx.saved_tensors
+        weight, local = ctx.saved_tensors
         gradients: _Gradients = ctx.gradients
-        gradients.gather(own)
+        gradients.gather(local)
         rows = grad.flatten(0, -2)
         if gradients.input is None:
             gradients.input = rows @ weight
@@ -137,7 +144,7 @@ class _SharedInput(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if gradients.sequence_parallel:
             gradients.gather(x)
-            return gradients.whole_input(x)
+            return gradients.full_input(x)
         return x.view_as(x)
 
     @staticmethod
@@ -160,9 +167,9 @@ class _SharedInput(torch.autograd.Function):
         result, exchange = _exchange(total, gradients)
         sums = []
         if outputs:
-            whole = gradients.whole_input(x).flatten(0, -2)
+            full = gradients.full_input(x).flatten(0, -2)
             for number, rows in outputs.items():
-                weight_grads[number] = product = rows.t() @ whole
+                weight_grads[number] = product = rows.t() @ full
                 if number in gradients.summed:
                     sums.append(dist.all_reduce(product, group=gradients.group, async_op=True))
         for work in (exchange, *sums):
@@ -171,16 +178,16 @@ class _SharedInput(torch.autograd.Function):
 
 
 def _exchange(total: Tensor, gradients: _Gradients) -> tuple[Tensor, dist.Work]:
-    """Begin to add up over processes: all of it, or the part of this process's tokens."""
+    """Start the reduction over ranks: of all tokens, or scattered to this rank's tokens."""
     group = gradients.group
     if not gradients.sequence_parallel:
         return total, dist.all_reduce(total, group=group, async_op=True)
-    own = total.new_empty(total.shape[0] // group.size(), *total.shape[1:])
-    return own, dist.reduce_scatter_tensor(own, total, group=group, async_op=True)
+    local = total.new_empty(total.shape[0] // group.size(), *total.shape[1:])
+    return local, dist.reduce_scatter_tensor(local, total, group=group, async_op=True)
 
 
 class _SummedGradient(torch.autograd.Function):
-    """As megatron-core's, but right for a gradient that is not contiguous, or that others hold."""
+    """A sum of gradients like megatron-core's, also right for one that is strided or shared."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -201,7 +201,7 @@ class _Measurement:
     def _loop(self, length: int) -> tuple[Cost, Cost]:
         x, recursion = self._hidden(self.rows * length), self.model.recursion
         assert recursion is not None
-        return self._run([x], lambda: recursion(x, lambda s, _: s, whole=True)[0])
+        return self._run([x], lambda: recursion(x, lambda s, _: s, all_passes=True)[0])
 
     def _embedding(self, length: int) -> tuple[Cost, Cost]:
         tokens = torch.zeros(1, self.rows * length, dtype=torch.int64)

@@ -56,7 +56,7 @@ class Engine:
         self.backend = make_backend(self.parts, config, parallel, micro_batches)
 
     def begin_step(self, seed: int, step: int, rank: int = 0, world_size: int = 1) -> None:
-        """Seed the model's random choices; see :meth:`.LanguageModel.begin_step`."""
+        """See :meth:`pretrain.model.language_model.LanguageModel.begin_step`."""
         self.backend.step_seed = (seed, step)
         for part in self.parts:
             part.begin_step(seed, step, rank, world_size)

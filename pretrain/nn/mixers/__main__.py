@@ -24,17 +24,17 @@ a head, D channels of a head, T tokens.
 """
 
 FOOT = """
-Behind all of them stand the plain functions of `pretrain.ops`. Each has a definition (a loop over
+All of them call the plain functions of `pretrain.ops`. Each has a definition (a loop over
 time, `backend="recurrent"` or `"sequential"`) and a faster form, equal to 1e-10 in float64 with all
-gradients; `with pretrain.ops.definitions():` makes a whole model run by the definitions, to tell
-whether a fast form is to blame for something. Documents packed in a row are named by `sequences=`:
-a `pretrain.data.sequences.Sequences`, made once per batch, which keeps what the functions derive
-from it, or the tensor of their ends.
+gradients; `with pretrain.ops.definitions():` makes a full model run by the definitions, to find
+out whether a fast form is to blame for a result. Documents packed in a row are passed as
+`sequences=`: a `pretrain.data.sequences.Sequences`, made once per batch, which keeps what the
+functions derive from it, or the tensor of their ends.
 
 **Parallelism.** All run under data parallel with a sharded optimizer (ZeRO-1), and under tensor
 parallelism with or without sequence parallelism (`parallel: {tensor: 2, sequence: true}`):
-projections are divided by column, outputs by row, heads among the processes, shared query and key
-heads are whole on each, norms over the full width sum their squares. Three optimizer steps on two
+projections are sharded by column, outputs by row, heads over the ranks; shared query and key heads
+are replicated, norms over the full width all-reduce their squares. Three optimizer steps on two
 processes equal those on one to 1e-5, for every mixer and every kind of loop
 (`tests/pretrain/parallel/test_tensor_parallel.py`).
 
@@ -43,9 +43,9 @@ their backward pass is linear in T and keeps every c-th state, c about sqrt(T / 
 recomputing the rest. `state_grad_clip` bounds the gradient that is carried from step to step.
 
 **Newton layers.** `para_gru` and `para_lstm` solve for all steps at once, by Newton steps (usually
-3), each a blocked scan, until the residual is at most `tolerance`. A sequence that is not there
-after `iterations` of them is computed step by step instead; `newton_residual_max`,
-`newton_iterations_max` and `newton_fallbacks` in the metrics tell. Recurrent weights stay within
+3), each a blocked scan, until the residual is at most `tolerance`. A sequence that has not
+converged after `iterations` of them is computed step by step instead; the metrics report
+`newton_residual_max`, `newton_iterations_max` and `newton_fallbacks`. Recurrent weights stay within
 `max_recurrent` (0.5), which keeps that rare. On a GPU, where thousands of channels run side by side
 anyway, stepping in one kernel is less work than solving, and is done instead; the three metrics are
 then 0.
@@ -62,7 +62,7 @@ and `backend=` of each function of `pretrain.ops` chooses by hand.
   solve in another
 * lstm, gru, slstm, elman of up to 128 channels a head: our Triton kernels, a head's recurrent
   matrices on chip
-* head and cross entropy, where the vocabulary is not divided: Liger's kernel between the products,
+* head and cross entropy, where the vocabulary is not sharded: Liger's kernel between the products,
   some thousand tokens at a time
 * gates with the norms before them, L2 norms, SwiGLU: fused by torch.compile
 
@@ -71,7 +71,7 @@ equal inputs give equal bits. `tests/pretrain/ops/test_kernels.py` and `test_fla
 Triton's interpreter without a GPU, and on one where there is one; `benchmarks/ops_gpu.py` and
 `train_gpu.py` measure them (`benchmarks/results/gpu.md` says what has been measured).
 
-## A cell of one's own
+## Your own cell
 
 Any elementwise cell, parallel over time, its Jacobian by `torch.func`:
 
@@ -119,7 +119,7 @@ model:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the page as Markdown."""
     rows = []
     for name, mixer in sorted(registry().items()):
         config, card = mixer.config_class().resolve(HIDDEN), mixer.card
@@ -136,7 +136,7 @@ def page() -> str:
             f"{parameters / HIDDEN**2:.2f}",
             f"{flops / 1e6:.1f}",
             card.over_time,
-            f"data, tensor by {card.divided}",
+            f"data, tensor by {card.sharded}",
             card.source,
         )
         rows.append("| " + " | ".join(cells) + " |\n")

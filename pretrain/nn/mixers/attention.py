@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import (
@@ -49,6 +50,7 @@ class AttentionConfig(MixerConfig):
     norm_eps: float = setting(1e-6, above=0)
     """Added to the mean square in that norm."""
 
+    @override
     def resolve(self, hidden_size: int) -> Self:
         num_heads, head_dim = attention_heads(
             hidden_size, self.num_heads, self.head_dim, self.num_kv_heads
@@ -63,8 +65,10 @@ class AttentionConfig(MixerConfig):
 
 @register("attn")
 class Attention(Mixer):
-    """State: keys and values so far (with a window, the last ``window``), packed ``[S, Hkv, D]``;
-    how many of them each sequence has, and how many tokens it has seen.
+    """Softmax attention, as a mixer.
+
+    Its state is the keys and values so far (with a window, the last ``window``), packed ``[S, Hkv,
+    D]``; how many of them each sequence has, and how many tokens it has seen.
     """
 
     config_class = AttentionConfig
@@ -92,6 +96,7 @@ class Attention(Mixer):
             self.q_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
             self.k_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
 
+    @override
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -135,18 +140,21 @@ class Attention(Mixer):
             k, v, lengths = k[kept], v[kept], lengths.clamp_max(window)
         return {"k": k, "v": v, "lengths": lengths}
 
+    @override
     def init_state(self, batch_size: int) -> State:
         device, dtype = self.parallel.device, self.parallel.dtype
         empty = torch.zeros(0, self.num_kv_heads, self.head_dim, dtype=dtype, device=device)
         lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return {"k": empty, "v": empty, "lengths": lengths, "seen": lengths}
 
+    @override
     def select_state(self, state: State, indices: Tensor) -> State:
         lengths = state["lengths"]
         k, v = (select_packed(state[name], lengths, indices) for name in "kv")
         return {"k": k, "v": v, "lengths": lengths[indices], "seen": state["seen"][indices]}
 
     @classmethod
+    @override
     def check(cls, config: AttentionConfig, hidden_size: int) -> None:
         num_heads, num_kv_heads, head_dim = _shape(config)
         if num_heads % num_kv_heads:
@@ -159,17 +167,20 @@ class Attention(Mixer):
             )
 
     @classmethod
-    def divided(cls, config: AttentionConfig, hidden_size: int) -> dict[str, int]:
+    @override
+    def sharded_counts(cls, config: AttentionConfig, hidden_size: int) -> dict[str, int]:
         num_heads, num_kv_heads, _ = _shape(config)
         return {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
 
     @classmethod
+    @override
     def num_parameters(cls, config: AttentionConfig, hidden_size: int) -> int:
         num_heads, num_kv_heads, head_dim = _shape(config)
         projections = 2 * hidden_size * head_dim * (num_heads + num_kv_heads)
         return projections + 2 * head_dim * config.qk_norm
 
     @classmethod
+    @override
     def flops_per_token(cls, config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
         num_heads, num_kv_heads, head_dim = _shape(config)
         projections = 4 * hidden_size * head_dim * (num_heads + num_kv_heads)
@@ -179,6 +190,7 @@ class Attention(Mixer):
         return projections + 4 * num_heads * head_dim * seen // seq_len
 
     @classmethod
+    @override
     def state_bytes(cls, config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
         _, num_kv_heads, head_dim = _shape(config)
         return 4 * num_kv_heads * head_dim * min(config.window or seq_len, seq_len)

@@ -1,4 +1,4 @@
-"""What every sequence mixer is, and the registry that pattern strings name them from."""
+"""The interface of sequence mixers, and the registry that pattern strings name them from."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ SHAREABLE = ("num_kv_heads", "num_groups", "num_qk_heads", "num_qk_groups")
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What a mixer is built into.
+    """The model that a mixer is built into.
 
-    std, output_std: Gaussian initialisation of the inner and of the output projections
-    index, count: which of the model's blocks this is, from 0, and how many there are
+    Attributes:
+        hidden_size: width of the model.
+        std: standard deviation of the Gaussian that inner projections start from.
+        output_std: the same, of the output projection.
+        parallel: this rank's part of the layout.
+        index: which of the model's blocks this is, from 0.
+        count: how many blocks there are.
     """
 
     hidden_size: int
@@ -37,9 +42,15 @@ class LayerContext:
 
 @dataclass(frozen=True)
 class MixerCard:
-    """A mixer in a line of docs/layers.md. equation: one head's recurrence; state: what it carries
-    from token to token; over_time: how it is computed over time; divided: what tensor parallelism
-    divides; source: paper.
+    """A mixer's line in docs/layers.md.
+
+    Attributes:
+        name: what the layer is called.
+        equation: one head's recurrence.
+        state: what it carries from token to token.
+        over_time: how it is computed over time.
+        source: paper.
+        sharded: what tensor parallelism shards.
     """
 
     name: str
@@ -47,7 +58,7 @@ class MixerCard:
     state: str
     over_time: str
     source: str
-    divided: str = "H"
+    sharded: str = "H"
 
 
 @dataclass(frozen=True)
@@ -68,11 +79,11 @@ class MixerConfig(Config):
 
 
 class Mixer(DescribedModule, ABC):
-    """Mixes information along the sequence; activations are sequence-first, ``[T, B, d]``.
+    """A layer that mixes information along the sequence; activations are ``[T, B, d]``.
 
-    ``config_class`` is a frozen dataclass of the mixer's own settings, which a mixer and its class
+    ``config_class`` is a frozen dataclass of the mixer's settings, which a mixer and its class
     methods only see resolved; ``card`` is its line in docs/layers.md. The class methods count
-    without building anything; they speak of the whole layer, not of one process's share.
+    without building anything; they count the full layer, not this process's shard.
     """
 
     config_class: ClassVar[type[MixerConfig]]
@@ -88,11 +99,11 @@ class Mixer(DescribedModule, ABC):
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """Mix x ``[T, B, d]`` along T; returns y of the same shape, and the state after each
-        sequence's last token.
+        """Mix x ``[T, B, d]`` along T.
 
         With ``sequences`` B is 1 and N sequences are packed along T; without, each of the B rows is
-        one. ``state``: that of N sequences to continue from.
+        one. ``state`` is that of N sequences to continue from. Returns y of x's shape, and the
+        state after each sequence's last token.
         """
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -105,14 +116,14 @@ class Mixer(DescribedModule, ABC):
         """Return the state before any token."""
 
     def select_state(self, state: State, indices: Tensor) -> State:
-        """Return the states of some of the sequences, ``[M]`` int64 numbers from 0; one may be
-        there several times.
+        """Return the states of some of the sequences, ``[M]`` int64 numbers from 0.
+
+        A sequence may be selected several times.
         """
         return {name: values[indices] for name, values in state.items()}
 
     def metrics(self) -> dict[str, float]:
-        """Return what the layer has to report of the passes since the last call; each call starts
-        anew.
+        """Return and reset the metrics that the layer accumulated since the last call.
 
         A key ending in ``_max`` is reduced by the largest over layers and processes, others by sum.
         """
@@ -123,9 +134,10 @@ class Mixer(DescribedModule, ABC):
         """Raise ValueError where the settings do not fit each other or ``hidden_size``."""
 
     @classmethod
-    def divided(cls, config: Any, hidden_size: int) -> dict[str, int]:
-        """Return the counts that tensor parallelism divides, by the name of their setting. One of a
-        name in ``SHAREABLE`` may also be 1, and is then shared by all processes.
+    def sharded_counts(cls, config: Any, hidden_size: int) -> dict[str, int]:
+        """Return the counts that tensor parallelism shards, by the name of their setting.
+
+        One of a name in ``SHAREABLE`` may also be 1, and is then shared by all processes.
         """
         return {"num_heads": config.num_heads}
 
@@ -137,15 +149,17 @@ class Mixer(DescribedModule, ABC):
     @classmethod
     @abstractmethod
     def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
-        """Return the matrix-multiply FLOPs of one token's forward pass in sequences of
-        ``seq_len``.
+        """Return the matrix-multiply FLOPs of one token's forward pass.
+
+        ``seq_len`` is the length of its sequence.
         """
 
     @classmethod
     @abstractmethod
     def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
-        """Return the bytes of one sequence's state after ``seq_len`` tokens, activations in
-        bfloat16.
+        """Return the bytes of one sequence's state after ``seq_len`` tokens.
+
+        Activations count as bfloat16.
         """
 
 

@@ -36,7 +36,7 @@ class DeltaProductConfig(GatedDeltaNetConfig):
 
 @register("delta_product")
 class DeltaProduct(DeltaRuleMixer):
-    """n Householder steps, decay optional, output gate."""
+    """DeltaProduct: n Householder steps, decay optional, output gate."""
 
     config_class = DeltaProductConfig
     card = MixerCard(
@@ -49,5 +49,5 @@ class DeltaProduct(DeltaRuleMixer):
 
     @classmethod
     def decays(cls, config: DeltaProductConfig) -> bool:
-        """Where the settings say so."""
+        """Return whether the settings ask for a decay."""
         return config.use_decay

@@ -1,4 +1,4 @@
-"""What DeltaNet, Gated DeltaNet and DeltaProduct share; see :mod:`pretrain.ops.delta_rule`.
+"""The base of DeltaNet, Gated DeltaNet and DeltaProduct; see :mod:`pretrain.ops.delta_rule`.
 
 q, k, v = SiLU(conv(W x)), q and k L2-normalised per head; beta = sigmoid(W_b x), doubled where
 negative eigenvalues are allowed; log decay = -exp(A_log) softplus(W_a x + dt_bias); the output is
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
@@ -26,17 +27,18 @@ from pretrain.nn.mixers.parts import (
     softplus_decay,
     time_step_init,
 )
-from pretrain.nn.mixers.sizes import whole
+from pretrain.nn.mixers.sizes import integral
 from pretrain.nn.parameters import constant, replicated_parameter
 from pretrain.ops import delta_rule
 from pretrain.ops.elementwise.rms_norm import rms_norm, rms_norm_silu_gate
 
 
 class DeltaRuleMixer(Mixer):
-    """State: the convolutions' last inputs, and S ``[N, H, K, V]`` in float32.
+    """The delta rule, as a mixer.
 
-    A subclass says by ``output_gate`` and :meth:`decays`, and by its settings ``num_householder``,
-    which of the family it is.
+    Its state is the convolutions' last inputs, and S ``[N, H, K, V]`` in float32. A subclass says
+    by ``output_gate`` and :meth:`decays`, and by its settings ``num_householder``, which of the
+    family it is.
     """
 
     output_gate: ClassVar[bool] = True
@@ -72,14 +74,15 @@ class DeltaRuleMixer(Mixer):
 
     @classmethod
     def householder(cls, config: Any) -> int:
-        """Householder steps per token."""
+        """Return the Householder steps per token."""
         return int(getattr(config, "num_householder", 1))
 
     @classmethod
     def decays(cls, config: Any) -> bool:
-        """Whether there is a decay, one number per head."""
+        """Return whether there is a decay, one number per head."""
         return True
 
+    @override
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -116,11 +119,13 @@ class DeltaRuleMixer(Mixer):
         return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
     def _steps(self, x: Tensor) -> Tensor:
-        """Split ``[B, T, H * n * dim]`` into ``[B, T * n, H, dim]``: a head's sub-steps lie
-        together, so that heads can be divided.
+        """Split ``[B, T, H * n * dim]`` into ``[B, T * n, H, dim]``.
+
+        A head's sub-steps are adjacent, so that heads can be sharded.
         """
         return heads_of(x, self.num_heads, self.substeps)
 
+    @override
     def init_state(self, batch_size: int) -> State:
         config = self.config
         return {
@@ -131,8 +136,9 @@ class DeltaRuleMixer(Mixer):
         }
 
     @classmethod
+    @override
     def check(cls, config: Any, hidden_size: int) -> None:
-        whole(config.head_dim * config.expand_v, "head_dim * expand_v")
+        integral(config.head_dim * config.expand_v, "head_dim * expand_v")
         steps = cls.householder(config)
         if config.chunk_size < steps:
             raise ValueError(
@@ -140,6 +146,7 @@ class DeltaRuleMixer(Mixer):
             )
 
     @classmethod
+    @override
     def num_parameters(cls, config: Any, hidden_size: int) -> int:
         n, h = cls.householder(config), config.num_heads
         k_dim, v_dim = h * config.head_dim, h * config.value_dim
@@ -149,6 +156,7 @@ class DeltaRuleMixer(Mixer):
         return hidden_size * widths + convolutions + 2 * h * decay + config.value_dim
 
     @classmethod
+    @override
     def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
         n, h = cls.householder(config), config.num_heads
         k_dim, v_dim = h * config.head_dim, h * config.value_dim
@@ -158,6 +166,7 @@ class DeltaRuleMixer(Mixer):
         )
 
     @classmethod
+    @override
     def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
         k, v, h, n = config.head_dim, config.value_dim, config.num_heads, cls.householder(config)
         return 4 * h * k * v + 2 * max(config.conv_size - 1, 0) * h * (k + n * (k + v))

@@ -29,7 +29,7 @@ class DeltaNetConfig(GatedDeltaNetConfig):
 
 @register("deltanet")
 class DeltaNet(DeltaRuleMixer):
-    """No decay, no output gate, one Householder step."""
+    """DeltaNet: no decay, no output gate, one Householder step."""
 
     config_class = DeltaNetConfig
     output_gate = False
@@ -43,5 +43,5 @@ class DeltaNet(DeltaRuleMixer):
 
     @classmethod
     def decays(cls, config: Any) -> bool:
-        """Never."""
+        """Return False: DeltaNet has no decay."""
         return False

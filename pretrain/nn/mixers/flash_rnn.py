@@ -1,8 +1,8 @@
-"""Classical recurrent layers with head-wise memory mixing (FlashRNN, arXiv 2412.07752): ``lstm``,
-``gru``, ``slstm`` (xLSTM, arXiv 2405.04517) and ``elman``; see :mod:`pretrain.ops.rnn`.
+"""Classical recurrent layers with head-wise memory mixing (FlashRNN, arXiv 2412.07752).
 
-x through a projection to each gate; the cell, whose recurrent matrix mixes the channels of a head;
-RMSNorm per head, through W_o.
+They are ``lstm``, ``gru``, ``slstm`` (xLSTM, arXiv 2405.04517) and ``elman``; see
+:mod:`pretrain.ops.rnn`. x goes through a projection to each gate; then the cell, whose recurrent
+matrix mixes the channels of a head; then RMSNorm per head, through W_o.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
@@ -46,13 +47,17 @@ class ClassicalRNNConfig(MixerConfig):
     norm_eps: float = setting(1e-5, above=0)
     """Added to the mean square in the norm of the output."""
 
+    @override
     def resolve(self, hidden_size: int) -> Self:
         num_heads, head_dim = few_heads(hidden_size, self.num_heads, self.head_dim)
         return replace(self, num_heads=num_heads, head_dim=head_dim)
 
 
 class ClassicalRNN(Mixer):
-    """State: the cell's states, each ``[N, H, D]`` in float32."""
+    """A classical recurrent cell, as a mixer.
+
+    Its state is the cell's states, each ``[N, H, D]`` in float32.
+    """
 
     config_class = ClassicalRNNConfig
     cell: ClassVar[str]
@@ -85,6 +90,7 @@ class ClassicalRNN(Mixer):
             bias[:, gate] = torch.linspace(low, high, shape[2])
         return bias
 
+    @override
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -105,6 +111,7 @@ class ClassicalRNN(Mixer):
         new_state = dict(zip(kind.states, states, strict=True))
         return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
+    @override
     def init_state(self, batch_size: int) -> State:
         kind, shape = CELLS[self.cell], (batch_size, self.num_heads, self.head_dim)
         dtype, device = accumulation_dtype(self.parallel.dtype), self.parallel.device
@@ -114,17 +121,20 @@ class ClassicalRNN(Mixer):
         }
 
     @classmethod
+    @override
     def num_parameters(cls, config: ClassicalRNNConfig, hidden_size: int) -> int:
         kind, dim = CELLS[cls.cell], config.head_dim
         width = config.num_heads * dim
         return width * (hidden_size * (kind.gates + 1) + kind.gates * dim + kind.biases) + dim
 
     @classmethod
+    @override
     def flops_per_token(cls, config: ClassicalRNNConfig, hidden_size: int, seq_len: int) -> int:
         kind, dim = CELLS[cls.cell], config.head_dim
         return 2 * config.num_heads * dim * (hidden_size * (kind.gates + 1) + kind.gates * dim)
 
     @classmethod
+    @override
     def state_bytes(cls, config: ClassicalRNNConfig, hidden_size: int, seq_len: int) -> int:
         return 4 * len(CELLS[cls.cell].states) * config.num_heads * config.head_dim
 
@@ -134,7 +144,7 @@ _SEQUENTIAL = "none: sequential, states kept now and then; a kernel on GPUs"
 
 @register("lstm")
 class LSTM(ClassicalRNN):
-    """The forget gate's bias starts at 1."""
+    """LSTM whose forget gate's bias starts at 1."""
 
     cell = "lstm"
     forget_bias = (1, 1.0, 1.0)
@@ -149,7 +159,7 @@ class LSTM(ClassicalRNN):
 
 @register("gru")
 class GRU(ClassicalRNN):
-    """The update gate's bias starts at 1: it keeps."""
+    """GRU whose update gate's bias starts at 1, so that it keeps its state."""
 
     cell = "gru"
     forget_bias = (1, 1.0, 1.0)
@@ -164,7 +174,7 @@ class GRU(ClassicalRNN):
 
 @register("slstm")
 class SLSTM(ClassicalRNN):
-    """The forget gate's bias starts at 3 to 6 over the channels of a head."""
+    """sLSTM whose forget gate's bias starts at 3 to 6 over the channels of a head."""
 
     cell = "slstm"
     forget_bias = (1, 3.0, 6.0)
@@ -180,7 +190,7 @@ class SLSTM(ClassicalRNN):
 
 @register("elman")
 class Elman(ClassicalRNN):
-    """The plainest."""
+    """Elman's network, without gates."""
 
     cell = "elman"
     card = MixerCard("Elman RNN", "h' = tanh(W x + R h)", "H D", _SEQUENTIAL, "arXiv 2412.07752")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from typing_extensions import override
+
 from pretrain.common.config_loader import Derived, setting
 from pretrain.nn.mixers.base import MixerCard, MixerConfig, register
 from pretrain.nn.mixers.delta_rule import DeltaRuleMixer
-from pretrain.nn.mixers.sizes import delta_rule_sizes, whole
+from pretrain.nn.mixers.sizes import delta_rule_sizes, integral
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class GatedDeltaNetConfig(MixerConfig):
 
     @property
     def value_dim(self) -> int:
-        """Width V of a value."""
-        return whole(self.head_dim * self.expand_v, "head_dim * expand_v")
+        """Return the width V of a value."""
+        return integral(self.head_dim * self.expand_v, "head_dim * expand_v")
 
+    @override
     def resolve(self, hidden_size: int) -> Self:
         sizes = delta_rule_sizes(
             hidden_size, self.num_heads, self.head_dim, self.key_share, self.widest_key
@@ -51,7 +54,7 @@ class GatedDeltaNetConfig(MixerConfig):
 
 @register("gdn")
 class GatedDeltaNet(DeltaRuleMixer):
-    """Scalar decay, output gate, one Householder step."""
+    """Gated DeltaNet: scalar decay, output gate, one Householder step."""
 
     config_class = GatedDeltaNetConfig
     card = MixerCard(

@@ -10,13 +10,14 @@ from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
 from pretrain.nn.linear import ReplicatedLinear, column_linear
 from pretrain.nn.mixers.base import LayerContext, MixerCard, heads, register
 from pretrain.nn.mixers.linear_family import LinearFamilyConfig, LinearFamilyMixer
 from pretrain.nn.mixers.parts import gate_parameter, power_of_two
-from pretrain.nn.mixers.sizes import heads_for, split_width, whole
+from pretrain.nn.mixers.sizes import heads_for, integral, split_width
 from pretrain.nn.parameters import constant
 
 
@@ -38,18 +39,21 @@ class GatedLinearAttentionConfig(LinearFamilyConfig):
     chunk_size: int = setting(64, minimum=1)
     """Tokens handled at once by the chunked form, a power of two, which changes speed alone."""
 
+    @override
     def resolve(self, hidden_size: int) -> Self:
         num_heads, head_dim = self.num_heads, self.head_dim
         if num_heads is None and head_dim is None:
             num_heads, head_dim = split_width(max(hidden_size // 2, 1), 256, even=True)
         num_heads = num_heads or heads_for(hidden_size / 2, head_dim)
-        head_dim = head_dim or whole(hidden_size / (2 * num_heads), "hidden_size / (2 num_heads)")
+        head_dim = head_dim or integral(
+            hidden_size / (2 * num_heads), "hidden_size / (2 num_heads)"
+        )
         return replace(self, num_heads=num_heads, head_dim=head_dim)
 
 
 @register("gla")
 class GatedLinearAttention(LinearFamilyMixer):
-    """Decays per key channel."""
+    """Gated linear attention, as a mixer: decays per key channel."""
 
     config_class = GatedLinearAttentionConfig
     per_channel = True
@@ -74,13 +78,14 @@ class GatedLinearAttention(LinearFamilyMixer):
         return heads(F.logsigmoid(decay), self.num_heads) / self.config.gate_normalizer
 
     @classmethod
+    @override
     def check(cls, config: GatedLinearAttentionConfig, hidden_size: int) -> None:
         super().check(config, hidden_size)
         power_of_two(config.chunk_size)
 
     @classmethod
     def extras(cls, config: GatedLinearAttentionConfig, hidden_size: int) -> tuple[int, int]:
-        """The decay's matrices and bias."""
+        """Return the parameters and FLOPs per token of the decay's matrices and bias."""
         k_dim = config.num_heads * config.head_dim
         matrices = config.gate_rank * (hidden_size + k_dim)
         return matrices + k_dim, 2 * matrices

@@ -15,6 +15,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
@@ -34,7 +35,7 @@ from pretrain.nn.mixers.parts import (
     matrix_state,
     power_of_two,
 )
-from pretrain.nn.mixers.sizes import split_width, whole
+from pretrain.nn.mixers.sizes import integral, split_width
 from pretrain.nn.norm import sharded_rms_norm
 from pretrain.nn.parameters import constant, sharded_parameter
 from pretrain.ops import linear_attention
@@ -55,25 +56,30 @@ class HGRN2Config(MixerConfig):
     chunk_size: int = setting(64, minimum=1)
     """Tokens handled at once by the chunked form, a power of two, which changes speed alone."""
 
+    @override
     def resolve(self, hidden_size: int) -> Self:
         num_heads, head_dim = self.num_heads, self.head_dim
         if num_heads is None and head_dim is None:
             num_heads, head_dim = split_width(hidden_size, 128)
-        num_heads = num_heads or whole(hidden_size / head_dim, "hidden_size / head_dim")
-        head_dim = head_dim or whole(hidden_size / num_heads, "hidden_size / num_heads")
+        num_heads = num_heads or integral(hidden_size / head_dim, "hidden_size / head_dim")
+        head_dim = head_dim or integral(hidden_size / num_heads, "hidden_size / num_heads")
         return replace(self, num_heads=num_heads, head_dim=head_dim)
 
     def shape(self, hidden_size: int) -> tuple[int, int, int]:
-        """Return (num_heads, key width, value width). Raises ValueError where heads do not divide
-        the model's width.
+        """Return (num_heads, key width, value width).
+
+        Raises ValueError where heads do not divide the model's width.
         """
-        value_dim = whole(hidden_size / self.num_heads, "hidden_size / num_heads")
+        value_dim = integral(hidden_size / self.num_heads, "hidden_size / num_heads")
         return self.num_heads, self.head_dim, value_dim
 
 
 @register("hgrn2")
 class HGRN2(Mixer):
-    """State: S ``[N, H, K, V]`` in float32."""
+    """HGRN2, as a mixer.
+
+    Its state is S ``[N, H, K, V]`` in float32.
+    """
 
     config_class = HGRN2Config
     card = MixerCard(
@@ -101,6 +107,7 @@ class HGRN2(Mixer):
         width = self.num_heads * self.value_dim
         self.norm = sharded_parameter(parallel, (width,), constant(1.0))
 
+    @override
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -121,32 +128,38 @@ class HGRN2(Mixer):
         y = sharded_rms_norm(y.flatten(2), self.norm, self.config.norm_eps, self.parallel)
         return self.o_proj(y.transpose(0, 1)), {"recurrent": recurrent}
 
+    @override
     def init_state(self, batch_size: int) -> State:
         shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
         return {"recurrent": matrix_state(self.parallel, *shape)}
 
     @classmethod
+    @override
     def check(cls, config: HGRN2Config, hidden_size: int) -> None:
         config.shape(hidden_size)
         power_of_two(config.chunk_size)
 
     @classmethod
-    def divided(cls, config: HGRN2Config, hidden_size: int) -> dict[str, int]:
+    @override
+    def sharded_counts(cls, config: HGRN2Config, hidden_size: int) -> dict[str, int]:
         return {"num_heads": config.shape(hidden_size)[0]}
 
     @classmethod
+    @override
     def num_parameters(cls, config: HGRN2Config, hidden_size: int) -> int:
         num_heads, key_dim, value_dim = config.shape(hidden_size)
         matrices = 2 * hidden_size * num_heads * (key_dim + value_dim)
         return matrices + num_heads * (value_dim + key_dim)
 
     @classmethod
+    @override
     def flops_per_token(cls, config: HGRN2Config, hidden_size: int, seq_len: int) -> int:
         num_heads, key_dim, value_dim = config.shape(hidden_size)
         mixing = linear_attention_flops(key_dim, value_dim, config.chunk_size, per_channel=True)
         return num_heads * (4 * hidden_size * (key_dim + value_dim) + mixing)
 
     @classmethod
+    @override
     def state_bytes(cls, config: HGRN2Config, hidden_size: int, seq_len: int) -> int:
         num_heads, key_dim, value_dim = config.shape(hidden_size)
         return 4 * num_heads * key_dim * value_dim

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
@@ -67,6 +68,7 @@ class KimiDeltaAttentionConfig(MixerConfig):
     chunk_size: int = setting(64, minimum=1)
     """Tokens handled at once by the chunked form, a power of two, which changes speed alone."""
 
+    @override
     def resolve(self, hidden_size: int) -> Self:
         sizes = delta_rule_sizes(hidden_size, self.num_heads, self.head_dim, 1.0, 128)
         return replace(self, num_heads=sizes[0], head_dim=sizes[1])
@@ -74,7 +76,10 @@ class KimiDeltaAttentionConfig(MixerConfig):
 
 @register("kda")
 class KimiDeltaAttention(Mixer):
-    """State: the convolutions' last inputs, and S ``[N, H, K, V]`` in float32."""
+    """Kimi delta attention, as a mixer.
+
+    Its state is the convolutions' last inputs, and S ``[N, H, K, V]`` in float32.
+    """
 
     config_class = KimiDeltaAttentionConfig
     card = MixerCard(
@@ -108,6 +113,7 @@ class KimiDeltaAttention(Mixer):
         self.dt_bias = gate_parameter(parallel, (local,), time_step_init)
         self.norm = replicated_parameter(parallel, (dim,), constant(1.0))
 
+    @override
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -141,6 +147,7 @@ class KimiDeltaAttention(Mixer):
         y = rms_norm_sigmoid_gate(y, norm, gate, self.config.norm_eps)
         return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
+    @override
     def init_state(self, batch_size: int) -> State:
         dim = self.config.head_dim
         return {
@@ -149,16 +156,19 @@ class KimiDeltaAttention(Mixer):
         }
 
     @classmethod
+    @override
     def check(cls, config: KimiDeltaAttentionConfig, hidden_size: int) -> None:
         power_of_two(config.chunk_size)
 
     @classmethod
+    @override
     def num_parameters(cls, config: KimiDeltaAttentionConfig, hidden_size: int) -> int:
         h, dim = config.num_heads, config.head_dim
         matrices = hidden_size * (4 * h * dim + h + 2 * dim) + 2 * dim * h * dim
         return matrices + 3 * config.conv_size * h * dim + h + h * dim + dim
 
     @classmethod
+    @override
     def flops_per_token(
         cls, config: KimiDeltaAttentionConfig, hidden_size: int, seq_len: int
     ) -> int:
@@ -167,6 +177,7 @@ class KimiDeltaAttention(Mixer):
         return 2 * matrices + h * delta_rule_flops(dim, dim, config.chunk_size, per_channel=True)
 
     @classmethod
+    @override
     def state_bytes(cls, config: KimiDeltaAttentionConfig, hidden_size: int, seq_len: int) -> int:
         h, dim = config.num_heads, config.head_dim
         return 4 * h * dim * dim + 2 * max(config.conv_size - 1, 0) * 3 * h * dim

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import setting
 from pretrain.data.sequences import Sequences
@@ -35,7 +36,10 @@ class LinearAttentionConfig(LinearFamilyConfig):
 
 @register("linear_attn")
 class LinearAttention(LinearFamilyMixer):
-    """State: S ``[N, H, K, V]`` in float32; with ``normalize`` one more column, the sum of keys."""
+    """Linear attention, as a mixer.
+
+    Its state is S ``[N, H, K, V]`` in float32; with ``normalize`` one more column, the sum of keys.
+    """
 
     config_class = LinearAttentionConfig
     output_gate = False
@@ -96,10 +100,11 @@ class LinearAttention(LinearFamilyMixer):
 
     @classmethod
     def state_width(cls, config: LinearAttentionConfig, value_dim: int) -> int:
-        """One more with ``normalize``."""
+        """Return the columns of the state, one more with ``normalize``."""
         return value_dim + config.normalize
 
     @classmethod
+    @override
     def check(cls, config: LinearAttentionConfig, hidden_size: int) -> None:
         super().check(config, hidden_size)
         if config.normalize and config.feature_map not in ("elu", "relu"):
@@ -110,7 +115,7 @@ class LinearAttention(LinearFamilyMixer):
 
     @classmethod
     def extras(cls, config: LinearAttentionConfig, hidden_size: int) -> tuple[int, int]:
-        """The learned feature maps."""
+        """Return the parameters and FLOPs per token of the learned feature maps."""
         if config.feature_map != "product":
             return 0, 0
         key_dim = config.head_dim

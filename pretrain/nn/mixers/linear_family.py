@@ -1,4 +1,4 @@
-"""What linear attention, RetNet and GLA share; see :mod:`pretrain.ops.linear_attention`.
+"""The base of linear attention, RetNet and GLA; see :mod:`pretrain.ops.linear_attention`.
 
 q, k, v = W x; what a subclass makes of them; the recurrence; RMSNorm(o) per head, times SiLU(W_g x)
 where there is a gate, through W_o.
@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
 from pretrain.nn.mixers.base import LayerContext, Mixer, MixerConfig, State, heads
 from pretrain.nn.mixers.parts import linear_attention_flops, matrix_state
-from pretrain.nn.mixers.sizes import heads_for, per_head, split_width, whole
+from pretrain.nn.mixers.sizes import heads_for, integral, per_head, split_width
 from pretrain.nn.parameters import constant, replicated_parameter
 from pretrain.ops import linear_attention
 from pretrain.ops.elementwise.rms_norm import rms_norm, rms_norm_silu_gate
@@ -40,9 +41,10 @@ class LinearFamilyConfig(MixerConfig):
 
     @property
     def value_dim(self) -> int:
-        """Width V of a value."""
-        return whole(self.head_dim * self.expand_v, "head_dim * expand_v")
+        """Return the width V of a value."""
+        return integral(self.head_dim * self.expand_v, "head_dim * expand_v")
 
+    @override
     def resolve(self, hidden_size: int) -> Self:
         num_heads, head_dim = self.num_heads, self.head_dim
         if num_heads is None and head_dim is None:
@@ -53,7 +55,10 @@ class LinearFamilyConfig(MixerConfig):
 
 
 class LinearFamilyMixer(Mixer):
-    """State: S ``[N, H, K, V]`` in float32."""
+    """Linear attention with or without decay, as a mixer.
+
+    Its state is S ``[N, H, K, V]`` in float32.
+    """
 
     output_gate: ClassVar[bool] = True
     per_channel: ClassVar[bool] = False  # whether there is a decay for each key channel
@@ -93,6 +98,7 @@ class LinearFamilyMixer(Mixer):
         """Return what is normalised of the recurrence's output."""
         return y
 
+    @override
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -117,31 +123,35 @@ class LinearFamilyMixer(Mixer):
             y = rms_norm(y, norm, eps)
         return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
+    @override
     def init_state(self, batch_size: int) -> State:
         shape = (self.num_heads, self.key_dim, self.state_width(self.config, self.value_dim))
         return {"recurrent": matrix_state(self.parallel, batch_size, *shape)}
 
     @classmethod
     def state_width(cls, config: Any, value_dim: int) -> int:
-        """Columns of the state."""
+        """Return the columns of the state."""
         return value_dim
 
     @classmethod
     def extras(cls, config: Any, hidden_size: int) -> tuple[int, int]:
-        """(parameters, FLOPs per token) beside projections, norm and recurrence."""
+        """Return (parameters, FLOPs per token) beside projections, norm and recurrence."""
         return 0, 0
 
     @classmethod
+    @override
     def check(cls, config: Any, hidden_size: int) -> None:
-        whole(config.head_dim * config.expand_v, "head_dim * expand_v")
+        integral(config.head_dim * config.expand_v, "head_dim * expand_v")
 
     @classmethod
+    @override
     def num_parameters(cls, config: Any, hidden_size: int) -> int:
         key_dim, value_dim = config.head_dim, config.value_dim
         widths = config.num_heads * (2 * key_dim + (2 + cls.output_gate) * value_dim)
         return hidden_size * widths + value_dim + cls.extras(config, hidden_size)[0]
 
     @classmethod
+    @override
     def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
         key_dim, value_dim = config.head_dim, config.value_dim
         widths = config.num_heads * (2 * key_dim + (2 + cls.output_gate) * value_dim)
@@ -158,6 +168,7 @@ class LinearFamilyMixer(Mixer):
         )
 
     @classmethod
+    @override
     def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
         key_dim, value_dim = config.head_dim, config.value_dim
         return 4 * config.num_heads * key_dim * cls.state_width(config, value_dim)

@@ -17,6 +17,7 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
@@ -72,6 +73,7 @@ class M2RNNConfig(MixerConfig):
     norm_eps: float = setting(1e-5, above=0)
     """Added to the mean square in the norm of the output."""
 
+    @override
     def resolve(self, hidden_size: int) -> Self:
         value_dim = self.value_dim or power_of_two_width(hidden_size, 16)
         multiple_of = math.lcm(4, self.num_qk_heads)
@@ -85,14 +87,17 @@ class M2RNNConfig(MixerConfig):
 
 @register("m2rnn")
 class M2RNN(Mixer):
-    """State: the convolutions' last inputs, and H ``[N, H, K, V]`` in float32."""
+    """M2RNN, as a mixer.
+
+    Its state is the convolutions' last inputs, and H ``[N, H, K, V]`` in float32.
+    """
 
     config_class = M2RNNConfig
     card = MixerCard(
         "M2RNN",
         "H_t = f_t H_{t-1} + (1 - f_t) tanh(H_{t-1} W + k_t^T v_t);  y_t = q_t H_t",
         "H K V",
-        "none: sequential, states kept now and then; a kernel on GPUs",
+        "sequential, a checkpoint of the state every few tokens; a kernel on GPUs",
         "arXiv 2603.14360",
     )
 
@@ -124,6 +129,7 @@ class M2RNN(Mixer):
         self.recurrent = sharded_parameter(parallel, shape, start)
         self.norm = sharded_parameter(parallel, (local,), constant(1.0))
 
+    @override
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -150,6 +156,7 @@ class M2RNN(Mixer):
         y = sharded_rms_norm(y.flatten(2), self.norm, self.config.norm_eps, self.parallel)
         return self.o_proj(y.transpose(0, 1)), new_state
 
+    @override
     def init_state(self, batch_size: int) -> State:
         config = self.config
         return {
@@ -160,6 +167,7 @@ class M2RNN(Mixer):
         }
 
     @classmethod
+    @override
     def check(cls, config: M2RNNConfig, hidden_size: int) -> None:
         if config.num_heads % config.num_qk_heads:
             raise ValueError(
@@ -168,10 +176,12 @@ class M2RNN(Mixer):
             )
 
     @classmethod
-    def divided(cls, config: M2RNNConfig, hidden_size: int) -> dict[str, int]:
+    @override
+    def sharded_counts(cls, config: M2RNNConfig, hidden_size: int) -> dict[str, int]:
         return {"num_heads": config.num_heads, "num_qk_heads": config.num_qk_heads}
 
     @classmethod
+    @override
     def num_parameters(cls, config: M2RNNConfig, hidden_size: int) -> int:
         n, v = config.num_heads, config.value_dim
         shared = 2 * config.num_qk_heads * config.head_dim
@@ -179,12 +189,14 @@ class M2RNN(Mixer):
         return matrices + config.conv_size * (shared + n * v) + 2 * n + 2 * n * v + n * v * v
 
     @classmethod
+    @override
     def flops_per_token(cls, config: M2RNNConfig, hidden_size: int, seq_len: int) -> int:
         n, k, v = config.num_heads, config.head_dim, config.value_dim
         matrices = hidden_size * (2 * config.num_qk_heads * k + 3 * n * v + n)
         return 2 * matrices + n * (2 * k * v * v + 2 * k * v)
 
     @classmethod
+    @override
     def state_bytes(cls, config: M2RNNConfig, hidden_size: int, seq_len: int) -> int:
         n, k, v = config.num_heads, config.head_dim, config.value_dim
         convolved = 2 * config.num_qk_heads * k + n * v

@@ -14,6 +14,7 @@ from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
@@ -37,7 +38,7 @@ from pretrain.nn.mixers.parts import (
     matrix_state,
     time_step_init,
 )
-from pretrain.nn.mixers.sizes import power_of_two_width, split_width, whole
+from pretrain.nn.mixers.sizes import integral, power_of_two_width, split_width
 from pretrain.nn.norm import sharded_rms_norm
 from pretrain.nn.parameters import constant, sharded_parameter
 from pretrain.ops import linear_attention
@@ -66,8 +67,9 @@ class Mamba2Config(MixerConfig):
     chunk_size: int = setting(64, minimum=1)
     """Tokens handled at once by the chunked form, which changes speed alone."""
 
+    @override
     def resolve(self, hidden_size: int) -> Self:
-        inner = whole(hidden_size * self.expand, "hidden_size * expand")
+        inner = integral(hidden_size * self.expand, "hidden_size * expand")
         return replace(
             self,
             head_dim=self.head_dim or split_width(inner, 64, multiple_of=self.num_groups)[1],
@@ -76,13 +78,16 @@ class Mamba2Config(MixerConfig):
 
     def num_heads(self, hidden_size: int) -> int:
         """Return the number of heads. Raises ValueError where it is not whole."""
-        inner = whole(hidden_size * self.expand, "hidden_size * expand")
-        return whole(inner / self.head_dim, "hidden_size * expand / head_dim")
+        inner = integral(hidden_size * self.expand, "hidden_size * expand")
+        return integral(inner / self.head_dim, "hidden_size * expand / head_dim")
 
 
 @register("mamba2")
 class Mamba2(Mixer):
-    """State: the convolutions' last inputs, and S ``[N, H, state_size, head_dim]`` in float32."""
+    """Mamba-2, as a mixer.
+
+    Its state is the convolutions' last inputs, and S ``[N, H, state_size, head_dim]`` in float32.
+    """
 
     config_class = Mamba2Config
     card = MixerCard(
@@ -120,6 +125,7 @@ class Mamba2(Mixer):
         self.D = gate_parameter(parallel, (self.num_heads,), constant(1.0))
         self.norm = sharded_parameter(parallel, (local,), constant(1.0))
 
+    @override
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -153,6 +159,7 @@ class Mamba2(Mixer):
             y = y * self.norm
         return self.o_proj(y.transpose(0, 1)), new_state
 
+    @override
     def init_state(self, batch_size: int) -> State:
         shape = (batch_size, self.num_heads, self.config.state_size, self.config.head_dim)
         return {
@@ -161,6 +168,7 @@ class Mamba2(Mixer):
         }
 
     @classmethod
+    @override
     def check(cls, config: Mamba2Config, hidden_size: int) -> None:
         num_heads = config.num_heads(hidden_size)
         if num_heads % config.num_groups:
@@ -169,13 +177,15 @@ class Mamba2(Mixer):
             )
 
     @classmethod
-    def divided(cls, config: Mamba2Config, hidden_size: int) -> dict[str, int]:
+    @override
+    def sharded_counts(cls, config: Mamba2Config, hidden_size: int) -> dict[str, int]:
         return {
             "hidden_size * expand / head_dim": config.num_heads(hidden_size),
             "num_groups": config.num_groups,
         }
 
     @classmethod
+    @override
     def num_parameters(cls, config: Mamba2Config, hidden_size: int) -> int:
         h, shared = config.num_heads(hidden_size), config.num_groups * config.state_size
         inner = h * config.head_dim
@@ -188,6 +198,7 @@ class Mamba2(Mixer):
         )
 
     @classmethod
+    @override
     def flops_per_token(cls, config: Mamba2Config, hidden_size: int, seq_len: int) -> int:
         h, shared = config.num_heads(hidden_size), config.num_groups * config.state_size
         matrices = hidden_size * (3 * h * config.head_dim + 2 * shared + h)
@@ -195,6 +206,7 @@ class Mamba2(Mixer):
         return 2 * matrices + h * mixing
 
     @classmethod
+    @override
     def state_bytes(cls, config: Mamba2Config, hidden_size: int, seq_len: int) -> int:
         h, shared = config.num_heads(hidden_size), config.num_groups * config.state_size
         inner = h * config.head_dim

@@ -13,7 +13,7 @@ from pretrain.ops import para_gru
 
 @register("para_gru")
 class ParaGRU(ParaRNNMixer):
-    """Gates z, r, c; one state."""
+    """ParaGRU, as a mixer: gates z, r, c; one state."""
 
     num_states, recurrent_rows, memory_gate_bias = 1, 3, -1.0
     card = MixerCard(

@@ -1,8 +1,7 @@
-"""ParaLSTM (ParaRNN, arXiv 2510.21450): an LSTM with coupled gates, peepholes and diagonal
-recurrence, parallel over time.
+"""ParaLSTM (ParaRNN, arXiv 2510.21450): an LSTM with diagonal recurrence, parallel over time.
 
-The forget gate's bias starts at 0 to +1 over the channels, for its gate keeps where it is high; the
-public code starts the first gate of either cell at 0 to -1.
+It has coupled gates and peepholes. The forget gate's bias starts at 0 to +1 over the channels, for
+its gate keeps where it is high; the public code starts the first gate of either cell at 0 to -1.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pretrain.ops import para_lstm
 
 @register("para_lstm")
 class ParaLSTM(ParaRNNMixer):
-    """Gates f, o, z; states cell and h."""
+    """ParaLSTM, as a mixer: gates f, o, z; states cell and h."""
 
     num_states, recurrent_rows, memory_gate_bias = 2, 5, 1.0
     card = MixerCard(

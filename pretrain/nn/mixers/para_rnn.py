@@ -1,9 +1,9 @@
-"""What ParaGRU and ParaLSTM share (ParaRNN, arXiv 2510.21450); see :mod:`pretrain.ops.para_rnn`.
+"""The base of ParaGRU and ParaLSTM (ParaRNN, arXiv 2510.21450); see :mod:`pretrain.ops.para_rnn`.
 
-x through a projection, convolution and SiLU; each head's inputs to its three gates by a matrix of
-its own (block-diagonal); the cell; RMSNorm per head, times SiLU(W_g x), through W_o. Recurrent
-weights are diagonal and bounded smoothly, |a| < max_recurrent, which keeps Newton's method
-convergent.
+x goes through a projection, convolution and SiLU; each head's inputs to its three gates through a
+matrix per head (block-diagonal); then the cell; then RMSNorm per head, times SiLU(W_g x), through
+W_o. Recurrent weights are diagonal and bounded smoothly, |a| < max_recurrent, which keeps Newton's
+method convergent.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
@@ -54,13 +55,17 @@ class ParaRNNConfig(MixerConfig):
     norm_eps: float = setting(1e-5, above=0)
     """Added to the mean square in the norm of the output."""
 
+    @override
     def resolve(self, hidden_size: int) -> Self:
         num_heads, head_dim = few_heads(hidden_size, self.num_heads, self.head_dim)
         return replace(self, num_heads=num_heads, head_dim=head_dim)
 
 
 class ParaRNNMixer(Mixer):
-    """State: the convolution's last inputs, and the cell's states ``[N, S, H, D]`` in float32."""
+    """A cell of ParaRNN, as a mixer.
+
+    Its state is the convolution's last inputs, and the cell's states ``[N, S, H, D]`` in float32.
+    """
 
     config_class = ParaRNNConfig
     num_states: ClassVar[int]
@@ -102,10 +107,13 @@ class ParaRNNMixer(Mixer):
     def cell(
         self, u: Tensor, weights: Tensor, bias: Tensor, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Run the recurrence: u ``[B, T, 3, D]``, weights ``[recurrent_rows, D]``, bias ``[3, D]``;
-        output and states ``[N, S, D]``.
+        """Run the recurrence of u ``[B, T, 3, D]``.
+
+        The weights are ``[recurrent_rows, D]``, the bias ``[3, D]``. Returns the output and the
+        states ``[N, S, D]``.
         """
 
+    @override
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -141,6 +149,7 @@ class ParaRNNMixer(Mixer):
         )
         return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
+    @override
     def init_state(self, batch_size: int) -> State:
         shape = (batch_size, self.num_states, self.num_heads, self.head_dim)
         return {
@@ -149,7 +158,7 @@ class ParaRNNMixer(Mixer):
         }
 
     def metrics(self) -> dict[str, float]:
-        """Newton's method: largest residual, most steps, sequences that fell back to stepping."""
+        """Return Newton's largest residual, most steps, and sequences that fell back to steps."""
         report, self.newton = self.newton, NewtonReport()
         if not report.sequences:
             return {}
@@ -160,6 +169,7 @@ class ParaRNNMixer(Mixer):
         }
 
     @classmethod
+    @override
     def num_parameters(cls, config: ParaRNNConfig, hidden_size: int) -> int:
         h, dim = config.num_heads, config.head_dim
         width = h * dim
@@ -167,17 +177,19 @@ class ParaRNNMixer(Mixer):
         return 3 * hidden_size * width + config.conv_size * width + cell + dim
 
     @classmethod
+    @override
     def flops_per_token(cls, config: ParaRNNConfig, hidden_size: int, seq_len: int) -> int:
         h, dim = config.num_heads, config.head_dim
         return 2 * h * (3 * hidden_size * dim + 3 * dim**2)
 
     @classmethod
+    @override
     def state_bytes(cls, config: ParaRNNConfig, hidden_size: int, seq_len: int) -> int:
         width = config.num_heads * config.head_dim
         return (4 * cls.num_states + 2 * max(config.conv_size - 1, 0)) * width
 
 
 def _xavier(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform as Xavier's for each head and gate ``[D, D]``."""
+    """Draw each head's and gate's matrix ``[D, D]`` by Xavier's uniform rule."""
     limit = (6 / (2 * shape[1])) ** 0.5
     return (torch.rand(shape, generator=generator) * 2 - 1) * limit

@@ -69,9 +69,10 @@ def add_short_convolutions(
     bias: bool = False,
     shared: str = "",
 ) -> None:
-    """Give ``mixer`` a parameter ``NAME_conv`` (and ``NAME_conv_bias``) for each of this process's
-    ``widths``, names of one letter; a ``size`` of 0 means no convolution. Those named in ``shared``
-    are whole on every process, for heads that all of them use.
+    """Give ``mixer`` a parameter ``NAME_conv`` (and ``NAME_conv_bias``) for each of ``widths``.
+
+    ``widths`` are this process's, by names of one letter; a ``size`` of 0 means no convolution.
+    Those named in ``shared`` are replicated, for heads that all processes use.
     """
     for name, width in widths.items():
         if size:

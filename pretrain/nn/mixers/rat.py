@@ -1,9 +1,9 @@
-"""RAT (arXiv 2507.04416): recurrence inside chunks, attention across them; see
-:mod:`pretrain.ops.rat`.
+"""RAT (arXiv 2507.04416): recurrence inside chunks, attention across them.
 
-q and k come from few groups of heads, shared; v, the averaging gate g = sigmoid(W_g x + b) and the
-output gate z = sigmoid(W_z x) are full width; y = W_o (z * o). A group's heads are consecutive (the
-public code deals heads to groups in turn, which is the same up to the order of weights).
+See :mod:`pretrain.ops.rat`. q and k come from few groups of heads, shared; v, the averaging gate g
+= sigmoid(W_g x + b) and the output gate z = sigmoid(W_z x) are full width; y = W_o (z * o). A
+group's heads are consecutive (the public code deals heads to groups in turn, which is the same up
+to the order of weights).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences, select_packed
@@ -52,6 +53,7 @@ class RATConfig(MixerConfig):
     rope_theta: float | None = setting(10_000.0, above=0)
     """Base of rotary positions; null: no positions."""
 
+    @override
     def resolve(self, hidden_size: int) -> Self:
         num_heads, head_dim = attention_heads(
             hidden_size, self.num_heads, self.head_dim, self.num_qk_groups
@@ -62,7 +64,7 @@ class RATConfig(MixerConfig):
 
 @register("rat")
 class RAT(Mixer):
-    """State: see :class:`pretrain.ops.RATState`."""
+    """RAT, as a mixer; its state is a :class:`pretrain.ops.RATState`."""
 
     config_class = RATConfig
     speed_settings = ()
@@ -99,6 +101,7 @@ class RAT(Mixer):
         high = max(self.config.chunk_size - 1, 1)
         return (1 + torch.rand(shape, generator=generator) * (high - 1)).log()
 
+    @override
     def forward(
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -124,17 +127,20 @@ class RAT(Mixer):
         y = y.flatten(2).transpose(0, 1) * torch.sigmoid(self.z_proj(x))
         return self.o_proj(y), dict(vars(new))
 
+    @override
     def init_state(self, batch_size: int) -> State:
         zeros = matrix_state(self.parallel, batch_size, self.num_heads, self.head_dim)
         seen = torch.zeros(batch_size, dtype=torch.int64, device=self.parallel.device)
         return {"keys": zeros[:0], "values": zeros[:0], "key": zeros, "value": zeros, "seen": seen}
 
+    @override
     def select_state(self, state: State, indices: Tensor) -> State:
         ends = state["seen"] // self.config.chunk_size
         packed = {name: select_packed(state[name], ends, indices) for name in ("keys", "values")}
         return {**packed, **{name: state[name][indices] for name in ("key", "value", "seen")}}
 
     @classmethod
+    @override
     def check(cls, config: RATConfig, hidden_size: int) -> None:
         dim = config.head_dim
         if config.num_heads % config.num_qk_groups:
@@ -146,16 +152,19 @@ class RAT(Mixer):
             raise ValueError(f"head_dim is {dim}, expected an even number for rotary positions")
 
     @classmethod
-    def divided(cls, config: RATConfig, hidden_size: int) -> dict[str, int]:
+    @override
+    def sharded_counts(cls, config: RATConfig, hidden_size: int) -> dict[str, int]:
         return {"num_heads": config.num_heads, "num_qk_groups": config.num_qk_groups}
 
     @classmethod
+    @override
     def num_parameters(cls, config: RATConfig, hidden_size: int) -> int:
         dim = config.head_dim
         width = config.num_heads * dim
         return hidden_size * (4 * width + 2 * config.num_qk_groups * dim) + width
 
     @classmethod
+    @override
     def flops_per_token(cls, config: RATConfig, hidden_size: int, seq_len: int) -> int:
         dim = config.head_dim
         matrices = hidden_size * (4 * config.num_heads + 2 * config.num_qk_groups) * dim
@@ -163,6 +172,7 @@ class RAT(Mixer):
         return 2 * matrices + 4 * config.num_heads * dim * ends
 
     @classmethod
+    @override
     def state_bytes(cls, config: RATConfig, hidden_size: int, seq_len: int) -> int:
         width = config.num_heads * config.head_dim
         return 8 * width * (seq_len // config.chunk_size + 1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.common.config_loader import setting
 from pretrain.data.sequences import Sequences
@@ -39,7 +40,10 @@ def _decays(first: int, count: int, dtype: torch.dtype, device: torch.device) ->
 
 @register("retnet")
 class RetNet(LinearFamilyMixer):
-    """State: S ``[N, H, K, V]`` in float32, and the number of tokens seen."""
+    """RetNet, as a mixer.
+
+    Its state is S ``[N, H, K, V]`` in float32, and the number of tokens seen.
+    """
 
     config_class = RetNetConfig
     card = MixerCard(
@@ -68,24 +72,28 @@ class RetNet(LinearFamilyMixer):
         """Rotate q and k by their positions, counted on from the state."""
         batch_size, length = q.shape[:2]
         if sequences is None:
-            places = torch.arange(length, device=q.device).expand(batch_size, length)
+            positions = torch.arange(length, device=q.device).expand(batch_size, length)
             lengths = torch.full((batch_size,), length, device=q.device)
         else:
-            places, lengths = sequences.positions[None], sequences.sizes
+            positions, lengths = sequences.positions[None], sequences.sizes
         new_state["seen"] = lengths
         if state is not None:
-            places = places + torch.repeat_interleave(state["seen"], lengths).view(places.shape)
+            positions = positions + torch.repeat_interleave(state["seen"], lengths).view(
+                positions.shape
+            )
             new_state["seen"] = lengths + state["seen"]
         if self.config.rope_theta is not None:
-            cos, sin = rotary_embedding(places, self.key_dim, self.config.rope_theta)
+            cos, sin = rotary_embedding(positions, self.key_dim, self.config.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         return q, k, v
 
+    @override
     def init_state(self, batch_size: int) -> State:
         seen = torch.zeros(batch_size, dtype=torch.int64, device=self.parallel.device)
         return {**super().init_state(batch_size), "seen": seen}
 
     @classmethod
+    @override
     def check(cls, config: RetNetConfig, hidden_size: int) -> None:
         super().check(config, hidden_size)
         key_dim = config.head_dim

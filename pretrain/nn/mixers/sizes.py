@@ -42,9 +42,10 @@ def heads_for(width: float, head_dim: int, multiple_of: int = 1) -> int:
 def attention_heads(
     hidden_size: int, num_heads: int | None, head_dim: int | None, groups: int | None
 ) -> tuple[int, int]:
-    """Return (num_heads, head_dim) with those that are None filled in: heads of 64 channels, of 128
-    from a width of 2048, shared by ``groups``. Raises ValueError where heads do not divide the
-    width.
+    """Return (num_heads, head_dim) of attention with those that are None filled in.
+
+    Heads have 64 channels, 128 from a width of 2048, and are shared by ``groups``. Raises
+    ValueError where heads do not divide the width.
     """
     if num_heads is not None:
         return num_heads, head_dim or per_head(hidden_size, num_heads)
@@ -57,18 +58,22 @@ def attention_heads(
 def delta_rule_sizes(
     hidden_size: int, num_heads: int | None, head_dim: int | None, share: float, widest: int
 ) -> tuple[int, int]:
-    """Return (num_heads, head_dim) with those that are None filled in: keys of a power of two
-    channels, ``widest`` at most, which together are ``share`` times as wide as the model.
+    """Return (num_heads, head_dim) of a delta rule with those that are None filled in.
+
+    Keys have a power of two of channels, at most ``widest``, and are together ``share`` times as
+    wide as the model.
     """
     if head_dim is None:
-        whole_width = 4 * share * hidden_size / num_heads if num_heads else hidden_size
-        head_dim = power_of_two_width(int(whole_width), widest)
+        widest_wanted = 4 * share * hidden_size / num_heads if num_heads else hidden_size
+        head_dim = power_of_two_width(int(widest_wanted), widest)
     return num_heads or heads_for(share * hidden_size, head_dim), head_dim
 
 
 def few_heads(hidden_size: int, num_heads: int | None, head_dim: int | None) -> tuple[int, int]:
-    """Return (num_heads, head_dim) with those that are None filled in: four heads, or as many fewer
-    as divide the width. Raises ValueError where heads do not divide it.
+    """Return (num_heads, head_dim) with those that are None filled in: four heads, or fewer.
+
+    Fewer are taken where four do not divide the width. Raises ValueError where heads do not divide
+    it.
     """
     if num_heads is None:
         fewer = max(n for n in range(1, 5) if hidden_size % n == 0)
@@ -76,7 +81,7 @@ def few_heads(hidden_size: int, num_heads: int | None, head_dim: int | None) -> 
     return num_heads, head_dim or per_head(hidden_size, num_heads)
 
 
-def whole(value: float, what: str) -> int:
+def integral(value: float, what: str) -> int:
     """Return ``value`` as an int. Raises ValueError naming ``what`` if it is not whole."""
     if abs(value - round(value)) > 1e-9 * abs(value):
         raise ValueError(f"{what} is {value:g}, expected a whole number")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from pretrain.common.config_loader import setting
 from pretrain.nn.mixers.attention import Attention, AttentionConfig
 from pretrain.nn.mixers.base import MixerCard, register
@@ -19,7 +21,7 @@ class SlidingWindowConfig(AttentionConfig):
 
 @register("swa")
 class SlidingWindowAttention(Attention):
-    """:class:`Attention` with a window."""
+    """Softmax attention with a window; see :class:`Attention`."""
 
     config_class = SlidingWindowConfig
     card = MixerCard(
@@ -31,6 +33,7 @@ class SlidingWindowAttention(Attention):
     )
 
     @classmethod
+    @override
     def check(cls, config: AttentionConfig, hidden_size: int) -> None:
         if config.window is None:
             raise ValueError("window is null, expected a number; 'attn' is the mixer without one")

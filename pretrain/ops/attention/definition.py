@@ -17,14 +17,16 @@ def explicit_attention(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """Compute attention over all pairs of tokens, in float32 or wider; those that must not meet
-    have weight 0. q ``[T, H, D]``, k, v ``[S, Hkv, D]``, output ``[T, H, D]`` in q's dtype.
+    """Compute attention over all pairs of tokens, in float32 or wider.
+
+    Pairs that are masked have weight 0. q ``[T, H, D]``, k, v ``[S, Hkv, D]``, output ``[T, H, D]``
+    in q's dtype.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
     k, v = (x.to(dtype).repeat_interleave(groups, 1) for x in (k, v))
-    place = queries.positions + (keys.sizes - queries.sizes)[queries.ids]
-    distance = place[:, None] - keys.positions[None, :]
+    position = queries.positions + (keys.sizes - queries.sizes)[queries.ids]
+    distance = position[:, None] - keys.positions[None, :]
     seen = (queries.ids[:, None] == keys.ids[None, :]) & (distance >= 0)
     if window is not None:
         seen &= distance < window

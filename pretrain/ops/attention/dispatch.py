@@ -32,17 +32,16 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attend causally from q ``[B, T, H, D]`` to k, v ``[B, S, Hkv, D]``, H a multiple of Hkv;
-    output as q.
+    """Attend causally from q ``[B, T, H, D]`` to k, v ``[B, S, Hkv, D]``, H a multiple of Hkv.
 
-    The queries of a sequence are its last ones: query t of T sees keys up to S - T + t, and with
-    ``window`` only the last ``window`` of those. ``sequences`` packs N sequences in a batch of 1,
-    ``sequences_k`` says where their keys lie when there are more keys than queries; ``cu_seqlens``
-    and ``cu_seqlens_k`` ``[N + 1]`` are the same as tensors.
+    The output is shaped as q. The queries of a sequence are its last ones: query t of T sees keys
+    up to S - T + t, and with ``window`` only the last ``window`` of those. ``sequences`` packs N
+    sequences in a batch of 1, ``sequences_k`` says where their keys lie when there are more keys
+    than queries; ``cu_seqlens`` and ``cu_seqlens_k`` ``[N + 1]`` are the same as tensors.
 
-    backend: ``explicit`` is the definition, every weight written out; ``sdpa`` (torch) anywhere;
-    on CUDA in bf16 or fp16 ``flash`` (flash-attn: version 3 on Hopper where it is installed, else
-    2) and ``varlen`` (what torch itself has of it). ``auto`` takes the last that it can. Raises
+    backend: ``explicit`` is the definition, every weight written out; ``sdpa`` (torch) anywhere; on
+    CUDA in bf16 or fp16 ``flash`` (flash-attn: version 3 on Hopper where it is installed, else 2)
+    and ``varlen`` (what torch itself has of it). ``auto`` takes the last that it can. Raises
     ValueError for shapes that do not fit or a backend that this machine lacks.
     """
     fast = fast_attention(q)
@@ -69,8 +68,8 @@ def attention(
 
 def fast_attention(q: Tensor) -> str:
     """Return the backend that ``auto`` takes for ``q`` ``[..., D]``."""
-    narrow = q.dtype in (torch.bfloat16, torch.float16)
-    if not q.is_cuda or not narrow or q.shape[-1] > 256 or q.shape[-1] % 8 or not q.numel():
+    low_precision = q.dtype in (torch.bfloat16, torch.float16)
+    if not q.is_cuda or not low_precision or q.shape[-1] > 256 or q.shape[-1] % 8 or not q.numel():
         return "sdpa"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "sdpa"
@@ -174,8 +173,9 @@ def _sdpa(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """Attend by torch's function; sequences of equal length share one call, and none ever sees
-    another's keys.
+    """Attend by torch's function.
+
+    Sequences of equal length share one call, and none ever sees another's keys.
     """
     lengths = list(zip(queries.lengths, keys.lengths, strict=True))
     if len(set(lengths)) == 1:

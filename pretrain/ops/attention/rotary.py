@@ -21,8 +21,9 @@ def rotary_embedding(positions: Tensor, dim: int, theta: float) -> tuple[Tensor,
 
 
 def rotary_of(sequences: Sequences, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return :func:`rotary_embedding` of each token's place in its own sequence, computed once for
-    all layers.
+    """Return :func:`rotary_embedding` of each token's position in its sequence.
+
+    It is computed once for all layers.
     """
     return sequences.derive(_rotary_of, dim, theta)
 

@@ -1,0 +1,1 @@
+"""The head and cross entropy over a vocabulary that may be sharded."""

@@ -25,21 +25,20 @@ def linear_cross_entropy(
     z_loss_weight: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute the cross entropy of ``softmax(f(x weight^T))`` at ``targets``, in nats; f(l) is
-    ``softcap tanh(l / softcap)`` where that is given. The gradient is also that of
-    ``z_loss_weight`` times the squared log-sum of a token's exponentials, which the value leaves
-    out.
+    """Compute the cross entropy of ``softmax(f(x weight^T))`` at ``targets``, in nats.
 
-    x ``[N, d]``; weight ``[V, d]``, this process's rows of a vocabulary divided evenly over
-    ``group`` (None: all of it); targets ``[N]`` int64, ids of the whole vocabulary. Returns ``[N]``
+    f(l) is ``softcap tanh(l / softcap)`` where that is given. The gradient is also that of
+    ``z_loss_weight`` times the squared log-sum of a token's exponentials, which the value excludes.
+
+    x ``[N, d]``; weight ``[V, d]``, this process's rows of a vocabulary sharded evenly over
+    ``group`` (None: all of it); targets ``[N]`` int64, ids of the full vocabulary. Returns ``[N]``
     in float32 or wider. Backward computes the logits again. The gradient of ``x`` is this process's
     part, to be summed over ``group`` by whatever made ``x``.
 
-    backend: ``chunked`` is ours; ``liger`` puts Liger's kernel in the place of everything between
-    the matrix products, the logits being rounded to x's dtype; it needs the whole vocabulary here,
-    and no softcap.
-    ``auto`` takes it on CUDA where it is installed and x is not float64. Raises ValueError for
-    shapes that do not fit and a backend that cannot be.
+    backend: ``chunked`` is ours; ``liger`` uses Liger's kernel for everything between the matrix
+    products, the logits being rounded to x's dtype; it needs the full vocabulary here, and no
+    softcap. ``auto`` takes it on CUDA where it is installed and x is not float64. Raises ValueError
+    for shapes that do not fit and a backend that cannot be used.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is '{backend}', expected one of {BACKENDS}")
@@ -51,26 +50,24 @@ def linear_cross_entropy(
         )
     if targets.shape != x.shape[:1]:
         raise ValueError(f"targets are {tuple(targets.shape)}, expected {tuple(x.shape[:1])}")
-    divided = group if group is not None and group.size() > 1 else None
-    whole = divided is None and softcap is None
-    if backend == "liger" and not whole:
-        raise ValueError("backend 'liger' needs the whole vocabulary here, and has no softcap")
-    if backend == "auto" and whole and x.is_cuda and x.dtype != torch.float64:
+    shards = group if group is not None and group.size() > 1 else None
+    unsharded = shards is None and softcap is None
+    if backend == "liger" and not unsharded:
+        raise ValueError("backend 'liger' needs the full vocabulary here, and has no softcap")
+    if backend == "auto" and unsharded and x.is_cuda and x.dtype != torch.float64:
         backend = "liger" if has_liger() else "chunked"
     if backend == "liger":
         liger: Tensor = _LigerCrossEntropy.apply(x, weight, targets, tokens_at_once, z_loss_weight)
         return liger
     losses: Tensor = _LinearCrossEntropy.apply(
-        x, weight, targets, tokens_at_once, divided, softcap, z_loss_weight
+        x, weight, targets, tokens_at_once, shards, softcap, z_loss_weight
     )
     return losses
 
 
 @functools.cache
 def has_liger() -> bool:
-    """Return whether liger-kernel is installed, of the versions whose kernel has the arguments that
-    are given to it here.
-    """
+    """Return whether a liger-kernel is installed whose kernel has the arguments used here."""
     try:
         return importlib.metadata.version("liger-kernel").startswith("0.8.")
     except importlib.metadata.PackageNotFoundError:
@@ -174,9 +171,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             largest = logits.amax(-1)
             if group is not None:
                 dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-            column, own = own_targets(targets[part], ctx.first, len(weight))
+            column, local = local_targets(targets[part], ctx.first, len(weight))
             logits -= largest[:, None]
-            wanted = logits.gather(1, column[:, None])[:, 0].mul_(own)
+            wanted = logits.gather(1, column[:, None])[:, 0].mul_(local)
             sums = torch.stack([logits.exp_().sum(-1), wanted])
             if group is not None:
                 dist.all_reduce(sums, group=group)
@@ -201,22 +198,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_logits = logits.sub_(log_sums[part, None]).exp_()
             if ctx.z_loss_weight > 0:
                 d_logits.mul_(1 + 2 * ctx.z_loss_weight * log_sums[part, None])
-            column, own = own_targets(targets[part], ctx.first, len(weight))
-            d_logits.scatter_add_(1, column[:, None], own.to(d_logits.dtype).neg()[:, None])
+            column, local = local_targets(targets[part], ctx.first, len(weight))
+            d_logits.scatter_add_(1, column[:, None], local.to(d_logits.dtype).neg()[:, None])
             if slope is not None:
                 d_logits.mul_(slope)
-            narrow = d_logits.mul_(gradient[part, None]).to(x.dtype)
-            d_x[part] = narrow @ weight
-            d_weight += narrow.t() @ x[part]
+            low_precision = d_logits.mul_(gradient[part, None]).to(x.dtype)
+            d_x[part] = low_precision @ weight
+            d_weight += low_precision.t() @ x[part]
         return d_x, d_weight.to(weight.dtype), None, None, None, None, None
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Compute ``softcap tanh(logits / softcap)`` in place; None leaves logits as they are."""
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def own_targets(targets: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+def local_targets(targets: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Return (which of this process's rows of the vocabulary each target is, whether it is one)."""
     column = targets - first
-    own = (column >= 0) & (column < count)
-    return torch.where(own, column, 0), own
+    local = (column >= 0) & (column < count)
+    return torch.where(local, column, 0), local

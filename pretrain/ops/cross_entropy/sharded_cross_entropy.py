@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.ops.cross_entropy.linear_cross_entropy import own_targets
+from pretrain.ops.cross_entropy.linear_cross_entropy import local_targets
 
 
 def sharded_cross_entropy(
@@ -25,7 +25,7 @@ def sharded_cross_entropy(
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
-    """Keeps the softmax alone, in the memory of the logits."""
+    """Cross entropy that keeps only the softmax, in the memory of the logits."""
 
     @staticmethod
     def forward(
@@ -36,7 +36,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         if group is not None:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         first = 0 if group is None else group.rank() * count
-        column, inside = own_targets(targets, first, count)
+        column, inside = local_targets(targets, first, count)
         logits = logits.detach().sub_(largest[..., None])
         wanted = logits.gather(-1, column[..., None])[..., 0] * inside
         sums = logits.exp_().sum(-1)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.ops.cross_entropy.linear_cross_entropy import capped, own_targets
+from pretrain.ops.cross_entropy.linear_cross_entropy import capped, local_targets
 
 
 @torch.no_grad()
@@ -20,27 +20,29 @@ def target_scores(
     group: dist.ProcessGroup | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Return ``[2, N]`` in float32 or wider: the log-likelihood of each target under ``softmax(f(x
-    weight^T))``, f(l) = ``softcap tanh(l / softcap)`` where given; and the likeliest of the first
-    ``candidates`` ids (the first of them at a tie), a whole number.
+    """Return the log-likelihoods of targets and the likeliest ids, ``[2, N]`` in float32 or wider.
 
-    x ``[N, d]``; weight ``[V, d]``, this process's rows of a vocabulary divided evenly over
-    ``group`` (None: all of it); targets ``[N]`` int64. ``candidates`` leaves out rows that pad the
+    The first row is the log-likelihood of each target under ``softmax(f(x weight^T))``, f(l) =
+    ``softcap tanh(l / softcap)`` where given; the second the likeliest of the first ``candidates``
+    ids (the first of them at a tie), an integer.
+
+    x ``[N, d]``; weight ``[V, d]``, this process's rows of a vocabulary sharded evenly over
+    ``group`` (None: all of it); targets ``[N]`` int64. ``candidates`` excludes rows that pad the
     vocabulary, which no text has.
     """
     if group is not None and group.size() == 1:
         group = None
     first = 0 if group is None else group.rank() * len(weight)
-    own = min(max(candidates - first, 0), len(weight))
+    local = min(max(candidates - first, 0), len(weight))
     wide = torch.promote_types(x.dtype, torch.float32)
     found = torch.empty(2, len(x), dtype=wide, device=x.device)
     for start in range(0, len(x), tokens_at_once):
         part = slice(start, start + tokens_at_once)
         logits = capped((x[part] @ weight.t()).to(wide), softcap)
-        column, inside = own_targets(targets[part], first, len(weight))
+        column, inside = local_targets(targets[part], first, len(weight))
         wanted = logits.gather(1, column[:, None])[:, 0] * inside
-        if own:
-            best, index = logits[:, :own].max(-1)
+        if local:
+            best, index = logits[:, :local].max(-1)
         else:
             best, index = torch.full_like(wanted, -torch.inf), torch.zeros_like(targets[part])
         index = index + first

@@ -91,7 +91,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             chunk = slice(first, first + count)
             states[chunk] = state[:count]
             written[chunk] -= w[chunk] @ states[chunk]
-            state[:count] *= decay.whole[chunk]
+            state[:count] *= decay.over_chunk[chunk]
             state[:count] += k_end[chunk].mT @ written[chunk]
         pairs = decay.pairs(q, k)
         output = (decay.to_query * q) @ states + pairs @ written
@@ -116,7 +116,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             chunk = slice(first, first + count)
             d_next[chunk] = d_state[:count]
             d_written[chunk] += k_end[chunk] @ d_next[chunk]
-            d_state[:count] *= decay.whole[chunk]
+            d_state[:count] *= decay.over_chunk[chunk]
             d_state[:count] += d_read[chunk] - w[chunk].mT @ d_written[chunk]
 
         x = t.mT @ d_written
@@ -137,7 +137,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             d_total = decay.reduce(k * (beta * row - earlier))
             at_end = decay.reduce(k * dk_end).sum(2)
-            at_end += decay.reduce((decay.whole * states * d_next).sum(-1))
+            at_end += decay.reduce((decay.over_chunk * states * d_next).sum(-1))
             d_total[:, :, -1] += at_end
             d_total = d_total.unflatten(2, (q.shape[2], -1)).sum(3) + decay.reduce(q * dq)
             d_log_decay = d_total.flip(2).cumsum(2).flip(2)

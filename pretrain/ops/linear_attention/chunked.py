@@ -67,7 +67,7 @@ class _ChunkedLinearAttention(torch.autograd.Function):
             chunk = slice(first, first + count)
             added = states[chunk].clone()
             states[chunk] = state[:count]
-            state[:count] *= decay.whole[chunk]
+            state[:count] *= decay.over_chunk[chunk]
             state[:count] += added
         pairs = decay.pairs(q, k)
         output = (decay.to_query * q) @ states + pairs @ v
@@ -86,7 +86,7 @@ class _ChunkedLinearAttention(torch.autograd.Function):
             chunk = slice(first, first + count)
             d_read = d_next[chunk].clone()
             d_next[chunk] = d_state[:count]
-            d_state[:count] *= decay.whole[chunk]
+            d_state[:count] *= decay.over_chunk[chunk]
             d_state[:count] += d_read
         dv = pairs.mT @ d_output + (decay.to_end * k) @ d_next
         dq, dk = decay.pairs_backward(d_output @ v.mT, q, k)
@@ -97,6 +97,6 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             d_total = decay.reduce(q * dq - k * dk)
             d_total[:, :, -1] += decay.reduce(k * dk_end).sum(2)
-            d_total[:, :, -1] += decay.reduce((decay.whole * states * d_next).sum(-1))
+            d_total[:, :, -1] += decay.reduce((decay.over_chunk * states * d_next).sum(-1))
             d_log_decay = d_total.flip(2).cumsum(2).flip(2)
         return dq, dk, dv, d_log_decay, d_state, None

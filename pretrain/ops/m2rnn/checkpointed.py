@@ -1,4 +1,4 @@
-"""M2RNN step by step with a backward pass of its own, which keeps few of the states."""
+"""M2RNN step by step with an explicit backward pass that keeps few of the states."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.ops.m2rnn.definition import expand_heads
-from pretrain.ops.shared.checkpointed_recurrence import States, Steps, previous_rows
+from pretrain.ops.shared.checkpointed_recurrence import Recurrence, States, Steps, previous_rows
 
 
 def _gather_heads(gradient: Tensor, num_heads: int) -> Tensor:
@@ -18,7 +19,7 @@ def _gather_heads(gradient: Tensor, num_heads: int) -> Tensor:
     return gradient.unflatten(1, (num_heads, -1)).sum(2)
 
 
-class CheckpointedM2RNN:
+class CheckpointedM2RNN(Recurrence):
     """M2RNN as a :class:`Recurrence` of blocks of time steps.
 
     rows: q, k, v, forget; parameters: weight; state H ``[N, H, K, V]``.
@@ -58,6 +59,7 @@ class CheckpointedM2RNN:
         final[: len(previous)] = previous
         return history, final
 
+    @override
     def forward(
         self, rows: Sequence[Tensor], parameters: Sequence[Tensor], states: States, steps: Steps
     ) -> tuple[Tensor, States]:
@@ -68,6 +70,7 @@ class CheckpointedM2RNN:
         q = expand_heads(q, weight.shape[0])
         return (q[:, :, None] @ history[len(state) :])[:, :, 0], (final,)
 
+    @override
     def backward(
         self,
         rows: Sequence[Tensor],

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.data.sequences import Sequences, without_waiting
 from pretrain.ops.m2rnn.step_kernels import KERNELS
@@ -43,12 +44,15 @@ def blocks(key_dim: int, value_dim: int, *, backward: bool) -> dict[str, int]:
 
 
 class M2RNN(torch.autograd.Function):
-    """The kernels as one differentiable function: q, k ``[T, Hx, K]``, v ``[T, H, V]``, weight
-    ``[H, V, V]``, forget ``[T, H]``, initial_state ``[N, H, K, V]`` to y ``[T, H, V]`` in v's dtype
-    and the final states; ``save``: whether there will be a backward pass.
+    """The kernels as one differentiable function.
+
+    q, k ``[T, Hx, K]``, v ``[T, H, V]``, weight ``[H, V, V]``, forget ``[T, H]``, initial_state
+    ``[N, H, K, V]`` to y ``[T, H, V]`` in v's dtype and the final states; ``save``: whether there
+    will be a backward pass.
     """
 
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         q: Tensor,
@@ -108,6 +112,7 @@ class M2RNN(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @override
     def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weight, forget, checkpoints, like = ctx.saved_tensors
         sequences: Sequences = ctx.sequences
@@ -129,7 +134,7 @@ class M2RNN(torch.autograd.Function):
             * sizes["BLOCK_V"]
         )
         dy, d_after = dy.contiguous(), d_final.contiguous()
-        whole = _work(v, key_dim, sequences, backward=True).share(1 / max(total, 1))
+        full_work = _work(v, key_dim, sequences, backward=True).share(1 / max(total, 1))
         for segment in sequences.derive(_segments, ctx.chunk, SEGMENTS):
             # One gradient for every head and part, added up before the next segment has its own.
             own_dq, own_dk = (
@@ -142,7 +147,7 @@ class M2RNN(torch.autograd.Function):
             launch(
                 KERNELS[1],
                 (slots, num_heads, parts),
-                whole.share(segment.total),
+                full_work.share(segment.total),
                 q,
                 k,
                 v,
@@ -160,7 +165,7 @@ class M2RNN(torch.autograd.Function):
                 starts,
                 sequences.cu_seqlens,
                 chunk_starts,
-                segment.places,
+                segment.first_rows,
                 total,
                 segment.total,
                 ctx.num_sequences,
@@ -199,9 +204,10 @@ class M2RNN(torch.autograd.Function):
 
 
 def _work(v: Tensor, key_dim: int, sequences: Sequences, *, backward: bool) -> Work:
-    """Return the work by what the kernels compile to at K = 64, V = 16
-    (benchmarks/kernels_compiled.py): some 640 instructions of a warp for a token's 1024 numbers
-    forward; backward 790 for each 512.
+    """Return the work by what the kernels compile to at K = 64, V = 16.
+
+    That is (benchmarks/kernels_compiled.py) some 640 instructions of a warp for a token's 1024
+    numbers forward; backward 790 for each 512.
     """
     numbers, value_dim = v.numel() * key_dim, v.shape[-1]
     # Backward two products with W's transpose and for its gradient, and nearly two to have states.
@@ -212,37 +218,40 @@ def _work(v: Tensor, key_dim: int, sequences: Sequences, *, backward: bool) -> W
 
 @dataclass(frozen=True)
 class _Segment:
-    """The part of every sequence that one launch of the backward kernel works off: at the most
-    ``most`` chunks before its last ``done``. ``tokens`` ``[total]``: where the rows of its
-    gradients belong; ``places`` ``[N]``: the first row of each sequence.
+    """The segment of every sequence that one launch of the backward kernel processes.
+
+    Attributes:
+        done: chunks at each sequence's end that earlier launches have processed.
+        most: the most chunks of a sequence that this one processes, before those.
+        total: rows of the segment's gradients.
+        tokens: ``[total]`` token that each row belongs to.
+        first_rows: ``[N]`` first row of each sequence.
     """
 
     done: int
     most: int
     total: int
     tokens: Tensor
-    places: Tensor
+    first_rows: Tensor
 
 
 def _segments(sequences: Sequences, chunk: int, count: int) -> list[_Segment]:
-    """Cut the longest sequence into about ``count`` segments, and all others with it; the last
-    comes first.
-    """
+    """Cut the longest sequence into about ``count`` segments, others with it, the last first."""
     lengths = sequences.lengths
     chunks = [-(-length // chunk) for length in lengths]
     most = max(-(-max(chunks, default=0) // count), 1)
     starts = sequences.on_host[:-1].tolist()
     found = []
     for done in range(0, max(chunks, default=1) or 1, most):
-        tokens, places, total = [], [], 0
+        tokens, first_rows, total = [], [], 0
         for start, length, number in zip(starts, lengths, chunks, strict=True):
             first = max(number - done - most, 0) * chunk
             last = min(max(number - done, 0) * chunk, length)
             tokens.append(torch.arange(start + first, start + max(first, last)))
-            places.append(total)
+            first_rows.append(total)
             total += len(tokens[-1])
         rows, device = torch.cat(tokens or [torch.arange(0)]), sequences.device
-        at = torch.tensor(places, dtype=torch.int64)
+        at = torch.tensor(first_rows, dtype=torch.int64)
         found.append(
             _Segment(done, most, total, without_waiting(rows, device), without_waiting(at, device))
         )

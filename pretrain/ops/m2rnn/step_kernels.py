@@ -83,8 +83,8 @@ def _forward_kernel(
     for t in range(0, length):
         if SAVE:
             if t % CHUNK == 0:
-                place = checkpoints + ((chunk + t // CHUNK) * num_heads + head) * K * V
-                tl.store(place + in_state, h, mask=state_ok)
+                address = checkpoints + ((chunk + t // CHUNK) * num_heads + head) * K * V
+                tl.store(address + in_state, h, mask=state_ok)
         q_t, k_t, v_t = next_q.to(h.dtype), next_k.to(h.dtype), next_v.to(h.dtype)
         f_t = next_f.to(h.dtype)
         # The next token's values are on their way while this one's are used.
@@ -107,7 +107,7 @@ def _forward_kernel(
     tl.store(final + of_sequence + in_state, h, mask=state_ok)
 
 
-@triton.jit(do_not_specialize=["own_total", "done", "most"])
+@triton.jit(do_not_specialize=["segment_total", "done", "most"])
 def _backward_kernel(
     q,
     k,
@@ -126,9 +126,9 @@ def _backward_kernel(
     starts,
     cu_seqlens,
     chunk_starts,
-    places,
+    first_rows,
     total,
-    own_total,
+    segment_total,
     num_sequences,
     done,
     most,
@@ -174,23 +174,23 @@ def _backward_kernel(
         dh = tl.load(d_after + of_sequence + in_state, mask=state_ok, other=0.0)
         num_chunks = (length + CHUNK - 1) // CHUNK
         until = tl.minimum(num_chunks, done + most)
-        # Gradients that are left in parts lie at rows of this launch's own.
-        place_of_start = tl.load(places + sequence) - (num_chunks - until) * CHUNK
+        # Partial gradients lie at rows that count this launch's tokens.
+        place_of_start = tl.load(first_rows + sequence) - (num_chunks - until) * CHUNK
         for back in range(done, until):
             c = num_chunks - 1 - back
-            own = place_of_start + c * CHUNK
+            row = place_of_start + c * CHUNK
             first = start + c * CHUNK
             count = length - c * CHUNK  # tokens from here on
-            place = checkpoints + ((chunk + c) * num_heads + head) * K * V
-            h = tl.load(place + in_state, mask=state_ok, other=0.0)
+            address = checkpoints + ((chunk + c) * num_heads + head) * K * V
+            h = tl.load(address + in_state, mask=state_ok, other=0.0)
             k_c = k + (first * k_heads + k_head) * K + rows
             v_c = v + (first * num_heads + head) * V + columns
             f_c = forget + first * num_heads + head
             q_c = q + (first * q_heads + q_head) * K + rows
             dy_c = dy + (first * num_heads + head) * V + columns
-            dq_c = dq + (own * num_heads + head) * K + rows
-            dk_c = dk + (own * num_heads + head) * K + rows
-            dv_c = dv + ((part * own_total + own) * num_heads + head) * V + columns
+            dq_c = dq + (row * num_heads + head) * K + rows
+            dk_c = dk + (row * num_heads + head) * K + rows
+            dv_c = dv + ((part * segment_total + row) * num_heads + head) * V + columns
             df_c = df + (part * total + first) * num_heads + head
 
             # Tokens behind the end have f = 1 and all else 0: they change nothing.
@@ -210,7 +210,7 @@ def _backward_kernel(
             for reverse in range(0, num_pieces):
                 piece = num_pieces - 1 - reverse
                 if piece == 0:
-                    h = tl.load(place + in_state, mask=state_ok, other=0.0)
+                    h = tl.load(address + in_state, mask=state_ok, other=0.0)
                 else:
                     h = tl.load(starts + piece * (BLOCK_K * BLOCK_V) + in_block).to(wide)
                 states = (h.to(dtype),)

@@ -12,9 +12,11 @@ Linear = tuple[Tensor, Tensor, Any]
 
 
 class ElementwiseCell:
-    """A cell to be solved by Newton's method: ``step(h [S, ..., D], x [G, ..., D], parameters [P,
-    D]) -> h' [S, ..., D]``, elementwise over everything but S, G and P; derivatives by
-    ``torch.func`` unless a subclass knows better.
+    """A cell to be solved by Newton's method.
+
+    ``step(h [S, ..., D], x [G, ..., D], parameters [P, D]) -> h' [S, ..., D]`` is elementwise over
+    everything but S, G and P. Derivatives are taken by ``torch.func`` unless a subclass overrides
+    them.
     """
 
     bounded = False  # whether states stay within about 1, so that residuals need no scale
@@ -23,9 +25,7 @@ class ElementwiseCell:
         self.step, self.num_states = step, num_states
 
     def linearize(self, h: Tensor, x: Tensor, parameters: Tensor) -> Linear:
-        """Return f, its Jacobian ``[S, S, ..., D]`` (to, from), and what :meth:`vjp` needs to
-        know.
-        """
+        """Return f, its Jacobian ``[S, S, ..., D]`` (to, from), and what :meth:`vjp` needs."""
         columns = []
         for s in range(self.num_states):
             tangent = torch.zeros_like(h)

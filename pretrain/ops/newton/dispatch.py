@@ -76,8 +76,10 @@ def elementwise_recurrence(
     backend: str,
     options: NewtonOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Run ``cell`` over x ``[B, T, G, D]``, for :func:`newton_recurrence`, ``para_gru`` and
-    ``para_lstm``. Returns all states ``[B, T, S, D]`` and the last ``[N, S, D]``.
+    """Run ``cell`` over x ``[B, T, G, D]``.
+
+    This serves :func:`newton_recurrence`, ``para_gru`` and ``para_lstm``. Returns all states ``[B,
+    T, S, D]`` and the last ``[N, S, D]``.
     """
     if x.ndim != 4:
         raise ValueError(f"{op}: the input is {tuple(x.shape)}, expected [B, T, gates, D]")

@@ -1,4 +1,4 @@
-"""How Newton's method is to be run, and what it reports."""
+"""Options of Newton's method, and its report."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 class NewtonOptions:
     """Settings of the solver.
 
-    iterations: the most Newton steps; tolerance: the residual at which a sequence has converged,
-    None: 1e-5, in float64 1e-11; fallback: whether sequences that have not are computed step by
-    step; report: what counts them.
+    Attributes:
+        iterations: the most Newton steps.
+        tolerance: the residual at which a sequence has converged; None: 1e-5, in float64 1e-11.
+        fallback: whether sequences that have not converged are computed step by step.
+        report: what counts them.
     """
 
     iterations: int = 10
@@ -37,12 +39,14 @@ class NewtonOptions:
 class NewtonReport:
     """A record of what the solver did since it was made.
 
-    residual: largest |f(h_{l-1}, x_l) - h_l| (of the public cells' bounded states; else divided by
-    1 + |h_l|) after the last Newton step, before any fallback;
-    fallbacks: sequences that had not converged and were computed step by step; sequences: of how
-    many; iterations: the most Newton steps that any segment of time took.
+    On a GPU the numbers stay there until one is read, so that nothing waits for them.
 
-    On a GPU the numbers stay there until one is asked for, so that nothing waits for them.
+    Attributes:
+        residual: largest |f(h_{l-1}, x_l) - h_l| (of the public cells' bounded states; else divided
+            by 1 + |h_l|) after the last Newton step, before any fallback.
+        fallbacks: sequences that had not converged and were computed step by step.
+        sequences: all sequences that were solved.
+        iterations: the most Newton steps that any time chunk took.
     """
 
     def __init__(self) -> None:
@@ -57,9 +61,7 @@ class NewtonReport:
         sequences: int,
         iterations: int | Tensor,
     ) -> None:
-        """Add one solve: its largest residual, how many of how many sequences fell back, its
-        steps.
-        """
+        """Add one solve: its largest residual, fallbacks of so many sequences, and its steps."""
         device = residual.device if isinstance(residual, Tensor) else None
         pair = [torch.as_tensor(x, device=device).double() for x in (residual, iterations)]
         new = torch.stack(pair)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.data.sequences import Sequences
 from pretrain.ops.newton.block_scan import solve_backward, solve_forward
@@ -19,11 +20,13 @@ _USUAL_STEPS = 3  # Newton steps that bounded recurrent weights take in float32
 
 
 class Newton(torch.autograd.Function):
-    """The solve as one differentiable function: x [T, G, D], parameters [P, D], initial_state [N,
-    S, D] to states [T, S, D] and the last.
+    """The solve as one differentiable function.
+
+    x [T, G, D], parameters [P, D], initial_state [N, S, D] to states [T, S, D] and the last.
     """
 
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         x: Tensor,
@@ -78,6 +81,7 @@ class Newton(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @override
     def backward(ctx: Any, d_states: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         inner, parameters, initial_state, states = ctx.saved_tensors
         cell, tiles = ctx.cell, ctx.tiles
@@ -126,9 +130,10 @@ def _solve_tile(
     iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, int]:
-    """Make Newton steps from the guess ``h`` until every sequence's residual is at most
-    ``tolerance``, or ``iterations`` of them. Returns the states, the residuals ``[N]`` and the
-    number of steps.
+    """Make Newton steps from the guess ``h`` until every sequence's residual is small.
+
+    That is at most ``tolerance``, or after ``iterations`` steps. Returns the states, the residuals
+    ``[N]`` and the number of steps.
     """
     residual = h.new_zeros(num_sequences)
     unsolved = torch.ones_like(residual, dtype=torch.bool)

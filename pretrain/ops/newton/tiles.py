@@ -12,18 +12,25 @@ from pretrain.data.sequences import Sequences
 
 @dataclass(frozen=True)
 class Tiles:
-    """The place of every token in ``[positions, chunks]``, and which chunks make a tile.
+    """The layout of tokens in slots ``[positions, chunks]``, and the chunks of each tile.
 
-    place: ``[m * n]`` token of each place (any at padding); padding: places without a token; slot:
-    ``[T]`` place of each token; tiles: (first chunk, counts of chunks per step); before: for each
-    tile the chunk before each of its chunks behind the first step, or None where that is simply as
-    many back as the step has; ends: place of each sequence's last token, or -1; order: sequences by
-    rank; sequence: ``[n]`` of each chunk.
+    Attributes:
+        positions: m, tokens of a chunk.
+        chunks: n, chunks of all sequences.
+        token: ``[m * n]`` token of each slot (any at padding).
+        padding: slots without a token.
+        slot: ``[T]`` slot of each token.
+        tiles: (first chunk, counts of chunks per step) of each tile.
+        before: for each tile the chunk before each of its chunks behind the first step, or None
+            where that is simply as many back as the step has.
+        ends: slot of each sequence's last token, or -1.
+        order: sequences by rank.
+        sequence: ``[n]`` sequence of each chunk.
     """
 
     positions: int
     chunks: int
-    place: Tensor
+    token: Tensor
     padding: Tensor
     slot: Tensor
     tiles: list[tuple[int, list[int]]]
@@ -34,8 +41,9 @@ class Tiles:
 
 
 def tiles_of(sequences: Sequences, dim: int, device_type: str) -> Tiles:
-    """Return the tiles of ``sequences`` for ``dim`` channels on a device of this type, computed
-    once.
+    """Return the tiles of ``sequences`` for ``dim`` channels on a device of this type.
+
+    They are computed once per batch.
     """
     return sequences.derive(_tiles_of, dim, device_type)
 
@@ -63,8 +71,8 @@ def _tiles_of(sequences: Sequences, dim: int, device_type: str) -> Tiles:
             before.append(None)  # shifting by a whole step is enough
         else:
             first = [0, *torch.tensor(inner).cumsum(0).tolist()]
-            places = [torch.arange(a, a + c) for a, c in zip(first, inner[1:], strict=False)]
-            before.append(torch.cat(places).to(sequences.device))
+            shifts = [torch.arange(a, a + c) for a, c in zip(first, inner[1:], strict=False)]
+            before.append(torch.cat(shifts).to(sequences.device))
     order = layout.order
     rank = torch.cat(ranks).to(order.device) if ranks else order[:0]
     last = sequences.cu_seqlens[1:].long() - 1
@@ -96,10 +104,10 @@ def previous_states(h: Tensor, start: Tensor, counts: list[int], before: Tensor 
 
 
 def arrange(x: Tensor, tiles: Tiles) -> Tensor:
-    """Lay tokens ``[T, G, D]`` out as tiles have them, ``[G, m, n, D]``, zeros at padding."""
+    """Arrange tokens ``[T, G, D]`` in the layout of tiles, ``[G, m, n, D]``, zeros at padding."""
     if not len(x):
         return x.new_zeros(x.shape[1], tiles.positions, 0, x.shape[2])
-    inner = x.transpose(0, 1)[:, tiles.place]
+    inner = x.transpose(0, 1)[:, tiles.token]
     if len(tiles.padding):
         inner[:, tiles.padding] = 0
     return inner.unflatten(1, (tiles.positions, tiles.chunks))

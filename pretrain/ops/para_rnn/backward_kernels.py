@@ -13,8 +13,9 @@ from pretrain.ops.para_rnn.cell_kernels import gru_cell, lstm_cell, tile_row
 
 @triton.jit
 def _back(j1, r1, s1, j2, r2, s2):
-    """Compose backward, one state: 1 is the later segment; lambda of the earlier one's first
-    token.
+    """Compose two segments backward, for one state.
+
+    1 is the later segment; the result carries lambda of the earlier one's first token.
     """
     return j2, r2 * (j1 * r1), r2 * (j1 * s1) + s2
 
@@ -81,10 +82,10 @@ def _gru_backward_kernel(
             first = (num_tiles - 1 - back) * BLOCK_T
             token = start + first + rows
             here = (first + rows < length)[:, None] & ok[None, :]
-            place = u + token[:, None] * (3 * D) + channels[None, :]
-            u_z = tl.load(place, mask=here, other=0.0).to(wide) + b_z
-            u_r = tl.load(place + D, mask=here, other=0.0).to(wide) + b_r
-            u_c = tl.load(place + 2 * D, mask=here, other=0.0).to(wide) + b_c
+            address = u + token[:, None] * (3 * D) + channels[None, :]
+            u_z = tl.load(address, mask=here, other=0.0).to(wide) + b_z
+            u_r = tl.load(address + D, mask=here, other=0.0).to(wide) + b_r
+            u_c = tl.load(address + 2 * D, mask=here, other=0.0).to(wide) + b_c
             tile = token[:, None] * D + channels[None, :]
             inner = here & (first + rows > 0)[:, None]
             h = tl.load(states + tile - D, mask=inner, other=0.0).to(wide)
@@ -164,10 +165,10 @@ def _lstm_backward_kernel(
             first = (num_tiles - 1 - back) * BLOCK_T
             token = start + first + rows
             here = (first + rows < length)[:, None] & ok[None, :]
-            place = u + token[:, None] * (3 * D) + channels[None, :]
-            u_f = tl.load(place, mask=here, other=0.0).to(wide) + b_f
-            u_o = tl.load(place + D, mask=here, other=0.0).to(wide) + b_o
-            u_z = tl.load(place + 2 * D, mask=here, other=0.0).to(wide) + b_z
+            address = u + token[:, None] * (3 * D) + channels[None, :]
+            u_f = tl.load(address, mask=here, other=0.0).to(wide) + b_f
+            u_o = tl.load(address + D, mask=here, other=0.0).to(wide) + b_o
+            u_z = tl.load(address + 2 * D, mask=here, other=0.0).to(wide) + b_z
             tile = states + token[:, None] * (2 * D) + channels[None, :]
             inner = here & (first + rows > 0)[:, None]
             cell = tl.load(tile - 2 * D, mask=inner, other=0.0).to(wide)

@@ -10,8 +10,9 @@ from pretrain.ops.shared.elementary_kernels import sigmoid, tanh
 
 @triton.jit
 def gru_cell(h, u_z, u_r, u_c, a_z, a_r, a_c):
-    """Return h', dh'/dh, and what the gradients want: r, and h' by the pre-activations of z, r,
-    c.
+    """Return h', dh'/dh, and what the gradients need.
+
+    That is r, and h' by the pre-activations of z, r, c.
     """
     z = sigmoid(u_z + a_z * h)
     r = sigmoid(u_r + a_r * h)

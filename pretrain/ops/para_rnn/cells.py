@@ -1,6 +1,4 @@
-"""The cells of ParaGRU and ParaLSTM with their derivatives by hand, as Newton's method needs
-them.
-"""
+"""The cells of ParaGRU and ParaLSTM with derivatives by hand, as Newton's method needs them."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.ops.newton.cell import ElementwiseCell, Linear
 
@@ -36,6 +35,7 @@ class ParaGRU(ElementwiseCell):
         z, _, c = ParaGRU._gates(h, u, a)
         return torch.lerp(h[0], c, z)[None]
 
+    @override
     def linearize(self, h: Tensor, x: Tensor, parameters: Tensor) -> Linear:
         (a_z, a_r, a_c), state = parameters, h[0]
         z, r, c = self._gates(h, x, parameters)
@@ -50,6 +50,7 @@ class ParaGRU(ElementwiseCell):
         jacobian.addcmul_(to_z, a_z).add_(through)
         return value[None], jacobian[None, None], (state, r, to_z, to_r, to_c)
 
+    @override
     def vjp(self, known: Any, parameters: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         state, r, to_z, to_r, to_c = known
         cotangent = cotangent[0]
@@ -81,6 +82,7 @@ class ParaLSTM(ElementwiseCell):
         o = torch.addcmul(torch.addcmul(u[1], p[1], state), p[4], new).sigmoid()
         return torch.stack([new, o * torch.tanh(new)])
 
+    @override
     def linearize(self, h: Tensor, x: Tensor, parameters: Tensor) -> Linear:
         (a_f, a_o, a_z, c_f, c_o), (cell, state) = parameters, h
         value = torch.empty_like(h)
@@ -103,6 +105,7 @@ class ParaLSTM(ElementwiseCell):
         jacobian[1, 1].addcmul_(to_o, a_o)
         return value, jacobian, (h, new, to_f, to_z, to_o, by_cell)
 
+    @override
     def vjp(self, known: Any, parameters: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         (cell, state), new, to_f, to_z, to_o, by_cell = known
         d_u = cotangent.new_empty(3, *cotangent.shape[1:])

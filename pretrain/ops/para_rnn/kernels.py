@@ -1,5 +1,6 @@
-"""ParaGRU's and ParaLSTM's kernels as one differentiable function: which forward, and how large its
-tiles are.
+"""The kernels of ParaGRU and ParaLSTM as one differentiable function.
+
+Here it is decided which forward kernel runs, and how large its tiles are.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.data.sequences import Sequences
 from pretrain.ops.para_rnn.backward_kernels import KERNELS as BACKWARD
@@ -25,9 +27,11 @@ SLOTS = 256  # most parts that the parameters' gradients are left in
 
 
 def blocks(op: str) -> dict[str, int]:
-    """Return a tile's tokens and channels, and its warps: 16 channels are one memory transaction of
-    32 bytes; a thread holds 8 numbers of each kind, or 4 where there are pairs of states, whose
-    scan carries three times as many. More of them spill, compiled for Hopper.
+    """Return a tile's tokens and channels, and its warps.
+
+    16 channels are one memory transaction of 32 bytes; a thread holds 8 numbers of each kind, or 4
+    where there are pairs of states, whose scan carries three times as many. More of them spill,
+    compiled for Hopper.
     """
     num_warps = 4 if op == "para_gru" else 8
     return {"BLOCK_T": 64, "BLOCK_D": 16, "num_warps": num_warps, "num_stages": 1}
@@ -51,14 +55,16 @@ def _work(op: str, which: str, u: Tensor, sequences: Sequences) -> Work:
 
 
 class ParaRNN(torch.autograd.Function):
-    """The kernels as one differentiable function: u ``[T, 3, D]``, parameters ``[P, D]`` (recurrent
-    weights, then biases), initial_state ``[N, S, D]`` to the output h ``[T, D]`` in u's dtype, the
-    final states, and per sequence and block of channels the residual, whether it was stepped for
-    want of convergence, and the Newton steps; all 0 where it is done in steps from the start
-    (``stepwise``).
+    """The kernels as one differentiable function.
+
+    u ``[T, 3, D]``, parameters ``[P, D]`` (recurrent weights, then biases), initial_state ``[N, S,
+    D]`` to the output h ``[T, D]`` in u's dtype, the final states, and per sequence and block of
+    channels the residual, whether it was stepped for want of convergence, and the Newton steps; all
+    0 where it is done in steps from the start (``stepwise``).
     """
 
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         op: str,
@@ -125,6 +131,7 @@ class ParaRNN(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @override
     def backward(ctx: Any, d_output: Tensor, d_final: Tensor, *_: Any) -> tuple[Any, ...]:
         u, parameters, initial_state, states = ctx.saved_tensors
         sequences: Sequences = ctx.sequences

@@ -1,7 +1,8 @@
-"""ParaGRU and ParaLSTM (:mod:`pretrain.ops.para_rnn`): all Newton steps in one kernel; and,
-in :mod:`pretrain.ops.para_rnn.backward_kernels`, the reverse solve with its local gradients.
+"""ParaGRU and ParaLSTM (:mod:`pretrain.ops.para_rnn`): all Newton steps in one kernel.
 
-A program owns some channels of one sequence and works it off in tiles of time, the tile's start
+The reverse solve with its local gradients is in :mod:`pretrain.ops.para_rnn.backward_kernels`.
+
+A program owns some channels of one sequence and works through it in tiles of time, the tile's start
 being exact before it begins. Within a tile the unknowns are p_l = h_{l-1}, so that no value is ever
 needed from a neighbour: with f linearised at p, b_l = f(p_l) - J_l p_l, the next iterate follows
 p_{l+1} = J_l p_l + b_l, an associative scan over time whose elements carry the map *before* their
@@ -24,8 +25,9 @@ from pretrain.ops.para_rnn.cell_kernels import gru_cell, lstm_cell, tile_row
 
 @triton.jit
 def _then(j1, b1, r1, s1, j2, b2, r2, s2):
-    """Compose forward, one state: what precedes the last token of two segments, the first one
-    first.
+    """Compose two segments forward, for one state; the first segment comes first.
+
+    An element holds what precedes its segment's last token.
     """
     return j2, b2, r2 * (j1 * r1), r2 * (j1 * s1 + b1) + s2
 
@@ -114,10 +116,10 @@ def _gru_forward_kernel(
     for first in range(0, length, BLOCK_T):
         token = start + first + rows
         here = (first + rows < length)[:, None] & ok[None, :]
-        place = u + token[:, None] * (3 * D) + channels[None, :]
-        u_z = tl.load(place, mask=here, other=0.0).to(wide) + b_z[None, :]
-        u_r = tl.load(place + D, mask=here, other=0.0).to(wide) + b_r[None, :]
-        u_c = tl.load(place + 2 * D, mask=here, other=0.0).to(wide) + b_c[None, :]
+        address = u + token[:, None] * (3 * D) + channels[None, :]
+        u_z = tl.load(address, mask=here, other=0.0).to(wide) + b_z[None, :]
+        u_r = tl.load(address + D, mask=here, other=0.0).to(wide) + b_r[None, :]
+        u_c = tl.load(address + 2 * D, mask=here, other=0.0).to(wide) + b_c[None, :]
         previous = tl.zeros([BLOCK_T, BLOCK_D], wide) + carry[None, :]
         value, jacobian, r, to_z, to_r, to_c = gru_cell(previous, u_z, u_r, u_c, az, ar, ac)
         done, residual = 0, worst
@@ -142,10 +144,10 @@ def _gru_forward_kernel(
             failed = 1
             for t in range(0, tl.minimum(length - first, BLOCK_T)):
                 row = start + first + t
-                place_t = u + row * (3 * D) + channels
-                w_z = tl.load(place_t, mask=ok, other=0.0).to(wide) + b_z
-                w_r = tl.load(place_t + D, mask=ok, other=0.0).to(wide) + b_r
-                w_c = tl.load(place_t + 2 * D, mask=ok, other=0.0).to(wide) + b_c
+                address_t = u + row * (3 * D) + channels
+                w_z = tl.load(address_t, mask=ok, other=0.0).to(wide) + b_z
+                w_r = tl.load(address_t + D, mask=ok, other=0.0).to(wide) + b_r
+                w_c = tl.load(address_t + 2 * D, mask=ok, other=0.0).to(wide) + b_c
                 carry, _j, _r, _z, _q, _c = gru_cell(carry, w_z, w_r, w_c, a_z, a_r, a_c)
                 tl.store(states + row * D + channels, carry.to(states.dtype.element_ty), mask=ok)
         else:
@@ -198,10 +200,10 @@ def _lstm_forward_kernel(
     for first in range(0, length, BLOCK_T):
         token = start + first + rows
         here = (first + rows < length)[:, None] & ok[None, :]
-        place = u + token[:, None] * (3 * D) + channels[None, :]
-        u_f = tl.load(place, mask=here, other=0.0).to(wide) + b_f[None, :]
-        u_o = tl.load(place + D, mask=here, other=0.0).to(wide) + b_o[None, :]
-        u_z = tl.load(place + 2 * D, mask=here, other=0.0).to(wide) + b_z[None, :]
+        address = u + token[:, None] * (3 * D) + channels[None, :]
+        u_f = tl.load(address, mask=here, other=0.0).to(wide) + b_f[None, :]
+        u_o = tl.load(address + D, mask=here, other=0.0).to(wide) + b_o[None, :]
+        u_z = tl.load(address + 2 * D, mask=here, other=0.0).to(wide) + b_z[None, :]
         zeros = tl.zeros([BLOCK_T, BLOCK_D], wide)
         before_c, before_h = zeros + carry_c[None, :], zeros + carry_h[None, :]
         cell, h, ja, jb, jc, jd, k1, k2, k3, k4 = lstm_cell(
@@ -235,10 +237,10 @@ def _lstm_forward_kernel(
             failed = 1
             for i in range(0, tl.minimum(length - first, BLOCK_T)):
                 row = start + first + i
-                place_t = u + row * (3 * D) + channels
-                w_f = tl.load(place_t, mask=ok, other=0.0).to(wide) + b_f
-                w_o = tl.load(place_t + D, mask=ok, other=0.0).to(wide) + b_o
-                w_z = tl.load(place_t + 2 * D, mask=ok, other=0.0).to(wide) + b_z
+                address_t = u + row * (3 * D) + channels
+                w_f = tl.load(address_t, mask=ok, other=0.0).to(wide) + b_f
+                w_o = tl.load(address_t + D, mask=ok, other=0.0).to(wide) + b_o
+                w_z = tl.load(address_t + 2 * D, mask=ok, other=0.0).to(wide) + b_z
                 carry_c, carry_h, l1, l2, l3, l4, l5, l6, l7, l8 = lstm_cell(
                     carry_c, carry_h, w_f, w_o, w_z, a_f, a_o, a_z, c_f, c_o
                 )

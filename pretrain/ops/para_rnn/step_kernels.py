@@ -35,16 +35,14 @@ def _lstm_step(cell, h, u_f, u_o, u_z, a_f, a_o, a_z, c_f, c_o, APPROXIMATE: tl.
 
 @triton.jit
 def _three(u, first, length, D, ok, AHEAD: tl.constexpr):
-    """Load the inputs of AHEAD tokens from ``first`` on, 0 behind the end; u points at a
-    sequence's.
-    """
+    """Load the inputs of AHEAD tokens from ``first`` on, 0 past the end of u's sequence."""
     a, b, c = (), (), ()
     for i in tl.static_range(AHEAD):
-        place = u + (first + i) * (3 * D)
+        address = u + (first + i) * (3 * D)
         here = ok & (first + i < length)
-        a = a + (tl.load(place, mask=here, other=0.0),)
-        b = b + (tl.load(place + D, mask=here, other=0.0),)
-        c = c + (tl.load(place + 2 * D, mask=here, other=0.0),)
+        a = a + (tl.load(address, mask=here, other=0.0),)
+        b = b + (tl.load(address + D, mask=here, other=0.0),)
+        c = c + (tl.load(address + 2 * D, mask=here, other=0.0),)
     return a, b, c
 
 
@@ -61,6 +59,7 @@ def gru_steps_kernel(
     BLOCK_D: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
+    """Step ParaGRU through a sequence, for BLOCK_D of its channels."""
     sequence, block = tl.program_id(0), tl.program_id(1)
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     length = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - start
@@ -111,6 +110,7 @@ def lstm_steps_kernel(
     BLOCK_D: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
+    """Step ParaLSTM through a sequence, for BLOCK_D of its channels."""
     sequence, block = tl.program_id(0), tl.program_id(1)
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     length = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - start

@@ -20,18 +20,19 @@ def chunked_rat(
     chunk_size: int,
     theta: float | None,
 ) -> tuple[Tensor, RATState]:
-    """Compute RAT with all chunks side by side; shapes as of
-    :func:`pretrain.ops.rat.definition.recurrent_rat`.
+    """Compute RAT with all chunks side by side.
+
+    Shapes are those of :func:`pretrain.ops.rat.definition.recurrent_rat`.
     """
     lengths, ids, positions = sequences.sizes, sequences.ids, sequences.positions
     phase, old = state.seen % chunk_size, state.seen // chunk_size
-    # Each sequence is laid out behind as many empty places as its open chunk already has tokens.
+    # Each sequence is laid out behind as many empty positions as its open chunk already has tokens.
     aligned = sequences
     if bool(phase.any()):
         aligned = Sequences.from_lengths((lengths + phase).tolist(), sequences.device)
     layout = aligned.chunk_layout(chunk_size)
-    place = aligned.cu_seqlens.long()[ids] + phase[ids] + positions
-    slot = layout.token_slot[place]
+    position = aligned.cu_seqlens.long()[ids] + phase[ids] + positions
+    slot = layout.token_slot[position]
     num_chunks = len(layout.token_index)
 
     def lay(x: Tensor, empty: float) -> tuple[Tensor, ...]:
@@ -55,7 +56,7 @@ def chunked_rat(
     key, value = (torch.stack(x, 1).flatten(0, 1)[slot] for x in (keys, values))  # [T, H, D]
 
     chunk = (state.seen[ids] + positions) // chunk_size
-    own = (q * key).sum(-1)
+    local = (q * key).sum(-1)
     q = rotate(q, chunk, theta)
     ending = (state.seen[ids] + positions) % chunk_size == chunk_size - 1
     new_keys, new_values = rotate(key[ending], chunk[ending], theta), value[ending]
@@ -63,12 +64,12 @@ def chunked_rat(
     parts = [sequences.lengths, (now // chunk_size - old).tolist(), old.tolist()]
     outputs, all_keys, all_values = [], [], []
     pieces = zip(
-        *(x.split(parts[0]) for x in (q, own, value, chunk)),
+        *(x.split(parts[0]) for x in (q, local, value, chunk)),
         *(x.split(parts[1]) for x in (new_keys, new_values)),
         *(x.split(parts[2]) for x in (state.keys, state.values)),
         strict=True,
     )
-    for q_n, own_n, v_n, chunk_n, k_new, v_new, k_old, v_old in pieces:
+    for q_n, local_n, v_n, chunk_n, k_new, v_new, k_old, v_old in pieces:
         all_keys.append(torch.cat([k_old, k_new]))
         all_values.append(torch.cat([v_old, v_new]))
         if not len(q_n):
@@ -77,7 +78,7 @@ def chunked_rat(
         earlier = torch.arange(visible, device=q.device)
         hidden = earlier[None, :] >= chunk_n[:, None]
         outputs.append(
-            attend(q_n, own_n, all_keys[-1][:visible], all_values[-1][:visible], v_n, hidden)
+            attend(q_n, local_n, all_keys[-1][:visible], all_values[-1][:visible], v_n, hidden)
         )
     output = torch.cat(outputs) if outputs else torch.zeros_like(v)
     if not sequences.count:

@@ -19,16 +19,17 @@ def rotate(x: Tensor, chunks: Tensor, theta: float | None) -> Tensor:
 
 
 def attend(
-    q: Tensor, own: Tensor, keys: Tensor, values: Tensor, v: Tensor, hidden: Tensor | None
+    q: Tensor, local: Tensor, keys: Tensor, values: Tensor, v: Tensor, hidden: Tensor | None
 ) -> Tensor:
-    """Attend from q to keys and to its own key, which has value v: q, v ``[R, H, D]``, own ``[R,
-    H]`` (q against its own key), keys and values ``[S, H, D]``; ``hidden`` ``[R, S]`` marks the
-    keys a query must not see.
+    """Attend from q to keys, and to the query's local key, which has value v.
+
+    q, v ``[R, H, D]``, local ``[R, H]`` (q against its local key), keys and values ``[S, H, D]``;
+    ``hidden`` ``[R, S]`` marks the keys that a query must not see.
     """
     logits = torch.einsum("rhd,shd->hrs", q, keys)
     if hidden is not None:
         logits = logits.masked_fill(hidden, -torch.inf)
-    weights = torch.cat([logits, own.t()[..., None]], -1).softmax(-1)
+    weights = torch.cat([logits, local.t()[..., None]], -1).softmax(-1)
     mixed = torch.einsum("hrs,shd->rhd", weights[..., :-1], values)
     return mixed + weights[..., -1].t()[..., None] * v
 
@@ -43,8 +44,9 @@ def recurrent_rat(
     chunk_size: int,
     theta: float | None,
 ) -> tuple[Tensor, RATState]:
-    """Compute RAT by its definition, token by token: q (scaled), k, v, gate ``[T, H, D]`` of one
-    dtype to the output ``[T, H, D]`` and the state.
+    """Compute RAT by its definition, token by token.
+
+    q (scaled), k, v, gate ``[T, H, D]`` of one dtype to the output ``[T, H, D]`` and the state.
     """
     old = (state.seen // chunk_size).tolist()
     outputs, keys, values = [], list(state.keys.split(old)), list(state.values.split(old))
@@ -52,16 +54,16 @@ def recurrent_rat(
     pairs = zip(sequence_rows(sequences), state.seen.tolist(), strict=True)
     for n, (tokens, seen) in enumerate(pairs):
         for i, t in enumerate(tokens):
-            chunk, place = divmod(seen + i, chunk_size)
-            if place == 0:
+            chunk, offset = divmod(seen + i, chunk_size)
+            if offset == 0:
                 key[n], value[n] = torch.zeros_like(key[n]), torch.zeros_like(value[n])
             key[n] = gate[t] * key[n] + (1 - gate[t]) * k[t]
             value[n] = gate[t] * value[n] + (1 - gate[t]) * v[t]
             at = torch.tensor([chunk], device=q.device)
-            own = (q[t] * key[n]).sum(-1)
+            local = (q[t] * key[n]).sum(-1)
             rotated = rotate(q[t][None], at, theta)
-            outputs.append(attend(rotated, own[None], keys[n], values[n], value[n][None], None))
-            if place == chunk_size - 1:
+            outputs.append(attend(rotated, local[None], keys[n], values[n], value[n][None], None))
+            if offset == chunk_size - 1:
                 keys[n] = torch.cat([keys[n], rotate(key[n][None], at, theta)])
                 values[n] = torch.cat([values[n], value[n][None]])
     output = torch.cat(outputs) if outputs else torch.zeros_like(v)

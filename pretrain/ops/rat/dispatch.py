@@ -3,7 +3,7 @@
     k~_t = g_t k~_{t-1} + (1 - g_t) k_t,  v~ likewise, from 0 at the start of every chunk
 
 q_t attends to (k~, v~) at the end of every earlier chunk and to its own (k~_t, v~_t). Rotary
-positions count chunks, so a token and its own k~ are at the same place.
+positions count chunks, so a token and its k~ have the same position.
 """
 
 from __future__ import annotations

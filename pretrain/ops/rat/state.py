@@ -1,4 +1,4 @@
-"""What RAT hands from call to call."""
+"""The state that RAT passes from call to call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import Tensor
 class RATState:
     """The state of RAT after some tokens of N sequences.
 
-    keys, values ``[S, H, D]``: what earlier chunks ended with, rotated, sequence after sequence;
-    key, value ``[N, H, D]``: the averages so far in the open chunk; seen ``[N]``: tokens so far (of
-    them seen // L chunks have ended).
+    Attributes:
+        keys: ``[S, H, D]`` that earlier chunks ended with, rotated, sequence after sequence.
+        values: ``[S, H, D]``, likewise.
+        key: ``[N, H, D]`` average so far in the open chunk.
+        value: ``[N, H, D]``, likewise.
+        seen: ``[N]`` tokens so far, of which seen // L chunks have ended.
     """
 
     keys: Tensor

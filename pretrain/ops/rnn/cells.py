@@ -12,8 +12,8 @@ Every head has its own recurrent matrix; heads never meet. With r = R h_{t-1} pe
             f' = exp(m + log sigmoid(f) - m'), c' = f' c + i' tanh(z), n' = f' n + i',
             h' = sigmoid(o) c' / n'
 
-n' is at least 1 by induction, so the max(n', 1) of other implementations never binds; it is left
-out, for at its tie on a first step it would halve the gradient.
+n' is at least 1 by induction, so the max(n', 1) of other implementations never binds; it is
+omitted, for at its tie on a first step it would halve the gradient.
 """
 
 from __future__ import annotations
@@ -56,11 +56,14 @@ def _slstm(x: Tensor, r: Tensor, states: States) -> States:
 
 @dataclass(frozen=True)
 class Cell:
-    """A classical cell: its step from gate inputs ``[N, G, H, D]`` and recurrent products to new
-    states.
+    """A classical cell.
 
-    gates: rows of x and of R h; biases: rows of the bias; states: their names, the output first;
-    initial: what each state starts from.
+    Attributes:
+        step: maps gate inputs ``[N, G, H, D]``, recurrent products and states to new states.
+        gates: rows of x and of R h.
+        biases: rows of the bias.
+        states: names of the states, the output first.
+        initial: what each state starts from.
     """
 
     step: Callable[[Tensor, Tensor, States], States]

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.ops.rnn.cells import Cell
 from pretrain.ops.rnn.definition import recurrent_product
-from pretrain.ops.shared.checkpointed_recurrence import States, Steps, previous_rows
+from pretrain.ops.shared.checkpointed_recurrence import Recurrence, States, Steps, previous_rows
 
 
-class CheckpointedRNN:
-    """A classical cell as a :class:`Recurrence` of blocks of time steps. rows: x with its biases;
-    parameters: the recurrent weight ``[H, D, G D]``.
+class CheckpointedRNN(Recurrence):
+    """A classical cell as a :class:`Recurrence` of blocks of time steps.
+
+    Rows are x with its biases; the parameters are the recurrent weight ``[H, D, G D]``.
     """
 
     def __init__(self, kind: Cell, state_grad_clip: float | None):
         self._kind, self._clip = kind, state_grad_clip
 
+    @override
     def forward(
         self, rows: Sequence[Tensor], parameters: Sequence[Tensor], states: States, steps: Steps
     ) -> tuple[Tensor, States]:
@@ -34,6 +37,7 @@ class CheckpointedRNN:
         _shrink(final, running, 0)
         return output, final
 
+    @override
     def backward(
         self,
         rows: Sequence[Tensor],
@@ -76,19 +80,17 @@ class CheckpointedRNN:
             d_products[part] = d_product.permute(0, 2, 1, 3).flatten(2)
             through = torch.bmm(d_products[part].transpose(0, 1), back).transpose(0, 1)
             d_before[0] = d_before[0] + through
-            for whole, new_part in zip(d_states, d_before, strict=True):
-                whole[:count] = new_part
+            for total, new_part in zip(d_states, d_before, strict=True):
+                total[:count] = new_part
         previous = previous_rows(history, len(states[0]), steps)
         d_weight = previous.permute(1, 2, 0) @ d_products.transpose(0, 1)
         return (d_x,), (d_weight,), d_states
 
 
 def _shrink(final: States, running: States, count: int) -> States:
-    """Store the states of sequences that are over, and return those of the first ``count``, which
-    continue.
-    """
+    """Store the states of sequences that have ended, and return those of the first ``count``."""
     size = len(running[0])
     if count < size:
-        for whole, part in zip(final, running, strict=True):
-            whole[count:size] = part[count:]
+        for total, part in zip(final, running, strict=True):
+            total[count:size] = part[count:]
     return tuple(s[:count] for s in running)

@@ -26,13 +26,15 @@ def recurrent_rnn(
     sequences: Sequences,
     state_grad_clip: float | None,
 ) -> tuple[Tensor, States]:
-    """Compute a classical cell by its definition, one token after another: rows ``[T, G, H, D]``
-    (biases added), weight ``[H, D, G D]`` to h ``[T, H, D]`` and the final states.
+    """Compute a classical cell by its definition, one token after another.
+
+    rows ``[T, G, H, D]`` (biases added), weight ``[H, D, G D]`` to h ``[T, H, D]`` and the final
+    states.
     """
     tokens, outputs, finals = rows.unbind(0), [], []
-    for index, places in enumerate(sequence_rows(sequences)):
+    for index, positions in enumerate(sequence_rows(sequences)):
         states = tuple(s[index : index + 1] for s in initial)
-        for t in places:
+        for t in positions:
             states = kind.step(tokens[t][None], recurrent_product(states[0], weight), states)
             outputs.append(states[0][0])
             states = tuple(clip_gradient(s, state_grad_clip) for s in states)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from typing_extensions import override
 
 from pretrain.data.sequences import Sequences
 from pretrain.ops.rnn.step_kernels import KERNELS
@@ -28,8 +29,10 @@ def blocks(dim: int) -> dict[str, int]:
 
 
 def _work(x: Tensor, sequences: Sequences, *, backward: bool) -> Work:
-    """Return the work by what the kernels compile to: 170 instructions of a warp for a token and
-    gate of 16 sequences forward, 300 backward; products count a full tile of 16.
+    """Return the work by what the kernels compile to.
+
+    That is 170 instructions of a warp for a token and gate of 16 sequences forward, 300 backward;
+    products count a full tile of 16.
     """
     total, gates, num_heads, dim = x.shape
     longest, sizes = sequences.max_length, blocks(dim)
@@ -47,12 +50,15 @@ def _longest_first(sequences: Sequences) -> Tensor:
 
 
 class ClassicalRNN(torch.autograd.Function):
-    """The kernels as one differentiable function: x ``[T, G, H, D]``, weight ``[H, D, G, D]``, bias
-    ``[4 or 1, H, D]``, initial ``[S, N, H, D]`` to h ``[T, H, D]`` in x's dtype and the final
-    states ``[S, N, H, D]``; ``save``: whether there will be a backward pass.
+    """The kernels as one differentiable function.
+
+    x ``[T, G, H, D]``, weight ``[H, D, G, D]``, bias ``[4 or 1, H, D]``, initial ``[S, N, H, D]``
+    to h ``[T, H, D]`` in x's dtype and the final states ``[S, N, H, D]``; ``save``: whether there
+    will be a backward pass.
     """
 
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         cell: str,
@@ -99,6 +105,7 @@ class ClassicalRNN(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @override
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial, out, saved = ctx.saved_tensors
         sequences: Sequences = ctx.sequences

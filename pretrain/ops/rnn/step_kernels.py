@@ -91,20 +91,20 @@ def _forward_kernel(
     for t in range(0, tl.max(length, 0)):
         alive = (t < length)[:, None] & ok[None, :]
         token = (start + t)[:, None]
-        place = x + (token * (GATES * H) + head) * D + channels[None, :]
-        g0 = tl.load(place, mask=alive, other=0.0).to(wide) + b0 + _product(h, w0, dtype, wide)
+        address = x + (token * (GATES * H) + head) * D + channels[None, :]
+        g0 = tl.load(address, mask=alive, other=0.0).to(wide) + b0 + _product(h, w0, dtype, wide)
         if CELL == "elman":
             h = tl.where(alive, tanh(g0, APPROXIMATE), h)
         else:
-            g1 = tl.load(place + H * D, mask=alive, other=0.0).to(wide) + b1
+            g1 = tl.load(address + H * D, mask=alive, other=0.0).to(wide) + b1
             g1 += _product(h, w1, dtype, wide)
-            g2 = tl.load(place + 2 * H * D, mask=alive, other=0.0).to(wide) + b2
+            g2 = tl.load(address + 2 * H * D, mask=alive, other=0.0).to(wide) + b2
             r2 = _product(h, w2, dtype, wide)
         if CELL == "gru":
             new = tanh(g2 + sigmoid(g0) * (r2 + b3), APPROXIMATE)
             h = tl.where(alive, new + sigmoid(g1) * (h - new), h)
         if (CELL == "lstm") | (CELL == "slstm"):
-            g3 = tl.load(place + 3 * H * D, mask=alive, other=0.0).to(wide) + b3
+            g3 = tl.load(address + 3 * H * D, mask=alive, other=0.0).to(wide) + b3
             g3 += _product(h, w3, dtype, wide)
             z = tanh(g2 + r2, APPROXIMATE)
         if CELL == "lstm":
@@ -207,16 +207,16 @@ def _backward_kernel(
         first, inner = alive & (t == 0), alive & (t > 0)
         token = (start + t)[:, None]
         row = (token * H + head) * D + channels[None, :]
-        place = (token * (GATES * H) + head) * D + channels[None, :]
-        # products [H, T, gate, D]; what is computed from them takes their place
+        address = (token * (GATES * H) + head) * D + channels[None, :]
+        # products [H, T, gate, D]; overwritten by what is computed from them
         product = products + (tl.cast(head, tl.int64) * total + token) * (GATES * D)
         product += channels[None, :]
-        g0 = tl.load(x + place, mask=alive, other=0.0).to(wide) + b0
+        g0 = tl.load(x + address, mask=alive, other=0.0).to(wide) + b0
         g0 += tl.load(product, mask=alive, other=0.0).to(wide)
         if GATES > 1:
-            g1 = tl.load(x + place + H * D, mask=alive, other=0.0).to(wide) + b1
+            g1 = tl.load(x + address + H * D, mask=alive, other=0.0).to(wide) + b1
             g1 += tl.load(product + D, mask=alive, other=0.0).to(wide)
-            g2 = tl.load(x + place + 2 * H * D, mask=alive, other=0.0).to(wide) + b2
+            g2 = tl.load(x + address + 2 * H * D, mask=alive, other=0.0).to(wide) + b2
             r2 = tl.load(product + 2 * D, mask=alive, other=0.0).to(wide)
         carried = dh
         if CLIP:
@@ -236,7 +236,7 @@ def _backward_kernel(
             d0 = d2 * (r2 + b3) * s * (1.0 - s)
             before = d * u
         if (CELL == "lstm") | (CELL == "slstm"):
-            g3 = tl.load(x + place + 3 * H * D, mask=alive, other=0.0).to(wide) + b3
+            g3 = tl.load(x + address + 3 * H * D, mask=alive, other=0.0).to(wide) + b3
             g3 += tl.load(product + 3 * D, mask=alive, other=0.0).to(wide)
             o, z = sigmoid(g3), tanh(g2 + r2, APPROXIMATE)
             cell = tl.load(saved + row - H * D, mask=inner, other=0.0)
@@ -284,21 +284,21 @@ def _backward_kernel(
 
         tl.debug_barrier()  # all have read the products
         d0 = tl.where(alive, d0, 0.0)
-        tl.store(d_x + place, d0.to(dtype), mask=alive)
+        tl.store(d_x + address, d0.to(dtype), mask=alive)
         tl.store(product, d0.to(dtype), mask=alive)
         before += _product(d0, w0, dtype, wide)
         if GATES > 1:
             d1, d2 = tl.where(alive, d1, 0.0), tl.where(alive, d2, 0.0)
-            tl.store(d_x + place + H * D, d1.to(dtype), mask=alive)
+            tl.store(d_x + address + H * D, d1.to(dtype), mask=alive)
             tl.store(product + D, d1.to(dtype), mask=alive)
-            tl.store(d_x + place + 2 * H * D, d2.to(dtype), mask=alive)
+            tl.store(d_x + address + 2 * H * D, d2.to(dtype), mask=alive)
             if CELL == "gru":
                 d2 = d2 * s
             tl.store(product + 2 * D, d2.to(dtype), mask=alive)
             before += _product(d1, w1, dtype, wide) + _product(d2, w2, dtype, wide)
         if GATES > 3:
             d3 = tl.where(alive, d3, 0.0)
-            tl.store(d_x + place + 3 * H * D, d3.to(dtype), mask=alive)
+            tl.store(d_x + address + 3 * H * D, d3.to(dtype), mask=alive)
             tl.store(product + 3 * D, d3.to(dtype), mask=alive)
             before += _product(d3, w3, dtype, wide)
         dh = tl.where(alive, before, dh)

@@ -1,0 +1,1 @@
+"""Pieces that several ops are made of."""

@@ -21,8 +21,10 @@ _definitions_only: ContextVar[bool] = ContextVar("_definitions_only", default=Fa
 
 @contextmanager
 def definitions() -> Iterator[None]:
-    """Make ``backend="auto"`` mean each op's definition while open, to find out whether a fast form
-    is to blame: definitions are slow and plain, and what every faster form is tested against.
+    """Make ``backend="auto"`` mean each op's definition while open.
+
+    Definitions are slow and plain, and what every faster form is tested against: this finds out
+    whether a fast form is to blame.
     """
     token = _definitions_only.set(True)
     try:
@@ -32,8 +34,10 @@ def definitions() -> Iterator[None]:
 
 
 def choose_backend(op: str, backend: str, known: Sequence[str], definition: str, fast: str) -> str:
-    """Return what ``backend`` stands for: ``fast`` for ``auto``, ``definition`` within
-    :func:`definitions`. Raises ValueError for a backend that ``op`` does not have.
+    """Return what ``backend`` stands for.
+
+    ``auto`` is ``fast``, or ``definition`` within :func:`definitions`. Raises ValueError for a
+    backend that ``op`` does not have.
     """
     if backend not in known:
         raise ValueError(f"{op}: backend is '{backend}', expected one of {tuple(known)}")
@@ -43,9 +47,10 @@ def choose_backend(op: str, backend: str, known: Sequence[str], definition: str,
 
 
 def triton_fits(x: Tensor, shared_memory: int = 0) -> bool:
-    """Return whether ``auto`` may take a Triton kernel for ``x``: on CUDA, in float32 or narrower,
-    where a program may have so many bytes of shared memory. On the meta device kernels allocate
-    what they would, and compute nothing.
+    """Return whether ``auto`` may take a Triton kernel for ``x``.
+
+    It may on CUDA, in float32 or lower precision, where a program may have so many bytes of shared
+    memory. On the meta device kernels allocate what they would, and compute nothing.
     """
     if device_type(x) != "cuda" or x.dtype == torch.float64 or not _has_triton():
         return False
@@ -93,9 +98,7 @@ def check_heads(op: str, q: Tensor, v: Tensor, name: str = "q") -> None:
 
 
 def decay_shape(q: Tensor, log_decay: Tensor | None) -> tuple[int, ...]:
-    """Return the shape that log_decay should have: ``[B, T, H]``, or ``[B, T, H, K]`` where it has
-    four axes.
-    """
+    """Return the expected shape of log_decay: ``[B, T, H]``, or with four axes ``[B, T, H, K]``."""
     per_channel = log_decay is not None and log_decay.ndim == 4
     return tuple(q.shape if per_channel else q.shape[:3])
 

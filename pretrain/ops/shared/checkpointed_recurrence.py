@@ -1,9 +1,9 @@
-"""Recurrences that only time can unroll: one step after another, with a backward pass that is
-linear in time and keeps the state of every c-th step alone.
+"""Recurrences that only time can unroll, with a backward pass that is linear in time.
 
-All sequences advance together. Rows of tokens are ordered by time step, longest sequence first, so
-that the sequences still running are a prefix (``torch.nn.utils.rnn.PackedSequence``). Backward goes
-through blocks of c steps from the last to the first, each recomputed from its starting state.
+It keeps only the state of every c-th step. All sequences advance together. Rows of tokens are
+ordered by time step, longest sequence first, so that the sequences still running are a prefix
+(``torch.nn.utils.rnn.PackedSequence``). Backward goes through blocks of c steps from the last to
+the first, each recomputed from its starting state.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ States = tuple[Tensor, ...]
 
 
 class Recurrence(Protocol):
-    """A recurrence over a block of time steps, forward and backward. Rows are ``[R, ...]``; states
-    ``[N, ...]``, of the sequences that run at the block's first step; all steps share
-    ``parameters``.
+    """A recurrence over a block of time steps, forward and backward.
+
+    Rows are ``[R, ...]``; states ``[N, ...]``, of the sequences that run at the block's first step;
+    all steps share ``parameters``.
     """
 
     def forward(
@@ -52,12 +53,12 @@ def checkpointed_recurrence(
     sequences: Sequences,
     checkpoint_every: int | None,
 ) -> tuple[Tensor, States]:
-    """Run ``recurrence`` over packed tokens: rows ``[T, ...]`` in their own order, states
-    ``[N, ...]``. Returns its outputs ``[T, ...]`` and the final states.
+    """Run ``recurrence`` over rows ``[T, ...]`` of packed tokens in order, states ``[N, ...]``.
 
-    ``checkpoint_every``: time steps per block, by default about sqrt(T / 4), which keeps fewest
-    states at once (a block needs about 4 a step), but at most 32: larger blocks leave a CPU's
-    cache. Raises ValueError where it is less than 1.
+    Returns its outputs ``[T, ...]`` and the final states. ``checkpoint_every``: time steps per
+    block, by default about sqrt(T / 4), which keeps fewest states at once (a block needs about 4 a
+    step), but at most 32: larger blocks exceed a CPU's cache. Raises ValueError where it is less
+    than 1.
     """
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every is {checkpoint_every}, expected at least 1")
@@ -82,8 +83,9 @@ def checkpointed_recurrence(
 
 
 def previous_rows(buffer: Tensor, num_states: int, steps: Steps) -> Tensor:
-    """Return the state that each row came from, where ``buffer`` holds ``num_states`` starting
-    states and then every row's own state.
+    """Return the state that each row came from.
+
+    ``buffer`` holds ``num_states`` starting states and then every row's own state.
     """
     rows = buffer.shape[0] - num_states
     counts = [num_states, *(count for _, count in steps)]
@@ -151,12 +153,12 @@ class _CheckpointedRecurrence(torch.autograd.Function):
                 d_output[part],
                 tuple(d[:count].clone() for d in d_states),
             )
-            for whole, new in zip(d_rows, into_rows, strict=True):
-                whole[part] = new
-            for whole, new in zip(d_parameters, into_parameters, strict=True):
-                whole += new
-            for whole, new in zip(d_states, into_states, strict=True):
-                whole[:count] = new
+            for total, new in zip(d_rows, into_rows, strict=True):
+                total[part] = new
+            for total, new in zip(d_parameters, into_parameters, strict=True):
+                total += new
+            for total, new in zip(d_states, into_states, strict=True):
+                total[:count] = new
         return None, None, None, None, None, *d_rows, *d_parameters, *d_states
 
 

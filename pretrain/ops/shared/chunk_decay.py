@@ -1,4 +1,4 @@
-"""What log-decays mean inside chunks of time: for one number per head, or one per key channel.
+"""Log-decays inside chunks of time: one number per head, or one per key channel.
 
 With G the running sum of a chunk's log-decays, the chunked forms need for rows i and earlier rows j
 ``pairs_ij = sum_c later_ic earlier_jc exp(G_ic - G_jc)``, and exp(G) itself. Only differences that
@@ -18,10 +18,15 @@ def _bounded(log_decay: Tensor) -> Tensor:
 
 
 class ScalarDecay:
-    """log_decay ``[n, H, Cq]`` of n chunks of Cq tokens, each token with ``substeps`` steps.
+    """Decays by one number per head: log_decay ``[n, H, Cq]`` of n chunks of Cq tokens.
 
-    to_query ``[n, H, Cq, 1]``, to_step ``[n, H, C, 1]``: decay from the chunk's start; to_end
-    ``[n, H, C, 1]``: from a step to the chunk's end; whole ``[n, H, 1, 1]``: over the chunk.
+    Each token has ``substeps`` steps.
+
+    Attributes:
+        to_query: ``[n, H, Cq, 1]`` decay from the chunk's start to each token.
+        to_step: ``[n, H, C, 1]`` decay from the chunk's start to each step.
+        to_end: ``[n, H, C, 1]`` decay from each step to the chunk's end.
+        over_chunk: ``[n, H, 1, 1]`` decay over the chunk.
     """
 
     def __init__(self, log_decay: Tensor, substeps: int):
@@ -35,15 +40,13 @@ class ScalarDecay:
         self.to_query = token.exp()[..., None]
         self.to_step = step.exp()[..., None]
         self.to_end = (step[..., -1:] - step).exp()[..., None]
-        self.whole = step[..., -1].exp()[..., None, None]
+        self.over_chunk = step[..., -1].exp()[..., None, None]
 
     def _of(self, later: Tensor) -> Tensor:
         return self._pairs if later.shape[-2] == self._pairs.shape[-2] else self._read_pairs
 
     def pairs(self, later: Tensor, earlier: Tensor) -> Tensor:
-        """Multiply later ``[n, H, C or Cq, K]`` and earlier ``[n, H, C, K]`` to the matrix of pairs
-        j <= i.
-        """
+        """Multiply later ``[n, H, C or Cq, K]`` and earlier ``[n, H, C, K]`` for pairs j <= i."""
         return (later @ earlier.mT).mul_(self._of(later))
 
     def pairs_backward(
@@ -63,11 +66,11 @@ class ScalarDecay:
 
 
 class VectorDecay:
-    """log_decay ``[n, H, Cq, K]``, Cq a power of two; attributes as in :class:`ScalarDecay` with K
-    in place of the last 1.
+    """Decays by key channel: log_decay ``[n, H, Cq, K]``, Cq a power of two.
 
-    Pairs are found by halving: at each level the later half of a block meets its earlier half, both
-    measured from the boundary between them, so that every level is one batched matrix product.
+    Attributes are as in :class:`ScalarDecay` with K in place of the last 1. Pairs are found by
+    halving: at each level the later half of a block meets its earlier half, both measured from the
+    boundary between them, so that every level is one batched matrix product.
     """
 
     def __init__(self, log_decay: Tensor, substeps: int):
@@ -76,7 +79,7 @@ class VectorDecay:
         self.to_query = token.exp()
         self.to_step = self.to_query.repeat_interleave(substeps, -2)
         self.to_end = (token[..., -1:, :] - token).exp().repeat_interleave(substeps, -2)
-        self.whole = token[..., -1, :].exp()[..., None]
+        self.over_chunk = token[..., -1, :].exp()[..., None]
         self._levels: list[tuple[int, Tensor, Tensor]] = []
         half = 1
         while half < self._tokens:
@@ -92,14 +95,15 @@ class VectorDecay:
         return x.unflatten(-2, (-1, 2, half, x.shape[-2] // self._tokens))
 
     def _block(self, pairs: Tensor, half: int) -> Tensor:
-        """Return the view of ``pairs`` that a level fills: ``[n, H, blocks, half * rows, half *
-        s]``.
+        """Return the view of ``pairs`` that a level fills.
+
+        Its shape is ``[n, H, blocks, half * rows, half * s]``.
         """
         rows, columns = pairs.shape[-2] // self._tokens, self._substeps
         view = pairs.unflatten(-1, (-1, 2, half * columns)).unflatten(2, (-1, 2, half * rows))
         return view[:, :, :, 1, :, :, 0, :].diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3)
 
-    def _own_token(self, pairs: Tensor) -> Tensor:
+    def _within_token(self, pairs: Tensor) -> Tensor:
         """Return the view of pairs within one token: ``[n, H, tokens, rows, s]``."""
         rows, columns = pairs.shape[-2] // self._tokens, self._substeps
         view = pairs.unflatten(-1, (-1, columns)).unflatten(2, (-1, rows))
@@ -113,25 +117,25 @@ class VectorDecay:
             b = (self._halves(earlier, half)[:, :, :, 0] * before[..., None, :]).flatten(3, 4)
             self._block(pairs, half).copy_(a @ b.mT)
         a, b = (x.unflatten(2, (self._tokens, -1)) for x in (later, earlier))
-        own = self._own_token(pairs)
-        if own.shape[-2:] == (1, 1):
-            own.copy_((a * b).sum(-1)[..., None])
+        diagonal = self._within_token(pairs)
+        if diagonal.shape[-2:] == (1, 1):
+            diagonal.copy_((a * b).sum(-1)[..., None])
         else:
-            own.copy_(a @ b.mT if own.shape[-2] == 1 else (a @ b.mT).tril())
+            diagonal.copy_(a @ b.mT if diagonal.shape[-2] == 1 else (a @ b.mT).tril())
         return pairs
 
     def pairs_backward(
         self, d_pairs: Tensor, later: Tensor, earlier: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Compute :meth:`ScalarDecay.pairs_backward` for decays per channel."""
-        own = self._own_token(d_pairs)
-        if own.shape[-2] > 1:
-            own = own.tril()
+        diagonal = self._within_token(d_pairs)
+        if diagonal.shape[-2] > 1:
+            diagonal = diagonal.tril()
         a, b = (x.unflatten(2, (self._tokens, -1)) for x in (later, earlier))
-        if own.shape[-2:] == (1, 1):
-            d_later, d_earlier = (own * b).flatten(2, 3), (own * a).flatten(2, 3)
+        if diagonal.shape[-2:] == (1, 1):
+            d_later, d_earlier = (diagonal * b).flatten(2, 3), (diagonal * a).flatten(2, 3)
         else:
-            d_later, d_earlier = (own @ b).flatten(2, 3), (own.mT @ a).flatten(2, 3)
+            d_later, d_earlier = (diagonal @ b).flatten(2, 3), (diagonal.mT @ a).flatten(2, 3)
         for half, after, before in self._levels:
             block = self._block(d_pairs, half)
             after, before = after[..., None, :], before[..., None, :]
@@ -158,8 +162,10 @@ def chunk_decay(log_decay: Tensor, substeps: int) -> ScalarDecay | VectorDecay:
 
 
 def chunk_tokens(chunk_size: int, substeps: int, longest: int, per_channel: bool) -> int:
-    """Return the tokens per chunk: at most ``chunk_size`` sub-steps and no more than the longest
-    sequence, but a power of two where decays are per channel.
+    """Return the tokens per chunk.
+
+    There are at most ``chunk_size`` sub-steps and no more than the longest sequence, but a power of
+    two where decays are per channel.
     """
     tokens = min(chunk_size // substeps, max(longest, 1))
     return 1 << (tokens - 1).bit_length() if per_channel else tokens

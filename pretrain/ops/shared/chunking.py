@@ -13,7 +13,7 @@ from pretrain.data.sequences import ChunkLayout
 def to_chunks(x: Tensor, layout: ChunkLayout, *, head_axis: int) -> Tensor:
     """Cut ``[T, ..., H, ...]`` into ``[chunks, H, tokens per chunk, ...]``, zeros at padding.
 
-    ``head_axis`` is the place of H once the token axis has become (chunks, tokens per chunk).
+    ``head_axis`` is the index of H once the token axis has become (chunks, tokens per chunk).
     """
     return _ToChunks.apply(x, layout, head_axis)
 
@@ -34,7 +34,7 @@ def _tokens(x: Tensor, layout: ChunkLayout) -> Tensor:
 
 
 class _ToChunks(torch.autograd.Function):
-    """Every token has one place, so the way back is a gather too, not a slow scatter."""
+    """Tokens to chunks: every token has one slot, so backward is a gather too, no slow scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: ChunkLayout, head_axis: int) -> Tensor:
@@ -48,7 +48,7 @@ class _ToChunks(torch.autograd.Function):
 
 
 class _FromChunks(torch.autograd.Function):
-    """``[chunks, H, tokens per chunk, V]`` to ``[T, H, V]``."""
+    """Chunks ``[chunks, H, tokens per chunk, V]`` to tokens ``[T, H, V]``."""
 
     @staticmethod
     def forward(ctx: Any, chunks: Tensor, layout: ChunkLayout) -> Tensor:
@@ -62,5 +62,5 @@ class _FromChunks(torch.autograd.Function):
 
 
 def from_chunks(chunks: Tensor, layout: ChunkLayout) -> Tensor:
-    """``[chunks, H, tokens per chunk, V]`` to ``[T, H, V]``."""
+    """Return ``[T, H, V]`` of ``[chunks, H, tokens per chunk, V]``."""
     return _FromChunks.apply(chunks, layout)

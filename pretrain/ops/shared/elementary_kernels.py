@@ -8,8 +8,10 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x, APPROXIMATE: tl.constexpr):
-    """Compute tanh by the hardware's own (relative error 2^-11, below bfloat16's rounding), or by
-    the exponential and, where that would cancel, by the series.
+    """Compute tanh by the hardware's instruction or by the exponential.
+
+    The instruction has relative error 2^-11, below bfloat16's rounding; where the exponential would
+    cancel, the series is used.
     """
     if APPROXIMATE:
         return tl.inline_asm_elementwise(
@@ -24,8 +26,10 @@ def tanh(x, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
-    """Compute the sigmoid, never by the hardware's tanh: near 0 and 1 its error is that of the
-    difference to them, which is all that a gate of long memory has.
+    """Compute the sigmoid, never by the hardware's tanh.
+
+    Near 0 and 1 the error of tanh is that of the difference to them, which is all that a gate of
+    long memory has.
     """
     e = tl.exp(-tl.abs(x))
     return tl.where(x < 0.0, e, tl.full(x.shape, 1.0, x.dtype)) / (1.0 + e)

@@ -1,9 +1,8 @@
-"""What the package flash-linear-attention (fla) does for us on CUDA: linear attention, the delta
-rules and the short convolution, as fused kernels over chunks (backend ``fla``).
+"""Fused chunked kernels of the package flash-linear-attention (fla) on CUDA, backend ``fla``.
 
-Its kernels take bfloat16 or float16 and keep the state in float32. They are checked against our
-definitions where a GPU is (benchmarks/ops_gpu.py) and, on a CPU in Triton's interpreter, in
-tests/pretrain/ops/test_fla.py.
+They serve linear attention, the delta rules and the short convolution, take bfloat16 or float16 and
+keep the state in float32. They are checked against our definitions where a GPU is
+(benchmarks/ops_gpu.py) and, on a CPU in Triton's interpreter, in tests/pretrain/ops/test_fla.py.
 """
 
 from __future__ import annotations
@@ -41,8 +40,9 @@ def _found() -> bool:
 
 @functools.cache
 def _usable(device: torch.device) -> bool:
-    """Return whether there is an fla of the version that is tested here, and on Hopper a Triton
-    that compiles it right: before 3.7.1 gated backward passes came out wrong, and fla refuses.
+    """Return whether a tested version of fla is installed, with a Triton that compiles it right.
+
+    On Hopper, gated backward passes came out wrong before Triton 3.7.1, and fla refuses them.
     """
     if not _found() or not _at_least("flash-linear-attention", (0, 6)):
         return False
@@ -83,8 +83,9 @@ def fla_delta_rule(
     initial_state: Tensor,
     sequences: Sequences | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`pretrain.ops.delta_rule`; log_decay in float32. More than one Householder step
-    does not go with a decay per channel.
+    """Compute :func:`pretrain.ops.delta_rule`; log_decay in float32.
+
+    More than one Householder step cannot be combined with a decay per channel.
     """
     options = _options(q, scale, initial_state, sequences)
     beta = beta.to(q.dtype)
@@ -139,7 +140,7 @@ def _options(
 
 
 def _packed(sequences: Sequences) -> dict[str, Tensor]:
-    """Return what fla is told of packed sequences.
+    """Return fla's arguments for packed sequences.
 
     Made once, for fla itself caches what it derives by the tensor; the lengths come from the host,
     so that nothing waits for the device.

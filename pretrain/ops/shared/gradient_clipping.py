@@ -22,7 +22,5 @@ class _ClipGradient(torch.autograd.Function):
 
 
 def clip_gradient(x: Tensor, limit: float | None) -> Tensor:
-    """Return ``x``, whose gradient is clamped to +-``limit`` in the backward pass; with None it is
-    left as it is.
-    """
+    """Return ``x``; clamp its gradient to +-``limit`` in the backward pass, unless that is None."""
     return x if limit is None else _ClipGradient.apply(x, limit)

@@ -1,4 +1,4 @@
-"""Starting kernels, and when they can be."""
+"""Launches of kernels, and the conditions for them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pretrain.ops.shared.planning import Work, observe
 
 
 def launch(kernel: Any, grid: tuple[int, ...], work: Work, *arguments: Any, **options: Any) -> None:
-    """Run ``kernel``, which does ``work``, unless there is nothing to do. On the meta device, where
-    plans are made, nothing runs and the work is told.
+    """Run ``kernel``, which does ``work``, unless there is nothing to do.
+
+    On the meta device, where plans are made, nothing runs and the work is reported.
     """
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     if any(x.is_meta for x in tensors):

@@ -1,4 +1,4 @@
-"""Tensors without values that stand for ones on a device: how plans are made of the ops."""
+"""Tensors without values that stand for ones on a device, for plans made of the ops."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ _planned: ContextVar[str] = ContextVar("_planned", default="cpu")
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel does, for plans: matrix-multiply FLOPs, instructions of warps that it issues,
-    and cycles of its longest chain of steps that wait for each other, by what it compiles to.
+    """What a kernel does, for plans, by what it compiles to.
+
+    Attributes:
+        flops: matrix-multiply FLOPs.
+        instructions: instructions of warps that it issues.
+        cycles: length of its longest chain of steps that wait for each other.
     """
 
     flops: float

@@ -91,22 +91,22 @@ def _last_inputs(x: Tensor, initial_state: Tensor, packed: Sequences | None) -> 
         return torch.cat([initial_state, x[:, -history:]], 1)[:, -history:]
     taps = torch.arange(history, device=x.device)
     lengths = packed.sizes.long()[:, None]
-    place = lengths - history + taps  # in the sequence; before its start where negative
-    inside = x[0, (packed.cu_seqlens[:-1].long()[:, None] + place).clamp(0, x.shape[1] - 1)]
+    position = lengths - history + taps  # in the sequence; before its start where negative
+    inside = x[0, (packed.cu_seqlens[:-1].long()[:, None] + position).clamp(0, x.shape[1] - 1)]
     rows = torch.arange(num_sequences, device=x.device)[:, None]
-    before = initial_state[rows, (place + history).clamp_max(history - 1)]
-    return torch.where((place >= 0)[..., None], inside, before)
+    before = initial_state[rows, (position + history).clamp_max(history - 1)]
+    return torch.where((position >= 0)[..., None], inside, before)
 
 
 def _packed_index(sequences: Sequences, history: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay each sequence behind its own history.
+    """Arrange each sequence behind its history.
 
-    Returns the gather index into (all histories, all tokens), the place of each token's output,
-    and ``[N, history]`` places of the last inputs of each sequence.
+    Returns the gather index into (all histories, all tokens), the slot of each token's output, and
+    ``[N, history]`` slots of the last inputs of each sequence.
     """
     lengths, ids, device = sequences.sizes.long(), sequences.ids, sequences.device
     num_sequences, total = sequences.count, sequences.num_tokens
-    tokens = torch.arange(total, device=device) + history * ids  # output place of each token
+    tokens = torch.arange(total, device=device) + history * ids  # output slot of each token
     gather = torch.empty(total + history * num_sequences, dtype=torch.long, device=device)
     gather[tokens + history] = torch.arange(total, device=device) + history * num_sequences
     taps = torch.arange(history, device=device)
@@ -118,7 +118,10 @@ def _packed_index(sequences: Sequences, history: int) -> tuple[Tensor, Tensor, T
 
 
 class _Taps(torch.autograd.Function):
-    """extended [B, T + W - 1, D], weight [D, W] to [B, T, D], without W copies in backward."""
+    """Convolution of extended [B, T + W - 1, D] by weight [D, W], without W copies in backward.
+
+    The result is [B, T, D].
+    """
 
     @staticmethod
     def forward(ctx: Any, extended: Tensor, weight: Tensor) -> Tensor:

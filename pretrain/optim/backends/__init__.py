@@ -1,0 +1,1 @@
+"""Backends that compute gradients and update weights: megatron-core and DeepSpeed."""

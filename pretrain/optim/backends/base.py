@@ -1,4 +1,4 @@
-"""The protocol of what computes gradients and updates weights, and the choice among them."""
+"""The protocol of the backends that compute gradients and update weights, and their choice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BACKENDS = {
 
 
 class UpdateBackend(ABC):
-    """Own this process's wrapped stages and their optimizer.
+    """The owner of this process's wrapped stages and their optimizer.
 
     A step is :meth:`forward_backward`, then :meth:`optimizer_step`; both are called by every
     process. ``modules`` are the stages as megatron-core's schedules run them, ``step_seed`` is
@@ -79,10 +79,10 @@ class UpdateBackend(ABC):
         """Take note that weights and optimizer state were loaded, after so many updates."""
 
     def set_hyperparameters(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
-        """Give an optimizer's groups this step's settings: the one place where they are applied.
+        """Set this step's hyper-parameters on an optimizer's groups; nothing else applies them.
 
-        Also after a checkpoint, whose groups carry the settings of its own run. ``lr_mult`` and
-        ``wd_mult`` of a group are its parameters' multiples.
+        It is also called after loading a checkpoint, whose groups carry the settings of its run.
+        ``lr_mult`` and ``wd_mult`` of a group are its parameters' multiples.
         """
         for group in groups:
             group["lr"] = lr * group["lr_mult"]

@@ -36,12 +36,12 @@ with importing_megatron():
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
-_BUCKET = 200_000_000  # elements of a gradient bucket at most: DeepSpeed allocates it whole
+_BUCKET = 200_000_000  # elements of a gradient bucket at most: DeepSpeed allocates all of it
 _IN_FILES = 100_000_000  # parameters whose state is in memory at once, where it lies in files
 
 
 class _Topology:
-    """Present megatron-core's process groups under the names that DeepSpeed asks by."""
+    """megatron-core's process groups under the names that DeepSpeed asks for."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
@@ -75,7 +75,7 @@ def _import_deepspeed() -> Any:
 
 
 def shard_parameters(unit: nn.Module) -> None:
-    """Leave this rank its range of each of a unit's parameters (ZeRO-3).
+    """Shard a unit's parameters over the data-parallel ranks (ZeRO-3).
 
     The next unit can then be made without room for the full model. Every process must call.
     """
@@ -93,7 +93,7 @@ def shard_parameters(unit: nn.Module) -> None:
 
 
 class DeepSpeedBackend(DeepSpeedState):
-    """Own DeepSpeed's engine around this process's stages."""
+    """The owner of DeepSpeed's engine around this process's stages."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class DeepSpeedBackend(DeepSpeedState):
         parallel: ParallelConfig,
         num_micro_batches: int,
     ):
-        # Before DeepSpeed divides the parameters: names, shapes and marks are the model's own.
+        # Before DeepSpeed shards the parameters: names, shapes and marks are the model's own.
         self._take(parts, parallel.zero_stage)
         self.config, dtype = config, parts[0].context.dtype
         self._own_backward = self.stage > 1
@@ -146,7 +146,7 @@ class DeepSpeedBackend(DeepSpeedState):
             "stage": self.stage,
             "overlap_comm": parallel.overlap and self.stage > 1 and torch.cuda.is_available(),
             "reduce_bucket_size": min(_BUCKET, total),
-            # What is smaller stays whole on every process; DeepSpeed's own default is for models
+            # What is smaller stays replicated; DeepSpeed's own default is for models
             # of many millions.
             "stage3_param_persistence_threshold": min(100_000, total // 100),
         }
@@ -260,7 +260,7 @@ class DeepSpeedBackend(DeepSpeedState):
         return norm, True
 
     def gather_weights(self) -> None:
-        """Do nothing: DeepSpeed's step ends with gathered weights, or ZeRO-3 has none."""
+        """Return at once: DeepSpeed's step ends with gathered weights, or ZeRO-3 has none."""
 
 
 def _gradient(parameter: Any) -> Tensor:

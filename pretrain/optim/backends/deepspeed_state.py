@@ -1,4 +1,4 @@
-"""Weights and optimizer state where DeepSpeed keeps them, as boxes of the whole model's tensors."""
+"""Weights and optimizer state where DeepSpeed keeps them, as boxes of the full model's tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from pretrain.parallel.processes import data_parallel_rank_and_size
 
 
 class DeepSpeedState(UpdateBackend):
-    """Know what DeepSpeed makes of the parameters; ``optimizer`` is DeepSpeed's."""
+    """The part of the backend that knows what DeepSpeed makes of parameters and their state.
+
+    ``optimizer`` is DeepSpeed's.
+    """
 
     optimizer: Any
 
@@ -89,7 +92,7 @@ class DeepSpeedState(UpdateBackend):
         return moments
 
     def _mains(self) -> list[Any]:
-        """What the optimizer updates: parameters, or this process's ranges of them, flattened."""
+        """Return what the optimizer updates: parameters, or this process's flat ranges of them."""
         if self.stage == 0:
             return list(self._named.values())
         if self.stage == 3:
@@ -97,7 +100,7 @@ class DeepSpeedState(UpdateBackend):
         return list(self.optimizer.single_partition_of_fp32_groups)
 
     def _flat_of_two(self, parameter: Any, key: str) -> Tensor:
-        """ZeRO-1 and 2: this process's range of a flattened parameter, in float32."""
+        """Return this process's range of a flattened parameter, in float32 (ZeRO-1 and 2)."""
         mapping = parameter._hp_mapping
         if key == "param":
             return mapping.hp_fragment.data
@@ -113,7 +116,7 @@ class DeepSpeedState(UpdateBackend):
         return source.narrow(0, start, count)
 
     def _part_of_three(self, parameter: Any, values: Tensor) -> Boxes:
-        """ZeRO-3 cuts a flattened parameter in equal ranges, the last one filled up."""
+        """Return this process's box of a parameter that ZeRO-3 cuts in equal, padded ranges."""
         start = data_parallel_rank_and_size()[0] * values.numel()
         held = max(0, min(values.numel(), parameter.ds_numel - start))
         return flat_part(parameter, start, values.view(-1)[:held], tuple(parameter.ds_shape))
@@ -128,7 +131,7 @@ class DeepSpeedState(UpdateBackend):
                     self._fill_three(parameter)
         self._read = {}
         if self.stage == 3:
-            # Small parameters lie whole on every process after a step: what they were before.
+            # Small parameters are gathered on every process after a step: what they were before.
             self.optimizer._partition_all_parameters()
         if self.low_precision or self.stage in (0, 3):
             return
@@ -138,12 +141,13 @@ class DeepSpeedState(UpdateBackend):
                 parameter._hp_mapping.update_hp()
 
     def check_alignment(self) -> None:
-        """Raise UserError where DeepSpeed would read a gradient from a file into memory that direct
-        reading cannot begin at; it looks at no errors.
+        """Raise UserError where DeepSpeed would read a gradient from a file to unaligned memory.
+
+        Direct reading cannot begin there, and DeepSpeed checks for no errors.
         """
         for name, parameter in self._named.items():
-            place = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-            group, start, count = place
+            position = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            group, start, count = position
             moved = self.optimizer._swappable_optimizer_subgroup(group) and 4 * count >= 2**20
             if moved and start * 4 % 512:
                 raise UserError(
@@ -153,8 +157,9 @@ class DeepSpeedState(UpdateBackend):
                 )
 
     def _fill_three(self, parameter: Any) -> None:
-        """ZeRO-3: what was read for a parameter of a group that lies in files; and in float32 the
-        copy that DeepSpeed keeps of the weight.
+        """Copy back what was loaded for a parameter whose state lies in files (ZeRO-3).
+
+        In float32 also update the copy that DeepSpeed keeps of the weight.
         """
         for key in self._keys:
             if (key, parameter.ds_id) in self._read:
@@ -163,16 +168,16 @@ class DeepSpeedState(UpdateBackend):
             self._flat_of_three(parameter, "param").copy_(parameter.ds_tensor.data)
 
     def _of_group(self, group: int) -> list[Any]:
-        """ZeRO-3: the parameters whose state DeepSpeed keeps, and moves, together."""
+        """Return the parameters whose state DeepSpeed keeps, and moves, together (ZeRO-3)."""
         if self.stage < 3:
             return []
-        places = self.optimizer.grad_position
+        positions = self.optimizer.grad_position
         return [
-            p for p in self._named.values() if places[self.optimizer.get_param_id(p)][0] == group
+            p for p in self._named.values() if positions[self.optimizer.get_param_id(p)][0] == group
         ]
 
     def _read_files(self) -> dict[tuple[str, int], Tensor]:
-        """Copies of the optimizer's state as far as it lies in files."""
+        """Return copies of the optimizer's state as far as it lies in files."""
         read: dict[tuple[str, int], Tensor] = {}
         for group in range(len(self._mains())):
             with self._in_memory(group) as moved:
@@ -183,7 +188,7 @@ class DeepSpeedState(UpdateBackend):
 
     @contextlib.contextmanager
     def _in_memory(self, group: int, *, changed: bool = False) -> Iterator[bool]:
-        """Have a group's state in memory, if it lies in files (which is what is yielded)."""
+        """Keep a group's state in memory while open; yields whether it lies in files."""
         moved = self.stage == 3 and self.optimizer._swappable_optimizer_subgroup(group)
         if moved:
             self.optimizer._optimizer_states_and_gradient_swap_in(group)

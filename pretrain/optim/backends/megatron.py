@@ -95,7 +95,7 @@ _Home = tuple[torch.optim.Optimizer, dict[str, Any]]  # an optimizer and one of 
 
 
 class MegatronBackend(UpdateBackend):
-    """Wrap the stages in megatron-core's data parallel, and update them by its optimizer."""
+    """megatron-core's data parallel around the stages, and its optimizer."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class MegatronBackend(UpdateBackend):
             main.grad.add_(noise.view_as(main.grad))
 
     def _gradient_norm(self) -> float:
-        """Return the global norm; experts have an optimizer and groups of their own."""
+        """Return the global norm; experts have a separate optimizer and separate groups."""
         return math.hypot(
             *(
                 global_norm(

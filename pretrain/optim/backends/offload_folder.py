@@ -18,12 +18,13 @@ _BYTES = 16
 
 
 def make_offload_folder(parallel: ParallelConfig, parameters: int) -> Path:
-    """A new folder in ``parallel.offload_path`` for the state of so many ``parameters``, removed
-    when the process ends. One that was killed leaves its own, which the next one there removes:
-    nobody holds its lock.
+    """Make a folder in ``parallel.offload_path`` for the state of so many ``parameters``.
 
-    Raises UserError where DeepSpeed could not read and write files, there can be no folder, or it
-    has no room for what this machine's processes need; DeepSpeed notices no failing write.
+    It is removed when the process ends. A killed process leaves its folder, which the next run
+    there removes: nobody holds its lock.
+
+    Raises UserError where DeepSpeed cannot read and write files, the folder cannot be made, or
+    there is no room for what this machine's processes need; DeepSpeed notices no failing write.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 

@@ -157,14 +157,14 @@ def test_gradients_go_through_the_last_passes_alone():
     kept, inputs = [], []
     original = recursion.forward
 
-    def recorded(x, run, *, whole):
+    def recorded(x, run, *, all_passes):
         inputs.append(x)
 
         def run_and_keep(state, i):
             kept.append(run(state, i))
             return kept[-1]
 
-        return original(x, run_and_keep, whole=whole)
+        return original(x, run_and_keep, all_passes=all_passes)
 
     recursion.forward = recorded
     recursion.begin_step(0, 0, 0)
@@ -190,8 +190,8 @@ def test_recurrences_are_drawn_alike_and_follow_the_paper():
     expected = sample_recurrences(3, 5, 11)
     tokens, targets = torch.randint(VOCAB, (2, 1, 5))
 
-    def losses(place, places, micro_batches):
-        model.recursion.begin_step(5, 11, place, places)
+    def losses(rank, world_size, micro_batches):
+        model.recursion.begin_step(5, 11, rank, world_size)
         found = [model(tokens, targets).sum().item() for _ in range(micro_batches)]
         assert model.recursion.metrics() == {"recurrences": expected}
         return found
@@ -234,7 +234,7 @@ def test_halting_weighs_the_states_of_each_token():
         states.append(torch.tanh(state + index))
         return states[-1]
 
-    output, cost = recursion(x, run, whole=True)
+    output, cost = recursion(x, run, all_passes=True)
     used = set()
     for t in range(7):
         for b in range(2):

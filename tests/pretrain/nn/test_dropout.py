@@ -72,9 +72,9 @@ def test_the_size_of_micro_batches_changes_nothing(micro_batch_size):
 
 
 def test_the_global_batch_is_shared_out_with_its_masks():
-    def masks(place, places):
+    def masks(rank, world_size):
         dropout = Dropout(0.5, 6, current_context(torch.float32))
-        dropout.begin_step(0, 0, place, places)
+        dropout.begin_step(0, 0, rank, world_size)
         return [dropout.next_micro_batch()(torch.ones(12, 1, 4), EMBEDDING) for _ in range(2)]
 
     four = masks(0, 1)

@@ -151,10 +151,10 @@ def test_exchanges_run_beside_products(sequence_parallel, monkeypatch):
 def test_no_layer_keeps_the_tokens_of_other_processes(name, monkeypatch):
     """Of a shared input, sequence parallelism keeps a process's own part for the backward pass."""
     gathered, kept = {}, set()
-    whole_input = shared_input._Gradients.whole_input
+    full_input = shared_input._Gradients.full_input
 
     def noted(self, x):
-        whole = whole_input(self, x)
+        whole = full_input(self, x)
         gathered[whole.untyped_storage().data_ptr()] = whole
         return whole
 
@@ -162,7 +162,7 @@ def test_no_layer_keeps_the_tokens_of_other_processes(name, monkeypatch):
         kept.add(tensor.untyped_storage().data_ptr())
         return tensor
 
-    monkeypatch.setattr(shared_input._Gradients, "whole_input", noted)
+    monkeypatch.setattr(shared_input._Gradients, "full_input", noted)
     with as_process(0, 2, ParallelConfig(tensor=2, sequence=True)):
         context = current_context(torch.float32, sequence_parallel=True)
         model = LanguageModel(cases()[name], VOCAB, context)
