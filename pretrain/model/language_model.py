@@ -74,7 +74,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, State]:
         """Run x ``[T, B, d]`` through the block; returns the same shape and the mixer's state.
 
-        ``drop``: from what mixer and MLP add, at pass ``depth`` of a loop.
+        ``drop`` applies dropout to what mixer and MLP add, at pass ``depth`` of a loop.
         """
         y, state = self.mixer(self.mixer_norm(x), sequences=sequences, state=state)
         x = x + (y if drop is None else drop(y, (self.index, depth, 0)))
@@ -427,7 +427,7 @@ class LanguageModel(DescribedModule):
         return found
 
     def update_biases(self) -> None:
-        """Update the biases of mixtures of experts after a step."""
+        """Update the load-balancing biases of all MoE layers after an optimizer step."""
         for index in self.stage.blocks:
             mlp = cast(Block, self.blocks[index]).mlp
             if isinstance(mlp, MoE):

@@ -48,7 +48,7 @@ class ColumnParallelLinear(ReadsSharedInput):
         self.weight = matrix_parameter(context, (rows, d_in), std, 0, grows=grows)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply an x that comes from :func:`column_input`."""
+        """Multiply x ``[..., d_in]``, which comes from :func:`column_input`."""
         shared = project(x, self.weight, id(self))
         return F.linear(x, self.weight) if shared is None else shared
 

@@ -47,7 +47,7 @@ class ParallelContext:
         return default if default.type != "cpu" or self.home is None else self.home
 
     def local(self, count: int, what: str) -> int:
-        """Return this rank's share of ``count`` heads or channels; ValueError if it is uneven."""
+        """Return this rank's number of ``count`` heads or channels; ValueError if it is uneven."""
         if count % self.tensor_size:
             raise ValueError(
                 f"{what} is {count}, which tensor parallel size {self.tensor_size} does not divide"

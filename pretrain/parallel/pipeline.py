@@ -31,7 +31,7 @@ def run_schedule(
     for _, alike in itertools.groupby(batches, key=lambda b: b.tokens.shape):
         group = list(alike)
         if forward_only:
-            group = _whole_rounds(group)
+            group = _full_rounds(group)
         for result in _through(_forward_step, modules, group, forward_only):
             total += result["sums"]
     return total
@@ -60,7 +60,7 @@ def score_schedule(
             )
         return output, lambda scores: (scores.sum(), scores.new_ones((), dtype=torch.int32), scores)
 
-    group = _whole_rounds(list(batches))
+    group = _full_rounds(list(batches))
     return list(_through(step, modules, group, forward_only=True))[: len(batches)]
 
 
@@ -84,7 +84,7 @@ def _through(
     return found
 
 
-def _whole_rounds(batches: list[Batch]) -> list[Batch]:
+def _full_rounds(batches: list[Batch]) -> list[Batch]:
     """Pad micro-batches to full rounds of the interleaved schedule, with ones that count nothing.
 
     A round is as many micro-batches as there are stages.

@@ -43,7 +43,7 @@ class _Gradients:
     gathered: tuple[Tensor, dist.Work] | None = None
 
     def gather(self, x: Tensor) -> None:
-        """Start to, unless that was done."""
+        """Start the all-gather unless it is already running."""
         if self.sequence_parallel and self.gathered is None:
             full = x.new_empty(x.shape[0] * self.group.size(), *x.shape[1:])
             work = dist.all_gather_into_tensor(

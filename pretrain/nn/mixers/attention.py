@@ -133,7 +133,7 @@ class Attention(Mixer):
         return self.o_proj(y), {**self._visible(k, v, sequences_k), "seen": seen}
 
     def _visible(self, k: Tensor, v: Tensor, sequences: Sequences) -> State:
-        """Return what later tokens can still see."""
+        """Return the keys and values that later tokens can still attend to."""
         lengths, window = sequences.sizes, self.config.window
         if window is not None and sequences.max_length > window:
             kept = sequences.last_tokens(window)

@@ -97,7 +97,7 @@ class RAT(Mixer):
         self.g_bias = gate_parameter(parallel, (self.num_heads * self.head_dim,), self._bias_init)
 
     def _bias_init(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Log U(1, L - 1): averages over 2 to L tokens."""
+        """Draw log U(1, L - 1): averages over 2 to L tokens."""
         high = max(self.config.chunk_size - 1, 1)
         return (1 + torch.rand(shape, generator=generator) * (high - 1)).log()
 

@@ -52,8 +52,8 @@ def m2rnn(
     ``initial_state`` is ``[N, H, K, V]``.
 
     backend: ``recurrent`` is the definition, a plain loop through autograd; ``checkpointed`` the
-    same loop with a backward pass of its own, which keeps the state of every
-    ``checkpoint_every``-th step alone; ``triton`` the same in one kernel each way, q, k, v of one
+    same loop with an explicit backward pass, which keeps only the state of every
+    ``checkpoint_every``-th step; ``triton`` the same in one kernel each way, q, k, v of one
     dtype, ``checkpoint_every`` a multiple of 4 (64 by default). ``auto`` takes ``triton`` on CUDA
     for V of at most 128 (float32: 64) and ``checkpointed`` elsewhere.
 

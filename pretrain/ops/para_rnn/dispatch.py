@@ -51,13 +51,13 @@ def para_gru(
     packed; ``initial_state`` is ``[N, D]``.
 
     backend: ``sequential`` is the definition, a plain loop; ``newton`` solves for all steps at
-    once; ``triton_newton`` does so in one kernel, ``triton_steps`` walks through time in one, and
-    both have the same kernel for the way back; ``triton`` is the former for few channels (of all
+    once; ``triton_newton`` does so in one kernel, ``triton_steps`` steps through time in one, and
+    both share the backward kernel; ``triton`` is the former for few channels (of all
     sequences together) and the latter for many. ``auto`` takes ``triton`` on CUDA and ``newton``
     elsewhere, ``sequential`` where every sequence is a single token. Newton steps are made until a
     sequence's residual is at most ``tolerance`` (default 1e-5, in float64 1e-11), usually 3 (in
-    float64 4). One that is not there after ``iterations`` is computed step by step instead (of
-    ``triton_newton``: its segments of time that are not there), and ``report`` counts it; without
+    float64 4). One that has not converged after ``iterations`` is computed step by step instead (of
+    ``triton_newton``: its tiles that have not converged), and ``report`` counts it; without
     ``fallback`` it stays as it is then.
 
     Returns h of all steps ``[B, T, D]`` in u's dtype and the last, float32 or wider.

@@ -30,7 +30,7 @@ class Work:
     cycles: float
 
     def share(self, part: float) -> Work:
-        """Return so much of it."""
+        """Scale all counts by ``part``."""
         return Work(self.flops * part, self.instructions * part, self.cycles * part)
 
 

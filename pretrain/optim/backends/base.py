@@ -76,7 +76,7 @@ class UpdateBackend(ABC):
 
     @abstractmethod
     def loaded(self, num_updates: int) -> None:
-        """Take note that weights and optimizer state were loaded, after so many updates."""
+        """Update what depends on loaded weights and state, of ``num_updates`` updates."""
 
     def set_hyperparameters(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
         """Set this step's hyper-parameters on an optimizer's groups; nothing else applies them.

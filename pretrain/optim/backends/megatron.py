@@ -177,7 +177,7 @@ class MegatronBackend(UpdateBackend):
         return run_schedule(self.modules, batches, forward_only=False)
 
     def optimizer_step(self, lr: float, loss: float) -> tuple[float, bool]:
-        """Clip, add noise if wanted, and update; untouched where something is not finite."""
+        """Clip, add noise if wanted, and update; skip the update where something is not finite."""
         self.set_hyperparameters(self.optimizer.param_groups, lr)
         with device_scope():
             self.optimizer.prepare_grads()
