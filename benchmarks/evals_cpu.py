@@ -33,7 +33,7 @@ HYBRID = {
 
 
 def requests(limit: int, task: str) -> list[Any]:
-    from evals.tasks.generated import TextSettings
+    from evals.tasks.family import TextSettings
     from evals.tasks.loading import load_tasks
 
     loaded = load_tasks([task], TextSettings(len, 1))["tasks"][task]

@@ -22,10 +22,10 @@ from pathlib import Path
 import sentencepiece
 
 from data_prep.config import SourceConfig, TokenizerConfig
-from data_prep.local_files import StandardLibrary
 from data_prep.progress import Progress
 from data_prep.screen import ProgressDisplay
 from data_prep.shards import indexed_dataset, write_shards
+from data_prep.source_kinds.stdlib import StandardLibrary
 from data_prep.sources import open_source
 from data_prep.tokenizer_training import train_sentencepiece
 from data_prep.workers import WorkerPool

@@ -7,9 +7,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pretrain.common.config_loader import Config, ConfigError, load_config, setting
+from data_prep.registry import source_class, source_kinds
+from pretrain.common.config_loader import (
+    Config,
+    ConfigError,
+    OneOf,
+    build_config,
+    load_config,
+    setting,
+)
+
+SourceKind = Annotated[str, OneOf(source_kinds)]
 
 
 @dataclass
@@ -18,7 +28,7 @@ class SourceConfig(Config):
 
     name: str
     """Name of the source, also in the names of its shards."""
-    kind: Literal["stdlib", "files", "huggingface"] = setting()
+    kind: SourceKind = setting()
     """Python's standard library, files on disk, or a data set for the library ``datasets``."""
     weight: float = setting(1.0, above=0)
     """Share of the samples that training takes from this source, relative to the other weights."""
@@ -41,6 +51,8 @@ class SourceConfig(Config):
     """Of kind ``huggingface``: branch, tag or commit of the data set; null: the newest."""
     streaming: bool = False
     """Of kind ``huggingface``: whether rows are read as they arrive instead of after a download."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of other kinds: the settings that their modules in data_prep/source_kinds declare."""
 
 
 @dataclass
@@ -78,12 +90,6 @@ class DataPrepConfig(Config):
     """Seed of the tokenizer's training sample."""
 
 
-_ONLY_FOR = {
-    "files": ("paths",),
-    "huggingface": ("dataset", "config", "data_files", "split", "revision", "streaming"),
-}
-
-
 def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataPrepConfig:
     """Read and check a data config.
 
@@ -107,15 +113,21 @@ def load_data_config(path: str | Path, overrides: Sequence[str] = ()) -> DataPre
 
 
 def _check_kind(source: SourceConfig, where: str) -> None:
-    if source.kind == "files" and not source.paths:
-        raise ConfigError(f"{where}.paths must be set: the files, folders or globs to read")
-    if source.kind == "huggingface" and not source.dataset:
-        raise ConfigError(f"{where}.dataset must be set: a hub name, a builder, or a folder")
-    defaults = {item.name: item for item in dataclasses.fields(SourceConfig)}
-    for kind, names in _ONLY_FOR.items():
-        for name in names:
-            item = defaults[name]
-            factory = item.default_factory
-            default = item.default if factory is dataclasses.MISSING else factory()
-            if source.kind != kind and getattr(source, name) != default:
-                raise ConfigError(f"{where}.{name} is only for kind {kind}, not {source.kind}")
+    """Check the settings that only some kinds of sources have, by what the kinds declare."""
+    own, options = source_class(source.kind).settings, source_class(source.kind).options_class
+    for name, expected in own.items():
+        if expected is not None and not getattr(source, name):
+            raise ConfigError(f"{where}.{name} must be set: {expected}")
+    default = SourceConfig(source.name, source.kind)
+    owners: dict[str, list[str]] = {}
+    for kind in source_kinds():
+        for name in source_class(kind).settings:
+            owners.setdefault(name, []).append(kind)
+    for name, kinds in owners.items():
+        if name not in own and getattr(source, name) != getattr(default, name):
+            only = " and ".join(kinds)
+            raise ConfigError(f"{where}.{name} is only for kind {only}, not {source.kind}")
+    if options is not None:
+        build_config(options, source.options, f"{where}.options")
+    elif source.options:
+        raise ConfigError(f"{where}.options is {source.options}, but {source.kind} has none")

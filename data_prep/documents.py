@@ -10,9 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from data_prep.config import SourceConfig
+from pretrain.common.config_loader import Config, build_config
 from pretrain.common.errors import UserError
 
 
@@ -25,10 +26,21 @@ class Document:
 
 
 class Source(ABC):
-    """Text in a fixed order, readable from any position."""
+    """Text in a fixed order, readable from any position; a kind of source is a subclass."""
+
+    settings: ClassVar[dict[str, str | None]] = {}
+    """The settings of :class:`SourceConfig` that are for this kind alone. What has words is to be
+    set, and the words say to what."""
+    options_class: ClassVar[type[Config] | None] = None
+    """The dataclass of further settings, which a data config gives under ``options``."""
+    options: Any = None
+    """Those settings, an instance of it."""
 
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
+        if self.options_class is not None:
+            where = f"source '{config.name}'"
+            self.options = build_config(self.options_class, config.options, where)
 
     @property
     @abstractmethod

@@ -142,6 +142,9 @@ def _settings(config: DataPrepConfig) -> dict[str, Any]:
     """Return the settings that decide the shards' content: not the output nor the processes."""
     settings = dataclasses.asdict(config)
     del settings["output"], settings["processes"]
+    for source in settings["sources"]:
+        if not source["options"]:
+            del source["options"]  # data sets of kinds without any may be older than the setting
     if config.tokenizer.path:
         settings["tokenizer"] = {"sha256": Tokenizer.load(config.tokenizer.path).sha256}
     return settings

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from data_prep.config import SourceConfig
 from data_prep.documents import Source
-from data_prep.huggingface import HuggingFace
-from data_prep.local_files import Files, StandardLibrary, find_files
+from data_prep.registry import source_class
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -13,8 +12,4 @@ def open_source(config: SourceConfig) -> Source:
 
     Raises :class:`UserError` when it is missing or holds no files.
     """
-    if config.kind == "stdlib":
-        return StandardLibrary(config)
-    if config.kind == "files":
-        return Files(config, find_files(config))
-    return HuggingFace(config)
+    return source_class(config.kind)(config)

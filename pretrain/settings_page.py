@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pretrain.common.config_loader import NULL_ALLOWED, field_types
+from pretrain.common.config_loader import NULL_ALLOWED, OneOf, field_types
 from pretrain.nn.mixers import registry
 
 HEAD = """# Settings
@@ -135,6 +135,9 @@ def _table(schema: type, prefix: str) -> str:
 def _type(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
+        for mark in arguments:
+            if isinstance(mark, OneOf):
+                return ", ".join(f"`{choice}`" for choice in mark.names())
         return _type(arguments[0]) + (" or null" if NULL_ALLOWED in arguments else "")
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if a is types.NoneType else _type(a) for a in arguments)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from evals.harness.evaluation import evaluate_tasks, seeded, set_examples
-from evals.tasks.generated import COUNT, TextSettings
+from evals.tasks.family import COUNT, TextSettings
 from evals.tasks.loading import load_tasks
 from pretrain.common.errors import UserError
 

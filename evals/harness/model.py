@@ -20,7 +20,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from evals.tasks.generated import COUNT, TextSettings
+from evals.tasks.family import COUNT, TextSettings
 from pretrain.common.errors import UserError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.score import Pair, Prompt, Scorer

@@ -11,7 +11,7 @@ from evals.scaling.parameters import Array
 from pretrain.common.config_loader import build_config
 from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
-from pretrain.optim.schedule import learning_rate
+from pretrain.config.schedule import learning_rate
 
 JUMP = 0.2  # relative change between two logged steps that counts as abrupt
 

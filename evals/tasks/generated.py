@@ -7,49 +7,18 @@ are scored as in RULER, by the share of the answers that the text contains, igno
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from evals.synthetic.long_context import LONG_TASKS, make_texts
 from evals.synthetic.text_problems import DEFAULT_LENGTH, PROBLEMS, make_problems
+from evals.tasks.family import (
+    TaskFamily,
+    TextSettings,
+    parse_name,
+    share_of_answers,
+    shared_settings,
+)
 from pretrain.common.errors import UserError
-
-VERSION = 1
-COUNT = 500  # RULER's
-GENERATED = (*LONG_TASKS, *PROBLEMS)
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """Settings of generated texts.
-
-    ``tokens`` counts a text's tokens, including the one that it begins with; ``max_length`` is a
-    request's limit in tokens; ``count`` is the number of documents per task.
-    """
-
-    tokens: Callable[[str], int]
-    max_length: int
-    count: int = COUNT
-    seed: int = 0
-
-
-def parse_name(name: str) -> tuple[str, int | None]:
-    """Split ``TASK@LENGTH`` into the task and its length or None.
-
-    Raises UserError for a length that is not a positive number.
-    """
-    task, at, length = name.partition("@")
-    if at and (not length.isdecimal() or int(length) < 1):
-        raise UserError(f"--tasks names '{name}', expected {task}@LENGTH, such as {task}@1024")
-    return task, int(length) if at else None
-
-
-def share_of_answers(document: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Score a text by the share of the answers in it; this is lm-eval's ``process_results``."""
-    text = results[0].lower()
-    found = [answer.lower() in text for answer in document["answers"]]
-    return {"contains": sum(found) / len(found)}
 
 
 def generated_config(name: str, settings: TextSettings) -> dict[str, Any]:
@@ -75,7 +44,7 @@ def _long_config(name: str, task: str, length: int, settings: TextSettings) -> d
         raise UserError(str(error)) from None
     rows = [{"prompt": text.prompt, "answers": text.answers} for text in texts]
     return {
-        **_common(name, length, settings, {"test": rows}),
+        **shared_settings(name, length, settings, {"test": rows}),
         "output_type": "generate_until",
         "num_fewshot": 0,
         "doc_to_target": "{{answers[0]}}",
@@ -107,7 +76,7 @@ def _problem_config(name: str, task: str, length: int, settings: TextSettings) -
             }
             for p in problems
         ]
-    common = {**_common(name, length, settings, splits), "fewshot_split": "train"}
+    common = {**shared_settings(name, length, settings, splits), "fewshot_split": "train"}
     if splits["test"][0]["choices"]:
         return {
             **common,
@@ -130,18 +99,9 @@ def _problem_config(name: str, task: str, length: int, settings: TextSettings) -
     }
 
 
-def _common(
-    name: str, length: int, settings: TextSettings, splits: dict[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
-    def load(**_: Any) -> dict[str, Any]:
-        from datasets import Dataset
-
-        return {split: Dataset.from_list(rows) for split, rows in splits.items()}
-
-    return {
-        "task": name,
-        "custom_dataset": load,
-        "test_split": "test",
-        "doc_to_text": "{{prompt}}",
-        "metadata": {"version": VERSION, "length": length, "seed": settings.seed},
-    }
+FAMILIES = (
+    TaskFamily("long contexts, after RULER (NAME@TOKENS)", tuple(LONG_TASKS), generated_config),
+    TaskFamily(
+        "state tracking, recall, copying (NAME@ELEMENTS)", tuple(PROBLEMS), generated_config
+    ),
+)

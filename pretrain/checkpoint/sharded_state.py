@@ -1,18 +1,15 @@
 """Tensors of a checkpoint as far as this process holds them: as boxes of the full tensor.
 
-Saved and loaded by torch.distributed.checkpoint, whatever layout either side has: every process
-writes what it alone has, without exchanging anything, and reads what it needs. That module, which
-takes most of a second to import, is imported where something is saved or loaded.
+Saved and loaded whatever layout either side has: every process writes what it alone has, and reads
+what it needs; see :mod:`pretrain.checkpoint.storage`.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,10 +17,6 @@ from torch import Tensor, nn
 
 from pretrain.nn.parameters import info_of
 from pretrain.parallel.processes import data_parallel_rank_and_size, tensor_parallel_rank
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-    from torch.distributed.checkpoint.planner import WriteItem
 
 Shape = tuple[int, ...]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,33 +37,12 @@ class Boxes:
         """Return a copy whose values are in the CPU's memory."""
         return Boxes(self.full_shape, ((o, t.to("cpu", copy=True)) for o, t in self.parts.items()))
 
-    def _chunks(self) -> Iterator[tuple[ChunkStorageMetadata, Tensor]]:
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-
-        for offsets, tensor in self.parts.items():
-            yield ChunkStorageMetadata(offsets=offsets, sizes=tensor.size()), tensor
-
-    # The names that torch.distributed.checkpoint looks for.
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
-        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk, TensorProperties.create_from_tensor(tensor), self.full_shape
-                ),
-            )
-            for chunk, tensor in self._chunks()
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [chunk for chunk, _ in self._chunks()]
-
 
 State = dict[str, Boxes]
+
+
+class StorageError(Exception):
+    """Tensors that could not be written or read; the message says why."""
 
 
 class StateOfTraining(Protocol):
@@ -92,43 +64,6 @@ class HoldsState(Protocol):
     @property
     def backend(self) -> StateOfTraining:
         """Return what holds the weights and the optimizer state."""
-
-
-def save_state(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Write the parts of all processes into ``folder``; all processes of ``group`` must call.
-
-    Raises CheckpointException, on every process, where one could not write.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    from pretrain.checkpoint.planners import SavePlanner
-
-    dcp.save(
-        {name: boxes for name, boxes in state.items() if boxes.parts},
-        # Copying ahead would wait for the GPU's stream, and the tensors are on the CPU.
-        storage_writer=dcp.FileSystemWriter(folder, per_thread_copy_ahead=0),
-        planner=SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        process_group=group,
-    )
-
-
-def load_state(state: State, folder: Path) -> None:
-    """Fill the tensors in place; each process reads for itself.
-
-    Raises CheckpointException where the folder lacks a name or has it in another shape.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    from pretrain.checkpoint.planners import LoadPlanner
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*load in a single process")
-        dcp.load(
-            {name: boxes for name, boxes in state.items() if boxes.parts},
-            storage_reader=dcp.FileSystemReader(folder),
-            planner=LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=True,
-        )
 
 
 def global_shape(parameter: Tensor, shape: Shape) -> tuple[Shape, Shape]:

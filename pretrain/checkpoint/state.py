@@ -1,10 +1,10 @@
 """Checkpoints: complete or absent, checked before use, loadable under any layout of processes.
 
-``checkpoints/step-N/`` holds torch's distributed checkpoint (weights, optimizer state), the
-resolved ``config.yaml``, ``state.json`` and ``files.json``, the size and sha256 of every file. It
-is written under another name, flushed to disk, and renamed; ``latest`` is written after that. The
-data position, the schedule and the random numbers are functions of the step, so the step is their
-state.
+``checkpoints/step-N/`` holds the tensors (weights, optimizer state; see storage.py), the
+resolved ``config.yaml``, ``state.json`` and ``files.json``, the size and sha256 of every file.
+It is written under another name, flushed to disk, and renamed; ``latest`` is written after that.
+The data position, the schedule and the random numbers are functions of the step, so the step is
+their state.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from torch import nn
 from pretrain.checkpoint.sharded_state import (
     HoldsState,
     State,
+    StorageError,
     full_part,
-    load_state,
     optimizer_key,
     weights_state,
 )
+from pretrain.checkpoint.storage import FORMATS, load_state
 from pretrain.common.config_loader import build_config, flattened
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_sha256
@@ -85,7 +86,8 @@ def check_files(checkpoint: Path, how: str = "sha256", rank: int = 0, size: int 
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         raise _damaged(checkpoint, "files.json is missing or unreadable") from None
-    if not {".metadata", "state.json", CONFIG_FILE} <= expected.keys():
+    indexed = any(index in expected for index in FORMATS.values())
+    if not (indexed and {"state.json", CONFIG_FILE} <= expected.keys()):
         raise _damaged(checkpoint, "files.json does not list what a checkpoint is made of")
     for number, (name, (length, sha256)) in enumerate(expected.items()):
         path = checkpoint / name
@@ -189,10 +191,8 @@ def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) 
 
 
 def _load(state: State, checkpoint: Path) -> None:
-    from torch.distributed.checkpoint.api import CheckpointException
-
     try:
         load_state(state, checkpoint)
-    except CheckpointException as error:
+    except StorageError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"checkpoint {checkpoint} does not fit the model: {reason}") from None

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pretrain.checkpoint.sharded_state import HoldsState, State, save_state, weights_state
+from pretrain.checkpoint.sharded_state import HoldsState, State, StorageError, weights_state
 from pretrain.checkpoint.state import CheckpointState
+from pretrain.checkpoint.storage import save_state, storage
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_sha256, sync, write_bytes, write_json
 from pretrain.config import RunConfig, to_yaml
@@ -85,8 +86,6 @@ class CheckpointWriter:
             self._group = None
 
     def _write(self, local: State, state: CheckpointState) -> Path:
-        from torch.distributed.checkpoint.api import CheckpointException
-
         final = self.directory / checkpoint_name(state.step)
         writing = on_main_process(lambda: self._begin(final), self._group)
         try:
@@ -94,8 +93,8 @@ class CheckpointWriter:
             on_main_process(lambda: self._describe(writing, state), self._group)
             hashes = _hash_all_files(writing, self._group)
             on_main_process(lambda: _publish(writing, final, hashes, self.config), self._group)
-        except (CheckpointException, OSError) as error:
-            # Every process gets here when one of them fails.
+        except (StorageError, OSError) as error:
+            # Every process gets here for what befell one of them.
             refusal = _not_written(final, error)
             shutil.rmtree(writing, ignore_errors=True)
             raise refusal from None
@@ -180,7 +179,7 @@ def _hash_all_files(folder: Path, group: dist.ProcessGroup | None) -> dict[str, 
     names = on_main_process(list_files, group)
 
     def check_seen() -> None:
-        if any(p.name not in names for p in folder.glob(f"__{dist.get_rank()}_*")):
+        if any(p.name not in names for p in storage().files_of(folder, dist.get_rank())):
             raise OSError(
                 errno.ENOENT,
                 "the main process does not see what another one wrote; the run "

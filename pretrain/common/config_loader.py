@@ -18,7 +18,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast
 
@@ -32,6 +32,17 @@ T = TypeVar("T")
 NULL_ALLOWED = "null allowed"
 # A number that may be null until something else determines it; its readers see an int.
 Derived = Annotated[int, NULL_ALLOWED]
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Mark text as one of the names in a registry: ``Annotated[str, OneOf(list_names)]``.
+
+    As a Literal whose choices are known only when a value is checked: a new entry of the registry
+    is a new choice, without a line where the setting is declared.
+    """
+
+    names: Callable[[], Iterable[str]]
 
 
 class ConfigError(UserError):
@@ -241,6 +252,9 @@ def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
     if origin is Annotated:
         if value is None and NULL_ALLOWED in arguments:
             return None
+        for mark in arguments[1:]:
+            if isinstance(mark, OneOf):
+                return _convert_choice(tuple(mark.names()), value, name, where)
         return _convert(arguments[0], value, name, where)
     if origin is Literal:
         return _convert_choice(arguments, value, name, where)

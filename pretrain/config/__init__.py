@@ -3,9 +3,10 @@
 from pretrain.common.config_loader import ConfigError, to_yaml
 from pretrain.config.data import DataConfig, DataSource
 from pretrain.config.model import MLPConfig, ModelConfig, MoEConfig, RecursionConfig
-from pretrain.config.optimizer import DECAYS, SCHEDULES, OptimizerConfig, ScheduleConfig
+from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ZERO_BACKENDS, ParallelConfig
 from pretrain.config.run import InitializeConfig, RunConfig, load_saved_config
+from pretrain.config.schedule import DECAYS, SCHEDULES, ScheduleConfig, learning_rate
 from pretrain.config.train import (
     CheckpointConfig,
     EvalConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "SpikeConfig",
     "TrainConfig",
     "ValidationConfig",
+    "learning_rate",
     "load_saved_config",
     "to_yaml",
 ]

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from pretrain.common.config_loader import ConfigError, load_config, validate
 from pretrain.config import ModelConfig, RecursionConfig, RunConfig
+from pretrain.config.optimizer import WHOLE_MATRICES
 from pretrain.config.parallel import check_world_size
+from pretrain.config.schedule import check_schedule
 from pretrain.model.spec import block_specs
 from pretrain.model.stages import split_into_stages
 from pretrain.nn.mixers.base import SHAREABLE
@@ -55,32 +57,24 @@ def check_run_config(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: optimizer.betas is {optimizer.betas}, expected two numbers in [0, 1)"
         )
-    if config.schedule.decay == "exponential" and config.schedule.final_ratio == 0:
-        raise ConfigError(
-            f"{where}: schedule.final_ratio is 0, which an exponential decay never reaches; "
-            "expected more than 0"
-        )
-    flat = train.num_steps * (1 - config.schedule.decay_fraction)
-    if config.schedule.kind in ("wsd", "two_stage") and config.schedule.warmup_steps > flat:
-        raise ConfigError(
-            f"{where}: schedule.warmup_steps is {config.schedule.warmup_steps}, but the decay "
-            f"begins after {flat:g} of the {train.num_steps} steps"
-        )
-    if config.schedule.warmup_steps > train.num_steps:
-        raise ConfigError(
-            f"{where}: schedule.warmup_steps is {config.schedule.warmup_steps}, more than the "
-            f"{train.num_steps} steps of the run"
-        )
+    check_schedule(config.schedule, train.num_steps, where)
 
 
 def _check_optimizer(config: RunConfig, where: str) -> None:
     """Refuse what the backend or the layout cannot do."""
     optimizer, parallel = config.optimizer, config.parallel
-    if optimizer.kind == "muon" and (parallel.zero_stage or parallel.zero_backend != "megatron"):
+    if optimizer.kind in WHOLE_MATRICES and (
+        parallel.zero_stage or parallel.zero_backend != "megatron"
+    ):
         raise ConfigError(
-            f"{where}: optimizer.kind is muon, which updates full matrices, but "
+            f"{where}: optimizer.kind is {optimizer.kind}, which updates whole matrices, but "
             f"{parallel.zero_backend} ZeRO-{parallel.zero_stage} shards them; expected "
             "parallel.zero_stage=0 with the megatron backend"
+        )
+    if optimizer.kind != "adamw" and parallel.zero_backend != "megatron":
+        raise ConfigError(
+            f"{where}: optimizer.kind is {optimizer.kind}, which {parallel.zero_backend} does not "
+            "have; expected adamw, or parallel.zero_backend=megatron"
         )
     spikes, checkpoint = config.train.spikes, config.checkpoint
     oldest = checkpoint.keep_last * checkpoint.every

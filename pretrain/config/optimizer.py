@@ -1,16 +1,15 @@
-"""The optimizer and the learning rate over steps."""
+"""The optimizer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from pretrain.common.config_loader import Config, setting
 
-Schedule = Literal["constant", "linear", "cosine", "wsd", "two_stage"]
-Decay = Literal["linear", "sqrt", "exponential"]
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
-DECAYS: tuple[Decay, ...] = get_args(Decay)
+# The rules that update whole matrices, and so cannot run where ZeRO shards them; the others work
+# element by element.
+WHOLE_MATRICES = frozenset({"muon"})
 
 
 @dataclass
@@ -40,21 +39,3 @@ class OptimizerConfig(Config):
     gradient_noise: float = setting(0.0, minimum=0)
     """eta of Gaussian noise of variance eta / (1 + step)^0.55 that is added to clipped gradients
     (arXiv 1511.06807); 0: no noise."""
-
-
-@dataclass
-class ScheduleConfig(Config):
-    """The learning rate over steps, as a share of its peak ``optimizer.lr``."""
-
-    kind: Schedule = setting("cosine")
-    """``constant``; ``linear`` or ``cosine`` decay over the whole run; ``wsd``, constant and then a
-    decay (arXiv 2404.06395); ``two_stage``, constant with an abrupt drop (arXiv 2408.11029)."""
-    warmup_steps: int = setting(100, minimum=0)
-    """Steps in which the learning rate grows linearly from 0."""
-    decay: Decay = setting("linear")
-    """Shape of the decay of ``wsd``."""
-    decay_fraction: float = setting(0.2, above=0, maximum=1)
-    """Share of all steps in which ``wsd`` decays, or at the end of the run which ``two_stage``
-    spends behind its drop."""
-    final_ratio: float = setting(0.1, minimum=0, maximum=1)
-    """Learning rate where the decay ends, one step behind the last, as a share of the peak."""

@@ -10,8 +10,9 @@ from pretrain.common.config_loader import Config, build_config, load_values, set
 from pretrain.config import legacy
 from pretrain.config.data import DataConfig
 from pretrain.config.model import ModelConfig
-from pretrain.config.optimizer import OptimizerConfig, ScheduleConfig
+from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
+from pretrain.config.schedule import ScheduleConfig
 from pretrain.config.train import (
     CheckpointConfig,
     EvalConfig,

@@ -2,7 +2,8 @@
 
 A rule is a module of this package named in ``OptimizerConfig.kind``. It has ``STATE_KEYS``, the
 names of its tensors per parameter (of a checkpoint too); ``selects(info)``, which parameters are
-its (AdamW updates the others); and ``update(params, state, group)``, one step.
+its (AdamW updates the others); and ``update(params, state, group)``, one step. ``group`` has the
+common settings and those whose names begin with the rule's, as ``muon_momentum`` does.
 
 The step count lives in the parameter group, as in the fused Adams that megatron-core was written
 for, instead of in a tensor per parameter: its distributed optimizer saves and restores only that
@@ -44,6 +45,11 @@ class UpdateRule(Protocol):
 def rule(name: str) -> UpdateRule:
     """Return the update rule of a name."""
     return cast(UpdateRule, importlib.import_module(f"pretrain.optim.{name}"))
+
+
+def rule_of(info: ParameterInfo, kind: str) -> str:
+    """Return the name of the rule that updates a parameter where ``optimizer.kind`` is ``kind``."""
+    return kind if rule(kind).selects(info) else "adamw"
 
 
 def _without_compiler(method: Any) -> Any:

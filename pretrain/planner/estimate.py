@@ -12,6 +12,7 @@ import torch
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.model.counts import ModelCounts, count_model
 from pretrain.model.stages import Stage, split_into_stages
+from pretrain.optim.optimizer import rule
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.units import ParameterKind, Unit, Units, measure_units
 
@@ -146,6 +147,7 @@ class Planner:
                 seq_len=train.seq_len,
                 dtype=DTYPES[train.precision],
                 activation_checkpointing=checkpointing,
+                optimizer=self.config.optimizer.kind,
             )
         return self._units[key]
 
@@ -290,17 +292,17 @@ class Planner:
         weights = float(sum(n * kind[0].itemsize for kind, n in held.items()))
         shards = data if parallel.zero_stage else 1
         optimizer = self.config.optimizer
-        muon = optimizer.kind == "muon"
         stepped = Counter[bool]()
-        for (_, decay, hidden), n in held.items():
-            stepped[decay] += n * (not (muon and hidden))
-        # torch's fused loop over a group: a root of every element
+        for (_, decay, name), n in held.items():
+            stepped[decay] += n * (name == "adamw")
+        # torch's fused loop over a group: a root of every element. Other rules go through their
+        # parameters one by one.
         update = 4.0 * max(stepped.values()) / shards
         if parallel.zero_backend == "megatron":
-            # Two moments, of Muon's matrices one, and the average of the weights.
+            # What each rule keeps of a parameter, and the average of the weights.
             masters = sum(n for kind, n in held.items() if kind[0] != torch.float32)
-            state = (8.0 + 4.0 * (optimizer.ema_decay > 0)) * total + 4.0 * masters
-            state -= 4.0 * muon * sum(n for kind, n in held.items() if kind[2])
+            state = 4.0 * (optimizer.ema_decay > 0) * total + 4.0 * masters
+            state += sum(4.0 * len(rule(kind[2]).STATE_KEYS) * n for kind, n in held.items())
             return {
                 "weights": weights,
                 "gradients": 4.0 * total,

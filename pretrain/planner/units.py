@@ -24,6 +24,7 @@ from pretrain.model.spec import block_specs
 from pretrain.nn.dropout import EMBEDDING
 from pretrain.nn.moe import MoE
 from pretrain.nn.parameters import info_of
+from pretrain.optim.optimizer import rule_of
 from pretrain.planner.fake_group import planned_context
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.simulation import Cost, Simulation
@@ -33,28 +34,24 @@ from pretrain.planner.simulation import Cost, Simulation
 _PATIENCE = 40_000
 
 
-ParameterKind = tuple[torch.dtype, bool, bool]
+ParameterKind = tuple[torch.dtype, bool, str]
 
 
 @dataclass
 class Unit:
-    """A unit of the model, and its cost on one process.
-
-    Attributes:
-        parameters: Of this process, by (dtype, whether weight decay applies, whether a hidden
-            matrix), without those of experts.
-        experts: Parameters of all experts, counted likewise.
-        routed: Tokens times experts that each goes to.
-        forward: Cost for one micro-batch; its ``kept`` is what waits for the backward pass.
-        backward: The same of the backward pass.
-    """
+    """One part of a model: what it holds, and what one micro-batch through it costs."""
 
     name: str
     parameters: Counter[ParameterKind]
+    """Parameters of this process, experts apart, by (dtype, weight decay, update rule)."""
     experts: Counter[ParameterKind]
+    """Parameters of all experts, by the same."""
     routed: int
+    """Tokens times the experts that each goes to."""
     forward: Cost
+    """Of a micro-batch; its ``kept`` waits for the backward pass."""
     backward: Cost
+    """Of the same micro-batch."""
 
 
 @dataclass
@@ -83,6 +80,7 @@ def measure_units(
     seq_len: int,
     dtype: torch.dtype,
     activation_checkpointing: str,
+    optimizer: str,
 ) -> Units:
     """Simulate every kind of unit.
 
@@ -93,13 +91,19 @@ def measure_units(
         model = LanguageModel(
             config, vocab_size, context, activation_checkpointing=activation_checkpointing
         )
-    return _Measurement(model, parallel, hardware, seq_len).all()
+    return _Measurement(model, parallel, hardware, seq_len, optimizer).all()
 
 
 class _Measurement:
     def __init__(
-        self, model: LanguageModel, parallel: ParallelConfig, hardware: Hardware, seq_len: int
+        self,
+        model: LanguageModel,
+        parallel: ParallelConfig,
+        hardware: Hardware,
+        seq_len: int,
+        optimizer: str,
     ):
+        self.optimizer = optimizer
         self.model, self.hardware, self.seq_len = model, hardware, seq_len
         self.rows = parallel.micro_batch_size
         self.token_shards = parallel.tensor if parallel.sequence else 1
@@ -141,7 +145,7 @@ class _Measurement:
                 info = info_of(p)
                 of_expert = info.shard is not None and info.shard.over == "expert"
                 counter = experts if of_expert else parameters
-                counter[p.dtype, info.weight_decay, info.matrix] += p.numel()
+                counter[p.dtype, info.weight_decay, rule_of(info, self.optimizer)] += p.numel()
             routed += sum(tokens * m.config.top_k for m in module.modules() if isinstance(m, MoE))
         return Unit(name, parameters, experts, routed, *self._over_time(measure))
 

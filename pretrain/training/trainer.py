@@ -18,6 +18,7 @@ from pretrain.common.config_loader import ConfigError
 from pretrain.common.quiet import ignore_warnings
 from pretrain.config import RunConfig
 from pretrain.config.checks import check_layout, check_model, check_run_config, load_run_config
+from pretrain.config.schedule import learning_rate
 from pretrain.data.batches import (
     PreparedData,
     TrainingBatches,
@@ -26,7 +27,6 @@ from pretrain.data.batches import (
 from pretrain.model.counts import ModelCounts, count_model
 from pretrain.model.spec import with_sizes
 from pretrain.ops.backends import describe_backends
-from pretrain.optim.schedule import learning_rate
 from pretrain.parallel.processes import (
     any_process,
     data_parallel_rank_and_size,

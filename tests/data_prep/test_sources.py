@@ -6,7 +6,8 @@ import pytest
 import zstandard
 
 from data_prep.config import SourceConfig
-from data_prep.local_files import StandardLibrary, find_files
+from data_prep.source_kinds.files import find_files
+from data_prep.source_kinds.stdlib import StandardLibrary
 from data_prep.sources import open_source
 from pretrain.common.errors import UserError
 

@@ -11,12 +11,8 @@ import pytest
 from evals.synthetic import __main__ as command
 from evals.synthetic.long_context import LONG_TASKS, make_texts
 from evals.synthetic.text_problems import PROBLEMS, make_problems
-from evals.tasks.generated import (
-    TextSettings,
-    generated_config,
-    parse_name,
-    share_of_answers,
-)
+from evals.tasks.family import TextSettings, parse_name, share_of_answers
+from evals.tasks.generated import generated_config
 from pretrain.common.errors import UserError
 
 

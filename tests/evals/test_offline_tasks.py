@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval")
 
 from evals.tasks import loading as task_module
 from evals.tasks import local_data
-from evals.tasks.generated import TextSettings
+from evals.tasks.family import TextSettings
 from evals.tasks.loading import _manager, bundled_tasks, check_tasks, load_tasks
 from evals.tasks.offline_tasks import MMLU_GROUPS, OFFLINE
 from evals.tasks.recall import RECALL_TASKS, contains, recall_document

@@ -6,8 +6,8 @@ import random
 import pytest
 
 from data_prep.config import SourceConfig, TokenizerConfig
-from data_prep.local_files import StandardLibrary
 from data_prep.prepare import prepare
+from data_prep.source_kinds.stdlib import StandardLibrary
 from data_prep.tokenizer_training import train_sentencepiece
 from pretrain.data.tokenizer import Tokenizer
 from tests.helpers.data_preparation import files_config

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.sharded_state import load_state, save_state
+from pretrain.checkpoint.storage import load_state, save_state
 from pretrain.config import ParallelConfig
 from pretrain.model.build import build_model, build_stages
 from pretrain.optim.backends.deepspeed import shard_parameters

@@ -81,15 +81,18 @@ class UpdateBackend(ABC):
     def set_hyperparameters(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
         """Set this step's hyper-parameters on an optimizer's groups; nothing else applies them.
 
-        It is also called after loading a checkpoint, whose groups carry the settings of its run.
-        ``lr_mult`` and ``wd_mult`` of a group are its parameters' multiples.
+        Also after a checkpoint, whose groups carry the settings of its own run. ``lr_mult`` and
+        ``wd_mult`` of a group are its parameters' multiples. Settings that are named after the
+        optimizer's rule, as ``muon_momentum`` is, are its own and reach it by their names.
         """
+        kind = f"{self.config.kind}_"
+        own = {name: value for name, value in vars(self.config).items() if name.startswith(kind)}
         for group in groups:
             group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
             group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
             group["ema_decay"] = self.config.ema_decay
-            group["muon_momentum"] = self.config.muon_momentum
+            group.update(own)
 
 
 def make_backend(

@@ -8,10 +8,10 @@ import yaml
 from pretrain.common.config_loader import build_config
 from pretrain.config import ModelConfig
 from pretrain.config.checks import check_tensor_parallel, load_run_config
+from pretrain.config.schedule import learning_rate
 from pretrain.model.counts import count_model
 from pretrain.model.spec import block_specs
 from pretrain.model.stages import split_into_stages
-from pretrain.optim.schedule import learning_rate
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SIZES = {"410m": 410e6, "1b": 1e9, "3b": 3e9, "3.5b": 3.5649e9, "7b": 7e9, "7b-a1b": 6.95e9}

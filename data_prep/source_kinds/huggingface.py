@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from data_prep.config import SourceConfig
 from data_prep.documents import Document, Source, text_of
@@ -20,6 +20,15 @@ class HuggingFace(Source):
 
     Raises :class:`UserError` when the ``datasets`` package is missing or cannot read the data set.
     """
+
+    settings: ClassVar = {
+        "dataset": "a hub name, a builder, or a folder",
+        "config": None,
+        "data_files": None,
+        "split": None,
+        "revision": None,
+        "streaming": None,
+    }
 
     def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
@@ -106,3 +115,6 @@ class HuggingFace(Source):
             number += 1
             where = f"source '{self.config.name}', row {number}"
             yield Document(text_of(row, self.config.text_field, where), number)
+
+
+SOURCE = HuggingFace

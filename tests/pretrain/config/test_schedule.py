@@ -5,7 +5,7 @@ import math
 import pytest
 
 from pretrain.config import DECAYS, SCHEDULES, ScheduleConfig
-from pretrain.optim.schedule import learning_rate
+from pretrain.config.schedule import learning_rate
 
 
 def curve(num_steps=100, **settings):

@@ -1,21 +1,20 @@
-"""Local files as a source: text, JSON lines and Parquet, and the running Python's own library."""
+"""Local files as a source: text, JSON lines and Parquet."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
-import sysconfig
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from data_prep.config import SourceConfig
 from data_prep.documents import Document, Source, text_of
 from pretrain.common.errors import UserError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.zst", ".parquet")
-_SKIPPED_IN_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+FILE_NAMES = ("utf-8", "surrogateescape")  # how to encode them: they need not be UTF-8
 _READ_BYTES = 1 << 18
 
 
@@ -25,11 +24,17 @@ class Files(Source):
     Raises :class:`UserError` when all of them are empty.
     """
 
-    def __init__(self, config: SourceConfig, paths: list[Path]) -> None:
+    settings: ClassVar = {"paths": "the files, folders or globs to read"}
+
+    def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
-        self.paths = paths
+        self.paths = self.find()
         if not any(self.sizes):
-            raise UserError(f"source '{config.name}': all its {len(paths)} files are empty")
+            raise UserError(f"source '{config.name}': all its {len(self.paths)} files are empty")
+
+    def find(self) -> list[Path]:
+        """Return the files, in the order in which they are read."""
+        return find_files(self.config)
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -47,7 +52,7 @@ class Files(Source):
         digest = hashlib.sha256()
         for path in self.paths:
             status = path.stat()
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(*_NAMES))
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(*FILE_NAMES))
         return digest.hexdigest()
 
     def read(self, file: int, skip: int = 0) -> Iterator[Document]:
@@ -63,30 +68,6 @@ class Files(Source):
                 yield Document(content, len(content))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-
-
-class StandardLibrary(Files):
-    """The Python sources of the running interpreter, without its tests."""
-
-    def __init__(self, config: SourceConfig) -> None:
-        self.root = Path(sysconfig.get_path("stdlib"))
-        paths = [p.relative_to(self.root) for p in self.root.rglob("*.py")]
-        kept = [p for p in paths if not _SKIPPED_IN_STDLIB.intersection(p.parts[:-1])]
-        if not kept:
-            raise UserError(f"source '{config.name}': no Python sources in {self.root}")
-        super().__init__(config, [self.root / p for p in sorted(kept, key=Path.as_posix)])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of the content, so that equal interpreters on two machines agree."""
-        digest = hashlib.sha256(f"{sys.version_info[:2]}\n".encode())
-        for path in self.paths:
-            digest.update(f"{path.relative_to(self.root).as_posix()}\n".encode(*_NAMES))
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()
-
-
-_NAMES = ("utf-8", "surrogateescape")  # file names need not be UTF-8
 
 
 def find_files(config: SourceConfig) -> list[Path]:
@@ -223,3 +204,6 @@ def _read_parquet(path: Path, field: str, skip: int) -> Iterator[Document]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+SOURCE = Files

@@ -1,0 +1,118 @@
+"""torch.distributed.checkpoint as the format of a checkpoint's tensors.
+
+Every process writes files of its own, ``__RANK_N.distcp``, without exchanging anything; the main
+one writes ``.metadata``, which says where each part of a tensor lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from pretrain.checkpoint.sharded_state import Boxes, State, StorageError
+
+
+class _Entry:
+    """Boxes under the names that torch.distributed.checkpoint looks for."""
+
+    def __init__(self, boxes: Boxes):
+        self.boxes, self.size = boxes, boxes.size
+
+    def _chunks(self) -> Iterator[tuple[ChunkStorageMetadata, Tensor]]:
+        for offsets, tensor in self.boxes.parts.items():
+            yield ChunkStorageMetadata(offsets=offsets, sizes=tensor.size()), tensor
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk, TensorProperties.create_from_tensor(tensor), self.boxes.full_shape
+                ),
+            )
+            for chunk, tensor in self._chunks()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [chunk for chunk, _ in self._chunks()]
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn].boxes.parts[index.offset]
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(
+        self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
+    ) -> None:
+        # Not the inherited method, which makes None of what is not a tensor.
+        self.original_state_dict = self.state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn].boxes.parts[index.offset]
+
+
+def _entries(state: State) -> dict[str, Any]:
+    return {name: _Entry(boxes) for name, boxes in state.items() if boxes.parts}
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:
+        raise StorageError(str(error)) from None
+
+
+def save(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
+    """Write the parts of all processes into ``folder``; all processes of ``group`` must call.
+
+    Raises StorageError, on every process, where one could not write.
+    """
+    with _errors():
+        dcp.save(
+            _entries(state),
+            # Copying ahead would wait for the GPU's stream, and the tensors are on the CPU.
+            storage_writer=dcp.FileSystemWriter(folder, per_thread_copy_ahead=0),
+            planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
+        )
+
+
+def load(state: State, folder: Path) -> None:
+    """Fill the tensors in place; each process reads for itself.
+
+    Raises StorageError where the folder lacks a name or has it in another shape.
+    """
+    with warnings.catch_warnings(), _errors():
+        warnings.filterwarnings("ignore", ".*load in a single process")
+        dcp.load(
+            _entries(state),
+            storage_reader=dcp.FileSystemReader(folder),
+            planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=True,
+        )
+
+
+def files_of(folder: Path, rank: int) -> Iterator[Path]:
+    """Yield the files that a process of this rank has written."""
+    yield from folder.glob(f"__{rank}_*")
