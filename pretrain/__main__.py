@@ -3,18 +3,29 @@
 ``python -m pretrain CONFIG [key=value ...]`` trains, or resumes where the run stopped; ``python -m
 pretrain verify CONFIG`` checks that a layout of processes trains the same model; ``python -m
 pretrain plan CONFIG`` says what a run will need and cost; ``python -m pretrain export CHECKPOINT
-FOLDER`` and ``import NAME RUN`` convert to and from Hugging Face.
+FOLDER`` and ``import NAME RUN`` convert to and from Hugging Face; ``python -m pretrain layers``
+prints the table of all layers.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import sys
+from collections.abc import Callable
 
 from pretrain.common.errors import run_command
 from pretrain.common.garbage import paused_collection
 from pretrain.common.quiet import quiet_process
+
+_COMMANDS = {
+    "export": "pretrain.export.hugging_face.export_command",
+    "import": "pretrain.export.hugging_face.import_command",
+    "layers": "pretrain.nn.mixers.__main__.main",
+    "plan": "pretrain.planner.report.main",
+    "verify": "pretrain.training.verify.main",
+}
 
 
 def main() -> int:
@@ -26,28 +37,16 @@ def main() -> int:
         "CONFIG' checks that a layout of processes trains the same model as one, 'python -m "
         "pretrain plan CONFIG' tells what a run will need and cost, 'python -m pretrain export "
         "CHECKPOINT FOLDER' writes a Hugging Face model, 'python -m pretrain import NAME RUN' "
-        "makes a run of one.",
+        "makes a run of one, 'python -m pretrain layers' prints the table of all layers.",
         epilog="Exit status: 0 done, 2 bad input, 3 a loss that is not finite, "
         "75 stopped by a signal and saved: run the same command again.",
     )
     parser.add_argument("config", help="a run's YAML file, such as configs/runs/demo.yaml")
     parser.add_argument("overrides", nargs="*", help="dotted settings, such as optimizer.lr=3e-4")
-    if sys.argv[1:2] == ["verify"]:
-        from pretrain.training.verify import main as verify
-
-        return verify(sys.argv[2:])
-    if sys.argv[1:2] == ["export"]:
-        from pretrain.export.hugging_face import export_command
-
-        return export_command(sys.argv[2:])
-    if sys.argv[1:2] == ["import"]:
-        from pretrain.export.hugging_face import import_command
-
-        return import_command(sys.argv[2:])
-    if sys.argv[1:2] == ["plan"]:
-        from pretrain.planner.report import main as plan
-
-        return plan(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
+        module, _, name = _COMMANDS[sys.argv[1]].rpartition(".")
+        command: Callable[[list[str]], int] = getattr(importlib.import_module(module), name)
+        return command(sys.argv[2:])
     arguments, extra = parser.parse_known_args()
 
     overrides = [*arguments.overrides, *extra]

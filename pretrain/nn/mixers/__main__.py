@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pretrain.nn.mixers import registry
 
 HIDDEN, SEQ_LEN = 2048, 4096
@@ -143,5 +145,11 @@ def page() -> str:
     return HEAD % {"hidden": HIDDEN, "seq": SEQ_LEN} + "".join(rows) + FOOT
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] = ()) -> int:
+    """Print the page; return the exit status."""
     print(page(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
