@@ -35,7 +35,7 @@ def main() -> int:
         prog="python -m pretrain",
         description="Train a model, or resume where the run stopped. 'python -m pretrain verify "
         "CONFIG' checks that a layout of processes trains the same model as one, 'python -m "
-        "pretrain plan CONFIG' tells what a run will need and cost, 'python -m pretrain export "
+        "pretrain plan CONFIG' estimates what a run will need and cost, 'python -m pretrain export "
         "CHECKPOINT FOLDER' writes a Hugging Face model, 'python -m pretrain import NAME RUN' "
         "makes a run of one, 'python -m pretrain layers' prints the table of all layers.",
         epilog="Exit status: 0 done, 2 bad input, 3 a loss that is not finite, "

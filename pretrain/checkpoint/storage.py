@@ -21,7 +21,7 @@ FORMATS = {"torch_distributed": ".metadata"}
 
 
 class StorageFormat(Protocol):
-    """What the module of a format has."""
+    """The interface of a module that implements a storage format."""
 
     def save(self, state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
         """Write the parts of all processes into ``folder``; all of ``group`` must call."""

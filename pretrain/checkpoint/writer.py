@@ -210,8 +210,8 @@ def _publish(writing: Path, final: Path, hashes: dict[str, Any], config: RunConf
 
 def _not_written(final: Path, error: BaseException) -> UserError:
     earlier = list_checkpoints(final.parent)
-    place = next(p for p in final.parents if p.is_dir())
-    free = shutil.disk_usage(place).free / 1e6
+    folder = next(p for p in final.parents if p.is_dir())
+    free = shutil.disk_usage(folder).free / 1e6
     reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
     return UserError(
         f"cannot write checkpoint {final}: {reason} ({free:,.0f} MB free there); "

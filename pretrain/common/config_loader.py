@@ -307,10 +307,10 @@ _TYPE_WORDS = {
 
 def _convert_dataclass(schema: type, values: Any, name: str, where: str) -> Any:
     known = [item.name for item in dataclasses.fields(schema)]
-    place = name or "the top"
+    section = name or "the top"
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{where}: {place} is {values!r}, expected a mapping with: {', '.join(known)}"
+            f"{where}: {section} is {values!r}, expected a mapping with: {', '.join(known)}"
         )
     dot = f"{name}." if name else ""
     for key in values:

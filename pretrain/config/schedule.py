@@ -152,6 +152,6 @@ def _wsd(config: ScheduleConfig, progress: Progress) -> float:
 def _two_stage(config: ScheduleConfig, progress: Progress) -> float:
     """Stay at the peak, then drop to f at once.
 
-    The annealing law's memory can be told from such a drop (arXiv 2408.11029).
+    The annealing law's memory shows in such a drop (arXiv 2408.11029).
     """
     return config.final_ratio if progress.at_end else 1.0

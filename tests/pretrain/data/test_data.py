@@ -50,7 +50,7 @@ def test_blends_are_exact_over_time(shares, count):
     seen: Counter[int] = Counter()
     for index in range(count):
         source, position = blend(index, weights)
-        assert position == seen[source]  # each source's samples in order, none left out
+        assert position == seen[source]  # each source's samples in order, none skipped
         seen[source] += 1
     for source, weight in enumerate(weights):
         assert abs(seen[source] - weight * count) <= len(weights)

@@ -113,7 +113,7 @@ def test_updates_do_not_grow_with_the_width():
     assert change_of_logits(32, mup_base_hidden_size=32) == pytest.approx(narrow, rel=1e-6)
     standard = change_of_logits(512) / change_of_logits(128)
     maximal, before = (change_of_logits(w, mup_base_hidden_size=32) for w in (512, 128))
-    # Towards a limit, where the standard one goes on growing (measured: 0.81 and 2.4).
+    # Towards a limit, where the standard one keeps growing (measured: 0.81 and 2.4).
     assert 0.7 < maximal / before < 1.2
     assert standard > 2
 
@@ -226,7 +226,7 @@ def test_gradient_noise_has_the_variance_asked_for():
 # Batches that grow
 
 
-def test_batches_double_and_no_data_is_left_out(corpus):
+def test_batches_double_and_no_data_is_skipped(corpus):
     usual = TrainConfig(steps=40, seq_len=16, global_batch_tokens=256)
     config = dataclasses.replace(usual, batch_warmup_steps=9, batch_warmup_start=64)
     sizes = [config.batch_tokens(step) for step in range(12)]
@@ -296,7 +296,7 @@ def spiking(run, policy):
 
 
 @pytest.mark.slow
-def test_spikes_are_left_out_or_rolled_back(tmp_path, corpus):
+def test_spikes_are_skipped_or_rolled_back(tmp_path, corpus):
     plain, _ = spiking(Run(tmp_path, corpus, "none", steps=30), "none")
     height = plain[21]["loss"]
     assert height > plain[20]["loss"] + 1
