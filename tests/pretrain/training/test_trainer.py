@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -19,7 +20,7 @@ from pretrain.parallel.processes import start_processes, stop_processes
 from pretrain.run_directory import RunDirectory
 from pretrain.training.callbacks import Callback, Decision, Profiler, default_callbacks
 from pretrain.training.trainer import Trainer
-from tests.helpers.processes import ENVIRONMENT, ROOT
+from tests.helpers.processes import ENVIRONMENT, ROOT, run_interpreter
 from tests.helpers.training_run import Run
 
 QUICK = ("sample.tokens=0", "logging.every=1", "validation.every=2", "checkpoint.every=2")
@@ -272,3 +273,30 @@ def test_the_order_of_the_default_callbacks(run):
         "Sample",
         "Summary",
     ]
+
+
+def test_importing_it_imports_nothing_that_is_needed_later_or_never():
+    code = """
+import sys
+from pretrain import Trainer
+heavy = ("torch._dynamo", "matplotlib", "pandas", "megatron", "torch.distributed.checkpoint")
+print([module for module in heavy if module in sys.modules])
+"""
+    assert run_interpreter("-c", code) == (0, "[]\n")
+
+
+def test_megatron_is_imported_without_what_a_cpu_has_no_use_for():
+    code = """
+import sys
+from pretrain.parallel.cpu import importing_megatron
+with importing_megatron():
+    import megatron.core.optimizer
+heavy = ("torch._dynamo", "triton", "torch.utils.tensorboard")
+print([module for module in heavy if module in sys.modules])
+import torch.utils.tensorboard
+"""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    pytest.importorskip("tensorboard")
+    environment = {**ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
+    assert run_interpreter("-c", code, environment=environment) == (0, "[]\n")
