@@ -32,6 +32,7 @@ FIRST = ("README.md", "docs/data.md", "docs/training.md")
 # Whose commands have a test of their own, or which have none.
 OTHERS = {
     "docs/add-a-layer.md",
+    "docs/contributing.md",
     "docs/index.md",
     "docs/layers.md",
     "docs/parallel.md",

@@ -47,11 +47,12 @@ class TaskFamily:
 
     title: str
     tasks: tuple[str, ...]
-    """Their names, of which each may be followed by ``@LENGTH`` where ``config`` reads it."""
+    """Their names."""
     config: Callable[[str, TextSettings], dict[str, Any]]
     """Returns lm-eval's settings of a task by its full name. Raises UserError for a length that
     the task cannot have."""
     has_length: bool = True
+    """Whether a name may be followed by ``@LENGTH``, which ``config`` then reads."""
 
 
 def share_of_answers(document: dict[str, Any], results: list[str]) -> dict[str, float]:
