@@ -35,9 +35,9 @@ def main(arguments: Sequence[str]) -> int:
                 f"validation text, which {given.checkpoint} does not have"
             )
         return _score_hugging_face(given, harness)
+    from pretrain.common.dtypes import DTYPES
     from pretrain.inference.load import load_model
     from pretrain.parallel.processes import stop_processes
-    from pretrain.training.setup import DTYPES
 
     averaged = given.weights == "ema"
     loaded = load_model(

@@ -23,7 +23,8 @@ from pretrain.config.checks import check_layout, load_run_config
 from pretrain.model.build import padded_vocab_size
 from pretrain.model.counts import block_flops, block_parameters, count_model
 from pretrain.model.spec import block_specs, passes
-from pretrain.planner.estimate import Estimate, Planner
+from pretrain.planner.estimate import Planner
+from pretrain.planner.figures import Estimate
 from pretrain.planner.hardware import Hardware, load_hardware
 from pretrain.planner.search import Candidate, search
 from pretrain.planner.units import Unit, Units

@@ -10,7 +10,8 @@ from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.config.checks import check_layout, check_run_config
-from pretrain.planner.estimate import Estimate, Planner
+from pretrain.planner.estimate import Planner
+from pretrain.planner.figures import Estimate
 
 CHECKPOINTING = ("none", "block")
 

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from pretrain.checkpoint.state import CheckpointState, check_files, load_checkpoint, read_state
+from pretrain.common.dtypes import DTYPES
 from pretrain.config import RunConfig
 from pretrain.config.checks import check_vocab_size
 from pretrain.data.batches import PreparedData
@@ -25,8 +25,6 @@ from pretrain.run_directory import RunDirectory
 from pretrain.training.engine import Engine
 from pretrain.training.environment import describe_environment
 from pretrain.training.initialization import initialize_from
-
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def vocabulary_of(config: RunConfig, data: PreparedData, where: str) -> int:

@@ -15,6 +15,7 @@ import torch
 from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.common.config_loader import ConfigError
+from pretrain.common.dtypes import DTYPES
 from pretrain.common.quiet import ignore_warnings
 from pretrain.config import RunConfig
 from pretrain.config.checks import check_layout, check_model, check_run_config, load_run_config
@@ -49,7 +50,6 @@ from pretrain.training.run_control import (
     threads_of_torch,
 )
 from pretrain.training.setup import (
-    DTYPES,
     build_engine,
     check_hashes,
     describe_run,

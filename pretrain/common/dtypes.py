@@ -1,0 +1,7 @@
+"""The dtypes of weights and activations by the names that settings give them."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
