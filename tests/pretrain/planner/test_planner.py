@@ -1,15 +1,23 @@
 """The planner's figures against real processes, the mixers' own counts and formulas."""
 
 import json
+from collections import Counter
 
 import pytest
+import torch
 
 from pretrain.common.config_loader import ConfigError, build_config
-from pretrain.config import ModelConfig
+from pretrain.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from pretrain.model.counts import block_flops, block_parameters, count_model
+from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import registry
+from pretrain.nn.parameters import info_of
+from pretrain.optim.optimizer import rule_of
+from pretrain.planner.estimate import Planner
+from pretrain.planner.fake_group import planned_context
 from pretrain.planner.hardware import load_hardware
+from pretrain.planner.units import ParameterKind
 from pretrain.training.metrics import PEAK_FLOPS
 from tests.helpers.memory_worker import CASES, MORE_CASES, VOCAB, case
 from tests.helpers.planner_figures import measure, plan
@@ -112,6 +120,24 @@ def test_bytes_are_those_of_the_formulas():
         assert found[name]["sent"]["tensor parallel"] == pytest.approx(expected, rel=0.02)
     assert found["pp2"]["sent"]["pipeline"] == 2 * activations
     assert found["pp2"]["seconds"]["pipeline bubble"] > 0
+
+
+@pytest.mark.parametrize(("kind", "moments"), [("adamw", 2), ("muon", 1)])
+def test_optimizer_state_is_what_the_rules_keep(kind, moments):
+    """Muon one tensor for each matrix, AdamW two of everything else."""
+    config = RunConfig("test", ModelConfig("2*attn", 64), optimizer=OptimizerConfig(kind))
+    hardware = load_hardware(ROOT / "configs/hardware/cpu.yaml")
+    planner, parallel = Planner(config, 256, hardware), ParallelConfig(zero_stage=0)
+    with torch.device("meta"):
+        model = LanguageModel(config.model, 256, planned_context(torch.float32, 1))
+    infos = [(info_of(p), p.numel()) for p in model.parameters()]
+    matrices = sum(n for info, n in infos if info.matrix)
+    held = Counter[ParameterKind]()
+    for info, n in infos:
+        held[torch.float32, info.weight_decay, rule_of(info, kind)] += n
+    found = planner._state_memory(parallel, held, 1)["optimizer"]
+    assert found == 4 * moments * matrices + 8 * (sum(n for _, n in infos) - matrices)
+    assert matrices
 
 
 def command(*arguments):
