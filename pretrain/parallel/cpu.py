@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,9 +28,11 @@ def importing_megatron() -> Iterator[None]:
 
     megatron-core compiles its fused functions where they are defined, and to name
     ``torch.compile`` imports the compiler: half of a process's start, for nothing on a CPU. So are
-    Triton and TensorBoard, which it imports where it finds them.
+    Triton and TensorBoard, which it imports where it finds them. What it warns of then, that
+    libraries for GPUs are missing, helps nobody.
     """
-    with paused_collection():
+    with paused_collection(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         if torch.cuda.is_available() or "megatron.core" in sys.modules:
             yield
             return
