@@ -30,8 +30,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config import RunConfig
-from pretrain.config.checks import load_run_config
+from pretrain.config import RunConfig, load_run_config
 from pretrain.data.batches import Batch
 from pretrain.data.sequences import Sequences
 from pretrain.model.build import build_model

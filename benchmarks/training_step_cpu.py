@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pretrain.config.checks import load_run_config
+from pretrain.config import load_run_config
 from pretrain.data.batches import Batch, TrainingBatches, open_data
 from pretrain.model.build import build_model, padded_vocab_size
 from pretrain.model.language_model import LanguageModel

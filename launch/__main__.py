@@ -65,7 +65,7 @@ def _start(arguments: argparse.Namespace) -> int:
     from launch.members import DONE, FAILED, QUEUED, RUNNING, check_same_settings
     from launch.planning import print_plans
     from launch.slurm import processes_per_node, render, submit
-    from pretrain.config.checks import check_layout
+    from pretrain.model.layout import check_layout
 
     cluster = load_cluster(arguments.cluster) if arguments.cluster else ClusterConfig("local")
     grid, states = load(arguments.config, arguments.overrides)

@@ -31,8 +31,8 @@ from launch.grid import Grid, Member
 from launch.matching import match_members
 from launch.throughput import read_throughput
 from pretrain.common.config_loader import ConfigError, load_config, load_values
-from pretrain.config import RunConfig
-from pretrain.config.checks import check_model, check_run_config
+from pretrain.config import RunConfig, check_run_config
+from pretrain.model.spec import check_model
 
 _LONGEST_NAME = 80
 _RESERVED = ("zip", "exclude", "include", "match")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pretrain.common.errors import UserError
-    from pretrain.config import ConfigError, ModelConfig, RunConfig
-    from pretrain.config.checks import load_run_config
+    from pretrain.config import ConfigError, ModelConfig, RunConfig, load_run_config
     from pretrain.data.sequences import Sequences
     from pretrain.library import build_model, load, mixer
     from pretrain.run_directory import Run
@@ -30,7 +29,7 @@ _HOMES = {
     "UserError": "pretrain.common.errors",
     "build_model": "pretrain.library",
     "load": "pretrain.library",
-    "load_run_config": "pretrain.config.checks",
+    "load_run_config": "pretrain.config",
     "mixer": "pretrain.library",
 }
 

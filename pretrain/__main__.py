@@ -52,7 +52,7 @@ def main() -> int:
     overrides = [*arguments.overrides, *extra]
 
     with paused_collection():
-        from pretrain.config.checks import load_run_config
+        from pretrain.config import load_run_config
 
         load_run_config(arguments.config, overrides)  # refuses bad settings before all is imported
 

@@ -13,12 +13,11 @@ import torch
 
 from pretrain.common.config_loader import ConfigError, build_config, nearest
 from pretrain.config import ModelConfig
-from pretrain.config.checks import check_model
 from pretrain.inference.hugging_face import HuggingFaceModel, load_hugging_face
 from pretrain.inference.load import LoadedModel, load_model
 from pretrain.model import build
 from pretrain.model.language_model import LanguageModel
-from pretrain.model.spec import block_specs
+from pretrain.model.spec import block_specs, check_model
 from pretrain.nn.layer import MixerLayer, make_layer
 from pretrain.nn.mixers import LayerContext, registry
 from pretrain.parallel.context import ParallelContext

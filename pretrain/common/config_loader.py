@@ -19,6 +19,7 @@ import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., None])
 
 NULL_ALLOWED = "null allowed"
 # A number that may be null until something else determines it; its readers see an int.
@@ -50,10 +52,11 @@ class ConfigError(UserError):
 
 
 class Config:
-    """Base of the dataclasses of settings: types and ranges are checked when one is made.
+    """Base of the dataclasses of settings: every check is made when one is made.
 
-    Values are converted as those of a YAML file are (``2.0`` to 2 where a whole number belongs).
-    Raises :class:`ConfigError`, such as "ModelConfig: hidden_size is -3, expected at least 1".
+    Types and ranges, and then what :func:`check_of` registered for the class. Values are converted
+    as those of a YAML file are (``2.0`` to 2 where a whole number belongs). Raises
+    :class:`ConfigError`, such as "ModelConfig: hidden_size is -3, expected at least 1".
     """
 
     # The format of a schema that is saved with the results it belongs to.
@@ -66,6 +69,28 @@ class Config:
             value = _convert(hint, getattr(self, name), name, kind.__name__)
             _check_limits(value, name, limits[name], kind.__name__)
             object.__setattr__(self, name, value)  # works on frozen dataclasses too
+        where, section = _reading.get() or (kind.__name__, "")
+        for check in _checks.get(kind, ()):
+            check(self, where, section)
+
+
+_checks: dict[type, list[Callable[[Any, str, str], None]]] = {}
+# Where the section that is being read lies: the file, and the section's dotted name with its dot.
+_reading: ContextVar[tuple[str, str] | None] = ContextVar("reading", default=None)
+
+
+def check_of(schema: type) -> Callable[[F], F]:
+    """Return a decorator that makes a function check every instance of ``schema`` that is made.
+
+    It is called with the instance, the file or class that messages begin with, and the section's
+    name in it, such as ``model.`` (empty at the top); it raises :class:`ConfigError`.
+    """
+
+    def register(check: F) -> F:
+        _checks.setdefault(schema, []).append(check)
+        return check
+
+    return register
 
 
 def setting(
@@ -327,7 +352,11 @@ def _convert_dataclass(schema: type, values: Any, name: str, where: str) -> Any:
             given[item.name] = value
         elif item.default is item.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: {dot}{item.name} must be set")
-    return schema(**given)
+    place = _reading.set((where, dot))
+    try:
+        return schema(**given)
+    finally:
+        _reading.reset(place)
 
 
 def _one_line(error: Exception) -> str:

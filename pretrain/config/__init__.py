@@ -1,11 +1,16 @@
 """Every setting of a training run, as dataclasses: the only schema there is."""
 
 from pretrain.common.config_loader import ConfigError, to_yaml
+from pretrain.config.checks import check_run_config, load_run_config
 from pretrain.config.data import DataConfig, DataSource
 from pretrain.config.model import MLPConfig, ModelConfig, MoEConfig, RecursionConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ZERO_BACKENDS, ParallelConfig
-from pretrain.config.run import InitializeConfig, RunConfig, load_saved_config
+from pretrain.config.run import (
+    InitializeConfig,
+    RunConfig,
+    load_saved_config,
+)
 from pretrain.config.schedule import DECAYS, SCHEDULES, ScheduleConfig, learning_rate
 from pretrain.config.train import (
     CheckpointConfig,
@@ -40,7 +45,9 @@ __all__ = [
     "SpikeConfig",
     "TrainConfig",
     "ValidationConfig",
+    "check_run_config",
     "learning_rate",
+    "load_run_config",
     "load_saved_config",
     "to_yaml",
 ]

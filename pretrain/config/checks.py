@@ -1,39 +1,59 @@
-"""Checks across settings: whether those of a run go together.
+"""Checks across settings: whether those of a section, or of a run, go together.
 
-All of these are made before any process has met another; a vocabulary that only the data knows is
-checked as soon as the data is open.
+Those that :func:`check_of` registers are made wherever a section is, in Python or from a file.
+How sections go together is checked where a run is to be trained: a saved config may be that of a
+converted model, which no data trained. Whether a run fits a number of processes is checked before
+any of them has met another, and the vocabulary, which only the data knows, as soon as the data is
+open. What depends on the layers is handed in as :class:`ModelLimits`: nothing here knows a layer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.common.config_loader import ConfigError, load_config, validate
-from pretrain.config import ModelConfig, RecursionConfig, RunConfig
-from pretrain.config.optimizer import WHOLE_MATRICES
-from pretrain.config.parallel import check_world_size
-from pretrain.config.schedule import check_schedule
-from pretrain.model.spec import block_specs
-from pretrain.model.stages import split_into_stages
-from pretrain.nn.mixers.base import SHAREABLE
+from pretrain.common.config_loader import ConfigError, check_of, load_config, validate
+from pretrain.common.errors import UserError
+from pretrain.config.model import ModelConfig, MoEConfig, RecursionConfig
+from pretrain.config.optimizer import WHOLE_MATRICES, OptimizerConfig
+from pretrain.config.parallel import ParallelConfig
+from pretrain.config.run import RunConfig
+from pretrain.config.schedule import SCHEDULES, ScheduleConfig
+from pretrain.config.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What a model's layers allow of a layout."""
+
+    sharded_counts: dict[str, int]
+    """What tensor parallelism shards, by the setting it comes from."""
+    most_stages: int
+    """Pipeline stages that the model can be cut into."""
+    units: str
+    """Why not more, such as ``the model has 4 blocks``."""
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, extend, override and check a run's settings. Raises ConfigError."""
     config = load_config(RunConfig, path, overrides)
-    check_run_config(config, str(path))
+    _check_run(config, str(path))
     return config
 
 
 def check_run_config(config: RunConfig, where: str) -> None:
-    """Check every setting once more, and how they go together, but for those of mixers.
+    """Check every setting once more, whatever was assigned since, and how sections go together.
 
-    Raises ConfigError naming the field.
+    Raises ConfigError naming ``where`` and the field.
     """
     validate(config, where)
-    train, optimizer = config.train, config.optimizer
+    _check_run(config, where)
+
+
+def _check_run(config: RunConfig, where: str) -> None:
+    train = config.train
     if config.name in ("", ".", "..") or "/" in config.name:
         raise ConfigError(f"{where}: name is '{config.name}', expected a plain name for a folder")
     if (train.steps is None) == (train.tokens is None):
@@ -53,11 +73,109 @@ def check_run_config(config: RunConfig, where: str) -> None:
     _check_batch_warmup(config, where)
     if (config.data.path is None) == (not config.data.blend):
         raise ConfigError(f"{where}: expected either data.path or data.blend to be set")
+    _check_schedule(config.schedule, train.num_steps, where)
+
+
+@check_of(OptimizerConfig)
+def _check_betas(optimizer: OptimizerConfig, where: str, section: str) -> None:
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(
-            f"{where}: optimizer.betas is {optimizer.betas}, expected two numbers in [0, 1)"
+            f"{where}: {section}betas is {optimizer.betas}, expected two numbers in [0, 1)"
         )
-    check_schedule(config.schedule, train.num_steps, where)
+
+
+@check_of(TrainConfig)
+def _check_budget(train: TrainConfig, where: str, section: str) -> None:
+    if train.steps is not None and train.tokens is not None:
+        raise ConfigError(
+            f"{where}: {section}steps is {train.steps} and {section}tokens {train.tokens}, "
+            "expected exactly one of them to be set"
+        )
+    start, steps = train.batch_warmup_start, train.batch_warmup_steps
+    if (start is None) != (steps == 0):
+        raise ConfigError(
+            f"{where}: {section}batch_warmup_start is {start} and {section}batch_warmup_steps "
+            f"{steps}, expected both or neither to be set"
+        )
+    if start is None:
+        return
+    doublings, rest = divmod(train.global_batch_tokens, start)
+    if rest or doublings & (doublings - 1):
+        raise ConfigError(
+            f"{where}: {section}batch_warmup_start is {start}, which does not double to "
+            f"{section}global_batch_tokens = {train.global_batch_tokens}"
+        )
+
+
+@check_of(MoEConfig)
+def _check_top_k(moe: MoEConfig, where: str, section: str) -> None:
+    if moe.top_k > moe.num_experts:
+        raise ConfigError(
+            f"{where}: {section}top_k is {moe.top_k}, expected at most its num_experts = "
+            f"{moe.num_experts}"
+        )
+
+
+@check_of(ModelConfig)
+def _check_mlp(model: ModelConfig, where: str, section: str) -> None:
+    if model.moe is not None and model.mlp.kind == "none":
+        raise ConfigError(
+            f"{where}: {section}moe takes the place of MLPs, but {section}mlp.kind is none; "
+            "expected swiglu or gelu"
+        )
+
+
+@check_of(RecursionConfig)
+def _check_recursion(recursion: RecursionConfig, where: str, section: str) -> None:
+    if recursion.state_init != "input" and not recursion.adapter:
+        raise ConfigError(
+            f"{where}: {section}state_init is {recursion.state_init}, which needs adapter=true: "
+            "the loop would never see its input"
+        )
+    if recursion.sampling != "fixed":
+        for name, value in (
+            ("lora_rank", recursion.lora_rank > 0),
+            ("step_signal", recursion.step_signal == "learned"),
+            ("halting", recursion.halting),
+        ):
+            if value:
+                raise ConfigError(
+                    f"{where}: {section}{name} needs a fixed number of passes, found sampling "
+                    f"{recursion.sampling}"
+                )
+    if recursion.halting and recursion.backprop_last is not None:
+        raise ConfigError(
+            f"{where}: {section}backprop_last is {recursion.backprop_last}; with halting every "
+            "pass is part of the output, expected null"
+        )
+
+
+def check_loop(recursion: RecursionConfig, num_blocks: int, where: str, section: str) -> None:
+    """Raise ConfigError unless a pattern of ``num_blocks`` leaves blocks to loop over."""
+    if recursion.prelude + recursion.coda >= num_blocks:
+        raise ConfigError(
+            f"{where}: {section}recursion: prelude {recursion.prelude} and coda {recursion.coda} "
+            f"leave nothing to loop over of the pattern's {num_blocks} blocks"
+        )
+
+
+def _check_schedule(schedule: ScheduleConfig, num_steps: int, where: str) -> None:
+    if schedule.decay == "exponential" and schedule.final_ratio == 0:
+        raise ConfigError(
+            f"{where}: schedule.final_ratio is 0, which an exponential decay never reaches; "
+            "expected more than 0"
+        )
+    flat = num_steps * (1 - schedule.decay_fraction)
+    if SCHEDULES[schedule.kind].decays_at_end and schedule.warmup_steps > flat:
+        raise ConfigError(
+            f"{where}: schedule.warmup_steps is {schedule.warmup_steps}, but the decay "
+            f"begins after {flat:g} of the {num_steps} steps"
+        )
+    if schedule.warmup_steps > num_steps:
+        raise ConfigError(
+            f"{where}: schedule.warmup_steps is {schedule.warmup_steps}, more than the "
+            f"{num_steps} steps of the run"
+        )
 
 
 def _check_optimizer(config: RunConfig, where: str) -> None:
@@ -106,19 +224,8 @@ def _check_optimizer(config: RunConfig, where: str) -> None:
 def _check_batch_warmup(config: RunConfig, where: str) -> None:
     train, parallel = config.train, config.parallel
     start, steps = train.batch_warmup_start, train.batch_warmup_steps
-    if (start is None) != (steps == 0):
-        raise ConfigError(
-            f"{where}: train.batch_warmup_start is {start} and train.batch_warmup_steps {steps}, "
-            "expected both or neither to be set"
-        )
     if start is None:
         return
-    doublings, rest = divmod(train.global_batch_tokens, start)
-    if rest or doublings & (doublings - 1):
-        raise ConfigError(
-            f"{where}: train.batch_warmup_start is {start}, which does not double to "
-            f"train.global_batch_tokens = {train.global_batch_tokens}"
-        )
     micro_batch = train.seq_len * parallel.micro_batch_size
     if start % micro_batch:
         raise ConfigError(
@@ -142,16 +249,6 @@ def _check_experts(config: RunConfig, where: str) -> None:
                 "expected 1, or settings under model.moe"
             )
         return
-    if moe.top_k > moe.num_experts:
-        raise ConfigError(
-            f"{where}: model.moe.top_k is {moe.top_k}, expected at most its num_experts = "
-            f"{moe.num_experts}"
-        )
-    if config.model.mlp.kind == "none":
-        raise ConfigError(
-            f"{where}: model.moe takes the place of MLPs, but model.mlp.kind is none; expected "
-            "swiglu or gelu"
-        )
     if moe.num_experts % parallel.expert:
         raise ConfigError(
             f"{where}: parallel.expert is {parallel.expert}, which does not divide the "
@@ -222,50 +319,13 @@ def _check_parallel(config: RunConfig, where: str) -> None:
         )
 
 
-def check_model(config: ModelConfig, where: str) -> None:
-    """Check the mixers of a model and its loop. Raises ConfigError naming the field."""
-    num_blocks = len(block_specs(config, where))
-    if config.recursion is not None:
-        _check_recursion(config.recursion, num_blocks, f"{where}: model.recursion")
-
-
-def _check_recursion(recursion: RecursionConfig, num_blocks: int, where: str) -> None:
-    if recursion.prelude + recursion.coda >= num_blocks:
-        raise ConfigError(
-            f"{where}: prelude {recursion.prelude} and coda {recursion.coda} leave nothing to loop "
-            f"over of the pattern's {num_blocks} blocks"
-        )
-    if recursion.state_init != "input" and not recursion.adapter:
-        raise ConfigError(
-            f"{where}.state_init is {recursion.state_init}, which needs adapter=true: the loop "
-            "would never see its input"
-        )
-    if recursion.sampling != "fixed":
-        for name, value in (
-            ("lora_rank", recursion.lora_rank > 0),
-            ("step_signal", recursion.step_signal == "learned"),
-            ("halting", recursion.halting),
-        ):
-            if value:
-                raise ConfigError(
-                    f"{where}.{name} needs a fixed number of passes, found sampling "
-                    f"{recursion.sampling}"
-                )
-    if recursion.halting and recursion.backprop_last is not None:
-        raise ConfigError(
-            f"{where}.backprop_last is {recursion.backprop_last}; with halting every pass is part "
-            "of the output, expected null"
-        )
-
-
-def check_layout(config: RunConfig, count: int, where: str) -> None:
+def check_layout(config: RunConfig, limits: ModelLimits, count: int, where: str) -> None:
     """Check whether a run fits ``count`` processes.
 
     Raises ConfigError, or UserError for the number of processes, with what would work.
     """
     parallel, train = config.parallel, config.train
-    check_model(config.model, where)
-    check_tensor_parallel(config.model, parallel.tensor, where)
+    check_tensor_parallel(limits, parallel.tensor, where)
     if config.model.vocab_size is None and 128 % parallel.tensor:
         raise ConfigError(
             f"{where}: model.vocab_size is null, the tokenizer's rounded up to a multiple of 128, "
@@ -273,8 +333,7 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
             f"{parallel.tensor}"
         )
     stages = parallel.pipeline * parallel.virtual_pipeline
-    # The size of the vocabulary moves the stages' borders, not their possible number.
-    split_into_stages(config.model, config.model.vocab_size or 1, train.seq_len, stages, where)
+    check_stages(limits.most_stages, limits.units, stages, where)
     check_world_size(parallel, count)
     data = count // parallel.model_size
     tokens = train.seq_len * parallel.micro_batch_size * data
@@ -300,19 +359,9 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
         )
 
 
-def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:
+def check_tensor_parallel(limits: ModelLimits, size: int, where: str) -> None:
     """Raise ConfigError unless ``size`` tensor-parallel processes can share the model."""
-    counts: dict[str, int] = {}
-    for spec in block_specs(config, where):
-        for name, count in spec.mixer.sharded_counts(spec.config, config.hidden_size).items():
-            if count > 1 or name not in SHAREABLE:
-                counts[f"model.mixers.{spec.name}: {name}"] = count
-    if config.moe is not None and config.moe.shared_intermediate_size:
-        counts["model.moe: shared inner channels"] = config.moe.shared_intermediate_size
-    if config.mlp.kind != "none" and (config.moe is None or config.moe.first_dense):
-        counts["model.mlp: inner channels"] = config.mlp.width(config.hidden_size)
-    if config.vocab_size is not None:
-        counts["model.vocab_size"] = config.vocab_size
+    counts = limits.sharded_counts
     for name, count in counts.items():
         if count % size:
             common = math.gcd(*counts.values())
@@ -323,21 +372,51 @@ def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:
             )
 
 
-def check_vocab_size(config: RunConfig, tokenizer_vocab_size: int, where: str) -> None:
+def check_stages(most: int, why: str, count: int, where: str) -> None:
+    """Raise ConfigError unless the model can be cut into ``count`` pipeline stages."""
+    if count > most:
+        raise ConfigError(
+            f"{where}: parallel.pipeline x parallel.virtual_pipeline is {count} stages, but "
+            f"{why} and a head; expected at most {most}"
+        )
+
+
+def check_world_size(config: ParallelConfig, count: int) -> None:
+    """Raise UserError unless ``count`` processes make full copies of the model."""
+    if count % config.model_size:
+        raise UserError(
+            f"parallel.tensor x parallel.pipeline is {config.tensor} x {config.pipeline} = "
+            f"{config.model_size}, but there are {count} processes; expected a multiple of it, as "
+            f"of torchrun --nproc-per-node {config.model_size}"
+        )
+    if count // config.pipeline % config.expert:
+        raise UserError(
+            f"parallel.expert is {config.expert}, which does not divide the "
+            f"{count // config.pipeline} processes of a pipeline stage"
+        )
+
+
+def check_vocab_size(rows: int, tokenizer_vocab_size: int, tensor: int, where: str) -> None:
     """Check whether the embedding has a row for every id of the tokenizer, and can be sharded.
 
     Raises ConfigError naming the field.
     """
-    from pretrain.model.build import padded_vocab_size  # which imports processes, and they this
-
-    rows = padded_vocab_size(config.model, tokenizer_vocab_size)
     if rows < tokenizer_vocab_size:
         raise ConfigError(
             f"{where}: model.vocab_size is {rows}, fewer than the {tokenizer_vocab_size} ids of "
             "the tokenizer; leave it out to fit"
         )
-    if rows % config.parallel.tensor:
+    if rows % tensor:
         raise ConfigError(
             f"{where}: the vocabulary's {rows} rows do not divide over parallel.tensor "
-            f"{config.parallel.tensor}; set model.vocab_size to a multiple of it"
+            f"{tensor}; set model.vocab_size to a multiple of it"
+        )
+
+
+def check_callbacks(skipping: list[str], config: RunConfig, where: str) -> None:
+    """Raise ConfigError where the callbacks ``skipping`` skip updates, which DeepSpeed cannot."""
+    if skipping and config.parallel.zero_backend == "deepspeed":
+        raise ConfigError(
+            f"{where}: {skipping[0]} skips updates, which DeepSpeed cannot; expected "
+            "parallel.zero_backend=megatron"
         )

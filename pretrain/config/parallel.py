@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pretrain.common.config_loader import Config, setting
-from pretrain.common.errors import UserError
 
 ZeroBackend = Literal["megatron", "deepspeed"]
 ZERO_BACKENDS: tuple[ZeroBackend, ...] = get_args(ZeroBackend)
@@ -68,18 +67,3 @@ class ParallelConfig(Config):
         plural = "" if count == 1 else "es" if what.endswith("s") else "s"
         processes = f"{count} {what}{plural}"
         return f"{processes} ({' x '.join(shared)}{experts})" if shared else processes
-
-
-def check_world_size(config: ParallelConfig, count: int) -> None:
-    """Raise UserError unless ``count`` processes make whole copies of the model."""
-    if count % config.model_size:
-        raise UserError(
-            f"parallel.tensor x parallel.pipeline is {config.tensor} x {config.pipeline} = "
-            f"{config.model_size}, but there are {count} processes; expected a multiple of it, as "
-            f"of torchrun --nproc-per-node {config.model_size}"
-        )
-    if count // config.pipeline % config.expert:
-        raise UserError(
-            f"parallel.expert is {config.expert}, which does not divide the "
-            f"{count // config.pipeline} processes of a pipeline stage"
-        )

@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pretrain.common.config_loader import Config, build_config, load_values, setting
+from pretrain.common.config_loader import (
+    Config,
+    build_config,
+    load_values,
+    setting,
+)
 from pretrain.config import legacy
 from pretrain.config.data import DataConfig
 from pretrain.config.model import ModelConfig

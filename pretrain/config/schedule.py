@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple, get_args
 
-from pretrain.common.config_loader import Config, ConfigError, OneOf, setting
+from pretrain.common.config_loader import Config, OneOf, setting
 
 Decay = Literal["linear", "sqrt", "exponential"]
 DECAYS: tuple[Decay, ...] = get_args(Decay)
@@ -77,26 +77,6 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, num_steps: int
         step, num_steps, min(after_warmup, 1.0), of_decay, step >= num_steps - decay_steps
     )
     return peak * SCHEDULES[config.kind].share(config, progress)
-
-
-def check_schedule(config: ScheduleConfig, num_steps: int, where: str) -> None:
-    """Raise ConfigError, naming the field, unless the schedule fits a run of ``num_steps``."""
-    if config.decay == "exponential" and config.final_ratio == 0:
-        raise ConfigError(
-            f"{where}: schedule.final_ratio is 0, which an exponential decay never reaches; "
-            "expected more than 0"
-        )
-    flat = num_steps * (1 - config.decay_fraction)
-    if SCHEDULES[config.kind].decays_at_end and config.warmup_steps > flat:
-        raise ConfigError(
-            f"{where}: schedule.warmup_steps is {config.warmup_steps}, but the decay "
-            f"begins after {flat:g} of the {num_steps} steps"
-        )
-    if config.warmup_steps > num_steps:
-        raise ConfigError(
-            f"{where}: schedule.warmup_steps is {config.warmup_steps}, more than the "
-            f"{num_steps} steps of the run"
-        )
 
 
 _Share = Callable[[ScheduleConfig, Progress], float]

@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.common.config_loader import ConfigError, build_config, nearest
+from pretrain.common.config_loader import ConfigError, build_config, check_of, nearest
 from pretrain.config import ModelConfig, MoEConfig
+from pretrain.config.checks import check_loop
 from pretrain.model.pattern import parse_pattern
 from pretrain.nn.mixers import Mixer, registry
 
@@ -38,7 +39,17 @@ class BlockSpec:
         return {"mixer": self.mixer.__name__, **settings}
 
 
-def block_specs(config: ModelConfig, where: str = "config") -> list[BlockSpec]:
+@check_of(ModelConfig)
+def check_model(config: ModelConfig, where: str, section: str = "model.") -> None:
+    """Check the mixers of a model and its loop. Raises ConfigError naming the field."""
+    num_blocks = len(block_specs(config, where, section))
+    if config.recursion is not None:
+        check_loop(config.recursion, num_blocks, where, section)
+
+
+def block_specs(
+    config: ModelConfig, where: str = "config", section: str = "model."
+) -> list[BlockSpec]:
     """Return the blocks of a model, first to last, with settings checked and sizes resolved.
 
     Raises ConfigError.
@@ -47,7 +58,7 @@ def block_specs(config: ModelConfig, where: str = "config") -> list[BlockSpec]:
     snapshot = repr((config.pattern, config.hidden_size, config.mixers, config.moe))
     found = _known_specs.get(snapshot)
     if found is None:
-        found = _read_specs(config, where)
+        found = _read_specs(config, where, section)
         while len(_known_specs) >= _MOST_KNOWN:
             _known_specs.pop(next(iter(_known_specs)), None)
         _known_specs[snapshot] = found
@@ -58,15 +69,15 @@ _known_specs: dict[str, list[BlockSpec]] = {}
 _MOST_KNOWN = 64
 
 
-def _read_specs(config: ModelConfig, where: str) -> list[BlockSpec]:
-    kinds, settings = _mixer_settings(config, where)
+def _read_specs(config: ModelConfig, where: str, section: str) -> list[BlockSpec]:
+    kinds, settings = _mixer_settings(config, where, section)
     try:
         names = parse_pattern(config.pattern, kinds)
     except ValueError as error:
-        raise ConfigError(f"{where}: model.{error}") from None
+        raise ConfigError(f"{where}: {section}{error}") from None
     specs = {}
     for name in dict.fromkeys([*names, *settings]):
-        field = f"{where}: model.mixers.{name}"
+        field = f"{where}: {section}mixers.{name}"
         mixer_config = build_config(kinds[name].config_class, settings.get(name, {}), field)
         if name in names:
             try:
@@ -84,7 +95,7 @@ def _read_specs(config: ModelConfig, where: str) -> list[BlockSpec]:
 
 
 def _mixer_settings(
-    config: ModelConfig, where: str
+    config: ModelConfig, where: str, section: str
 ) -> tuple[dict[str, type[Mixer]], dict[str, dict[str, Any]]]:
     """Return the mixers that a pattern may name, variants among them, and the settings given."""
     known = registry()
@@ -92,12 +103,12 @@ def _mixer_settings(
     settings: dict[str, dict[str, Any]] = {}
     for name, values in config.mixers.items():
         if not isinstance(values, dict):
-            raise ConfigError(f"{where}: model.mixers.{name} is {values!r}, expected a mapping")
+            raise ConfigError(f"{where}: {section}mixers.{name} is {values!r}, expected a mapping")
         values = dict(values)
         kind = values.pop("kind", name)
         if not isinstance(kind, str) or kind not in known:
             raise ConfigError(
-                f"{where}: model.mixers.{name}: unknown mixer '{kind}'"
+                f"{where}: {section}mixers.{name}: unknown mixer '{kind}'"
                 f"{nearest(str(kind), list(known))}; known: {', '.join(known)}"
             )
         kinds[name], settings[name] = known[kind], values

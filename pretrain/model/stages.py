@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from pretrain.common.config_loader import ConfigError
 from pretrain.config import ModelConfig
+from pretrain.config.checks import check_stages
 from pretrain.model.counts import training_flops_by_block
 from pretrain.model.spec import block_specs
 
@@ -42,17 +42,8 @@ def split_into_stages(
     Raises ConfigError where there are more stages than that leaves.
     """
     units = _units(config, where)
-    most = len(units) + (not _tied_to_head(config))  # the head may be a separate stage
-    if count > most:
-        why = (
-            f"the model has {len(units)} blocks"
-            if config.recursion is None
-            else f"a recursive loop cannot be cut, which leaves {len(units)} units of blocks"
-        )
-        raise ConfigError(
-            f"{where}: parallel.pipeline x parallel.virtual_pipeline is {count} stages, but {why} "
-            f"and a head; expected at most {most}"
-        )
+    most, why = most_stages(config, where)
+    check_stages(most, why, count, where)
     flops = training_flops_by_block(config, seq_len)
     head = 3 * 2 * vocab_size * config.hidden_size
     costs = [float(sum(flops[i] for i in unit)) for unit in units]
@@ -72,6 +63,15 @@ def split_into_stages(
         )
         stages.append(Stage(blocks, first=i == 0, last=i == count - 1))
     return stages
+
+
+def most_stages(config: ModelConfig, where: str) -> tuple[int, str]:
+    """Return the most stages that a model can be cut into, and why not more."""
+    number = len(_units(config, where))
+    most = number + (not _tied_to_head(config))  # the head may be a separate stage
+    if config.recursion is None:
+        return most, f"the model has {number} blocks"
+    return most, f"a recursive loop cannot be cut, which leaves {number} units of blocks"
 
 
 def balance(costs: Sequence[float], count: int) -> list[int]:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.common.metrics import merge_metrics
-from pretrain.config.parallel import ParallelConfig, check_world_size
+from pretrain.config.checks import check_world_size
+from pretrain.config.parallel import ParallelConfig
 from pretrain.parallel.cpu import importing_megatron
 
 T = TypeVar("T")

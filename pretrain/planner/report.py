@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.common.errors import UserError
-from pretrain.config import RunConfig
-from pretrain.config.checks import check_layout, load_run_config
+from pretrain.config import RunConfig, load_run_config
 from pretrain.model.build import padded_vocab_size
 from pretrain.model.counts import block_flops, block_parameters, count_model
+from pretrain.model.layout import check_layout
 from pretrain.model.spec import block_specs, passes
 from pretrain.planner.estimate import Planner
 from pretrain.planner.figures import Estimate

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
-from pretrain.config import ParallelConfig, RunConfig
-from pretrain.config.checks import check_layout, check_run_config
+from pretrain.config import ParallelConfig, RunConfig, check_run_config
+from pretrain.config.checks import check_vocab_size
+from pretrain.model.layout import check_layout
 from pretrain.planner.estimate import Planner
 from pretrain.planner.figures import Estimate
 
@@ -74,12 +75,12 @@ def search(planner: Planner, devices: int) -> list[Candidate]:
 
 
 def _try(planner: Planner, parallel: ParallelConfig, devices: int, checkpointing: str) -> Candidate:
-    config: RunConfig = dataclasses.replace(planner.config, parallel=parallel)
+    config: RunConfig = copy.copy(planner.config)
+    config.parallel = parallel
     try:
         check_run_config(config, "")
         check_layout(config, devices, "")
-        if planner.vocab_size % parallel.tensor:
-            raise ConfigError(f": the vocabulary of {planner.vocab_size} does not divide")
+        check_vocab_size(planner.vocab_size, planner.vocab_size, parallel.tensor, "")
     except UserError as error:  # or its subclass ConfigError
         return Candidate(parallel, checkpointing, None, str(error).removeprefix(": "))
     estimate = planner.estimate(parallel, devices, checkpointing)

@@ -33,8 +33,9 @@ def vocabulary_of(config: RunConfig, data: PreparedData, where: str) -> int:
     Raises UserError, beginning with ``where``, where the tokenizer has more ids or the rows cannot
     be sharded over tensor-parallel processes.
     """
-    check_vocab_size(config, data.tokenizer.vocab_size, where)
-    return padded_vocab_size(config.model, data.tokenizer.vocab_size)
+    rows = padded_vocab_size(config.model, data.tokenizer.vocab_size)
+    check_vocab_size(rows, data.tokenizer.vocab_size, config.parallel.tensor, where)
+    return rows
 
 
 def check_hashes(checkpoint: Path) -> None:

@@ -17,8 +17,7 @@ from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.dtypes import DTYPES
 from pretrain.common.quiet import ignore_warnings
-from pretrain.config import RunConfig
-from pretrain.config.checks import check_layout, check_model, check_run_config, load_run_config
+from pretrain.config import RunConfig, check_run_config, load_run_config
 from pretrain.config.schedule import learning_rate
 from pretrain.data.batches import (
     PreparedData,
@@ -26,7 +25,8 @@ from pretrain.data.batches import (
     open_data,
 )
 from pretrain.model.counts import ModelCounts, count_model
-from pretrain.model.spec import with_sizes
+from pretrain.model.layout import check_layout
+from pretrain.model.spec import check_model, with_sizes
 from pretrain.ops.backends import describe_backends
 from pretrain.parallel.processes import (
     any_process,

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.common.errors import UserError
-from pretrain.config import ParallelConfig, RunConfig, to_yaml
-from pretrain.config.checks import check_layout, load_run_config
+from pretrain.config import ParallelConfig, RunConfig, load_run_config, to_yaml
+from pretrain.model.layout import check_layout
 from pretrain.parallel.processes import start_processes, stop_processes
 from pretrain.run_directory import RunDirectory, checkpoint_name, find_checkpoint
 

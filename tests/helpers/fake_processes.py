@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pretrain.config import ParallelConfig
-from pretrain.config.parallel import check_world_size
+from pretrain.config.checks import check_world_size
 from pretrain.parallel.processes import stop_processes
 
 

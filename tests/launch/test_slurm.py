@@ -168,21 +168,22 @@ def test_a_preempted_job_saves_and_goes_on_bit_for_bit(slurm, uninterrupted, tmp
 
 @pytest.mark.slow
 def test_a_time_limit_is_chained_until_the_budget_is_done(slurm, tmp_path, corpus):
-    """A limit of a minute, and more steps than are done before the signal."""
+    """A limit of a minute, the signal after 20 seconds, and steps that take 30 at least."""
     job = Job(
         tmp_path / "job",
         corpus,
-        steps=1500,
+        steps=600,
         time="1:00",
         signal_seconds=40,
         nodes=1,
+        grid="\ncallbacks: [tests.helpers.slow_steps.SlowSteps]\n",
         **{"tensor: 2": "tensor: 1"},
     )
     job.launch()
     slurm.wait_for(lambda: "COMPLETED" in slurm.job_state(job.id), 1200)
     assert "start 1" in job.output()
     assert "stopped by SIGUSR2" in job.output()
-    assert [s for s, *_ in job.steps()] == list(range(1, 1501))
+    assert [s for s, *_ in job.steps()] == list(range(1, 601))
 
 
 @pytest.mark.slow

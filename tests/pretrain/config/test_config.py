@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 
 from pretrain.common.config_loader import ConfigError, load_config
-from pretrain.config import ModelConfig, RunConfig, to_yaml
-from pretrain.config.checks import load_run_config
+from pretrain.config import (
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RecursionConfig,
+    RunConfig,
+    TrainConfig,
+    load_run_config,
+    to_yaml,
+)
 from pretrain.model.counts import count_model
 from pretrain.model.spec import block_specs
 
@@ -96,9 +105,8 @@ def test_wrong_settings_are_named(base, override, message):
     ],
 )
 def test_wrong_models_are_named(base, override, message):
-    config = load_run_config(base, [override])
     with pytest.raises(ConfigError, match=message):
-        block_specs(config.model, "run.yaml")
+        load_run_config(base, [override])
 
 
 def test_a_variant_of_a_mixer_under_its_own_name(base):
@@ -125,3 +133,36 @@ def test_files_that_are_no_config(tmp_path):
 def test_a_model_made_in_python_is_checked_too():
     with pytest.raises(ConfigError, match=r"^ModelConfig: hidden_size is -3, expected at least 1$"):
         ModelConfig(pattern="attn", hidden_size=-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelConfig("gnd", 64), r"^ModelConfig: pattern 'gnd': .*did you mean 'gdn'"),
+        (
+            lambda: ModelConfig("attn", 64, mixers={"attn": {"num_head": 3}}),
+            r"^ModelConfig: mixers\.attn: unknown setting 'num_head'",
+        ),
+        (
+            lambda: ModelConfig("attn", 64, recursion=RecursionConfig(prelude=1)),
+            r"^ModelConfig: recursion: prelude 1 and coda 0 leave nothing",
+        ),
+        (
+            lambda: ModelConfig("attn", 64, moe=MoEConfig(), mlp=MLPConfig("none")),
+            r"^ModelConfig: moe takes the place of MLPs, but mlp\.kind is none",
+        ),
+        (lambda: MoEConfig(num_experts=2, top_k=4), "^MoEConfig: top_k is 4, expected at most"),
+        (lambda: RecursionConfig(state_init="zeros"), "^RecursionConfig: state_init is zeros"),
+        (lambda: OptimizerConfig(betas=[2, 3]), r"^OptimizerConfig: betas is \[2.0, 3.0\]"),
+        (lambda: TrainConfig(steps=5, tokens=4), "^TrainConfig: steps is 5 and tokens 4"),
+        (lambda: TrainConfig(batch_warmup_start=64), "^TrainConfig: batch_warmup_start is 64"),
+    ],
+)
+def test_sections_made_in_python_are_checked_across_fields(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_the_same_check_of_a_file_names_the_file_and_section(base):
+    with pytest.raises(ConfigError, match=r"yaml: model\.moe\.top_k is 4, expected at most"):
+        load_run_config(base, ["model.moe={num_experts: 2, top_k: 4}"])

@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from pretrain.common.config_loader import build_config
-from pretrain.config import ModelConfig
-from pretrain.config.checks import check_tensor_parallel, load_run_config
+from pretrain.config import ModelConfig, load_run_config
 from pretrain.config.schedule import learning_rate
 from pretrain.model.counts import count_model
+from pretrain.model.layout import check_tensor_parallel
 from pretrain.model.spec import block_specs
 from pretrain.model.stages import split_into_stages
 

@@ -12,8 +12,14 @@ import yaml
 from evals.perplexity import evaluate_perplexity
 from pretrain.checkpoint.state import check_same_model, read_state
 from pretrain.common.config_loader import ConfigError
-from pretrain.config import ModelConfig, RunConfig, legacy, load_saved_config, to_yaml
-from pretrain.config.checks import load_run_config
+from pretrain.config import (
+    ModelConfig,
+    RunConfig,
+    legacy,
+    load_run_config,
+    load_saved_config,
+    to_yaml,
+)
 from pretrain.inference.load import load_model
 from pretrain.model.counts import count_model
 from pretrain.model.spec import block_specs, with_sizes

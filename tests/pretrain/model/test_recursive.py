@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.common.config_loader import ConfigError, build_config
 from pretrain.common.errors import UserError
 from pretrain.config import InitializeConfig, ModelConfig
-from pretrain.config.checks import check_model
 from pretrain.model.build import build_model
 from pretrain.model.counts import count_model
 from pretrain.model.depth_lora import DepthLoRA
 from pretrain.model.recursion import sample_recurrences
+from pretrain.model.spec import check_model
 from pretrain.training.initialization import fill_from
 from tests.helpers.recursion_kinds import KINDS, RECURRENT_DEPTH
 from tests.helpers.relative_error import relative_error

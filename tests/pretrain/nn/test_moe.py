@@ -12,8 +12,8 @@ from pretrain.config import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
+    check_run_config,
 )
-from pretrain.config.checks import check_run_config
 from pretrain.data.batches import pack_rows
 from pretrain.model.build import build_model
 from pretrain.model.counts import count_model
@@ -251,11 +251,11 @@ def test_counts():
     ],
 )
 def test_what_does_not_fit_is_refused(moe, parallel, words):
-    run = RunConfig(
-        "test",
-        settings(**moe),
-        train=TrainConfig(steps=1, global_batch_tokens=4096),
-        parallel=ParallelConfig(**parallel),
-    )
     with pytest.raises(ConfigError, match=words):
+        run = RunConfig(
+            "test",
+            settings(**moe),
+            train=TrainConfig(steps=1, global_batch_tokens=4096),
+            parallel=ParallelConfig(**parallel),
+        )
         check_run_config(run, "test")

@@ -19,8 +19,9 @@ from pretrain.config import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
+    check_run_config,
 )
-from pretrain.config.checks import check_layout, check_run_config
+from pretrain.model.layout import check_layout
 from pretrain.model.stages import Stage, balance, split_into_stages
 from pretrain.nn.parameters import info_of
 from pretrain.parallel.context import current_context

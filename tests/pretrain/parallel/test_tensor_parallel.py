@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain.common.config_loader import ConfigError
-from pretrain.config.checks import check_tensor_parallel
+from pretrain.model.layout import check_tensor_parallel
 from tests.helpers import tensor_parallel_worker
 from tests.helpers.processes import run_on
 from tests.helpers.tensor_parallel_worker import ACROSS, RECOMPUTED, cases, settings, train

@@ -14,8 +14,7 @@ from megatron.core import parallel_state
 
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
-from pretrain.config import RunConfig
-from pretrain.config.checks import load_run_config
+from pretrain.config import RunConfig, load_run_config
 from pretrain.parallel.processes import start_processes, stop_processes
 from pretrain.run_directory import RunDirectory
 from pretrain.training.callbacks import Callback, Decision, Profiler, default_callbacks

@@ -22,8 +22,8 @@ from pretrain.config import (
     RunConfig,
     SpikeConfig,
     TrainConfig,
+    check_run_config,
 )
-from pretrain.config.checks import check_run_config
 from pretrain.data.batches import TrainingBatches, open_data
 from pretrain.nn.parameters import draw_like, info_of
 from pretrain.training.engine import Engine

@@ -1,0 +1,40 @@
+"""What a model's layers allow of a layout, and the checks that need it."""
+
+from __future__ import annotations
+
+from pretrain.config import ModelConfig, RunConfig, checks
+from pretrain.config.checks import ModelLimits
+from pretrain.model.spec import block_specs, check_model
+from pretrain.model.stages import most_stages
+from pretrain.nn.mixers.base import SHAREABLE
+
+
+def model_limits(config: ModelConfig, where: str) -> ModelLimits:
+    """Return what the layers of a model allow of a layout. Raises ConfigError."""
+    counts: dict[str, int] = {}
+    for spec in block_specs(config, where):
+        for name, count in spec.mixer.sharded_counts(spec.config, config.hidden_size).items():
+            if count > 1 or name not in SHAREABLE:
+                counts[f"model.mixers.{spec.name}: {name}"] = count
+    if config.moe is not None and config.moe.shared_intermediate_size:
+        counts["model.moe: shared inner channels"] = config.moe.shared_intermediate_size
+    if config.mlp.kind != "none" and (config.moe is None or config.moe.first_dense):
+        counts["model.mlp: inner channels"] = config.mlp.width(config.hidden_size)
+    if config.vocab_size is not None:
+        counts["model.vocab_size"] = config.vocab_size
+    most, units = most_stages(config, where)
+    return ModelLimits(counts, most, units)
+
+
+def check_layout(config: RunConfig, count: int, where: str) -> None:
+    """Check whether a run fits ``count`` processes.
+
+    Raises ConfigError, or UserError for the number of processes, with what would work.
+    """
+    check_model(config.model, where)
+    checks.check_layout(config, model_limits(config.model, where), count, where)
+
+
+def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:
+    """Raise ConfigError unless ``size`` tensor-parallel processes can share the model."""
+    checks.check_tensor_parallel(model_limits(config, where), size, where)
