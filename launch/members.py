@@ -85,6 +85,8 @@ def check_same_settings(member: Member) -> None:
         return
     before, wanted = directory.read_config(), copy.deepcopy(member.config)
     directory.keep_saved_sizes(wanted)
+    if wanted.model.vocab_size is None:  # the data's, which the run wrote out
+        wanted.model.vocab_size = before.model.vocab_size
     for config in (before, wanted):
         config.model = with_sizes(config.model, str(directory))
     was, now = (flattened(dataclasses.asdict(c)) for c in (before, wanted))

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from evals.synthetic.tasks import MQAR_KEYS, TASKS, make_rows
-from pretrain.common.config_loader import Config, ConfigError, setting
-from pretrain.config import MLPConfig, ModelConfig
+from pretrain.common.config_loader import Config, ConfigError, build_config, setting
+from pretrain.config import ModelConfig
 from pretrain.model.build import build_model
 from pretrain.model.counts import count_model
 from pretrain.model.language_model import LanguageModel
-from pretrain.model.spec import block_specs
 
 TEST_FACTORS = (1, 2, 4)
 LAST = 8  # positions at the end of a row that are reported separately
@@ -75,21 +74,22 @@ class SyntheticConfig(Config):
     seed: int = setting(0, minimum=0)
     """Seed of the model and of the rows."""
 
-    def model(self) -> ModelConfig:
+    def model(self, where: str = "config") -> ModelConfig:
         """Return the model's settings; alphabets differ, so embeddings are not tied."""
-        return ModelConfig(
-            pattern=self.pattern,
-            hidden_size=self.hidden_size,
-            mixers=self.mixers,
-            mlp=MLPConfig(kind=self.mlp),
-            tie_embeddings=False,
-            init_std=self.init_std,
-        )
+        values = {
+            "pattern": self.pattern,
+            "hidden_size": self.hidden_size,
+            "mixers": self.mixers,
+            "mlp": {"kind": self.mlp},
+            "tie_embeddings": False,
+            "init_std": self.init_std,
+        }
+        return build_config(ModelConfig, values, where)
 
 
 def check_config(config: SyntheticConfig, where: str) -> None:
     """Check settings that depend on each other; raises ConfigError naming the field."""
-    block_specs(config.model(), where)
+    config.model(where)
     for length in config.curriculum:
         if not 4 <= length <= config.length:
             raise ConfigError(

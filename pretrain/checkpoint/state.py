@@ -152,6 +152,7 @@ def check_same_model(
 def _model_settings(model: ModelConfig) -> dict[str, Any]:
     """Return every setting of a model by its dotted name, with those of its mixers filled in."""
     settings = dataclasses.asdict(model)
+    settings["mlp"] = {"kind": model.mlp.kind, "width": model.mlp.width(model.hidden_size)}
     specs = {spec.name: spec for spec in block_specs(model)}
     settings["mixers"] = {name: spec.identity for name, spec in specs.items()}
     return flattened(settings)

@@ -116,16 +116,15 @@ def _mixer_settings(
 
 
 def with_sizes(config: ModelConfig, where: str = "config") -> ModelConfig:
-    """Return the same settings with the sizes of all mixers in the pattern written out.
+    """Return the same model with every setting of its mixers and its MLP's width written out.
 
-    So a run directory says what its model was, whatever the default sizes become. Raises
-    ConfigError.
+    So a run directory says what its model was, whatever the defaults become. Raises ConfigError.
     """
     mixers = dict(config.mixers)
     for spec in block_specs(config, where):
-        sizes = {name: getattr(spec.config, name) for name in spec.config.size_names()}
-        mixers[spec.name] = {**mixers.get(spec.name, {}), **sizes}
-    return dataclasses.replace(config, mixers=mixers)
+        mixers[spec.name] = {**mixers.get(spec.name, {}), **dataclasses.asdict(spec.config)}
+    mlp = dataclasses.replace(config.mlp, intermediate_size=config.mlp.width(config.hidden_size))
+    return dataclasses.replace(config, mixers=mixers, mlp=mlp)
 
 
 def passes(config: ModelConfig) -> list[int]:

@@ -201,6 +201,7 @@ class Trainer:
             self.data, config.train, config.parallel.micro_batch_size, config.seed
         )
         vocab_size = vocabulary_of(config, self.data, self._where)
+        config.model.vocab_size = vocab_size  # saved with the other sizes
         self.counts = count_model(config.model, vocab_size, config.train.seq_len)
         try:
             on_main_process(self.run_directory.take_lock)

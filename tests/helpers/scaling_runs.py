@@ -12,7 +12,7 @@ def run_directory(folder, rows, name="run", **config):
     directory.mkdir()
     settings = {
         "name": name,
-        "model": {"hidden_size": 8, "pattern": "attn"},
+        "model": {"hidden_size": 8, "pattern": "attn", "mixers": {"attn": {"num_heads": 2}}},
         "optimizer": {"lr": 1e-3},
         "schedule": {"kind": "cosine", "warmup_steps": 20},
         "train": {"steps": 200, "seq_len": 16, "global_batch_tokens": 128},

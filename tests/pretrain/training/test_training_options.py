@@ -351,13 +351,13 @@ def test_what_does_not_go_together_is_named(changes, message):
     parallel = ParallelConfig(
         micro_batch_size=2, zero_backend="deepspeed" if "deepspeed" in changes else "megatron"
     )
-    run = RunConfig(
-        "test",
-        settings(),
-        data=DataConfig("x"),
-        parallel=parallel,
-        train=TrainConfig(steps=200, seq_len=16, global_batch_tokens=256, **train),
-        optimizer=changes.get("optimizer", OptimizerConfig()),
-    )
     with pytest.raises(ConfigError, match=message):
+        run = RunConfig(
+            "test",
+            settings(),
+            data=DataConfig("x"),
+            parallel=parallel,
+            train=TrainConfig(steps=200, seq_len=16, global_batch_tokens=256, **train),
+            optimizer=changes.get("optimizer", OptimizerConfig()),
+        )
         check_run_config(run, "test")
