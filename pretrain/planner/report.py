@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain plan",
         description="Parameters, FLOPs, memory, communication, time and cost of a run, or of a "
-        "model alone, on hardware that need not be here.",
+        "model alone, on hardware that you need not have.",
     )
     parser.add_argument("config", help="of a run, or of a model (configs/models)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -123,7 +123,7 @@ def _vocab_size(config: RunConfig, path: str) -> int:
         tokenizer = open_data(config.data).tokenizer
     except UserError as error:
         raise UserError(
-            f"{path}: model.vocab_size is not set, and the data that determines it is not there "
+            f"{path}: model.vocab_size is not set, and the data that determines it is missing "
             f"({error}); set model.vocab_size"
         ) from None
     return padded_vocab_size(config.model, tokenizer.vocab_size)
