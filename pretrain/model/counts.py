@@ -38,7 +38,7 @@ def block_flops(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
 def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:
     """Count the forward and backward FLOPs per token of every block of the pattern, all passes.
 
-    The head is excluded, and so is what a loop has beside its blocks.
+    The head is excluded, and so is what a loop has besides its blocks.
     """
     recursion = config.recursion
     flops = []
@@ -72,7 +72,7 @@ def block_lora_parameters(config: ModelConfig, spec: BlockSpec) -> int:
 
 
 def loop_counts(config: ModelConfig) -> tuple[int, int]:
-    """Count what a loop has beside its blocks: parameters, and FLOPs per token of one pass."""
+    """Count what a loop has besides its blocks: parameters, and FLOPs per token of one pass."""
     d, recursion = config.hidden_size, config.recursion
     if recursion is None:
         return 0, 0

@@ -57,7 +57,7 @@ def constant(value: float) -> Initializer:
 
 @dataclass(frozen=True)
 class Shard:
-    """Say which of ``count`` equal parts along ``axis`` a rank holds, and over which ranks."""
+    """The part of a tensor that a rank holds: one of ``count`` equal parts along ``axis``."""
 
     axis: int
     index: int

@@ -36,7 +36,7 @@ class Part:
 
 
 def model_parts(config: ModelConfig, vocab_size: int, seq_len: int) -> list[Part]:
-    """Return the embedding, the kinds of blocks, what a loop has beside its blocks, and the head.
+    """Return the embedding, the kinds of blocks, what a loop has besides its blocks, and the head.
 
     Their parameters and FLOPs add up to those of :func:`pretrain.model.counts.count_model`.
     """

@@ -1,6 +1,6 @@
 """The cost of each unit of a model on one tensor-parallel process.
 
-Units are the embedding, one block of each kind, what a loop has beside its blocks, and the head
+Units are the embedding, one block of each kind, what a loop has besides its blocks, and the head
 with the loss.
 """
 
@@ -61,7 +61,7 @@ class Units:
     Attributes:
         blocks: One of each kind, by the kind's name.
         kinds: The kind of every block of the pattern.
-        loop: What a loop has beside its blocks, if there is one.
+        loop: What a loop has besides its blocks, if there is one.
     """
 
     embedding: Unit
