@@ -1,5 +1,7 @@
 """The parts of the planner's table add up to the model, and are what running them counts."""
 
+from typing import Any
+
 import pytest
 
 from pretrain.common.config_loader import build_config
@@ -17,7 +19,7 @@ BASE = {
     "mlp": {"kind": "swiglu", "intermediate_size": 96},
 }
 LORA = {"times": 3, "lora_rank": 4}
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"pattern": "3*gdn attn", "tie_embeddings": True},
     "moe": {"moe": {"num_experts": 4, "top_k": 2, "intermediate_size": 32, "first_dense": 1}},
@@ -52,8 +54,8 @@ def test_parts_with_low_rank_differences_are_what_running_them_counts(name):
         "checkpointing": "none",
     }
     found = plan({name: {"settings": settings, "devices": 1}})[name]
-    blocks = model_parts(build_config(ModelConfig, model, "case"), VOCAB, 128)
-    blocks = {part.name: part for part in blocks if part.name in found["parameters"]}
+    parts = model_parts(build_config(ModelConfig, model, "case"), VOCAB, 128)
+    blocks = {part.name: part for part in parts if part.name in found["parameters"]}
     assert list(blocks) == list(found["parameters"])
     for kind, part in blocks.items():
         assert found["parameters"][kind] == part.parameters
