@@ -54,7 +54,7 @@ def main() -> None:
 
     modules = ("torch", "pretrain.training.trainer")
     seconds: dict[str, list[float]] = {module: [] for module in modules}
-    for _ in range(given.times):  # by turns, for what else the machine does
+    for _ in range(given.times):  # in turn, so that other load on the machine affects all
         for module in modules:
             seconds[module].append(measure("-c", f"import {module}")[0])
     medians = [statistics.median(seconds[module]) for module in modules]

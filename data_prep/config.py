@@ -37,22 +37,22 @@ class SourceConfig(Config):
     max_documents: int | None = setting(None, minimum=1)
     """Documents to read; null: all of them."""
     paths: list[str] = dataclasses.field(default_factory=list)
-    """Of kind ``files``: files, folders (with all that is in them), and globs, in which ``**``
-    stands for any folders."""
+    """Files, folders (with all that is in them), and globs, in which ``**`` stands for any folders;
+    for kind ``files``."""
     dataset: str | None = None
-    """Of kind ``huggingface``: a name on the hub, a builder (json, parquet, text), or a folder."""
+    """A name on the hub, a builder (json, parquet, text), or a folder; for kind ``huggingface``."""
     config: str | None = None
-    """Of kind ``huggingface``: the data set's configuration; null: its default."""
+    """The data set's configuration, for kind ``huggingface``; null: its default."""
     data_files: list[str] = dataclasses.field(default_factory=list)
-    """Of kind ``huggingface``: the files that a builder reads."""
+    """The files that a builder reads, for kind ``huggingface``."""
     split: str = "train"
-    """Of kind ``huggingface``: the split to read."""
+    """The split to read, for kind ``huggingface``."""
     revision: str | None = None
-    """Of kind ``huggingface``: branch, tag or commit of the data set; null: the newest."""
+    """Branch, tag or commit of the data set, for kind ``huggingface``; null: the newest."""
     streaming: bool = False
-    """Of kind ``huggingface``: whether rows are read as they arrive instead of after a download."""
+    """Whether rows are read as they arrive, not after a download, for kind ``huggingface``."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of other kinds: the settings that their modules in data_prep/source_kinds declare."""
+    """Settings of other kinds, which their modules in data_prep/source_kinds declare."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class TokenizerConfig(Config):
     """A tokenizer to train, or with ``path`` an existing one."""
 
     kind: Literal["bpe", "unigram"] = setting("bpe")
-    """What is trained: byte-pair encoding or a unigram model, by SentencePiece."""
+    """The kind of tokenizer that SentencePiece trains: byte-pair encoding or a unigram model."""
     vocab_size: int = setting(32_000, minimum=261, maximum=4_000_000)
     """Ids of the tokenizer, the 256 bytes among them."""
     sample_bytes: int = setting(100_000_000, minimum=1_000, maximum=10_000_000_000)
@@ -77,7 +77,7 @@ class DataPrepConfig(Config):
     output: str
     """The directory to write."""
     sources: list[SourceConfig]
-    """Where text comes from, at least one source."""
+    """Sources of text, at least one."""
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     """The tokenizer."""
     validation_fraction: float = setting(0.01, minimum=0, below=1)

@@ -25,7 +25,7 @@ NAME = "progress.json"
 
 @dataclass(frozen=True)
 class Position:
-    """How far the sources have been read."""
+    """A position in the sources: all before it has been read."""
 
     source: int = 0
     file: int = 0

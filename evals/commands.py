@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     given = _parser().parse_args(arguments)
     names = list(dict.fromkeys(name for name in given.tasks.split(",") if name))
     if not names:
-        raise UserError("--tasks is empty; 'python -m evals tasks' lists the tasks that there are")
+        raise UserError("--tasks is empty; 'python -m evals tasks' lists the available tasks")
     harness = [name for name in names if name not in HELD_OUT]
     if harness:  # before a model is loaded, so that a wrong name is reported at once
         from evals.tasks.loading import check_tasks

@@ -14,7 +14,7 @@ _TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
 
 @dataclass
 class ContainerConfig(Config):
-    """The container that a job's processes run in; the project lies in the image."""
+    """The container that a job's processes run in; the project is in the image."""
 
     image: str
     """The image, as the runtime names it."""
@@ -26,7 +26,10 @@ class ContainerConfig(Config):
 
 @dataclass
 class ClusterConfig(Config):
-    """Where runs are started. All but ``kind`` is for Slurm; null: the cluster's own default."""
+    """The place where runs are started.
+
+    All settings but ``kind`` are for Slurm; null: the cluster's own default.
+    """
 
     kind: Literal["local", "slurm"] = setting("slurm")
     """This machine, or a Slurm cluster."""

@@ -24,7 +24,7 @@ class InLoopEvaluation(Callback):
 
     Every process loads the same tasks and gets the same scores; the weights, their optimizer and
     all random numbers stay as they are. Raises UserError, before the first step, for tasks that do
-    not exist or whose data is not there.
+    not exist or whose data is missing.
     """
 
     def on_train_start(self) -> None:
@@ -95,7 +95,7 @@ def _load(
     for name in settings.tasks:
         if name in ("perplexity", "positions"):
             raise UserError(
-                f"eval.tasks names '{name}', which is of a checkpoint: python -m evals RUN "
+                f"eval.tasks names '{name}', which scores checkpoints alone: python -m evals RUN "
                 f"--tasks {name}; the loss on held-out text is 'validation' here"
             )
     length = settings.max_length or config.train.seq_len

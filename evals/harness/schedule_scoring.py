@@ -28,7 +28,7 @@ class ScheduleScorer(Scorer):
     ) -> None:
         """Create a scorer of ``engine`` over the first ``candidates`` ids of the vocabulary.
 
-        ``filler`` is the id that fills up a pass behind the text, as a sequence of its own; the
+        ``filler`` is the id that fills up a pass after the text, as a sequence of its own; the
         length of a pass is a multiple of ``multiple``.
         """
         self.engine, self.candidates, self.filler = engine, candidates, filler

@@ -69,7 +69,7 @@ class Choice:
     """A schedule and its predicted final loss.
 
     behind: interval (low, high) of the loss above the best choice's, or None without bootstrap
-    samples; extrapolates: in what it lies outside the fitted runs, or "".
+    samples; extrapolates: in what respect it is outside the fitted runs, or "".
     """
 
     name: str
@@ -156,7 +156,7 @@ def _best_decay(
 
 
 def outside_of(found: Fit, curve: Curve) -> str:
-    """Return in what a curve lies outside the fitted runs, or ""."""
+    """Return in what respect a curve is outside the fitted runs, or ""."""
     reasons, domain = list[str](), found.domain
     if not domain.get("steps"):
         return ""

@@ -106,7 +106,7 @@ def _damaged(checkpoint: Path, what: str) -> UserError:
         f"the one before it is {earlier[0].name}: resume from it with "
         f"checkpoint.resume={earlier[0].name}"
         if earlier
-        else "there is none before it"
+        else "there is no earlier one"
     )
     return UserError(f"checkpoint {checkpoint} is damaged: {what}; {offer}")
 

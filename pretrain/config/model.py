@@ -97,7 +97,7 @@ class RecursionConfig(Config):
     """Whether the final norm is applied before the coda too."""
     step_signal: Literal["none", "sinusoidal", "learned"] = setting("none")
     """What is added to the state before each pass: a sinusoid of the pass's number or a learned
-    vector (arXiv 1807.03819). Positions are the mixers' own affair."""
+    vector (arXiv 1807.03819). Positions are left to the mixers."""
     halting: bool = False
     """Adaptive computation time (arXiv 1603.08983): a token's output is the mean of its states
     weighted by its halting probabilities, up to where their sum exceeds ``halting_threshold``. Its
@@ -142,7 +142,7 @@ class ModelConfig(Config):
     """Weight of the squared log-sum-exp of a token's logits in the training loss (arXiv
     2204.02311)."""
     block_norm: Literal["pre", "sandwich"] = setting("pre")
-    """Where blocks normalise: before mixer and MLP, or behind them too."""
+    """Where blocks normalise: before mixer and MLP, or after them too."""
     scale_embeddings: bool = False
     """Whether embeddings are multiplied by sqrt(hidden_size)."""
     dropout: float = setting(0.0, minimum=0, below=1)

@@ -22,7 +22,7 @@ class ParallelConfig(Config):
     pipeline: int = setting(1, minimum=1)
     """Pipeline stages that the blocks are split into, balanced by their FLOPs."""
     virtual_pipeline: int = setting(1, minimum=1)
-    """Parts of every stage that a process goes through by turns (interleaved schedule): less idle
+    """Parts of every stage that a process goes through in turn (interleaved schedule): less idle
     time, more messages."""
     expert: int = setting(1, minimum=1)
     """Expert-parallel size: data-parallel processes that share a mixture's experts."""
@@ -35,7 +35,7 @@ class ParallelConfig(Config):
     """Who shards: ``megatron`` (stages 0 and 1) or ``deepspeed`` (0 and 1, without a pipeline also
     2 and 3)."""
     offload: Literal["device", "cpu", "nvme"] = setting("device")
-    """Where DeepSpeed keeps the optimizer's state: on the device, in the processor's memory or,
+    """Where DeepSpeed keeps the optimizer's state: on the device, in host memory or,
     with ``zero_stage: 3``, in files on a local disk."""
     offload_path: str | None = None
     """The folder of those files, with ``offload: nvme`` alone."""

@@ -18,14 +18,14 @@ DECAYS: tuple[Decay, ...] = get_args(Decay)
 
 
 class Progress(NamedTuple):
-    """How far a run has come at a step behind the warm-up."""
+    """How far a run has come at a step after the warm-up."""
 
     step: int
     """Optimizer steps that were done."""
     num_steps: int
     """Those of the whole run."""
     after_warmup: float
-    """The share, from 0 to 1, of the steps behind the warm-up that were done."""
+    """The share, from 0 to 1, of the steps after the warm-up that were done."""
     of_decay: float
     """The share of the last ``decay_fraction`` of all steps that were done; 0 before them."""
     at_end: bool
@@ -58,9 +58,9 @@ class ScheduleConfig(Config):
     """Shape of the decay of ``wsd``."""
     decay_fraction: float = setting(0.2, above=0, maximum=1)
     """Share of all steps in which ``wsd`` decays, or at the end of the run which ``two_stage``
-    spends behind its drop."""
+    spends after its drop."""
     final_ratio: float = setting(0.1, minimum=0, maximum=1)
-    """Learning rate where the decay ends, one step behind the last, as a share of the peak."""
+    """Learning rate where the decay ends, one step after the last, as a share of the peak."""
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, num_steps: int) -> float:

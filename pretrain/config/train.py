@@ -29,7 +29,7 @@ class SpikeConfig(Config):
     rollback_steps: int = setting(100, minimum=1)
     """Steps that ``rollback`` goes back at least, to the next checkpoint before them."""
     skip_steps: int = setting(200, minimum=0)
-    """Steps behind the spike whose data ``rollback`` skips too."""
+    """Steps after the spike whose data ``rollback`` skips too."""
     most: int = setting(5, minimum=1)
     """Rollbacks after which the run stops."""
 
@@ -114,7 +114,7 @@ class CheckpointConfig(Config):
     milestone_every: int = setting(0, minimum=0)
     """Checkpoints at multiples of so many steps are kept for good; 0: none are."""
     background: bool = True
-    """Whether they are written from a copy in the processor's memory while training continues."""
+    """Whether they are written from a copy in host memory while training continues."""
     verify: Literal["sha256", "size"] = setting("sha256")
     """What is checked of every file before loading: its hash, or only its size."""
     resume: str | None = None

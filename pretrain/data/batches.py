@@ -99,7 +99,7 @@ class TokenStream:
 class PreparedData:
     """The data of a run: its tokenizer, and per source its name, weight, and streams by split.
 
-    A source's name is ``NAME@HASH`` of its content: where the folder lies does not matter.
+    A source's name is ``NAME@HASH`` of its content: where the folder is does not matter.
     """
 
     tokenizer: Tokenizer

@@ -258,7 +258,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 _LOSSY = (
-    "this tokenizer does not give text back byte for byte, "
+    "this tokenizer does not restore text byte for byte, "
     "so its tokens have no exact number of bytes"
 )
 

@@ -182,7 +182,7 @@ def export_checkpoint(
     from pretrain.inference.load import load_model
 
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is there already and not empty; choose another folder")
+        raise UserError(f"{folder} already exists and is not empty; choose another folder")
     loaded = load_model(checkpoint, averaged=averaged, dtype=dtype)
     seq_len, eod_id = loaded.run.train.seq_len, loaded.tokenizer.eod_id
     reason = write_hugging_face(loaded.model, folder, seq_len, eod_id, dtype)
@@ -266,7 +266,7 @@ def import_llama(source: str, run_directory: Path, *, gguf_file: str | None = No
     except ImportError:
         raise UserError("import needs transformers: pip install transformers") from None
     if run_directory.exists():
-        raise UserError(f"{run_directory} is there already; choose another name")
+        raise UserError(f"{run_directory} already exists; choose another name")
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         original: Any = transformers.AutoModelForCausalLM.from_pretrained(

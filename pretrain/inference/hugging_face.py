@@ -46,7 +46,7 @@ class HuggingFaceModel:
 
     @torch.no_grad()
     def score(self, texts: Sequence[str]) -> list[float]:
-        """Return the log-likelihood of each text in nats, behind the token that opens texts."""
+        """Return the log-likelihood of each text in nats, given the token that opens texts."""
         found = []
         for text in texts:
             ids = torch.tensor([self._ids(text)], device=self.model.device)

@@ -33,7 +33,7 @@ class LoadedModel:
     run: RunConfig
     """The settings that it was trained with."""
     state: CheckpointState
-    """What its checkpoint says of itself, such as the step."""
+    """The state that its checkpoint records, such as the step."""
     checkpoint: Path
     """The folder that it came from."""
 

@@ -1,4 +1,4 @@
-"""Sequences that begin alike, as a tree: shared prefixes are computed once."""
+"""Sequences with common beginnings, as a tree: shared prefixes are computed once."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def block_flops(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
 def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:
     """Count the forward and backward FLOPs per token of every block of the pattern, all passes.
 
-    The head is excluded, and so is what a loop has beside its blocks.
+    The head is excluded, and so is what a loop has besides its blocks.
     """
     recursion = config.recursion
     flops = []
@@ -50,27 +50,36 @@ def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:
     return flops
 
 
-def lora_parameters(config: ModelConfig, specs: list[BlockSpec]) -> int:
-    """Count the parameters of one pass's low-rank differences.
+def block_lora_parameters(config: ModelConfig, spec: BlockSpec) -> int:
+    """Count the parameters of one pass's low-rank differences of one block in the loop.
 
-    They are rank (d_in + d_out) for every linear layer of the loop, whose shapes are read off
-    blocks that are built without memory.
+    They are rank (d_in + d_out) for every linear layer, whose shapes are read off layers that are
+    built without memory.
     """
     recursion = config.recursion
     if recursion is None or recursion.lora_rank == 0:
         return 0
-    total = 0
     with torch.device("meta"):
         context = LayerContext(config.hidden_size, 0.0, 0.0, ParallelContext())
-        for spec in specs[recursion.prelude : len(specs) - recursion.coda]:
-            layers: list[nn.Module] = [spec.mixer(spec.config, context)]
-            if spec.moe is not None:
-                layers.append(MoE(spec.moe, context))
-            elif config.mlp.kind != "none":
-                width = config.mlp.width(config.hidden_size)
-                layers.append(MLP(config.mlp.kind, width, context))
-            total += sum(sum(shape) for layer in layers for shape in linear_shapes(layer))
+        layers: list[nn.Module] = [spec.mixer(spec.config, context)]
+        if spec.moe is not None:
+            layers.append(MoE(spec.moe, context))
+        elif config.mlp.kind != "none":
+            width = config.mlp.width(config.hidden_size)
+            layers.append(MLP(config.mlp.kind, width, context))
+    total = sum(sum(shape) for layer in layers for shape in linear_shapes(layer))
     return recursion.lora_rank * total
+
+
+def loop_counts(config: ModelConfig) -> tuple[int, int]:
+    """Count what a loop has besides its blocks: parameters, and FLOPs per token of one pass."""
+    d, recursion = config.hidden_size, config.recursion
+    if recursion is None:
+        return 0, 0
+    adapter = 2 * d * d * recursion.adapter
+    learned = recursion.times * d * (recursion.step_signal == "learned")
+    parameters = adapter + learned + (d + 1) * recursion.halting
+    return parameters, 2 * (adapter + d * recursion.halting)
 
 
 def recomputed_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
@@ -148,12 +157,11 @@ def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCoun
     states = [s.mixer.state_bytes(s.config, d, seq_len) for s in specs]
     repeats, loop_flops, total = passes(config), 0, sum(flops)
     if recursion is not None:
-        adapter = 2 * d * d * recursion.adapter
-        lora = lora_parameters(config, specs)
-        learned = recursion.times * d * (recursion.step_signal == "learned")
-        parameters += adapter + recursion.times * lora + learned + (d + 1) * recursion.halting
         inside = slice(recursion.prelude, len(specs) - recursion.coda)
-        loop_flops = sum(flops[inside]) + 2 * (adapter + lora + d * recursion.halting)
+        lora = sum(block_lora_parameters(config, spec) for spec in specs[inside])
+        beside, beside_flops = loop_counts(config)
+        parameters += beside + recursion.times * lora
+        loop_flops = sum(flops[inside]) + beside_flops + 2 * lora
         total += recursion.times * loop_flops - sum(flops[inside])
     return ModelCounts(
         parameters=parameters,

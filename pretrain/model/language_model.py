@@ -162,7 +162,7 @@ class LanguageModel(DescribedModule):
         """Set what randomness in training is drawn from: (seed, step) and the micro-batch's number.
 
         Micro-batches are numbered in the global batch; the data-parallel ranks, of which this
-        process is number ``rank`` of ``world_size``, take them by turns.
+        process is number ``rank`` of ``world_size``, take them in turn.
         """
         for drawing in (self.dropout, self.recursion):
             if drawing is not None:

@@ -53,7 +53,9 @@ def _parse(pattern: str, position: int, known: list[str], depth: int) -> tuple[l
             inner, position = _parse(pattern, token.end(), known, depth + 1)
             closing = _TOKEN.match(pattern, position)
             if closing is None or closing["mark"] != ")":
-                raise ValueError(f"pattern '{pattern}': '(' at character {token.end()} stays open")
+                raise ValueError(
+                    f"pattern '{pattern}': '(' at character {token.end()} is not closed"
+                )
             position = closing.end()
         else:
             if token["name"] not in known:

@@ -40,7 +40,7 @@ def sample_recurrences(mean: int, seed: int, step: int) -> int:
 
 
 class Recursion(nn.Module):
-    """The parameters of a loop beside its blocks, and the passes through them."""
+    """The parameters of a loop besides those of its blocks, and the passes through them."""
 
     def __init__(
         self, config: RecursionConfig, hidden_size: int, std: float, context: ParallelContext

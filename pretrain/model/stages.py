@@ -120,5 +120,5 @@ def _units(config: ModelConfig, where: str) -> list[range]:
         return [range(i, i + 1) for i in range(number)]
     stop = number if _tied_to_head(config) else number - recursion.coda
     before = [range(i, i + 1) for i in range(recursion.prelude)]
-    behind = [range(i, i + 1) for i in range(stop, number)]
-    return [*before, range(recursion.prelude, stop), *behind]
+    after = [range(i, i + 1) for i in range(stop, number)]
+    return [*before, range(recursion.prelude, stop), *after]

@@ -154,7 +154,7 @@ def row_linear(context: ParallelContext, d_in: int, d_out: int, std: float) -> R
 def _may_share(projection: ReadsSharedInput) -> bool:
     """Return whether the shared input may give a projection its gradient.
 
-    DeepSpeed's ZeRO-3 frees weights again behind the layer that uses them.
+    DeepSpeed's ZeRO-3 frees weights again after the layer that uses them.
     """
     weight = projection.weight
     return weight.requires_grad and not hasattr(weight, "ds_id")
@@ -163,7 +163,7 @@ def _may_share(projection: ReadsSharedInput) -> bool:
 def column_input(x: Tensor, context: ParallelContext, reader: nn.Module | None = None) -> Tensor:
     """Prepare ``[T, B, d]`` for several :func:`column_linear`, with one collective for all of them.
 
-    In the backward pass the gradient's collective runs beside the weight gradients of the
+    In the backward pass the gradient's collective runs alongside the weight gradients of the
     projections inside ``reader``, see :mod:`pretrain.parallel.shared_input`; without a reader it is
     waited for.
     """

@@ -57,7 +57,7 @@ def constant(value: float) -> Initializer:
 
 @dataclass(frozen=True)
 class Shard:
-    """Say which of ``count`` equal parts along ``axis`` a rank holds, and over which ranks."""
+    """The part of a tensor that a rank holds: one of ``count`` equal parts along ``axis``."""
 
     axis: int
     index: int
@@ -70,33 +70,25 @@ class ParameterInfo:
     """The description of a parameter for initialisation, optimizers, checkpoints and the planner.
 
     Attributes:
-        init: how its values are drawn.
-        weight_decay: whether it may apply.
-        shard: None where every tensor-parallel rank holds all of it.
-        matrix: whether it maps activations to activations in a block, as Muon's parameters do.
-        lr_multiplier: multiple of the learning rate (maximal-update parametrization).
-        sum_gradient: whether, under sequence parallelism, each rank applies it to its local tokens,
+        init: How its values are drawn.
+        weight_decay: Whether weight decay may apply.
+        shard: This rank's part; None where every tensor-parallel rank holds all of it.
+        matrix: Whether it maps activations to activations in a block, as Muon's parameters do.
+        lr_multiplier: Multiple of the learning rate (maximal-update parametrization).
+        sum_gradient: Whether, under sequence parallelism, each rank applies it to its local tokens,
             so that its gradient is summed over ranks.
-        tied: whether it is one of the two copies of a tied embedding under a pipeline.
-        copy: whether it is the second one, which counts in no norm and is written to no checkpoint.
+        tied: Whether it is one of the two copies of a tied embedding under a pipeline.
+        copy: Whether it is the second one, which counts in no norm and is written to no checkpoint.
     """
 
     init: Initializer
-    """How its values are drawn."""
     weight_decay: bool = True
-    """Whether weight decay may apply."""
     shard: Shard | None = None
-    """This rank's part; None where every tensor-parallel rank holds all, however many they are."""
     matrix: bool = False
-    """Whether it maps activations to activations inside a block: Muon's share of parameters."""
     lr_multiplier: float = 1.0
-    """Multiple of the learning rate (maximal-update parametrization)."""
     sum_gradient: bool = False
-    """Whether sequence parallelism applies it to each rank's own tokens: gradients are summed."""
     tied: bool = False
-    """Whether it is one of the two copies of a tied embedding under a pipeline."""
     copy: bool = False
-    """Whether it is the second of them, which counts in no norm and is in no checkpoint."""
 
 
 def describe(parameter: nn.Parameter, info: ParameterInfo) -> nn.Parameter:

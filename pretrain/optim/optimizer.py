@@ -1,4 +1,4 @@
-"""The optimizer: update rules by parameter group, and an average of the weights beside them.
+"""The optimizer: update rules by parameter group, and an average of the weights.
 
 A rule is a module of this package named in ``OptimizerConfig.kind``. It has ``STATE_KEYS``, the
 names of its tensors per parameter (of a checkpoint too); ``selects(info)``, which parameters are

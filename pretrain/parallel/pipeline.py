@@ -20,7 +20,7 @@ def run_schedule(
 ) -> Tensor:
     """Run the forward and, unless ``forward_only``, backward passes of micro-batches.
 
-    One process does them by turns; a pipeline runs 1F1B, a virtual one the interleaved schedule.
+    One process runs them in turn; a pipeline runs 1F1B, a virtual one the interleaved schedule.
 
     ``modules`` are this process's stages, in the order that they are run. Gradients are of the
     summed loss, divided by the global batch's number of counted targets where the modules'
@@ -28,8 +28,8 @@ def run_schedule(
     of counted targets of these micro-batches, on the last stage; zeros elsewhere.
     """
     total = torch.zeros(2, dtype=torch.float64, device=local_device())
-    for _, alike in itertools.groupby(batches, key=lambda b: b.tokens.shape):
-        group = list(alike)
+    for _, same_shape in itertools.groupby(batches, key=lambda b: b.tokens.shape):
+        group = list(same_shape)
         if forward_only:
             group = _full_rounds(group)
         for result in _through(_forward_step, modules, group, forward_only):

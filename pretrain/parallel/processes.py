@@ -109,7 +109,7 @@ def process_groups(config: ParallelConfig) -> Iterator[None]:
 def order_kernels(config: ParallelConfig) -> None:
     """Make GPUs run kernels in launch order where tensors are sharded.
 
-    The all-reduce of a gradient then comes before the products that it runs beside, which would
+    The all-reduce of a gradient then comes before the products that it overlaps with, which would
     otherwise take the full GPU. Call before CUDA starts; a variable that is already set is kept.
     """
     if config.tensor > 1:

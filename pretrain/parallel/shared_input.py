@@ -24,7 +24,7 @@ _ATTRIBUTE = "shared_input"
 
 @dataclass
 class _Gradients:
-    """What the projections leave for their input's backward pass.
+    """The tensors that the projections leave for their input's backward pass.
 
     Attributes:
         group: the tensor-parallel ranks.

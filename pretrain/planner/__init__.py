@@ -1,1 +1,1 @@
-"""What a run will need and cost, computed from its settings before anything is started."""
+"""A plan of a run: its needs and its cost, computed from its settings before it is started."""

@@ -188,7 +188,7 @@ class Planner:
     def _state_memory(
         self, parallel: ParallelConfig, held: Counter[ParameterKind], data: int
     ) -> dict[str, float]:
-        """Return the bytes of weights, gradients, optimizer state and of an update beside them."""
+        """Return the bytes of weights, gradients, optimizer state and of an update in progress."""
         low_precision = self.config.train.precision != "float32"
         total = sum(held.values())
         weights = float(sum(n * kind[0].itemsize for kind, n in held.items()))
@@ -309,7 +309,7 @@ class Planner:
         )
         borders = 0 if count == 1 else 2 * parts
         message = hardware.link_seconds(activation, 1, spans_nodes=across)
-        # Interleaved messages go beside the work; others are waited for, there and back.
+        # Interleaved messages overlap with the work; others are waited for, there and back.
         waits = micro_batches if parts == 1 else 0
         pipeline = (waits + count - 1) * 2 * message if count > 1 else 0.0
         copies = data * parallel.tensor // parallel.expert  # of an expert
@@ -351,7 +351,7 @@ class Planner:
     ) -> tuple[float, bool]:
         """Return (bytes per parameter that data-parallel ranks exchange in a step, whether late).
 
-        Late: beside the last backward pass.
+        Late means during the last backward pass.
         """
         if parallel.zero_backend == "megatron":
             # Gradients are float32; without ZeRO they are all-reduced, there and back.

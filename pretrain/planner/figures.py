@@ -1,4 +1,4 @@
-"""What the planner finds of a step: memory by stage, seconds, bytes sent, and rates of them."""
+"""The planner's figures of a step: memory by stage, seconds, bytes sent, and rates of them."""
 
 from __future__ import annotations
 

@@ -43,10 +43,10 @@ class Hardware(Config):
     op_overhead_us: float = setting(6, minimum=0)
     """Least microseconds from one operation to the next."""
     clock_ghz: float = setting(0, minimum=0)
-    """Clock of a GPU in GHz; 0: of no interest."""
+    """Clock of a GPU in GHz; 0: not needed."""
     warp_schedulers: int = setting(0, minimum=0)
-    """Warp schedulers of a GPU, each of which issues an instruction per clock; 0: of no
-    interest."""
+    """Warp schedulers of a GPU, each of which issues an instruction per clock; 0: not
+    needed."""
     issue_efficiency: float = setting(0.6, above=0, maximum=1)
     """Share of those instructions that our kernels issue."""
     intra_node_gbs: float = setting(100, above=0)
@@ -56,7 +56,7 @@ class Hardware(Config):
     link_efficiency: float = setting(0.75, above=0, maximum=1)
     """Share of those that messages get."""
     latency_us: float = setting(10, minimum=0)
-    """Microseconds that a message takes beside its length."""
+    """Microseconds that a message takes whatever its length."""
     watts: float = setting(0, minimum=0)
     """Power of a device with its share of the node."""
     cooling: float = setting(1.25, minimum=1)

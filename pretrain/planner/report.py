@@ -20,14 +20,14 @@ from rich.table import Table
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, load_run_config
 from pretrain.model.build import padded_vocab_size
-from pretrain.model.counts import block_flops, block_parameters, count_model
+from pretrain.model.counts import count_model
 from pretrain.model.layout import check_layout
-from pretrain.model.spec import block_specs, passes
 from pretrain.planner.estimate import Planner
 from pretrain.planner.figures import Estimate
 from pretrain.planner.hardware import Hardware, load_hardware
+from pretrain.planner.parts import model_parts
 from pretrain.planner.search import Candidate, search
-from pretrain.planner.units import Unit, Units
+from pretrain.planner.units import Units
 
 # Assumed for a model without a run.
 TOKENS_PER_PARAMETER = 20  # arXiv 2203.15556
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain plan",
         description="Parameters, FLOPs, memory, communication, time and cost of a run, or of a "
-        "model alone, on hardware that need not be here.",
+        "model alone, on hardware that you need not have.",
     )
     parser.add_argument("config", help="of a run, or of a model (configs/models)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -123,7 +123,7 @@ def _vocab_size(config: RunConfig, path: str) -> int:
         tokenizer = open_data(config.data).tokenizer
     except UserError as error:
         raise UserError(
-            f"{path}: model.vocab_size is not set, and the data that determines it is not there "
+            f"{path}: model.vocab_size is not set, and the data that determines it is missing "
             f"({error}); set model.vocab_size"
         ) from None
     return padded_vocab_size(config.model, tokenizer.vocab_size)
@@ -227,8 +227,6 @@ def _remarks(planner: Planner, estimate: Estimate) -> list[str]:
 
 def _parts_table(planner: Planner, estimate: Estimate, units: Units) -> Table:
     """Return the table of the full model, and of a micro-batch's activations on one process."""
-    config, seq_len = planner.config.model, planner.config.train.seq_len
-    d, specs = config.hidden_size, {s.kind: s for s in block_specs(config)}
     table = _table(
         "model by part",
         "part",
@@ -239,41 +237,22 @@ def _parts_table(planner: Planner, estimate: Estimate, units: Units) -> Table:
         "backward",
         "kept for backward, MB each",
     )
-    repeats = Counter[str]()
-    for kind, times in zip(units.kinds, passes(config), strict=True):
-        repeats[kind] += times
-    numbers = Counter(units.kinds)
+    config, seq_len = planner.config.model, planner.config.train.seq_len
     tokens = seq_len * estimate.parallel.micro_batch_size
-    tensor = estimate.parallel.tensor
-
-    def row(unit: Unit, number: int, parameters: int, forward: float, used: int) -> None:
-        through = f"{number}" if used == number else f"{number} x {used / number:g}"
+    parts = model_parts(config, planner.vocab_size, seq_len)
+    for part, unit in zip(parts, units.each(), strict=True):
+        number = part.number
+        through = f"{number}" if part.used == number else f"{number} x {part.used / number:g}"
+        backward = unit.backward.flops * estimate.parallel.tensor / tokens
         table.add_row(
-            unit.name,
+            part.name,
             through,
-            f"{parameters:,}",
-            f"{number * parameters:,}",
-            f"{forward / 1e6:,.2f}",
-            f"{unit.backward.flops * tensor / tokens / 1e6:,.2f}",
+            f"{part.parameters:,}",
+            f"{number * part.parameters:,}",
+            f"{part.flops / 1e6:,.2f}",
+            f"{backward / 1e6:,.2f}",
             f"{unit.forward.kept / 1e6:,.1f}",
         )
-
-    row(units.embedding, 1, planner.vocab_size * d, 0.0, 1)
-    for kind, unit in units.blocks.items():
-        spec = specs[kind]
-        row(
-            unit,
-            numbers[kind],
-            block_parameters(config, spec),
-            block_flops(config, spec, seq_len),
-            repeats[kind],
-        )
-    if units.loop is not None and config.recursion is not None:
-        parameters = sum(units.loop.parameters.values())
-        flops = units.loop.forward.flops * tensor / tokens
-        row(units.loop, 1, parameters, flops, config.recursion.times)
-    head = 0 if config.tie_embeddings else planner.vocab_size * d
-    row(units.head, 1, head + d, 2.0 * planner.vocab_size * d, 1)
     return table
 
 

@@ -87,7 +87,7 @@ def _try(planner: Planner, parallel: ParallelConfig, devices: int, checkpointing
     limit = planner.hardware.memory_bytes
     why = ""
     if estimate.peak_memory > limit:
-        why = f"needs {estimate.peak_memory / 1e9:,.1f} GB of the {limit / 1e9:,.1f} GB there are"
+        why = f"needs {estimate.peak_memory / 1e9:,.1f} GB, but {limit / 1e9:,.1f} GB are there"
     return Candidate(parallel, checkpointing, estimate, why)
 
 

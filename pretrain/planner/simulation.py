@@ -44,8 +44,8 @@ class Cost:
     """The cost of running something on one device.
 
     Attributes:
-        peak: Bytes newly allocated at the most.
-        kept: Bytes left behind.
+        peak: Most bytes newly allocated at a time.
+        kept: Bytes still allocated at the end.
         seconds: Seconds of the device.
         flops: FLOPs of matrix multiplications.
         operations: Number of operations.

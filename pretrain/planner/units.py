@@ -1,6 +1,6 @@
 """The cost of each unit of a model on one tensor-parallel process.
 
-Units are the embedding, one block of each kind, what a loop has beside its blocks, and the head
+Units are the embedding, one block of each kind, what a loop has besides its blocks, and the head
 with the loss.
 """
 
@@ -49,9 +49,9 @@ class Unit:
     routed: int
     """Tokens times the experts that each goes to."""
     forward: Cost
-    """Of a micro-batch; its ``kept`` waits for the backward pass."""
+    """The cost of a micro-batch's forward pass; ``kept`` waits for the backward pass."""
     backward: Cost
-    """Of the same micro-batch."""
+    """The cost of the same micro-batch's backward pass."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Units:
     Attributes:
         blocks: One of each kind, by the kind's name.
         kinds: The kind of every block of the pattern.
-        loop: What a loop has beside its blocks, if there is one.
+        loop: What a loop has besides its blocks, if there is one.
     """
 
     embedding: Unit
@@ -69,6 +69,20 @@ class Units:
     kinds: list[str]
     loop: Unit | None
     head: Unit
+
+    def each(self) -> list[Unit]:
+        """Return every unit once, in the order of a forward pass."""
+        loop = [] if self.loop is None else [self.loop]
+        return [self.embedding, *self.blocks.values(), *loop, self.head]
+
+
+def block_kinds(config: ModelConfig) -> list[str]:
+    """Return the kind of every block; those in a loop with low-rank differences differ."""
+    kinds, recursion = [spec.kind for spec in block_specs(config)], config.recursion
+    if recursion is not None and recursion.lora_rank:
+        for index in range(recursion.prelude, len(kinds) - recursion.coda):
+            kinds[index] += ", LoRA"
+    return kinds
 
 
 def measure_units(
@@ -109,8 +123,7 @@ class _Measurement:
         self.token_shards = parallel.tensor if parallel.sequence else 1
 
     def all(self) -> Units:
-        model, specs = self.model, block_specs(self.model.model_config)
-        kinds = [spec.kind for spec in specs]
+        model, kinds = self.model, block_kinds(self.model.model_config)
         blocks = {}
         for index, kind in enumerate(kinds):
             if kind not in blocks:

@@ -67,5 +67,5 @@ def test_the_command_gives_the_same_scores_afterwards(runs):
 def test_what_cannot_be_scored_is_refused_before_a_step(runs, tmp_path, corpus):
     run = Run(tmp_path, corpus, "refused")
     status, output = run.finish("eval.tasks=[perplexity]")
-    assert status == 2 and "eval.tasks names 'perplexity', which is of a checkpoint" in output
+    assert status == 2 and "eval.tasks names 'perplexity', which scores checkpoints alone" in output
     assert not run.losses

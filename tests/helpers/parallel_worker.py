@@ -176,7 +176,7 @@ MAIN_LAYOUTS = (
     "deepspeed-dp4-zero3",
     "tp2-dp2-sequence",
 )
-# The others by turns under every eighth.
+# The others in turn, under every eighth.
 _MODELS, _LAYOUTS = list(MODELS), list(LAYOUTS)
 # Not: stages that a model does not have ("depth" is one block and the rest); what is refused.
 CASES = {

@@ -35,7 +35,7 @@ class GatedLinearAttentionConfig(LinearFamilyConfig):
     gate_rank: int = setting(16, minimum=1)
     """Channels between the two matrices of the decay."""
     gate_normalizer: float = setting(16.0, above=0)
-    """What the decay's logarithm is divided by."""
+    """Divisor of the decay's logarithm."""
     chunk_size: int = setting(64, minimum=1)
     """Tokens handled at once by the chunked form, a power of two, which changes speed alone."""
 

@@ -27,7 +27,7 @@ class LinearAttentionConfig(LinearFamilyConfig):
     """Settings of linear attention."""
 
     feature_map: Literal["product", "elu", "relu", "identity"] = setting("product")
-    """What queries and keys go through: a learned ``product`` of two linear maps, elu + 1, relu, or
+    """Map of queries and keys: a learned ``product`` of two linear maps, elu + 1, relu, or
     nothing."""
     normalize: bool = False
     """Whether the output is divided by q_t times the sum of keys so far; with ``elu`` or ``relu``

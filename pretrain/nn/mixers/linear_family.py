@@ -135,7 +135,7 @@ class LinearFamilyMixer(Mixer):
 
     @classmethod
     def extras(cls, config: Any, hidden_size: int) -> tuple[int, int]:
-        """Return (parameters, FLOPs per token) beside projections, norm and recurrence."""
+        """Return (parameters, FLOPs per token) besides projections, norm and recurrence."""
         return 0, 0
 
     @classmethod

@@ -1,4 +1,4 @@
-"""M2RNN (arXiv 2603.14360): a matrix-valued state behind a tanh and a full recurrent matrix.
+"""M2RNN (arXiv 2603.14360): a matrix-valued state with a tanh and a full recurrent matrix.
 
 q, k (few heads, shared) and v pass convolution and SiLU; forget gate f = exp(-exp(A_log)
 softplus(W_f x + dt_bias)) per head; y = q H + D * v, times SiLU(W_g x), RMSNorm over the full
@@ -67,7 +67,7 @@ class M2RNNConfig(MixerConfig):
     conv_size: int = setting(4, minimum=0)
     """Taps of the short convolution over queries, keys and values; 0: there is none."""
     recurrent_init: Literal["identity", "normal"] = setting("identity")
-    """How recurrent matrices start: as the identity, or Gaussian with variance 1 / V."""
+    """Initial recurrent matrices: the identity, or Gaussian with variance 1 / V."""
     state_grad_clip: float | None = setting(1.0, above=0)
     """Bound on every element of the gradient that is carried from step to step; null: none."""
     norm_eps: float = setting(1e-5, above=0)

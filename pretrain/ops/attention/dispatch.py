@@ -112,7 +112,7 @@ def _flash(
 ) -> Tensor:
     run = _flash_attention(q.device) if q.is_cuda else None
     if run is None:
-        raise ValueError("attention: backend 'flash' needs flash-attn and CUDA, which are not here")
+        raise ValueError("attention: backend 'flash' needs flash-attn and CUDA; one is missing")
     output = run(
         q,
         k,

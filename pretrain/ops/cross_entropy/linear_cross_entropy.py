@@ -1,4 +1,4 @@
-"""Head and cross entropy in one, some tokens at a time: the logits of all tokens never exist."""
+"""Head and cross entropy in one, some tokens at a time: all tokens' logits are never stored."""
 
 from __future__ import annotations
 

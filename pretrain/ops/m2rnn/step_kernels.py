@@ -193,7 +193,7 @@ def _backward_kernel(
             dv_c = dv + ((part * segment_total + row) * num_heads + head) * V + columns
             df_c = df + (part * total + first) * num_heads + head
 
-            # Tokens behind the end have f = 1 and all else 0: they change nothing.
+            # Tokens after the end have f = 1 and all else 0: they change nothing.
             num_pieces = (tl.minimum(count, CHUNK) + PIECE - 1) // PIECE
             for t in range(0, (num_pieces - 1) * PIECE):
                 k_t = tl.load(k_c + t * k_heads * K, mask=row_ok, other=0.0).to(wide)

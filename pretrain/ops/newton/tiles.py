@@ -21,7 +21,7 @@ class Tiles:
         padding: slots without a token.
         slot: ``[T]`` slot of each token.
         tiles: (first chunk, counts of chunks per step) of each tile.
-        before: for each tile the chunk before each of its chunks behind the first step, or None
+        before: for each tile the chunk before each of its chunks after the first step, or None
             where that is simply as many back as the step has.
         ends: slot of each sequence's last token, or -1.
         order: sequences by rank.

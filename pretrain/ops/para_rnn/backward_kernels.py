@@ -92,7 +92,7 @@ def _gru_backward_kernel(
             h = tl.where((first + rows == 0)[:, None], h_0[None, :], h)
             g = tl.load(d_output + tile, mask=here, other=0.0).to(wide)
             value, jacobian, r, to_z, to_r, to_c = gru_cell(h, u_z, u_r, u_c, a_z, a_r, a_c)
-            jacobian = tl.where(here, jacobian, 1.0)  # behind the end gradients pass through
+            jacobian = tl.where(here, jacobian, 1.0)  # after the end gradients pass through
             _, by_end, offset = tl.associative_scan(
                 (jacobian, g * 0.0 + 1.0, g), 0, _back, reverse=True
             )

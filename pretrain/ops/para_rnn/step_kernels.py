@@ -1,7 +1,7 @@
 """ParaGRU and ParaLSTM forward by plain steps, one thread a channel, for batches that are wide.
 
-Newton's method does the work of a step some four times, and a scan beside it, so that time need not
-be walked through. Where there are thousands of channels (of all sequences together) to keep the
+Newton's method does the work of a step some four times, and a scan in addition, so that time need
+not be walked through. Where there are thousands of channels (of all sequences together) to keep the
 card busy anyway, walking is less work: a step is a chain of two tanhs and its inputs are loaded
 eight tokens ahead. Backward is the reverse solve of :mod:`pretrain.ops.para_rnn.kernels`.
 """

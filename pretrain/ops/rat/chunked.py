@@ -26,7 +26,7 @@ def chunked_rat(
     """
     lengths, ids, positions = sequences.sizes, sequences.ids, sequences.positions
     phase, old = state.seen % chunk_size, state.seen // chunk_size
-    # Each sequence is laid out behind as many empty positions as its open chunk already has tokens.
+    # Each sequence is laid out after as many empty positions as its open chunk already has tokens.
     aligned = sequences
     if bool(phase.any()):
         aligned = Sequences.from_lengths((lengths + phase).tolist(), sequences.device)

@@ -68,7 +68,7 @@ def rat(
         state = RATState(empty, empty, zeros, zeros, seen)
     elif state.seen.shape != (sequences.count,):
         raise ValueError(
-            f"rat: initial_state is of {len(state.seen)} sequences, expected {sequences.count}"
+            f"rat: initial_state has {len(state.seen)} sequences, expected {sequences.count}"
         )
     ends, running = int((state.seen // chunk_size).sum()), (sequences.count, num_heads, dim)
     check_shapes(

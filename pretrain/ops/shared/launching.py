@@ -1,4 +1,9 @@
-"""Launches of kernels, and the conditions for them."""
+"""Launches of kernels, and the conditions for them.
+
+Kernels are imported only where they are used, so that triton is needed only there. With
+``TRITON_INTERPRET=1`` they run on a CPU, slowly: so the tests run them without a GPU, in float64
+too. No kernel sums with atomic operations, so the same input gives the same bits.
+"""
 
 from __future__ import annotations
 

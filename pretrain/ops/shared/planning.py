@@ -17,7 +17,7 @@ _planned: ContextVar[str] = ContextVar("_planned", default="cpu")
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel does, for plans, by what it compiles to.
+    """The work of a kernel, counted from its compiled code for plans.
 
     Attributes:
         flops: matrix-multiply FLOPs.

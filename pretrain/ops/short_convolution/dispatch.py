@@ -99,7 +99,7 @@ def _last_inputs(x: Tensor, initial_state: Tensor, packed: Sequences | None) -> 
 
 
 def _packed_index(sequences: Sequences, history: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Arrange each sequence behind its history.
+    """Arrange each sequence after its history.
 
     Returns the gather index into (all histories, all tokens), the slot of each token's output, and
     ``[N, history]`` slots of the last inputs of each sequence.

@@ -1,7 +1,7 @@
 """Gradients and updates by DeepSpeed.
 
-ZeRO-0 and 1 run behind megatron-core's schedules, ZeRO-2 and 3 with DeepSpeed's own backward pass;
-the optimizer's state lies in the processor's memory or in files if wanted.
+ZeRO-0 and 1 run under megatron-core's schedules, ZeRO-2 and 3 with DeepSpeed's own backward pass;
+the optimizer's state is held in host memory or in files if wanted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ with importing_megatron():
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 _BUCKET = 200_000_000  # elements of a gradient bucket at most: DeepSpeed allocates all of it
-_IN_FILES = 100_000_000  # parameters whose state is in memory at once, where it lies in files
+_IN_FILES = 100_000_000  # parameters whose state is in memory at once, where it is in files
 
 
 class _Topology:

@@ -153,11 +153,11 @@ class DeepSpeedState(UpdateBackend):
                 raise UserError(
                     f"parallel.offload is nvme, but on {self.replicas} data-parallel processes the "
                     f"gradient of {name} begins {start * 4} bytes into a file's, expected a "
-                    "multiple of 512; expected another number of processes, or offload=cpu"
+                    "multiple of 512; use another number of processes, or offload=cpu"
                 )
 
     def _fill_three(self, parameter: Any) -> None:
-        """Copy back what was loaded for a parameter whose state lies in files (ZeRO-3).
+        """Copy back what was loaded for a parameter whose state is in files (ZeRO-3).
 
         In float32 also update the copy that DeepSpeed keeps of the weight.
         """
@@ -177,7 +177,7 @@ class DeepSpeedState(UpdateBackend):
         ]
 
     def _read_files(self) -> dict[tuple[str, int], Tensor]:
-        """Return copies of the optimizer's state as far as it lies in files."""
+        """Return copies of the optimizer's state as far as it is in files."""
         read: dict[tuple[str, int], Tensor] = {}
         for group in range(len(self._mains())):
             with self._in_memory(group) as moved:
@@ -188,7 +188,7 @@ class DeepSpeedState(UpdateBackend):
 
     @contextlib.contextmanager
     def _in_memory(self, group: int, *, changed: bool = False) -> Iterator[bool]:
-        """Keep a group's state in memory while open; yields whether it lies in files."""
+        """Keep a group's state in memory while open; yields whether it is in files."""
         moved = self.stage == 3 and self.optimizer._swappable_optimizer_subgroup(group)
         if moved:
             self.optimizer._optimizer_states_and_gradient_swap_in(group)

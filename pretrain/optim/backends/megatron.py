@@ -127,7 +127,7 @@ class MegatronBackend(UpdateBackend):
                 for module, part in zip(self.modules, parts, strict=True):
                     _gather_before_use(module, part)
             self.optimizer = self._make_optimizer()
-        # Gradients are reduced once, behind the last micro-batch's backward pass.
+        # Gradients are reduced once, after the last micro-batch's backward pass.
         pauses: list[Any] = [module.no_sync for module in self.modules]
         megatron.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
 

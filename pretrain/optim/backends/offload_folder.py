@@ -1,4 +1,4 @@
-"""The folder of a process whose optimizer state lies in files."""
+"""The folder of a process whose optimizer state is in files."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_a_tokenizer_that_normalizes_has_no_bytes_per_token(tmp_path, byte_level
     path.write_text(json.dumps(spec))
     tokenizer = Tokenizer.load(path)
     assert not tokenizer.lossless
-    with pytest.raises(UserError, match="does not give text back byte for byte"):
+    with pytest.raises(UserError, match="does not restore text byte for byte"):
         tokenizer.bytes_per_token()
 
 

@@ -234,7 +234,7 @@ def test_an_exported_checkpoint_needs_nothing_of_ours(trained, tmp_path):
         assert torch.allclose(logits, ours, rtol=1e-5, atol=1e-5)
         for at in range(len(ids), written.shape[1]):
             assert loaded.model(written[:, :at])[0, -1].argmax() == written[0, at]
-    with pytest.raises(UserError, match="is there already and not empty"):
+    with pytest.raises(UserError, match="already exists and is not empty"):
         export_checkpoint(trained.directory, folder)
 
 
@@ -274,7 +274,7 @@ def test_an_imported_llama_is_a_run(tmp_path):
     assert loaded.tokenizer.decode(ids) == "more text, some é"
     with torch.no_grad():
         assert torch.equal(loaded.model(torch.tensor([ids])), model(torch.tensor([ids])))
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         import_llama(str(tmp_path / "hf"), tmp_path / "run")
 
 

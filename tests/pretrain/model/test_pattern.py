@@ -26,7 +26,7 @@ def test_patterns(pattern, expected):
     [
         ("gdn atn", r"unknown mixer 'atn' \(did you mean 'attn'\?\); known: attn, gdn, m2rnn"),
         ("0*gdn", "a count of 0 at character 1"),
-        ("2*(gdn", r"'\(' at character 3 stays open"),
+        ("2*(gdn", r"'\(' at character 3 is not closed"),
         ("gdn) attn", r"'\)' without '\(' at character 4"),
         ("2*", "expected a mixer name"),
         ("2*3*gdn", "expected a mixer name"),
