@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from pretrain.common.errors import UserError
 from pretrain.config import MLPConfig, ModelConfig, RunConfig
 from pretrain.run_directory import (
+    Run,
     RunDirectory,
     checkpoint_name,
     checkpoint_step,
@@ -69,6 +71,22 @@ def test_lines_of_the_metrics_that_are_cut_short_are_dropped(tmp_path):
     assert [r.path for r in RunDirectory.find_below(tmp_path)] == [tmp_path / "b" / "c", tmp_path]
 
 
+def test_a_run_without_metrics_says_so(tmp_path):
+    RunDirectory(tmp_path).write_config(
+        RunConfig("test", ModelConfig(hidden_size=16, pattern="attn"))
+    )
+    run = Run(tmp_path)
+    assert repr(run) == f"Run('{tmp_path}')"
+    assert repr(RunDirectory("runs/a")) == "RunDirectory('runs/a')"
+    with pytest.raises(UserError, match=r"has no metrics.jsonl, expected a run that has trained"):
+        _ = run.metrics
+    run.write_metrics([])
+    assert run.metrics.loss.empty
+    assert run.metrics["step"].empty
+    run.write_metrics([{"step": 1, "tokens": 8, "mine": 2.0}])
+    assert list(run.metrics) == ["step", "tokens", "mine"]
+
+
 def test_one_holder_of_the_lock(tmp_path):
     first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
     assert not first.is_locked()
@@ -85,6 +103,24 @@ def test_one_holder_of_the_lock(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to the run directory"):
         RunDirectory(tmp_path / "file").take_lock()
+
+
+def test_a_run_starts_while_others_ask_whether_it_does(tmp_path):
+    over, asked = threading.Event(), []
+
+    def ask():
+        while not over.is_set():
+            asked.append(RunDirectory(tmp_path).is_locked())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    run = RunDirectory(tmp_path)
+    for _ in range(500):
+        run.take_lock()
+        run.release_lock()
+    over.set()
+    thread.join()
+    assert asked
 
 
 def test_checkpoints_by_name(tmp_path):
