@@ -46,6 +46,8 @@ from pretrain.training.resuming import checkpoint_to_resume
 from pretrain.training.run_control import (
     Interval,
     StopSignals,
+    kept_random_numbers,
+    only_run,
     seed_step,
     threads_of_torch,
 )
@@ -136,25 +138,16 @@ class Trainer:
 
         Process groups that do not exist are made, and left at the end. Signals stop the run, which
         saves, where this is called on the main thread; :meth:`request_stop` does anywhere. Raises
-        UserError for what cannot be used: data, checkpoint, layout, disk.
+        UserError for what cannot be used: data, checkpoint, layout, disk; and while another fit of
+        this process goes on.
         """
         check_layout(self.config, world_size(), self._where)
-        self.result, self.stopping = None, False
-        with (
-            warnings.catch_warnings(),
-            process_groups(self.config.parallel),
-            threads_of_torch(self.config.train.threads),
-            contextlib.ExitStack() as stack,
-        ):
-            ignore_warnings()
-            for callback in self.callbacks:
-                stack.push(_on_exception(callback))
-                callback.on_fit_start()
-            result = self._run()
-            self.stop = StopSignals()  # a signal that stopped this call shall not stop the next
-            for callback in self.callbacks:
-                callback.on_fit_end(result)
-            return result
+        with only_run(str(self.run_directory)):
+            self._start, self.result, self.stopping = time.monotonic(), None, False
+            try:
+                return self._fit()
+            finally:
+                self.stop = StopSignals()  # what stopped this call shall not stop the next
 
     def request_stop(self, reason: str) -> None:
         """Make the run save and stop after the current step, as a signal would; from any thread."""
@@ -188,10 +181,30 @@ class Trainer:
         self.engine.layer_metrics()
 
     def seconds(self) -> float:
-        """Return the seconds since the trainer was made."""
+        """Return the seconds since :meth:`fit` was called."""
         return round(time.monotonic() - self._start, 3)
 
     # The run
+
+    def _fit(self) -> TrainResult:
+        """Set up what lasts as long as the run, train, and give all of it back."""
+        with (
+            warnings.catch_warnings(),
+            process_groups(self.config.parallel),
+            threads_of_torch(self.config.train.threads),
+            kept_random_numbers(),
+            contextlib.ExitStack() as stack,
+        ):
+            ignore_warnings()
+            for callback in self.callbacks:
+                callback.trainer = self  # another one may have had it meanwhile
+            for callback in self.callbacks:
+                stack.push(_on_exception(callback))
+                callback.on_fit_start()
+            result = self._run()
+            for callback in self.callbacks:
+                callback.on_fit_end(result)
+            return result
 
     def _run(self) -> TrainResult:
         """Hold the run directory, prepare, and train."""
@@ -238,9 +251,10 @@ class Trainer:
         self.writer = CheckpointWriter(self.run_directory.checkpoints, self.config, tokenizer)
         try:
             status = self._train_with_callbacks()
-        except Exception:
-            # Whoever catches this may start again at once: nothing of this run writes then. With
-            # several processes the writer may wait for one that is gone.
+        except BaseException:
+            # Whoever catches this, even KeyboardInterrupt in a notebook, may start again at once:
+            # nothing of this run writes then. With several processes the writer may wait for one
+            # that is gone.
             if world_size() == 1:
                 with contextlib.suppress(Exception):
                     self.writer.wait()

@@ -16,30 +16,14 @@ from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig
 from pretrain.config.checks import load_run_config
-from pretrain.parallel.processes import start_processes, stop_processes
+from pretrain.parallel.processes import start_processes
 from pretrain.run_directory import RunDirectory
 from pretrain.training.callbacks import Callback, Decision, Profiler, default_callbacks
 from pretrain.training.trainer import Trainer
 from tests.helpers.processes import ENVIRONMENT, ROOT, run_interpreter
-from tests.helpers.training_run import Run
+from tests.helpers.training_run import QUICK, Run
 
-QUICK = ("sample.tokens=0", "logging.every=1", "validation.every=2", "checkpoint.every=2")
-
-
-@pytest.fixture(autouse=True)
-def no_groups():
-    """No process group, as in a user's own program; those of other tests are made again."""
-    had_groups = dist.is_initialized()
-    stop_processes()
-    yield
-    stop_processes()
-    if had_groups:
-        start_processes()
-
-
-@pytest.fixture
-def run(tmp_path, corpus):
-    return Run(tmp_path, corpus, "run", steps=4)
+pytestmark = pytest.mark.usefixtures("no_groups")
 
 
 class Recorder(Callback):
