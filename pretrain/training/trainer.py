@@ -37,7 +37,14 @@ from pretrain.parallel.processes import (
     world_size,
 )
 from pretrain.run_directory import RunDirectory
-from pretrain.training.callbacks import Callback, Decision, default_callbacks, load_callback
+from pretrain.training.arguments import check_arguments
+from pretrain.training.callbacks import (
+    Callback,
+    Decision,
+    as_callbacks,
+    default_callbacks,
+    load_callback,
+)
 from pretrain.training.engine import Engine, StepResult
 from pretrain.training.log import RunLog
 from pretrain.training.metrics import LayerMetrics
@@ -65,7 +72,8 @@ class Trainer:
 
     ``config`` is a run's settings or the YAML file that has them, with ``overrides``, such as
     ``optimizer.lr=3e-4``, over the file's. ``callbacks`` come after the default ones and those that
-    ``config.callbacks`` names. Raises ConfigError for settings that cannot work.
+    ``config.callbacks`` names; a string among them names a class, as there. Raises ConfigError for
+    settings that cannot work.
 
     Several processes, as torchrun starts them, each make a Trainer of the same settings.
     """
@@ -100,9 +108,10 @@ class Trainer:
         config: RunConfig | str | Path,
         *,
         overrides: Sequence[str] = (),
-        callbacks: Sequence[Callback] = (),
+        callbacks: Callback | Sequence[Callback | str] = (),
     ):
         self._start = time.monotonic()
+        check_arguments(config, overrides)
         if isinstance(config, RunConfig):
             if overrides:
                 raise ConfigError(
@@ -121,7 +130,8 @@ class Trainer:
         self.lr = 0.0
         self.stop = StopSignals()
         named = [load_callback(name, f"{self._where}: callbacks") for name in self.config.callbacks]
-        self.callbacks = [*default_callbacks(self.config), *named, *callbacks]
+        own = as_callbacks(callbacks, "Trainer: callbacks")
+        self.callbacks = [*default_callbacks(self.config), *named, *own]
         for callback in self.callbacks:
             callback.trainer = self
         self._skipping = [

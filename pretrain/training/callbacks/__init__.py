@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pretrain.training.callbacks.base import Callback, Decision
-from pretrain.training.callbacks.loading import load_callback
+from pretrain.training.callbacks.loading import as_callbacks, load_callback
 from pretrain.training.callbacks.log import LogSteps
 from pretrain.training.callbacks.non_finite import StopNonFinite
 from pretrain.training.callbacks.profiler import Profiler
@@ -31,6 +31,7 @@ __all__ = [
     "Summary",
     "Validate",
     "WatchProcesses",
+    "as_callbacks",
     "default_callbacks",
     "load_callback",
 ]
