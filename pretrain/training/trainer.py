@@ -343,14 +343,22 @@ class Trainer:
         """Return what decides by a step's loss whether its update is skipped, if anything does."""
         if not self._skipping:
             return None
-        return lambda loss: any(callback.skip_update(loss) for callback in self._skipping)
+
+        def skips(loss: float) -> bool:
+            answers = [callback.skip_update(loss) for callback in self._skipping]  # all see it
+            return any(answers)
+
+        return skips
 
     def _decide(self, result: StepResult) -> Decision | None:
+        decision = None
         for callback in self.callbacks:
             decision = callback.after_step(result)
             if decision is not None:
-                return decision
-        return None
+                break
+        for callback in self.callbacks:
+            callback.after_decision(decision)
+        return decision
 
 
 def _on_exception(

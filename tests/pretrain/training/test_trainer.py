@@ -214,14 +214,40 @@ def test_a_callback_that_does_not_exist_is_named(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name, message in (
         ("Report", "expected MODULE.CLASS"),
+        ("some_callbacks.", "expected MODULE.CLASS"),
         ("no_module.Report", r"no_module cannot be imported \(ModuleNotFoundError"),
         ("broken_callbacks.X", "broken_callbacks cannot be imported .*nothing_of_the_kind"),
         ("some_callbacks.Missing", "some_callbacks has no Missing"),
-        ("some_callbacks.function", "expected a subclass of .*Callback"),
+        ("some_callbacks.function", "expected a subclass of pretrain.Callback"),
         ("some_callbacks.WithArguments", "cannot be made without arguments"),
     ):
         with pytest.raises(ConfigError, match=f"callbacks names '{name}',.* {message}"):
             Trainer(run.config, overrides=[f"callbacks=[{name}]"])
+
+
+def test_what_after_step_measures_is_logged_for_the_same_step(run):
+    class Measure(Callback):
+        measured = -1
+
+        def after_step(self, result):
+            self.measured = self.trainer.state.step
+
+        def on_log(self, metrics):
+            metrics["measured"] = self.measured
+
+    class SeeAll(Callback):
+        def __init__(self):
+            self.seen = 0
+
+        def skip_update(self, loss):
+            self.seen += 1
+            return self.seen == 2
+
+    both = [SeeAll(), SeeAll()]
+    Trainer(run.config, overrides=QUICK, callbacks=[Measure(), *both]).fit()
+    rows = [row for row in run.metrics if "loss" in row]
+    assert [(row["step"], row["measured"]) for row in rows] == [(1, 1), (3, 3), (4, 4)]
+    assert [each.seen for each in both] == [4, 4], "one that skips does not hide the loss"
 
 
 def test_the_profiler_writes_a_trace(run):
