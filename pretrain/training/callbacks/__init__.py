@@ -55,7 +55,7 @@ def default_callbacks(config: RunConfig) -> list[Callback]:
     # Giving up a run comes before logging the step.
     callbacks += [StopNonFinite(), LogSteps()]
     # Validation before the save, so that a run killed after it does not validate again; evaluation
-    # behind it: one that fails, or is stopped, costs no training.
+    # after it: one that fails, or is stopped, costs no training.
     callbacks += [Validate(), Save()]
     if config.eval.tasks:
         # Loaded by name: training does not depend on the evaluations.
