@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +104,28 @@ def test_one_holder_of_the_lock(tmp_path):
         RunDirectory(tmp_path / "file").take_lock()
 
 
-def test_a_run_starts_while_others_ask_whether_it_does(tmp_path):
-    over, asked = threading.Event(), []
-
-    def ask():
-        while not over.is_set():
-            asked.append(RunDirectory(tmp_path).is_locked())
-
-    thread = threading.Thread(target=ask)
-    thread.start()
+def test_a_run_starts_while_another_process_asks_whether_it_does(tmp_path):
+    code = """
+import sys
+from pretrain.run_directory import RunDirectory
+run = RunDirectory(sys.argv[1])
+print("asking", flush=True)
+while True:
+    run.is_locked()
+"""
     run = RunDirectory(tmp_path)
-    for _ in range(500):
-        run.take_lock()
-        run.release_lock()
-    over.set()
-    thread.join()
-    assert asked
+    run.take_lock()
+    run.release_lock()
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as asking:
+        try:
+            assert asking.stdout is not None
+            assert asking.stdout.readline()
+            for _ in range(2000):
+                run.take_lock()
+                run.release_lock()
+        finally:
+            asking.kill()
 
 
 def test_checkpoints_by_name(tmp_path):
