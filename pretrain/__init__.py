@@ -53,6 +53,8 @@ def __getattr__(name: str) -> Any:
     """Load a name of the public API."""
     if name not in _HOMES:
         raise AttributeError(f"module 'pretrain' has no attribute '{name}'")
+    if _HOMES[name] == "pretrain.config":  # a ModelConfig's pattern is checked by what knows layers
+        importlib.import_module("pretrain.model.spec")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"  # of a run, and of each of its checkpoints
 METRICS_FILE = "metrics.jsonl"
+_COLUMNS = [  # of the metrics of every run
+    *("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"),
+    *("memory", "skipped", "epochs", "seconds"),
+]
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _LATEST = "latest"
+_PROBE_SECONDS = 1.0  # longer than any is_locked holds the lock
 
 
 class RunDirectory:
@@ -40,6 +46,9 @@ class RunDirectory:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
 
     # Paths
 
@@ -246,15 +255,22 @@ class RunDirectory:
             raise UserError(
                 f"cannot write to the run directory {self.path}: {error.strerror}"
             ) from None
-        try:
-            fcntl.flock(self._lock_handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release_lock()
-            raise UserError(
-                f"another process is training in {self.path}: wait for it, or choose another name"
-            ) from None
-        except OSError:  # a file system without locks: nothing to hold
-            return
+        until = time.monotonic() + _PROBE_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._lock_handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() < until:  # it may be is_locked of another process
+                    time.sleep(0.005)
+                    continue
+                self.release_lock()
+                raise UserError(
+                    f"another process is training in {self.path}: wait for it, or choose another "
+                    "name"
+                ) from None
+            except OSError:  # a file system without locks: nothing to hold
+                return
 
     def release_lock(self) -> None:
         """Unlock the directory for another run; nothing happens where the lock is not held."""
@@ -272,7 +288,8 @@ class RunDirectory:
         except OSError:
             return False
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Shared, so that those who ask do not see each other; take_lock waits for them.
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError:
@@ -295,10 +312,16 @@ class Run(RunDirectory):
 
     @property
     def metrics(self) -> pandas.DataFrame:
-        """Return the metrics, a row per line, in order; NaN where a line lacks a name."""
+        """Return the metrics, a row per line, in order; NaN where a line lacks a name.
+
+        Raises UserError where the run has not begun to train.
+        """
         import pandas
 
-        return pandas.DataFrame(self.read_metrics())
+        if not self.metrics_file.is_file():
+            raise UserError(f"{self.path} has no {METRICS_FILE}, expected a run that has trained")
+        rows = self.read_metrics()
+        return pandas.DataFrame(rows, columns=None if rows else _COLUMNS)
 
     @property
     def config(self) -> RunConfig:

@@ -94,7 +94,7 @@ class CheckpointWriter:
             hashes = _hash_all_files(writing, self._group)
             on_main_process(lambda: _publish(writing, final, hashes, self.config), self._group)
         except (StorageError, OSError) as error:
-            # Every process gets here for what befell one of them.
+            # Every process gets here for what happened to one of them.
             refusal = _not_written(final, error)
             shutil.rmtree(writing, ignore_errors=True)
             raise refusal from None

@@ -91,7 +91,7 @@ def process_groups(config: ParallelConfig) -> Iterator[None]:
     After an exception on one of several processes they are not left: that would wait for peers
     which may never come.
     """
-    had_groups = dist.is_initialized()
+    had_groups, hook = dist.is_initialized(), sys.excepthook
     failed, started = True, False
     try:
         started = start_processes(config)
@@ -102,6 +102,8 @@ def process_groups(config: ParallelConfig) -> Iterator[None]:
             state = groups()
             if not had_groups:
                 stop_processes()
+                if getattr(sys.excepthook, "__name__", "") == "_distributed_excepthook":
+                    sys.excepthook = hook  # torch's names the rank before every line
             elif started and state is not None:
                 state.destroy_model_parallel()
 

@@ -36,7 +36,11 @@ class RunLog:
         self._keep_metrics_up_to(step)
         self._file = directory.metrics_file.open("a")
         self._text = directory.log_file.open("a")
-        self._trackers = open_trackers(config, directory, step)
+        try:
+            self._trackers = open_trackers(config, directory, step)
+        except BaseException:
+            self.close()
+            raise
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -56,7 +60,7 @@ class RunLog:
             self.directory.write_metrics([row for row in rows if row["step"] <= step])
 
     def rewind(self, step: int) -> None:
-        """Continue from an earlier step; the lines behind it go to a separate file."""
+        """Continue from an earlier step; the lines after it go to a separate file."""
         if not self.active:
             return
         self._file.close()

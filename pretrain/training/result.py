@@ -22,7 +22,8 @@ class TrainResult:
             often.
         step: Optimizer steps done since the run began.
         tokens: Tokens of those steps.
-        loss: Of the last step that was done, in nats per token; None where none was left to do.
+        loss: The loss of the last step that was done, in nats per token; None where no step was
+            left to do.
     """
 
     status: str

@@ -1,4 +1,4 @@
-"""The surroundings of a run's steps: threads, random seeds, clock, signals."""
+"""The surroundings of a run's steps: threads, random numbers, clock, signals, other runs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,32 @@ from typing import Any
 import numpy as np
 import torch
 
+from pretrain.common.errors import UserError
 from pretrain.parallel.processes import world_size
 
 _REPEAT_SECONDS = 5.0
+
+_training: list[str] = []  # the run that this process trains, if it trains one
+_training_guard = threading.Lock()
+
+
+@contextlib.contextmanager
+def only_run(name: str) -> Iterator[None]:
+    """Train the run ``name``, and no other in this process: process groups belong to all of it.
+
+    Raises UserError where another run is being trained, on whichever thread.
+    """
+    with _training_guard:
+        if _training:
+            raise UserError(
+                f"another Trainer of this process is training: {_training[0]}; expected one fit at "
+                "a time: wait for it, or use another process"
+            )
+        _training.append(name)
+    try:
+        yield
+    finally:
+        _training.clear()
 
 
 @contextlib.contextmanager
@@ -31,6 +54,18 @@ def threads_of_torch(count: int | None) -> Iterator[None]:
     finally:
         if count is not None:
             torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def kept_random_numbers() -> Iterator[None]:
+    """Leave the global random numbers of torch and NumPy as they were before."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    state = np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from typing import Any, Protocol
 
 from pretrain.common.errors import UserError
@@ -28,11 +30,26 @@ def open_trackers(config: LoggingConfig, directory: RunDirectory, step: int) -> 
     Raises UserError where the library of one is not installed.
     """
     trackers: list[Tracker] = []
-    if config.wandb != "disabled":
-        trackers.append(WandbTracker(config, directory))
-    if config.tensorboard:
-        trackers.append(TensorBoardTracker(directory, step))
+    try:
+        if config.wandb != "disabled":
+            trackers.append(WandbTracker(config, directory))
+        if config.tensorboard:
+            trackers.append(TensorBoardTracker(directory, step))
+    except BaseException:
+        for tracker in trackers:
+            tracker.close()
+        raise
     return trackers
+
+
+def wandb_id(directory: RunDirectory) -> str:
+    """Return the id of the run's counterpart: another one for every path, the same on a resume.
+
+    W&B takes at most 64 characters, and few beside letters and digits.
+    """
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", directory.name)[:40]
+    digest = hashlib.sha256(str(directory.path.resolve()).encode()).hexdigest()
+    return f"{name}-{digest[:16]}"
 
 
 class WandbTracker:
@@ -51,7 +68,7 @@ class WandbTracker:
             name=directory.name,
             dir=str(directory),
             mode=mode,
-            id=directory.name,
+            id=wandb_id(directory),
             resume="allow",
         )
 

@@ -18,6 +18,7 @@ from pretrain.common.config_loader import ConfigError
 from pretrain.common.dtypes import DTYPES
 from pretrain.common.quiet import ignore_warnings
 from pretrain.config import RunConfig, check_run_config, load_run_config
+from pretrain.config.checks import check_callbacks
 from pretrain.config.schedule import learning_rate
 from pretrain.data.batches import (
     PreparedData,
@@ -37,7 +38,14 @@ from pretrain.parallel.processes import (
     world_size,
 )
 from pretrain.run_directory import RunDirectory
-from pretrain.training.callbacks import Callback, Decision, default_callbacks, load_callback
+from pretrain.training.arguments import check_arguments
+from pretrain.training.callbacks import (
+    Callback,
+    Decision,
+    as_callbacks,
+    default_callbacks,
+    load_callback,
+)
 from pretrain.training.engine import Engine, StepResult
 from pretrain.training.log import RunLog
 from pretrain.training.metrics import LayerMetrics
@@ -46,6 +54,8 @@ from pretrain.training.resuming import checkpoint_to_resume
 from pretrain.training.run_control import (
     Interval,
     StopSignals,
+    kept_random_numbers,
+    only_run,
     seed_step,
     threads_of_torch,
 )
@@ -63,7 +73,8 @@ class Trainer:
 
     ``config`` is a run's settings or the YAML file that has them, with ``overrides``, such as
     ``optimizer.lr=3e-4``, over the file's. ``callbacks`` come after the default ones and those that
-    ``config.callbacks`` names. Raises ConfigError for settings that cannot work.
+    ``config.callbacks`` names; a string among them names a class, as there. Raises ConfigError for
+    settings that cannot work.
 
     Several processes, as torchrun starts them, each make a Trainer of the same settings.
     """
@@ -98,9 +109,10 @@ class Trainer:
         config: RunConfig | str | Path,
         *,
         overrides: Sequence[str] = (),
-        callbacks: Sequence[Callback] = (),
+        callbacks: Callback | Sequence[Callback | str] = (),
     ):
         self._start = time.monotonic()
+        check_arguments(config, overrides)
         if isinstance(config, RunConfig):
             if overrides:
                 raise ConfigError(
@@ -119,42 +131,30 @@ class Trainer:
         self.lr = 0.0
         self.stop = StopSignals()
         named = [load_callback(name, f"{self._where}: callbacks") for name in self.config.callbacks]
-        self.callbacks = [*default_callbacks(self.config), *named, *callbacks]
+        own = as_callbacks(callbacks, "Trainer: callbacks")
+        self.callbacks = [*default_callbacks(self.config), *named, *own]
         for callback in self.callbacks:
             callback.trainer = self
         self._skipping = [
             c for c in self.callbacks if type(c).skip_update is not Callback.skip_update
         ]
-        if self._skipping and self.config.parallel.zero_backend == "deepspeed":
-            raise ConfigError(
-                f"{self._where}: {type(self._skipping[0]).__name__} skips updates, which DeepSpeed "
-                "cannot; expected parallel.zero_backend=megatron"
-            )
+        check_callbacks([type(c).__name__ for c in self._skipping], self.config, self._where)
 
     def fit(self) -> TrainResult:
         """Train to the last step, and return how the run ended.
 
         Process groups that do not exist are made, and left at the end. Signals stop the run, which
         saves, where this is called on the main thread; :meth:`request_stop` does anywhere. Raises
-        UserError for what cannot be used: data, checkpoint, layout, disk.
+        UserError for what cannot be used: data, checkpoint, layout, disk; and while another fit of
+        this process goes on.
         """
         check_layout(self.config, world_size(), self._where)
-        self.result, self.stopping = None, False
-        with (
-            warnings.catch_warnings(),
-            process_groups(self.config.parallel),
-            threads_of_torch(self.config.train.threads),
-            contextlib.ExitStack() as stack,
-        ):
-            ignore_warnings()
-            for callback in self.callbacks:
-                stack.push(_on_exception(callback))
-                callback.on_fit_start()
-            result = self._run()
-            self.stop = StopSignals()  # a signal that stopped this call shall not stop the next
-            for callback in self.callbacks:
-                callback.on_fit_end(result)
-            return result
+        with only_run(str(self.run_directory)):
+            self._start, self.result, self.stopping = time.monotonic(), None, False
+            try:
+                return self._fit()
+            finally:
+                self.stop = StopSignals()  # what stopped this call shall not stop the next
 
     def request_stop(self, reason: str) -> None:
         """Make the run save and stop after the current step, as a signal would; from any thread."""
@@ -188,10 +188,30 @@ class Trainer:
         self.engine.layer_metrics()
 
     def seconds(self) -> float:
-        """Return the seconds since the trainer was made."""
+        """Return the seconds since :meth:`fit` was called."""
         return round(time.monotonic() - self._start, 3)
 
     # The run
+
+    def _fit(self) -> TrainResult:
+        """Set up what lasts as long as the run, train, and give all of it back."""
+        with (
+            warnings.catch_warnings(),
+            process_groups(self.config.parallel),
+            threads_of_torch(self.config.train.threads),
+            kept_random_numbers(),
+            contextlib.ExitStack() as stack,
+        ):
+            ignore_warnings()
+            for callback in self.callbacks:
+                callback.trainer = self  # another one may have had it meanwhile
+            for callback in self.callbacks:
+                stack.push(_on_exception(callback))
+                callback.on_fit_start()
+            result = self._run()
+            for callback in self.callbacks:
+                callback.on_fit_end(result)
+            return result
 
     def _run(self) -> TrainResult:
         """Hold the run directory, prepare, and train."""
@@ -239,9 +259,10 @@ class Trainer:
         self.writer = CheckpointWriter(self.run_directory.checkpoints, self.config, tokenizer)
         try:
             status = self._train_with_callbacks()
-        except Exception:
-            # Whoever catches this may start again at once: nothing of this run writes then. With
-            # several processes the writer may wait for one that is gone.
+        except BaseException:
+            # Whoever catches this, even KeyboardInterrupt in a notebook, may start again at once:
+            # nothing of this run writes then. With several processes the writer may wait for one
+            # that is gone.
             if world_size() == 1:
                 with contextlib.suppress(Exception):
                     self.writer.wait()
@@ -320,14 +341,22 @@ class Trainer:
         """Return what decides by a step's loss whether its update is skipped, if anything does."""
         if not self._skipping:
             return None
-        return lambda loss: any(callback.skip_update(loss) for callback in self._skipping)
+
+        def skips(loss: float) -> bool:
+            answers = [callback.skip_update(loss) for callback in self._skipping]  # all see it
+            return any(answers)
+
+        return skips
 
     def _decide(self, result: StepResult) -> Decision | None:
+        decision = None
         for callback in self.callbacks:
             decision = callback.after_step(result)
             if decision is not None:
-                return decision
-        return None
+                break
+        for callback in self.callbacks:
+            callback.after_decision(decision)
+        return decision
 
 
 def _on_exception(

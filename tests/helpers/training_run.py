@@ -8,6 +8,7 @@ import time
 from tests.helpers.processes import run_interpreter, start
 
 STEPS = 16
+QUICK = ("sample.tokens=0", "logging.every=1", "validation.every=2", "checkpoint.every=2")
 
 
 CONFIG = """

@@ -13,6 +13,7 @@ import pytest
 from pretrain.common.errors import UserError
 from pretrain.config import MLPConfig, ModelConfig, RunConfig
 from pretrain.run_directory import (
+    Run,
     RunDirectory,
     checkpoint_name,
     checkpoint_step,
@@ -69,6 +70,22 @@ def test_lines_of_the_metrics_that_are_cut_short_are_dropped(tmp_path):
     assert [r.path for r in RunDirectory.find_below(tmp_path)] == [tmp_path / "b" / "c", tmp_path]
 
 
+def test_a_run_without_metrics_says_so(tmp_path):
+    RunDirectory(tmp_path).write_config(
+        RunConfig("test", ModelConfig(hidden_size=16, pattern="attn"))
+    )
+    run = Run(tmp_path)
+    assert repr(run) == f"Run('{tmp_path}')"
+    assert repr(RunDirectory("runs/a")) == "RunDirectory('runs/a')"
+    with pytest.raises(UserError, match=r"has no metrics.jsonl, expected a run that has trained"):
+        _ = run.metrics
+    run.write_metrics([])
+    assert run.metrics.loss.empty
+    assert run.metrics["step"].empty
+    run.write_metrics([{"step": 1, "tokens": 8, "mine": 2.0}])
+    assert list(run.metrics) == ["step", "tokens", "mine"]
+
+
 def test_one_holder_of_the_lock(tmp_path):
     first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
     assert not first.is_locked()
@@ -85,6 +102,30 @@ def test_one_holder_of_the_lock(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to the run directory"):
         RunDirectory(tmp_path / "file").take_lock()
+
+
+def test_a_run_starts_while_another_process_asks_whether_it_does(tmp_path):
+    code = """
+import sys
+from pretrain.run_directory import RunDirectory
+run = RunDirectory(sys.argv[1])
+print("asking", flush=True)
+while True:
+    run.is_locked()
+"""
+    run = RunDirectory(tmp_path)
+    run.take_lock()
+    run.release_lock()
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as asking:
+        try:
+            assert asking.stdout is not None
+            assert asking.stdout.readline()
+            for _ in range(2000):
+                run.take_lock()
+                run.release_lock()
+        finally:
+            asking.kill()
 
 
 def test_checkpoints_by_name(tmp_path):

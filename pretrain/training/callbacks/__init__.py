@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pretrain.training.callbacks.base import Callback, Decision
-from pretrain.training.callbacks.loading import load_callback
+from pretrain.training.callbacks.loading import as_callbacks, load_callback
 from pretrain.training.callbacks.log import LogSteps
 from pretrain.training.callbacks.non_finite import StopNonFinite
 from pretrain.training.callbacks.profiler import Profiler
@@ -31,6 +31,7 @@ __all__ = [
     "Summary",
     "Validate",
     "WatchProcesses",
+    "as_callbacks",
     "default_callbacks",
     "load_callback",
 ]
@@ -54,7 +55,7 @@ def default_callbacks(config: RunConfig) -> list[Callback]:
     # Giving up a run comes before logging the step.
     callbacks += [StopNonFinite(), LogSteps()]
     # Validation before the save, so that a run killed after it does not validate again; evaluation
-    # behind it: one that fails, or is stopped, costs no training.
+    # after it: one that fails, or is stopped, costs no training.
     callbacks += [Validate(), Save()]
     if config.eval.tasks:
         # Loaded by name: training does not depend on the evaluations.

@@ -25,12 +25,15 @@ class Callback:
     """Base of what happens beside the steps of a run; subclasses override the hooks they need.
 
     Every process has its own callbacks and calls every hook, so a hook may communicate with the
-    same hook of the other processes. Hooks are called in the order of ``trainer.callbacks``, except
-    :meth:`on_exception`, which is called in the opposite order. What a hook raises ends the run.
+    same hook of the other processes. An event calls its hook of all callbacks, in the order of
+    ``trainer.callbacks``, before the next event begins; :meth:`on_exception` is called in the
+    opposite order. Two events happen within another one: :meth:`on_log` within the
+    :meth:`after_decision` of ``LogSteps``, and :meth:`after_save` within the :meth:`between_steps`
+    of ``Save``. What a hook raises ends the run.
     """
 
     trainer: Trainer
-    """The trainer that the callback belongs to, set before the first hook is called."""
+    """The trainer that the callback belongs to, set before the first hook of a fit is called."""
 
     def on_fit_start(self) -> None:
         """Begin: the processes have met, nothing is built yet."""
@@ -39,7 +42,7 @@ class Callback:
         """Prepare for the loop: the engine is built and loaded, and the log is open."""
 
     def on_work(self, work: str) -> None:
-        """Hear what this process does from now on, in words that fit behind "it has been at"."""
+        """Hear what this process does from now on, in words that fit after "it has been at"."""
 
     def on_progress(self) -> None:
         """Hear that the work at hand, which may take long, advances."""
@@ -55,17 +58,31 @@ class Callback:
         return False
 
     def after_step(self, result: StepResult) -> Decision | None:
-        """Look at the step that was done last, ``trainer.state.step``; may decide what follows."""
+        """Look at the step that was done last, ``trainer.state.step``; may decide what follows.
+
+        Callbacks after the one that decides are not asked.
+        """
         return None
 
+    def after_decision(self, decision: Decision | None) -> None:
+        """Act when :meth:`after_step` of every callback was called, or one of them decided."""
+
     def on_log(self, metrics: dict[str, float | None]) -> None:
-        """Add to the metrics that are about to be logged for the step that was done last."""
+        """Add to the metrics that are about to be logged for the step that was done last.
+
+        Called after every :meth:`after_step` of the step, before any :meth:`between_steps`; not for
+        a step that was rolled back.
+        """
 
     def between_steps(self) -> None:
         """Act after a step that was not rolled back; ``trainer.stopping``: it is the last one."""
 
     def after_save(self) -> None:
-        """Act after a checkpoint of ``trainer.state`` was begun (it may be written meanwhile)."""
+        """Act after a checkpoint of ``trainer.state`` was begun (it may be written meanwhile).
+
+        Called before the :meth:`between_steps` of the callbacks that come after ``Save``, such as
+        those of users.
+        """
 
     def on_stop(self) -> None:
         """Act after a signal, or a request, has stopped the run and it has been saved."""

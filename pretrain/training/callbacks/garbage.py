@@ -1,4 +1,4 @@
-"""What Python's garbage collector looks at while a run trains."""
+"""Less work for Python's garbage collector while a run trains."""
 
 from __future__ import annotations
 

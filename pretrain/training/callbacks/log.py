@@ -9,24 +9,29 @@ from pretrain.training.metrics import peak_flops, peak_memory_bytes
 
 
 class LogSteps(Callback):
-    """Log every ``logging.every`` steps, and the last one, unless the update was skipped."""
+    """Log every ``logging.every`` steps, and the last one, unless it was skipped or rolled back."""
 
     def on_train_start(self) -> None:
         """Look up the device's peak."""
         self._peak = peak_flops(self.trainer.config.train.precision)
+        self._metrics: dict[str, float | None] | None = None
 
     def after_step(self, result: StepResult) -> Decision | None:
-        """Log the step if it is due; never decide."""
+        """Measure the step if it is due; never decide."""
         trainer, step = self.trainer, self.trainer.state.step
         due = step % trainer.config.logging.every == 0 or step == trainer.num_steps
-        if not (result.applied and due):
-            return None
-        metrics = self._measure(result)
+        self._metrics = self._measure(result) if result.applied and due else None
+        return None
+
+    def after_decision(self, decision: Decision | None) -> None:
+        """Log what was measured, once every callback has seen the step."""
+        trainer, metrics, self._metrics = self.trainer, self._metrics, None
+        if metrics is None or decision is Decision.ROLLED_BACK:
+            return
         for callback in trainer.callbacks:
             callback.on_log(metrics)
         tokens_left = trainer.config.train.tokens_before(trainer.num_steps) - trainer.state.tokens
         trainer.log.step(metrics, seconds_left=tokens_left / self._speed)
-        return None
 
     def _measure(self, result: StepResult) -> dict[str, float | None]:
         trainer, state = self.trainer, self.trainer.state

@@ -1,4 +1,4 @@
-"""What a loss or gradient that is not finite does."""
+"""The end of a run, or a skipped step, where a loss or gradient is not finite."""
 
 from __future__ import annotations
 

@@ -15,30 +15,14 @@ from megatron.core import parallel_state
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, load_run_config
-from pretrain.parallel.processes import start_processes, stop_processes
+from pretrain.parallel.processes import start_processes
 from pretrain.run_directory import RunDirectory
 from pretrain.training.callbacks import Callback, Decision, Profiler, default_callbacks
 from pretrain.training.trainer import Trainer
 from tests.helpers.processes import ENVIRONMENT, ROOT, run_interpreter
-from tests.helpers.training_run import Run
+from tests.helpers.training_run import QUICK, Run
 
-QUICK = ("sample.tokens=0", "logging.every=1", "validation.every=2", "checkpoint.every=2")
-
-
-@pytest.fixture(autouse=True)
-def no_groups():
-    """No process group, as in a user's own program; those of other tests are made again."""
-    had_groups = dist.is_initialized()
-    stop_processes()
-    yield
-    stop_processes()
-    if had_groups:
-        start_processes()
-
-
-@pytest.fixture
-def run(tmp_path, corpus):
-    return Run(tmp_path, corpus, "run", steps=4)
+pytestmark = pytest.mark.usefixtures("no_groups")
 
 
 class Recorder(Callback):
@@ -229,14 +213,40 @@ def test_a_callback_that_does_not_exist_is_named(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name, message in (
         ("Report", "expected MODULE.CLASS"),
+        ("some_callbacks.", "expected MODULE.CLASS"),
         ("no_module.Report", r"no_module cannot be imported \(ModuleNotFoundError"),
         ("broken_callbacks.X", "broken_callbacks cannot be imported .*nothing_of_the_kind"),
         ("some_callbacks.Missing", "some_callbacks has no Missing"),
-        ("some_callbacks.function", "expected a subclass of .*Callback"),
+        ("some_callbacks.function", "expected a subclass of pretrain.Callback"),
         ("some_callbacks.WithArguments", "cannot be made without arguments"),
     ):
         with pytest.raises(ConfigError, match=f"callbacks names '{name}',.* {message}"):
             Trainer(run.config, overrides=[f"callbacks=[{name}]"])
+
+
+def test_what_after_step_measures_is_logged_for_the_same_step(run):
+    class Measure(Callback):
+        measured = -1
+
+        def after_step(self, result):
+            self.measured = self.trainer.state.step
+
+        def on_log(self, metrics):
+            metrics["measured"] = self.measured
+
+    class SeeAll(Callback):
+        def __init__(self):
+            self.seen = 0
+
+        def skip_update(self, loss):
+            self.seen += 1
+            return self.seen == 2
+
+    both = [SeeAll(), SeeAll()]
+    Trainer(run.config, overrides=QUICK, callbacks=[Measure(), *both]).fit()
+    rows = [row for row in run.metrics if "loss" in row]
+    assert [(row["step"], row["measured"]) for row in rows] == [(1, 1), (3, 3), (4, 4)]
+    assert [each.seen for each in both] == [4, 4], "one that skips does not hide the loss"
 
 
 def test_the_profiler_writes_a_trace(run):
