@@ -141,6 +141,31 @@ def test_names_are_those_of_the_page():
         _ = pretrain.nothing
 
 
+EXPERTS = """
+import sys, warnings
+warnings.simplefilter("error")
+import torch, pretrain
+moe = {"num_experts": 4, "top_k": 2, "intermediate_size": 8, "bias_update_rate": 0.1}
+sizes = {"hidden_size": 16, "vocab_size": 40}
+model = pretrain.build_model("attn", moe={**moe, "capacity_factor": 1.0}, **sizes)
+model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+model.update_biases()
+assert model.blocks[0].mlp.bias.abs().max() > 0
+"""
+
+
+def test_experts_need_no_process_groups_and_warn_of_nothing():
+    done = subprocess.run(
+        [sys.executable, "-c", EXPERTS],
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_model_of_hugging_face_answers_likewise(tmp_path):
     """One of ours, exported: both ways of loading it agree."""
     pytest.importorskip("transformers")
