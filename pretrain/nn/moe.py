@@ -104,9 +104,7 @@ class MoE(nn.Module):
         shape = (len(chosen), self.config.num_experts)
         full = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
         full.scatter_(1, chosen, weights.detach())
-        _, kept = token_dropping()(
-            full, full > 0, self.config.top_k, self.config.capacity_factor
-        )
+        _, kept = token_dropping()(full, full > 0, self.config.top_k, self.config.capacity_factor)
         return kept.gather(1, chosen)
 
     def _balance(self, logits: Tensor, scores: Tensor, load: Tensor) -> Tensor | None:
