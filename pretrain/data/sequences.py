@@ -23,7 +23,8 @@ class Sequences:
 
     ``cu_seqlens`` is an int32 or int64 tensor ``[N + 1]``: 0, then the running sum of the lengths.
     It must not be changed in place. Raises ValueError for a tensor that is none such, TypeError for
-    what is no tensor; its values are checked when they are first read on the host, where a GPU has to be waited for.
+    what is no tensor; its values are checked when they are first read on the host, where a GPU has
+    to be waited for.
     """
 
     __slots__ = ("_cu_seqlens", "_derived", "_device", "_lengths", "_row_length")
