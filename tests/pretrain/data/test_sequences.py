@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -114,12 +115,13 @@ def test_what_is_no_packing_is_refused(make, message):
 
 
 def test_a_list_is_refused_by_its_name():
+    numbers: Any = [0, 3]
     with pytest.raises(TypeError, match="cu_seqlens is a list, expected a tensor"):
-        Sequences([0, 3])
+        Sequences(numbers)
     layer = pretrain.mixer("attn", hidden_size=32)
     for keyword in ("sequences", "cu_seqlens"):
         with pytest.raises(TypeError, match=f"the layer: {keyword} is a list, expected a Seq"):
-            layer(torch.zeros(1, 3, 32), **{keyword: [0, 3]})
+            layer(torch.zeros(1, 3, 32), **{keyword: numbers})
 
 
 @pytest.mark.parametrize("pattern", ["attn", "swa", "gdn"])
