@@ -6,12 +6,16 @@ See docs/library.md. Nothing here starts a process group or changes the state of
 from __future__ import annotations
 
 import dataclasses
+import math
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from pretrain.common.config_loader import ConfigError, build_config, nearest
+from pretrain.common.dtypes import DTYPES
+from pretrain.common.errors import UserError
 from pretrain.config import ModelConfig
 from pretrain.inference.hugging_face import HuggingFaceModel, load_hugging_face
 from pretrain.inference.load import LoadedModel, load_model
@@ -22,12 +26,17 @@ from pretrain.nn.layer import MixerLayer, make_layer
 from pretrain.nn.mixers import LayerContext, registry
 from pretrain.parallel.context import ParallelContext
 
+# torch's default device would overrule a context's home unless it is the CPU, on which weights are
+# drawn in any case.
+_HOME_DECIDES = torch.device("cpu")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def build_model(
     model: str | ModelConfig,
     *,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: torch.device | str | None = None,
     **settings: Any,
 ) -> LanguageModel:
@@ -35,7 +44,8 @@ def build_model(
 
     model: the pattern, or a ModelConfig. settings: fields of ModelConfig, over the config's own
     where one is given; ``vocab_size`` must be set by either. seed: of the weights. dtype: of
-    weights and activations. device: torch's default one unless given.
+    weights and activations, ``"bf16"`` meaning ``torch.bfloat16``. device: torch's default one
+    unless given.
 
     The model maps tokens ``[B, T]`` int64 to logits ``[B, T, vocab_size]``; with targets
     ``[B, T]`` to each one's cross entropy in nats, ``[B, T]`` float32. Raises ConfigError naming
@@ -49,8 +59,12 @@ def build_model(
     check_model(config, "build_model")
     if config.vocab_size is None:
         raise ConfigError("build_model: vocab_size is not set, expected the number of token ids")
-    context = ParallelContext(dtype, home=_device(device))
-    return build.build_model(config, config.vocab_size, seed=seed, context=context)
+    where = "build_model"
+    context = ParallelContext(_dtype(where, dtype), home=_device(where, device))
+    with _HOME_DECIDES:
+        return build.build_model(
+            config, config.vocab_size, seed=_seed(where, seed), context=context
+        )
 
 
 def mixer(
@@ -58,7 +72,7 @@ def mixer(
     *,
     hidden_size: int,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: torch.device | str | None = None,
     std: float = 0.02,
     **settings: Any,
@@ -66,40 +80,85 @@ def mixer(
     """Build an initialised sequence mixer, by its name in patterns, as a layer of your own model.
 
     The layer maps x ``[B, T, hidden_size]`` to ``(y, state)``, y like x. settings: of the mixer,
-    see docs/settings.md. std: of its matrices' initial values. Raises ConfigError naming the
-    setting, what was found and what was expected.
+    see docs/settings.md. std: of its matrices' initial values. seed, dtype, device: as in
+    :func:`build_model`. Raises ConfigError naming the setting, what was found and what was
+    expected.
     """
     known = registry()
+    if not isinstance(name, str):
+        raise ConfigError(f"mixer: name is {name!r}, expected one of {', '.join(known)}")
     if name not in known:
         raise ConfigError(
             f"mixer: unknown mixer '{name}'{nearest(name, list(known))}; known: {', '.join(known)}"
         )
-    model = ModelConfig(pattern=name, hidden_size=hidden_size, mixers={name: settings})
-    spec = block_specs(model, "mixer")[0]
-    parallel = ParallelContext(dtype, home=_device(device))
-    context = LayerContext(hidden_size, std, std, parallel)
-    return make_layer(spec.mixer, spec.config, context, seed)
+    if "kind" in settings:
+        raise ConfigError(
+            f"mixer: unknown setting 'kind', expected the mixer to be named first: mixer('{name}')"
+        )
+    if isinstance(std, bool) or not isinstance(std, Real) or not 0 <= std < math.inf:
+        raise ConfigError(f"mixer: std is {std!r}, expected a number of at least 0")
+    values = {"pattern": name, "hidden_size": hidden_size, "mixers": {name: settings}}
+    spec = block_specs(build_config(ModelConfig, values, "mixer"), "mixer")[0]
+    parallel = ParallelContext(_dtype("mixer", dtype), home=_device("mixer", device))
+    context = LayerContext(hidden_size, float(std), float(std), parallel)
+    with _HOME_DECIDES:
+        return make_layer(spec.mixer, spec.config, context, _seed("mixer", seed))
 
 
 def load(
     source: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str | None = None,
     averaged: bool = False,
     recurrences: int | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel | HuggingFaceModel:
     """Load a trained model and its tokenizer: a run, one of its checkpoints, or ``hf:NAME``.
 
-    averaged: weights averaged over steps (optimizer.ema_decay). recurrences: passes through the
-    loop of a recursive model instead of the configured number. trust_remote_code: of ``hf:``
-    models, run the code that comes with one. Raises UserError naming what is wrong.
+    dtype, device: as in :func:`build_model`. averaged: weights averaged over steps
+    (optimizer.ema_decay). recurrences: passes through the loop of a recursive model instead of the
+    configured number. trust_remote_code: of ``hf:`` models, run the code that comes with one.
+    Raises UserError naming what is wrong.
     """
+    dtype, home = _dtype("load", dtype), _device("load", device)
     if str(source).startswith("hf:"):
+        for option, given in (("averaged", averaged), ("recurrences", recurrences)):
+            if given not in (None, False):
+                raise UserError(f"load: {option} is {given}, expected none for {source}")
         name = str(source).removeprefix("hf:")
-        return load_hugging_face(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    return load_model(source, dtype=dtype, averaged=averaged, recurrences=recurrences)
+        with _HOME_DECIDES:
+            return load_hugging_face(
+                name, dtype=dtype, device=home, trust_remote_code=trust_remote_code
+            )
+    with _HOME_DECIDES:
+        return load_model(
+            source, dtype=dtype, averaged=averaged, recurrences=recurrences, device=home
+        )
 
 
-def _device(device: torch.device | str | None) -> torch.device:
-    return torch.get_default_device() if device is None else torch.device(device)
+def _dtype(where: str, dtype: torch.dtype | str) -> torch.dtype:
+    found: Any = dtype
+    if isinstance(dtype, str):
+        found = DTYPES.get(dtype, getattr(torch, dtype, None))
+    if found not in _DTYPES:
+        expected = ", ".join([*map(str, _DTYPES), *map(repr, DTYPES)])
+        raise ConfigError(f"{where}: dtype is {dtype!r}, expected one of {expected}")
+    return cast(torch.dtype, found)
+
+
+def _device(where: str, device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.get_default_device()
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(
+            f"{where}: device is {device!r}, expected one of torch, such as 'cpu' or 'cuda'"
+        ) from None
+
+
+def _seed(where: str, seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ConfigError(f"{where}: seed is {seed!r}, expected a whole number")
+    return int(seed)

@@ -22,16 +22,23 @@ class Sequences:
     """N sequences packed one after another in a row of T tokens; immutable.
 
     ``cu_seqlens`` is an int32 or int64 tensor ``[N + 1]``: 0, then the running sum of the lengths.
-    It must not be changed in place. Raises ValueError for a tensor that is none such; its values
-    are checked when they are first read on the host, where a GPU has to be waited for.
+    It must not be changed in place. Raises ValueError for a tensor that is none such, TypeError for
+    what is no tensor; its values are checked when they are first read on the host, where a GPU has
+    to be waited for.
     """
 
     __slots__ = ("_cu_seqlens", "_derived", "_device", "_lengths", "_row_length")
 
     def __init__(self, cu_seqlens: Tensor):
-        if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(
+                f"cu_seqlens is a {type(cu_seqlens).__name__}, expected a tensor [N + 1]; "
+                "Sequences.from_lengths takes a list of lengths"
+            )
+        whole = cu_seqlens.dtype in (torch.int32, torch.int64)
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or not whole:
             raise ValueError(
-                f"cu_seqlens must be a vector of integers [N + 1], found "
+                f"cu_seqlens must be a vector of integers [N + 1], int32 or int64, found "
                 f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
             )
         self._cu_seqlens: Tensor | None = cu_seqlens
@@ -181,16 +188,34 @@ def given_sequences(
 ) -> Sequences | None:
     """Return the sequences that a caller of ``what`` named by either keyword, None if by neither.
 
-    A tensor stands for ``Sequences(tensor)``. Raises ValueError where both are given.
+    A tensor stands for ``Sequences(tensor)``. Raises ValueError where both are given, TypeError for
+    what is neither.
     """
     if sequences is not None and cu_seqlens is not None:
         raise ValueError(f"{what}: sequences and cu_seqlens are both given, expected one of them")
     given = cu_seqlens if sequences is None else sequences
-    return Sequences(given) if isinstance(given, Tensor) else given
+    if given is None or isinstance(given, Sequences):
+        return given
+    if not isinstance(given, Tensor):
+        name = "cu_seqlens" if sequences is None else "sequences"
+        raise TypeError(
+            f"{what}: {name} is a {type(given).__name__}, expected a Sequences or a tensor [N + 1]"
+        )
+    return Sequences(given)
+
+
+def check_fits(what: str, sequences: Sequences, batch_size: int, length: int) -> None:
+    """Raise ValueError unless ``sequences`` are those of one row of ``length`` tokens."""
+    if batch_size != 1:
+        raise ValueError(f"{what}: with cu_seqlens the batch must be 1, found {batch_size}")
+    if sequences.num_tokens != length:
+        raise ValueError(
+            f"{what}: cu_seqlens ends at {sequences.num_tokens}, but there are {length} tokens"
+        )
 
 
 def _on_host(sequences: Sequences) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(sequences.lengths)])
+    return torch.tensor([0, *itertools.accumulate(sequences.lengths)], device="cpu")
 
 
 def _sizes(sequences: Sequences) -> Tensor:
@@ -217,10 +242,10 @@ def _positions(sequences: Sequences) -> Tensor:
 def _last_tokens(sequences: Sequences, count: int) -> Tensor:
     ends = itertools.accumulate(sequences.lengths)
     parts = [
-        torch.arange(end - min(n, count), end)
+        torch.arange(end - min(n, count), end, device="cpu")
         for n, end in zip(sequences.lengths, ends, strict=True)
     ]
-    return without_waiting(torch.cat(parts or [torch.arange(0)]), sequences.device)
+    return without_waiting(torch.cat(parts or [torch.arange(0, device="cpu")]), sequences.device)
 
 
 def without_waiting(x: Tensor, device: torch.device) -> Tensor:
@@ -270,26 +295,27 @@ class ChunkLayout:
 
 def _chunk_layout(sequences: Sequences, chunk_size: int) -> ChunkLayout:
     lengths, total, device = sequences.lengths, sequences.num_tokens, sequences.device
-    sizes = torch.tensor(lengths, dtype=torch.int64)
+    host = torch.device("cpu")
+    sizes = torch.tensor(lengths, dtype=torch.int64, device=host)
     counts = (sizes + chunk_size - 1) // chunk_size
     order = torch.argsort(counts, descending=True, stable=True)
     ordered = counts[order]
     num_steps = int(ordered[0]) if len(lengths) else 0
-    alive = (ordered[None, :] > torch.arange(num_steps)[:, None]).sum(1)
+    alive = (ordered[None, :] > torch.arange(num_steps, device=host)[:, None]).sum(1)
     firsts = torch.cumsum(alive, 0) - alive
     steps = list(zip(firsts.tolist(), alive.tolist(), strict=True))
 
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
-    step_of = torch.repeat_interleave(torch.arange(num_steps), alive)
-    sequence_of = order[torch.arange(len(step_of)) - firsts[step_of]]
-    offsets = step_of[:, None] * chunk_size + torch.arange(chunk_size)
+    rank[order] = torch.arange(len(order), device=host)
+    step_of = torch.repeat_interleave(torch.arange(num_steps, device=host), alive)
+    sequence_of = order[torch.arange(len(step_of), device=host) - firsts[step_of]]
+    offsets = step_of[:, None] * chunk_size + torch.arange(chunk_size, device=host)
     starts = torch.cumsum(sizes, 0) - sizes
     index = starts[sequence_of][:, None] + offsets
     index = index.masked_fill(offsets >= sizes[sequence_of][:, None], total)
 
-    slot = torch.empty(total + 1, dtype=torch.int64)
-    slot[index.reshape(-1)] = torch.arange(index.numel())
+    slot = torch.empty(total + 1, dtype=torch.int64, device=host)
+    slot[index.reshape(-1)] = torch.arange(index.numel(), device=host)
     return ChunkLayout(
         token_index=index.to(device),
         steps=steps,

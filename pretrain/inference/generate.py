@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from pretrain.common.errors import UserError
 from pretrain.model.language_model import LanguageModel
 
 
@@ -47,6 +49,37 @@ def generate(
             tokens = torch.tensor([[token]], device=device)
     finally:
         model.train(was_training)
+
+
+def check_request(
+    prompt: object,
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> None:
+    """Raise UserError where these are no request for text after ``prompt``."""
+    if not isinstance(prompt, str):
+        raise UserError(f"generate: prompt is {prompt!r}, expected a string")
+    if max_tokens < 0:
+        raise UserError(f"generate: max_tokens is {max_tokens}, expected at least 0")
+    if not (temperature == 0 or 1e-4 <= temperature < math.inf):
+        raise UserError(f"generate: temperature is {temperature}, expected 0, or 1e-4 or more")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"generate: top_k is {top_k}, expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"generate: top_p is {top_p}, expected above 0 and at most 1")
+
+
+def listed_texts(texts: Sequence[str]) -> list[str]:
+    """Return the texts to score as a list; UserError where they are none, such as one string."""
+    if isinstance(texts, str):
+        raise UserError(f"score: texts is the string {texts[:40]!r}, expected a list of strings")
+    found = list(texts)
+    for text in found:
+        if not isinstance(text, str):
+            raise UserError(f"score: texts holds {text!r}, expected strings")
+    return found
 
 
 def choose(

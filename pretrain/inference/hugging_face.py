@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pretrain.common.errors import UserError
+from pretrain.inference.generate import check_request, listed_texts
 
 
 @dataclass
@@ -31,8 +32,12 @@ class HuggingFaceModel:
     ) -> str:
         """Return ``prompt`` and up to ``max_tokens`` tokens after it.
 
-        temperature: 0 takes the likeliest token; top_k, top_p: as for trained models.
+        temperature: 0 takes the likeliest token; top_k, top_p: as for trained models. Raises
+        UserError for a setting out of its range.
         """
+        check_request(prompt, max_tokens, temperature, top_k, top_p)
+        if max_tokens == 0:
+            return prompt
         ids = self._ids(prompt)
         chosen: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_tokens}
         if temperature > 0:
@@ -46,9 +51,12 @@ class HuggingFaceModel:
 
     @torch.no_grad()
     def score(self, texts: Sequence[str]) -> list[float]:
-        """Return the log-likelihood of each text in nats, given the token that opens texts."""
+        """Return the log-likelihood of each text in nats, given the token that opens texts.
+
+        Raises UserError where ``texts`` is no list of strings.
+        """
         found = []
-        for text in texts:
+        for text in listed_texts(texts):
             ids = torch.tensor([self._ids(text)], device=self.model.device)
             logits = self.model(ids).logits[0, :-1].float().log_softmax(-1)
             found.append(float(logits.gather(1, ids[0, 1:, None]).sum()))
@@ -74,10 +82,10 @@ def load_hugging_face(
     source: str,
     *,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
+    device: torch.device,
     trust_remote_code: bool = False,
 ) -> HuggingFaceModel:
-    """Load a causal model by its name or folder, in evaluation mode.
+    """Load a causal model by its name or folder, in evaluation mode, on ``device``.
 
     trust_remote_code: run the code that comes with it, as our own exports of hybrids need. Raises
     UserError where transformers is missing or cannot load it.
@@ -93,6 +101,4 @@ def load_hugging_face(
     except Exception as error:  # transformers, formats and model code raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"hf:{source}: could not be loaded ({reason})") from None
-    return HuggingFaceModel(
-        model.to(device or torch.get_default_device()).eval(), tokenizer, source
-    )
+    return HuggingFaceModel(model.to(device).eval(), tokenizer, source)

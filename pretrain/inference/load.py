@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from pretrain.checkpoint.state import (
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, load_saved_config
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.inference.generate import generate
+from pretrain.inference.generate import check_request, generate, listed_texts
 from pretrain.inference.score import Pair, StateScorer
 from pretrain.model.build import build_model
 from pretrain.model.language_model import LanguageModel
+from pretrain.parallel.context import current_context
 from pretrain.run_directory import CONFIG_FILE, find_checkpoint, run_of_checkpoint
 
 
@@ -55,8 +57,10 @@ class LoadedModel:
         """Return ``prompt`` and up to ``max_tokens`` tokens after it, up to the document's end.
 
         temperature: 0 takes the likeliest token. top_k, top_p: see
-        :func:`pretrain.inference.generate.choose`. seed: of what is drawn.
+        :func:`pretrain.inference.generate.choose`. seed: of what is drawn. Raises UserError for a
+        setting out of its range.
         """
+        check_request(prompt, max_tokens, temperature, top_k, top_p)
         opened = [self.tokenizer.eod_id, *self.tokenizer.encode(prompt)]
         written = generate(
             self.model,
@@ -72,10 +76,15 @@ class LoadedModel:
         return self.tokenizer.decode([*opened[1:], *written])
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """Return the log-likelihood of each text as the beginning of a document, in nats."""
+        """Return the log-likelihood of each text as the beginning of a document, in nats.
+
+        That of an empty text is 0. Raises UserError where ``texts`` is no list of strings.
+        """
         scorer = StateScorer(self.model, self.tokenizer.vocab_size)
-        pairs = [Pair([self.tokenizer.eod_id], self.tokenizer.encode(text)) for text in texts]
-        return [value for value, _ in scorer.log_likelihoods(pairs)]
+        encoded = [self.tokenizer.encode(text) for text in listed_texts(texts)]
+        pairs = [Pair([self.tokenizer.eod_id], ids) for ids in encoded if ids]
+        values = iter(scorer.log_likelihoods(pairs) if pairs else ())
+        return [next(values)[0] if ids else 0.0 for ids in encoded]
 
 
 def load_model(
@@ -84,22 +93,28 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     recurrences: int | None = None,
     averaged: bool = False,
+    device: torch.device | None = None,
 ) -> LoadedModel:
     """Load a checkpoint, or the latest of a run directory; no process group is needed.
 
     recurrences: passes through the loop of a recursive model instead of the configured number.
-    averaged: weights averaged over steps (optimizer.ema_decay). Raises UserError naming what is
-    wrong.
+    averaged: weights averaged over steps (optimizer.ema_decay). device: that of this process, a GPU
+    where there is one, unless given. Raises UserError naming what is wrong.
     """
     checkpoint = find_checkpoint(Path(path)).resolve()
     check_files(checkpoint)
     state = read_state(checkpoint)
     run = load_saved_config(checkpoint / CONFIG_FILE)
     tokenizer = Tokenizer.load(checkpoint)
-    model = build_model(state.model_config, state.vocab_size, seed=0, dtype=dtype)
+    context = current_context(dtype)
+    if device is not None:
+        context = dataclasses.replace(context, home=device)
+    model = build_model(state.model_config, state.vocab_size, seed=0, context=context)
     if recurrences is not None:
         if model.recursion is None:
-            raise UserError(f"--recurrences is given, but the model of {checkpoint} has no loop")
+            raise UserError(
+                f"recurrences is {recurrences}, but the model of {checkpoint} has no loop"
+            )
         model.recursion.set_times(recurrences)
     load_weights(checkpoint, model, averaged=averaged)
     return LoadedModel(model.eval(), tokenizer, run, state, checkpoint)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from pretrain.common.metrics import merge_metrics
 from pretrain.config import ModelConfig
-from pretrain.data.sequences import Sequences, given_sequences
+from pretrain.data.sequences import Sequences, check_fits, given_sequences
+from pretrain.model.block import Block, run_block
 from pretrain.model.depth_lora import add_depth_lora, set_depth
 from pretrain.model.recursion import Recursion
-from pretrain.model.spec import BlockSpec, block_specs, passes
+from pretrain.model.spec import block_specs, passes
 from pretrain.model.stages import Stage, whole_model
 from pretrain.nn.dropout import EMBEDDING, DropAt, Dropout
 from pretrain.nn.linear import (
@@ -23,7 +24,6 @@ from pretrain.nn.linear import (
     column_linear,
 )
 from pretrain.nn.mixers import LayerContext, State
-from pretrain.nn.mlp import MLP
 from pretrain.nn.moe import MoE
 from pretrain.nn.norm import RMSNorm
 from pretrain.nn.parameters import DescribedModule, change_info
@@ -36,56 +36,6 @@ from pretrain.parallel.megatron import viewless
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-
-class Block(nn.Module):
-    """A residual block of a mixer and, unless the MLP kind is none, an MLP.
-
-    Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``. Sandwich: the same, and each sum is
-    normalised.
-    """
-
-    def __init__(self, spec: BlockSpec, config: ModelConfig, context: LayerContext):
-        super().__init__()
-        d, parallel = config.hidden_size, context.parallel
-        self.mixer_norm = RMSNorm(d, config.norm_eps, parallel)
-        self.mixer = spec.mixer(spec.config, context)
-        self.mlp: MLP | MoE | None = None
-        if config.mlp.kind != "none":
-            self.mlp_norm = RMSNorm(d, config.norm_eps, parallel)
-            if spec.moe is not None:
-                self.mlp = MoE(spec.moe, context)
-            else:
-                self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
-        self.index, self.sandwich = context.index, config.block_norm == "sandwich"
-        if self.sandwich:
-            self.mixer_post_norm = RMSNorm(d, config.norm_eps, parallel)
-            if self.mlp is not None:
-                self.mlp_post_norm = RMSNorm(d, config.norm_eps, parallel)
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        sequences: Sequences | None = None,
-        state: State | None = None,
-        drop: DropAt | None = None,
-        depth: int = 0,
-    ) -> tuple[Tensor, State]:
-        """Run x ``[T, B, d]`` through the block; returns the same shape and the mixer's state.
-
-        ``drop`` applies dropout to what mixer and MLP add, at pass ``depth`` of a loop.
-        """
-        y, state = self.mixer(self.mixer_norm(x), sequences=sequences, state=state)
-        x = x + (y if drop is None else drop(y, (self.index, depth, 0)))
-        if self.sandwich:
-            x = self.mixer_post_norm(x)
-        if self.mlp is not None:
-            y = self.mlp(self.mlp_norm(x))
-            x = x + (y if drop is None else drop(y, (self.index, depth, 1)))
-            if self.sandwich:
-                x = self.mlp_post_norm(x)
-        return x, state
 
 
 class LanguageModel(DescribedModule):
@@ -216,23 +166,33 @@ class LanguageModel(DescribedModule):
         return losses
 
     def hidden_states(
-        self, tokens: Tensor, *, sequences: Sequences | Tensor | None = None
+        self,
+        tokens: Tensor,
+        *,
+        sequences: Sequences | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Return the last block's output for each token, ``[B, T, d]``, before the final norm.
 
-        tokens ``[B, T]`` int64; with ``sequences`` B is 1 and they are packed.
+        tokens ``[B, T]`` int64; with ``sequences`` (or ``cu_seqlens``) B is 1 and they are packed.
         """
-        packed = given_sequences("the model", sequences, None)
+        packed = given_sequences("the model", sequences, cu_seqlens)
         x, _, _ = self._hidden(tokens, packed, None, with_states=False)
         return x.transpose(0, 1)
 
-    def states(self, tokens: Tensor, *, sequences: Sequences | Tensor | None = None) -> list[State]:
+    def states(
+        self,
+        tokens: Tensor,
+        *,
+        sequences: Sequences | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> list[State]:
         """Return what each block carries from tokens ``[B, T]`` to the next one.
 
         There is one state per block, for blocks of a loop one per pass, in the order in which they
         run; :meth:`forward_with_state` continues from them.
         """
-        packed = given_sequences("the model", sequences, None)
+        packed = given_sequences("the model", sequences, cu_seqlens)
         return self._hidden(tokens, packed, None, with_states=True)[1]
 
     def forward_with_state(
@@ -318,6 +278,8 @@ class LanguageModel(DescribedModule):
         with_states: bool,
     ) -> tuple[Tensor, list[State], Tensor | None]:
         """Return the last block's output ``[T, B, d]``, the states, and a loop's ponder cost."""
+        if sequences is not None and self.stage.first:
+            check_fits("the model", sequences, *tokens.shape)
         x = self._embed(tokens)
         new_states: list[State] = []
         drop = None
@@ -362,10 +324,10 @@ class LanguageModel(DescribedModule):
             block = cast(Block, self.blocks[index])
             if self.checkpoint_blocks and self.training:
                 x = torch.utils.checkpoint.checkpoint(
-                    _run_block, block, x, sequences, depth, drop, use_reentrant=False
+                    run_block, block, x, sequences, depth, drop, use_reentrant=False
                 )
             else:
-                x = _run_block(block, x, sequences, depth, drop)
+                x = run_block(block, x, sequences, depth, drop)
         return x
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -432,10 +394,3 @@ class LanguageModel(DescribedModule):
             mlp = cast(Block, self.blocks[index]).mlp
             if isinstance(mlp, MoE):
                 mlp.update_bias()
-
-
-def _run_block(
-    block: Block, x: Tensor, sequences: Sequences | None, depth: int, drop: DropAt | None
-) -> Tensor:
-    set_depth(block, depth)
-    return cast(Tensor, block(x, sequences=sequences, drop=drop, depth=depth)[0])

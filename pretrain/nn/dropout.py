@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain.parallel.context import ParallelContext
 
-# Drops channels of x [T, 1, d] at a site: (block, pass of a loop, which of the block's).
+# Drops channels of x [T, B, d] at a site: (block, pass of a loop, which of the block's).
 DropAt = Callable[[Tensor, tuple[int, int, int]], Tensor]
 EMBEDDING = (-1, 0, 0)
 _DROPOUT = 2  # which of a step's streams of random numbers, see pretrain.model.recursion
@@ -26,7 +26,7 @@ class Dropout:
     """The masks of a step's micro-batches.
 
     Every channel of every token is dropped with ``probability``, and the others are scaled up.
-    ``seq_len`` is the tokens of a sequence of the global batch; None: a micro-batch is one.
+    ``seq_len`` is the tokens of a sequence of the global batch; None: a row of x is one.
     """
 
     def __init__(self, probability: float, seq_len: int | None, context: ParallelContext):
@@ -53,32 +53,45 @@ class Dropout:
         return result
 
     def _mask(self, seeds: tuple[int, int, int], x: Tensor, site: tuple[int, int, int]) -> Tensor:
-        """Draw the mask of x: bool, in x's shape, True where a channel is kept."""
+        """Draw the mask of x: bool, in x's shape, True where a channel is kept.
+
+        Rows count as the tokens of one row laid one after another.
+        """
         tokens, rows, d = x.shape
-        if rows != 1:
-            raise ValueError(f"dropout is for sequences packed in one row, x has {rows}")
-        sharded = self._context.sequence_parallel
-        shards = self._context.tensor_size if sharded else 1
-        length = self.seq_len or tokens * shards
-        seed, step, micro_batch = seeds
-        start = micro_batch * tokens * shards  # of the global batch's tokens
-        if sharded:
-            start += tokens * self._context.tensor_rank
-        mask = torch.empty(tokens, rows, d, dtype=torch.bool, device=x.device)
-        if x.is_meta:
-            return mask
-        stop = start + tokens
+        mask = torch.empty(rows, tokens, d, dtype=torch.bool, device=x.device)
+        if not x.is_meta:
+            sharded = self._context.sequence_parallel
+            full = tokens * (self._context.tensor_size if sharded else 1)
+            first = seeds[2] * rows * full  # of the global batch's tokens
+            if sharded:
+                first += tokens * self._context.tensor_rank
+            for row in range(rows):
+                self._draw(mask[row], first + row * full, self.seq_len or full, seeds, site)
+        return mask.transpose(0, 1)
+
+    def _draw(
+        self,
+        mask: Tensor,
+        start: int,
+        length: int,
+        seeds: tuple[int, int, int],
+        site: tuple[int, int, int],
+    ) -> None:
+        """Fill a row's mask ``[T, d]``, which begins at token ``start`` of the global batch.
+
+        ``length`` is the tokens of a sequence.
+        """
+        (seed, step, _), stop = seeds, start + len(mask)
         for number in range(start // length, -(-stop // length)):
             low, high = max(number * length, start), min((number + 1) * length, stop)
             local = mask[low - start : high - start]
-            full = local if high - low == length else local.new_empty(length, rows, d)
+            full = local if high - low == length else local.new_empty(length, mask.shape[1])
             seeds_of_one = [seed, step, number, *(part + 1 for part in site), _DROPOUT]
             drawn = int(np.random.default_rng(seeds_of_one).integers(2**62))
-            generator = torch.Generator(x.device).manual_seed(drawn)
+            generator = torch.Generator(mask.device).manual_seed(drawn)
             full.bernoulli_(1 - self.probability, generator=generator)
             if full is not local:
                 local.copy_(full[low - number * length : high - number * length])
-        return mask
 
 
 class _Masked(torch.autograd.Function):

@@ -26,6 +26,8 @@ from pretrain.nn.parameters import (
     matrix_parameter,
     used_on_local_tokens,
 )
+from pretrain.parallel.megatron import token_dispatcher, token_dropping, transformer_config
+from pretrain.parallel.processes import groups
 
 
 class MoE(nn.Module):
@@ -99,14 +101,10 @@ class MoE(nn.Module):
 
     def _within_capacity(self, weights: Tensor, chosen: Tensor) -> Tensor:
         """Return which choices ``[N, top_k]`` fit their expert, largest weights first."""
-        from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
-
         shape = (len(chosen), self.config.num_experts)
         full = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
         full.scatter_(1, chosen, weights.detach())
-        _, kept = apply_router_token_dropping(
-            full, full > 0, self.config.top_k, self.config.capacity_factor
-        )
+        _, kept = token_dropping()(full, full > 0, self.config.top_k, self.config.capacity_factor)
         return kept.gather(1, chosen)
 
     def _balance(self, logits: Tensor, scores: Tensor, load: Tensor) -> Tensor | None:
@@ -182,10 +180,6 @@ class MoE(nn.Module):
         return dispatcher.combine_postprocess(results)
 
     def _make_dispatcher(self) -> Any:
-        from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-
-        from pretrain.parallel.megatron import token_dispatcher, transformer_config
-
         config = self.config
         settings = dataclasses.replace(
             transformer_config(self.parallel),
@@ -198,11 +192,12 @@ class MoE(nn.Module):
             expert_tensor_parallel_size=1,
         )
         first = self.parallel.expert_rank * self.num_local
-        return token_dispatcher()(
+        dispatcher, process_groups = token_dispatcher()
+        return dispatcher(
             self.num_local,
             list(range(first, first + self.num_local)),
             settings,
-            pg_collection=get_default_pg_collection(),
+            pg_collection=process_groups(),
         )
 
     def metrics(self) -> dict[str, float]:
@@ -224,15 +219,17 @@ class MoE(nn.Module):
     def update_bias(self) -> None:
         """Update the load-balancing bias after an optimizer step; every process must call.
 
-        Experts with less than the mean load become more likely to be chosen, the others less.
+        Experts with less than the mean load become more likely to be chosen, the others less. The
+        load is that of all processes, of this one where it is alone.
         """
         seen, self._seen = self._seen, None
         if self.config.bias_update_rate == 0 or seen is None:
             return
-        from megatron.core import parallel_state
-
-        load = seen.to(torch.float32)
-        dist.all_reduce(load, group=parallel_state.get_tensor_and_data_parallel_group())
+        load, state = seen.to(torch.float32), groups()
+        if state is not None:
+            dist.all_reduce(load, group=state.get_tensor_and_data_parallel_group())
+        elif dist.is_initialized():  # by the caller, for copies of the full model
+            dist.all_reduce(load)
         self.bias.add_((load.mean() - load).sign(), alpha=self.config.bias_update_rate)
 
     @classmethod

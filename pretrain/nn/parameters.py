@@ -260,6 +260,8 @@ def draw_like(parameter: nn.Parameter, std: float, key: str) -> Tensor:
 
 
 def _draw(target: Tensor, parameter: nn.Parameter, init: Initializer, key: str) -> None:
+    if target.is_meta:
+        return
     shape, axis, start = list(parameter.shape), 0, 0
     shard = info_of(parameter).shard
     if shard is not None:

@@ -6,7 +6,7 @@ megatron-core is imported where it is needed: building, counting and exporting m
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,14 +99,29 @@ def viewless(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def token_dispatcher() -> type[Any]:
-    """Return megatron-core's all-to-all dispatcher of tokens to experts, on a CPU without CUDA."""
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+def token_dropping() -> Callable[..., Any]:
+    """Return megatron-core's function that drops what experts have no room for."""
+    with importing_megatron():
+        from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
+
+    function: Callable[..., Any] = apply_router_token_dropping
+    return function
+
+
+@functools.cache
+def token_dispatcher() -> tuple[type[Any], Callable[[], Any]]:
+    """Return megatron-core's all-to-all dispatcher of tokens to experts, and its groups' maker.
+
+    The dispatcher works on a CPU without CUDA too.
+    """
+    with importing_megatron():
+        from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+        from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     if not torch.cuda.is_available():
         # It makes a stream where there is none, on the class itself.
         MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _HostStream()
-    return MoEAlltoAllTokenDispatcher
+    return MoEAlltoAllTokenDispatcher, get_default_pg_collection
 
 
 class _HostStream:

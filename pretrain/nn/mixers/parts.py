@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,20 @@ def conv_init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def decay_rate_init(low: float = 0.0, high: float = 16.0) -> Initializer:
     """Return an initialiser of A_log with A uniform in (low, high)."""
+    return DecayRate(low, high)
 
-    def init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        rate = torch.rand(shape, generator=generator) * (high - low) + low
+
+@dataclass(frozen=True)
+class DecayRate:
+    """Draw A_log with A uniform in (low, high); a class, so that models can be pickled."""
+
+    low: float
+    high: float
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return float32 values of ``shape``."""
+        rate = torch.rand(shape, generator=generator) * (self.high - self.low) + self.low
         return rate.clamp_min(1e-4).log()
-
-    return init
 
 
 def time_step_init(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -23,11 +23,13 @@ from pretrain.ops.shared.arguments import (
     resolve_sequences,
     resolve_state,
 )
+from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.flash_linear_attention import check_fla, fla_delta_rule, fla_fits
 
 BACKENDS = ("auto", "recurrent", "chunked", "fla")
 
 
+@without_autocast
 def delta_rule(
     q: Tensor,
     k: Tensor,

@@ -22,11 +22,13 @@ from pretrain.ops.shared.arguments import (
     resolve_sequences,
     resolve_state,
 )
+from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.flash_linear_attention import check_fla, fla_fits, fla_linear_attention
 
 BACKENDS = ("auto", "recurrent", "chunked", "fla")
 
 
+@without_autocast
 def linear_attention(
     q: Tensor,
     k: Tensor,

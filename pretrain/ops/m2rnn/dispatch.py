@@ -22,11 +22,13 @@ from pretrain.ops.shared.arguments import (
     resolve_state,
     triton_fits,
 )
+from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.checkpointed_recurrence import checkpointed_recurrence
 
 BACKENDS = ("auto", "recurrent", "checkpointed", "triton")
 
 
+@without_autocast
 def m2rnn(
     q: Tensor,
     k: Tensor,

@@ -26,10 +26,12 @@ from pretrain.ops.shared.arguments import (
     resolve_sequences,
     resolve_state,
 )
+from pretrain.ops.shared.autocast import without_autocast
 
 BACKENDS = ("auto", "sequential", "newton")
 
 
+@without_autocast
 def newton_recurrence(
     step: Callable[[Tensor, Tensor, Tensor], Tensor],
     x: Tensor,

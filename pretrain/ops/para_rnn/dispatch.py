@@ -24,10 +24,12 @@ from pretrain.ops.shared.arguments import (
     resolve_state,
     triton_fits,
 )
+from pretrain.ops.shared.autocast import without_autocast
 
 BACKENDS = ("auto", "sequential", "newton", "triton", "triton_newton", "triton_steps")
 
 
+@without_autocast
 def para_gru(
     u: Tensor,
     a: Tensor,
@@ -79,6 +81,7 @@ def para_gru(
     return output, final[:, 0]
 
 
+@without_autocast
 def para_lstm(
     u: Tensor,
     a: Tensor,

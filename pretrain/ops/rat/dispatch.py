@@ -20,10 +20,12 @@ from pretrain.ops.shared.arguments import (
     choose_backend,
     resolve_sequences,
 )
+from pretrain.ops.shared.autocast import without_autocast
 
 BACKENDS = ("auto", "recurrent", "chunked")
 
 
+@without_autocast
 def rat(
     q: Tensor,
     k: Tensor,

@@ -20,6 +20,7 @@ from pretrain.ops.shared.arguments import (
     resolve_sequences,
     triton_fits,
 )
+from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.checkpointed_recurrence import (
     States,
     checkpointed_recurrence,
@@ -30,6 +31,7 @@ BACKENDS = ("auto", "recurrent", "checkpointed", "triton")
 _WIDEST_ON_CHIP = {2: 128, 4: 64, 8: 32}
 
 
+@without_autocast
 def rnn(
     x: Tensor,
     recurrent_weight: Tensor,

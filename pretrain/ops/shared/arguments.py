@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.data.sequences import Sequences, given_sequences
+from pretrain.data.sequences import Sequences, check_fits, given_sequences
 from pretrain.ops.shared.planning import device_type
 
 _definitions_only: ContextVar[bool] = ContextVar("_definitions_only", default=False)
@@ -119,12 +119,7 @@ def resolve_sequences(
     given = given_sequences(op, sequences, cu_seqlens)
     if given is None:
         return Sequences.of_rows(batch_size, length, device)
-    if batch_size != 1:
-        raise ValueError(f"{op}: with cu_seqlens the batch must be 1, found {batch_size}")
-    if given.num_tokens != length:
-        raise ValueError(
-            f"{op}: cu_seqlens ends at {given.num_tokens}, but there are {length} tokens"
-        )
+    check_fits(op, given, batch_size, length)
     return given
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from pretrain.data.sequences import Sequences
 from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
+from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.flash_linear_attention import check_fla, fla_fits, fla_short_convolution
 
 BACKENDS = ("auto", "taps", "fla")
 
 
+@without_autocast
 def short_convolution(
     x: Tensor,
     weight: Tensor,

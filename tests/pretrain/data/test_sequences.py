@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pretrain
 from pretrain.data.sequences import Sequences
 from pretrain.model.build import build_model
 from pretrain.ops import (
@@ -97,6 +99,9 @@ def test_lengths_stay_known_on_another_device(sequences):
     ("make", "message"),
     [
         (lambda: Sequences(torch.tensor([0.0, 1.0])), r"must be a vector of integers \[N \+ 1\]"),
+        (lambda: Sequences(torch.tensor([False, True])), "found .* torch.bool"),
+        (lambda: Sequences(torch.tensor([0, 1], dtype=torch.int16)), "int32 or int64, found"),
+        (lambda: Sequences(torch.tensor([0, 1j])), "int32 or int64, found"),
         (lambda: Sequences(torch.tensor([[0, 1]])), r"must be a vector .* found \(1, 2\)"),
         (lambda: Sequences(torch.tensor([], dtype=torch.int64)), "must be a vector of integers"),
         (lambda: Sequences(torch.tensor([0, 2, 1])).lengths, "must start at 0 and never fall"),
@@ -107,6 +112,62 @@ def test_lengths_stay_known_on_another_device(sequences):
 def test_what_is_no_packing_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_list_is_refused_by_its_name():
+    numbers: Any = [0, 3]
+    with pytest.raises(TypeError, match="cu_seqlens is a list, expected a tensor"):
+        Sequences(numbers)
+    layer = pretrain.mixer("attn", hidden_size=32)
+    for keyword in ("sequences", "cu_seqlens"):
+        with pytest.raises(TypeError, match=f"the layer: {keyword} is a list, expected a Seq"):
+            layer(torch.zeros(1, 3, 32), **{keyword: numbers})
+
+
+@pytest.mark.parametrize("pattern", ["attn", "swa", "gdn"])
+def test_sequences_that_do_not_fit_are_refused_before_any_layer(pattern):
+    model = pretrain.build_model(pattern, hidden_size=32, vocab_size=40)
+    layer = pretrain.mixer(pattern, hidden_size=32)
+    cu_seqlens = torch.tensor([0, 5, 12])
+    calls = (model, model.hidden_states, model.states, lambda x, **o: model(x, x, **o))
+    for rows, length, message in ((1, 20, "ends at 12, but there are 20"), (2, 12, "must be 1")):
+        tokens = torch.zeros(rows, length, dtype=torch.int64)
+        for call in calls:
+            with pytest.raises(ValueError, match=f"the model: .*{message}"):
+                call(tokens, cu_seqlens=cu_seqlens)
+        with pytest.raises(ValueError, match=f"the layer: .*{message}"):
+            layer(torch.zeros(rows, length, 32), cu_seqlens=cu_seqlens)
+
+
+def test_both_keywords_mean_the_same_everywhere():
+    model = pretrain.build_model("attn gdn", hidden_size=32, vocab_size=40, init_std=0.2)
+    layer = pretrain.mixer("attn", hidden_size=32, std=0.2)
+    cu_seqlens, tokens = torch.tensor([0, 5, 12]), torch.arange(12)[None]
+    x = model.hidden_states(tokens, cu_seqlens=cu_seqlens)
+    assert torch.equal(x, model.hidden_states(tokens, sequences=cu_seqlens))
+    assert torch.equal(layer(x, cu_seqlens=cu_seqlens)[0], layer(x, sequences=cu_seqlens)[0])
+    for a, b in zip(
+        model.states(tokens, cu_seqlens=cu_seqlens),
+        model.states(tokens, sequences=Sequences(cu_seqlens)),
+        strict=True,
+    ):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("sequences", [packed(), Sequences.from_lengths(LENGTHS)])
+def test_a_default_device_moves_nothing(sequences):
+    expected, layout = packed(), packed().chunk_layout(2)
+    with torch.device("meta"):
+        moved = sequences.chunk_layout(2)
+        found = [sequences.on_host, sequences.last_tokens(2), sequences.ids, sequences.positions]
+    for a, b in zip(
+        found,
+        [expected.on_host, expected.last_tokens(2), expected.ids, expected.positions],
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    for name in ("token_index", "order", "token_slot"):
+        assert torch.equal(getattr(moved, name), getattr(layout, name))
 
 
 def _calls():

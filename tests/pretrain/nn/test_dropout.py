@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import pretrain
 from pretrain.common.config_loader import ConfigError, build_config
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.model.build import build_stages
@@ -109,3 +110,23 @@ def test_nothing_is_left_out_in_evaluation():
 def test_all_of_it_is_refused():
     with pytest.raises(ConfigError, match=r"dropout is 1\.0, expected less than 1"):
         settings(dropout=1.0)
+
+
+@pytest.mark.parametrize("seq_len", [None, 8, 12])
+def test_rows_have_the_masks_of_their_tokens_in_one_row(seq_len):
+    def draw(tokens, rows, length):
+        dropout = Dropout(0.5, length, current_context(torch.float32))
+        dropout.begin_step(0, 0, 0, 1)
+        x = torch.ones(tokens, rows, 4)
+        return [dropout.next_micro_batch()(x, EMBEDDING).transpose(0, 1) for _ in range(2)]
+
+    folded, one = draw(12, 3, seq_len), draw(36, 1, seq_len or 12)
+    for rows, row in zip(folded, one, strict=True):
+        assert torch.equal(rows.flatten(0, 1), row[0])
+        assert len(set(map(tuple, rows.flatten(1).tolist()))) == 3
+
+
+def test_a_model_trains_on_several_rows():
+    model = pretrain.build_model("gdn attn", hidden_size=16, vocab_size=VOCAB, dropout=0.5)
+    tokens = torch.arange(20).view(2, 10) % VOCAB
+    assert not torch.equal(model(tokens), model.eval()(tokens))

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 
+import pretrain
 from pretrain.checkpoint.state import check_files, check_same_model, load_checkpoint, read_state
 from pretrain.checkpoint.writer import save_checkpoint
 from pretrain.common.config_loader import build_config
@@ -77,3 +78,27 @@ def test_activation_checkpointing_and_bf16(name):
     assert found[2][0].item() == pytest.approx(found[0][0].item(), rel=1e-2)
     wide, narrow = (torch.cat([g.float().flatten() for g in f[1:]]) for f in (found[0], found[2]))
     assert relative_error(narrow, wide) < 0.1
+
+
+@pytest.mark.parametrize("name", registry())
+def test_a_whole_layer_is_saved_and_loaded(name, tmp_path):
+    layer = pretrain.mixer(name, hidden_size=24, **SMALL.get(name, [{}])[0])
+    torch.save(layer, tmp_path / "layer.pt")
+    loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
+    x = torch.randn(2, 6, 24)
+    assert torch.equal(loaded(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("name", registry())
+def test_a_layer_runs_within_autocast(name):
+    layer = pretrain.mixer(name, hidden_size=24, std=0.2, **SMALL.get(name, [{}])[0])
+    x = torch.randn(2, 20, 24, generator=torch.Generator().manual_seed(0))
+    weights = [p for p in layer.parameters() if p.requires_grad]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y, _ = layer(x)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), weights)))
+    assert found[1][0].dtype == torch.bfloat16
+    expected, within = (torch.cat([t.float().flatten() for t in each]) for each in found)
+    assert relative_error(within, expected) < 0.15

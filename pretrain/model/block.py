@@ -1,0 +1,75 @@
+"""A block of the language model: a mixer and an MLP, or experts, on the residual stream."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from pretrain.config import ModelConfig
+from pretrain.data.sequences import Sequences
+from pretrain.model.depth_lora import set_depth
+from pretrain.model.spec import BlockSpec
+from pretrain.nn.dropout import DropAt
+from pretrain.nn.mixers import LayerContext, State
+from pretrain.nn.mlp import MLP
+from pretrain.nn.moe import MoE
+from pretrain.nn.norm import RMSNorm
+
+
+class Block(nn.Module):
+    """A residual block of a mixer and, unless the MLP kind is none, an MLP.
+
+    Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``. Sandwich: the same, and each sum is
+    normalised.
+    """
+
+    def __init__(self, spec: BlockSpec, config: ModelConfig, context: LayerContext):
+        super().__init__()
+        d, parallel = config.hidden_size, context.parallel
+        self.mixer_norm = RMSNorm(d, config.norm_eps, parallel)
+        self.mixer = spec.mixer(spec.config, context)
+        self.mlp: MLP | MoE | None = None
+        if config.mlp.kind != "none":
+            self.mlp_norm = RMSNorm(d, config.norm_eps, parallel)
+            if spec.moe is not None:
+                self.mlp = MoE(spec.moe, context)
+            else:
+                self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
+        self.index, self.sandwich = context.index, config.block_norm == "sandwich"
+        if self.sandwich:
+            self.mixer_post_norm = RMSNorm(d, config.norm_eps, parallel)
+            if self.mlp is not None:
+                self.mlp_post_norm = RMSNorm(d, config.norm_eps, parallel)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        sequences: Sequences | None = None,
+        state: State | None = None,
+        drop: DropAt | None = None,
+        depth: int = 0,
+    ) -> tuple[Tensor, State]:
+        """Run x ``[T, B, d]`` through the block; returns the same shape and the mixer's state.
+
+        ``drop`` applies dropout to what mixer and MLP add, at pass ``depth`` of a loop.
+        """
+        y, state = self.mixer(self.mixer_norm(x), sequences=sequences, state=state)
+        x = x + (y if drop is None else drop(y, (self.index, depth, 0)))
+        if self.sandwich:
+            x = self.mixer_post_norm(x)
+        if self.mlp is not None:
+            y = self.mlp(self.mlp_norm(x))
+            x = x + (y if drop is None else drop(y, (self.index, depth, 1)))
+            if self.sandwich:
+                x = self.mlp_post_norm(x)
+        return x, state
+
+
+def run_block(
+    block: Block, x: Tensor, sequences: Sequences | None, depth: int, drop: DropAt | None
+) -> Tensor:
+    """Run x ``[T, B, d]`` through a block at pass ``depth`` of a loop, without a state."""
+    set_depth(block, depth)
+    return cast(Tensor, block(x, sequences=sequences, drop=drop, depth=depth)[0])
