@@ -98,9 +98,10 @@ def mixer(
     if isinstance(std, bool) or not isinstance(std, Real) or not 0 <= std < math.inf:
         raise ConfigError(f"mixer: std is {std!r}, expected a number of at least 0")
     values = {"pattern": name, "hidden_size": hidden_size, "mixers": {name: settings}}
-    spec = block_specs(build_config(ModelConfig, values, "mixer"), "mixer")[0]
+    config = build_config(ModelConfig, values, "mixer")
+    spec = block_specs(config, "mixer")[0]
     parallel = ParallelContext(_dtype("mixer", dtype), home=_device("mixer", device))
-    context = LayerContext(hidden_size, float(std), float(std), parallel)
+    context = LayerContext(config.hidden_size, float(std), float(std), parallel)
     with _HOME_DECIDES:
         return make_layer(spec.mixer, spec.config, context, _seed("mixer", seed))
 
