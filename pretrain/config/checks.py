@@ -26,14 +26,14 @@ from pretrain.config.train import TrainConfig
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What a model's layers allow of a layout."""
+    """Hold what a model's layers allow of a layout."""
 
     sharded_counts: dict[str, int]
-    """What tensor parallelism shards, by the setting it comes from."""
+    """Numbers that tensor parallelism shards, by the setting they come from."""
     most_stages: int
-    """Pipeline stages that the model can be cut into."""
+    """Most pipeline stages that the model can be cut into."""
     units: str
-    """Why not more, such as ``the model has 4 blocks``."""
+    """Reason that there are not more, such as ``the model has 4 blocks``."""
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

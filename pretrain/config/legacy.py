@@ -1,4 +1,4 @@
-"""What run directories of earlier versions leave unsaid.
+"""Settings that run directories of earlier versions leave unsaid.
 
 Format 1 (without a mark) had fixed default sizes for every mixer, whatever the model's width, and
 wrote only those that differed from them. Since format 2 all sizes of a run are written out.

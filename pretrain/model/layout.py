@@ -1,4 +1,4 @@
-"""What a model's layers allow of a layout, and the checks that need it."""
+"""Limits that a model's layers set to a layout, and the checks that need them."""
 
 from __future__ import annotations
 
