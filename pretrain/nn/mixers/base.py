@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar, get_args
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from pretrain.common.config_loader import NULL_ALLOWED, Config, field_types
+from pretrain.common.config_loader import Config
 from pretrain.data.sequences import Sequences
 from pretrain.nn.parameters import DescribedModule
 from pretrain.parallel.context import ParallelContext
@@ -71,11 +71,6 @@ class MixerConfig(Config):
         Raises ValueError where those that are given do not fit the width.
         """
         return self
-
-    @classmethod
-    def size_names(cls) -> list[str]:
-        """Return the names of the fields that :meth:`resolve` fills in."""
-        return [name for name, kind in field_types(cls).items() if NULL_ALLOWED in get_args(kind)]
 
 
 class Mixer(DescribedModule, ABC):
