@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain.common.config_loader import Config, ConfigError, load_config, setting
+from pretrain.common.shipped_configs import find_config
 
 _TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
 
@@ -71,7 +72,7 @@ class ClusterConfig(Config):
     srun_options: list[str] = field(default_factory=list)
     """Further options of srun, as on its command line."""
     hardware: str | None = None
-    """File of a machine in ``configs/hardware`` that ``--dry-run`` plans with."""
+    """File of a machine, or its name in ``configs/hardware``, that ``--dry-run`` plans with."""
 
     def processes(self, wanted: int) -> int:
         """Return the number of processes on each node of a run that needs ``wanted`` in total.
@@ -95,9 +96,7 @@ def load_cluster(path: str | Path) -> ClusterConfig:
 
     Raises ConfigError, which names the setting.
     """
-    file = Path(path)
-    if not file.suffix and not file.exists():
-        file = Path("configs/clusters") / f"{path}.yaml"
+    file = find_config(path, "clusters")
     config = load_config(ClusterConfig, file)
     if config.time is not None and not _TIME.fullmatch(config.time):
         raise ConfigError(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from pretrain.common.errors import UserError
+from pretrain.common.shipped_configs import find_config
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -149,7 +150,7 @@ def load_values(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    config = _read(Path(path), ())
+    config = _read(find_config(path), ())
     # Sections before the settings inside them.
     for key, value in sorted((changes or {}).items(), key=lambda item: item[0].count(".")):
         try:

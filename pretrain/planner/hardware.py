@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from pretrain.common.config_loader import Config, ConfigError, load_config, setting
+from pretrain.common.shipped_configs import find_config
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "float32", torch.float64: "float64"}
 
@@ -112,5 +113,5 @@ class Hardware(Config):
 
 
 def load_hardware(path: str | Path) -> Hardware:
-    """Read a hardware file. Raises ConfigError."""
-    return load_config(Hardware, path)
+    """Read a hardware file, or the one of that name in configs/hardware. Raises ConfigError."""
+    return load_config(Hardware, find_config(path, "hardware"))

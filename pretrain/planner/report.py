@@ -13,10 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from pretrain.common.config_loader import load_values
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, load_run_config
 from pretrain.model.build import padded_vocab_size
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("config", help="of a run, or of a model (configs/models)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--hardware", default="configs/hardware/h100.yaml", help="file (H100)")
+    parser.add_argument("--hardware", default="h100", help="file, or a name of configs/hardware")
     parser.add_argument("--devices", type=int, help="default: tensor x pipeline")
     parser.add_argument("--search", action="store_true", help="layouts that fit, fastest first")
     parser.add_argument("--top", type=int, default=10, help="how many of them to show (10)")
@@ -98,11 +98,7 @@ def _load(path: str, overrides: list[str]) -> RunConfig:
 
     A model is planned as a run with the settings of ``ASSUMED`` over 20 tokens per parameter.
     """
-    try:
-        is_model = "name" not in (yaml.safe_load(Path(path).read_text()) or {})
-    except (OSError, yaml.YAMLError, TypeError):
-        is_model = False  # loading it reports what is wrong
-    if not is_model or any(x.startswith("name=") for x in overrides):
+    if "name" in load_values(path, overrides):
         return load_run_config(path, overrides)
     assumed = [f"name={Path(path).stem}", *ASSUMED]
     budget = any(x.startswith(("train.steps=", "train.tokens=")) for x in overrides)

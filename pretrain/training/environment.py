@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 _PACKAGES = (
+    "hybrid-pretrain",
     "torch",
     "megatron-core",
     "numpy",
@@ -49,7 +50,10 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # installed: git would tell of a repository that lies around it
+        return None
+    command = ["git", "-C", str(root), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
