@@ -86,6 +86,6 @@ def test_the_commands_of_the_readme_work_in_an_empty_folder(python, tmp_path):
 
 def test_the_slurm_script_is_made_in_an_empty_folder(python, tmp_path):
     command = [python, "-m", "launch", "configs/grids/hybrid-ratio-tiny.yaml", "--dry-run"]
-    printed = _run([*command, "--cluster", "slurm-cpu"], tmp_path)
+    printed = _run([*command, "--cluster", "slurm-cpu", "parallel.micro_batch_size=4"], tmp_path)
     assert "#SBATCH" in printed
     assert not list(tmp_path.iterdir())
