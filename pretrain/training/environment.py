@@ -51,7 +51,9 @@ def describe_environment() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():  # installed: git would tell of a repository that lies around it
+    if not (
+        root / ".git"
+    ).exists():  # installed: git would tell of a repository that lies around it
         return None
     command = ["git", "-C", str(root), *arguments]
     try:

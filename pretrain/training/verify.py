@@ -64,14 +64,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps, an even number (4)")
-    parser.add_argument("--processes", type=int, help="of the layout (2 x tensor x pipeline)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="of the layout (2 x tensor x pipeline, or half of that where the batch is too small)",
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.steps < 2 or options.steps % 2:
         raise UserError(f"--steps is {options.steps}, expected an even number from 2")
     config = load_run_config(options.config, options.overrides)
-    processes = options.processes or 2 * config.parallel.model_size
+    processes = options.processes or _default_processes(config)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         return _verify(config, options.config, Path(folder), options.steps, processes)
+
+
+def _default_processes(config: RunConfig) -> int:
+    """Return two replicas' processes, or one's where the batch is no multiple of two's."""
+    size = config.parallel.model_size
+    two = 2 * config.train.seq_len * config.parallel.micro_batch_size
+    return size if size > 1 and config.train.global_batch_tokens % two else 2 * size
 
 
 def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: int) -> int:

@@ -20,6 +20,7 @@ from pretrain.config import (
     RunConfig,
     TrainConfig,
     check_run_config,
+    load_run_config,
 )
 from pretrain.model.layout import check_layout
 from pretrain.model.stages import Stage, balance, split_into_stages
@@ -260,3 +261,12 @@ def test_no_process_makes_a_sample_of_a_model_that_it_does_not_have():
         ParallelConfig(zero_backend="deepspeed", zero_stage=3),
     ):
         assert not parallel.one_has_all
+
+
+@pytest.mark.parametrize(
+    "layout", [{"tensor": 2}, {"tensor": 4}, {"tensor": 2, "sequence": True}, {"pipeline": 2}]
+)
+def test_the_demo_can_be_trained_under_common_layouts_as_it_stands(layout):
+    overrides = [f"parallel.{name}={value}" for name, value in layout.items()]
+    config = load_run_config("configs/runs/demo.yaml", overrides)
+    check_layout(config, config.parallel.model_size, "test")

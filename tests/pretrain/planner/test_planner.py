@@ -225,8 +225,8 @@ def test_plan_of_a_run_reads_well(tmp_path):
             ["peak_tflops", "bf16"],
         ),
         (
-            ["configs/models/tiny-gdn-hybrid.yaml", "model.vocab_size=512", "parallel.tensor=2"],
-            ["parallel.tensor is 2", "num_heads"],
+            ["configs/models/tiny-gdn-hybrid.yaml", "model.vocab_size=513", "parallel.tensor=3"],
+            ["parallel.tensor is 3", "num_heads"],
         ),
     ],
 )
