@@ -169,6 +169,7 @@ def test_search_lists_what_fits_and_says_why_the_rest_does_not(tmp_path):
     done = command(
         "configs/models/tiny-gdn-hybrid.yaml",
         "model.vocab_size=4096",
+        "model.mixers.gdn.num_heads=3",
         "train.seq_len=256",
         "train.global_batch_tokens=8192",
         "--search",
