@@ -53,7 +53,7 @@ class MoE(nn.Module):
         if config.shared_intermediate_size:
             self.shared = MLP("swiglu", config.shared_intermediate_size, context)
         self._dispatcher: Any = None
-        # Tokens of each expert since the last line of the log, and since the last update.
+        # Tokens of each expert since the last line of the log, and of the step for the bias.
         self._load: Tensor | None = None
         self._seen: Tensor | None = None
         self._dropped: Tensor | None = None
@@ -214,6 +214,10 @@ class MoE(nn.Module):
         if self._dropped is not None:
             found["dropped_tokens"], self._dropped = float(self._dropped), None
         return found
+
+    def forget_load(self) -> None:
+        """Forget the load that the next :meth:`update_bias` would go by."""
+        self._seen = None
 
     @torch.no_grad()
     def update_bias(self) -> None:
