@@ -64,7 +64,7 @@ class LanguageModel(DescribedModule):
     ):
         """Build the model, or ``stage`` of it.
 
-        ``seq_len``, that of the training batches' sequences, is for dropout.
+        ``seq_len``, that of the training batches' sequences, is for dropout and experts' capacity.
         """
         super().__init__()
         specs = block_specs(config)
@@ -91,7 +91,7 @@ class LanguageModel(DescribedModule):
                 self.blocks.append(nn.Identity())  # so that blocks keep their numbers
                 continue
             layer = LayerContext(
-                d, config.init_std, config.init_std * depth, inner, index, len(specs)
+                d, config.init_std, config.init_std * depth, inner, index, len(specs), seq_len
             )
             self.blocks.append(Block(spec, config, layer))
         self.recursion: Recursion | None = None

@@ -87,6 +87,10 @@ MODELS = {
             "bias_update_rate": 0.01,
         },
     ),
+    "capacity": settings(
+        "gdn attn attn gdn",
+        moe={"num_experts": 4, "top_k": 2, "intermediate_size": 16, "capacity_factor": 0.6},
+    ),
     "loop": settings(
         "attn gdn para_gru gdn",
         dropout=0.2,
@@ -194,7 +198,7 @@ CASES = {
     f"{model}-{layout}": (model, layout)
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
-    if model not in ("experts", "muon", "lengths")
+    if model not in ("experts", "capacity", "muon", "lengths")
     and (
         model in ("tied", "options")
         or (model in EVERYWHERE and layout in MAIN_LAYOUTS)
@@ -205,6 +209,13 @@ CASES = {
     and (model != "bf16" or layout != "deepspeed-dp4-zero0")
 }
 CASES.update({f"experts-{layout}": ("experts", layout) for layout in EXPERT_LAYOUTS})
+CASES.update(
+    {
+        f"capacity-{layout}": ("capacity", layout)
+        for layout, parallel in EXPERT_LAYOUTS.items()
+        if parallel.tensor == 1
+    }
+)
 CASES.update({f"lengths-{layout}": ("lengths", layout) for layout in LENGTHS_LAYOUTS})
 CASES.update({f"muon-{layout}": ("muon", layout) for layout in MUON_LAYOUTS})
 # Of fewer processes than there are, the rest of which wait.
