@@ -266,8 +266,8 @@ def _check_experts(config: RunConfig, where: str) -> None:
         )
     if moe.capacity_factor is not None and parallel.tensor > 1:
         raise ConfigError(
-            f"{where}: model.moe.capacity_factor is {moe.capacity_factor}, which counts a full "
-            f"micro-batch's tokens; expected null with parallel.tensor {parallel.tensor}"
+            f"{where}: model.moe.capacity_factor is {moe.capacity_factor}, which counts the "
+            f"tokens of full sequences; expected null with parallel.tensor {parallel.tensor}"
         )
 
 

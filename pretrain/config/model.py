@@ -50,16 +50,17 @@ class MoEConfig(Config):
     weight_scale: float = setting(1.0, above=0)
     """Factor on the weights of a token's experts."""
     balance_weight: float = setting(1e-3, minimum=0)
-    """Weight of the load-balancing loss, which is least when all experts have as many tokens (arXiv
-    2101.03961)."""
+    """Weight of the load-balancing loss, which is least when all experts have as many tokens of a
+    micro-batch (arXiv 2101.03961)."""
     z_loss_weight: float = setting(0.0, minimum=0)
     """Weight of the squared log-sum-exp of the router's outputs in the loss (arXiv 2202.08906)."""
     bias_update_rate: float = setting(0.0, minimum=0)
     """Step of a bias that only decides the choice of experts and is moved after every optimizer
     step towards equal loads (arXiv 2408.15664); 0: there is none."""
     capacity_factor: float | None = setting(None, above=0)
-    """Tokens that an expert takes of a micro-batch, as a multiple of an equal share. The rest is
-    dropped, and counted in the metrics; null: no limit."""
+    """Tokens of a sequence that an expert takes in training, as a multiple of an equal share: the
+    first ones, whatever documents they are of. The rest is dropped, and counted in the metrics;
+    null: no limit. Nothing is dropped in evaluation."""
 
 
 @dataclass

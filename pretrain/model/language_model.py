@@ -64,7 +64,7 @@ class LanguageModel(DescribedModule):
     ):
         """Build the model, or ``stage`` of it.
 
-        ``seq_len``, that of the training batches' sequences, is for dropout.
+        ``seq_len``, that of the training batches' sequences, is for dropout and experts' capacity.
         """
         super().__init__()
         specs = block_specs(config)
@@ -91,7 +91,7 @@ class LanguageModel(DescribedModule):
                 self.blocks.append(nn.Identity())  # so that blocks keep their numbers
                 continue
             layer = LayerContext(
-                d, config.init_std, config.init_std * depth, inner, index, len(specs)
+                d, config.init_std, config.init_std * depth, inner, index, len(specs), seq_len
             )
             self.blocks.append(Block(spec, config, layer))
         self.recursion: Recursion | None = None
@@ -112,11 +112,14 @@ class LanguageModel(DescribedModule):
         """Set what randomness in training is drawn from: (seed, step) and the micro-batch's number.
 
         Micro-batches are numbered in the global batch; the data-parallel ranks, of which this
-        process is number ``rank`` of ``world_size``, take them in turn.
+        process is number ``rank`` of ``world_size``, take them in turn. What :meth:`update_biases`
+        would go by is forgotten: a step that was left out leaves no trace.
         """
         for drawing in (self.dropout, self.recursion):
             if drawing is not None:
                 drawing.begin_step(seed, step, rank, world_size)
+        for experts in self._experts():
+            experts.forget_load()
 
     def set_input_tensor(self, tensor: Sequence[Tensor | None]) -> None:
         """Receive the previous stage's output ``[T, B, d]`` from megatron-core's schedules."""
@@ -382,15 +385,17 @@ class LanguageModel(DescribedModule):
         """Return and reset the metrics that the blocks of this process accumulated."""
         found: dict[str, float] = {}
         for index in self.stage.blocks:
-            block = cast(Block, self.blocks[index])
-            merge_metrics(found, block.mixer.metrics())
-            if isinstance(block.mlp, MoE):
-                merge_metrics(found, block.mlp.metrics())
+            merge_metrics(found, cast(Block, self.blocks[index]).mixer.metrics())
+        for experts in self._experts():
+            merge_metrics(found, experts.metrics())
         return found
 
     def update_biases(self) -> None:
-        """Update the load-balancing biases of all MoE layers after an optimizer step."""
-        for index in self.stage.blocks:
-            mlp = cast(Block, self.blocks[index]).mlp
-            if isinstance(mlp, MoE):
-                mlp.update_bias()
+        """Update the biases of all MoE layers after an optimizer step, by its tokens."""
+        for experts in self._experts():
+            experts.update_bias()
+
+    def _experts(self) -> list[MoE]:
+        """Return the MoE layers of this stage."""
+        mlps = (cast(Block, self.blocks[index]).mlp for index in self.stage.blocks)
+        return [mlp for mlp in mlps if isinstance(mlp, MoE)]

@@ -8,6 +8,7 @@ matrix product; with experts sharded over processes, tokens travel by megatron-c
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from pretrain.nn.parameters import (
     matrix_parameter,
     used_on_local_tokens,
 )
-from pretrain.parallel.megatron import token_dispatcher, token_dropping, transformer_config
+from pretrain.parallel.megatron import token_dispatcher, transformer_config
 from pretrain.parallel.processes import groups
 
 
@@ -36,6 +37,7 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig, context: LayerContext):
         super().__init__()
         self.config, self.parallel, d = config, context.parallel, context.hidden_size
+        self.seq_len = context.seq_len
         router = matrix_parameter(self.parallel, (config.num_experts, d), context.std, None)
         self.router = used_on_local_tokens(router, self.parallel)
         width = config.intermediate_size
@@ -53,7 +55,7 @@ class MoE(nn.Module):
         if config.shared_intermediate_size:
             self.shared = MLP("swiglu", config.shared_intermediate_size, context)
         self._dispatcher: Any = None
-        # Tokens of each expert since the last line of the log, and since the last update.
+        # Tokens of each expert since the last line of the log, and of the step for the bias.
         self._load: Tensor | None = None
         self._seen: Tensor | None = None
         self._dropped: Tensor | None = None
@@ -62,10 +64,14 @@ class MoE(nn.Module):
         """Map ``[T, B, d]`` to the same shape; under sequence parallelism T is local tokens."""
         tokens = x.flatten(0, 1)
         weights, chosen, balance = self._route(tokens)
+        kept, factor = None, self.config.capacity_factor
+        if factor is not None and self.training and not x.is_meta:
+            kept = self._within_capacity(chosen.view(*x.shape[:2], -1), factor).flatten(0, 1)
+            self._count(dropped=(~kept).sum())
         if self.num_local < self.config.num_experts:
-            y = self._dispatched(tokens, weights, chosen)
+            y = self._dispatched(tokens, weights, chosen, kept)
         else:
-            y = self._sorted(tokens, weights, chosen)
+            y = self._sorted(tokens, weights, chosen, kept)
         if balance is not None:
             y = _WithLoss.apply(y, balance)
         y = y.view(x.shape)
@@ -74,8 +80,7 @@ class MoE(nn.Module):
     def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return each token's weights ``[N, top_k]``, their experts, and the balancing loss.
 
-        Weights are in float32 or wider, and 0 where a choice is dropped. The loss, in training
-        only, is summed over tokens.
+        Weights are in float32 or wider. The loss, in training only, is summed over tokens.
         """
         config, k = self.config, self.config.top_k
         dtype = torch.promote_types(tokens.dtype, torch.float32)
@@ -90,22 +95,25 @@ class MoE(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
         weights = weights * config.weight_scale
         load = torch.bincount(chosen.flatten(), minlength=config.num_experts)
-        if config.capacity_factor is not None and not weights.is_meta:
-            kept = self._within_capacity(weights, chosen)
-            weights = weights * kept
-            self._count(dropped=(~kept).sum())
         self._count(load=load)
         if not (self.training and torch.is_grad_enabled()):
             return weights, chosen, None
         return weights, chosen, self._balance(logits, scores, load)
 
-    def _within_capacity(self, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Return which choices ``[N, top_k]`` fit their expert, largest weights first."""
-        shape = (len(chosen), self.config.num_experts)
-        full = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
-        full.scatter_(1, chosen, weights.detach())
-        _, kept = token_dropping()(full, full > 0, self.config.top_k, self.config.capacity_factor)
-        return kept.gather(1, chosen)
+    def _within_capacity(self, chosen: Tensor, factor: float) -> Tensor:
+        """Return which of the choices ``[T, B, top_k]`` fit their expert: bool, in their shape.
+
+        An expert has room for the first ones of a sequence, ``factor`` times an equal share, so no
+        token is dropped for what comes after it or in another sequence.
+        """
+        experts, (tokens, rows, k) = self.config.num_experts, chosen.shape
+        length = tokens if self.seq_len is None or tokens % self.seq_len else self.seq_len
+        room = math.ceil(factor * k * length / experts)
+        taken = torch.zeros((tokens, rows, experts), dtype=torch.int32, device=chosen.device)
+        taken.scatter_(2, chosen, 1)
+        by_sequence = taken.view(-1, length, rows, experts)
+        number = by_sequence.cumsum(1, dtype=torch.int32).view_as(taken)
+        return number.gather(2, chosen) <= room
 
     def _balance(self, logits: Tensor, scores: Tensor, load: Tensor) -> Tensor | None:
         """Compute the load-balancing loss and the router's z-loss, summed over tokens.
@@ -142,21 +150,24 @@ class MoE(nn.Module):
         gate, up = _grouped(tokens, self.gate_up_proj, counts).chunk(2, -1)
         return _grouped(F.silu(gate) * up, self.down_proj, counts)
 
-    def _sorted(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def _sorted(
+        self, tokens: Tensor, weights: Tensor, chosen: Tensor, kept: Tensor | None
+    ) -> Tensor:
         k = self.config.top_k
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=self.config.num_experts)
-        if self.config.capacity_factor is not None and not weights.is_meta:
-            kept = weights.detach().flatten()[order] > 0
-            order = order[kept]
+        if kept is not None:
+            order = order[kept.flatten()[order]]
             counts = torch.bincount(flat[order], minlength=self.config.num_experts)
         source = order // k
         results = self._experts(tokens[source], counts)
         results = results * weights.flatten()[order, None].to(results.dtype)
         return torch.zeros_like(tokens).index_add(0, source, results)
 
-    def _dispatched(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def _dispatched(
+        self, tokens: Tensor, weights: Tensor, chosen: Tensor, kept: Tensor | None
+    ) -> Tensor:
         if self._dispatcher is None:
             self._dispatcher = self._make_dispatcher()
         dispatcher = self._dispatcher
@@ -164,7 +175,8 @@ class MoE(nn.Module):
         probabilities = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
         probabilities = probabilities.scatter(1, chosen, weights)
         routing_map = torch.zeros(shape, dtype=torch.bool, device=weights.device)
-        routing_map = routing_map.scatter(1, chosen, weights.detach() > 0)
+        kept = torch.ones_like(chosen, dtype=torch.bool) if kept is None else kept
+        routing_map = routing_map.scatter(1, chosen, kept)
         local, local_weights = dispatcher.dispatch_preprocess(tokens, routing_map, probabilities)
         for name in ("input_splits", "output_splits"):
             splits = getattr(dispatcher, name)
@@ -214,6 +226,10 @@ class MoE(nn.Module):
         if self._dropped is not None:
             found["dropped_tokens"], self._dropped = float(self._dropped), None
         return found
+
+    def forget_load(self) -> None:
+        """Forget the load that the next :meth:`update_bias` would go by."""
+        self._seen = None
 
     @torch.no_grad()
     def update_bias(self) -> None:

@@ -99,16 +99,6 @@ def viewless(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def token_dropping() -> Callable[..., Any]:
-    """Return megatron-core's function that drops what experts have no room for."""
-    with importing_megatron():
-        from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
-
-    function: Callable[..., Any] = apply_router_token_dropping
-    return function
-
-
-@functools.cache
 def token_dispatcher() -> tuple[type[Any], Callable[[], Any]]:
     """Return megatron-core's all-to-all dispatcher of tokens to experts, and its groups' maker.
 

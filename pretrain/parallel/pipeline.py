@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,6 +22,8 @@ def run_schedule(
     """Run the forward and, unless ``forward_only``, backward passes of micro-batches.
 
     One process runs them in turn; a pipeline runs 1F1B, a virtual one the interleaved schedule.
+    Neighbours of one length go through the schedule together; every process has the same lengths in
+    the same order, and a virtual pipeline trains on a multiple of its stages of each in a row.
 
     ``modules`` are this process's stages, in the order that they are run. Gradients are of the
     summed loss, divided by the global batch's number of counted targets where the modules'
@@ -28,13 +31,51 @@ def run_schedule(
     of counted targets of these micro-batches, on the last stage; zeros elsewhere.
     """
     total = torch.zeros(2, dtype=torch.float64, device=local_device())
-    for _, same_shape in itertools.groupby(batches, key=lambda b: b.tokens.shape):
-        group = list(same_shape)
-        if forward_only:
-            group = _full_rounds(group)
-        for result in _through(_forward_step, modules, group, forward_only):
-            total += result["sums"]
+    groups = [list(g) for _, g in itertools.groupby(batches, lambda b: b.tokens.shape)]
+    with contextlib.ExitStack() as stack:
+        finish: Callable[[], None] | None = None
+        if len(groups) > 1 and not forward_only:
+            finish = stack.enter_context(_unfinished_gradients(modules))
+        for number, group in enumerate(groups, 1):
+            if finish is not None and number == len(groups):
+                finish()
+            same = _full_rounds(group) if forward_only else group
+            for result in _through(_forward_step, modules, same, forward_only):
+                total += result["sums"]
     return total
+
+
+@contextlib.contextmanager
+def _unfinished_gradients(modules: Sequence[nn.Module]) -> Iterator[Callable[[], None]]:
+    """Have schedules add up gradients that are neither reduced nor divided by targets.
+
+    Yields what makes the next schedule do both for all of them. The modules of a backend that does
+    so itself are left as they are.
+    """
+    config: Any = modules[0].config
+    finalize, pause = config.finalize_model_grads_func, config.no_sync_func
+    if finalize is None:
+        yield lambda: None
+        return
+    targets: list[Tensor] = []
+    paused = contextlib.ExitStack()
+
+    def finish() -> None:
+        paused.close()
+        config.no_sync_func = pause
+        config.finalize_model_grads_func = lambda parts, count, **options: finalize(
+            parts, sum(targets, count), **options
+        )
+
+    try:
+        for function in pause if isinstance(pause, list) else [pause]:
+            paused.enter_context(function())
+        config.no_sync_func = contextlib.nullcontext
+        config.finalize_model_grads_func = lambda _, count, **options: targets.append(count)
+        yield finish
+    finally:
+        paused.close()
+        config.no_sync_func, config.finalize_model_grads_func = pause, finalize
 
 
 def score_schedule(

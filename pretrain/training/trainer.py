@@ -187,6 +187,12 @@ class Trainer:
             yield
         self.engine.layer_metrics()
 
+    def forget_metrics(self) -> None:
+        """Forget what layers have measured since the last line of the log: those steps are gone."""
+        self.layer_metrics = LayerMetrics()
+        self.engine.layer_metrics()
+        self.engine.recursion_metrics()
+
     def seconds(self) -> float:
         """Return the seconds since :meth:`fit` was called."""
         return round(time.monotonic() - self._start, 3)

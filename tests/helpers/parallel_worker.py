@@ -72,6 +72,8 @@ MODELS = {
     "pieces": settings("kda swa lstm hgrn2", block_norm="sandwich"),
     "options": settings("gdn attn kda gla", depth_scaled_init=True, **OPTIONS),
     "muon": settings("gdn attn m2rnn gdn", tie_embeddings=False),
+    # Micro-batches of a step are of two lengths.
+    "lengths": settings("gdn attn swa gdn"),
     "experts": settings(
         "gdn attn attn gdn",
         moe={
@@ -84,6 +86,10 @@ MODELS = {
             "z_loss_weight": 0.01,
             "bias_update_rate": 0.01,
         },
+    ),
+    "capacity": settings(
+        "gdn attn attn gdn",
+        moe={"num_experts": 4, "top_k": 2, "intermediate_size": 16, "capacity_factor": 0.6},
     ),
     "loop": settings(
         "attn gdn para_gru gdn",
@@ -161,6 +167,15 @@ OPTION_LAYOUTS = [
     "deepspeed-dp4-zero3",
     "deepspeed-tp2-dp2-zero1-sequence",
 ]
+LENGTHS_LAYOUTS = (
+    "tp2-pp2",
+    "pp4",
+    "pp2-vpp2-dp2",
+    "dp4",
+    "dp4-zero0",
+    "deepspeed-dp4-zero2",
+    "deepspeed-tp2-pp2-sequence",
+)
 MUON_LAYOUTS = {
     "pp2-dp2-zero0": ParallelConfig(pipeline=2, zero_stage=0),
     "tp2-pp2-sequence-zero0": ParallelConfig(tensor=2, pipeline=2, sequence=True, zero_stage=0),
@@ -183,7 +198,7 @@ CASES = {
     f"{model}-{layout}": (model, layout)
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
-    if model not in ("experts", "muon")
+    if model not in ("experts", "capacity", "muon", "lengths")
     and (
         model in ("tied", "options")
         or (model in EVERYWHERE and layout in MAIN_LAYOUTS)
@@ -194,6 +209,14 @@ CASES = {
     and (model != "bf16" or layout != "deepspeed-dp4-zero0")
 }
 CASES.update({f"experts-{layout}": ("experts", layout) for layout in EXPERT_LAYOUTS})
+CASES.update(
+    {
+        f"capacity-{layout}": ("capacity", layout)
+        for layout, parallel in EXPERT_LAYOUTS.items()
+        if parallel.tensor == 1
+    }
+)
+CASES.update({f"lengths-{layout}": ("lengths", layout) for layout in LENGTHS_LAYOUTS})
 CASES.update({f"muon-{layout}": ("muon", layout) for layout in MUON_LAYOUTS})
 # Of fewer processes than there are, the rest of which wait.
 FEWER = {"alone": 1, "dp2": 2, "tp2": 2}
@@ -300,21 +323,23 @@ def make(model, parallel, rows, seed=0):
 
 def rows_of(parallel):
     """Sequences of a step, one to a micro-batch: several to each process."""
-    return 8 if parallel.model_size == 1 else 4
+    return 8 if parallel.model_size == 1 or parallel.virtual_pipeline > 1 else 4
 
 
-def step_of(engine, step, rows):
+def step_of(engine, step, rows, lengths=(SEQ_LEN,)):
     rank, size = data_parallel_rank_and_size()
     engine.begin_step(0, step, rank, size)
-    own = batches(step, rows=rows, micro_batch_size=1)[rank::size]
-    result = engine.train_step(own, 1e-3)
+    each = rows // len(lengths)
+    parts = [b for n in lengths for b in batches(step, rows=each, micro_batch_size=1, length=n)]
+    result = engine.train_step(parts[rank::size], 1e-3)
     return result.loss, result.grad_norm
 
 
 def train(model, parallel, rows):
     """(loss, gradient norm) of a few steps, and the validation loss behind them."""
     engine = make(model, parallel, rows)
-    results = [step_of(engine, step, rows) for step in range(STEPS)]
+    lengths = (SEQ_LEN, 16) if model == "lengths" else (SEQ_LEN,)
+    results = [step_of(engine, step, rows, lengths) for step in range(STEPS)]
     rank, size = data_parallel_rank_and_size()
     # Neither as many for each process nor a multiple of a pipeline's stages.
     held_out = share_of(batches(99, rows=5, micro_batch_size=1), rank, size)

@@ -21,9 +21,9 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.2, clip_grad=0.5)
 STEPS = 3
 
 
-def batches(step, rows=4, micro_batch_size=2):
+def batches(step, rows=4, micro_batch_size=2, length=32):
     generator = np.random.default_rng(step)
-    tokens = generator.integers(0, VOCAB, (rows, 33))
+    tokens = generator.integers(0, VOCAB, (rows, length + 1))
     return [
         pack_rows(tokens[i : i + micro_batch_size], eod_id=7)
         for i in range(0, rows, micro_batch_size)

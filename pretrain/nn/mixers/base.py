@@ -30,6 +30,8 @@ class LayerContext:
         parallel: this rank's part of the layout.
         index: which of the model's blocks this is, from 0.
         count: how many blocks there are.
+        seq_len: tokens of a sequence of the training batches, which are packed one after another in
+            a row; None: a row is one.
     """
 
     hidden_size: int
@@ -38,6 +40,7 @@ class LayerContext:
     parallel: ParallelContext
     index: int = 0
     count: int = 1
+    seq_len: int | None = None
 
 
 @dataclass(frozen=True)

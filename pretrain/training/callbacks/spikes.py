@@ -81,6 +81,7 @@ class RollBackSpikes(Callback):
             log.say(f"no checkpoint is {spikes.rollback_steps} steps older; continuing")
             self._detector.add(loss)
             return None
+        trainer.forget_metrics()
         # Saved, so that the data is skipped even if the run is killed now.
         trainer.writer.save(trainer.engine, state)
         log.rewind(state.step)

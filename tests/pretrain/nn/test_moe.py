@@ -1,5 +1,7 @@
 """Mixtures of experts against a loop over tokens, and what is told of them."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,9 @@ from pretrain.config import (
     check_run_config,
 )
 from pretrain.data.batches import pack_rows
-from pretrain.model.build import build_model
+from pretrain.model.build import build_model, build_stages
 from pretrain.model.counts import count_model
+from pretrain.model.language_model import LanguageModel
 from pretrain.nn.mixers import LayerContext
 from pretrain.nn.moe import MoE
 from pretrain.nn.parameters import fill_parameters
@@ -28,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("processes")
 HIDDEN = 16
 
 
-def build(dtype=torch.float64, **settings):
+def build(dtype=torch.float64, seq_len=None, **settings):
     config = MoEConfig(**{"num_experts": 6, "top_k": 2, "intermediate_size": 8, **settings})
-    layer = MoE(config, LayerContext(HIDDEN, 0.5, 0.5, current_context(dtype)))
+    layer = MoE(config, LayerContext(HIDDEN, 0.5, 0.5, current_context(dtype), seq_len=seq_len))
     fill_parameters(layer, seed=1)
     return layer
 
@@ -116,22 +119,108 @@ def test_experts_without_tokens():
     assert relative_error(layer(x), by_hand(layer, x)[0]) < 1e-12
 
 
-def test_drops_are_what_exceeds_the_capacity_and_counted():
-    layer = build(capacity_factor=0.5, top_k=1, normalize_top_k=False)
-    x = torch.randn(24, 1, HIDDEN, dtype=torch.float64)
-    y = layer(x)
-    # Each expert takes 0.5 x 24 / 6 = 2 tokens.
-    scores = (x[:, 0] @ layer.router.t()).softmax(-1)
-    best, expert = scores.max(-1)
-    kept = torch.zeros(24, dtype=torch.bool)
-    for e in range(6):
-        own = (expert == e).nonzero()[:, 0]
-        kept[own[best[own].argsort(descending=True)[:2]]] = True
-    assert torch.equal(y[:, 0].abs().sum(-1) > 0, kept)
-    assert layer.metrics()["dropped_tokens"] == 24 - int(kept.sum())
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("seq_len", [None, 12, 8, 7])  # 7 does not divide the tokens
+@pytest.mark.parametrize(
+    "moe", [{"top_k": 1, "capacity_factor": 0.5}, {"capacity_factor": 0.8}, {"capacity_factor": 3}]
+)
+def test_an_expert_takes_the_first_tokens_of_a_sequence(moe, seq_len, rows):
+    layer = build(seq_len=seq_len, **moe)
+    config = layer.config
+    x = torch.randn(24, rows, HIDDEN, dtype=torch.float64)
+    scores = (x @ layer.router.t()).softmax(-1)
+    length = 24 if seq_len in (None, 7) else seq_len
+    room = math.ceil(config.capacity_factor * config.top_k * length / 6)
+    expected, dropped = torch.zeros_like(x), 0
+    for row in range(rows):
+        for t in range(24):
+            if t % length == 0:
+                taken = [0] * 6
+            chosen = scores[t, row].argsort(descending=True)[: config.top_k].tolist()
+            total = scores[t, row, chosen].sum()
+            for e in chosen:
+                taken[e] += 1
+                if taken[e] > room:
+                    dropped += 1
+                    continue
+                gate, up = (x[t, row] @ layer.gate_up_proj[e]).chunk(2)
+                y = (F.silu(gate) * up) @ layer.down_proj[e]
+                expected[t, row] += scores[t, row, e] / total * y
+    assert relative_error(layer(x), expected) < 1e-12
+    assert layer.metrics()["dropped_tokens"] == dropped
+    assert (dropped > 0) == (config.capacity_factor < 1)
     assert "dropped_tokens" not in layer.metrics()
-    whole = build(top_k=1, normalize_top_k=False)
-    assert relative_error(y[kept], whole(x)[kept]) < 1e-12
+    # Nothing is dropped outside training.
+    whole = build(**{**moe, "capacity_factor": None})
+    assert relative_error(layer.eval()(x), whole(x)) < 1e-12
+    assert layer.metrics() == {}
+
+
+def crowded_model(seq_len=None):
+    """Return a model whose experts have room for a few of the tokens that want them."""
+    config = settings(top_k=1, capacity_factor=0.5, balance_weight=0)
+    config.init_std = 0.2
+    model = LanguageModel(config, 64, current_context(torch.float64), seq_len=seq_len)
+    fill_parameters(model, seed=0)
+    return model
+
+
+@torch.no_grad()
+def test_a_score_does_not_depend_on_what_lies_beside_or_behind():
+    model = crowded_model().eval()
+    tokens = torch.randint(0, 64, (1, 40))
+    logits = model(tokens)
+    for start in (7, 20, 33):
+        packed = model(tokens, sequences=torch.tensor([0, start, 40]))
+        assert relative_error(packed[:, start:], model(tokens[:, start:])) < 1e-12
+        assert relative_error(packed[:, :start], logits[:, :start]) < 1e-12
+        changed = tokens.clone()
+        changed[:, start] = (changed[:, start] + 1) % 64
+        assert relative_error(model(changed)[:, :start], logits[:, :start]) < 1e-12
+        _, states = model.forward_with_state(tokens[:, :start], None)
+        continued, _ = model.forward_with_state(tokens[:, start:], states)
+        assert relative_error(continued, logits[:, start:]) < 1e-12
+    rows = torch.cat([torch.randint(0, 64, (2, 40)), tokens])
+    assert relative_error(model(rows)[2:], logits) < 1e-12
+    assert model.metrics() == {}
+
+
+@torch.no_grad()
+def test_no_token_is_dropped_for_a_later_one_or_for_another_sequence():
+    model = crowded_model(seq_len=20)
+    tokens = torch.randint(0, 64, (1, 60))  # three sequences of a packed micro-batch
+    ends = torch.tensor([0, 20, 26, 40, 60])  # the second of two documents
+    logits = model(tokens, sequences=ends)
+    assert model.metrics()["dropped_tokens"] > 0
+    for changed_at in (0, 19, 23, 30, 39, 45):
+        changed = tokens.clone()
+        changed[:, changed_at] = (changed[:, changed_at] + 1) % 64
+        found = model(changed, sequences=ends)
+        first = changed_at // 20 * 20
+        same = [*range(changed_at), *range(first + 20, 60)]
+        assert relative_error(found[:, same], logits[:, same]) < 1e-12
+    for first in (0, 20, 40):
+        inner = (ends[(ends >= first) & (ends <= first + 20)] - first).clone()
+        alone = model(tokens[:, first : first + 20], sequences=inner)
+        assert relative_error(logits[:, first : first + 20], alone) < 1e-12
+    rows = tokens.view(3, 20)
+    assert relative_error(model(rows)[0], model(rows[:1])[0]) < 1e-12
+
+
+def test_the_size_of_micro_batches_changes_no_drop():
+    found = []
+    for size in (1, 2, 4):
+        (model,) = build_stages(
+            settings(top_k=1, capacity_factor=0.5, balance_weight=0), 64, seed=0, seq_len=32
+        )
+        engine = Engine(model, OptimizerConfig(lr=3e-3))
+        rows = torch.randint(1, 64, (4, 33), generator=torch.Generator().manual_seed(0)).numpy()
+        engine.begin_step(0, 0)
+        parts = [pack_rows(rows[i : i + size], eod_id=9) for i in range(0, 4, size)]
+        result = engine.train_step(parts, 3e-3)
+        found.append((result.loss, result.grad_norm, model.metrics()["dropped_tokens"]))
+    assert found[0][2] > 0
+    assert all(x == pytest.approx(found[0], rel=1e-6) for x in found)
 
 
 def settings(**moe):

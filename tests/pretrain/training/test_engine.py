@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pretrain.config import OptimizerConfig, ParallelConfig
+from pretrain.data.batches import pack_rows
 from pretrain.training.engine import Engine
 from tests.helpers import data_parallel_worker
 from tests.helpers.processes import run_on
@@ -60,11 +61,32 @@ DEEPSPEED = [
 ]
 
 
-@pytest.mark.parametrize(
+BACKENDS = pytest.mark.parametrize(
     "parallel",
     [ParallelConfig(zero_stage=0), ParallelConfig(), *DEEPSPEED],
     ids=lambda p: f"{p.zero_backend}-{p.zero_stage}-{p.offload}",
 )
+
+
+@BACKENDS
+@pytest.mark.parametrize("lengths", [[32, 16], [5, 32, 32, 8, 5], [16, 7, 16]], ids=str)
+def test_micro_batches_may_be_of_different_lengths(lengths, parallel):
+    if parallel.zero_backend == "deepspeed":
+        pytest.importorskip("deepspeed")
+    generator = np.random.default_rng(0)
+    parts = [pack_rows(generator.integers(0, VOCAB, (1, n + 1)), eod_id=7) for n in lengths]
+    parts[0].loss_mask[:, 2:] = 0
+    result = Engine(make(), OPTIMIZER, parallel, len(parts)).train_step(parts, 1e-2)
+    model = make()
+    losses = [model(b.tokens, b.targets, sequences=b.sequences) * b.loss_mask for b in parts]
+    expected = sum(x.sum() for x in losses) / sum(b.loss_mask.sum() for b in parts)
+    expected.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    assert result.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+
+
+@BACKENDS
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_updates_nothing(where, parallel):
     if parallel.zero_backend == "deepspeed":
