@@ -22,7 +22,7 @@ from pretrain.checkpoint.sharded_state import HoldsState, State, StorageError, w
 from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.storage import save_state, storage
 from pretrain.common.errors import UserError
-from pretrain.common.files import file_sha256, sync, write_bytes, write_json
+from pretrain.common.files import file_sha256, sync, write_bytes, write_failure, write_json
 from pretrain.config import RunConfig, to_yaml
 from pretrain.parallel.processes import local_device, on_every_process, on_main_process
 from pretrain.run_directory import (
@@ -210,11 +210,12 @@ def _publish(writing: Path, final: Path, hashes: dict[str, Any], config: RunConf
 
 def _not_written(final: Path, error: BaseException) -> UserError:
     earlier = list_checkpoints(final.parent)
-    folder = next(p for p in final.parents if p.is_dir())
-    free = shutil.disk_usage(folder).free / 1e6
-    reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
+    if isinstance(error, OSError):
+        reason = write_failure(error, final)
+    else:
+        reason = str(error).strip().splitlines()[-1]
     return UserError(
-        f"cannot write checkpoint {final}: {reason} ({free:,.0f} MB free there); "
+        f"cannot write checkpoint {final}: {reason}; "
         + (f"the last complete one is {earlier[0].name}" if earlier else "there is no earlier one")
     )
 

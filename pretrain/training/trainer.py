@@ -16,6 +16,8 @@ from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.dtypes import DTYPES
+from pretrain.common.errors import UserError
+from pretrain.common.files import explain_write_error, is_refused_write
 from pretrain.common.quiet import ignore_warnings
 from pretrain.config import RunConfig, check_run_config, load_run_config
 from pretrain.config.checks import check_callbacks
@@ -235,6 +237,14 @@ class Trainer:
             )
             with contextlib.closing(self.log), self.stop:
                 return self._train(checkpoint)
+        except OSError as error:
+            if not is_refused_write(error):
+                raise
+            raise UserError(
+                f"{explain_write_error(error, self.run_directory.path)}; "
+                f"{self.run_directory.describe_last_checkpoint()}; run the same command again when "
+                "files can be written"
+            ) from None
         finally:
             self.run_directory.release_lock()
 
