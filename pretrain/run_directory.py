@@ -272,6 +272,27 @@ class RunDirectory:
             except OSError:  # a file system without locks: nothing to hold
                 return
 
+    def check_held(self) -> None:
+        """Raise UserError where the directory that is held was removed, or another made instead.
+
+        Files written there would be lost, or mixed with those of another run.
+        """
+        if self._lock_handle is None:
+            return
+        held = os.fstat(self._lock_handle)
+        try:
+            there = self.lock_file.stat()
+        except FileNotFoundError:
+            what = "was removed"
+        else:
+            if (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino):
+                return
+            what = "was replaced by another"
+        raise UserError(
+            f"the run directory {self.path} {what} while the run was training in it, so nothing "
+            "more can be saved; run the same command again to start from what is there now"
+        )
+
     def release_lock(self) -> None:
         """Unlock the directory for another run; nothing happens where the lock is not held."""
         if self._lock_handle is not None:

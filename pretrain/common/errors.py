@@ -7,8 +7,6 @@ import gc
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn
 
 from pretrain.common.files import explain_write_error, is_refused_write
 
@@ -24,31 +22,47 @@ class UserError(Exception):
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit: 2 with one sentence for a :class:`UserError`.
 
-    So does what the machine refuses to write, such as on a full disk. Where standard output takes
-    nothing the status is 1, after one sentence unless its reader, such as head, has seen enough.
+    The same for what the machine refuses to write, such as on a full disk, and for a standard
+    output that takes nothing (without the sentence where its reader, such as head, has ended).
     """
     _open_closed_streams()
+    status: int | str | None
+    lost: OSError | None = None
     try:
-        status = main()
-        sys.stdout.flush()
+        status = main() or 0
+    except SystemExit as end:  # argparse's
+        status = end.code
     except UserError as error:
+        status = 2
         if os.environ.get("LOCAL_RANK", "0") == "0":  # not once per process under torchrun
             print(f"error: {error}", file=sys.stderr)
-        _leave(2)
     except KeyboardInterrupt:
+        status = 130
         print("interrupted", file=sys.stderr)
-        _leave(130)
     except OSError as error:
-        lost = flush_output()
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(1) from None
-        if lost is None and not is_refused_write(error):
+        status = 2
+        if error.filename is None and not _takes_output():
+            lost, status = error, 1
+        elif is_refused_write(error):
+            print(f"error: {explain_write_error(error)}", file=sys.stderr)
+        else:
             raise
-        words = unwritable(lost) if lost is not None else explain_write_error(error)
-        print(f"error: {words}", file=sys.stderr)
-        raise SystemExit(1 if lost is not None else 2) from None
+    lost = flush_output() or lost
+    if lost is not None:
+        status = status or 1
+        if not isinstance(lost, BrokenPipeError):
+            print(f"error: {unwritable(lost)}", file=sys.stderr)
     gc.freeze()  # or the interpreter, when it ends, looks for garbage among all that was imported
-    raise SystemExit(status or 0)
+    raise SystemExit(status)
+
+
+def _takes_output() -> bool:
+    """Return whether standard output can be written to: the probe is an empty line."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError:
+        return False
+    return True
 
 
 def flush_output() -> OSError | None:
@@ -69,11 +83,6 @@ def flush_output() -> OSError | None:
 def unwritable(error: OSError) -> str:
     """Return that standard output cannot be written to, and why."""
     return f"standard output cannot be written to: {error.strerror or error}"
-
-
-def _leave(status: int) -> NoReturn:
-    flush_output()
-    raise SystemExit(status) from None
 
 
 def _open_closed_streams() -> None:

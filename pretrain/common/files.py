@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -46,6 +50,13 @@ _REFUSALS = {
 def is_refused_write(error: OSError) -> bool:
     """Return whether the machine refused to write or to keep a file: a person can act on that."""
     return error.errno in _REFUSALS
+
+
+def write_figure(path: Path, figure: Figure, dpi: int) -> None:
+    """Draw a figure into a file that is at every instant the old one or the new one, complete."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format=path.suffix.removeprefix("."))
+    write_bytes(path, drawn.getvalue())
 
 
 class LinesFile:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from pretrain.common.errors import UserError
+from pretrain.common.errors import UserError, flush_output
 from pretrain.run_directory import RunDirectory
 
 _BEAT_SECONDS = 1.0
@@ -100,8 +100,9 @@ class Watchdog:
                     message += f" (traceback in {path})"
             if status != 2:
                 message += f"; {self._directory.describe_last_checkpoint()}"
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+            with contextlib.suppress(OSError):  # of a terminal that is closed
+                print(f"error: {message}", file=sys.stderr, flush=True)
+        flush_output()
         os._exit(status)  # nothing waits any more for a process that does not answer
 
     def _watch(self) -> None:
