@@ -27,10 +27,12 @@ from pretrain.config import RunConfig, to_yaml
 from pretrain.parallel.processes import local_device, on_every_process, on_main_process
 from pretrain.run_directory import (
     CONFIG_FILE,
+    STATE_FILE,
     checkpoint_name,
     checkpoint_step,
     list_checkpoints,
     mark_latest,
+    next_save_number,
 )
 
 
@@ -111,7 +113,8 @@ class CheckpointWriter:
         return writing
 
     def _describe(self, writing: Path, state: CheckpointState) -> None:
-        write_json(writing / "state.json", dataclasses.asdict(state))
+        state.save = next_save_number(self.directory)
+        write_json(writing / STATE_FILE, dataclasses.asdict(state))
         write_bytes(writing / CONFIG_FILE, to_yaml(self.config).encode())
         if self._tokenizer is not None:
             # With its tokenizer a checkpoint can be used wherever it lies.

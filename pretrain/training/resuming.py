@@ -21,6 +21,15 @@ from pretrain.run_directory import (
 )
 
 
+def _resumed_from(checkpoint: Path) -> str | None:
+    """Return the name that ``checkpoint.resume`` had; None for a damaged checkpoint."""
+    try:
+        check_files(checkpoint, "size")
+    except UserError:
+        return None
+    return load_saved_config(checkpoint / CONFIG_FILE).checkpoint.resume
+
+
 def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int) -> Path | None:
     """Return the checkpoint to continue from, or None for a new run.
 
@@ -38,7 +47,7 @@ def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int)
     if config.checkpoint.resume:
         # The same command again resumes from its latest checkpoint, not from that step once more.
         latest = find_checkpoint(directory)
-        if load_saved_config(latest / CONFIG_FILE).checkpoint.resume == found.name:
+        if _resumed_from(latest) == found.name:
             found = latest
     check_files(found, "size")
     state = read_state(found)

@@ -238,6 +238,7 @@ class Trainer:
             with contextlib.closing(self.log), self.stop:
                 return self._train(checkpoint)
         except OSError as error:
+            self.run_directory.check_held()
             if not is_refused_write(error):
                 raise
             raise UserError(
@@ -306,6 +307,9 @@ class Trainer:
         )
         self.log.say(describe_backends(DTYPES[train.precision]))
         if checkpoint is not None:
+            damage = self.run_directory.damage_of_latest()
+            if damage is not None and config.checkpoint.resume is None:
+                self.log.say(f"{damage}; resuming from the checkpoint that was saved last")
             self.log.say(f"resumed from {checkpoint}")
 
     def _loop(self) -> str:
