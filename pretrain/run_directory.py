@@ -162,6 +162,13 @@ class RunDirectory:
                 rows.append(row)
         return rows
 
+    def measured_at(self, step: int) -> set[str]:
+        """Return the names of what the metrics have of a step, without values that are null."""
+        if not self.metrics_file.is_file():
+            return set()
+        rows = [row for row in self.read_metrics() if row["step"] == step]
+        return {name for row in rows for name, value in row.items() if value is not None}
+
     def write_metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Replace the metrics by ``rows``."""
         text = "".join(json.dumps(row) + "\n" for row in rows)

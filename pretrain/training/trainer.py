@@ -174,6 +174,10 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_progress()
 
+    def measured(self) -> set[str]:
+        """Return the names of what the metrics have of ``state.step``; every process must call."""
+        return on_main_process(lambda: self.run_directory.measured_at(self.state.step))
+
     @contextlib.contextmanager
     def paused(self, work: str) -> Iterator[None]:
         """Do ``work`` whose time does not count as training's."""
@@ -286,11 +290,13 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_train_start()
         self.interval = Interval()  # preparing is not training
-        nothing_to_do = self.state.step >= self.num_steps
+        if self.state.step >= self.num_steps:
+            self.log.say(f"no step left to do: all {self.num_steps} are done")
+        if self.state.step > 0:
+            for callback in self.callbacks:
+                callback.on_resume()
         status = self._loop()
         if status == COMPLETED:
-            if nothing_to_do:
-                self.log.say(f"nothing to do: all {self.num_steps} steps are done")
             for callback in self.callbacks:
                 callback.on_complete()
         return status
@@ -326,7 +332,7 @@ class Trainer:
             self.stopping = any_process(self.stop.received)
             for callback in self.callbacks:
                 callback.between_steps()
-            if self.stopping and self.state.step < self.num_steps:
+            if self.stopping:  # after the last step too: what is due then is made up for later
                 for callback in self.callbacks:
                     callback.on_stop()
                 return STOPPED
