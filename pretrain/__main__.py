@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pretrain.common.errors import run_command
 from pretrain.common.garbage import paused_collection
 from pretrain.common.quiet import quiet_process
+from pretrain.parallel.launcher_watch import watch_launcher
 
 _COMMANDS = {
     "export": "pretrain.export.hugging_face.export_command",
@@ -50,6 +51,7 @@ def main() -> int:
     arguments, extra = parser.parse_known_args()
 
     overrides = [*arguments.overrides, *extra]
+    watch_launcher()  # before imports that take seconds
 
     with paused_collection():
         from pretrain.config import load_run_config

@@ -46,6 +46,7 @@ class CheckpointWriter:
     def __init__(self, directory: Path, config: RunConfig, tokenizer: Path | None = None):
         self.directory, self.config, self._tokenizer = directory, config, tokenizer
         self._pending: Future[Path] | None = None
+        self._thread: threading.Thread | None = None  # that writes it
         # A separate group: training communicates meanwhile. Not over NCCL, whose order matters.
         self._group = None
         if dist.get_world_size() > 1:
@@ -66,7 +67,7 @@ class CheckpointWriter:
             self.check()
             return
         copied = {name: boxes.copied() for name, boxes in local.items()}
-        self._pending = _in_background(lambda: self._write(copied, state))
+        self._pending, self._thread = _in_background(lambda: self._write(copied, state))
 
     def check(self) -> None:
         """Raise UserError if a save has failed since."""
@@ -78,6 +79,8 @@ class CheckpointWriter:
 
         Raises UserError where it could not be written.
         """
+        if self._thread is not None:
+            self._thread.join()
         return None if self._pending is None else self._pending.result()
 
     def close(self) -> None:
@@ -150,7 +153,7 @@ def _local_state(engine: HoldsState) -> State:
     }
 
 
-def _in_background(function: Callable[[], Path]) -> Future[Path]:
+def _in_background(function: Callable[[], Path]) -> tuple[Future[Path], threading.Thread]:
     future: Future[Path] = Future()
 
     def run() -> None:
@@ -162,8 +165,9 @@ def _in_background(function: Callable[[], Path]) -> Future[Path]:
             future.set_exception(error)
 
     # A daemon, so that a process that ends for another reason does not wait for its peers here.
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
+    thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+    thread.start()
+    return future, thread
 
 
 def _finished(function: Callable[[], Path]) -> Future[Path]:
