@@ -52,7 +52,7 @@ from pretrain.training.engine import Engine, StepResult
 from pretrain.training.log import RunLog
 from pretrain.training.metrics import LayerMetrics
 from pretrain.training.result import COMPLETED, NON_FINITE, STOPPED, TrainResult
-from pretrain.training.resuming import checkpoint_to_resume
+from pretrain.training.resuming import checkpoint_to_resume, describe_changes
 from pretrain.training.run_control import (
     Interval,
     StopSignals,
@@ -259,7 +259,9 @@ class Trainer:
     def _prepare(self, vocab_size: int) -> Path | None:
         """Build what trains, and return the checkpoint that it continues from."""
         config = self.config
-        checkpoint = on_main_process(lambda: checkpoint_to_resume(config, self.data, vocab_size))
+        checkpoint = on_main_process(
+            lambda: checkpoint_to_resume(config, self.data, vocab_size, force=self.force)
+        )
         if checkpoint is not None and config.checkpoint.verify == "sha256":
             self.announce("checking the checkpoint")
             check_hashes(checkpoint)
@@ -320,6 +322,9 @@ class Trainer:
             if damage is not None and config.checkpoint.resume is None:
                 self.log.say(f"{damage}; resuming from the checkpoint that was saved last")
             self.log.say(f"resumed from {checkpoint}")
+            changes = describe_changes(checkpoint, config) if self.log.active else None
+            if changes is not None:
+                self.log.say(changes)
 
     def _loop(self) -> str:
         """Train up to the last step, unless something ends the run; return its status."""
