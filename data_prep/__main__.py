@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 from types import FrameType
@@ -11,20 +12,26 @@ from pretrain.common.errors import run_command
 
 
 class Terminated(BaseException):
-    """Raised on SIGTERM, so that everything is closed on the way out."""
+    """Raised on SIGTERM or SIGHUP, so that everything is closed on the way out."""
+
+    def __init__(self, number: int):
+        self.number = number
 
 
 def main() -> int:
     """Run the command of ``sys.argv`` and return the exit status."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         return _main(sys.argv[1:])
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    except Terminated:
-        status = 128 + signal.SIGTERM
+    except Terminated as end:
+        status = 128 + end.number
     words = "interrupted: complete shards are kept, run the same command again to resume"
-    print("interrupted" if _only_reads(sys.argv[1:]) else words, file=sys.stderr)
+    with contextlib.suppress(OSError):  # of a terminal that is closed
+        print("interrupted" if _only_reads(sys.argv[1:]) else words, file=sys.stderr)
     return status
 
 
@@ -33,7 +40,7 @@ def _only_reads(arguments: list[str]) -> bool:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise Terminated(number)
 
 
 def _main(arguments: list[str]) -> int:

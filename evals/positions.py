@@ -19,6 +19,7 @@ from torch import Tensor
 
 from evals.perplexity import data_directories, validation_documents
 from pretrain.common.errors import UserError
+from pretrain.common.files import write_figure
 from pretrain.data.manifest import Manifest
 from pretrain.inference.load import LoadedModel
 from pretrain.model.spec import block_specs
@@ -179,5 +180,5 @@ def draw_positions(result: dict[str, Any], path: Path) -> Path:
         one.grid(alpha=0.3)
     axes[-1].set(xlabel="position (dashed: training length)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
     return path

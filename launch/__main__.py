@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -117,7 +118,9 @@ def _run_here(arguments: Any, grid: Any, members: Any, failed: bool) -> int:
 
     def show(member: Any, what: str) -> None:
         if len(members) > 1:
-            console.print(f"{member.name}: {what}")
+            # The members go on where the screen, or what reads it, is gone.
+            with contextlib.suppress(OSError, SystemExit):
+                console.print(f"{member.name}: {what}")
 
     statuses = run_queue(
         members, at_once=arguments.at_once or 1, processes=arguments.processes, show=show

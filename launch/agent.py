@@ -77,7 +77,7 @@ def main() -> int:
         # processes end for the same reason as these.
         print(f"== node {node} ended with status {status}", flush=True)
         return 0
-    return _decide(config, directory, received)
+    return _decide(config, directory, received, status)
 
 
 def _torchrun(config: Path, processes: int, node: int) -> list[str]:
@@ -122,13 +122,13 @@ def _signal_training(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _decide(config: RunConfig, directory: RunDirectory, received: list[int]) -> int:
+def _decide(config: RunConfig, directory: RunDirectory, received: list[int], status: int) -> int:
     """Record how the run ended, and mark the job to be queued again if it should be."""
     from launch.grid import Member
     from launch.members import DONE, member_state
 
     state = member_state(Member("", {}, config), held=False)
-    if state.state == DONE:
+    if state.state == DONE and not (received and status):
         directory.write_launch(ended=time.time(), status=0, reason=None)
         return 0
     if received:

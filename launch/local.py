@@ -72,7 +72,7 @@ def run_queue(
         for run in running:
             run.process.send_signal(number)
 
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, stop) for n in _stop_signals()}
     try:
         while running or (waiting and not stopped):
             while waiting and len(running) < at_once and not stopped:
@@ -89,6 +89,12 @@ def run_queue(
         for number, handler in before.items():
             signal.signal(number, handler)
     return statuses
+
+
+def _stop_signals() -> list[int]:
+    """Return the signals that end a queue: SIGHUP, of a closed terminal, unless it is ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as under nohup
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
 
 
 def environment_of(processes: int, at_once: int = 1) -> dict[str, str]:

@@ -67,7 +67,7 @@ def member_state(member: Member, *, held: bool = True) -> MemberState:
     launched = directory.read_launch()
     if held and directory.is_locked():
         found.state = RUNNING
-    elif _steps_saved(directory) >= member.config.train.num_steps:
+    elif _is_complete(directory, member.config, launched.get("status")):
         found.state = DONE
     elif launched.get("status") == EXIT_STOPPED:
         found.state = STOPPED
@@ -100,6 +100,26 @@ def check_same_settings(member: Member) -> None:
             f"{directory} holds a run with other settings: {'; '.join(differences)}; choose "
             "another name, or remove the directory"
         )
+
+
+def _is_complete(directory: RunDirectory, config: RunConfig, status: int | None) -> bool:
+    """Return whether all steps are saved and the evaluations after the last one have results.
+
+    Whether the data has validation text shows by earlier results, or by the ``status`` of a run
+    that a signal stopped after its last step.
+    """
+    saved = _steps_saved(directory)
+    if saved < config.train.num_steps:
+        return False
+    if not directory.metrics_file.exists():
+        return True
+    measured = directory.measured_at(saved)
+    if "valid_loss" not in measured:
+        validates = any("valid_loss" in row for row in directory.read_metrics())
+        if validates or status == EXIT_STOPPED:
+            return False
+    evaluated = any(name.startswith("eval/") for name in measured)
+    return evaluated or not config.eval.tasks
 
 
 def _steps_saved(directory: RunDirectory) -> int:

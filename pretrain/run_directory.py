@@ -6,7 +6,9 @@ Nothing here needs torch: whoever launches or reports runs reads them without it
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -28,6 +30,8 @@ _COLUMNS = [  # of the metrics of every run
     *("memory", "skipped", "epochs", "seconds"),
 ]
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
+STATE_FILE = "state.json"  # of a checkpoint
+_FILES = "files.json"  # of a checkpoint: the size and sha256 of its other files
 _LATEST = "latest"
 _PROBE_SECONDS = 1.0  # longer than any is_locked holds the lock
 
@@ -158,6 +162,13 @@ class RunDirectory:
                 rows.append(row)
         return rows
 
+    def measured_at(self, step: int) -> set[str]:
+        """Return the names of what the metrics have of a step, without values that are null."""
+        if not self.metrics_file.is_file():
+            return set()
+        rows = [row for row in self.read_metrics() if row["step"] == step]
+        return {name for row in rows for name, value in row.items() if value is not None}
+
     def write_metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Replace the metrics by ``rows``."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -217,10 +228,12 @@ class RunDirectory:
         checkpoint = self.last_checkpoint()
         if checkpoint is None:
             return
+        if _unchanged(checkpoint / CONFIG_FILE) is None:
+            return  # loading the checkpoint reports what is wrong
         try:
             saved = load_saved_config(checkpoint / CONFIG_FILE)
         except ConfigError:
-            return  # loading the checkpoint reports what is wrong
+            return
         legacy.keep_saved_sizes(config.model, saved.model)
 
     def last_error(self) -> str:
@@ -234,6 +247,13 @@ class RunDirectory:
     def last_checkpoint(self) -> Path | None:
         """Return the latest checkpoint, or None where there is none yet."""
         return _latest_in(self.checkpoints)
+
+    def damage_of_latest(self) -> str | None:
+        """Return what is wrong with the file that names the latest checkpoint, or None."""
+        path = self.checkpoints / _LATEST
+        if not path.is_file() or _marked_in(self.checkpoints) is not None:
+            return None
+        return f"{path} is damaged: it holds {path.read_bytes()[:20]!r}, expected a name: step-N"
 
     def describe_last_checkpoint(self) -> str:
         """Return a clause that names the latest checkpoint, for the end of a message."""
@@ -271,6 +291,27 @@ class RunDirectory:
                 ) from None
             except OSError:  # a file system without locks: nothing to hold
                 return
+
+    def check_held(self) -> None:
+        """Raise UserError where the directory that is held was removed, or another made instead.
+
+        Files written there would be lost, or mixed with those of another run.
+        """
+        if self._lock_handle is None:
+            return
+        held = os.fstat(self._lock_handle)
+        try:
+            there = self.lock_file.stat()
+        except FileNotFoundError:
+            what = "was removed"
+        else:
+            if (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino):
+                return
+            what = "was replaced by another"
+        raise UserError(
+            f"the run directory {self.path} {what} while the run was training in it, so nothing "
+            "more can be saved; run the same command again to start from what is there now"
+        )
 
     def release_lock(self) -> None:
         """Unlock the directory for another run; nothing happens where the lock is not held."""
@@ -353,7 +394,7 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises UserError where there is none.
     """
-    if (path / "files.json").is_file() or _CHECKPOINT.fullmatch(path.name):
+    if (path / _FILES).is_file() or _CHECKPOINT.fullmatch(path.name):
         if not path.is_dir():
             raise UserError(f"no checkpoint at {path}")
         return path
@@ -376,11 +417,55 @@ def mark_latest(checkpoint: Path) -> None:
     write_bytes(checkpoint.parent / _LATEST, checkpoint.name.encode())
 
 
+def next_save_number(directory: Path) -> int:
+    """Return the number of the next save into ``directory``, which its ``state.json`` keeps."""
+    numbers = [_save_number(path) for path in list_checkpoints(directory)]
+    return 1 + max((n for n in numbers if n is not None), default=0)
+
+
 def _latest_in(directory: Path) -> Path | None:
-    latest = directory / _LATEST
-    if latest.is_file():
-        marked = directory / latest.read_text().strip()
-        if marked.is_dir():
-            return marked
+    """Return the checkpoint that was saved last, which need not be that of the last step.
+
+    It is told by the numbers of the saves; the mark, written after a checkpoint, may have been cut
+    off, and decides only among checkpoints of earlier versions, which have no number.
+    """
     found = list_checkpoints(directory) if directory.is_dir() else []
-    return found[0] if found else None
+    if len(found) < 2:
+        return found[0] if found else None
+    marked = _marked_in(directory)
+
+    def age(path: Path) -> tuple[float, bool, str]:
+        number = _save_number(path)
+        if number is None:  # damaged: if it may be the last one, loading it shall say so
+            return (math.inf if path.name in (marked, found[0].name) else -1, False, "")
+        return number, path.name == marked, path.name
+
+    return max(found, key=age)
+
+
+def _marked_in(directory: Path) -> str | None:
+    """Return the name that the file of the latest checkpoint holds, if it is the name of one."""
+    try:
+        name = (directory / _LATEST).read_bytes().decode(errors="replace").strip()
+    except OSError:
+        return None
+    return name if _CHECKPOINT.fullmatch(name) else None
+
+
+def _save_number(checkpoint: Path) -> int | None:
+    """Return the number of a checkpoint among its run's saves; None where it is damaged.
+
+    Those of earlier versions have 0.
+    """
+    content = _unchanged(checkpoint / STATE_FILE)
+    return None if content is None else int(json.loads(content).get("save", 0))
+
+
+def _unchanged(path: Path) -> bytes | None:
+    """Return the content of a checkpoint's file; None where it is not what was written."""
+    try:
+        listed = json.loads((path.parent / _FILES).read_bytes())
+        content = path.read_bytes()
+        return content if hashlib.sha256(content).hexdigest() == listed[path.name]["sha256"] else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -71,7 +71,7 @@ def test_it_is_reported(folder):
 
 def test_it_is_resumed(folder, tmp_path):
     shutil.copytree(EARLIER, tmp_path / "again")
-    output = command(tmp_path / "again", "pretrain", "run.yaml", "train.steps=12")
+    output = command(tmp_path / "again", "pretrain", "run.yaml", "train.steps=12", "--force")
     assert f"resumed from {find_checkpoint(Path(EARLIER / NAME)).relative_to(EARLIER)}" in output
     rows = RunDirectory(tmp_path / "again" / NAME).read_metrics()
     losses = {str(row["step"]): row["loss"] for row in rows if "loss" in row and row["step"] > 8}

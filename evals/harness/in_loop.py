@@ -36,23 +36,35 @@ class InLoopEvaluation(Callback):
         scorer.alive = self.trainer.report_progress
         self._model, self._tasks = _load(config, scorer, tokenizer)
 
-    def between_steps(self) -> None:
-        """Evaluate if it is due."""
-        trainer, step = self.trainer, self.trainer.state.step
-        every = trainer.config.eval.every
-        due = step == trainer.num_steps or (every > 0 and step % every == 0)
-        if due and not trainer.stopping:
-            with trainer.evaluating(f"evaluating step {step}"):
-                self._evaluate()
+    def on_resume(self) -> None:
+        """Evaluate what was due and has no result, because a signal or a kill came before it."""
+        measured = self.trainer.measured() if self._due() else set()
+        done = {name.split("/")[1] for name in measured if name.startswith("eval/")}
+        missing = {n: t for n, t in self._tasks.items() if not done >= t["tasks"].keys()}
+        if self._due() and missing:
+            self._evaluate(missing)
 
-    def _evaluate(self) -> None:
+    def between_steps(self) -> None:
+        """Evaluate if it is due; where the run is about to stop, it does so when it resumes."""
+        if self._due() and not self.trainer.stopping:
+            self._evaluate(self._tasks)
+
+    def _due(self) -> bool:
+        step, every = self.trainer.state.step, self.trainer.config.eval.every
+        return step == self.trainer.num_steps or (every > 0 and step % every == 0)
+
+    def _evaluate(self, loaded: dict[str, dict[str, Any]]) -> None:
         """Log ``eval/TASK/METRIC``, and write every result into the run directory."""
+        with self.trainer.evaluating(f"evaluating step {self.trainer.state.step}"):
+            self._evaluate_tasks(loaded)
+
+    def _evaluate_tasks(self, loaded: dict[str, dict[str, Any]]) -> None:
         from evals.harness.evaluation import evaluate_tasks
 
         trainer, state = self.trainer, self.trainer.state
         trainer.engine.backend.gather_weights()
         settings, found = trainer.config.eval, dict[str, float]()
-        for tasks in self._tasks.values():
+        for tasks in loaded.values():
             self._model.cut = 0
             results = evaluate_tasks(
                 self._model,

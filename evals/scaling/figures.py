@@ -15,6 +15,7 @@ from evals.scaling.fitting import Fit
 from evals.scaling.intervals import interval
 from evals.scaling.planning import Choice, SizeChoice
 from evals.scaling.size_laws import ChinchillaLaw
+from pretrain.common.files import write_figure
 
 COLORS = [f"tab:{c}" for c in ("blue", "orange", "green", "red", "purple", "brown", "pink", "cyan")]
 
@@ -24,7 +25,7 @@ def save(figure: Figure, path: Path) -> Path:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
     return path
 
 

@@ -3,6 +3,7 @@
 ``checkpoints/step-N/`` holds the tensors (weights, optimizer state; see storage.py), the
 resolved ``config.yaml``, ``state.json`` and ``files.json``, the size and sha256 of every file.
 It is written under another name, flushed to disk, and renamed; ``latest`` is written after that.
+Every save has a number, by which the last one is found even where ``latest`` was cut off.
 The data position, the schedule and the random numbers are functions of the step, so the step is
 their state.
 """
@@ -32,7 +33,10 @@ from pretrain.common.errors import UserError
 from pretrain.common.files import file_sha256
 from pretrain.config import ModelConfig, legacy, load_saved_config
 from pretrain.model.spec import block_specs
-from pretrain.run_directory import CONFIG_FILE, list_checkpoints
+from pretrain.run_directory import CONFIG_FILE, STATE_FILE, list_checkpoints
+
+
+_READ_FIRST = {STATE_FILE, CONFIG_FILE}  # before the tensors, and always hashed
 
 
 @dataclass
@@ -44,6 +48,8 @@ class CheckpointState:
         skipped: Steps skipped for a loss or gradient that was not finite, or for a spike.
         data_offset: Tokens of data that rollbacks skipped.
         recent_losses: See :class:`pretrain.training.spikes.SpikeDetector`.
+        save: Number of this save among those of the run, given when it is written; 0 in earlier
+            versions, which gave none.
     """
 
     step: int
@@ -58,6 +64,7 @@ class CheckpointState:
     data_offset: int = 0
     rollbacks: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    save: int = 0
     format: int = legacy.FORMAT  # of ``model``, see pretrain/config/legacy.py
 
     @property
@@ -79,32 +86,43 @@ def recover_replaced(directory: Path) -> None:
 def check_files(checkpoint: Path, how: str = "sha256", rank: int = 0, size: int = 1) -> None:
     """Raise UserError naming the first file that is missing, cut short or altered.
 
-    Each of ``size`` processes hashes every ``size``-th file.
+    ``how``: ``sha256`` hashes every file, each of ``size`` processes every ``size``-th; ``size``
+    only those that are read before the tensors.
     """
+    damage = _find_damage(checkpoint, how, rank, size)
+    if damage is not None:
+        raise _damaged(checkpoint, damage)
+
+
+def _find_damage(checkpoint: Path, how: str, rank: int = 0, size: int = 1) -> str | None:
     try:
         listed = json.loads((checkpoint / "files.json").read_bytes())
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        raise _damaged(checkpoint, "files.json is missing or unreadable") from None
+        return "files.json is missing or unreadable"
     indexed = any(index in expected for index in FORMATS.values())
-    if not (indexed and {"state.json", CONFIG_FILE} <= expected.keys()):
-        raise _damaged(checkpoint, "files.json does not list what a checkpoint is made of")
+    if not (indexed and _READ_FIRST <= expected.keys()):
+        return "files.json does not list what a checkpoint is made of"
     for number, (name, (length, sha256)) in enumerate(expected.items()):
         path = checkpoint / name
         found = path.stat().st_size if path.is_file() else None
         if found is None:
-            raise _damaged(checkpoint, f"{name} is missing")
+            return f"{name} is missing"
         if found != length:
-            raise _damaged(checkpoint, f"{name} has {found} bytes, expected {length}")
-        if how == "sha256" and number % size == rank and file_sha256(path) != sha256:
-            raise _damaged(checkpoint, f"{name} has changed since it was written (sha256)")
+            return f"{name} has {found} bytes, expected {length}"
+        hashed = (how == "sha256" and number % size == rank) or name in _READ_FIRST
+        if hashed and file_sha256(path) != sha256:
+            return f"{name} has changed since it was written (sha256)"
+    return None
 
 
 def _damaged(checkpoint: Path, what: str) -> UserError:
     earlier = [p for p in list_checkpoints(checkpoint.parent) if p.name < checkpoint.name]
+    whole = next((p for p in earlier if _find_damage(p, "size") is None), None)
     offer = (
-        f"the one before it is {earlier[0].name}: resume from it with "
-        f"checkpoint.resume={earlier[0].name}"
+        f"the one before it is {whole.name}: resume from it with checkpoint.resume={whole.name}"
+        if whole is not None
+        else "there is no earlier one that is whole"
         if earlier
         else "there is no earlier one"
     )
@@ -114,12 +132,10 @@ def _damaged(checkpoint: Path, what: str) -> UserError:
 def read_state(checkpoint: Path) -> CheckpointState:
     """Return the metadata of a checkpoint, without loading it."""
     try:
-        values = json.loads((checkpoint / "state.json").read_bytes())
-        return build_config(
-            CheckpointState, {"format": 1, **values}, str(checkpoint / "state.json")
-        )
+        values = json.loads((checkpoint / STATE_FILE).read_bytes())
+        return build_config(CheckpointState, {"format": 1, **values}, str(checkpoint / STATE_FILE))
     except (OSError, ValueError):
-        raise _damaged(checkpoint, "state.json is missing or unreadable") from None
+        raise _damaged(checkpoint, f"{STATE_FILE} is missing or unreadable") from None
 
 
 # Settings of a model that say how it begins or is trained, not what it computes.

@@ -41,7 +41,7 @@ def storage(name: str = WRITTEN) -> StorageFormat:
 def save_state(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
     """Write the parts of all processes into ``folder``; all processes of ``group`` must call.
 
-    Raises StorageError, on every process, where one could not write.
+    Raises OSError or StorageError, on every process, where one could not write.
     """
     storage().save(state, folder, group)
 

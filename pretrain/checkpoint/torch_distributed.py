@@ -7,10 +7,12 @@ one writes ``.metadata``, which says where each part of a tensor lies.
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -75,27 +78,65 @@ def _entries(state: State) -> dict[str, Any]:
     return {name: _Entry(boxes) for name, boxes in state.items() if boxes.parts}
 
 
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except CheckpointException as error:
-        raise StorageError(str(error)) from None
+class _FileSystem(FileSystem):
+    """Files whose failure is reported by what the system said.
+
+    ``torch.save`` hides it: it writes an end to what it could not write, and reports that.
+    """
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        errors: list[OSError] = []
+        try:
+            with super().create_stream(path, mode) as stream:
+                yield cast(io.IOBase, _Stream(stream, errors))
+        except Exception:
+            if not errors:
+                raise
+            raise OSError(errors[0].errno, errors[0].strerror, str(path)) from None
+
+
+class _Stream:
+    """A stream that keeps the first error of its writing."""
+
+    def __init__(self, stream: Any, errors: list[OSError]):
+        self._stream, self._errors = stream, errors
+
+    def write(self, content: Any) -> int:
+        try:
+            return int(self._stream.write(content))
+        except OSError as error:
+            self._errors.append(error)
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Writer(dcp.FileSystemWriter):
+    def __init__(self, folder: Path):
+        # Copying ahead would wait for the GPU's stream, and the tensors are on the CPU.
+        super().__init__(folder, per_thread_copy_ahead=0)
+        self.fs = _FileSystem()
 
 
 def save(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
     """Write the parts of all processes into ``folder``; all processes of ``group`` must call.
 
-    Raises StorageError, on every process, where one could not write.
+    Raises OSError or StorageError, on every process, where one could not write.
     """
-    with _errors():
+    try:
         dcp.save(
             _entries(state),
-            # Copying ahead would wait for the GPU's stream, and the tensors are on the CPU.
-            storage_writer=dcp.FileSystemWriter(folder, per_thread_copy_ahead=0),
+            storage_writer=_Writer(folder),
             planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
         )
+    except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, OSError):
+                raise failure from None
+        raise StorageError(str(error)) from None
 
 
 def load(state: State, folder: Path) -> None:
@@ -103,14 +144,17 @@ def load(state: State, folder: Path) -> None:
 
     Raises StorageError where the folder lacks a name or has it in another shape.
     """
-    with warnings.catch_warnings(), _errors():
-        warnings.filterwarnings("ignore", ".*load in a single process")
-        dcp.load(
-            _entries(state),
-            storage_reader=dcp.FileSystemReader(folder),
-            planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=True,
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*load in a single process")
+            dcp.load(
+                _entries(state),
+                storage_reader=dcp.FileSystemReader(folder),
+                planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                no_dist=True,
+            )
+    except CheckpointException as error:
+        raise StorageError(str(error)) from None
 
 
 def files_of(folder: Path, rank: int) -> Iterator[Path]:

@@ -22,15 +22,17 @@ from pretrain.checkpoint.sharded_state import HoldsState, State, StorageError, w
 from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.storage import save_state, storage
 from pretrain.common.errors import UserError
-from pretrain.common.files import file_sha256, sync, write_bytes, write_json
+from pretrain.common.files import file_sha256, sync, write_bytes, write_failure, write_json
 from pretrain.config import RunConfig, to_yaml
 from pretrain.parallel.processes import local_device, on_every_process, on_main_process
 from pretrain.run_directory import (
     CONFIG_FILE,
+    STATE_FILE,
     checkpoint_name,
     checkpoint_step,
     list_checkpoints,
     mark_latest,
+    next_save_number,
 )
 
 
@@ -44,6 +46,7 @@ class CheckpointWriter:
     def __init__(self, directory: Path, config: RunConfig, tokenizer: Path | None = None):
         self.directory, self.config, self._tokenizer = directory, config, tokenizer
         self._pending: Future[Path] | None = None
+        self._thread: threading.Thread | None = None  # that writes it
         # A separate group: training communicates meanwhile. Not over NCCL, whose order matters.
         self._group = None
         if dist.get_world_size() > 1:
@@ -64,7 +67,7 @@ class CheckpointWriter:
             self.check()
             return
         copied = {name: boxes.copied() for name, boxes in local.items()}
-        self._pending = _in_background(lambda: self._write(copied, state))
+        self._pending, self._thread = _in_background(lambda: self._write(copied, state))
 
     def check(self) -> None:
         """Raise UserError if a save has failed since."""
@@ -76,6 +79,8 @@ class CheckpointWriter:
 
         Raises UserError where it could not be written.
         """
+        if self._thread is not None:
+            self._thread.join()
         return None if self._pending is None else self._pending.result()
 
     def close(self) -> None:
@@ -111,7 +116,8 @@ class CheckpointWriter:
         return writing
 
     def _describe(self, writing: Path, state: CheckpointState) -> None:
-        write_json(writing / "state.json", dataclasses.asdict(state))
+        state.save = next_save_number(self.directory)
+        write_json(writing / STATE_FILE, dataclasses.asdict(state))
         write_bytes(writing / CONFIG_FILE, to_yaml(self.config).encode())
         if self._tokenizer is not None:
             # With its tokenizer a checkpoint can be used wherever it lies.
@@ -147,7 +153,7 @@ def _local_state(engine: HoldsState) -> State:
     }
 
 
-def _in_background(function: Callable[[], Path]) -> Future[Path]:
+def _in_background(function: Callable[[], Path]) -> tuple[Future[Path], threading.Thread]:
     future: Future[Path] = Future()
 
     def run() -> None:
@@ -159,8 +165,9 @@ def _in_background(function: Callable[[], Path]) -> Future[Path]:
             future.set_exception(error)
 
     # A daemon, so that a process that ends for another reason does not wait for its peers here.
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
+    thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+    thread.start()
+    return future, thread
 
 
 def _finished(function: Callable[[], Path]) -> Future[Path]:
@@ -210,11 +217,12 @@ def _publish(writing: Path, final: Path, hashes: dict[str, Any], config: RunConf
 
 def _not_written(final: Path, error: BaseException) -> UserError:
     earlier = list_checkpoints(final.parent)
-    folder = next(p for p in final.parents if p.is_dir())
-    free = shutil.disk_usage(folder).free / 1e6
-    reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
+    if isinstance(error, OSError):
+        reason = write_failure(error, final)
+    else:
+        reason = str(error).strip().splitlines()[-1]
     return UserError(
-        f"cannot write checkpoint {final}: {reason} ({free:,.0f} MB free there); "
+        f"cannot write checkpoint {final}: {reason}; "
         + (f"the last complete one is {earlier[0].name}" if earlier else "there is no earlier one")
     )
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -15,14 +21,87 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is at every instant the old one or the new one, complete."""
+    """Write a file that is at every instant the old one or the new one, complete.
+
+    Raises OSError, which names the file, where it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    sync(path.parent)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        # One error, which names the file: writing says none, and closing fails once more.
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+# What the machine refuses, whatever a program does: it is full, or it may not be written to.
+_REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM),
+}
+
+
+def is_refused_write(error: OSError) -> bool:
+    """Return whether the machine refused to write or to keep a file: a person can act on that."""
+    return error.errno in _REFUSALS
+
+
+def write_figure(path: Path, figure: Figure, dpi: int) -> None:
+    """Draw a figure into a file that is at every instant the old one or the new one, complete."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format=path.suffix.removeprefix("."))
+    write_bytes(path, drawn.getvalue())
+
+
+class LinesFile:
+    """A file to which whole lines are added; a failure to write one is reported once, by name."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        # Unbuffered, so that nothing is left to write, and to fail, when the file is closed.
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, line: str) -> None:
+        """Add a line. Raises OSError, which names the file, where it cannot be written."""
+        content = f"{line}\n".encode()
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def explain_write_error(error: OSError, path: Path | None = None) -> str:
+    """Return what kept a file from being written; ``path`` where the error names none."""
+    found = error.filename or path
+    if found is None:
+        return f"cannot write a file or standard output: {error.strerror or error}"
+    return f"cannot write {found}: {write_failure(error, Path(found))}"
+
+
+def write_failure(error: OSError, path: Path) -> str:
+    """Return the reason of an error in writing ``path``, with the free space of a full disk."""
+    reason = error.strerror or str(error)
+    # Under a quota (EDQUOT) the free space of the disk says nothing.
+    return reason + _room_left(path) if error.errno == errno.ENOSPC else reason
+
+
+def _room_left(path: Path) -> str:
+    path = path.absolute()
+    found = os.statvfs(next(p for p in (path, *path.parents) if p.is_dir()))
+    if found.f_files and not found.f_favail:
+        return " (no file can be added there)"
+    return f" ({found.f_bavail * found.f_frsize / 1e6:,.0f} MB free there)"
 
 
 def sync(path: Path) -> None:

@@ -17,6 +17,7 @@ from pretrain.common.metrics import merge_metrics
 from pretrain.config.checks import check_world_size
 from pretrain.config.parallel import ParallelConfig
 from pretrain.parallel.cpu import importing_megatron
+from pretrain.parallel.launcher_watch import processes_met, watch_launcher
 
 T = TypeVar("T")
 
@@ -55,6 +56,7 @@ def start_processes(config: ParallelConfig | None = None) -> bool:
     if groups() is not None:
         return False
     check_world_size(config, world_size())
+    watch_launcher()
     with importing_megatron():
         from megatron.core import parallel_state
     if not dist.is_initialized():
@@ -81,6 +83,7 @@ def start_processes(config: ParallelConfig | None = None) -> bool:
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=2 * config.timeout_minutes,
     )
+    processes_met()
     return True
 
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from pretrain.common.errors import flush_output, unwritable
+from pretrain.common.files import LinesFile
 from pretrain.config import LoggingConfig
 from pretrain.run_directory import RunDirectory
 from pretrain.training.trackers import Tracker, open_trackers
+
+
+class _Console(Console):
+    """A console that reports a reader that is gone, instead of ending the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class RunLog:
@@ -30,12 +45,13 @@ class RunLog:
         self.directory, self.active, self.num_steps = directory, active, num_steps
         self._progress: Progress | None = None
         self._trackers: list[Tracker] = []
+        self._screen_lost = False
         if not active:
             return
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = _Console(highlight=False, soft_wrap=True)
         self._keep_metrics_up_to(step)
-        self._file = directory.metrics_file.open("a")
-        self._text = directory.log_file.open("a")
+        self._file = LinesFile(directory.metrics_file)
+        self._text = LinesFile(directory.log_file)
         try:
             self._trackers = open_trackers(config, directory, step)
         except BaseException:
@@ -65,19 +81,20 @@ class RunLog:
             return
         self._file.close()
         dropped = [row for row in self.directory.read_metrics() if row["step"] > step]
-        with self.directory.rolled_back_metrics_file.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in dropped)
+        with contextlib.closing(LinesFile(self.directory.rolled_back_metrics_file)) as file:
+            for row in dropped:
+                file.write(json.dumps(row))
         self._keep_metrics_up_to(step)
-        self._file = self.directory.metrics_file.open("a")
+        self._file = LinesFile(self.directory.metrics_file)
         for tracker in self._trackers:
             tracker.rewind(step)
 
     def say(self, message: str) -> None:
         """Print a line on the screen and into the log file."""
         if self.active:
-            self.console.print(message, markup=False)
-            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-            self._text.flush()
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
+            with self._screen():
+                self.console.print(message, markup=False)
 
     def record(self, values: dict[str, Any]) -> None:
         """Write one line of the metrics; numbers that are not finite become null."""
@@ -87,8 +104,7 @@ class RunLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(clean))
         for tracker in self._trackers:
             tracker.record(clean)
 
@@ -106,24 +122,42 @@ class RunLog:
             if values.get("hfu") is not None:
                 numbers += f" ({values['hfu']:.1%} with recomputation)"
         numbers += f"  {_duration(seconds_left)} left"
-        if self._progress is not None:
-            self._progress.update(self._task, completed=values["step"], numbers=numbers)
         line = f"step {values['step']}/{self.num_steps}  {numbers}"
-        if self._progress is None:
-            print(line, flush=True)
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+        with self._screen():
+            if self._progress is not None:
+                self._progress.update(self._task, completed=values["step"], numbers=numbers)
+            else:
+                print(line, flush=True)
 
     def close(self) -> None:
         """Release the screen and finish the files."""
         if not self.active:
             return
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        with self._screen():
+            if self._progress is not None:
+                self._progress.stop()
+                self._progress = None
+        if self._screen_lost:
+            flush_output()
         self._file.close()
         self._text.close()
         for tracker in self._trackers:
             tracker.close()
+
+    @contextlib.contextmanager
+    def _screen(self) -> Iterator[None]:
+        """Write to the screen, or go on without it: its terminal, or its reader, may be gone."""
+        try:
+            yield
+        except OSError as error:
+            if self._screen_lost:
+                return
+            self._screen_lost = True
+            words = f"{unwritable(error)}; training goes on, its log is {self.directory.log_file}"
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {words}")
+            with contextlib.suppress(OSError):
+                print(words, file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pretrain.common.files import write_figure
 from pretrain.run_directory import RunDirectory
 
 
@@ -60,5 +61,5 @@ def plot_loss_curve(
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     path = directory.loss_plot
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
     return path

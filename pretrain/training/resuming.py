@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from pretrain.checkpoint.state import (
     check_files,
@@ -10,22 +12,39 @@ from pretrain.checkpoint.state import (
     read_state,
     recover_replaced,
 )
+from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
-from pretrain.config import RunConfig, load_saved_config
+from pretrain.config import RunConfig, learning_rate, load_saved_config
 from pretrain.data.batches import PreparedData
 from pretrain.run_directory import (
     CONFIG_FILE,
     RunDirectory,
+    checkpoint_step,
     find_checkpoint,
     list_checkpoints,
 )
 
+# Where a run is, and how it is resumed, are no part of its result.
+_OF_NO_EFFECT = {"directory", "checkpoint.resume"}
 
-def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int) -> Path | None:
+
+def _resumed_from(checkpoint: Path) -> str | None:
+    """Return the name that ``checkpoint.resume`` had; None for a damaged checkpoint."""
+    try:
+        check_files(checkpoint, "size")
+    except UserError:
+        return None
+    return load_saved_config(checkpoint / CONFIG_FILE).checkpoint.resume
+
+
+def checkpoint_to_resume(
+    config: RunConfig, data: PreparedData, vocab_size: int, *, force: bool = False
+) -> Path | None:
     """Return the checkpoint to continue from, or None for a new run.
 
-    Everything but the hashes of its files is checked. Raises UserError where it is damaged or of
-    another model, tokenizer, data or order of the data than the settings say.
+    Everything but the hashes of its tensors is checked. Raises UserError where it is damaged or of
+    another model, tokenizer, data or order of the data than the settings say; and, unless
+    ``force``, where the learning rate would rise above that of the settings it was trained with.
     """
     directory = config.run_directory
     checkpoints = RunDirectory(directory).checkpoints
@@ -38,7 +57,7 @@ def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int)
     if config.checkpoint.resume:
         # The same command again resumes from its latest checkpoint, not from that step once more.
         latest = find_checkpoint(directory)
-        if load_saved_config(latest / CONFIG_FILE).checkpoint.resume == found.name:
+        if _resumed_from(latest) == found.name:
             found = latest
     check_files(found, "size")
     state = read_state(found)
@@ -70,4 +89,87 @@ def checkpoint_to_resume(config: RunConfig, data: PreparedData, vocab_size: int)
                 f"{directory} was trained with {name} {was}, the config says {now}: resuming would "
                 "repeat or skip data; choose another name for a new run"
             )
+    rise = _rise(found, config)
+    if rise is not None and not force:
+        raise UserError(_refuse_rise(found, config, *rise))
     return found
+
+
+def describe_changes(checkpoint: Path, config: RunConfig) -> str | None:
+    """Return each setting that is another one than when the checkpoint was saved, a line each.
+
+    None where there is none.
+    """
+    before = load_saved_config(checkpoint / CONFIG_FILE)
+    lines = [f"  {name}: {was} -> {now}" for name, was, now in _changes(before, config)]
+    rise = _rise(checkpoint, config)
+    if rise is not None:
+        lines.append(f"  learning rate of the next step: {rise[0]:.3g} -> {rise[1]:.3g}")
+    return "\n".join(["settings that have changed since then:", *lines]) if lines else None
+
+
+def _changes(before: RunConfig, config: RunConfig) -> list[tuple[str, Any, Any]]:
+    was, now = (flattened(dataclasses.asdict(c)) for c in (before, config))
+    return [
+        (name, was.get(name), now.get(name))
+        for name in sorted({*was, *now})
+        if was.get(name) != now.get(name) and name not in _OF_NO_EFFECT
+    ]
+
+
+def _rise(checkpoint: Path, config: RunConfig) -> tuple[float, float] | None:
+    """Return the learning rates of the checkpoint's next step, before and now, where it rises.
+
+    It rises where it is above both that of the step before and what the settings of the checkpoint
+    had planned: an anneal is undone, which a longer run of the same schedule does too.
+    """
+    before, step = load_saved_config(checkpoint / CONFIG_FILE), read_state(checkpoint).step
+    if step == 0 or step >= config.train.num_steps:
+        return None
+
+    def rate(settings: RunConfig, at: int) -> float:
+        return learning_rate(
+            settings.schedule, settings.optimizer.lr, at, settings.train.num_steps
+        )
+
+    planned = step if step < before.train.num_steps else step - 1
+    highest = max(rate(before, step - 1), rate(before, planned))
+    wanted = rate(config, step)
+    return (highest, wanted) if wanted > highest * (1 + 1e-9) else None
+
+
+def _refuse_rise(checkpoint: Path, config: RunConfig, before: float, wanted: float) -> str:
+    saved = load_saved_config(checkpoint / CONFIG_FILE)
+    changes = "; ".join(
+        f"{name} {was} -> {now}"
+        for name, was, now in _changes(saved, config)
+        if name.startswith(("schedule.", "optimizer.lr", "train.steps", "train.tokens"))
+    )
+    return (
+        f"{checkpoint}: the learning rate would rise from {before:.3g} to {wanted:.3g} after step "
+        f"{checkpoint_step(checkpoint)}, which its schedule did not plan ({changes}); branch off "
+        f"with {_branch(checkpoint, config)}, or go on all the same with --force"
+    )
+
+
+def how_to_extend(checkpoint: Path, config: RunConfig) -> str:
+    """Return what else the command needs that continues from ``checkpoint`` by longer settings."""
+    if _rise(checkpoint, config) is None:
+        return ""
+    return f" with {_branch(checkpoint, config)}, or from its decayed learning rate with --force,"
+
+
+def _branch(checkpoint: Path, config: RunConfig) -> str:
+    """Return the overrides by which a run goes on from where the learning rate does not rise."""
+    for path in list_checkpoints(checkpoint.parent):
+        if path.name < checkpoint.name and _rises_not(path, config):
+            return f"checkpoint.resume={path.name}, from before the decay"
+    return f"name=NEW initialize.checkpoint={checkpoint}, a new run from its weights"
+
+
+def _rises_not(checkpoint: Path, config: RunConfig) -> bool:
+    try:
+        check_files(checkpoint, "size")
+        return _rise(checkpoint, config) is None
+    except UserError:
+        return False

@@ -104,8 +104,9 @@ class Interval:
 
 
 class StopSignals:
-    """A memory of SIGTERM, SIGINT, SIGUSR2 or a :meth:`request`, until the step is done.
+    """A memory of SIGTERM, SIGINT, SIGHUP, SIGUSR2 or a :meth:`request`, until the step is done.
 
+    SIGHUP comes when a terminal is closed; where it is ignored, as under nohup, it stays ignored.
     Launchers pass a signal on to processes that have it already, so a repeat is ignored; only a
     second Ctrl-C some seconds later acts at once. Python delivers signals to the main thread alone:
     on another one no handler is installed.
@@ -123,8 +124,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-                self._before[number] = signal.signal(number, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -16,6 +16,8 @@ from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.dtypes import DTYPES
+from pretrain.common.errors import UserError
+from pretrain.common.files import explain_write_error, is_refused_write
 from pretrain.common.quiet import ignore_warnings
 from pretrain.config import RunConfig, check_run_config, load_run_config
 from pretrain.config.checks import check_callbacks
@@ -50,7 +52,7 @@ from pretrain.training.engine import Engine, StepResult
 from pretrain.training.log import RunLog
 from pretrain.training.metrics import LayerMetrics
 from pretrain.training.result import COMPLETED, NON_FINITE, STOPPED, TrainResult
-from pretrain.training.resuming import checkpoint_to_resume
+from pretrain.training.resuming import checkpoint_to_resume, describe_changes
 from pretrain.training.run_control import (
     Interval,
     StopSignals,
@@ -73,7 +75,8 @@ class Trainer:
 
     ``config`` is a run's settings or the YAML file that has them, with ``overrides``, such as
     ``optimizer.lr=3e-4``, over the file's. ``callbacks`` come after the default ones and those that
-    ``config.callbacks`` names; a string among them names a class, as there. Raises ConfigError for
+    ``config.callbacks`` names; a string among them names a class, as there. ``force`` trains even
+    where a check of what is likely to go wrong refuses, as ``--force`` does. Raises ConfigError for
     settings that cannot work.
 
     Several processes, as torchrun starts them, each make a Trainer of the same settings.
@@ -82,6 +85,7 @@ class Trainer:
     config: RunConfig
     run_directory: RunDirectory
     callbacks: list[Callback]
+    force: bool
     num_steps: int
     """Optimizer steps of the whole run."""
 
@@ -110,8 +114,9 @@ class Trainer:
         *,
         overrides: Sequence[str] = (),
         callbacks: Callback | Sequence[Callback | str] = (),
+        force: bool = False,
     ):
-        self._start = time.monotonic()
+        self._start, self.force = time.monotonic(), force
         check_arguments(config, overrides)
         if isinstance(config, RunConfig):
             if overrides:
@@ -171,6 +176,10 @@ class Trainer:
         """Call ``on_progress`` of every callback: work which may take long advances."""
         for callback in self.callbacks:
             callback.on_progress()
+
+    def measured(self) -> set[str]:
+        """Return the names of what the metrics have of ``state.step``; every process must call."""
+        return on_main_process(lambda: self.run_directory.measured_at(self.state.step))
 
     @contextlib.contextmanager
     def paused(self, work: str) -> Iterator[None]:
@@ -241,13 +250,24 @@ class Trainer:
             )
             with contextlib.closing(self.log), self.stop:
                 return self._train(checkpoint)
+        except OSError as error:
+            self.run_directory.check_held()
+            if not is_refused_write(error):
+                raise
+            raise UserError(
+                f"{explain_write_error(error, self.run_directory.path)}; "
+                f"{self.run_directory.describe_last_checkpoint()}; run the same command again when "
+                "files can be written"
+            ) from None
         finally:
             self.run_directory.release_lock()
 
     def _prepare(self, vocab_size: int) -> Path | None:
         """Build what trains, and return the checkpoint that it continues from."""
         config = self.config
-        checkpoint = on_main_process(lambda: checkpoint_to_resume(config, self.data, vocab_size))
+        checkpoint = on_main_process(
+            lambda: checkpoint_to_resume(config, self.data, vocab_size, force=self.force)
+        )
         if checkpoint is not None and config.checkpoint.verify == "sha256":
             self.announce("checking the checkpoint")
             check_hashes(checkpoint)
@@ -281,11 +301,13 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_train_start()
         self.interval = Interval()  # preparing is not training
-        nothing_to_do = self.state.step >= self.num_steps
+        if self.state.step >= self.num_steps:
+            self.log.say(f"no step left to do: all {self.num_steps} are done")
+        if self.state.step > 0:
+            for callback in self.callbacks:
+                callback.on_resume()
         status = self._loop()
         if status == COMPLETED:
-            if nothing_to_do:
-                self.log.say(f"nothing to do: all {self.num_steps} steps are done")
             for callback in self.callbacks:
                 callback.on_complete()
         return status
@@ -302,7 +324,13 @@ class Trainer:
         )
         self.log.say(describe_backends(DTYPES[train.precision]))
         if checkpoint is not None:
+            damage = self.run_directory.damage_of_latest()
+            if damage is not None and config.checkpoint.resume is None:
+                self.log.say(f"{damage}; resuming from the checkpoint that was saved last")
             self.log.say(f"resumed from {checkpoint}")
+            changes = describe_changes(checkpoint, config) if self.log.active else None
+            if changes is not None:
+                self.log.say(changes)
 
     def _loop(self) -> str:
         """Train up to the last step, unless something ends the run; return its status."""
@@ -318,7 +346,7 @@ class Trainer:
             self.stopping = any_process(self.stop.received)
             for callback in self.callbacks:
                 callback.between_steps()
-            if self.stopping and self.state.step < self.num_steps:
+            if self.stopping:  # after the last step too: what is due then is made up for later
                 for callback in self.callbacks:
                     callback.on_stop()
                 return STOPPED

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from pretrain.common.errors import UserError
+from pretrain.common.errors import UserError, flush_output
 from pretrain.run_directory import RunDirectory
 
 _BEAT_SECONDS = 1.0
@@ -57,7 +57,8 @@ class Watchdog:
             # Separate connections: the main thread may be waiting on the default one.
             store: Any = dist.distributed_c10d._get_default_store()
             self._store, self._exit_store = store.clone(), store.clone()
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(
@@ -80,6 +81,8 @@ class Watchdog:
             message = f"{self._name(self._rank)} failed at {self._work}: {what}"
             self._leave(message, EXIT_FAILED, text)
         self._ended.set()
+        # A thread that the interpreter, when it ends, finds inside of the store aborts the process.
+        self._thread.join(_GRACE_SECONDS)
 
     def _name(self, rank: int) -> str:
         host = f" on {socket.gethostname()}" if rank == self._rank else ""
@@ -100,8 +103,9 @@ class Watchdog:
                     message += f" (traceback in {path})"
             if status != 2:
                 message += f"; {self._directory.describe_last_checkpoint()}"
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+            with contextlib.suppress(OSError):  # of a terminal that is closed
+                print(f"error: {message}", file=sys.stderr, flush=True)
+        flush_output()
         os._exit(status)  # nothing waits any more for a process that does not answer
 
     def _watch(self) -> None:

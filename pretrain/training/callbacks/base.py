@@ -41,6 +41,13 @@ class Callback:
     def on_train_start(self) -> None:
         """Prepare for the loop: the engine is built and loaded, and the log is open."""
 
+    def on_resume(self) -> None:
+        """Make up for what was due after step ``trainer.state.step`` but was cut off.
+
+        Called before the first step of a run that continues from a checkpoint, and where no step is
+        left.
+        """
+
     def on_work(self, work: str) -> None:
         """Hear what this process does from now on, in words that fit after "it has been at"."""
 

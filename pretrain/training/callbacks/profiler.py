@@ -48,5 +48,7 @@ class Profiler(Callback):
         folder = self.trainer.run_directory.profiles
         folder.mkdir(exist_ok=True)
         name = f"steps-{self.first}-{self.last}-rank-{dist.get_rank()}.json"
-        self._profile.export_chrome_trace(str(folder / name))
+        writing = folder / f".{name}.tmp"
+        self._profile.export_chrome_trace(str(writing))
+        writing.rename(folder / name)
         self._profile = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 from pretrain.inference.generate import generate
 from pretrain.parallel.processes import is_main_process
 from pretrain.training.callbacks.base import Callback
 from pretrain.training.loss_curve import plot_loss_curve
+from pretrain.training.resuming import how_to_extend
 
 
 class Sample(Callback):
@@ -47,12 +49,17 @@ class Summary(Callback):
         log = trainer.log
         curve = plot_loss_curve(directory, config.name, trainer.data.bigram_entropy)
         log.say(f"loss curve   {curve}")
-        log.say(f"checkpoint   {directory.last_checkpoint()}")
+        checkpoint = directory.last_checkpoint()
+        log.say(f"checkpoint   {checkpoint}")
+        longer = copy.deepcopy(config)
         if config.train.steps is not None:
-            twice = f"train.steps={2 * config.train.steps}"
+            longer.train.steps = 2 * config.train.steps
+            twice = f"train.steps={longer.train.steps}"
         else:
-            twice = f"train.tokens={2 * (config.train.tokens or 0)}"
-        log.say(f"resume       run the same command again; {twice} doubles the run")
+            longer.train.tokens = 2 * (config.train.tokens or 0)
+            twice = f"train.tokens={longer.train.tokens}"
+        needed = "" if checkpoint is None else how_to_extend(checkpoint, longer)
+        log.say(f"resume       run the same command again; {twice}{needed} doubles the run")
         commands = [
             f"python -m evals {directory}",
             f"python -m data_prep inspect {config.data.path or config.data.blend[0].path}",

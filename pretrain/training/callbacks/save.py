@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pretrain.parallel.processes import is_main_process
 from pretrain.training.callbacks.base import Callback
 
 
@@ -9,10 +10,15 @@ class Save(Callback):
     """Save every ``checkpoint.every`` steps, after the last one, and before the run stops."""
 
     def between_steps(self) -> None:
-        """Begin a checkpoint if one is due, and raise UserError where the last one failed."""
+        """Begin a checkpoint if one is due, and raise UserError where the last one failed.
+
+        Also where the run directory has been removed meanwhile.
+        """
         trainer, step = self.trainer, self.trainer.state.step
         due = step % trainer.config.checkpoint.every == 0
         if due or trainer.stopping or step == trainer.num_steps:
+            if is_main_process():
+                trainer.run_directory.check_held()
             with trainer.paused(f"saving step {step}"):
                 trainer.writer.save(trainer.engine, trainer.state)
                 for callback in trainer.callbacks:

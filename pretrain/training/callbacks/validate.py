@@ -36,18 +36,24 @@ class Validate(Callback):
         except UserError as error:
             trainer.log.say(f"no bits per byte: {error}")
 
+    def on_resume(self) -> None:
+        """Validate if it was due and a signal or a kill came before the result."""
+        if self._due() and "valid_loss" not in self.trainer.measured():
+            self._validate()
+
     def between_steps(self) -> None:
-        """Validate if it is due."""
-        trainer, step = self.trainer, self.trainer.state.step
-        every = trainer.config.validation.every
-        due = every > 0 and step % every == 0 and not trainer.stopping
-        if self._active and (due or step == trainer.num_steps):
-            with trainer.evaluating(f"validating step {step}"):
-                self._validate()
+        """Validate if it is due; where the run is about to stop, it does so when it resumes."""
+        if self._due() and not self.trainer.stopping:
+            self._validate()
+
+    def _due(self) -> bool:
+        step, every = self.trainer.state.step, self.trainer.config.validation.every
+        return self._active and (step == self.trainer.num_steps or (every > 0 and step % every == 0))
 
     def _validate(self) -> None:
         trainer, state = self.trainer, self.trainer.state
-        loss, tokens, text_bytes = trainer.engine.validate(self._batches, self._bytes_per_token)
+        with trainer.evaluating(f"validating step {state.step}"):
+            loss, tokens, text_bytes = trainer.engine.validate(self._batches, self._bytes_per_token)
         bits = loss * tokens / math.log(2) / text_bytes if text_bytes else None
         trainer.log.record(
             {

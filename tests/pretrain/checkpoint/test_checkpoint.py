@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import io
 import json
+import os
+import random
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from pretrain.checkpoint.state import (
     check_files,
@@ -18,8 +24,9 @@ from pretrain.checkpoint.state import (
 )
 from pretrain.checkpoint.writer import save_checkpoint
 from pretrain.common.errors import UserError
+from pretrain.common.files import file_sha256
 from pretrain.config import CheckpointConfig, RunConfig
-from pretrain.run_directory import find_checkpoint, list_checkpoints
+from pretrain.run_directory import RunDirectory, find_checkpoint, list_checkpoints
 from pretrain.training.engine import Engine
 from tests.helpers.small_model import VOCAB, settings
 from tests.helpers.small_training import OPTIMIZER, STATE, batches, make
@@ -167,15 +174,91 @@ def test_a_replacement_cut_off_between_its_renames_is_undone(tmp_path):
     check_files(find_checkpoint(tmp_path))
 
 
-def test_latest_may_be_older_than_the_newest_or_lost(tmp_path):
-    """Killed between the rename and the writing of latest."""
+@pytest.mark.parametrize("latest", ["step-00000002", "", "..", "step-00000009", b"\x80\xff", None])
+def test_the_checkpoint_saved_last_is_found_whatever_latest_says(tmp_path, latest):
+    """A kill between the rename and the writing of latest, a damaged one, or none."""
+    engine, checkpoints = trained(), tmp_path / "checkpoints"
+    for step in (2, 6, 4):  # 4: after a resume from 2, or a rollback
+        save(checkpoints, engine, step, keep_last=5)
+    mark = checkpoints / "latest"
+    assert mark.read_text() == "step-00000004"
+    mark.unlink()
+    if latest is not None:
+        mark.write_bytes(latest if isinstance(latest, bytes) else latest.encode())
+    assert find_checkpoint(tmp_path).name == "step-00000004"
+    damage = RunDirectory(tmp_path).damage_of_latest()
+    assert (damage is not None) == (latest in ("", "..", b"\x80\xff"))
+    assert damage is None or "latest is damaged" in damage
+    save(checkpoints, engine, 2, keep_last=5)
+    assert find_checkpoint(tmp_path).name == "step-00000002"
+
+
+def test_checkpoints_of_earlier_versions_have_no_number_and_are_marked(tmp_path):
     engine = trained()
-    save(tmp_path, engine, 2)
-    save(tmp_path, engine, 4)
+    for step in (2, 4):
+        path = save(tmp_path, engine, step)
+        values = json.loads((path / "state.json").read_text())
+        del values["save"]
+        (path / "state.json").write_text(json.dumps(values))
+        files = json.loads((path / "files.json").read_text())
+        files["state.json"] = {
+            "size": (path / "state.json").stat().st_size,
+            "sha256": file_sha256(path / "state.json"),
+        }
+        (path / "files.json").write_text(json.dumps(files))
     (tmp_path / "latest").write_text("step-00000002")
     assert find_checkpoint(tmp_path).name == "step-00000002"
-    (tmp_path / "latest").unlink()
-    assert find_checkpoint(tmp_path).name == "step-00000004"
+    assert read_state(find_checkpoint(tmp_path)).save == 0
+    save(tmp_path, engine, 3, keep_last=5)
+    assert find_checkpoint(tmp_path).name == "step-00000003"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "state.json", "files.json"])
+def test_a_flipped_byte_of_a_small_file_is_named_and_the_whole_one_before_offered(tmp_path, name):
+    engine, chance = trained(), random.Random(0)
+    for step in (2, 4, 6):
+        save(tmp_path, engine, step, keep_last=5)
+    (tmp_path / "step-00000004" / "state.json").write_text("{}")  # damaged too: not offered
+    victim = tmp_path / "step-00000006" / name
+    content = victim.read_bytes()
+    for _ in range(20):
+        changed = bytearray(content)
+        changed[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        victim.write_bytes(changed)
+        found = find_checkpoint(tmp_path)
+        assert found.name == "step-00000006"
+        with pytest.raises(UserError, match="step-00000006 is damaged: .*resume=step-00000002$"):
+            check_files(found, "sha256" if name == "files.json" else "size")
+
+
+def test_a_write_that_the_system_refuses_is_told_by_the_system_s_words(tmp_path, monkeypatch):
+    """torch.save hides them: "unexpected pos 704 vs 598"."""
+    engine = trained()
+    path = save(tmp_path, engine)
+
+    class Refusing(io.BytesIO):
+        room = 1000
+
+        def write(self, content):
+            self.room -= len(content)
+            if self.room < 0:
+                raise OSError(number, os.strerror(number))
+            return super().write(content)
+
+    @contextlib.contextmanager
+    def create_stream(self, path, mode):
+        yield Refusing()
+
+    monkeypatch.setattr(FileSystem, "create_stream", create_stream)
+    for number, words in (
+        (errno.ENOSPC, r"No space left on device \([\d,]+ MB free there\)"),
+        (errno.EDQUOT, "Disk quota exceeded"),
+        (errno.EIO, "Input/output error"),
+    ):
+        message = f"cannot write checkpoint .*step-00000004: {words}; the last complete one is"
+        with pytest.raises(UserError, match=f"{message} {path.name}$"):
+            save(tmp_path, engine, 4)
+        assert not list(tmp_path.glob(".writing*"))
 
 
 def test_another_model_is_refused(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,3 +63,29 @@ def test_the_same_work_without_a_step_is_hanging(watched):
     assert left == [
         "every process has been at step 8 for 150 s, longer than parallel.timeout_minutes"
     ]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_no_thread_of_it_is_inside_of_the_store_when_the_process_ends(monkeypatch, tmp_path, error):
+    """The interpreter would abort there: "terminate called without an active exception"."""
+    inside = threading.Event()
+
+    class SlowStore:
+        def clone(self):
+            return self
+
+        def set(self, key, value):
+            inside.set()
+            time.sleep(0.3)
+
+        def check(self, keys):
+            return False
+
+    monkeypatch.setattr(module, "_BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(module.dist.distributed_c10d, "_get_default_store", SlowStore)
+    dog: Any = Watchdog(100.0, RunDirectory(tmp_path))
+    dog._size = 2
+    dog.__enter__()
+    assert inside.wait(60)
+    dog.__exit__(error and type(error), error, None)
+    assert not dog._thread.is_alive()
