@@ -33,6 +33,7 @@ def main() -> int:
     quiet_process()
     parser = argparse.ArgumentParser(
         prog="python -m pretrain",
+        allow_abbrev=False,  # what is no option is an override
         description="Train a model, or resume where the run stopped. 'python -m pretrain verify "
         "CONFIG' checks that a layout of processes trains the same model as one, 'python -m "
         "pretrain plan CONFIG' estimates what a run will need and cost, 'python -m pretrain export "
@@ -43,6 +44,11 @@ def main() -> int:
     )
     parser.add_argument("config", help="a run's YAML file, such as configs/runs/demo.yaml")
     parser.add_argument("overrides", nargs="*", help="dotted settings, such as optimizer.lr=3e-4")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="train although a check advises against it; the refusal says when this helps",
+    )
     if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
         module, _, name = _COMMANDS[sys.argv[1]].rpartition(".")
         command: Callable[[list[str]], int] = getattr(importlib.import_module(module), name)
@@ -59,7 +65,12 @@ def main() -> int:
         from pretrain.training.callbacks.garbage import KeepObjects
         from pretrain.training.trainer import Trainer
 
-        trainer = Trainer(arguments.config, overrides=overrides, callbacks=[KeepObjects()])
+        trainer = Trainer(
+            arguments.config,
+            overrides=overrides,
+            callbacks=[KeepObjects()],
+            force=arguments.force,
+        )
     gc.freeze()
     return trainer.fit().exit_status
 

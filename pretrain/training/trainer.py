@@ -73,7 +73,8 @@ class Trainer:
 
     ``config`` is a run's settings or the YAML file that has them, with ``overrides``, such as
     ``optimizer.lr=3e-4``, over the file's. ``callbacks`` come after the default ones and those that
-    ``config.callbacks`` names; a string among them names a class, as there. Raises ConfigError for
+    ``config.callbacks`` names; a string among them names a class, as there. ``force`` trains even
+    where a check of what is likely to go wrong refuses, as ``--force`` does. Raises ConfigError for
     settings that cannot work.
 
     Several processes, as torchrun starts them, each make a Trainer of the same settings.
@@ -82,6 +83,7 @@ class Trainer:
     config: RunConfig
     run_directory: RunDirectory
     callbacks: list[Callback]
+    force: bool
     num_steps: int
     """Optimizer steps of the whole run."""
 
@@ -110,8 +112,9 @@ class Trainer:
         *,
         overrides: Sequence[str] = (),
         callbacks: Callback | Sequence[Callback | str] = (),
+        force: bool = False,
     ):
-        self._start = time.monotonic()
+        self._start, self.force = time.monotonic(), force
         check_arguments(config, overrides)
         if isinstance(config, RunConfig):
             if overrides:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import pretrain.__main__
 from pretrain import Callback, ConfigError, ModelConfig, RunConfig, Trainer
 
 
@@ -67,3 +68,29 @@ def test_a_callback_is_given_alone_or_by_name(run, tmp_path, monkeypatch):
     assert Trainer(run.config, callbacks=callback).callbacks[-1] is callback
     for given in ("named_callbacks.Good", ["named_callbacks.Good"]):
         assert type(Trainer(run.config, callbacks=given).callbacks[-1]).__name__ == "Good"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "forced", "overrides"),
+    [
+        (["seed=3"], False, ["seed=3"]),
+        (["--force", "seed=3"], True, ["seed=3"]),
+        (["--seed=3", "--force", "name=x"], True, ["--seed=3", "name=x"]),
+    ],
+)
+def test_force_reaches_the_trainer_and_is_no_override(
+    run, monkeypatch, arguments, forced, overrides
+):
+    given = {}
+
+    class Noted(Trainer):
+        def __init__(self, config, **arguments):
+            given.update(arguments)
+            super().__init__(config, **arguments)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pretrain.training.trainer.Trainer", Noted)
+    monkeypatch.setattr(sys, "argv", ["pretrain", str(run.config), *arguments])
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.__main__.main()
+    assert (given["force"], sorted(given["overrides"])) == (forced, sorted(overrides))
