@@ -64,7 +64,7 @@ def _start(arguments: argparse.Namespace) -> int:
     from launch.local import processes_of
     from launch.members import DONE, FAILED, QUEUED, RUNNING, check_same_settings
     from launch.planning import print_plans
-    from launch.slurm import processes_per_node, render, submit
+    from launch.slurm import check_script, processes_per_node, render, submit
     from pretrain.model.layout import check_layout
 
     cluster = load_cluster(arguments.cluster) if arguments.cluster else ClusterConfig("local")
@@ -95,6 +95,7 @@ def _start(arguments: argparse.Namespace) -> int:
         if cluster.kind == "slurm" and members:
             script = render(cluster, grid, members, arguments.at_once)
             console.print(script, markup=False, soft_wrap=True)
+            check_script(script)
         return 0
     if len(grid.members) > 1:
         grid.directory.mkdir(parents=True, exist_ok=True)
@@ -111,13 +112,13 @@ def _start(arguments: argparse.Namespace) -> int:
 
 def _run_here(arguments: Any, grid: Any, members: Any, failed: bool) -> int:
     from launch.commands import console_of, states_of, table
-    from launch.local import run_queue
+    from launch.local import PASSED_OVER, run_queue
 
     console = console_of()
 
     def show(member: Any, what: str) -> None:
-        if len(members) > 1:
-            console.print(f"{member.name}: {what}")
+        if len(members) > 1 or what in PASSED_OVER:  # one run says the rest itself
+            console.print(f"{member.name or grid.name}: {what}")
 
     statuses = run_queue(
         members, at_once=arguments.at_once or 1, processes=arguments.processes, show=show

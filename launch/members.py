@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 
+from launch.claims import is_claimed
 from launch.grid import Member
 from pretrain.checkpoint.state import read_state
 from pretrain.common.config_loader import ConfigError, flattened
@@ -54,7 +55,7 @@ class MemberState:
 def member_state(member: Member, *, held: bool = True) -> MemberState:
     """Read a member's state from its run directory, on any machine that sees it.
 
-    ``held``: also check whether a process is training there.
+    ``held``: also check whether a process is training there, or a launcher is at it.
     """
     directory = RunDirectory(member.config.run_directory)
     found = MemberState(WAITING)
@@ -65,7 +66,7 @@ def member_state(member: Member, *, held: bool = True) -> MemberState:
             found.step, found.loss = last["step"], last["loss"]
             found.tokens_per_second = last.get("tokens_per_second")
     launched = directory.read_launch()
-    if held and directory.is_locked():
+    if held and (directory.is_locked() or is_claimed(directory)):
         found.state = RUNNING
     elif _steps_saved(directory) >= member.config.train.num_steps:
         found.state = DONE

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes, write_json
+from pretrain.common.process_identity import identity_of
 from pretrain.config import ConfigError, RunConfig, legacy, load_saved_config, to_yaml
 
 if TYPE_CHECKING:
@@ -259,6 +260,7 @@ class RunDirectory:
         while True:
             try:
                 fcntl.flock(self._lock_handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._write_lock_holder(self._lock_handle)
                 return
             except BlockingIOError:
                 if time.monotonic() < until:  # it may be is_locked of another process
@@ -271,6 +273,26 @@ class RunDirectory:
                 ) from None
             except OSError:  # a file system without locks: nothing to hold
                 return
+
+    def _write_lock_holder(self, handle: int) -> None:
+        """Write who holds the lock into its file, for whoever wants to stop the run."""
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(identity_of(os.getpid())).encode(), 0)
+        except OSError:  # a full disk: the run is stopped as well where it was started
+            pass
+
+    def lock_holder(self) -> dict[str, Any]:
+        """Return which process took the lock last; an empty dict where that is not known.
+
+        It holds the lock where :meth:`is_locked` says so. See
+        :func:`pretrain.common.process_identity.identity_of`.
+        """
+        try:
+            values = json.loads(self.lock_file.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return values if isinstance(values, dict) else {}
 
     def release_lock(self) -> None:
         """Unlock the directory for another run; nothing happens where the lock is not held."""

@@ -248,6 +248,32 @@ def test_an_array_with_a_throttle(slurm, tmp_path, corpus, capsys):
 
 
 @pytest.mark.slow
+def test_a_member_of_an_array_is_queued_again_alone(slurm, tmp_path, corpus):
+    """The last one, whose SLURM_JOB_ID is the whole array's; others are done, or go on."""
+    job = Job(
+        tmp_path / "job",
+        corpus,
+        nodes=1,
+        grid="\ncallbacks: [tests.helpers.slow_steps.SlowSteps]\n"
+        "grid: {train.steps: [3, 400, 401]}\n",
+        **{"tensor: 2": "tensor: 1"},
+    )
+    job.launch()
+    done, other, last = (job.directory / f"steps={n}" for n in (3, 400, 401))
+    number = json.loads((last / "launch.json").read_text())["job"].split("_")[0]
+    slurm.wait_for(lambda: "COMPLETED" in slurm.job_state(f"{number}_0"), 300)
+    slurm.wait_for(lambda: len(job.steps(last)) >= 3 and len(job.steps(other)) >= 1, 300)
+    slurm.command("scancel", "--batch", "--signal=USR2", f"{number}_2")
+    slurm.wait_for(lambda: "== queued again" in job.output(last), 200)
+    slurm.wait_for(lambda: slurm.job_state(number).split() == 3 * ["COMPLETED"], 600)
+    assert "start 1" in job.output(last)
+    assert [step for step, *_ in job.steps(last)] == list(range(1, 402))
+    for directory in (done, other):
+        assert job.output(directory).count("== job") == 1, "started once"
+        assert "signal" not in job.output(directory)
+
+
+@pytest.mark.slow
 def test_the_same_step_failing_twice_ends_it_with_the_reason(slurm, tmp_path, corpus, capsys):
     """A loss that is no number fails again after the restart, at the same step."""
     job = Job(
