@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pretrain.common.config_loader import ConfigError
+from pretrain.common.text import control_character
 
 if TYPE_CHECKING:
     from launch.cluster import ClusterConfig
@@ -29,11 +30,6 @@ _OWN_OPTIONS = {
     **dict.fromkeys(("job-name", "J", "array", "a", "output", "o", "open-mode"), None),
     **dict.fromkeys(("ntasks-per-node", "requeue", "no-requeue", "wrap"), None),
 }
-
-
-def control_character(text: str) -> str | None:
-    """Return the first control character of ``text``, as Python writes it, or None."""
-    return next((repr(c)[1:-1] for c in text if ord(c) < 32 or 127 <= ord(c) < 160), None)
 
 
 def check_cluster(cluster: ClusterConfig, where: str) -> None:

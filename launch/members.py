@@ -17,11 +17,15 @@ from pretrain.run_directory import RunDirectory
 
 WAITING, QUEUED, RUNNING = "waiting", "queued", "running"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
-# Settings that may change when a run is started again.
-_CHANGEABLE = (
+# Settings that may change when a run is started again: how far and how it goes on.
+CHANGEABLE = (
     "train.steps",
     "train.tokens",
     "train.threads",
+    "train.activation_checkpointing",
+    "train.nonfinite",
+    "train.spikes.",
+    "eval.",
     "logging.",
     "checkpoint.",
     "validation.",
@@ -94,7 +98,7 @@ def check_same_settings(member: Member) -> None:
     differences = [
         f"{key} is {was.get(key)} there and {now.get(key)} here"
         for key in sorted({*was, *now})
-        if was.get(key) != now.get(key) and not key.startswith(_CHANGEABLE)
+        if was.get(key) != now.get(key) and not key.startswith(CHANGEABLE)
     ]
     if differences:
         raise ConfigError(

@@ -13,10 +13,10 @@ from pathlib import Path
 import jinja2
 
 from launch.cluster import ClusterConfig
-from launch.cluster_checks import control_character
 from launch.grid import Grid, Member
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
+from pretrain.common.text import control_character
 from pretrain.run_directory import RunDirectory
 
 _TEMPLATES = Path(__file__).parent / "templates"

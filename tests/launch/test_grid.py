@@ -149,7 +149,9 @@ def test_a_grid_is_refused_before_it_fills_the_memory(tmp_path):
         grid(tmp_path, f"  include: [{included}]")
 
 
-SECTION_AXIS = "  model.mixers.cell: {one: {kind: gdn, num_heads: 1}, two: {kind: gdn, num_heads: 2}}"
+SECTION_AXIS = (
+    "  model.mixers.cell: {one: {kind: gdn, num_heads: 1}, two: {kind: gdn, num_heads: 2}}"
+)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,9 @@ def test_a_grid_from_nothing_to_done(tmp_path, corpus, launch):
     status, output = launch(path, "optimizer.lr=0.5")
     assert status == 2
     assert "holds a run with other settings: optimizer.lr is 0.001 there and 0.5 here" in output
+    again = ("eval.limit=3", "validation.tokens=64", "sample.tokens=1", "logging.every=2")
+    status, output = launch(path, *again)
+    assert (status, "nothing to start" in output) == (0, True), output
 
 
 def test_a_run_directory_is_enough(tmp_path, corpus, launch):
@@ -195,6 +198,38 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path, corpus, launc
     assert all((d / "checkpoints/latest").exists() for d in directories)
     _, output = launch(path, "--dry-run")
     assert "would start 4 of 4" in output
+
+
+def test_two_launchers_of_one_grid_share_its_members(tmp_path, corpus, launch):
+    """Started at the same time, so that each sees all members waiting; none is started twice."""
+    path = write(
+        tmp_path,
+        corpus,
+        **{
+            "  model.pattern: [gdn, attn]\n": "",
+            "grid:\n": "callbacks: [tests.helpers.slow_steps.SlowSteps]\ngrid:\n",
+            "steps: 4": "steps: 20",
+        },
+    )
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "launch", str(path)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for _ in range(2)
+    ]
+    outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    together = "".join(outputs)
+    assert "failed" not in together
+    for member in ("seed=0", "seed=1"):
+        assert together.count(f"{member}: started") == together.count(f"{member}: done\n") == 1
+        assert (tmp_path / "runs" / member / "output.txt").read_text().count("step 20/20") == 1
+    assert set(states(launch("status", path)[1]).values()) == {"done"}
 
 
 @pytest.mark.parametrize(
