@@ -105,7 +105,7 @@ class RunLog:
             numbers += f"  MFU {values['mfu']:.1%}"
             if values.get("hfu") is not None:
                 numbers += f" ({values['hfu']:.1%} with recomputation)"
-        numbers += f"  {_duration(seconds_left)} left"
+        numbers += f"  {duration(seconds_left)} left"
         if self._progress is not None:
             self._progress.update(self._task, completed=values["step"], numbers=numbers)
         line = f"step {values['step']}/{self.num_steps}  {numbers}"
@@ -126,7 +126,10 @@ class RunLog:
             tracker.close()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time such as ``5:07``, ``3:05:07`` or, from two days on, ``12 days``."""
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:,.0f} days"
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -49,6 +49,7 @@ from pretrain.training.callbacks import (
 from pretrain.training.engine import Engine, StepResult
 from pretrain.training.log import RunLog
 from pretrain.training.metrics import LayerMetrics
+from pretrain.training.preflight import preflight
 from pretrain.training.result import COMPLETED, NON_FINITE, STOPPED, TrainResult
 from pretrain.training.resuming import checkpoint_to_resume
 from pretrain.training.run_control import (
@@ -226,6 +227,9 @@ class Trainer:
         vocab_size = vocabulary_of(config, self.data, self._where)
         config.model.vocab_size = vocab_size  # saved with the other sizes
         self.counts = count_model(config.model, vocab_size, config.train.seq_len)
+        self._warnings = preflight(
+            config, vocab_size, self.counts.parameters, self.batches, force=self.force
+        )
         try:
             on_main_process(self.run_directory.take_lock)
             checkpoint = self._prepare(vocab_size)
@@ -298,6 +302,8 @@ class Trainer:
             f"{'GPU' if torch.cuda.is_available() else 'CPU'}"
         )
         self.log.say(describe_backends(DTYPES[train.precision]))
+        for warning in self._warnings:
+            self.log.say(f"warning: {warning}")
         if checkpoint is not None:
             self.log.say(f"resumed from {checkpoint}")
 

@@ -22,7 +22,7 @@ from tests.helpers.processes import ENVIRONMENT, ROOT
 CONFIG = """
 name: r
 directory: {folder}/run
-model: {{hidden_size: 16, pattern: gdn, vocab_size: 64, mixers: {{gdn: {{num_heads: 1, head_dim: 8}}}}}}
+model: {{hidden_size: 16, pattern: attn, vocab_size: 64, mixers: {{attn: {{num_heads: 1}}}}}}
 data: {{path: nowhere}}
 train: {{steps: 4, seq_len: 32, global_batch_tokens: 64}}
 schedule: {{warmup_steps: 1}}
@@ -64,6 +64,7 @@ def holder(tmp_path, config):
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -117,6 +118,7 @@ def test_a_process_that_is_gone_is_no_error(tmp_path, config, stranger, capsys):
     launched(tmp_path, **values)
     assert "nothing is running or queued" in cancelled(config, capsys)
     held = claim(RunDirectory(tmp_path / "run"))
+    assert held is not None
     assert "not asked, its process is not known" in cancelled(config, capsys)
     held.release()
     assert not send_signal(values, signal.SIGTERM)
@@ -128,6 +130,7 @@ def test_a_run_that_has_just_been_launched_is_stopped_before_it_has_the_lock(
 ):
     launched(tmp_path, **identity_of(stranger.pid))
     held = claim(RunDirectory(tmp_path / "run"))
+    assert held is not None
     assert "r: asked to save and exit" in cancelled(config, capsys)
     assert stranger.wait(10) == -signal.SIGTERM
     held.release()
@@ -138,6 +141,7 @@ def test_one_launcher_at_a_time_has_a_run(tmp_path, config):
     (member,) = load_grid(config).members
     assert not is_claimed(directory)
     held = claim(directory)
+    assert held is not None
     assert claim(directory) is None
     assert is_claimed(directory)
     assert member_state(member).state == RUNNING

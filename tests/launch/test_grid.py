@@ -145,7 +145,7 @@ def test_a_grid_is_refused_before_it_fills_the_memory(tmp_path):
     with pytest.raises(ConfigError, match=r"100,000,000 members, 100 x 100 x 100 x 100 by its axe"):
         grid(tmp_path, section)
     included = ", ".join(f"{{seed: {n}}}" for n in range(1001))
-    with pytest.raises(ConfigError, match="1,001 members, .* 1001 by include, expected at most 1,"):
+    with pytest.raises(ConfigError, match=r"1,001 members, .* 1001 by include"):
         grid(tmp_path, f"  include: [{included}]")
 
 
@@ -207,7 +207,7 @@ def test_a_grid_replaces_that_of_the_file_it_extends(tmp_path):
     child.write_text("extends: [first.yaml, second.yaml]\nname: c\n")
     assert names(load_grid(child)) == ["seed=7", "seed=8"], "of several files, the last one's"
     child.write_text("extends: first.yaml\nname: c\ngrid: {exclude: [{optimizer.lr: 1e-3}]}\n")
-    with pytest.raises(ConfigError, match="optimizer.lr, which is no axis of the grid"):
+    with pytest.raises(ConfigError, match=r"optimizer\.lr, which is no axis of the grid"):
         load_grid(child)
 
 
