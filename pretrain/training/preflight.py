@@ -160,7 +160,7 @@ def repeated_data(batches: TrainingBatches, num_steps: int) -> str | None:
     """Return a warning where a source is read more often than brings much, or None."""
     epochs = batches.epochs(num_steps)
     often = [
-        f"{name.partition('@')[0]} {times:,.3g} times"
+        f"{name.partition('@')[0]} {times:,.{1 if times < 10 else 0}f} times"
         for name, times in zip(batches.names, epochs, strict=True)
         if times > _MOST_EPOCHS
     ]
