@@ -79,6 +79,11 @@ class RunDirectory:
         return self.path / METRICS_FILE
 
     @property
+    def wandb_file(self) -> Path:
+        """Return the file that says which runs of Weights & Biases mirror this one."""
+        return self.path / "wandb.json"
+
+    @property
     def rolled_back_metrics_file(self) -> Path:
         """Return the file of the metrics of steps that a rollback undid."""
         return self.path / "metrics-rolled-back.jsonl"

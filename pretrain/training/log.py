@@ -33,11 +33,11 @@ class RunLog:
         if not active:
             return
         self.console = Console(highlight=False, soft_wrap=True)
-        self._keep_metrics_up_to(step)
+        repeats = self._keep_metrics_up_to(step)
         self._file = directory.metrics_file.open("a")
         self._text = directory.log_file.open("a")
         try:
-            self._trackers = open_trackers(config, directory, step)
+            self._trackers = open_trackers(config, directory, step, repeats=repeats)
         except BaseException:
             self.close()
             raise
@@ -53,11 +53,17 @@ class RunLog:
             self._progress.update(self._task, completed=step)
             self._progress.start()
 
-    def _keep_metrics_up_to(self, step: int) -> None:
-        """Drop the lines of steps that will be repeated, and a last line cut short."""
-        if self.directory.metrics_file.exists():
-            rows = self.directory.read_metrics()
-            self.directory.write_metrics([row for row in rows if row["step"] <= step])
+    def _keep_metrics_up_to(self, step: int) -> bool:
+        """Drop the lines of steps that will be repeated, and a last line cut short.
+
+        Returns whether there were any to repeat.
+        """
+        if not self.directory.metrics_file.exists():
+            return False
+        rows = self.directory.read_metrics()
+        kept = [row for row in rows if row["step"] <= step]
+        self.directory.write_metrics(kept)
+        return len(kept) < len(rows)
 
     def rewind(self, step: int) -> None:
         """Continue from an earlier step; the lines after it go to a separate file."""
