@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         help="processes per run on this machine (default: tensor x pipeline, one model)",
     )
     parser.add_argument("--retry-failed", action="store_true", help="start failed members again")
+    parser.add_argument(
+        "--force", action="store_true", help="start runs with --force, see python -m pretrain"
+    )
     return parser
 
 
@@ -93,7 +96,7 @@ def _start(arguments: argparse.Namespace) -> int:
         if cluster.hardware is not None:
             print_plans(console, members, cluster.hardware, count)
         if cluster.kind == "slurm" and members:
-            script = render(cluster, grid, members, arguments.at_once)
+            script = render(cluster, grid, members, arguments.at_once, force=arguments.force)
             console.print(script, markup=False, soft_wrap=True)
             check_script(script)
         return 0
@@ -104,7 +107,7 @@ def _start(arguments: argparse.Namespace) -> int:
         console.print("nothing to start")
         return EXIT_FAILED if failed else 0
     if cluster.kind == "slurm":
-        job, path = submit(cluster, grid, members, arguments.at_once)
+        job, path = submit(cluster, grid, members, arguments.at_once, force=arguments.force)
         console.print(f"submitted job {job}, {path}\nstatus  python -m launch status {grid.path}")
         return 0
     return _run_here(arguments, grid, members, bool(failed))
@@ -121,7 +124,11 @@ def _run_here(arguments: Any, grid: Any, members: Any, failed: bool) -> int:
             console.print(f"{member.name or grid.name}: {what}")
 
     statuses = run_queue(
-        members, at_once=arguments.at_once or 1, processes=arguments.processes, show=show
+        members,
+        at_once=arguments.at_once or 1,
+        processes=arguments.processes,
+        force=arguments.force,
+        show=show,
     )
     if len(grid.members) > 1:
         console.print(table(grid, states_of(grid)))

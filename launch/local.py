@@ -54,11 +54,15 @@ def processes_of(config: RunConfig, wanted: int | None = None) -> int:
     return count
 
 
-def command_of(config_path: Path, processes: int) -> list[str]:
-    """Return the command that starts a run, with torchrun if there are several processes."""
+def command_of(config_path: Path, processes: int, *, force: bool = False) -> list[str]:
+    """Return the command that starts a run, with torchrun if there are several processes.
+
+    ``force``: with ``--force``.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     launcher = torchrun if processes > 1 else []
-    return [sys.executable, *launcher, "-m", "pretrain", str(config_path)]
+    forced = ["--force"] if force else []
+    return [sys.executable, *launcher, "-m", "pretrain", str(config_path), *forced]
 
 
 def run_queue(
@@ -66,6 +70,7 @@ def run_queue(
     *,
     at_once: int,
     processes: int | None,
+    force: bool = False,
     show: Callable[[Member, str], None],
 ) -> dict[str, int]:
     """Run all members, ``at_once`` at a time, and return their exit statuses by name.
@@ -94,7 +99,13 @@ def run_queue(
                     statuses[member.name] = 0
                     show(member, found)
                     continue
-                running.append(_start(member, processes, at_once, alone, found))
+                count = processes_of(member.config, processes)
+                command = command_of(
+                    RunDirectory(member.config.run_directory).launch_config_file, count, force=force
+                )
+                running.append(
+                    _start(member, command, environment_of(count, at_once), alone, found)
+                )
                 show(member, "started")
             time.sleep(0.1)
             for run in [r for r in running if r.process.poll() is not None]:
@@ -134,13 +145,10 @@ def _claim(member: Member) -> Claim | str:
 
 
 def _start(
-    member: Member, processes: int | None, at_once: int, alone: bool, held: Claim
+    member: Member, command: list[str], environment: dict[str, str], alone: bool, held: Claim
 ) -> Running:
-    config = member.config
-    directory = RunDirectory(config.run_directory)
-    directory.write_launch_config(config)
-    count = processes_of(config, processes)
-    command = command_of(directory.launch_config_file, count)
+    directory = RunDirectory(member.config.run_directory)
+    directory.write_launch_config(member.config)
     output = None if alone else directory.output_file.open("ab")
     directory.write_launch(
         command=command, started=time.time(), status=None, reason=None, cancelled=None
@@ -149,7 +157,7 @@ def _start(
         command,
         stdout=output,
         stderr=subprocess.STDOUT if output else None,
-        env=environment_of(count, at_once),
+        env=environment,
         # Ctrl-C reaches the terminal's whole process group: children must get it only from here.
         start_new_session=True,
     )

@@ -23,12 +23,18 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(
-    cluster: ClusterConfig, grid: Grid, members: Sequence[Member], at_once: int | None
+    cluster: ClusterConfig,
+    grid: Grid,
+    members: Sequence[Member],
+    at_once: int | None,
+    *,
+    force: bool = False,
 ) -> str:
     """Return the batch script for ``members`` of a grid.
 
-    ``at_once`` limits how many run at a time. Raises UserError where the members need different
-    numbers of processes per node, or a name cannot be written in a script.
+    ``at_once`` limits how many run at a time; ``force`` starts them with ``--force``. Raises
+    UserError where the members need different numbers of processes per node, or a name cannot be
+    written in a script.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -52,6 +58,7 @@ def render(
         options=[_directive(x) for x in _sbatch_options(cluster, grid, len(members), at_once)],
         srun=shlex.join(_srun_options(cluster)),
         processes=processes_per_node(cluster, members),
+        force=force,
         working_directory=str(Path.cwd()),
     )
 
@@ -143,9 +150,14 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def submit(
-    cluster: ClusterConfig, grid: Grid, members: Sequence[Member], at_once: int | None
+    cluster: ClusterConfig,
+    grid: Grid,
+    members: Sequence[Member],
+    at_once: int | None,
+    *,
+    force: bool = False,
 ) -> tuple[str, Path]:
-    """Submit members of a grid to Slurm; return the job's id and the script's path.
+    """Submit members of a grid to Slurm, as :func:`render` says; return job id and script.
 
     Raises UserError without Slurm, or with Slurm's reason where it refuses the job.
     """
@@ -154,7 +166,7 @@ def submit(
             "there is no sbatch on PATH, so this machine is not part of a Slurm cluster: log in to "
             "one that is, or omit --cluster to run here"
         )
-    script = render(cluster, grid, members, at_once)
+    script = render(cluster, grid, members, at_once, force=force)
     grid.directory.mkdir(parents=True, exist_ok=True)
     path = grid.directory / "job.sh"
     write_bytes(path, script.encode())

@@ -62,6 +62,8 @@ class WandbRun:
     started: float
     """Time, in seconds since 1970, when the directory's run began at its first step."""
     segment: int = 1
+    begins_after: int | None = None
+    """Step that the segment follows; None for the first one."""
 
     @classmethod
     def continued(cls, directory: RunDirectory, step: int, *, repeats: bool) -> WandbRun:
@@ -73,13 +75,23 @@ class WandbRun:
         if found is None or step == 0:
             found = cls(time.time())
         elif repeats:
-            found.segment += 1
-        found.save(directory)
+            return found.next(directory, step)
+        found._save(directory)
         return found
 
-    def save(self, directory: RunDirectory) -> None:
-        """Note it in the directory, for the next start."""
+    def next(self, directory: RunDirectory, step: int) -> WandbRun:
+        """Return the segment that continues from ``step``, and note it in the directory."""
+        found = WandbRun(self.started, self.segment + 1, step)
+        found._save(directory)
+        return found
+
+    def _save(self, directory: RunDirectory) -> None:
         write_json(directory.wandb_file, dataclasses.asdict(self))
+
+    def name(self, directory: RunDirectory) -> str:
+        """Return the name that is shown."""
+        later = "" if self.begins_after is None else f" from step {self.begins_after}"
+        return f"{directory.name}{later}"
 
     def group(self, directory: RunDirectory) -> str:
         """Return what all segments have in common: other names, paths and starts have another.
@@ -108,15 +120,14 @@ class WandbTracker:
             ) from None
         self._wandb, self._config, self._directory = wandb, config, directory
         self._state = WandbRun.continued(directory, step, repeats=repeats)
-        self._open(step if repeats else None)
+        self._open()
 
-    def _open(self, begins_after: int | None) -> None:
-        """Begin or continue the segment; ``begins_after`` is the step that a new one follows."""
+    def _open(self) -> None:
+        """Begin or continue the segment."""
         mode: Any = self._config.wandb
-        name = self._directory.name
         self._run = self._wandb.init(
             project=self._config.wandb_project,
-            name=name if begins_after is None else f"{name} from step {begins_after}",
+            name=self._state.name(self._directory),
             group=self._state.group(self._directory),
             dir=str(self._directory),
             mode=mode,
@@ -132,9 +143,8 @@ class WandbTracker:
         """Finish the segment, which keeps the later steps, and begin another one after ``step``."""
         self._run.summary["rolled_back_to_step"] = step
         self._run.finish()
-        self._state.segment += 1
-        self._state.save(self._directory)
-        self._open(step)
+        self._state = self._state.next(self._directory, step)
+        self._open()
 
     def close(self) -> None:
         """Finish the run."""

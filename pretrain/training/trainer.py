@@ -62,6 +62,7 @@ from pretrain.training.run_control import (
 )
 from pretrain.training.setup import (
     build_engine,
+    check_directory,
     check_hashes,
     describe_run,
     state_of,
@@ -153,6 +154,7 @@ class Trainer:
         this process goes on.
         """
         check_layout(self.config, world_size(), self._where)
+        check_directory(self.run_directory.path, self._where)
         with only_run(str(self.run_directory)):
             self._start, self.result, self.stopping = time.monotonic(), None, False
             try:

@@ -111,7 +111,9 @@ def test_a_grid_from_nothing_to_done(tmp_path, corpus, launch):
 def test_a_run_directory_is_enough(tmp_path, corpus, launch):
     path = write(tmp_path, corpus, **{"  model.pattern: [gdn, attn]\n": "", "[0, 1]": "[0]"})
     assert launch(path)[0] == 0
-    status, output = launch(tmp_path / "runs", f"directory={tmp_path}/again", "name=again")
+    status, output = launch(
+        tmp_path / "runs", f"directory={tmp_path}/again", "name=again", "--force"
+    )
     assert status == 0, output
     losses = [
         [
@@ -122,6 +124,10 @@ def test_a_run_directory_is_enough(tmp_path, corpus, launch):
         for p in (tmp_path / "runs", tmp_path / "again")
     ]
     assert losses[0] == losses[1]
+    commands = [
+        json.loads((tmp_path / p / "launch.json").read_text())["command"] for p in ("runs", "again")
+    ]
+    assert [command[-1] == "--force" for command in commands] == [False, True]
 
 
 def test_measured_speeds_make_members_alike_in_time(tmp_path, corpus, launch):

@@ -330,6 +330,8 @@ def test_the_script_is_shell_that_a_person_can_read(tmp_path, corpus):
         assert ("--gpus-per-node=8" in script) == ("h100" in name)
     assert "apptainer exec --nv --bind=/shared:/shared /shared/images/pretrain.sif" in script
     assert "module load apptainer" in script
+    assert "--force" not in script
+    assert "--nproc-per-node 8 --force &" in render(cluster, grid, grid.members, 1, force=True)
 
 
 def test_a_dry_run_shows_the_plan_and_submits_nothing(tmp_path, corpus, capsys):

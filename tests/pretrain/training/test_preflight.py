@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pretrain import Trainer, UserError
+from pretrain import ConfigError, Trainer, UserError
 from pretrain.common.config_loader import build_config
 from pretrain.config import ParallelConfig, RunConfig, load_run_config
 from pretrain.model.counts import count_model
@@ -190,3 +190,13 @@ def test_the_time_left_is_told_once_it_is_measured(run, no_groups, capsys):
         Trainer(run.config, overrides=[*overrides, f"directory={directory}"]).fit()
         shown = capsys.readouterr().out
         assert len(re.findall(r"about 0:\d\d left, at the [\d,]+ tokens/s of the", shown)) == told
+
+
+def test_a_run_directory_inside_a_data_set_is_refused(run, corpus, tmp_path, no_groups):
+    before = sorted(p.name for p in corpus.iterdir())
+    for inside in (corpus, corpus / "runs" / "mine"):
+        with pytest.raises(ConfigError, match=r"the run directory .* is in the data set .*/data,"):
+            Trainer(run.config, overrides=[f"directory={inside}"]).fit()
+    assert sorted(p.name for p in corpus.iterdir()) == before
+    (tmp_path / "manifest.json").write_text("{}")  # of something else
+    assert Trainer(run.config, overrides=["train.steps=3"]).fit().status == "completed"
