@@ -37,6 +37,8 @@ from pretrain.data.manifest import (
 from pretrain.data.manifest import NAME as MANIFEST
 from pretrain.data.tokenizer import FILE_NAMES, Tokenizer
 
+_OF_A_RUN = ("metrics.jsonl", "launch.yaml")  # a run that has begun, and one that will
+
 
 def prepare(config: DataPrepConfig, overwrite: bool = False) -> Manifest:
     """Build the data set that ``config`` describes, resuming an interrupted build.
@@ -45,6 +47,7 @@ def prepare(config: DataPrepConfig, overwrite: bool = False) -> Manifest:
     from other settings (unless ``overwrite``).
     """
     output = Path(config.output)
+    _check_output(config)
     try:
         sources = [open_source(source) for source in config.sources]
         settings = _settings(config)
@@ -73,6 +76,26 @@ def prepare(config: DataPrepConfig, overwrite: bool = False) -> Manifest:
         return manifest
     except OSError as error:
         raise UserError(_explain(error, output)) from error
+
+
+def _check_output(config: DataPrepConfig) -> None:
+    """Raise UserError for an output in a run's directory, or among the text of a source."""
+    output = Path(config.output).resolve()
+    for folder in (output, *output.parents):
+        if any((folder / name).exists() for name in _OF_A_RUN):
+            raise UserError(
+                f"output is {config.output}, which is in the directory of a run, {folder}; "
+                "expected a folder of its own, such as data/NAME"
+            )
+    for source in config.sources:
+        for entry in source.paths:
+            path = Path(entry).expanduser()
+            if path.is_dir() and output.is_relative_to(path.resolve()):
+                raise UserError(
+                    f"output is {config.output}, which is in {entry}, where source "
+                    f"'{source.name}' reads its text; expected a folder elsewhere, such as "
+                    "data/NAME"
+                )
 
 
 def _run(

@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         help="processes per run on this machine (default: tensor x pipeline, one model)",
     )
     parser.add_argument("--retry-failed", action="store_true", help="start failed members again")
+    parser.add_argument(
+        "--force", action="store_true", help="start runs with --force, see python -m pretrain"
+    )
     return parser
 
 
@@ -65,7 +68,7 @@ def _start(arguments: argparse.Namespace) -> int:
     from launch.local import processes_of
     from launch.members import DONE, FAILED, QUEUED, RUNNING, check_same_settings
     from launch.planning import print_plans
-    from launch.slurm import processes_per_node, render, submit
+    from launch.slurm import check_script, processes_per_node, render, submit
     from pretrain.model.layout import check_layout
 
     cluster = load_cluster(arguments.cluster) if arguments.cluster else ClusterConfig("local")
@@ -94,8 +97,9 @@ def _start(arguments: argparse.Namespace) -> int:
         if cluster.hardware is not None:
             print_plans(console, members, cluster.hardware, count)
         if cluster.kind == "slurm" and members:
-            script = render(cluster, grid, members, arguments.at_once)
+            script = render(cluster, grid, members, arguments.at_once, force=arguments.force)
             console.print(script, markup=False, soft_wrap=True)
+            check_script(script)
         return 0
     if len(grid.members) > 1:
         grid.directory.mkdir(parents=True, exist_ok=True)
@@ -104,7 +108,7 @@ def _start(arguments: argparse.Namespace) -> int:
         console.print("nothing to start")
         return EXIT_FAILED if failed else 0
     if cluster.kind == "slurm":
-        job, path = submit(cluster, grid, members, arguments.at_once)
+        job, path = submit(cluster, grid, members, arguments.at_once, force=arguments.force)
         console.print(f"submitted job {job}, {path}\nstatus  python -m launch status {grid.path}")
         return 0
     return _run_here(arguments, grid, members, bool(failed))
@@ -112,18 +116,22 @@ def _start(arguments: argparse.Namespace) -> int:
 
 def _run_here(arguments: Any, grid: Any, members: Any, failed: bool) -> int:
     from launch.commands import console_of, states_of, table
-    from launch.local import run_queue
+    from launch.local import PASSED_OVER, run_queue
 
     console = console_of()
 
     def show(member: Any, what: str) -> None:
-        if len(members) > 1:
+        if len(members) > 1 or what in PASSED_OVER:  # one run says the rest itself
             # The members go on where the screen, or what reads it, is gone.
             with contextlib.suppress(OSError, SystemExit):
-                console.print(f"{member.name}: {what}")
+                console.print(f"{member.name or grid.name}: {what}")
 
     statuses = run_queue(
-        members, at_once=arguments.at_once or 1, processes=arguments.processes, show=show
+        members,
+        at_once=arguments.at_once or 1,
+        processes=arguments.processes,
+        force=arguments.force,
+        show=show,
     )
     if len(grid.members) > 1:
         console.print(table(grid, states_of(grid)))

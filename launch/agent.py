@@ -43,6 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.agent", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--nproc-per-node", type=int, required=True)
+    parser.add_argument("--force", action="store_true")
     arguments = parser.parse_args()
 
     from pretrain.config import load_saved_config
@@ -52,6 +53,8 @@ def main() -> int:
     node = int(os.environ.get("SLURM_NODEID", "0"))
     directory = RunDirectory(arguments.config.parent)
     command = _torchrun(arguments.config, arguments.nproc_per_node, node)
+    if arguments.force:
+        command.append("--force")
     if node == 0:
         directory.write_launch(
             started=time.time(),

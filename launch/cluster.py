@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from launch.cluster_checks import check_cluster
 from pretrain.common.config_loader import Config, ConfigError, load_config, setting
 from pretrain.common.shipped_configs import find_config
-
-_TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
 
 
 @dataclass
@@ -68,9 +66,9 @@ class ClusterConfig(Config):
     python: str = "python"
     """The interpreter that has the project."""
     sbatch_options: list[str] = field(default_factory=list)
-    """Further options of sbatch, as on its command line."""
+    """Further options of sbatch, one in each entry, as ``--gres=gpu:8``."""
     srun_options: list[str] = field(default_factory=list)
-    """Further options of srun, as on its command line."""
+    """Further options of srun, one in each entry."""
     hardware: str | None = None
     """File of a machine, or its name in ``configs/hardware``, that ``--dry-run`` plans with."""
 
@@ -98,9 +96,5 @@ def load_cluster(path: str | Path) -> ClusterConfig:
     """
     file = find_config(path, "clusters")
     config = load_config(ClusterConfig, file)
-    if config.time is not None and not _TIME.fullmatch(config.time):
-        raise ConfigError(
-            f"{file}: time is '{config.time}', expected Slurm's format in quotes: minutes, "
-            "hours:minutes:seconds or days-hours:minutes:seconds"
-        )
+    check_cluster(config, str(file))
     return config

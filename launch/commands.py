@@ -31,6 +31,7 @@ from launch.members import (
 from launch.slurm import cancel as cancel_jobs
 from launch.slurm import queue_states
 from pretrain.common.errors import UserError
+from pretrain.common.process_identity import send_signal
 from pretrain.run_directory import RunDirectory
 
 
@@ -57,19 +58,35 @@ def cancel(arguments: Sequence[str]) -> int:
     parser = _parser("cancel", "Make running members save and exit, and dequeue waiting ones.")
     options = parser.parse_intermixed_args(arguments)
     grid, states = load(options.config, options.overrides)
-    ended = cancel_jobs(grid.members)
+    console, queued = console_of(), cancel_jobs(grid.members)
     for member in grid.members:
-        values = RunDirectory(member.config.run_directory).read_launch()
-        here = values.get("host") == os.uname().nodename and values.get("pid")
-        if states[member.name].state == RUNNING and member.name not in ended and here:
-            os.kill(int(values["pid"]), signal.SIGTERM)
-            ended.append(member.name)
-    console = console_of()
-    for name in ended:
-        console.print(f"{name or grid.name}: asked to save and exit")
-    if not ended:
+        if member.name not in queued and states[member.name].state != RUNNING:
+            continue
+        words = "asked to save and exit"
+        if member.name not in queued:
+            words = _stop(RunDirectory(member.config.run_directory)) or words
+        console.print(f"{member.name or grid.name}: {words}")
+    if not queued and all(state.state != RUNNING for state in states.values()):
         console.print("nothing is running or queued")
     return 0
+
+
+def _stop(directory: RunDirectory) -> str:
+    """Ask the process that trains in a directory to save and exit; return why that cannot be done.
+
+    That is the one that holds the lock, whoever started it; before it does, the one that a launcher
+    has just started.
+    """
+    locked = directory.is_locked()
+    process = directory.lock_holder() if locked else directory.read_launch()
+    directory.write_launch(cancelled=time.time())
+    if send_signal(process, signal.SIGTERM):
+        return ""
+    directory.write_launch(cancelled=None)
+    host = process.get("host")
+    if host not in (None, os.uname().nodename):
+        return f"not asked, it runs on {host}: run this command there"
+    return "not asked, its process is not known: stop it where it was started"
 
 
 def logs(arguments: Sequence[str]) -> int:

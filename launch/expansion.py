@@ -14,13 +14,14 @@
       match: parameters                              # see launch/matching.py
 
 Values of an axis may have labels for the members' names, ``{pure: "8*gdn", hybrid: ...}``, which
-``exclude`` and ``include`` may use too.
+``exclude`` and ``include`` may use too. A grid replaces the one of a file that it extends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +31,14 @@ from typing import Any
 from launch.grid import Grid, Member
 from launch.matching import match_members
 from launch.throughput import read_throughput
-from pretrain.common.config_loader import ConfigError, load_config, load_values
+from pretrain.common.config_loader import ConfigError, load_config, load_values, nearest
 from pretrain.config import RunConfig, check_run_config
 from pretrain.model.spec import check_model
 
 _LONGEST_NAME = 80
 _RESERVED = ("zip", "exclude", "include", "match")
+_OF_THE_GRID = ("name", "directory", "grid", "extends")  # settings that its members cannot have
+_MOST_MEMBERS = 1000  # as Slurm's default MaxArraySize allows
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,13 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), *, measuring: boo
     ``measuring`` loads a grid with ``match: time`` before its members' speeds are known. Raises
     ConfigError, naming the member, where any could not run.
     """
+    _check_grid_overrides(overrides, str(path))
     values = load_values(path, overrides)
     section = values.pop("grid", None)
     name = str(values.get("name"))
     directory = Path(values.get("directory") or Path("runs") / name)
     points = _points(section, str(path)) if section is not None else [{}]
+    _check_overrides(overrides, points, str(path))
     differing = [
         key
         for key in sorted({k for p in points for k in p})
@@ -98,11 +103,12 @@ def _points(section: Any, where: str) -> list[dict[str, Choice]]:
     zips = section.get("zip") or []
     for group in [zips] if isinstance(zips, Mapping) else zips:
         axes.append(_zipped(group, where))
+    included = _conditions(section, "include", where)
+    _check_number(axes, len(included), where)
     points = [_merged(parts) for parts in itertools.product(*axes)] if axes else []
-    excluded = _conditions(section, "exclude", where)
-    points = [p for p in points if not any(_matches(p, e) for e in excluded)]
+    points = _without_excluded(points, _conditions(section, "exclude", where), where)
     labelled = {(key, choice.label): choice for point in points for key, choice in point.items()}
-    for extra in _conditions(section, "include", where):
+    for extra in included:
         points.append(
             {
                 key: labelled.get((key, _text(value)), Choice(value, _text(value)))
@@ -110,8 +116,103 @@ def _points(section: Any, where: str) -> list[dict[str, Choice]]:
             }
         )
     if not points:
-        raise ConfigError(f"{where}: grid has no members; add axes or include, or exclude fewer")
+        raise ConfigError(
+            f"{where}: grid has no members; add axes or include, or exclude fewer (axes of a file "
+            "that it extends do not count)"
+        )
+    for key in {key for point in points for key in point}:
+        if key in _OF_THE_GRID:
+            raise ConfigError(
+                f"{where}: grid has an axis '{key}', which is the grid's and not its members': "
+                "their names and directories follow from the settings that differ; name other "
+                "settings as axes, and label their values, {label: value}"
+            )
     return points
+
+
+def _check_number(axes: Sequence[Sequence[Any]], included: int, where: str) -> None:
+    """Raise ConfigError for more members than anyone starts; nothing is expanded before."""
+    lengths = [len(axis) for axis in axes]
+    count = (math.prod(lengths) if lengths else 0) + included
+    if count > _MOST_MEMBERS:
+        raise ConfigError(
+            f"{where}: grid has {count:,} members, {' x '.join(map(str, lengths))} by its axes and "
+            f"{included} by include, expected at most {_MOST_MEMBERS:,}: list fewer values, let "
+            "axes advance together (zip), or cut it into several grids"
+        )
+
+
+def _without_excluded(
+    points: Sequence[dict[str, Choice]], excluded: Sequence[Mapping[str, Any]], where: str
+) -> list[dict[str, Choice]]:
+    """Return the points that no entry of ``exclude`` matches; each must match one at least."""
+    axes = sorted({key for point in points for key in point})
+    for entry in excluded:
+        for key in entry:
+            if key not in axes:
+                raise ConfigError(
+                    f"{where}: grid.exclude has {key}{nearest(key, axes)}, which is no axis of the "
+                    f"grid; its axes: {', '.join(axes) or 'none'}"
+                )
+        if not any(_matches(point, entry) for point in points):
+            raise ConfigError(
+                f"{where}: grid.exclude has {dict(entry)}, which matches no member; expected "
+                "values or labels of the axes that come together: "
+                + "; ".join(f"{key}: {_listed(points, key)}" for key in entry)
+            )
+    return [p for p in points if not any(_matches(p, entry) for entry in excluded)]
+
+
+def _listed(points: Sequence[dict[str, Choice]], key: str) -> str:
+    """Return the labels of an axis, for a message."""
+    return ", ".join(dict.fromkeys(point[key].label for point in points if key in point))
+
+
+def _check_grid_overrides(overrides: Sequence[str], where: str) -> None:
+    """Raise ConfigError for an override of an axis whose name has dots: it would mean a section."""
+    for item in overrides:
+        head, *rest = item.lstrip("-").partition("=")[0].split(".")
+        if head == "grid" and len(rest) > 1 and rest[0] != "zip":
+            raise ConfigError(
+                f"{where}: override '{item}': the axis {'.'.join(rest)} is set in a file alone; "
+                f"expected one that extends {where} and has a grid of its own"
+            )
+
+
+def _check_overrides(
+    overrides: Sequence[str], points: Sequence[dict[str, Choice]], where: str
+) -> None:
+    """Raise ConfigError for an override of what an axis sets: members' names would be wrong."""
+    choices: dict[str, list[Any]] = {}
+    for point in points:
+        for key, choice in point.items():
+            choices.setdefault(key, []).append(choice.value)
+    for item in overrides:
+        name = item.lstrip("-").partition("=")[0]
+        for axis, values in choices.items():
+            inside = name.startswith(f"{axis}.")  # of a section that the axis may set
+            path = name.removeprefix(f"{axis}.").split(".")
+            if (
+                name == axis
+                or axis.startswith(f"{name}.")
+                or (inside and any(_has(value, path) for value in values))
+            ):
+                raise ConfigError(
+                    f"{where}: override '{item}' replaces what the grid's axis {axis} sets, so the "
+                    "members' names would not be true; leave it out, or give a file that extends "
+                    f"{where} a grid of its own without this axis"
+                )
+
+
+def _has(value: Any, path: Sequence[str]) -> bool:
+    """Return whether a section says something about the setting at ``path``."""
+    for name in path:
+        if not isinstance(value, Mapping):
+            return True  # such as null: the override makes a section of it
+        if name not in value:
+            return False
+        value = value[name]
+    return True
 
 
 def _choices(key: str, values: Any, where: str) -> list[Choice]:

@@ -12,10 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from launch.claims import Claim, claim
 from launch.grid import Member
+from launch.members import DONE, member_state
 from pretrain.common.errors import EXIT_STOPPED, UserError
+from pretrain.common.process_identity import identity_of
 from pretrain.config import RunConfig
 from pretrain.run_directory import RunDirectory
+
+# What becomes of members that need not be started after all.
+PASSED_OVER = (
+    "left to another launcher, which is running it",
+    "left out, it is running already",
+    "done already",
+)
 
 
 @dataclass
@@ -25,6 +35,7 @@ class Running:
     member: Member
     process: subprocess.Popen[bytes]
     output: IO[bytes] | None
+    claim: Claim
 
 
 def processes_of(config: RunConfig, wanted: int | None = None) -> int:
@@ -43,11 +54,15 @@ def processes_of(config: RunConfig, wanted: int | None = None) -> int:
     return count
 
 
-def command_of(config_path: Path, processes: int) -> list[str]:
-    """Return the command that starts a run, with torchrun if there are several processes."""
+def command_of(config_path: Path, processes: int, *, force: bool = False) -> list[str]:
+    """Return the command that starts a run, with torchrun if there are several processes.
+
+    ``force``: with ``--force``.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     launcher = torchrun if processes > 1 else []
-    return [sys.executable, *launcher, "-m", "pretrain", str(config_path)]
+    forced = ["--force"] if force else []
+    return [sys.executable, *launcher, "-m", "pretrain", str(config_path), *forced]
 
 
 def run_queue(
@@ -55,12 +70,14 @@ def run_queue(
     *,
     at_once: int,
     processes: int | None,
+    force: bool = False,
     show: Callable[[Member, str], None],
 ) -> dict[str, int]:
     """Run all members, ``at_once`` at a time, and return their exit statuses by name.
 
     A single member writes to the screen. An interrupt is forwarded to the running members, which
-    save and exit, and ends the queue. ``show`` is called when a member starts and ends.
+    save and exit, and ends the queue. ``show`` is called when a member starts and ends. One that
+    runs elsewhere or is done by now is passed over, with status 0.
     """
     waiting, statuses = list(members), dict[str, int]()
     running: list[Running] = []
@@ -77,7 +94,18 @@ def run_queue(
         while running or (waiting and not stopped):
             while waiting and len(running) < at_once and not stopped:
                 member = waiting.pop(0)
-                running.append(_start(member, processes, at_once, alone))
+                found = _claim(member)
+                if isinstance(found, str):
+                    statuses[member.name] = 0
+                    show(member, found)
+                    continue
+                count = processes_of(member.config, processes)
+                command = command_of(
+                    RunDirectory(member.config.run_directory).launch_config_file, count, force=force
+                )
+                running.append(
+                    _start(member, command, environment_of(count, at_once), alone, found)
+                )
                 show(member, "started")
             time.sleep(0.1)
             for run in [r for r in running if r.process.poll() is not None]:
@@ -103,24 +131,44 @@ def environment_of(processes: int, at_once: int = 1) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 
-def _start(member: Member, processes: int | None, at_once: int, alone: bool) -> Running:
-    config = member.config
-    directory = RunDirectory(config.run_directory)
-    directory.write_launch_config(config)
-    count = processes_of(config, processes)
-    command = command_of(directory.launch_config_file, count)
+def _claim(member: Member) -> Claim | str:
+    """Claim a member that is to be started; return why it is not where it need not be.
+
+    Another launcher may have come to it since this one looked.
+    """
+    directory = RunDirectory(member.config.run_directory)
+    found = claim(directory)
+    if found is None:
+        return PASSED_OVER[0]
+    if directory.is_locked():
+        reason = PASSED_OVER[1]
+    elif member_state(member, held=False).state == DONE:
+        reason = PASSED_OVER[2]
+    else:
+        return found
+    found.release()
+    return reason
+
+
+def _start(
+    member: Member, command: list[str], environment: dict[str, str], alone: bool, held: Claim
+) -> Running:
+    directory = RunDirectory(member.config.run_directory)
+    directory.write_launch_config(member.config)
     output = None if alone else directory.output_file.open("ab")
-    directory.write_launch(command=command, started=time.time(), status=None, reason=None)
+    directory.write_launch(
+        command=command, started=time.time(), status=None, reason=None, cancelled=None
+    )
     process = subprocess.Popen(
         command,
         stdout=output,
         stderr=subprocess.STDOUT if output else None,
-        env=environment_of(count, at_once),
+        env=environment,
         # Ctrl-C reaches the terminal's whole process group: children must get it only from here.
         start_new_session=True,
     )
-    directory.write_launch(pid=process.pid, host=os.uname().nodename)
-    return Running(member, process, output)
+    directory.write_launch(**identity_of(process.pid))
+    return Running(member, process, output, held)
 
 
 def _finished(run: Running, *, stopped: bool) -> tuple[int, str]:
@@ -131,13 +179,14 @@ def _finished(run: Running, *, stopped: bool) -> tuple[int, str]:
     status = run.process.returncode
     if run.output is not None:
         run.output.close()
-    if status and stopped:
-        status = EXIT_STOPPED
     directory = RunDirectory(run.member.config.run_directory)
+    if status and (stopped or directory.read_launch().get("cancelled")):
+        status = EXIT_STOPPED
     reason = ""
     if status not in (0, EXIT_STOPPED):
         reason = directory.last_error() or f"exit status {status}"
     directory.write_launch(ended=time.time(), status=status, reason=reason)
+    run.claim.release()
     words = {0: "done", EXIT_STOPPED: "stopped, saved"}.get(status, f"failed: {reason}")
     return status, words
 

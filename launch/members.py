@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 
+from launch.claims import is_claimed
 from launch.grid import Member
 from pretrain.checkpoint.state import read_state
 from pretrain.common.config_loader import ConfigError, flattened
@@ -16,11 +17,15 @@ from pretrain.run_directory import RunDirectory
 
 WAITING, QUEUED, RUNNING = "waiting", "queued", "running"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
-# Settings that may change when a run is started again.
-_CHANGEABLE = (
+# Settings that may change when a run is started again: how far and how it goes on.
+CHANGEABLE = (
     "train.steps",
     "train.tokens",
     "train.threads",
+    "train.activation_checkpointing",
+    "train.nonfinite",
+    "train.spikes.",
+    "eval.",
     "logging.",
     "checkpoint.",
     "validation.",
@@ -54,7 +59,7 @@ class MemberState:
 def member_state(member: Member, *, held: bool = True) -> MemberState:
     """Read a member's state from its run directory, on any machine that sees it.
 
-    ``held``: also check whether a process is training there.
+    ``held``: also check whether a process is training there, or a launcher is at it.
     """
     directory = RunDirectory(member.config.run_directory)
     found = MemberState(WAITING)
@@ -65,7 +70,7 @@ def member_state(member: Member, *, held: bool = True) -> MemberState:
             found.step, found.loss = last["step"], last["loss"]
             found.tokens_per_second = last.get("tokens_per_second")
     launched = directory.read_launch()
-    if held and directory.is_locked():
+    if held and (directory.is_locked() or is_claimed(directory)):
         found.state = RUNNING
     elif _is_complete(directory, member.config, launched.get("status")):
         found.state = DONE
@@ -93,7 +98,7 @@ def check_same_settings(member: Member) -> None:
     differences = [
         f"{key} is {was.get(key)} there and {now.get(key)} here"
         for key in sorted({*was, *now})
-        if was.get(key) != now.get(key) and not key.startswith(_CHANGEABLE)
+        if was.get(key) != now.get(key) and not key.startswith(CHANGEABLE)
     ]
     if differences:
         raise ConfigError(

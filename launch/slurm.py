@@ -16,18 +16,25 @@ from launch.cluster import ClusterConfig
 from launch.grid import Grid, Member
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
+from pretrain.common.text import control_character
 from pretrain.run_directory import RunDirectory
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(
-    cluster: ClusterConfig, grid: Grid, members: Sequence[Member], at_once: int | None
+    cluster: ClusterConfig,
+    grid: Grid,
+    members: Sequence[Member],
+    at_once: int | None,
+    *,
+    force: bool = False,
 ) -> str:
     """Return the batch script for ``members`` of a grid.
 
-    ``at_once`` limits how many run at a time. Raises UserError where the members need different
-    numbers of processes per node.
+    ``at_once`` limits how many run at a time; ``force`` starts them with ``--force``. Raises
+    UserError where the members need different numbers of processes per node, or a name cannot be
+    written in a script.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -37,19 +44,28 @@ def render(
     )
     environment.filters["quote"] = shlex.quote
     directories = [str(m.config.run_directory.resolve()) for m in members]
-    python = cluster.python
+    for text in (grid.name, str(Path.cwd()), *directories):
+        found = control_character(text)
+        if found is not None:
+            raise UserError(f"{text!r} has {found}, expected a name without control characters")
+    command = [cluster.python]
     if cluster.container is not None and cluster.container.runtime == "apptainer":
-        python = _apptainer(cluster, python)
+        command = _apptainer(cluster, cluster.python)
     return environment.get_template("slurm.sh.j2").render(
-        name=grid.name,
         cluster=cluster,
         directories=directories,
-        python=python,
-        options=_sbatch_options(cluster, grid, len(members), at_once),
-        srun=_srun_options(cluster),
+        command=shlex.join(command),
+        options=[_directive(x) for x in _sbatch_options(cluster, grid, len(members), at_once)],
+        srun=shlex.join(_srun_options(cluster)),
         processes=processes_per_node(cluster, members),
+        force=force,
         working_directory=str(Path.cwd()),
     )
+
+
+def _directive(option: str) -> str:
+    """Quote an option for a line of #SBATCH, where a backslash counts within single quotes too."""
+    return shlex.quote(option.replace("\\", "\\\\"))
 
 
 def processes_per_node(cluster: ClusterConfig, members: Sequence[Member]) -> int:
@@ -70,6 +86,7 @@ def _sbatch_options(
     cluster: ClusterConfig, grid: Grid, count: int, at_once: int | None
 ) -> list[str]:
     given = {
+        "job-name": grid.name,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
@@ -81,7 +98,10 @@ def _sbatch_options(
         "mem": cluster.memory,
     }
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    options.append(f"--output={(grid.directory / 'slurm-%j.txt').resolve()}")
+    folder = str(grid.directory.resolve())
+    if "\\" in folder:  # Slurm would write to another file
+        raise UserError(f"{folder} has a backslash, which Slurm reads as no part of a file's name")
+    options.append(f"--output={folder.replace('%', '%%')}/slurm-%j.txt")
     if count > 1:
         throttle = f"%{at_once}" if at_once is not None else ""
         options.append(f"--array=0-{count - 1}{throttle}")
@@ -95,24 +115,49 @@ def _srun_options(cluster: ClusterConfig) -> list[str]:
         options.append(f"--cpus-per-task={cluster.cpus_per_node}")
     container = cluster.container
     if container is not None and container.runtime == "pyxis":
-        options.append(f"--container-image={shlex.quote(container.image)}")
+        options.append(f"--container-image={container.image}")
         if container.mounts:
-            options.append(f"--container-mounts={shlex.quote(','.join(container.mounts))}")
+            options.append(f"--container-mounts={','.join(container.mounts)}")
     return [*options, *cluster.srun_options]
 
 
-def _apptainer(cluster: ClusterConfig, python: str) -> str:
+def _apptainer(cluster: ClusterConfig, python: str) -> list[str]:
     container = cluster.container
     assert container is not None
     words = ["apptainer", "exec", *(["--nv"] if cluster.gpus_per_node else [])]
     words += [f"--bind={mount}" for mount in container.mounts]
-    return shlex.join([*words, container.image, python])
+    return [*words, container.image, python]
+
+
+def check_script(script: str) -> None:
+    """Have sbatch check a script without submitting it, where a Slurm answers.
+
+    Raises UserError with Slurm's reason where it would refuse the job.
+    """
+    if shutil.which("sbatch") is None or shutil.which("scontrol") is None:
+        return
+    if subprocess.run(["scontrol", "ping"], capture_output=True, check=False).returncode:
+        return  # no part of a cluster, or its controller is away
+    done = subprocess.run(
+        ["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"sbatch would refuse this script: {_reason(done)}")
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    return " ".join((done.stderr.strip() or done.stdout.strip()).split())
 
 
 def submit(
-    cluster: ClusterConfig, grid: Grid, members: Sequence[Member], at_once: int | None
+    cluster: ClusterConfig,
+    grid: Grid,
+    members: Sequence[Member],
+    at_once: int | None,
+    *,
+    force: bool = False,
 ) -> tuple[str, Path]:
-    """Submit members of a grid to Slurm; return the job's id and the script's path.
+    """Submit members of a grid to Slurm, as :func:`render` says; return job id and script.
 
     Raises UserError without Slurm, or with Slurm's reason where it refuses the job.
     """
@@ -121,7 +166,7 @@ def submit(
             "there is no sbatch on PATH, so this machine is not part of a Slurm cluster: log in to "
             "one that is, or omit --cluster to run here"
         )
-    script = render(cluster, grid, members, at_once)
+    script = render(cluster, grid, members, at_once, force=force)
     grid.directory.mkdir(parents=True, exist_ok=True)
     path = grid.directory / "job.sh"
     write_bytes(path, script.encode())
@@ -131,7 +176,7 @@ def submit(
         ["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise UserError(f"sbatch refused {path}: {done.stderr.strip() or done.stdout.strip()}")
+        raise UserError(f"sbatch refused {path}: {_reason(done)}")
     job = done.stdout.strip().split(";")[0]
     for index, member in enumerate(members):
         number = f"{job}_{index}" if len(members) > 1 else job

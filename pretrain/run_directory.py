@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes, write_json
+from pretrain.common.process_identity import identity_of
 from pretrain.config import ConfigError, RunConfig, legacy, load_saved_config, to_yaml
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ class RunDirectory:
     def metrics_file(self) -> Path:
         """Return the file of what was measured at a step, a JSON object per line."""
         return self.path / METRICS_FILE
+
+    @property
+    def wandb_file(self) -> Path:
+        """Return the file that says which runs of Weights & Biases mirror this one."""
+        return self.path / "wandb.json"
 
     @property
     def rolled_back_metrics_file(self) -> Path:
@@ -279,6 +285,7 @@ class RunDirectory:
         while True:
             try:
                 fcntl.flock(self._lock_handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._write_lock_holder(self._lock_handle)
                 return
             except BlockingIOError:
                 if time.monotonic() < until:  # it may be is_locked of another process
@@ -312,6 +319,25 @@ class RunDirectory:
             f"the run directory {self.path} {what} while the run was training in it, so nothing "
             "more can be saved; run the same command again to start from what is there now"
         )
+    def _write_lock_holder(self, handle: int) -> None:
+        """Write who holds the lock into its file, for whoever wants to stop the run."""
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(identity_of(os.getpid())).encode(), 0)
+        except OSError:  # a full disk: the run is stopped as well where it was started
+            pass
+
+    def lock_holder(self) -> dict[str, Any]:
+        """Return which process took the lock last; an empty dict where that is not known.
+
+        It holds the lock where :meth:`is_locked` says so. See
+        :func:`pretrain.common.process_identity.identity_of`.
+        """
+        try:
+            values = json.loads(self.lock_file.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return values if isinstance(values, dict) else {}
 
     def release_lock(self) -> None:
         """Unlock the directory for another run; nothing happens where the lock is not held."""

@@ -247,8 +247,12 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise ConfigError(f"{path}: expected a mapping of settings at the top, found a list")
     extends = values.pop("extends", None)
     bases = [] if extends is None else [extends] if isinstance(extends, str) else list(extends)
-    parents = [_read(path.parent / str(base), (*seen, resolved)) for base in bases]
-    return cast("DictConfig", OmegaConf.merge(*parents, values))
+    merged = OmegaConf.create({})
+    for part in (*(_read(path.parent / str(base), (*seen, resolved)) for base in bases), values):
+        if "grid" in part:  # replaced, not merged: axes make sense together
+            merged.pop("grid", None)
+        merged = cast("DictConfig", OmegaConf.merge(merged, part))
+    return merged
 
 
 def _override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:

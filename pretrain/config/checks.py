@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pretrain.common.config_loader import ConfigError, check_of, load_config, validate
 from pretrain.common.errors import UserError
+from pretrain.common.text import control_character
 from pretrain.config.model import ModelConfig, MoEConfig, RecursionConfig
 from pretrain.config.optimizer import WHOLE_MATRICES, OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
@@ -56,6 +57,12 @@ def _check_run(config: RunConfig, where: str) -> None:
     train = config.train
     if config.name in ("", ".", "..") or "/" in config.name:
         raise ConfigError(f"{where}: name is '{config.name}', expected a plain name for a folder")
+    for key, text in (("name", config.name), ("directory", config.directory or "")):
+        if (found := control_character(text)) is not None:
+            raise ConfigError(
+                f"{where}: {key} is {text!r}, expected text without control characters such as "
+                f"{found}"
+            )
     if (train.steps is None) == (train.tokens is None):
         raise ConfigError(
             f"{where}: train.steps is {train.steps} and train.tokens {train.tokens}, "

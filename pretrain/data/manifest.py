@@ -152,3 +152,12 @@ def content_hash(shards: list[ShardEntry], tokenizer_sha256: str) -> str:
 def settings_hash(settings: dict[str, Any]) -> str:
     """Return one hash for all settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def is_data_set(folder: Path) -> bool:
+    """Return whether a folder is what ``python -m data_prep`` wrote."""
+    try:
+        values = json.loads((folder / NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"tokenizer", "shards"} <= values.keys()

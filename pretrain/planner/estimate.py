@@ -36,9 +36,15 @@ class Planner:
         """Return the model's parameters and FLOPs."""
         return count_model(self.config.model, self.vocab_size, self.config.train.seq_len)
 
-    def units(self, parallel: ParallelConfig, checkpointing: str) -> Units:
-        """Return the cost of each unit of the model on one process."""
-        key = (parallel.tensor, parallel.sequence, parallel.micro_batch_size, checkpointing)
+    def units(
+        self, parallel: ParallelConfig, checkpointing: str, *, simulate: bool = True
+    ) -> Units:
+        """Return the cost of each unit of the model on one process.
+
+        Without ``simulate`` the parameters alone are counted, which takes a fraction of a second.
+        """
+        layout = (parallel.tensor, parallel.sequence, parallel.micro_batch_size)
+        key = (*layout, checkpointing, simulate)
         if key not in self._units:
             train = self.config.train
             self._units[key] = measure_units(
@@ -50,6 +56,7 @@ class Planner:
                 dtype=DTYPES[train.precision],
                 activation_checkpointing=checkpointing,
                 optimizer=self.config.optimizer.kind,
+                simulate=simulate,
             )
         return self._units[key]
 
@@ -78,28 +85,60 @@ class Planner:
             peak_flops=self.hardware.peak_flops(train.precision),
         )
 
-    def _stages(
-        self, parallel: ParallelConfig, units: Units, data: int, micro_batches: int
-    ) -> list[StageEstimate]:
+    def state_memory(self, parallel: ParallelConfig, devices: int) -> list[dict[str, float]]:
+        """Return the bytes of ``weights``, ``gradients`` and ``optimizer`` by pipeline stage.
+
+        They are there in every step, whatever the micro-batches; nothing is simulated.
+        """
+        units = self.units(parallel, "none", simulate=False)
+        data, kinds = devices // parallel.model_size, ("weights", "gradients", "optimizer")
+        states = [
+            self._held_memory(parallel, *self._held_parameters(parallel, local, units), data)
+            for local in self._local_stages(parallel)
+        ]
+        return [{kind: memory[kind] for kind in kinds} for memory in states]
+
+    def _local_stages(self, parallel: ParallelConfig) -> list[list[Stage]]:
+        """Return the model chunks of each pipeline stage."""
         count, parts = parallel.pipeline, parallel.virtual_pipeline
         model, train = self.config.model, self.config.train
         all_stages = split_into_stages(
             model, self.vocab_size, train.seq_len, count * parts, "config"
         )
+        return [all_stages[rank::count] for rank in range(count)]
+
+    def _held_parameters(
+        self, parallel: ParallelConfig, local: Sequence[Stage], units: Units
+    ) -> tuple[Counter[ParameterKind], Counter[ParameterKind]]:
+        """Return the parameters of a process by kind: those of experts apart."""
+        held, experts = (Counter[ParameterKind]() for _ in range(2))
+        for unit in self._held(local, units):
+            held.update(unit.parameters)
+            experts.update(unit.experts)
+        return held, Counter({k: n // parallel.expert for k, n in experts.items()})
+
+    def _held_memory(
+        self,
+        parallel: ParallelConfig,
+        held: Counter[ParameterKind],
+        experts: Counter[ParameterKind],
+        data: int,
+    ) -> dict[str, float]:
+        memory = self._state_memory(parallel, held, data)
+        if experts:  # copies of an expert are fewer, so less of its optimizer is sharded
+            copies = data * parallel.tensor // parallel.expert
+            for kind, more in self._state_memory(parallel, experts, copies).items():
+                memory[kind] = (max if kind == "update" else add)(memory[kind], more)
+        return memory
+
+    def _stages(
+        self, parallel: ParallelConfig, units: Units, data: int, micro_batches: int
+    ) -> list[StageEstimate]:
         stages = []
-        for rank in range(count):
-            local = all_stages[rank::count]
+        for rank, local in enumerate(self._local_stages(parallel)):
             chains = [list(self._chain(stage, units)) for stage in local]
-            held, experts = (Counter[ParameterKind]() for _ in range(2))
-            for unit in self._held(local, units):
-                held.update(unit.parameters)
-                experts.update(unit.experts)
-            experts = Counter({k: n // parallel.expert for k, n in experts.items()})
-            memory = self._state_memory(parallel, held, data)
-            if experts:  # copies of an expert are fewer, so less of its optimizer is sharded
-                copies = data * parallel.tensor // parallel.expert
-                for kind, more in self._state_memory(parallel, experts, copies).items():
-                    memory[kind] = (max if kind == "update" else add)(memory[kind], more)
+            held, experts = self._held_parameters(parallel, local, units)
+            memory = self._held_memory(parallel, held, experts, data)
             memory.update(self._activation_memory(parallel, chains, rank, micro_batches, memory))
             costs = [(u.forward, u.backward, trained) for chain in chains for u, trained in chain]
             seconds = [
@@ -229,8 +268,8 @@ class Planner:
             # A CPU's memory counts when it is written to: see _activation_memory.
             memory["communication"] = 0.0 if self._fills_late(parallel) else bucket
         if parallel.zero_stage == 3:
-            live = min(_LIVE_PARAMETERS, total)
-            memory["weights"] = width * (total / data + live)
+            memory["weights"] = width * total / data
+            memory["communication"] += width * min(_LIVE_PARAMETERS, total)  # gathered
         return memory
 
     def _activation_memory(

@@ -95,8 +95,9 @@ def measure_units(
     dtype: torch.dtype,
     activation_checkpointing: str,
     optimizer: str,
+    simulate: bool = True,
 ) -> Units:
-    """Simulate every kind of unit.
+    """Simulate every kind of unit; without ``simulate`` only count what each holds.
 
     The tensor and sequence parallelism and the micro-batch size are those of ``parallel``.
     """
@@ -105,7 +106,7 @@ def measure_units(
         model = LanguageModel(
             config, vocab_size, context, activation_checkpointing=activation_checkpointing
         )
-    return _Measurement(model, parallel, hardware, seq_len, optimizer).all()
+    return _Measurement(model, parallel, hardware, seq_len, optimizer, simulate).all()
 
 
 class _Measurement:
@@ -116,8 +117,9 @@ class _Measurement:
         hardware: Hardware,
         seq_len: int,
         optimizer: str,
+        simulate: bool,
     ):
-        self.optimizer = optimizer
+        self.optimizer, self.simulate = optimizer, simulate
         self.model, self.hardware, self.seq_len = model, hardware, seq_len
         self.rows = parallel.micro_batch_size
         self.token_shards = parallel.tensor if parallel.sequence else 1
@@ -167,6 +169,8 @@ class _Measurement:
 
         The extrapolation is linear in the length, from shorter ones.
         """
+        if not self.simulate:
+            return Cost(), Cost()
         length = self.seq_len
         short = max(2 ** (math.ceil(math.log2(length)) - 4), 64)
         if length < 8 * short:

@@ -49,11 +49,11 @@ class RunLog:
         if not active:
             return
         self.console = _Console(highlight=False, soft_wrap=True)
-        self._keep_metrics_up_to(step)
+        repeats = self._keep_metrics_up_to(step)
         self._file = LinesFile(directory.metrics_file)
         self._text = LinesFile(directory.log_file)
         try:
-            self._trackers = open_trackers(config, directory, step)
+            self._trackers = open_trackers(config, directory, step, repeats=repeats)
         except BaseException:
             self.close()
             raise
@@ -69,11 +69,17 @@ class RunLog:
             self._progress.update(self._task, completed=step)
             self._progress.start()
 
-    def _keep_metrics_up_to(self, step: int) -> None:
-        """Drop the lines of steps that will be repeated, and a last line cut short."""
-        if self.directory.metrics_file.exists():
-            rows = self.directory.read_metrics()
-            self.directory.write_metrics([row for row in rows if row["step"] <= step])
+    def _keep_metrics_up_to(self, step: int) -> bool:
+        """Drop the lines of steps that will be repeated, and a last line cut short.
+
+        Returns whether there were any to repeat.
+        """
+        if not self.directory.metrics_file.exists():
+            return False
+        rows = self.directory.read_metrics()
+        kept = [row for row in rows if row["step"] <= step]
+        self.directory.write_metrics(kept)
+        return len(kept) < len(rows)
 
     def rewind(self, step: int) -> None:
         """Continue from an earlier step; the lines after it go to a separate file."""
@@ -121,7 +127,7 @@ class RunLog:
             numbers += f"  MFU {values['mfu']:.1%}"
             if values.get("hfu") is not None:
                 numbers += f" ({values['hfu']:.1%} with recomputation)"
-        numbers += f"  {_duration(seconds_left)} left"
+        numbers += f"  {duration(seconds_left)} left"
         line = f"step {values['step']}/{self.num_steps}  {numbers}"
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
         with self._screen():
@@ -160,7 +166,10 @@ class RunLog:
                 print(words, file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time such as ``5:07``, ``3:05:07`` or, from two days on, ``12 days``."""
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:,.0f} days"
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import re
+import time
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pretrain.common.errors import UserError
+from pretrain.common.files import write_json
 from pretrain.config import LoggingConfig
 from pretrain.run_directory import RunDirectory
 
@@ -24,15 +29,18 @@ class Tracker(Protocol):
         """Flush and close."""
 
 
-def open_trackers(config: LoggingConfig, directory: RunDirectory, step: int) -> list[Tracker]:
+def open_trackers(
+    config: LoggingConfig, directory: RunDirectory, step: int, *, repeats: bool
+) -> list[Tracker]:
     """Return the trackers that ``logging`` asks for, which continue from ``step``.
 
-    Raises UserError where the library of one is not installed.
+    ``repeats``: lines of later steps were recorded before, and come again. Raises UserError where
+    the library of a tracker is not installed.
     """
     trackers: list[Tracker] = []
     try:
         if config.wandb != "disabled":
-            trackers.append(WandbTracker(config, directory))
+            trackers.append(WandbTracker(config, directory, step, repeats=repeats))
         if config.tensorboard:
             trackers.append(TensorBoardTracker(directory, step))
     except BaseException:
@@ -42,42 +50,101 @@ def open_trackers(config: LoggingConfig, directory: RunDirectory, step: int) -> 
     return trackers
 
 
-def wandb_id(directory: RunDirectory) -> str:
-    """Return the id of the run's counterpart: another one for every path, the same on a resume.
+@dataclass
+class WandbRun:
+    """The counterparts of a run directory at W&B, one for every segment of its curve.
 
-    W&B takes at most 64 characters, and few beside letters and digits.
+    W&B drops steps that are not above the last one, so each time a run goes back to an earlier step
+    a new segment begins (its ``fork_from`` would keep the steps before, but is a preview that not
+    every server has). All are in one group.
     """
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", directory.name)[:40]
-    digest = hashlib.sha256(str(directory.path.resolve()).encode()).hexdigest()
-    return f"{name}-{digest[:16]}"
+
+    started: float
+    """Time, in seconds since 1970, when the directory's run began at its first step."""
+    segment: int = 1
+    begins_after: int | None = None
+    """Step that the segment follows; None for the first one."""
+
+    @classmethod
+    def continued(cls, directory: RunDirectory, step: int, *, repeats: bool) -> WandbRun:
+        """Return the one that a start from ``step`` logs to, and note it in the directory."""
+        try:
+            found = cls(**json.loads(directory.wandb_file.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            found = None
+        if found is None or step == 0:
+            found = cls(time.time())
+        elif repeats:
+            return found.next(directory, step)
+        found._save(directory)
+        return found
+
+    def next(self, directory: RunDirectory, step: int) -> WandbRun:
+        """Return the segment that continues from ``step``, and note it in the directory."""
+        found = WandbRun(self.started, self.segment + 1, step)
+        found._save(directory)
+        return found
+
+    def _save(self, directory: RunDirectory) -> None:
+        write_json(directory.wandb_file, dataclasses.asdict(self))
+
+    def name(self, directory: RunDirectory) -> str:
+        """Return the name that is shown."""
+        later = "" if self.begins_after is None else f" from step {self.begins_after}"
+        return f"{directory.name}{later}"
+
+    def group(self, directory: RunDirectory) -> str:
+        """Return what all segments have in common: other names, paths and starts have another.
+
+        W&B takes at most 64 characters in an id, and few beside letters and digits.
+        """
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", directory.name)[:40]
+        text = json.dumps([str(directory.path.resolve()), self.started])
+        return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def id(self, directory: RunDirectory) -> str:
+        """Return the id of the segment."""
+        later = f"-{self.segment}" if self.segment > 1 else ""
+        return f"{self.group(directory)}{later}"
 
 
 class WandbTracker:
-    """A run of Weights & Biases with the name of the run directory."""
+    """A run of Weights & Biases with the name of the run directory, and one more per rollback."""
 
-    def __init__(self, config: LoggingConfig, directory: RunDirectory):
+    def __init__(self, config: LoggingConfig, directory: RunDirectory, step: int, *, repeats: bool):
         try:
             import wandb
         except ImportError:
             raise UserError(
                 f"logging.wandb is '{config.wandb}', but wandb is not installed: pip install wandb"
             ) from None
-        mode: Any = config.wandb
-        self._run = wandb.init(
-            project=config.wandb_project,
-            name=directory.name,
-            dir=str(directory),
+        self._wandb, self._config, self._directory = wandb, config, directory
+        self._state = WandbRun.continued(directory, step, repeats=repeats)
+        self._open()
+
+    def _open(self) -> None:
+        """Begin or continue the segment."""
+        mode: Any = self._config.wandb
+        self._run = self._wandb.init(
+            project=self._config.wandb_project,
+            name=self._state.name(self._directory),
+            group=self._state.group(self._directory),
+            dir=str(self._directory),
             mode=mode,
-            id=wandb_id(directory),
+            id=self._state.id(self._directory),
             resume="allow",
         )
 
     def record(self, values: dict[str, Any]) -> None:
-        """Log the line at its step."""
-        self._run.log(values, step=values["step"])
+        """Log the line at its step, or at the last one where that is later, as after a resume."""
+        self._run.log(values, step=max(values["step"], self._run.step))
 
     def rewind(self, step: int) -> None:
-        """Do nothing: its steps only rise, and lines of earlier ones are ignored there."""
+        """Finish the segment, which keeps the later steps, and begin another one after ``step``."""
+        self._run.summary["rolled_back_to_step"] = step
+        self._run.finish()
+        self._state = self._state.next(self._directory, step)
+        self._open()
 
     def close(self) -> None:
         """Finish the run."""

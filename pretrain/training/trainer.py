@@ -51,6 +51,7 @@ from pretrain.training.callbacks import (
 from pretrain.training.engine import Engine, StepResult
 from pretrain.training.log import RunLog
 from pretrain.training.metrics import LayerMetrics
+from pretrain.training.preflight import preflight
 from pretrain.training.result import COMPLETED, NON_FINITE, STOPPED, TrainResult
 from pretrain.training.resuming import checkpoint_to_resume, describe_changes
 from pretrain.training.run_control import (
@@ -63,6 +64,7 @@ from pretrain.training.run_control import (
 )
 from pretrain.training.setup import (
     build_engine,
+    check_directory,
     check_hashes,
     describe_run,
     state_of,
@@ -154,6 +156,7 @@ class Trainer:
         this process goes on.
         """
         check_layout(self.config, world_size(), self._where)
+        check_directory(self.run_directory.path, self._where)
         with only_run(str(self.run_directory)):
             self._start, self.result, self.stopping = time.monotonic(), None, False
             try:
@@ -238,6 +241,9 @@ class Trainer:
         vocab_size = vocabulary_of(config, self.data, self._where)
         config.model.vocab_size = vocab_size  # saved with the other sizes
         self.counts = count_model(config.model, vocab_size, config.train.seq_len)
+        self._warnings = preflight(
+            config, vocab_size, self.counts.parameters, self.batches, force=self.force
+        )
         try:
             on_main_process(self.run_directory.take_lock)
             checkpoint = self._prepare(vocab_size)
@@ -323,6 +329,8 @@ class Trainer:
             f"{'GPU' if torch.cuda.is_available() else 'CPU'}"
         )
         self.log.say(describe_backends(DTYPES[train.precision]))
+        for warning in self._warnings:
+            self.log.say(f"warning: {warning}")
         if checkpoint is not None:
             damage = self.run_directory.damage_of_latest()
             if damage is not None and config.checkpoint.resume is None:

@@ -184,9 +184,11 @@ def test_sources_keep_their_own_shards_and_their_limits(tmp_path, text_folder, m
 
 
 def test_skipped_documents_are_counted_and_shown(tmp_path, model_file, capsys):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": "fine"}\n\n{"text": ""}\n')
-    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
-    manifest = prepare(files_config(tmp_path / "out", [tmp_path], model_file))
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": "fine"}\n\n{"text": ""}\n')
+    (text / "b.txt").write_bytes(b"\xff\xfe")
+    manifest = prepare(files_config(tmp_path / "out", [text], model_file))
     (source,) = manifest.sources
     assert source.skipped == {"undecodable": 2, "empty": 2}
     assert source.documents == 1
@@ -394,3 +396,29 @@ def test_huggingface_sources_go_the_same_way(tmp_path, model_file, monkeypatch):
     config = build_config(DataPrepConfig, values, "test")
     prepare(config)
     assert documents_of(Path(config.output), "train") == texts * 2
+
+
+@pytest.mark.parametrize("marker", ["metrics.jsonl", "launch.yaml"])
+@pytest.mark.parametrize("below", ["", "data/new"])
+def test_an_output_in_a_run_is_refused(tmp_path, marker, below):
+    run, text = tmp_path / "run", tmp_path / "text"
+    for folder in (run, text):
+        folder.mkdir()
+    (run / marker).write_text("")
+    (text / "a.txt").write_text("words " * 100)
+    config = files_config(run / below, [text], "none.model")
+    with pytest.raises(UserError, match=f"which is in the directory of a run, {run}; expected"):
+        prepare(config)
+    assert [p.name for p in run.iterdir()] == [marker]
+
+
+def test_an_output_among_its_own_text_is_refused(tmp_path):
+    text = tmp_path / "text"
+    (text / "deep").mkdir(parents=True)
+    (text / "a.txt").write_text("words " * 100)
+    for output in (text, text / "deep" / "data", text / "deep" / ".." / "data"):
+        with pytest.raises(
+            UserError, match="where source 'text' reads its text; expected a folder"
+        ):
+            prepare(files_config(output, [text], "none.model"))
+    assert sorted(p.name for p in text.iterdir()) == ["a.txt", "deep"]

@@ -115,6 +115,20 @@ def test_without_a_grid_it_is_one_run(tmp_path):
         ),
         ("  seed: [0]\n  exclude: [{seed: 0}]", "grid has no members; add axes or include"),
         ("  seed: [0]\n  exclude: [3]", "grid.exclude has 3"),
+        (
+            "  seed: [0, 1]\n  exclude: [{sead: 0}]",
+            r"grid.exclude has sead \(did you mean 'seed'\?\).* its axes: seed",
+        ),
+        ("  seed: [0, 1]\n  exclude: [{seed: 2}]", "matches no member.*seed: 0, 1"),
+        (
+            "  seed: [0, 1]\n  model.pattern: {pure: gdn}\n"
+            "  exclude: [{seed: 0}, {seed: 0, model.pattern: mixed}]",
+            "'model.pattern': 'mixed'}, which matches no member.*model.pattern: pure",
+        ),
+        ("  name: [a, b]", "grid has an axis 'name'"),
+        ("  zip: {directory: [a, b], seed: [0, 1]}", "grid has an axis 'directory'"),
+        ("  seed: [0]\n  include: [{grid: a}]", "grid has an axis 'grid'"),
+        ("  extends: [a.yaml]", "grid has an axis 'extends'"),
         ("  seed: [0, 1]\n  match: watts", "grid.match is 'watts', expected one of"),
         ("  {}", "expected axes"),
         ("  train.global_batch_tokens: [64, 65]", "member global_batch_tokens=65: train"),
@@ -123,6 +137,78 @@ def test_without_a_grid_it_is_one_run(tmp_path):
 def test_what_cannot_run_is_refused_as_a_whole(tmp_path, section, message):
     with pytest.raises(ConfigError, match=message):
         grid(tmp_path, section)
+
+
+def test_a_grid_is_refused_before_it_fills_the_memory(tmp_path):
+    axes = ("seed", "optimizer.lr", "schedule.warmup_steps", "train.steps")
+    section = "\n".join(f"  {axis}: {list(range(1, 101))}" for axis in axes)
+    with pytest.raises(ConfigError, match=r"100,000,000 members, 100 x 100 x 100 x 100 by its axe"):
+        grid(tmp_path, section)
+    included = ", ".join(f"{{seed: {n}}}" for n in range(1001))
+    with pytest.raises(ConfigError, match=r"1,001 members, .* 1001 by include"):
+        grid(tmp_path, f"  include: [{included}]")
+
+
+SECTION_AXIS = (
+    "  model.mixers.cell: {one: {kind: gdn, num_heads: 1}, two: {kind: gdn, num_heads: 2}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("section", "override"),
+    [
+        ("  optimizer.lr: [1e-3, 3e-4]", "optimizer.lr=5e-3"),
+        ("  optimizer.lr: [1e-3]", "--optimizer.lr=5e-3"),
+        ("  optimizer.lr: [1e-3, 3e-4]", "optimizer={lr: 5e-3}"),
+        ("  zip: {optimizer.lr: [1e-3, 3e-4], seed: [0, 1]}", "seed=3"),
+        ("  include: [{seed: 1}, {seed: 2}]", "seed=3"),
+        (SECTION_AXIS, "model.mixers.cell.num_heads=4"),
+        (SECTION_AXIS, "model.mixers={cell: {num_heads: 4}}"),
+    ],
+)
+def test_an_override_of_what_an_axis_sets_is_refused(tmp_path, section, override):
+    path = tmp_path / "g.yaml"
+    path.write_text(f"{BASE}\ngrid:\n{section}")
+    load_grid(path)
+    with pytest.raises(ConfigError, match=r"replaces what the grid's axis .* sets"):
+        load_grid(path, [override])
+
+
+def test_overrides_of_everything_else_reach_all_members(tmp_path):
+    path = tmp_path / "g.yaml"
+    path.write_text(f"{BASE}\ngrid:\n{SECTION_AXIS}\n  optimizer.lr: [1e-3, 3e-4]\n")
+    found = load_grid(
+        path, ["model.mixers.cell.head_dim=4", "optimizer.weight_decay=0.5", "seed=3"]
+    )
+    assert names(found) == [f"cell={n},lr={lr}" for n in ("one", "two") for lr in (0.001, 0.0003)]
+    for member in found.members:
+        config = member.config
+        assert (config.seed, config.optimizer.weight_decay) == (3, 0.5)
+        assert config.model.mixers["cell"]["head_dim"] == 4
+    assert names(load_grid(path, ["grid.match=tokens"])) == names(found)
+    with pytest.raises(ConfigError, match=r"the axis optimizer.lr is set in a file alone"):
+        load_grid(path, ["grid.optimizer.lr=[5e-3]"])
+
+
+def test_a_grid_replaces_that_of_the_file_it_extends(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"{BASE}\ngrid:\n  optimizer.lr: [1e-3, 3e-4]\n  match: tokens\n"
+        )
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: first.yaml\nname: c\ngrid: {seed: [0, 1]}\n")
+    found = load_grid(child)
+    assert (names(found), found.match) == (["seed=0", "seed=1"], None)
+    child.write_text("extends: first.yaml\nname: c\nseed: 5\n")
+    found = load_grid(child)
+    assert names(found) == ["lr=0.001", "lr=0.0003"], "as it is where there is none of its own"
+    assert {m.config.seed for m in found.members} == {5}
+    (tmp_path / "second.yaml").write_text(f"{BASE}\ngrid: {{seed: [7, 8]}}\n")
+    child.write_text("extends: [first.yaml, second.yaml]\nname: c\n")
+    assert names(load_grid(child)) == ["seed=7", "seed=8"], "of several files, the last one's"
+    child.write_text("extends: first.yaml\nname: c\ngrid: {exclude: [{optimizer.lr: 1e-3}]}\n")
+    with pytest.raises(ConfigError, match=r"optimizer\.lr, which is no axis of the grid"):
+        load_grid(child)
 
 
 PATTERNS = '  model.pattern: {gdn: "4*gdn", attn: "4*attn", more: "40*(gdn attn)"}\n'

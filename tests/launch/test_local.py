@@ -91,6 +91,9 @@ def test_a_grid_from_nothing_to_done(tmp_path, corpus, launch):
 
     status, output = launch(path)
     assert (status, "nothing to start" in output) == (0, True)
+    again = ("eval.limit=3", "validation.tokens=64", "sample.tokens=1", "logging.every=2")
+    status, output = launch(path, *again)
+    assert (status, "nothing to start" in output) == (0, True), output
     status, output = launch("logs", tmp_path / "runs/pattern=gdn,seed=0", "--follow")
     assert (status, "step 4/4" in output) == (0, True)
     # One more value: only its members are run.
@@ -108,7 +111,9 @@ def test_a_grid_from_nothing_to_done(tmp_path, corpus, launch):
 def test_a_run_directory_is_enough(tmp_path, corpus, launch):
     path = write(tmp_path, corpus, **{"  model.pattern: [gdn, attn]\n": "", "[0, 1]": "[0]"})
     assert launch(path)[0] == 0
-    status, output = launch(tmp_path / "runs", f"directory={tmp_path}/again", "name=again")
+    status, output = launch(
+        tmp_path / "runs", f"directory={tmp_path}/again", "name=again", "--force"
+    )
     assert status == 0, output
     losses = [
         [
@@ -119,6 +124,10 @@ def test_a_run_directory_is_enough(tmp_path, corpus, launch):
         for p in (tmp_path / "runs", tmp_path / "again")
     ]
     assert losses[0] == losses[1]
+    commands = [
+        json.loads((tmp_path / p / "launch.json").read_text())["command"] for p in ("runs", "again")
+    ]
+    assert [command[-1] == "--force" for command in commands] == [False, True]
 
 
 def test_measured_speeds_make_members_alike_in_time(tmp_path, corpus, launch):
@@ -195,6 +204,37 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path, corpus, launc
     assert all((d / "checkpoints/latest").exists() for d in directories)
     _, output = launch(path, "--dry-run")
     assert "would start 4 of 4" in output
+
+
+def test_two_launchers_of_one_grid_share_its_members(tmp_path, corpus, launch):
+    """Started at the same time, so that each sees all members waiting; none is started twice."""
+    path = write(
+        tmp_path,
+        corpus,
+        **{
+            "  model.pattern: [gdn, attn]\n": "",
+            "grid:\n": "callbacks: [tests.helpers.slow_steps.SlowSteps]\ngrid:\n",
+            "steps: 4": "steps: 20",
+        },
+    )
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "launch", str(path)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for _ in range(2)
+    ]
+    outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    assert "failed" not in "".join(outputs)
+    for member in ("seed=0", "seed=1"):
+        log = (tmp_path / "runs" / member / "log.txt").read_text()
+        assert log.count(" parameters (") == log.count("step 20/20") == 1, "started once"
+    assert set(states(launch("status", path)[1]).values()) == {"done"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 from launch.__main__ import main
 from launch.cluster import load_cluster
+from launch.cluster_checks import time_limit_seconds
 from launch.expansion import load_grid
 from launch.slurm import render
 from pretrain.common.config_loader import ConfigError
@@ -248,6 +250,32 @@ def test_an_array_with_a_throttle(slurm, tmp_path, corpus, capsys):
 
 
 @pytest.mark.slow
+def test_a_member_of_an_array_is_queued_again_alone(slurm, tmp_path, corpus):
+    """The last one, whose SLURM_JOB_ID is the whole array's; others are done, or go on."""
+    job = Job(
+        tmp_path / "job",
+        corpus,
+        nodes=1,
+        grid="\ncallbacks: [tests.helpers.slow_steps.SlowSteps]\n"
+        "grid: {train.steps: [3, 400, 401]}\n",
+        **{"tensor: 2": "tensor: 1"},
+    )
+    job.launch()
+    done, other, last = (job.directory / f"steps={n}" for n in (3, 400, 401))
+    number = json.loads((last / "launch.json").read_text())["job"].split("_")[0]
+    slurm.wait_for(lambda: "COMPLETED" in slurm.job_state(f"{number}_0"), 300)
+    slurm.wait_for(lambda: len(job.steps(last)) >= 3 and len(job.steps(other)) >= 1, 300)
+    slurm.command("scancel", "--batch", "--signal=USR2", f"{number}_2")
+    slurm.wait_for(lambda: "== queued again" in job.output(last), 200)
+    slurm.wait_for(lambda: slurm.job_state(number).split() == 3 * ["COMPLETED"], 600)
+    assert "start 1" in job.output(last)
+    assert [step for step, *_ in job.steps(last)] == list(range(1, 402))
+    for directory in (done, other):
+        assert job.output(directory).count("== job") == 1, "started once"
+        assert "signal" not in job.output(directory)
+
+
+@pytest.mark.slow
 def test_the_same_step_failing_twice_ends_it_with_the_reason(slurm, tmp_path, corpus, capsys):
     """A loss that is no number fails again after the restart, at the same step."""
     job = Job(
@@ -302,6 +330,8 @@ def test_the_script_is_shell_that_a_person_can_read(tmp_path, corpus):
         assert ("--gpus-per-node=8" in script) == ("h100" in name)
     assert "apptainer exec --nv --bind=/shared:/shared /shared/images/pretrain.sif" in script
     assert "module load apptainer" in script
+    assert "--force" not in script
+    assert "--nproc-per-node 8 --force &" in render(cluster, grid, grid.members, 1, force=True)
 
 
 def test_a_dry_run_shows_the_plan_and_submits_nothing(tmp_path, corpus, capsys):
@@ -315,11 +345,48 @@ def test_a_dry_run_shows_the_plan_and_submits_nothing(tmp_path, corpus, capsys):
     assert not job.directory.exists()
 
 
+BAD_TIMES = ("soon", "1d", "2h", "1:2:3:4", "-1", "1:", "1-", "1-2:3:4:5", "", "1.5", "\u0661")
+GOOD_TIMES = {
+    "10": 600,
+    "1440": 86400,
+    "10:30": 630,
+    "1000:00:00": 3_600_000,
+    "1:00:05": 3605,
+    "1-0": 86400,
+    "1-12": 129_600,
+    "1-12:30": 131_400,
+    "2-01:02:03": 176_523,
+}
+BAD_MEMORY = ("lots", "1.5G", "64Gi", "64 G", "-5", "1e3", "64P", "", "G")
+GOOD_MEMORY = ("64G", "64GB", "0", "64000", "2T", "64m", "64k", "64mb")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("partion: gpu", r"unknown setting 'partion' \(did you mean 'partition'"),
-        ("time: soon", "time is 'soon', expected Slurm's"),
+        *((f"time: '{t}'", f"time is '{t}', expected Slurm's") for t in BAD_TIMES),
+        *((f"memory: '{m}'", f"memory is '{m}', expected Slurm's") for m in BAD_MEMORY),
+        *(
+            (f"{n}: 'a b'", f"{n} is 'a b', expected a name")
+            for n in ("partition", "account", "qos")
+        ),
+        ("partition: ''", "partition is '', expected a name"),
+        ("partition: 'a,,b'", "partition is 'a,,b', expected a name"),
+        (
+            "{time: '10:00', signal_seconds: 600}",
+            "signal_seconds is 600, expected less than the 600",
+        ),
+        ('constraint: "a\\nb"', r"constraint is 'a\\nb', expected text without control characters"),
+        ('python: "a\\tb"', r"such as \\t"),
+        ('modules: [x, "a\\x1bb"]', r"modules\[1\] is .* such as \\x1b"),
+        ('container: {image: "a\\x85b"}', r"container.image is .* such as \\x85"),
+        ("environment: {A-B: x}", "environment has 'A-B', expected the name of a variable"),
+        ("sbatch_options: ['--gres gpu:8']", "has '--gres gpu:8', expected one option in each"),
+        ("srun_options: [mpi=none]", "srun_options has 'mpi=none', expected one option in each"),
+        ("sbatch_options: ['--time=1:00']", "has '--time=1:00': set time instead"),
+        ("sbatch_options: ['--mem=1G']", "has '--mem=1G': set memory instead"),
+        ("sbatch_options: ['--array=0-9']", "has '--array=0-9': the script sets it itself"),
         ("nodes: 0", "nodes is 0, expected at least 1"),
         ("container: {runtime: docker, image: x}", "container.runtime is 'docker'"),
         ("kind: pbs", "kind is 'pbs'"),
@@ -332,6 +399,99 @@ def test_bad_clusters_are_named(tmp_path, line, message):
         load_cluster(path)
     with pytest.raises(ConfigError, match=r"no config file at configs/clusters/nowhere.yaml"):
         load_cluster("nowhere")
+
+
+def test_what_slurm_accepts_is_accepted(tmp_path):
+    """Each was given to sbatch 22.05, and so were the bad ones of above."""
+    path = tmp_path / "cluster.yaml"
+    for text, seconds in GOOD_TIMES.items():
+        path.write_text(f"time: '{text}'\n")
+        assert load_cluster(path).time == text
+        assert time_limit_seconds(text) == seconds
+    for text in GOOD_MEMORY:
+        path.write_text(f"memory: '{text}'\n")
+        assert load_cluster(path).memory == text
+    path.write_text("time: UNLIMITED\npartition: main,long-2\nconstraint: 'a&[b|c*2]'\n")
+    assert load_cluster(path).partition == "main,long-2"
+
+
+@pytest.mark.parametrize("place", ["name", "directory", "grid"])
+@pytest.mark.parametrize("character", ["\n", "\r", "\t", "\x1b", "\x7f", "\x85"])
+def test_control_characters_reach_no_script(tmp_path, corpus, place, character):
+    bad = f"x{character}touch INJECTED #"
+    job = Job(tmp_path / "job", corpus, **{"tensor: 2": "tensor: 1"})
+    values = json.dumps(bad)
+    text = job.config.read_text()
+    if place == "grid":
+        text += f"grid: {{seed: {{{values}: 0, b: 1}}}}\n"  # a label
+        job.config.write_text(text)
+        found = load_grid(job.config)
+        assert all(character not in member.name for member in found.members)
+        return
+    old = "name: run" if place == "name" else f"directory: {job.directory}"
+    job.config.write_text(text.replace(old, f"{place}: {values}"))
+    with pytest.raises(UserError, match=f"{place} is .*control character"):
+        job.launch("--dry-run")
+
+
+def words_of(script):
+    """What sbatch reads from the script's directives: backslashes count within single quotes."""
+    found = []
+    for line in script.splitlines():
+        if line.startswith("#SBATCH "):
+            (word,) = shlex.split(line.removeprefix("#SBATCH ").replace("\\\\", "\\"))
+            found.append(word)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "a'b", 'a"b', "a;b", "$(touch x)", "`x`", "#", "a\\b", "50%"]
+)
+def test_names_are_words_of_the_script(tmp_path, corpus, name):
+    folder = tmp_path / name.replace("\\", "-")
+    job = Job(folder, corpus, nodes=1, **{"tensor: 2": "tensor: 1"})
+    text = job.config.read_text().replace("name: run", f"name: {json.dumps(name)}")
+    job.config.write_text(
+        text.replace(f"directory: {job.directory}", f"directory: {json.dumps(str(job.directory))}")
+    )
+    job.cluster.write_text(
+        job.cluster.read_text()
+        + f"sbatch_options: [{json.dumps('--comment=' + name)}]\n"
+        + f"srun_options: [{json.dumps('--label=' + name)}]\nmodules: [{json.dumps(name)}]\n"
+    )
+    grid = load_grid(job.config)
+    script = render(load_cluster(job.cluster), grid, grid.members, None)
+    words = words_of(script)
+    assert f"--job-name={name}" in words
+    assert f"--comment={name}" in words
+    output = str(job.directory.resolve()).replace("%", "%%")
+    assert f"--output={output}/slurm-%j.txt" in words
+    lines = script.splitlines()
+    (srun,) = (line for line in lines if line.startswith("srun "))
+    assert f"--label={name}" in shlex.split(srun.removesuffix("\\"))
+    assert f"module load {shlex.quote(name)}" in lines
+    path = tmp_path / "job.sh"
+    path.write_text(script)
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+
+
+def test_a_dry_run_shows_what_sbatch_says(tmp_path, corpus, monkeypatch, capsys):
+    job = Job(tmp_path / "job", corpus, nodes=1, **{"tensor: 2": "tensor: 1"})
+    for command, body in (
+        ("scontrol", "exit 0"),
+        ("sbatch", 'cat >/dev/null; echo "allocation failure: no such partition" >&2; exit 1'),
+    ):
+        path = tmp_path / command
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match="sbatch would refuse this script: allocation failure: no"):
+        job.launch("--dry-run")
+    (tmp_path / "sbatch").write_text('#!/bin/sh\ntest "$1" = --test-only\n')
+    assert job.launch("--dry-run") == 0
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 1\n")
+    assert job.launch("--dry-run") == 0, "no Slurm answers"
 
 
 def test_without_sbatch_or_with_uneven_processes(tmp_path, corpus, monkeypatch):

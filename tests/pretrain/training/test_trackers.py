@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import types
 from typing import Any
@@ -22,36 +23,131 @@ def wandb(monkeypatch):
     module: Any = types.ModuleType("wandb")
     module.begun, module.logged, module.finished = [], [], 0
 
+    module.runs = {}
+
     class Begun:
+        """As W&B does, drops steps below the last one, and goes on after it when resumed."""
+
+        def __init__(self, key):
+            self.key, self.summary = key, {}
+            self.rows = module.runs.setdefault(key, [])
+            self.step = max((step for step, _ in self.rows), default=-1) + 1
+
         def log(self, values, step):
             module.logged.append((step, values))
+            if step >= self.step:
+                self.step = step
+                self.rows.append((step, values))
 
         def finish(self):
             module.finished += 1
 
     def init(**settings):
         module.begun.append(settings)
-        return Begun()
+        return Begun(settings["id"])
 
     module.init = init
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
 
+def begin(path, step=0, *, repeats=False):
+    path = RunDirectory(path)
+    path.path.mkdir(parents=True, exist_ok=True)
+    (tracker,) = open_trackers(LoggingConfig(wandb="offline"), path, step, repeats=repeats)
+    return tracker
+
+
+def steps_of(rows):
+    return [values["step"] for _, values in rows]
+
+
 def test_every_run_directory_has_a_run_of_its_own(wandb, tmp_path, monkeypatch):
-    config = LoggingConfig(wandb="offline")
     monkeypatch.chdir(tmp_path)
-    for path in ("a/lr=1", "b/lr=1", tmp_path / "a" / "lr=1", "a/" + 100 * "x"):
-        (tracker,) = open_trackers(config, RunDirectory(path), 0)
-        tracker.record({"step": 1, "loss": 2.0})
+    for path, step in (
+        ("a/lr=1", 0),
+        ("b/lr=1", 0),
+        (tmp_path / "a" / "lr=1", 1),
+        ("a/" + 100 * "x", 0),
+    ):
+        tracker = begin(path, step)
+        tracker.record({"step": step + 1, "loss": 2.0})
         tracker.close()
     ids = [settings["id"] for settings in wandb.begun]
     assert ids[0] == ids[2], "a resume continues it, however the path is written"
     assert len(set(ids)) == 3
     assert all(re.fullmatch("[A-Za-z0-9_-]{1,64}", each) for each in ids)
     assert [settings["name"] for settings in wandb.begun[:2]] == ["lr=1", "lr=1"]
-    assert wandb.logged == 4 * [(1, {"step": 1, "loss": 2.0})]
+    assert steps_of(wandb.runs[ids[0]]) == [1, 2]
     assert wandb.finished == 4
+
+
+def test_a_run_that_begins_again_is_another_one(wandb, tmp_path):
+    """As after its directory was removed, or where it was killed before its first checkpoint."""
+    begin(tmp_path / "run").close()
+    begin(tmp_path / "run", 0, repeats=True).close()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy" / "run")
+    begin(tmp_path / "run", 5).close()
+    begin(tmp_path / "copy" / "run", 5).close()
+    ids = [settings["id"] for settings in wandb.begun]
+    assert len({ids[0], ids[1], ids[3]}) == 3, "a copy is another run too"
+    assert ids[1] == ids[2]
+
+
+def test_steps_that_are_repeated_begin_a_new_segment(wandb, tmp_path):
+    tracker = begin(tmp_path / "run")
+    for step in range(1, 8):
+        tracker.record({"step": step, "loss": float(step)})
+    tracker.rewind(4)
+    for step in range(4, 7):
+        tracker.record({"step": step, "loss": -float(step)})
+    tracker.close()
+    begin(tmp_path / "run", 6).close()  # a resume that repeats nothing
+    tracker = begin(tmp_path / "run", 5, repeats=True)  # killed after step 6, saved at 5
+    tracker.record({"step": 6, "loss": 0.0})
+    tracker.close()
+    first, second, again, third = (settings["id"] for settings in wandb.begun)
+    assert steps_of(wandb.runs[first]) == [1, 2, 3, 4, 5, 6, 7]
+    assert steps_of(wandb.runs[second]) == [4, 5, 6]
+    assert (again, steps_of(wandb.runs[third])) == (second, [6])
+    shown = ["run", "run from step 4", "run from step 4", "run from step 5"]
+    assert [settings["name"] for settings in wandb.begun] == shown
+    assert len({settings["group"] for settings in wandb.begun}) == 1
+    assert len({first, second, third}) == 3
+
+
+def test_a_line_of_the_last_step_is_not_lost_after_a_resume(wandb, tmp_path):
+    """As an evaluation that was due when the run was stopped."""
+    tracker = begin(tmp_path / "run")
+    tracker.record({"step": 3, "loss": 1.0})
+    tracker.close()
+    tracker = begin(tmp_path / "run", 3)
+    tracker.record({"step": 3, "valid_loss": 2.0})
+    tracker.close()
+    (rows,) = wandb.runs.values()
+    assert [values for _, values in rows] == [
+        {"step": 3, "loss": 1.0},
+        {"step": 3, "valid_loss": 2.0},
+    ]
+
+
+def test_the_log_knows_which_lines_come_again(wandb, tmp_path):
+    config = LoggingConfig(wandb="offline")
+    directory = RunDirectory(tmp_path)
+
+    def log_from(step, *steps):
+        log = RunLog(directory, config, active=True, num_steps=9, step=step)
+        for each in steps:
+            log.record({"step": each, "tokens": each, "loss": 1.0})
+        return log
+
+    log = log_from(0, 1, 2, 3)
+    log.rewind(2)
+    log.record({"step": 3, "tokens": 3, "loss": 2.0})
+    log.close()
+    log_from(3, 4, 5).close()
+    log_from(4, 5, 6).close()
+    assert [steps_of(rows) for rows in wandb.runs.values()] == [[1, 2, 3], [3, 4, 5], [5, 6]]
 
 
 def test_a_missing_library_leaves_nothing_open(wandb, tmp_path, monkeypatch):

@@ -1,0 +1,58 @@
+"""The memory that a process may fill: of its GPU, or its share of what the machine has left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+# (Folder of a kind of control groups, its files of the limit and of what is used, and the name in
+# memory.stat of what is used but can be dropped), of versions 2 and 1.
+_CONTROL_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def free_memory() -> float:
+    """Return the bytes that this process may allocate on its device.
+
+    On CPUs that is an even share, among the run's processes on this machine, of what the system has
+    left, within the limits of a container or a Slurm job.
+    """
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min([float(psutil.virtual_memory().available), *_left_in_groups()]) / processes
+
+
+def _left_in_groups() -> Iterator[float]:
+    """Yield what is left within each limit on memory that this process is under."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    paths = {line.split(":", 2)[2] for line in lines if line.split(":", 2)[1] in ("", "memory")}
+    for root, limit_file, used_file, droppable in _CONTROL_GROUPS:
+        for path in paths:
+            group = Path(root + path)
+            for folder in (group, *group.parents):
+                if not folder.is_relative_to(root):
+                    break
+                try:
+                    limit = (folder / limit_file).read_text().strip()
+                    used = int((folder / used_file).read_text())
+                    rows = (folder / "memory.stat").read_text().splitlines()
+                    kept = dict(row.split() for row in rows)
+                except (OSError, ValueError):
+                    continue
+                if limit != "max":
+                    yield float(int(limit) - used + int(kept.get(droppable, 0)))
