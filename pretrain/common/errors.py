@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 # Of a run that was stopped and saved, which the same command resumes: EX_TEMPFAIL, "try again
 # later".
@@ -14,6 +16,22 @@ EXIT_STOPPED = 75
 
 class UserError(Exception):
     """Bad input; the message names the field or file, what was found, and what was expected."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used."""
+
+
+def short(value: Any, text: Callable[[Any], str] = repr) -> str:
+    """Return a value for a sentence: its middle left out where it is long."""
+    words = text(value)
+    return words if len(words) <= 200 else f"{words[:120]} ... {words[-60:]}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return `` (did you mean 'x'?)``, or an empty string when no known name is near."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
 
 
 def run_command(main: Callable[[], int | None]) -> None:

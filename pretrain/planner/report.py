@@ -13,11 +13,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.common.errors import UserError
+from pretrain.common.config_files import load_values
+from pretrain.common.errors import ConfigError, UserError
+from pretrain.common.yaml_text import quoted
 from pretrain.config import RunConfig, load_run_config
 from pretrain.model.build import padded_vocab_size
 from pretrain.model.counts import count_model
@@ -99,12 +100,12 @@ def _load(path: str, overrides: list[str]) -> RunConfig:
     A model is planned as a run with the settings of ``ASSUMED`` over 20 tokens per parameter.
     """
     try:
-        is_model = "name" not in (yaml.safe_load(Path(path).read_text()) or {})
-    except (OSError, yaml.YAMLError, TypeError):
+        is_model = "name" not in load_values(path)
+    except ConfigError:
         is_model = False  # loading it reports what is wrong
     if not is_model or any(x.startswith("name=") for x in overrides):
         return load_run_config(path, overrides)
-    assumed = [f"name={Path(path).stem}", *ASSUMED]
+    assumed = [f"name={quoted(Path(path).stem)}", *ASSUMED]
     budget = any(x.startswith(("train.steps=", "train.tokens=")) for x in overrides)
     config = load_run_config(path, [*assumed, *overrides, *([] if budget else ["train.steps=1"])])
     if not budget and config.model.vocab_size is not None:
