@@ -93,7 +93,7 @@ def parse(text: str) -> Any:
 
     Raises ValueError, whose words say what is wrong and where.
     """
-    return _loaded(lambda: yaml.load(text, _Loader))
+    return _loaded(lambda: _Loader(text).get_single_data())
 
 
 def parse_value(text: str) -> Any:
