@@ -45,7 +45,7 @@ def processes_of(config: RunConfig, wanted: int | None = None) -> int:
 
 def command_of(config_path: Path, processes: int) -> list[str]:
     """Return the command that starts a run, with torchrun if there are several processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = ["-m", "pretrain.parallel.torchrun", "--standalone", f"--nproc-per-node={processes}"]
     launcher = torchrun if processes > 1 else []
     return [sys.executable, *launcher, "-m", "pretrain", str(config_path)]
 

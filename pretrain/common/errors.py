@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gc
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 # Of a run that was stopped and saved, which the same command resumes: EX_TEMPFAIL, "try again
@@ -39,8 +43,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # not once per process under torchrun
-            print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -50,3 +53,26 @@ def run_command(main: Callable[[], int | None]) -> None:
         raise SystemExit(1) from None
     gc.freeze()  # or the interpreter, when it ends, looks for garbage among all that was imported
     raise SystemExit(status or 0)
+
+
+def _say(sentence: str) -> None:
+    """Print why a command ends: under torchrun once per machine, by the process that is first.
+
+    Not by a fixed one: torchrun ends the others when one has ended, whether they have spoken or
+    not. Its own report, many lines later, then ends with the sentence as well.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not report:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(sentence, file=sys.stderr)
+        return
+    extra = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
+        Path(report).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
+    try:
+        (Path(report).parents[1] / "said").touch(exist_ok=False)  # in a folder of this start alone
+    except FileExistsError:
+        return
+    except OSError:
+        pass
+    print(sentence, file=sys.stderr, flush=True)

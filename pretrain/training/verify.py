@@ -133,7 +133,7 @@ def _train(config: RunConfig, directory: Path, processes: int) -> Path:
     config.directory = str(directory)
     path = directory.with_suffix(".yaml")
     path.write_text(to_yaml(config))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = ["-m", "pretrain.parallel.torchrun", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "pretrain", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
