@@ -31,6 +31,7 @@ KNOWN = {
     "loss": ("loss", "train/loss", "train_loss", "training_loss", "lm loss", "lm_loss"),
 }
 MISMATCH = 1e-3
+MOST_STEPS = 100_000_000  # a learning rate is kept for each of them
 
 
 @dataclass
@@ -108,9 +109,19 @@ def _read(path: Path, reading: Reading) -> list[Curve]:
 @dataclass
 class _Table:
     where: str
-    step: NDArray[np.int64]
+    step: NDArray[Any]
     loss: Array
     lr: Array | None
+
+    def __post_init__(self) -> None:
+        step = self.step.astype(float)
+        wrong = ~((step >= 0) & (step <= MOST_STEPS) & (step % 1 == 0))
+        if wrong.any():
+            raise UserError(
+                f"{self.where}: a step is {step[wrong][0]:.16g}, expected whole numbers from 0 to "
+                f"{MOST_STEPS:,}"
+            )
+        self.step = step.astype(np.int64)
 
 
 def _run(run: RunDirectory, reading: Reading) -> Curve:
@@ -197,7 +208,7 @@ def _table(path: Path, frame: Any, step: str, loss: str, lr: str | None) -> _Tab
     table = table.groupby((table[step] != table[step].shift()).cumsum()).last()
     table = table[table[loss].notna()]
     kept = {c: table[c].to_numpy(dtype=float) for c in numbers}
-    return _Table(str(path), kept[step].astype(np.int64), kept[loss], kept[lr] if lr else None)
+    return _Table(str(path), kept[step], kept[loss], kept[lr] if lr else None)
 
 
 def _events(path: Path, reading: Reading) -> _Table:

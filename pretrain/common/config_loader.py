@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pretrain.common.errors import ConfigError, nearest, short
+from pretrain.common.errors import ConfigError, UnknownSettingError, nearest, short
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., None])
@@ -263,7 +263,7 @@ def _convert_dataclass(schema: type, values: Any, name: str, where: str) -> Any:
     dot = f"{name}." if name else ""
     for key in values:
         if key not in known:
-            raise ConfigError(
+            raise UnknownSettingError(
                 f"{where}: unknown setting '{dot}{key}'{nearest(str(key), known)}; "
                 f"known{f' in {name}' if name else ''}: {', '.join(known)}"
             )
