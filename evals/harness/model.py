@@ -34,7 +34,8 @@ class HarnessModel(TemplateLM):
     """A scorer and a tokenizer behind lm-eval's interface.
 
     ``max_length`` is the model's limit of input tokens; longer requests lose their beginning and
-    are counted in ``cut``. ``length_option`` begins what sets it, in messages. Raises UserError for an unknown ``bos`` rule.
+    are counted in ``cut``. ``length_option`` begins what sets it, in messages. Raises UserError for
+    an unknown ``bos`` rule.
     """
 
     def __init__(

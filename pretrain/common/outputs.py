@@ -13,21 +13,21 @@ def check_file(path: Path, option: str) -> None:
 
     ``option`` begins the message. Folders above it that are missing are expected to be made.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  (also of names that are too long)
         raise UserError(f"{option} is {path}, a folder; expected a file, such as {path / 'out'}")
-    _check_place(path, option)
+    _check_place(path.absolute().parent, path, option)
 
 
 def check_folder(path: Path, option: str) -> None:
     """Raise UserError where ``path`` is no folder and cannot be made one; nothing is made."""
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not path.is_dir():  # noqa: PTH110
         raise UserError(f"{option} is {path}, a file; expected a folder, new or old")
-    _check_place(path / "file", option)
+    _check_place(path.absolute(), path, option)
 
 
-def _check_place(path: Path, option: str) -> None:
+def _check_place(folder: Path, path: Path, option: str) -> None:
     try:
-        above = next(folder for folder in path.absolute().parents if _exists(folder))
+        above = next(each for each in (folder, *folder.parents) if _exists(each))
     except OSError as error:
         raise UserError(f"{option} is {path}: {error.strerror}; expected another name") from None
     if not above.is_dir():
