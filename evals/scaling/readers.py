@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from evals.scaling.curves import Curve, Points, end_of_warmup
 from evals.scaling.parameters import Array
 from evals.scaling.schedules import (
+    MOST_STEPS,
     interpolated_lr,
     largest_difference,
     parse_schedule,
@@ -31,7 +32,6 @@ KNOWN = {
     "loss": ("loss", "train/loss", "train_loss", "training_loss", "lm loss", "lm_loss"),
 }
 MISMATCH = 1e-3
-MOST_STEPS = 100_000_000  # a learning rate is kept for each of them
 
 
 @dataclass
@@ -127,7 +127,7 @@ class _Table:
 def _run(run: RunDirectory, reading: Reading) -> Curve:
     """Read a run of this project, with the schedule of its config."""
     key = (reading.columns or {}).get("loss", "loss")
-    rows = [r for r in run.read_metrics() if key in r]
+    rows = [r for r in run.read_metrics() if isinstance(r.get(key, ""), int | float | None)]
     if not rows:
         raise UserError(f"{run.metrics_file} has no '{key}'")
     table = _Table(

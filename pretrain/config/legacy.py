@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pretrain.config.model import ModelConfig
 
 FORMAT = 2
-LATER = "a later version of this project has written it, so use that one"
+LATER = "a later version of this project has written it: use that one"
 _SIZES = (
     "num_heads",
     "num_kv_heads",
