@@ -115,7 +115,7 @@ class _Table:
 
     def __post_init__(self) -> None:
         step = self.step.astype(float)
-        wrong = ~((step >= 0) & (step <= MOST_STEPS) & (step % 1 == 0))
+        wrong = ~((step >= 0) & (step <= MOST_STEPS) & (step == np.floor(step)))
         if wrong.any():
             raise UserError(
                 f"{self.where}: a step is {step[wrong][0]:.16g}, expected whole numbers from 0 to "

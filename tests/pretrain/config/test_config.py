@@ -131,12 +131,10 @@ def test_a_variant_of_a_mixer_under_its_own_name(base):
 def test_a_run_of_a_later_version_is_told_by_its_path(base, tmp_path, change, words):
     saved = tmp_path / "saved.yaml"
     saved.write_text(change(to_yaml(load_run_config(base))))
-    with pytest.raises(
-        ConfigError, match=rf"^{saved}: .*{words}.*; a later|{words}: a later"
-    ) as error:
+    with pytest.raises(ConfigError, match=words) as error:
         load_saved_config(saved)
-    assert "later version of this project has written it" in str(error.value)
-    assert str(saved) in str(error.value)
+    assert str(error.value).startswith(f"{saved}: ")
+    assert "a later version of this project has written it: use that one" in str(error.value)
 
 
 def test_files_that_are_no_config(tmp_path):

@@ -219,7 +219,7 @@ def test_what_is_too_large_for_all_layouts_is_told_by_the_nearest(tmp_path, caps
     (tmp_path / "small.yaml").write_text("\n".join(lines))
     given = ["train.seq_len=256", "train.global_batch_tokens=8192", "model.vocab_size=4096"]
     search = ["--search", "--devices", "2", "--hardware", str(tmp_path / "small.yaml")]
-    with pytest.raises(UserError, match="no layout of 2 devices fits, the nearest needs .* GB"):
+    with pytest.raises(UserError, match=r"no layout of 2 devices fits, the nearest needs .* GB"):
         report.main(["configs/models/tiny-gdn-hybrid.yaml", *given, *search])
 
 
