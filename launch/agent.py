@@ -90,7 +90,7 @@ def _torchrun(config: Path, processes: int, node: int) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "pretrain.parallel.torchrun",
         f"--nnodes={os.environ.get('SLURM_NNODES', '1')}",
         f"--node-rank={node}",
         f"--nproc-per-node={processes}",

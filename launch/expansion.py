@@ -31,7 +31,8 @@ from typing import Any
 from launch.grid import Grid, Member
 from launch.matching import match_members
 from launch.throughput import read_throughput
-from pretrain.common.config_loader import ConfigError, load_config, load_values, nearest
+from pretrain.common.config_files import load_values
+from pretrain.common.config_loader import ConfigError, load_config, nearest
 from pretrain.config import RunConfig, check_run_config
 from pretrain.model.spec import check_model
 

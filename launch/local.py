@@ -59,7 +59,7 @@ def command_of(config_path: Path, processes: int, *, force: bool = False) -> lis
 
     ``force``: with ``--force``.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = ["-m", "pretrain.parallel.torchrun", "--standalone", f"--nproc-per-node={processes}"]
     launcher = torchrun if processes > 1 else []
     forced = ["--force"] if force else []
     return [sys.executable, *launcher, "-m", "pretrain", str(config_path), *forced]

@@ -16,6 +16,7 @@ from launch.cluster import ClusterConfig
 from launch.grid import Grid, Member
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
+from pretrain.common.masking import masked_command
 from pretrain.common.text import control_character
 from pretrain.run_directory import RunDirectory
 
@@ -187,7 +188,7 @@ def submit(
             status=None,
             reason=None,
             failures=[],
-            command=sys.argv,
+            command=masked_command(sys.argv),
         )
     return job, path
 

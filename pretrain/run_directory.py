@@ -30,6 +30,8 @@ _COLUMNS = [  # of the metrics of every run
     *("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"),
     *("memory", "skipped", "epochs", "seconds"),
 ]
+_MODEL = ("parameters", "embedding_parameters", "training_flops_per_token", "vocab_size")
+_MODEL_AGAIN = "the run writes it again when it is next started"
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 STATE_FILE = "state.json"  # of a checkpoint
 _FILES = "files.json"  # of a checkpoint: the size and sha256 of its other files
@@ -196,10 +198,17 @@ class RunDirectory:
         if not self.model_file.exists():
             return {}
         try:
-            values: dict[str, Any] = json.loads(self.model_file.read_bytes())
+            values = json.loads(self.model_file.read_bytes())
         except ValueError as error:
-            raise UserError(f"{self.model_file} is not JSON ({error})") from None
-        return values
+            raise UserError(f"{self.model_file} is not JSON ({error}); {_MODEL_AGAIN}") from None
+        numbers = values if isinstance(values, dict) else {}
+        for name in _MODEL:
+            if not isinstance(numbers.get(name), int | float):
+                raise UserError(
+                    f"{self.model_file} has no number '{name}', expected {', '.join(_MODEL)}; "
+                    + _MODEL_AGAIN
+                )
+        return numbers
 
     def write_model(self, values: dict[str, Any]) -> None:
         """Write the sizes of the model."""

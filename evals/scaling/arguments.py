@@ -6,12 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from evals.scaling.fitting import HUBER, Options, Residual
 from evals.scaling.laws import LAWS
 from evals.scaling.readers import Reading
 from pretrain.common.errors import UserError
+from pretrain.common.yaml_text import read_file
 
 SCHEDULE = '"kind=wsd lr=3e-4 steps=24000 warmup_steps=2000 decay_fraction=0.2"'
 
@@ -200,12 +199,12 @@ def schedules_of(given: str | None) -> str | dict[str, str] | None:
     if given is None or Path(given).suffix not in (".yaml", ".yml"):
         return given
     try:
-        found = yaml.safe_load(Path(given).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--schedule {given}: {str(error).splitlines()[0]}") from None
+        found = read_file(Path(given))
+    except ValueError as error:
+        raise UserError(f"--schedule {given}: {error}") from None
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise UserError(f"--schedule {given}: expected CURVE: SETTINGS, such as a: {SCHEDULE}")
-    return {str(name): settings for name, settings in found.items()}
+    return dict(found)
 
 
 def options_of(given: argparse.Namespace, points: bool) -> Options:

@@ -52,6 +52,7 @@ from evals.scaling.tables import sentences, show_fit, show_size
 from pretrain.common.config_loader import nearest
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
+from pretrain.common.outputs import check_folder
 
 MOST_PROFILES = 12  # shown; all are in the JSON
 
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         "plan": _plan,
         "compare": _compare,
     }[given.command]
+    check_folder(given.out, "--out")
     return run(given)
 
 

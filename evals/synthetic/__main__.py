@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from evals.synthetic.tasks import TASKS
 from evals.synthetic.training import LAST, TEST_FACTORS, SyntheticConfig, check_config, run
 from pretrain.common.config_loader import ConfigError, build_config, load_config
-from pretrain.common.errors import UserError, run_command
+from pretrain.common.errors import UserError, run_command, short
 from pretrain.common.files import write_json
+from pretrain.common.outputs import check_folder
+from pretrain.common.yaml_text import parse_value
 from pretrain.model.spec import block_specs
 from pretrain.parallel.processes import start_processes, stop_processes
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = Path(options.output)
     if (options.task is None) == (options.suite is None):
         raise UserError("expected either a task or --suite, exactly one of them")
+    check_folder(output, "--output")
     configs = [_command_line(options)] if options.suite is None else load_suite(options.suite)
     start_processes()
     try:
@@ -93,7 +95,7 @@ def _command_line(options: argparse.Namespace) -> SyntheticConfig:
     names = [item.name for item in dataclasses.fields(SyntheticConfig) if item.name != "mixers"]
     given = {name: getattr(options, name) for name in names}
     values = {
-        name: text if name in ("task", "pattern") else _value(text)
+        name: text if name in ("task", "pattern") else _value(text, f"--{name.replace('_', '-')}")
         for name, text in given.items()
         if text is not None
     }
@@ -109,17 +111,17 @@ def _command_line(options: argparse.Namespace) -> SyntheticConfig:
                 f"--mixer is '{item}', but the pattern has several mixers ({', '.join(mixers)}); "
                 f"expected NAME.KEY=VALUE, such as {mixers[0]}.{item}"
             )
-        config.mixers.setdefault(name or mixers[0], {})[inner] = _value(text)
+        config.mixers.setdefault(name or mixers[0], {})[inner] = _value(text, f"--mixer {key}")
     check_config(config, "command line")
     return config
 
 
-def _value(text: str) -> Any:
-    """Parse a value as YAML does: a number, true, null, a list, or text."""
+def _value(text: str, option: str) -> Any:
+    """Return the value of an option, as those of overrides are read."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+        return parse_value(text)
+    except ValueError as error:
+        raise UserError(f"{option} is {short(text)}: {error}") from None
 
 
 def load_suite(path: str) -> list[SyntheticConfig]:

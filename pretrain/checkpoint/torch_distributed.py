@@ -23,11 +23,18 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    ReadItem,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
+from pretrain.checkpoint.metadata import read_metadata
 from pretrain.checkpoint.sharded_state import Boxes, State, StorageError
 
 
@@ -70,8 +77,22 @@ class _LoadPlanner(DefaultLoadPlanner):
         self.original_state_dict = self.state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        # The inherited method unpickles; a checkpoint of ours has tensors alone.
+        raise CheckpointException(f"{read_item.dest_index.fqn} is no tensor", {})
+
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self.state_dict[index.fqn].boxes.parts[index.offset]
+
+
+class _Reader(dcp.FileSystemReader):
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._metadata = read_metadata(folder)
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        # Not the inherited method, which unpickles whatever the file names.
+        return self._metadata
 
 
 def _entries(state: State) -> dict[str, Any]:
@@ -142,14 +163,16 @@ def save(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:
 def load(state: State, folder: Path) -> None:
     """Fill the tensors in place; each process reads for itself.
 
-    Raises StorageError where the folder lacks a name or has it in another shape.
+    Nothing in ``folder`` is run. Raises StorageError where it lacks a name or has it in another
+    shape, and UserError where its table of tensors is unreadable.
     """
+    reader = _Reader(folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*load in a single process")
             dcp.load(
                 _entries(state),
-                storage_reader=dcp.FileSystemReader(folder),
+                storage_reader=reader,
                 planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 no_dist=True,
             )

@@ -5,14 +5,14 @@ itself; later ones win). Overrides are dotted: ``optimizer.lr=3e-4``. Anything t
 not know, or whose type or range is wrong, becomes one :class:`ConfigError` sentence. A schema that
 derives from :class:`Config` is checked by the same code where it is made in Python.
 
-OmegaConf and yaml are imported where files are read: exported models have this without them.
+Files are read in :mod:`pretrain.common.config_files`, which needs yaml and is imported where it is
+used: exported models have this without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import math
 import operator
@@ -21,13 +21,9 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pretrain.common.errors import UserError
-from pretrain.common.shipped_configs import find_config
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from pretrain.common.errors import ConfigError, UnknownSettingError, nearest, short
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., None])
@@ -46,10 +42,6 @@ class OneOf:
     """
 
     names: Callable[[], Iterable[str]]
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be used."""
 
 
 class Config:
@@ -136,33 +128,13 @@ def load_config(
     Raises :class:`ConfigError` naming the file (or ``where``) or field, what was found, and what
     was expected.
     """
+    from pretrain.common.config_files import load_values
+
     values = load_values(path, overrides, changes=changes)
     if getattr(schema, "saved_format", None) is not None:
         ignore = (*ignore, "format")
     kept = {key: value for key, value in values.items() if key not in ignore}
     return build_config(schema, kept, where or str(path))
-
-
-def load_values(
-    path: str | Path, overrides: Sequence[str] = (), *, changes: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return what a file, its ``extends``, ``changes`` and overrides say, without a schema."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    config = _read(find_config(path), ())
-    # Sections before the settings inside them.
-    for key, value in sorted((changes or {}).items(), key=lambda item: item[0].count(".")):
-        try:
-            OmegaConf.update(config, key, value, merge=False)
-        except (OmegaConfBaseException, IndexError, TypeError) as error:
-            raise ConfigError(f"{path}: setting '{key}': {_one_line(error)}") from None
-    merged = _override(config, overrides)
-    try:
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_one_line(error)}") from None
-    return cast(dict[str, Any], values)
 
 
 def build_config(schema: type[T], values: Any, where: str) -> T:
@@ -200,11 +172,11 @@ def _plain_values(value: Any) -> Any:
 
 def to_yaml(instance: Any) -> str:
     """Return a dataclass instance as YAML, every field written out, its format's mark first."""
-    import yaml
+    from pretrain.common import yaml_text
 
     mark = getattr(instance, "saved_format", None)
     values = {} if mark is None else {"format": mark}
-    return yaml.safe_dump({**values, **dataclasses.asdict(instance)}, sort_keys=False)
+    return yaml_text.dump({**values, **dataclasses.asdict(instance)})
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -216,62 +188,6 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + key] = value
     return found
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return `` (did you mean 'x'?)``, or an empty string when no known name is near."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean '{match[0]}'?)" if match else ""
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
-    import yaml
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    resolved = path.resolve()
-    if resolved in seen:
-        raise ConfigError(f"{path}: extends itself, through {' -> '.join(map(str, seen))}")
-    if not path.is_file():
-        hint = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")])
-        raise ConfigError(f"no config file at {path}{hint}")
-    try:
-        values = OmegaConf.load(path)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_one_line(error)}") from None
-    if not isinstance(values, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping of settings at the top, found a list")
-    extends = values.pop("extends", None)
-    bases = [] if extends is None else [extends] if isinstance(extends, str) else list(extends)
-    merged = OmegaConf.create({})
-    for part in (*(_read(path.parent / str(base), (*seen, resolved)) for base in bases), values):
-        if "grid" in part:  # replaced, not merged: axes make sense together
-            merged.pop("grid", None)
-        merged = cast("DictConfig", OmegaConf.merge(merged, part))
-    return merged
-
-
-def _override(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for item in overrides:
-        assignment = item.lstrip("-")
-        key, separator, _ = assignment.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override '{item}': expected key=value, such as seed=1")
-        try:
-            value = OmegaConf.select(OmegaConf.from_dotlist([assignment]), key)
-            # Not a merge of two configs, which knows no index into a list (sources.0.weight=2).
-            OmegaConf.update(config, key, value)
-        except (yaml.YAMLError, OmegaConfBaseException, IndexError, TypeError) as error:
-            raise ConfigError(f"override '{item}': {_one_line(error)}") from None
-    return config
 
 
 def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
@@ -301,8 +217,8 @@ def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
         return [_convert(arguments[0], v, f"{name}[{i}]", where) for i, v in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {str(k): _convert(arguments[1], v, f"{name}.{k}", where) for k, v in value.items()}
-    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
             return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -311,15 +227,17 @@ def _convert(kind: Any, value: Any, name: str, where: str) -> Any:
     if isinstance(kind, type) and isinstance(value, kind):
         return value
     words = _TYPE_WORDS.get(origin or kind, str(kind))
-    raise ConfigError(f"{where}: {name} is {value!r}, expected {words}")
+    if kind is str and isinstance(value, bool | int | float):
+        words += ": put it in quotes"
+    raise ConfigError(f"{where}: {name} is {short(value)}, expected {words}")
 
 
 def _convert_choice(choices: tuple[str, ...], value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"{where}: {name} is {value!r}, expected text")
+        raise ConfigError(f"{where}: {name} is {short(value)}, expected text")
     if value not in choices:
         raise ConfigError(
-            f"{where}: {name} is '{value}'{nearest(value, choices)}, "
+            f"{where}: {name} is '{short(value, str)}'{nearest(value, choices)}, "
             f"expected one of: {', '.join(choices)}"
         )
     return value
@@ -340,12 +258,12 @@ def _convert_dataclass(schema: type, values: Any, name: str, where: str) -> Any:
     section = name or "the top"
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{where}: {section} is {values!r}, expected a mapping with: {', '.join(known)}"
+            f"{where}: {section} is {short(values)}, expected a mapping with: {', '.join(known)}"
         )
     dot = f"{name}." if name else ""
     for key in values:
         if key not in known:
-            raise ConfigError(
+            raise UnknownSettingError(
                 f"{where}: unknown setting '{dot}{key}'{nearest(str(key), known)}; "
                 f"known{f' in {name}' if name else ''}: {', '.join(known)}"
             )

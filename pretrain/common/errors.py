@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import gc
+import json
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from pretrain.common.files import explain_write_error, is_refused_write
 
@@ -17,6 +22,26 @@ EXIT_STOPPED = 75
 
 class UserError(Exception):
     """Bad input; the message names the field or file, what was found, and what was expected."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used."""
+
+
+class UnknownSettingError(ConfigError):
+    """A setting that the schema does not have."""
+
+
+def short(value: Any, text: Callable[[Any], str] = repr) -> str:
+    """Return a value for a sentence: its middle left out where it is long."""
+    words = text(value)
+    return words if len(words) <= 200 else f"{words[:120]} ... {words[-60:]}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return `` (did you mean 'x'?)``, or an empty string when no known name is near."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -34,8 +59,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         status = end.code
     except UserError as error:
         status = 2
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # not once per process under torchrun
-            print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
     except KeyboardInterrupt:
         status = 130
         print("interrupted", file=sys.stderr)
@@ -99,3 +123,26 @@ def _open_closed_streams() -> None:
         sys.stdout = open(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)
+
+
+def _say(sentence: str) -> None:
+    """Print why a command ends: under torchrun once per machine, by the process that is first.
+
+    Not by a fixed one: torchrun ends the others when one has ended, whether they have spoken or
+    not. Its own report, many lines later, then ends with the sentence as well.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not report:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(sentence, file=sys.stderr)
+        return
+    extra = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
+        Path(report).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
+    try:
+        (Path(report).parents[1] / "said").touch(exist_ok=False)  # in a folder of this start alone
+    except FileExistsError:
+        return
+    except OSError:
+        pass
+    print(sentence, file=sys.stderr, flush=True)

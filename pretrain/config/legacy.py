@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pretrain.config.model import ModelConfig
 
 FORMAT = 2
+LATER = "a later version of this project has written it: use that one"
 _SIZES = (
     "num_heads",
     "num_kv_heads",
@@ -54,10 +55,7 @@ def upgrade(model: Any, saved_format: Any, where: str) -> None:
     for a format of a later version.
     """
     if not isinstance(saved_format, int) or not 1 <= saved_format <= FORMAT:
-        raise ConfigError(
-            f"{where}: format is {saved_format!r}, expected 1 to {FORMAT}: it was written by a "
-            "later version of this project"
-        )
+        raise ConfigError(f"{where}: format is {saved_format!r}, expected 1 to {FORMAT}: {LATER}")
     if saved_format == FORMAT or not isinstance(model, dict):
         return
     mixers = model.get("mixers") or {}

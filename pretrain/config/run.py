@@ -6,12 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pretrain.common.config_loader import (
-    Config,
-    build_config,
-    load_values,
-    setting,
-)
+from pretrain.common.config_loader import Config, build_config, setting
+from pretrain.common.errors import ConfigError, UnknownSettingError
 from pretrain.config import legacy
 from pretrain.config.data import DataConfig
 from pretrain.config.model import ModelConfig
@@ -94,6 +90,11 @@ def load_saved_config(path: str | Path) -> RunConfig:
     A run of an earlier version gets the sizes that its mixers had then. Raises ConfigError where
     the file is missing, damaged, or of a later version.
     """
+    from pretrain.common.config_files import load_values  # exported models have no yaml
+
     values = load_values(path)
     legacy.upgrade(values.get("model"), values.pop("format", 1), str(path))
-    return build_config(RunConfig, values, str(path))
+    try:
+        return build_config(RunConfig, values, str(path))
+    except UnknownSettingError as error:
+        raise ConfigError(f"{error}; {legacy.LATER}") from None

@@ -133,6 +133,9 @@ class LoggingConfig(Config):
     """The project there."""
     tensorboard: bool = False
     """Whether metrics are also written as TensorBoard's event files in the run directory."""
+    command_and_diff: bool = True
+    """Whether ``environment.json`` keeps the command and the uncommitted changes, with ``****`` for
+    what looks like a key or password in them (and W&B the command, as it is)."""
 
 
 @dataclass

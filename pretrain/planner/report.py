@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.common.config_loader import load_values
+from pretrain.common.config_files import load_values
 from pretrain.common.errors import UserError
+from pretrain.common.files import write_json
+from pretrain.common.outputs import check_file
+from pretrain.common.yaml_text import quoted
 from pretrain.config import RunConfig, load_run_config
 from pretrain.model.build import padded_vocab_size
 from pretrain.model.counts import count_model
@@ -56,6 +58,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--top", type=int, default=10, help="how many of them to show (10)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_intermixed_args(arguments)
+    if options.json:
+        check_file(options.json, "--json")
+    if options.top < 1:
+        raise UserError(f"--top is {options.top}, expected at least 1")
     config = _load(options.config, options.overrides)
     hardware = load_hardware(options.hardware)
     devices = options.devices or config.parallel.model_size
@@ -77,7 +83,10 @@ def main(arguments: list[str]) -> int:
         _print_plan(console, planner, estimate, units)
         figures = estimate_figures(estimate, planner)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, figures)
+    if options.search and all(candidate.why for candidate in found):
+        raise UserError(f"{options.config}: {_nothing_fits(config, found, devices)}")
     return 0
 
 
@@ -100,7 +109,7 @@ def _load(path: str, overrides: list[str]) -> RunConfig:
     """
     if "name" in load_values(path, overrides):
         return load_run_config(path, overrides)
-    assumed = [f"name={Path(path).stem}", *ASSUMED]
+    assumed = [f"name={quoted(Path(path).stem)}", *ASSUMED]
     budget = any(x.startswith(("train.steps=", "train.tokens=")) for x in overrides)
     config = load_run_config(path, [*assumed, *overrides, *([] if budget else ["train.steps=1"])])
     if not budget and config.model.vocab_size is not None:
@@ -346,6 +355,24 @@ def _print_candidates(
         console.print(f"[bold]{sum(impossible.values())} are not possible[/bold]:")
         for why, number in impossible.most_common(6):
             console.print(f"  {number} x {why}")
+
+
+def _nothing_fits(config: RunConfig, found: list[Candidate], devices: int) -> str:
+    """Return why no layout fits, and what would."""
+    too_large = [c for c in found if c.estimate is not None]
+    if too_large:
+        nearest = min(too_large, key=lambda c: c.estimate.peak_memory if c.estimate else 0.0)
+        return (
+            f"no layout of {devices:,} devices fits, the nearest {nearest.why}; take more devices, "
+            "larger ones or a smaller model"
+        )
+    rows = config.train.global_batch_tokens // config.train.seq_len
+    fitting = max(n for n in range(1, min(rows, devices) + 1) if rows % n == 0)
+    return (
+        f"no layout of {devices:,} devices is possible; with the {rows:,} sequences of "
+        f"train.global_batch_tokens, {fitting:,} would be, or products of their divisors with "
+        "parallel.tensor and parallel.pipeline"
+    )
 
 
 def _short(parallel: Any, devices: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from pretrain.common.masking import masked, masked_command
 
 _PACKAGES = (
     "hybrid-pretrain",
@@ -26,22 +27,31 @@ _PACKAGES = (
 )
 
 
-def describe_environment() -> dict[str, Any]:
-    """Return versions, commit, command and hardware, for the run directory."""
+def describe_environment(*, command_and_diff: bool = True) -> dict[str, Any]:
+    """Return versions, commit, command and hardware, for the run directory.
+
+    What looks like a key or a password in the command or in uncommitted changes is masked;
+    ``command_and_diff`` False leaves both out, as null.
+    """
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    command, diff = None, None
+    if command_and_diff:
+        command = masked_command([sys.executable, *sys.orig_argv[1:]])
+        changes = _git("diff", "HEAD")
+        diff = changes and masked(changes)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join([sys.executable, *sys.orig_argv[1:]]),
+        "command": command,
         "python": platform.python_version(),
         "packages": versions,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": _git("status", "--porcelain", "--untracked-files=no"),
-        "git_diff": _git("diff", "HEAD"),
+        "git_diff": diff,
         "host": platform.node(),
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -138,7 +138,8 @@ def describe_run(
 ) -> None:
     """Write the settings, environment and model of the run into its directory."""
     directory.write_config(config)
-    directory.write_environment(describe_environment())
+    environment = describe_environment(command_and_diff=config.logging.command_and_diff)
+    directory.write_environment(environment)
     directory.write_model(
         {
             "parameters": counts.parameters,

@@ -133,6 +133,8 @@ class WandbTracker:
             mode=mode,
             id=self._state.id(self._directory),
             resume="allow",
+            # Its own copies of changes and command go to a server, with all that is in them.
+            settings={"disable_git": True, "x_disable_meta": not self._config.command_and_diff},
         )
 
     def record(self, values: dict[str, Any]) -> None:

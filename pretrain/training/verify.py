@@ -97,6 +97,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.steps < 2 or options.steps % 2:
         raise UserError(f"--steps is {options.steps}, expected an even number from 2")
+    if options.processes is not None and options.processes < 1:
+        raise UserError(f"--processes is {options.processes}, expected at least 1")
     config = load_run_config(options.config, options.overrides)
     processes = options.processes or _default_processes(config)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
@@ -186,7 +188,7 @@ def _train(config: RunConfig, directory: Path, processes: int) -> Path:
     config.directory = str(directory)
     path = directory.with_suffix(".yaml")
     path.write_text(to_yaml(config))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = ["-m", "pretrain.parallel.torchrun", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "pretrain", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

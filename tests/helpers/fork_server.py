@@ -24,7 +24,6 @@ from typing import Any
 # What training imports. Not what needs an optional package: whether it is there is asked by tests.
 LIBRARIES = [
     "numpy",
-    "omegaconf",
     "sentencepiece",
     "rich.console",
     "rich.table",

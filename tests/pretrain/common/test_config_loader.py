@@ -62,7 +62,10 @@ def test_files_extend_others_and_overrides_come_last(tmp_path):
         ("extends: nope.yaml", "no config file at"),
         ("name: [", "not valid YAML"),
         ("- name", "expected a mapping of settings at the top"),
-        ("name: ${nope}", "nope"),
+        ("name: 12", "name is 12, expected text: put it in quotes"),
+        ("extends: 3", "extends is 3, expected a file or a list of files"),
+        ("extends: [{a: b}]", "expected a file or a list of files"),
+        ("just text", "expected a mapping of settings at the top, found the value 'just text'"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(tmp_path, text, words):

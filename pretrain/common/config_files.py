@@ -1,0 +1,112 @@
+"""What a file of settings says, with the files it extends and the overrides, without a schema."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.common.errors import ConfigError, nearest, short
+from pretrain.common.shipped_configs import find_config
+from pretrain.common.yaml_text import parse_value, read_file
+
+
+def load_values(
+    path: str | Path, overrides: Sequence[str] = (), *, changes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what a file, its ``extends``, ``changes`` and overrides say, without a schema."""
+    config = _read(find_config(path), ())
+    # Sections before the settings inside them.
+    for key, value in sorted((changes or {}).items(), key=lambda item: item[0].count(".")):
+        try:
+            _assign(config, key, copy.deepcopy(value))
+        except ValueError as error:
+            raise ConfigError(f"{path}: setting '{key}': {error}") from None
+    _override(config, overrides)
+    return config
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise ConfigError(f"{path}: extends itself, through {' -> '.join(map(str, seen))}")
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.yaml"))
+        raise ConfigError(
+            f"{path} is a folder, expected a YAML file"
+            + (f" such as {path / inside[0]}" if inside else "")
+        )
+    if not path.is_file():
+        hint = nearest(path.name, [p.name for p in path.parent.glob("*.yaml") if p.is_file()])
+        raise ConfigError(f"no config file at {path}{hint}")
+    try:
+        values = read_file(path)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(values, dict | None):
+        raise ConfigError(
+            f"{path}: expected a mapping of settings at the top, found "
+            + ("a list" if isinstance(values, list) else f"the value {short(values)}")
+        )
+    values = values or {}
+    extends = values.pop("extends", None) or []
+    bases = [extends] if isinstance(extends, str) else extends
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(
+            f"{path}: extends is {short(extends)}, expected a file or a list of files"
+        )
+    merged: dict[str, Any] = {}
+    for part in (*(_read(path.parent / base, (*seen, resolved)) for base in bases), values):
+        if "grid" in part:  # replaced, not merged: axes make sense together
+            merged.pop("grid", None)
+        merged = _merged(merged, part)
+    return merged
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Return what ``above`` says, and of mappings also what ``below`` alone says."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+
+
+def _override(config: dict[str, Any], overrides: Sequence[str]) -> None:
+    for item in overrides:
+        key, separator, text = item.lstrip("-").partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override '{item}': expected key=value, such as seed=1")
+        try:
+            _assign(config, key, parse_value(text), merge=True)
+        except ValueError as error:
+            raise ConfigError(f"override '{short(item, str)}': {error}") from None
+
+
+def _assign(config: dict[str, Any], key: str, value: Any, *, merge: bool = False) -> None:
+    """Set the value at a dotted name, such as ``sources.0.weight``, in place.
+
+    ``merge``: a mapping keeps the settings that ``value`` does not name. Raises ValueError where
+    there is no such place.
+    """
+    holder: Any = config
+    names = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
+    for depth, name in enumerate(names):
+        place: Any = name
+        if isinstance(holder, list):
+            where = ".".join(names[:depth])
+            if not (name.isdecimal() and int(name) < len(holder)):
+                raise ValueError(
+                    f"{where} is a list of {len(holder)}, expected a number below that after "
+                    f"{where}., found '{name}'"
+                )
+            place = int(name)
+        elif not isinstance(holder, dict):
+            raise ValueError(f"{'.'.join(names[:depth])} is {short(holder)}, which has no settings")
+        elif holder.get(name) is None and depth < len(names) - 1:
+            holder[name] = {}
+        if depth < len(names) - 1:
+            holder = holder[place]
+        else:
+            before = holder.get(name) if isinstance(holder, dict) else holder[place]
+            holder[place] = _merged(before, value) if merge else value
