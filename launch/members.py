@@ -21,6 +21,7 @@ _CHANGEABLE = (
     "train.steps",
     "train.tokens",
     "train.threads",
+    "data.verify",
     "logging.",
     "checkpoint.",
     "validation.",

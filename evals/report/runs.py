@@ -27,6 +27,7 @@ _IRRELEVANT = (
     "callbacks",
     "parallel.timeout_minutes",
     "train.threads",
+    "data.verify",
     "validation.",
     "eval.",
 )
