@@ -1,9 +1,9 @@
 """Loss by position far beyond the training length, and the size of the recurrent states there.
 
-Held-out documents, each beginning with the end-of-document token as in training, are read as one
-text without resets between them, in sequences of up to 16 times the training length. A model that
-extrapolates keeps its loss; one whose state fills up or grows loses it beyond some position, and
-its state's size shows why (state collapse, arXiv 2410.07145).
+Held-out documents, each beginning with the end-of-document token as in training and drawn at random
+from all sources, are read as one text without resets between them, in sequences of up to 16 times
+the training length. A model that extrapolates keeps its loss; one whose state fills up or grows
+loses it beyond some position, and its state's size shows why (state collapse, arXiv 2410.07145).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def evaluate_positions(
     count = (len(text) - 1) // length
     if count == 0:
         raise UserError(
-            f"{', '.join(directories)}: {len(text):,} tokens of validation text are fewer than one sequence of "
-            f"{factor} x {seq_len}; use more text or a smaller --factor"
+            f"{', '.join(directories)}: {len(text):,} tokens of validation text are fewer than one "
+            f"sequence of {factor} x {seq_len}; use more text or a smaller --factor"
         )
     ends = _bin_ends(seq_len, length)
     losses = np.zeros(length)

@@ -105,7 +105,7 @@ def corpus(tmp_path_factory):
 def other_corpus(tmp_path_factory, corpus):
     """Other text under the same tokenizer: 30 documents of very different lengths."""
     files = [
-        "\n".join(f"word{(i * j) % 7} and number {j}" for j in range(1 + i * i // 4))
+        "\n".join(f"word{(i * j) % 7} and number {j}" for j in range(1 + i * i // 40))
         for i in range(30)
     ]
     tokenizer = f"{{path: {corpus / 'tokenizer.model'}}}"

@@ -64,7 +64,11 @@ def check_data_hashes(config: DataConfig, alive: Callable[[], None]) -> None:
         for directory in dict.fromkeys(path for path, _ in config.directories):
             damaged = Manifest.load(directory).damaged_files(directory, part, parts, alive)
             if damaged:
-                raise UserError(f"data.verify: {'; '.join(damaged)}; make the data again")
+                more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+                raise UserError(
+                    f"data.verify: {'; '.join(damaged[:3])}{more}; bring back the files, or make "
+                    "the data again"
+                )
 
     on_every_process(check)
 
@@ -139,6 +143,8 @@ def state_of(
         data_offset=saved.data_offset,
         rollbacks=saved.rollbacks,
         recent_losses=saved.recent_losses,
+        unlogged_loss=saved.unlogged_loss,
+        unlogged_steps=saved.unlogged_steps,
     )
 
 

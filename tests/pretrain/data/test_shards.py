@@ -56,7 +56,7 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path):
         file.truncate(60)
     assert shard.read(0, 30).tolist() == list(range(30)), "what is left can be read"
     for start, count in ((0, 40), (29, 2), (35, 3)):
-        with pytest.raises(UserError, match="was cut short .* it has 60 bytes, expected 80;"):
+        with pytest.raises(UserError, match=r"was cut short .* it has 60 bytes, expected 80;"):
             shard.read(start, count)
 
 
