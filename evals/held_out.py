@@ -111,7 +111,7 @@ class Scores:
         weight: Its share of the training samples.
         parts: ``[n, 3]``: nats, tokens and bytes of each window or document that was scored.
         available: The number of those that the source has.
-        documents: The number of documents that they are of.
+        documents: The number of documents, or pieces of documents, that they are of.
     """
 
     source: str

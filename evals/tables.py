@@ -21,7 +21,7 @@ def show_perplexity(result: dict[str, Any], path: Path) -> None:
     table.add_row("nats per token", _with_error(result, "nats_per_token"))
     if len(result["sources"]) > 1:
         weighted = result["nats_per_token_by_training_weights"]
-        table.add_row("nats per token, sources by training weight", f"{weighted:.4f}")
+        table.add_row("nats per token, sources by weight", f"{weighted:.4f}")
     table.add_row("perplexity per token", f"{result['perplexity']:.2f}")
     sizes = f"{result['documents']:,}, {result['tokens']:,}, {result['bytes']:,}"
     table.add_row("documents, tokens, bytes", sizes)
@@ -36,9 +36,10 @@ def show_perplexity(result: dict[str, Any], path: Path) -> None:
 
 
 def _sources(sources: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="by source", title_justify="left")
+    title = "by source; weight: its share of the training samples"
+    table = Table(title=title, title_justify="left")
     table.add_column("source", overflow="fold")
-    for column in ("training weight", "documents", "tokens", "nats per token", "bits per byte"):
+    for column in ("weight", "documents", "tokens", "nats per token", "bits per byte"):
         table.add_column(column, justify="right")
     for source in sources:
         table.add_row(

@@ -176,7 +176,8 @@ def budget(tmp_path, tokens, batch, how="tokens", ratio=1.0):
 
 
 def numbers_of(words, message):
-    return int(re.search(words + r" ([\d,]+)", message)[1].replace(",", ""))
+    (number,) = re.findall(words + r" ([\d,]+)", message)
+    return int(number.replace(",", ""))
 
 
 @pytest.mark.parametrize("how", ["tokens", "time"])
