@@ -17,6 +17,7 @@ from evals.scaling.schedules import schedule_lr
 from evals.scaling.size_laws import ChinchillaLaw
 from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
+from pretrain.config.schedule import fraction_of_steps
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 END_RATIOS = (0.0, 0.1)
@@ -303,7 +304,7 @@ def cheapest_design(
     full, peak, warmup = len(target.lr), target.peak, target.warmup + 1
     candidates = list[tuple[str, int, int, Array]]()
     for share in (0.1, 0.2, 1 / 3, 0.5, 1.0):
-        steps = int(full * share)
+        steps = int(fraction_of_steps(share, full))
         if steps < 4 * warmup:
             continue
         for option in (
@@ -315,7 +316,7 @@ def cheapest_design(
         ):
             curve = planned_curve(option, peak, steps, points=POINTS, parameters=target.parameters)
             trunk = {"constant": steps, "cosine": 0}.get(
-                option.kind, int(steps * (1 - option.decay_fraction))
+                option.kind, int(steps - fraction_of_steps(option.decay_fraction, steps))
             )
             matrix = jacobian(found, [found.law.prepared(curve)])
             information = matrix.T @ matrix / (spread**2 * correlated)

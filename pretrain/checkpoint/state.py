@@ -35,7 +35,6 @@ from pretrain.config import ModelConfig, legacy, load_saved_config
 from pretrain.model.spec import block_specs
 from pretrain.run_directory import CONFIG_FILE, STATE_FILE, list_checkpoints
 
-
 _READ_FIRST = {STATE_FILE, CONFIG_FILE}  # before the tensors, and always hashed
 
 
@@ -50,6 +49,9 @@ class CheckpointState:
         recent_losses: See :class:`pretrain.training.spikes.SpikeDetector`.
         save: Number of this save among those of the run, given when it is written; 0 in earlier
             versions, which gave none.
+        unlogged_loss: Sum of the losses of the applied steps since the log's last line, each
+            weighted by its batch as a share of ``train.global_batch_tokens``.
+        unlogged_steps: Sum of those weights.
     """
 
     step: int
@@ -65,6 +67,8 @@ class CheckpointState:
     rollbacks: int = 0
     recent_losses: list[float] = field(default_factory=list)
     save: int = 0
+    unlogged_loss: float = 0.0
+    unlogged_steps: float = 0.0
     format: int = legacy.FORMAT  # of ``model``, see pretrain/config/legacy.py
 
     @property

@@ -21,7 +21,7 @@ from pretrain.config.model import ModelConfig, MoEConfig, RecursionConfig
 from pretrain.config.optimizer import WHOLE_MATRICES, OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
 from pretrain.config.run import RunConfig
-from pretrain.config.schedule import SCHEDULES, ScheduleConfig
+from pretrain.config.schedule import SCHEDULES, ScheduleConfig, fraction_of_steps
 from pretrain.config.train import TrainConfig
 
 
@@ -172,16 +172,17 @@ def _check_schedule(schedule: ScheduleConfig, num_steps: int, where: str) -> Non
             f"{where}: schedule.final_ratio is 0, which an exponential decay never reaches; "
             "expected more than 0"
         )
-    flat = num_steps * (1 - schedule.decay_fraction)
+    flat = num_steps - fraction_of_steps(schedule.decay_fraction, num_steps)
     if SCHEDULES[schedule.kind].decays_at_end and schedule.warmup_steps > flat:
         raise ConfigError(
             f"{where}: schedule.warmup_steps is {schedule.warmup_steps}, but the decay "
-            f"begins after {flat:g} of the {num_steps} steps"
+            f"begins after {flat:.10g} of the {num_steps} steps; expected at most {int(flat)}, or "
+            "a smaller schedule.decay_fraction"
         )
     if schedule.warmup_steps > num_steps:
         raise ConfigError(
             f"{where}: schedule.warmup_steps is {schedule.warmup_steps}, more than the "
-            f"{num_steps} steps of the run"
+            f"{num_steps} steps of the run; expected at most {num_steps}"
         )
 
 

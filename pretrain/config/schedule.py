@@ -15,6 +15,7 @@ from pretrain.common.config_loader import Config, OneOf, setting
 
 Decay = Literal["linear", "sqrt", "exponential"]
 DECAYS: tuple[Decay, ...] = get_args(Decay)
+_WHOLE = 1e-6  # steps by which a share of the steps may miss a whole number and be meant as it
 
 
 class Progress(NamedTuple):
@@ -58,7 +59,7 @@ class ScheduleConfig(Config):
     """Shape of the decay of ``wsd``."""
     decay_fraction: float = setting(0.2, above=0, maximum=1)
     """Share of all steps in which ``wsd`` decays, or at the end of the run which ``two_stage``
-    spends after its drop."""
+    spends after its drop; the decay may begin between two steps."""
     final_ratio: float = setting(0.1, minimum=0, maximum=1)
     """Learning rate where the decay ends, one step after the last, as a share of the peak."""
 
@@ -71,12 +72,24 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, num_steps: int
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
     after_warmup = (step - config.warmup_steps) / max(num_steps - config.warmup_steps, 1)
-    decay_steps = config.decay_fraction * num_steps
+    decay_steps = fraction_of_steps(config.decay_fraction, num_steps)
     of_decay = min(max((step - (num_steps - decay_steps)) / decay_steps, 0.0), 1.0)
     progress = Progress(
         step, num_steps, min(after_warmup, 1.0), of_decay, step >= num_steps - decay_steps
     )
     return peak * SCHEDULES[config.kind].share(config, progress)
+
+
+def fraction_of_steps(fraction: float, num_steps: int) -> float:
+    """Return ``fraction`` of ``num_steps`` steps, exactly a whole number where it is meant as one.
+
+    0.57 of 100 steps are 57, though their product in binary is 56.99999999999999. A product within
+    a millionth of a step of a whole number (other than 0) is that number; others are not rounded,
+    as 2.5 steps of 10. Whatever compares a share of the steps with steps takes it from here.
+    """
+    product = fraction * num_steps
+    whole = round(product)
+    return float(whole) if whole and abs(product - whole) < _WHOLE else product
 
 
 _Share = Callable[[ScheduleConfig, Progress], float]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pretrain.common.errors import UserError
 from pretrain.config import ParallelConfig, RunConfig, load_run_config, to_yaml
+from pretrain.config.schedule import fraction_of_steps
 from pretrain.model.layout import check_layout
 from pretrain.parallel.processes import start_processes, stop_processes
 from pretrain.run_directory import RunDirectory, checkpoint_name, find_checkpoint
@@ -115,7 +116,7 @@ def _default_processes(config: RunConfig) -> int:
 def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: int) -> int:
     config.train.steps, config.train.tokens = steps, None
     # Settings that fit a run of so few steps and its few checkpoints.
-    flat = int(steps * (1 - config.schedule.decay_fraction))
+    flat = int(steps - fraction_of_steps(config.schedule.decay_fraction, steps))
     config.schedule.warmup_steps = min(config.schedule.warmup_steps, steps // 2, flat)
     config.train.spikes.policy = "none"
     config.eval.tasks, config.callbacks = [], []
