@@ -12,6 +12,7 @@ from typing import Any
 
 from pretrain.common.errors import EXIT_STOPPED, run_command
 from pretrain.common.files import write_json
+from pretrain.common.screen import show_table
 
 EXIT_FAILED = 1
 COMMANDS = ("status", "cancel", "logs", "measure")
@@ -78,7 +79,7 @@ def _start(arguments: argparse.Namespace) -> int:
         where = f"{grid.path}, member {member.name}" if member.name else str(grid.path)
         check_layout(member.config, count, where)
     console = console_of()
-    console.print(table(grid, states, plan=True))
+    show_table(table(grid, states, plan=True), console)
     failed = [m for m in grid.members if states[m.name].state == FAILED]
     if failed and not arguments.retry_failed:
         for member in failed:
@@ -94,7 +95,7 @@ def _start(arguments: argparse.Namespace) -> int:
             print_plans(console, members, cluster.hardware, count)
         if cluster.kind == "slurm" and members:
             script = render(cluster, grid, members, arguments.at_once)
-            console.print(script, markup=False, soft_wrap=True)
+            console.print(script, soft_wrap=True)
         return 0
     if len(grid.members) > 1:
         grid.directory.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,7 @@ def _run_here(arguments: Any, grid: Any, members: Any, failed: bool) -> int:
         members, at_once=arguments.at_once or 1, processes=arguments.processes, show=show
     )
     if len(grid.members) > 1:
-        console.print(table(grid, states_of(grid)))
+        show_table(table(grid, states_of(grid)), console)
     if EXIT_STOPPED in statuses.values() or len(statuses) < len(members):
         return EXIT_STOPPED
     if len(members) == 1:

@@ -31,6 +31,7 @@ from launch.members import (
 from launch.slurm import cancel as cancel_jobs
 from launch.slurm import queue_states
 from pretrain.common.errors import UserError
+from pretrain.common.screen import fit_table, plain_console, readable, show_table, titled_table
 from pretrain.run_directory import RunDirectory
 
 
@@ -42,13 +43,15 @@ def status(arguments: Sequence[str]) -> int:
     grid, states = load(options.config, options.overrides)
     console = console_of()
     if not options.watch:
-        console.print(table(grid, states))
+        show_table(table(grid, states), console)
         return 0
-    with Live(table(grid, states), console=console, refresh_per_second=1) as live:
+    with Live(
+        fit_table(table(grid, states), console.width), console=console, refresh_per_second=1
+    ) as live:
         while any(s.state in (RUNNING, QUEUED) for s in states.values()):
             time.sleep(2)
             states = states_of(grid)
-            live.update(table(grid, states))
+            live.update(fit_table(table(grid, states), console.width))
     return 0
 
 
@@ -155,7 +158,7 @@ def states_of(grid: Grid) -> dict[str, MemberState]:
 
 def console_of() -> Console:
     """Return a console as wide as the terminal, or wide enough to truncate nothing in files."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    return plain_console(width=None if sys.stdout.isatty() else 200)
 
 
 def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> Table:
@@ -163,11 +166,13 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
     counts = Counter(state.state for state in states.values())
     listed = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
     matched = "" if grid.match is None else f"; {grid.match} matched"
-    found = Table(title=f"{grid.name}: {listed}{matched}", title_justify="left")
-    found.add_column("member", overflow="fold")
-    columns = ("parameters", "tokens", "PFLOP") if plan else ("loss", "tokens/s", "left", "")
-    for column in ("state", "step", *columns):
-        found.add_column(column, justify="right" if column else "left", overflow="fold")
+    columns = ("parameters", "tokens", "PFLOP") if plan else ("loss", "tokens/s", "left")
+    reasons = not plan and any(state.reason for state in states.values())
+    found = titled_table(
+        f"{grid.name}: {listed}{matched}",
+        *("member", "state", "step", *columns, *(["reason"] if reasons else [])),
+        left=("reason",),
+    )
     total = 0.0
     for member in grid.members:
         state, config = states[member.name], member.config
@@ -185,7 +190,7 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
                 "" if state.loss is None else f"{state.loss:.4f}",
                 "" if state.tokens_per_second is None else f"{state.tokens_per_second:,.0f}",
                 "" if left is None or state.state in (DONE, FAILED, STOPPED) else _minutes(left),
-                state.reason,
+                *([state.reason] if reasons else []),
             ]
         found.add_row(*row)
     if plan and len(grid.members) > 1:
@@ -195,7 +200,7 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
 
 
 def _pflop(flops: float) -> str:
-    return f"{flops / 1e15:,.3g}" if flops < 1e17 else f"{flops / 1e15:,.0f}"
+    return readable(flops / 1e15)
 
 
 def _minutes(seconds: float) -> str:

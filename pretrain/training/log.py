@@ -7,9 +7,9 @@ import math
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from pretrain.common.screen import plain_console
 from pretrain.config import LoggingConfig
 from pretrain.run_directory import RunDirectory
 from pretrain.training.trackers import Tracker, open_trackers
@@ -32,7 +32,7 @@ class RunLog:
         self._trackers: list[Tracker] = []
         if not active:
             return
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = plain_console(soft_wrap=True)
         self._keep_metrics_up_to(step)
         self._file = directory.metrics_file.open("a")
         self._text = directory.log_file.open("a")
@@ -75,7 +75,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """Print a line on the screen and into the log file."""
         if self.active:
-            self.console.print(message, markup=False)
+            self.console.print(message)
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
             self._text.flush()
 

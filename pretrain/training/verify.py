@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from pretrain.common.errors import UserError
+from pretrain.common.screen import show_table, titled_table
 from pretrain.config import ParallelConfig, RunConfig, load_run_config, to_yaml
 from pretrain.model.layout import check_layout
 from pretrain.parallel.processes import start_processes, stop_processes
@@ -108,14 +107,12 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
     stop_processes()
     tolerance, growth = TOLERANCE[config.train.precision], GROWTH[config.train.precision]
     title = f"{config.name}: largest relative differences in loss and gradient norm, {steps} steps"
-    table = Table(title=title, title_justify="left")
-    for column in ("run", "first step", "all steps", "final weights", ""):
-        table.add_column(column)
+    table = titled_table(title, "run", "first step", "all steps", "final weights", "verdict")
     for result, against in zip(results, ("one process", "uninterrupted"), strict=True):
         numbers = (f"{x:.1e}" for x in (result.first, result.all_steps, result.weights))
         verdict = "equal" if result.within(tolerance, growth) else "DIFFERENT"
         table.add_row(f"{result.name}, against {against}", *numbers, verdict)
-    Console(width=120).print(table)
+    show_table(table)
     print(
         f"equal in {config.train.precision}: the first step within {tolerance:.0e}, the rest "
         f"within {growth * tolerance:.0e}"
