@@ -116,7 +116,7 @@ def evaluate_perplexity(
         "task": "perplexity",
         "bits_per_byte": totals.nats / math.log(2) / totals.bytes,
         "nats_per_token": totals.nats / totals.tokens,
-        "perplexity": math.exp(totals.nats / totals.tokens),
+        "perplexity": float(torch.tensor(totals.nats / totals.tokens, dtype=torch.float64).exp()),
         "documents": totals.documents,
         "tokens": totals.tokens,
         "bytes": totals.bytes,

@@ -25,7 +25,7 @@ CONFIG_FILE = "config.yaml"  # of a run, and of each of its checkpoints
 METRICS_FILE = "metrics.jsonl"
 _COLUMNS = [  # of the metrics of every run
     *("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"),
-    *("memory", "skipped", "epochs", "seconds"),
+    *("memory", "skipped", "epochs", "seconds", "total_seconds"),
 ]
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _LATEST = "latest"
@@ -41,8 +41,24 @@ class RunDirectory:
 
     @classmethod
     def find_below(cls, folder: Path) -> list[RunDirectory]:
-        """Return every run at or below ``folder`` that has metrics, ordered by path."""
-        return [cls(path.parent) for path in sorted(folder.rglob(METRICS_FILE))]
+        """Return every run at or below ``folder`` that has metrics, ordered by path.
+
+        Links to folders are followed; a run that is met twice is listed once.
+        """
+        found, seen = list[Path](), set[str]()
+        for here, folders, files in os.walk(folder, followlinks=True):
+            real = os.path.realpath(here)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            # Links last: a run is known by its own path, if that is met too.
+            links = {name for name in folders if (Path(here) / name).is_symlink()}
+            folders[:] = [*sorted({*folders} - links), *sorted(links)]
+            if METRICS_FILE in files:
+                found.append(Path(here) / METRICS_FILE)
+                folders[:] = [name for name in folders if name != "checkpoints"]
+        return [cls(path.parent) for path in sorted(found)]
 
     def __str__(self) -> str:
         return str(self.path)
@@ -76,6 +92,11 @@ class RunDirectory:
     def metrics_file(self) -> Path:
         """Return the file of what was measured at a step, a JSON object per line."""
         return self.path / METRICS_FILE
+
+    @property
+    def starts_file(self) -> Path:
+        """Return the file of when the run was started, a JSON object per start."""
+        return self.path / "starts.jsonl"
 
     @property
     def rolled_back_metrics_file(self) -> Path:
@@ -160,7 +181,7 @@ class RunDirectory:
 
     def write_metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Replace the metrics by ``rows``."""
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         write_bytes(self.metrics_file, text.encode())
 
     def read_config(self) -> RunConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import glob
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -52,6 +51,7 @@ from pretrain.common.config_loader import nearest
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.common.screen import plain_console, show_table, titled_table
+from pretrain.run_arguments import expand_paths
 
 MOST_PROFILES = 12  # shown; all are in the JSON
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _fit(given: argparse.Namespace) -> int:
-    console, sources = plain_console(), [Path(s) for s in given.sources]
+    console, sources = plain_console(), expand_paths(given.sources)
     if given.law is not None and given.law not in (*LAWS, "auto"):
         raise UserError(
             f"--law is '{given.law}'{nearest(given.law, list(LAWS))}, expected auto or one of "
@@ -367,11 +367,7 @@ def _by_name(words: Sequence[str], columns: dict[str, str], console: Console) ->
         name, equals, pattern = word.partition("=")
         if not equals or not pattern:
             raise UserError(f"found '{word}', expected NAME=SOURCE")
-        # Not Path.glob, which accepts no absolute pattern.
-        paths = [Path(p) for p in sorted(glob.glob(pattern))]  # noqa: PTH207
-        if not paths:
-            raise UserError(f"{pattern}: no such run directory or file")
-        sources.setdefault(name, []).extend(paths)
+        sources.setdefault(name, []).extend(expand_paths([pattern]))
     for name, paths in sources.items():
         if len(paths) == 1 and is_points_table(paths[0]):
             families[name] = read_points(paths[0], columns)

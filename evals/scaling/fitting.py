@@ -155,7 +155,7 @@ def load_fit(path: Path) -> Fit:
             {n: e["undetermined"] for n, e in entries if e["undetermined"]},
             saved["warnings"],
             {n: tuple(e["interval_95"]) for n, e in entries if e["interval_95"]},
-            None if samples is None else np.array(samples),
+            None if samples is None else np.array(samples, dtype=float),
             saved.get("domain", {}),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from pretrain.common.files import finite_or_null
 from pretrain.common.screen import plain_console
 from pretrain.config import LoggingConfig
 from pretrain.run_directory import RunDirectory
+from pretrain.run_time import add_start
 from pretrain.training.trackers import Tracker, open_trackers
 
 
@@ -28,11 +29,13 @@ class RunLog:
         step: int,
     ):
         self.directory, self.active, self.num_steps = directory, active, num_steps
+        self.seconds_before = 0.0  # those that earlier starts of the run logged
         self._progress: Progress | None = None
         self._trackers: list[Tracker] = []
         if not active:
             return
         self.console = plain_console(soft_wrap=True)
+        self.seconds_before = add_start(directory, step)
         self._keep_metrics_up_to(step)
         self._file = directory.metrics_file.open("a")
         self._text = directory.log_file.open("a")
@@ -66,7 +69,7 @@ class RunLog:
         self._file.close()
         dropped = [row for row in self.directory.read_metrics() if row["step"] > step]
         with self.directory.rolled_back_metrics_file.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in dropped)
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in dropped)
         self._keep_metrics_up_to(step)
         self._file = self.directory.metrics_file.open("a")
         for tracker in self._trackers:
@@ -83,11 +86,8 @@ class RunLog:
         """Write one line of the metrics; numbers that are not finite become null."""
         if not self.active:
             return
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
-        self._file.write(json.dumps(clean) + "\n")
+        clean = finite_or_null(values)
+        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
         self._file.flush()
         for tracker in self._trackers:
             tracker.record(clean)

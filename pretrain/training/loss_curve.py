@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pretrain.common.plots import plot_text
 from pretrain.run_directory import RunDirectory
 
 
@@ -37,7 +38,7 @@ def plot_loss_curve(
             markersize=4,
             label="validation",
         )
-    left.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    left.set(xlabel="tokens", ylabel="loss (nats per token)", title=plot_text(title))
     left.legend()
     points = [(tokens, bits) for tokens, _, bits in valid if bits is not None]
     if points:
