@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pretrain.common.errors import EXIT_STOPPED, run_command
-from pretrain.common.files import write_json
+from pretrain.common.errors import EXIT_STOPPED, UserError, run_command
 from pretrain.common.screen import show_table
 
 EXIT_FAILED = 1
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 all done (or submitted), 1 some failed, 2 bad input, 75 stopped and "
         "saved (run the same command again to resume).",
     )
-    parser.add_argument("config", help="config of a run or a grid, or a run directory")
+    parser.add_argument("config", help="config or directory of a run or a grid")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every member")
     parser.add_argument("--cluster", help="a file of configs/clusters (default: this machine)")
     parser.add_argument(
@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         help="processes per run on this machine (default: tensor x pipeline, one model)",
     )
+    parser.add_argument(
+        "--nodes", type=_positive, help="nodes of a Slurm job (default: the cluster's file)"
+    )
     parser.add_argument("--retry-failed", action="store_true", help="start failed members again")
     return parser
 
@@ -62,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 def _start(arguments: argparse.Namespace) -> int:
     from launch.cluster import ClusterConfig, load_cluster
     from launch.commands import console_of, load, table
+    from launch.directories import note_grid
     from launch.local import processes_of
     from launch.members import DONE, FAILED, QUEUED, RUNNING, check_same_settings
     from launch.planning import print_plans
@@ -69,6 +73,13 @@ def _start(arguments: argparse.Namespace) -> int:
     from pretrain.model.layout import check_layout
 
     cluster = load_cluster(arguments.cluster) if arguments.cluster else ClusterConfig("local")
+    if arguments.nodes is not None:
+        if cluster.kind != "slurm":
+            raise UserError(
+                f"--nodes is {arguments.nodes}, but this machine is one node: name a Slurm cluster "
+                "with --cluster, or use --processes"
+            )
+        cluster = dataclasses.replace(cluster, nodes=arguments.nodes)
     grid, states = load(arguments.config, arguments.overrides)
     for member in grid.members:
         check_same_settings(member)
@@ -98,8 +109,7 @@ def _start(arguments: argparse.Namespace) -> int:
             console.print(script, soft_wrap=True)
         return 0
     if len(grid.members) > 1:
-        grid.directory.mkdir(parents=True, exist_ok=True)
-        write_json(grid.directory / "grid.json", {"config": str(grid.path), "match": grid.match})
+        note_grid(grid)
     if not members:
         console.print("nothing to start")
         return EXIT_FAILED if failed else 0

@@ -9,13 +9,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from launch import throughput
+from launch.directories import load_targets
 from launch.expansion import load_grid
 from launch.grid import Grid
 from launch.matching import counts_of
@@ -122,27 +122,14 @@ def measure(arguments: Sequence[str]) -> int:
 
 def _parser(name: str, what: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m launch {name}", description=what)
-    parser.add_argument("config", help="config of a run or a grid, or a run directory")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("config", help="config or directory of a run or a grid, or a glob")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="or more of them")
     return parser
 
 
-def load(path: str, overrides: Sequence[str]) -> tuple[Grid, dict[str, MemberState]]:
-    """Load a grid and its members' states from a config, or from a run directory's config.
-
-    Raises UserError for a folder that is no run directory.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        run = RunDirectory(folder)
-        files = (run.config_file, run.launch_config_file)
-        found = next((f for f in files if f.is_file()), None)
-        if found is None:
-            raise UserError(
-                f"{folder} is a folder without {run.config_file.name}, expected a run directory"
-            )
-        folder = found
-    grid = load_grid(folder, overrides)
+def load(path: str, words: Sequence[str]) -> tuple[Grid, dict[str, MemberState]]:
+    """Load runs and their states; see :func:`launch.directories.load_targets`."""
+    grid = load_targets([path, *words])
     return grid, states_of(grid)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.common.errors import UserError
-from pretrain.run_directory import RunDirectory
+from pretrain.run_directory import METRICS_FILE, RunDirectory
 
 GRID_FILE = "grid.json"
 # What `python -m launch` writes beside the runs of a grid: `runs/GRID/*` names these too.
@@ -45,7 +45,28 @@ def _is_launchers(path: Path) -> bool:
 def runs_of(path: Path) -> list[RunDirectory]:
     """Return the run that ``path`` is, or else every run below it that has metrics."""
     run = RunDirectory(path)
-    return [run] if run.metrics_file.is_file() else RunDirectory.find_below(path)
+    return [run] if run.metrics_file.is_file() else runs_below(path)
+
+
+def runs_below(folder: Path) -> list[RunDirectory]:
+    """Return every run at or below ``folder`` that has metrics, ordered by path.
+
+    Links to folders are followed; a run that is met twice is listed once.
+    """
+    found, seen = list[Path](), set[str]()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        # Links last: a run is known by its own path, if that is met too.
+        links = {name for name in folders if (Path(here) / name).is_symlink()}
+        folders[:] = [*sorted({*folders} - links), *sorted(links)]
+        if METRICS_FILE in files:
+            found.append(Path(here) / METRICS_FILE)
+            folders[:] = [name for name in folders if name != "checkpoints"]
+    return [RunDirectory(path.parent) for path in sorted(found)]
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.common.errors import UserError
-from pretrain.common.files import write_bytes, write_json
+from pretrain.common.files import finite_or_null, write_bytes, write_json
 from pretrain.config import ConfigError, RunConfig, legacy, load_saved_config, to_yaml
 
 if TYPE_CHECKING:
@@ -38,27 +38,6 @@ class RunDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._lock_handle: int | None = None
-
-    @classmethod
-    def find_below(cls, folder: Path) -> list[RunDirectory]:
-        """Return every run at or below ``folder`` that has metrics, ordered by path.
-
-        Links to folders are followed; a run that is met twice is listed once.
-        """
-        found, seen = list[Path](), set[str]()
-        for here, folders, files in os.walk(folder, followlinks=True):
-            real = os.path.realpath(here)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            # Links last: a run is known by its own path, if that is met too.
-            links = {name for name in folders if (Path(here) / name).is_symlink()}
-            folders[:] = [*sorted({*folders} - links), *sorted(links)]
-            if METRICS_FILE in files:
-                found.append(Path(here) / METRICS_FILE)
-                folders[:] = [name for name in folders if name != "checkpoints"]
-        return [cls(path.parent) for path in sorted(found)]
 
     def __str__(self) -> str:
         return str(self.path)
@@ -181,7 +160,7 @@ class RunDirectory:
 
     def write_metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Replace the metrics by ``rows``."""
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in finite_or_null(rows))
         write_bytes(self.metrics_file, text.encode())
 
     def read_config(self) -> RunConfig:
@@ -305,7 +284,7 @@ class RunDirectory:
         A process on another machine is not seen where the file system has no locks.
         """
         try:
-            handle = os.open(self.lock_file, os.O_RDWR)
+            handle = os.open(self.lock_file, os.O_RDONLY)  # another user's run may be read only
         except OSError:
             return False
         try:
@@ -382,8 +361,11 @@ def find_checkpoint(path: Path) -> Path:
         found = _latest_in(directory)
         if found is not None:
             return found
+    runs = sorted(str(found.parent) for found in path.glob("*/checkpoints"))
+    listed = f", such as {', '.join(runs[:3])}" if runs else ""
     raise UserError(
         f"no checkpoint at {path}: expected a run directory or one of its checkpoints/step-N"
+        f"{listed}"
     )
 
 

@@ -25,8 +25,8 @@ def titled_table(title: str | None, *columns: str, left: Collection[str] = ()) -
     """Return an empty table with these columns, aligned right but for the first and ``left``."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        side = "left" if index == 0 or column in left else "right"
-        table.add_column(column, justify=side, overflow="fold")
+        names = index == 0 or column in left
+        table.add_column(column, justify="left" if names else "right", overflow="fold")
     return table
 
 

@@ -180,7 +180,7 @@ def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: U
     config, hardware, parallel = planner.config, planner.hardware, estimate.parallel
     train, counts = config.train, planner.counts
     console.print(
-        f"{config.name}: {counts.parameters:,} parameters, "
+        f"{config.name}: {counts.describe()}, "
         f"{train.num_steps:,} steps of {train.global_batch_tokens:,} tokens "
         f"({_short_count(train.tokens_before(train.num_steps))}) in sequences of "
         f"{train.seq_len:,}, {train.precision}, "

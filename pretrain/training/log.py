@@ -69,7 +69,9 @@ class RunLog:
         self._file.close()
         dropped = [row for row in self.directory.read_metrics() if row["step"] > step]
         with self.directory.rolled_back_metrics_file.open("a") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in dropped)
+            file.writelines(
+                json.dumps(row, allow_nan=False) + "\n" for row in finite_or_null(dropped)
+            )
         self._keep_metrics_up_to(step)
         self._file = self.directory.metrics_file.open("a")
         for tracker in self._trackers:

@@ -12,6 +12,7 @@ import pytest
 
 from pretrain.common.errors import UserError
 from pretrain.config import MLPConfig, ModelConfig, RunConfig
+from pretrain.run_arguments import runs_below
 from pretrain.run_directory import (
     Run,
     RunDirectory,
@@ -67,7 +68,7 @@ def test_lines_of_the_metrics_that_are_cut_short_are_dropped(tmp_path):
     assert run.read_metrics() == rows
     (tmp_path / "b" / "c").mkdir(parents=True)
     RunDirectory(tmp_path / "b" / "c").write_metrics([])
-    assert [r.path for r in RunDirectory.find_below(tmp_path)] == [tmp_path / "b" / "c", tmp_path]
+    assert [r.path for r in runs_below(tmp_path)] == [tmp_path / "b" / "c", tmp_path]
 
 
 def test_a_run_without_metrics_says_so(tmp_path):
