@@ -158,7 +158,7 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
     found = titled_table(
         f"{grid.name}: {listed}{matched}",
         *("member", "state", "step", *columns, *(["reason"] if reasons else [])),
-        left=("reason",),
+        left=("state", "reason"),
     )
     total = 0.0
     for member in grid.members:
