@@ -16,7 +16,7 @@ def show_perplexity(result: dict[str, Any], path: Path) -> None:
     for directory, entropy in result["byte_entropy"].items():
         table.add_row(f"byte bigrams of {directory}", f"{entropy['bigram']:.4f}")
     table.add_row("nats per token", f"{result['nats_per_token']:.4f}")
-    table.add_row("perplexity per token", f"{result['perplexity']:.2f}")
+    table.add_row("perplexity per token", f"{result['perplexity']:,.2f}")
     for quantity in ("documents", "tokens", "bytes"):
         table.add_row(quantity, f"{result[quantity]:,}")
     carried = result["carry_state"]

@@ -17,6 +17,7 @@ from evals.report.runs import Group, find_runs, grouped, matches_of
 from evals.report.scores import score_names
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
+from pretrain.common.screen import readable
 
 _MOST_NAMES = 4  # in the title
 TITLES = {"tokens": "Loss by tokens", "flops": "Loss by training FLOPs", "seconds": "Loss by time"}
@@ -120,14 +121,16 @@ def _table(groups: Sequence[Group]) -> dict[str, Any]:
                 cells.append({"text": "", "sort": ""})
                 continue
             mean, spread = found
-            text = form.format(mean) + (f" ± {form.format(spread)}" if spread is not None else "")
+            text = form.format(mean) + (f" ± {form.format(spread)}" if spread else "")
             cells.append({"text": text, "sort": mean})
         states = sorted({run.state for run in group.runs})
         cells.append({"text": "; ".join(states), "sort": states[0]})
         rows.append(cells)
-    columns = [*(settings or ["run"]), "runs", *(name for name, _, _ in measures), "state"]
-    kept = [i for i in range(len(columns)) if any(row[i]["text"] for row in rows)]
-    return {"columns": [columns[i] for i in kept], "rows": [[row[i] for i in kept] for row in rows]}
+    names = [*(settings or ["run"]), "runs", *(name for name, _, _ in measures), "state"]
+    kept = [i for i in range(len(names)) if any(row[i]["text"] for row in rows)]
+    numbers = [any(not isinstance(row[i]["sort"], str) for row in rows) for i in kept]
+    columns = [{"name": names[i], "number": n} for i, n in zip(kept, numbers, strict=True)]
+    return {"columns": columns, "rows": [[row[i] for i in kept] for row in rows]}
 
 
 def _cell(value: Any) -> dict[str, Any]:
@@ -179,7 +182,7 @@ def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:
         section["parameters"] = [
             {
                 "name": p.name,
-                "value": f"{result.values[p.name]:.5g}",
+                "value": readable(result.values[p.name], 5),
                 "unit": p.unit,
                 "meaning": p.meaning,
                 "note": result.undetermined.get(p.name, ""),

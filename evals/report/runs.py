@@ -225,14 +225,20 @@ def _settings(
         for k, v in flattened(dataclasses.asdict(config)).items()
         if not k.startswith(_IRRELEVANT) and k != "seed"
     }
+    sections = {"model.moe": config.model.moe, "model.recursion": config.model.recursion}
+    sections["initialize"] = config.initialize
+    shown |= {name: "no" if section is None else "yes" for name, section in sections.items()}
     return shown, {**shown, "model.pattern": " ".join(names)}
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
     """Group runs that differ only in their seed, in the order of their final loss."""
     keys = sorted({k for run in runs for k in run.settings})
+    # A setting of a mixer or section that a run lacks is no difference beside that.
     differing = [
-        k for k in keys if len({json.dumps(r.resolved.get(k), sort_keys=True) for r in runs}) > 1
+        k
+        for k in keys
+        if len({json.dumps(r.resolved[k], sort_keys=True) for r in runs if k in r.resolved}) > 1
     ]
     by_settings: dict[str, list[Run]] = {}
     for run in runs:

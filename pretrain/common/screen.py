@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 _NARROWEST = 12  # characters that a column of names keeps at least
+_MOST_ZEROS, _MOST_DIGITS = 7, 13  # of numbers that are written out
 
 
 def plain_console(**options: Any) -> Console:
@@ -68,9 +69,16 @@ def _least_width(column: Column, texts: list[str]) -> int:
     return max([min(max(words, default=0), _NARROWEST), *headers])
 
 
-def readable(value: float) -> str:
-    """Return a number with at least three significant figures and no exponent: 11,550, 0.0012."""
-    if not math.isfinite(value) or value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    decimals = 2 - math.floor(math.log10(abs(value)))
-    return f"{value:,.{decimals}f}".rstrip("0").rstrip(".")
+def readable(value: float, digits: int = 3) -> str:
+    """Return a number with ``digits`` significant figures or more: 11,550; 0.0012; 3.2e+21.
+
+    Only what would be hard to read has an exponent, so that those of one column look alike.
+    """
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    size = math.floor(math.log10(abs(value)))
+    if not -_MOST_ZEROS <= size < _MOST_DIGITS:
+        return f"{value:.{digits}g}"
+    decimals = max(digits - 1 - size, 0)
+    text = f"{value:,.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if decimals else text
