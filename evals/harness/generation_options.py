@@ -59,25 +59,19 @@ def generation_options(what: str, given: Mapping[str, Any] | None) -> Generation
             f"{what} sets {name} to {value!r} in its generation_kwargs, which is not supported: "
             f"its texts would be others; supported are {SUPPORTED}"
         )
-    max_tokens, temperature = known["max_gen_toks"], 0.0
+    max_tokens, until = known["max_gen_toks"], [str(stop) for stop in known["until"] if stop]
     if max_tokens < 1:
         raise _out_of_range(what, "max_gen_toks", max_tokens, "at least 1")
-    top_k, top_p = known["top_k"], known["top_p"]
-    if known["do_sample"]:
-        temperature = float(known["temperature"])
-        if temperature != 0 and not 1e-4 <= temperature < math.inf:
-            raise _out_of_range(what, "temperature", temperature, "0, or 1e-4 or more")
-        if top_k is not None and not (isinstance(top_k, int) and top_k >= 0):
-            raise _out_of_range(what, "top_k", top_k, "a whole number from 1, or 0 for no limit")
-        if top_p is not None and not (isinstance(top_p, int | float) and 0 < top_p <= 1):
-            raise _out_of_range(what, "top_p", top_p, "above 0 and at most 1")
-    return GenerationOptions(
-        [str(stop) for stop in known["until"] if stop],
-        max_tokens,
-        temperature,
-        top_k or None,
-        top_p,
-    )
+    if not known["do_sample"] or known["temperature"] == 0:
+        return GenerationOptions(until, max_tokens, 0.0, None, None)
+    temperature, top_k, top_p = float(known["temperature"]), known["top_k"], known["top_p"]
+    if not 1e-4 <= temperature < math.inf:
+        raise _out_of_range(what, "temperature", temperature, "0, or 1e-4 or more")
+    if top_k is not None and not (isinstance(top_k, int) and top_k >= 0):
+        raise _out_of_range(what, "top_k", top_k, "a whole number from 1, or 0 for no limit")
+    if top_p is not None and not (isinstance(top_p, int | float) and 0 < top_p <= 1):
+        raise _out_of_range(what, "top_p", top_p, "above 0 and at most 1")
+    return GenerationOptions(until, max_tokens, temperature, top_k or None, top_p)
 
 
 def _out_of_range(what: str, name: str, value: Any, expected: str) -> UserError:
