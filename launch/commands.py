@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -111,7 +112,10 @@ def measure(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.steps < 1:
         raise UserError(f"--steps is {options.steps}, expected at least 1")
-    grid = load_grid(options.config, options.overrides, measuring=True)
+    if Path(options.config).is_dir():
+        grid = load_targets([options.config, *options.overrides])
+    else:
+        grid = load_grid(options.config, options.overrides, measuring=True)
     console, speeds = console_of(), {}
     for member in grid.members:
         speeds[member.name] = throughput.measure(member.config, options.steps, options.processes)
@@ -163,7 +167,7 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
     total = 0.0
     for member in grid.members:
         state, config = states[member.name], member.config
-        row = [member.name or grid.name, state.state, f"{state.step}/{config.train.num_steps}"]
+        row = [member.name or grid.name, state.state, f"{state.step:,}/{config.train.num_steps:,}"]
         tokens = config.train.tokens_before(config.train.num_steps)
         if plan:
             model = counts_of(config)

@@ -138,7 +138,7 @@ def _cell(value: Any) -> dict[str, Any]:
         return {"text": "-", "sort": ""}
     if isinstance(value, bool) or not isinstance(value, int | float):
         return {"text": str(value), "sort": str(value)}
-    return {"text": f"{value:g}" if isinstance(value, float) else f"{value:,}", "sort": value}
+    return {"text": readable(value, 6) if isinstance(value, float) else f"{value:,}", "sort": value}
 
 
 def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:

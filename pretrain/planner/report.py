@@ -192,7 +192,9 @@ def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: U
     show_table(_time_table(estimate), console)
     cost = _cost(estimate, config, hardware)
     days = (
-        f"{cost['hours'] / 24:,.2f} days" if cost["hours"] >= 48 else f"{cost['hours']:,.2f} hours"
+        f"{readable(cost['hours'] / 24)} days"
+        if cost["hours"] >= 48
+        else f"{readable(cost['hours'])} hours"
     )
     console.print(
         f"{estimate.tokens_per_second:,.0f} tokens/s, {estimate.mfu:.1%} of the dense "
