@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from data_prep.screen import print_counts
 from data_prep.shards import indexed_dataset
 from pretrain.common.errors import UserError
+from pretrain.common.screen import plain_console
 from pretrain.data.manifest import Manifest
 from pretrain.data.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ def inspect(directory: str | Path) -> None:
     manifest = Manifest.load(directory)
     manifest.verify_sizes(directory)
     tokenizer = Tokenizer.load(directory / manifest.tokenizer.file)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = plain_console(soft_wrap=True)
     print_counts(manifest, str(directory), console)
     lengths = []
     for shard in manifest.shards:

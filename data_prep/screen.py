@@ -14,8 +14,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
+from pretrain.common.screen import plain_console, show_table, titled_table
 from pretrain.data.manifest import Manifest
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -25,11 +25,11 @@ class ProgressDisplay:
     """Show documents, MB/s and time left: a bar on a terminal, otherwise a line now and then."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, soft_wrap=True)
+        self._console = plain_console(stderr=True, soft_wrap=True)
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TaskProgressColumn(),
                 TextColumn("{task.fields[words]}"),
@@ -55,7 +55,7 @@ class ProgressDisplay:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        self._console.print(message, highlight=False, markup=False)
+        self._console.print(message)
 
     def start_source(self, name: str, total: int | None, completed: int) -> None:
         """Begin a source of ``total`` units of work (None: unknown), ``completed`` already done."""
@@ -85,7 +85,7 @@ class ProgressDisplay:
 
 def print_summary(manifest: Manifest, directory: str, seconds: float, text_bytes: int) -> None:
     """Print the counts of a finished data set; this run read ``text_bytes`` in ``seconds``."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = plain_console(soft_wrap=True)
     print_counts(manifest, directory, console)
     rate = text_bytes / 1e6 / seconds
     console.print(
@@ -96,9 +96,8 @@ def print_summary(manifest: Manifest, directory: str, seconds: float, text_bytes
 
 def print_counts(manifest: Manifest, directory: str, console: Console) -> None:
     """Print what a data set holds, by source and split."""
-    table = Table(title=directory, title_justify="left")
-    for column in ("source", "split", "documents", "MB", "tokens", "bytes/token", "shards"):
-        table.add_column(column, justify="left" if column in ("source", "split") else "right")
+    columns = ("source", "split", "documents", "MB", "tokens", "bytes/token", "shards")
+    table = titled_table(directory, *columns, left=("split",))
     for source in manifest.sources:
         for split, counts in source.splits.items():
             shards = sum((s.source, s.split) == (source.name, split) for s in manifest.shards)
@@ -112,7 +111,7 @@ def print_counts(manifest: Manifest, directory: str, console: Console) -> None:
                 ratio,
                 str(shards),
             )
-    console.print(table)
+    show_table(table, console)
     for source in manifest.sources:
         if any(source.skipped.values()):
             words = ", ".join(f"{count:,} {why}" for why, count in source.skipped.items() if count)

@@ -10,7 +10,7 @@ from typing import Any
 
 from evals.tables import show_perplexity, show_positions, show_scores, show_tasks
 from pretrain.common.errors import UserError
-from pretrain.common.files import write_json
+from pretrain.common.files import file_name, write_json
 from pretrain.run_directory import RunDirectory
 
 HELD_OUT = ("perplexity", "positions")  # scored on the run's own validation text
@@ -133,10 +133,9 @@ def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
         precision=given.precision,
         trust_remote_code=given.trust_remote_code,
     )
-    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in source.strip("/"))
     settings = (given.limit, given.num_fewshot, given.max_length, given.precision)
     mark = _mark({}, settings)
-    directory = RunDirectory(Path("runs") / f"hf-{plain}").evals
+    directory = RunDirectory(Path("runs") / f"hf-{file_name(source.rstrip('/'))}").evals
     results, paths = {}, []
     for name, result in found:
         results[name] = result
@@ -157,7 +156,7 @@ def _mark(extra: dict[str, Any], options: tuple[Any, ...]) -> str:
 
 
 def _write(directory: Path, name: str, result: dict[str, Any], extra: dict[str, Any]) -> Path:
-    path = directory / f"{name}.json"
+    path = directory / f"{file_name(name)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result.update(extra)
     write_json(path, result)

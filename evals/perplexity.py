@@ -100,7 +100,7 @@ def evaluate_perplexity(
     return {
         "task": "perplexity",
         **total,
-        "perplexity": math.exp(total["nats_per_token"]),
+        "perplexity": float(torch.tensor(total["nats_per_token"], dtype=torch.float64).exp()),
         # As if every source had as much text as training takes of it.
         "nats_per_token_by_training_weights": sum(
             s["weight"] * s["nats_per_token"] for s in by_source

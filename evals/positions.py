@@ -20,6 +20,7 @@ from torch import Tensor
 from evals.held_out import Documents, data_directories, open_held_out
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_figure
+from pretrain.common.plots import plot_text
 from pretrain.inference.load import LoadedModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.mixers.base import State
@@ -55,7 +56,7 @@ def evaluate_positions(
         for name, values in states.items():
             sizes[name] = sizes.get(name, np.zeros(len(ends))) + np.array(values) / count
     begins = [0, *ends[:-1]]
-    inside = losses[seq_len // 2 : seq_len].mean()
+    inside, beyond = losses[seq_len // 2 : seq_len], losses[seq_len:]
     return {
         "task": "positions",
         "seq_len": seq_len,
@@ -65,7 +66,8 @@ def evaluate_positions(
             {"from": a, "to": b, "nats_per_token": float(losses[a:b].mean())}
             for a, b in zip(begins, ends, strict=True)
         ],
-        "beyond_training_length": float(losses[seq_len:].mean() - inside),
+        # None where --factor 1 reads nothing beyond it.
+        "beyond_training_length": float(beyond.mean() - inside.mean()) if len(beyond) else None,
         "state_rms": {name: values.tolist() for name, values in sizes.items()},
         "positions_of_state_rms": ends,
         "data": directories,
@@ -174,7 +176,9 @@ def draw_positions(result: dict[str, Any], path: Path) -> Path:
         ends = result["positions_of_state_rms"]
         at = ends.index(result["seq_len"])
         for name, values in result["state_rms"].items():
-            axes[1].plot(ends, np.array(values) / max(values[at], 1e-30), label=name, linewidth=1)
+            axes[1].plot(
+                ends, np.array(values) / max(values[at], 1e-30), label=plot_text(name), linewidth=1
+            )
         axes[1].set(yscale="log", ylabel="state's root mean square,\n1 at the training length")
         axes[1].legend(fontsize=7)
     for one in axes:

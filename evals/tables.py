@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from pretrain.common.screen import show_table, titled_table
 
 
 def show_perplexity(result: dict[str, Any], path: Path) -> None:
     """Print a result of :func:`evals.perplexity.evaluate_perplexity`, written to ``path``."""
-    table = Table(title=f"{result['checkpoint']}: held-out text", title_justify="left")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
+    table = titled_table(f"{result['checkpoint']}: held-out text", "measure", "value")
     table.add_row("bits per byte", _with_error(result, "bits_per_byte"), style="bold")
     for directory, entropy in result["byte_entropy"].items():
         table.add_row(f"byte bigrams of {directory}", f"{entropy['bigram']:.4f}")
@@ -22,25 +21,22 @@ def show_perplexity(result: dict[str, Any], path: Path) -> None:
     if len(result["sources"]) > 1:
         weighted = result["nats_per_token_by_training_weights"]
         table.add_row("nats per token, sources by weight", f"{weighted:.4f}")
-    table.add_row("perplexity per token", f"{result['perplexity']:.2f}")
-    sizes = f"{result['documents']:,}, {result['tokens']:,}, {result['bytes']:,}"
-    table.add_row("documents, tokens, bytes", sizes)
-    if result["carry_state"]:
-        table.add_row("window, state carried", f"{result['window']:,}")
-    else:
-        table.add_row("window, stride", f"{result['window']:,}, {result['stride']:,}")
-    Console().print(table)
+    table.add_row("perplexity per token", f"{result['perplexity']:,.2f}")
+    for quantity in ("documents", "tokens", "bytes"):
+        table.add_row(quantity, f"{result[quantity]:,}")
+    carried = result["carry_state"]
+    table.add_row("tokens of a window" + carried * ", state carried", f"{result['window']:,}")
+    if not carried:
+        table.add_row("tokens between windows", f"{result['stride']:,}")
+    show_table(table)
     if len(result["sources"]) > 1:
-        Console().print(_sources(result["sources"]))
+        show_table(_sources(result["sources"]))
     print(f"written to {path}")
 
 
 def _sources(sources: Sequence[dict[str, Any]]) -> Table:
-    title = "by source; weight: its share of the training samples"
-    table = Table(title=title, title_justify="left")
-    table.add_column("source", overflow="fold")
-    for column in ("weight", "documents", "tokens", "nats per token", "bits per byte"):
-        table.add_column(column, justify="right")
+    columns = ("source", "weight", "documents", "tokens", "nats per token", "bits per byte")
+    table = titled_table("by source; weight: its share of the training samples", *columns)
     for source in sources:
         table.add_row(
             source["source"],
@@ -64,16 +60,14 @@ def _with_error(result: dict[str, Any], name: str) -> str:
 def show_positions(result: dict[str, Any], path: Path, picture: Path) -> None:
     """Print a result of :func:`evals.positions.evaluate_positions`, written to ``path``."""
     title = f"{result['checkpoint']}: {result['sequences']} sequences"
-    table = Table(title=title, title_justify="left")
-    for column in ("positions", "of the training length", "nats per token"):
-        table.add_column(column, justify="right")
+    table = titled_table(title, "positions", "of the training length", "nats per token")
     for row in result["bins"]:
         table.add_row(
             f"{row['from']:,} to {row['to']:,}",
             f"{row['to'] / result['seq_len']:g}",
             f"{row['nats_per_token']:.4f}",
         )
-    Console().print(table)
+    show_table(table)
     if result["state_rms"]:
         at = result["positions_of_state_rms"].index(result["seq_len"])
         growth = {
@@ -90,25 +84,37 @@ def show_positions(result: dict[str, Any], path: Path, picture: Path) -> None:
 
 def show_scores(checkpoint: str, results: dict[str, dict[str, Any]], paths: Sequence[Path]) -> None:
     """Print the results of lm-eval's tasks by name, written to ``paths``."""
-    table = Table(title=checkpoint, title_justify="left")
-    table.add_column("task")
-    for column in ("version", "shots", "documents"):
-        table.add_column(column, justify="right")
-    table.add_column("metric")
-    table.add_column("score", justify="right")
+    columns = (
+        "task",
+        "version",
+        "shots",
+        "documents",
+        "metric",
+        "score",
+        "95 % interval",
+        "chance",
+    )
+    table = titled_table(checkpoint, *columns, left=("metric",))
     for name, result in results.items():
+        documents, all_documents = result["documents"], result["documents_of_task"]
+        limited = result["limit"] is not None and documents != all_documents
         about = [
             name,
             _cell(result["version"]),
             _cell(result["num_fewshot"]),
-            _cell(result["documents"]),
+            _cell(documents) + (f" of {all_documents:,}" if limited and documents else ""),
         ]
         for metric, value in result["scores"].items():
-            error = result["stderr"].get(metric)
-            shown = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-            table.add_row(*about, metric, shown)
+            ends, chance = result["intervals"].get(metric), result["chance"].get(metric)
+            table.add_row(
+                *about,
+                metric,
+                f"{value:.4f}",
+                "" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}",
+                "" if chance is None else f"{chance:.4f}",
+            )
             about = ["", "", "", ""]
-    Console().print(table)
+    show_table(table)
     for name, result in results.items():
         if result.get("cut_requests"):
             print(
@@ -120,13 +126,12 @@ def show_scores(checkpoint: str, results: dict[str, dict[str, Any]], paths: Sequ
 
 def show_tasks(tasks: dict[str, list[str]]) -> None:
     """Print the names of tasks by kind."""
-    table = Table(show_header=False, title="tasks that need no network", title_justify="left")
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
+    table = titled_table("tasks that need no network", "kind", "names", left=("names",))
+    table.show_header = False
     for kind, names in tasks.items():
         table.add_row(kind, ", ".join(names))
         table.add_section()
-    Console().print(table)
+    show_table(table)
     print("Any other task of lm-eval works too if its data can be downloaded.")
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pretrain.common.errors import EXIT_STOPPED, run_command
-from pretrain.common.files import write_json
+from pretrain.common.errors import EXIT_STOPPED, UserError, run_command
+from pretrain.common.screen import show_table
 
 EXIT_FAILED = 1
 COMMANDS = ("status", "cancel", "logs", "measure")
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 all done (or submitted), 1 some failed, 2 bad input, 75 stopped and "
         "saved (run the same command again to resume).",
     )
-    parser.add_argument("config", help="config of a run or a grid, or a run directory")
+    parser.add_argument("config", help="config or directory of a run or a grid")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every member")
     parser.add_argument("--cluster", help="a file of configs/clusters (default: this machine)")
     parser.add_argument(
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         help="processes per run on this machine (default: tensor x pipeline, one model)",
     )
+    parser.add_argument(
+        "--nodes", type=_positive, help="nodes of a Slurm job (default: the cluster's file)"
+    )
     parser.add_argument("--retry-failed", action="store_true", help="start failed members again")
     parser.add_argument(
         "--force", action="store_true", help="start runs with --force, see python -m pretrain"
@@ -65,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 def _start(arguments: argparse.Namespace) -> int:
     from launch.cluster import ClusterConfig, load_cluster
     from launch.commands import console_of, load, table
+    from launch.directories import note_grid
     from launch.local import processes_of
     from launch.members import DONE, FAILED, QUEUED, RUNNING, check_same_settings
     from launch.planning import print_plans
@@ -72,6 +77,13 @@ def _start(arguments: argparse.Namespace) -> int:
     from pretrain.model.layout import check_layout
 
     cluster = load_cluster(arguments.cluster) if arguments.cluster else ClusterConfig("local")
+    if arguments.nodes is not None:
+        if cluster.kind != "slurm":
+            raise UserError(
+                f"--nodes is {arguments.nodes}, but this machine is one node: name a Slurm cluster "
+                "with --cluster, or use --processes"
+            )
+        cluster = dataclasses.replace(cluster, nodes=arguments.nodes)
     grid, states = load(arguments.config, arguments.overrides)
     for member in grid.members:
         check_same_settings(member)
@@ -82,7 +94,7 @@ def _start(arguments: argparse.Namespace) -> int:
         where = f"{grid.path}, member {member.name}" if member.name else str(grid.path)
         check_layout(member.config, count, where)
     console = console_of()
-    console.print(table(grid, states, plan=True))
+    show_table(table(grid, states, plan=True), console)
     failed = [m for m in grid.members if states[m.name].state == FAILED]
     if failed and not arguments.retry_failed:
         for member in failed:
@@ -98,12 +110,11 @@ def _start(arguments: argparse.Namespace) -> int:
             print_plans(console, members, cluster.hardware, count)
         if cluster.kind == "slurm" and members:
             script = render(cluster, grid, members, arguments.at_once, force=arguments.force)
-            console.print(script, markup=False, soft_wrap=True)
+            console.print(script, soft_wrap=True)
             check_script(script)
         return 0
     if len(grid.members) > 1:
-        grid.directory.mkdir(parents=True, exist_ok=True)
-        write_json(grid.directory / "grid.json", {"config": str(grid.path), "match": grid.match})
+        note_grid(grid)
     if not members:
         console.print("nothing to start")
         return EXIT_FAILED if failed else 0
@@ -134,7 +145,7 @@ def _run_here(arguments: Any, grid: Any, members: Any, failed: bool) -> int:
         show=show,
     )
     if len(grid.members) > 1:
-        console.print(table(grid, states_of(grid)))
+        show_table(table(grid, states_of(grid)), console)
     if EXIT_STOPPED in statuses.values() or len(statuses) < len(members):
         return EXIT_STOPPED
     if len(members) == 1:

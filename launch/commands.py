@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 
 from launch import throughput
+from launch.directories import load_targets
 from launch.expansion import load_grid
 from launch.grid import Grid
 from launch.matching import counts_of
@@ -32,6 +33,7 @@ from launch.slurm import cancel as cancel_jobs
 from launch.slurm import queue_states
 from pretrain.common.errors import UserError
 from pretrain.common.process_identity import send_signal
+from pretrain.common.screen import fit_table, plain_console, readable, show_table, titled_table
 from pretrain.run_directory import RunDirectory
 
 
@@ -43,13 +45,15 @@ def status(arguments: Sequence[str]) -> int:
     grid, states = load(options.config, options.overrides)
     console = console_of()
     if not options.watch:
-        console.print(table(grid, states))
+        show_table(table(grid, states), console)
         return 0
-    with Live(table(grid, states), console=console, refresh_per_second=1) as live:
+    with Live(
+        fit_table(table(grid, states), console.width), console=console, refresh_per_second=1
+    ) as live:
         while any(s.state in (RUNNING, QUEUED) for s in states.values()):
             time.sleep(2)
             states = states_of(grid)
-            live.update(table(grid, states))
+            live.update(fit_table(table(grid, states), console.width))
     return 0
 
 
@@ -127,7 +131,10 @@ def measure(arguments: Sequence[str]) -> int:
         raise UserError(f"--steps is {options.steps}, expected at least 1")
     if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes is {options.processes}, expected at least 1")
-    grid = load_grid(options.config, options.overrides, measuring=True)
+    if Path(options.config).is_dir():
+        grid = load_targets([options.config, *options.overrides])
+    else:
+        grid = load_grid(options.config, options.overrides, measuring=True)
     console, speeds = console_of(), {}
     for member in grid.members:
         speeds[member.name] = throughput.measure(member.config, options.steps, options.processes)
@@ -138,27 +145,14 @@ def measure(arguments: Sequence[str]) -> int:
 
 def _parser(name: str, what: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m launch {name}", description=what)
-    parser.add_argument("config", help="config of a run or a grid, or a run directory")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("config", help="config or directory of a run or a grid, or a glob")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="or more of them")
     return parser
 
 
-def load(path: str, overrides: Sequence[str]) -> tuple[Grid, dict[str, MemberState]]:
-    """Load a grid and its members' states from a config, or from a run directory's config.
-
-    Raises UserError for a folder that is no run directory.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        run = RunDirectory(folder)
-        files = (run.config_file, run.launch_config_file)
-        found = next((f for f in files if f.is_file()), None)
-        if found is None:
-            raise UserError(
-                f"{folder} is a folder without {run.config_file.name}, expected a run directory"
-            )
-        folder = found
-    grid = load_grid(folder, overrides)
+def load(path: str, words: Sequence[str]) -> tuple[Grid, dict[str, MemberState]]:
+    """Load runs and their states; see :func:`launch.directories.load_targets`."""
+    grid = load_targets([path, *words])
     return grid, states_of(grid)
 
 
@@ -174,7 +168,7 @@ def states_of(grid: Grid) -> dict[str, MemberState]:
 
 def console_of() -> Console:
     """Return a console as wide as the terminal, or wide enough to truncate nothing in files."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    return plain_console(width=None if sys.stdout.isatty() else 200)
 
 
 def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> Table:
@@ -182,19 +176,21 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
     counts = Counter(state.state for state in states.values())
     listed = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
     matched = "" if grid.match is None else f"; {grid.match} matched"
-    found = Table(title=f"{grid.name}: {listed}{matched}", title_justify="left")
-    found.add_column("member", overflow="fold")
     columns = (
         ("parameters", "tokens", "PFLOP")
         if plan
-        else ("loss", "validation loss", "bits per byte", "tokens/s", "left", "")
+        else ("loss", "validation loss", "bits per byte", "tokens/s", "left")
     )
-    for column in ("state", "step", *columns):
-        found.add_column(column, justify="right" if column else "left", overflow="fold")
+    reasons = not plan and any(state.reason for state in states.values())
+    found = titled_table(
+        f"{grid.name}: {listed}{matched}",
+        *("member", "state", "step", *columns, *(["reason"] if reasons else [])),
+        left=("state", "reason"),
+    )
     total = 0.0
     for member in grid.members:
         state, config = states[member.name], member.config
-        row = [member.name or grid.name, state.state, f"{state.step}/{config.train.num_steps}"]
+        row = [member.name or grid.name, state.state, f"{state.step:,}/{config.train.num_steps:,}"]
         tokens = config.train.tokens_before(config.train.num_steps)
         if plan:
             model = counts_of(config)
@@ -211,7 +207,7 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
                 ),
                 "" if state.tokens_per_second is None else f"{state.tokens_per_second:,.0f}",
                 "" if left is None or state.state in (DONE, FAILED, STOPPED) else _minutes(left),
-                state.reason,
+                *([state.reason] if reasons else []),
             ]
         found.add_row(*row)
     if plan and len(grid.members) > 1:
@@ -221,7 +217,7 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
 
 
 def _pflop(flops: float) -> str:
-    return f"{flops / 1e15:,.3g}" if flops < 1e17 else f"{flops / 1e15:,.0f}"
+    return readable(flops / 1e15)
 
 
 def _minutes(seconds: float) -> str:

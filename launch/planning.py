@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from launch.grid import Member
 from pretrain.common.errors import UserError
+from pretrain.common.screen import readable, show_table, titled_table
 from pretrain.config import RunConfig
 
 
@@ -20,9 +20,10 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
 
     Members whose model, training and layout are equal share one plan.
     """
-    table = Table(title=f"planned on {devices} devices of {hardware}", title_justify="left")
-    for column in ("member", "GB per device", "MFU", "hours", "device-hours"):
-        table.add_column(column, justify="left" if column == "member" else "right", overflow="fold")
+    table = titled_table(
+        f"planned on {devices} devices of {hardware}",
+        *("member", "GB per device", "MFU", "hours", "device-hours"),
+    )
     plans: dict[str, Any] = {}
     total, remarks = 0.0, []
     for member in members:
@@ -35,27 +36,29 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
         if key not in plans:
             plans[key] = plan(member.config, hardware, devices)
         found = plans[key]
+        name = member.name or member.config.name
         if isinstance(found, str):
-            table.add_row(member.name, "", "", "", "")
-            remarks.append(f"{member.name or member.config.name}: no plan: {found}")
+            table.add_row(name, "", "", "", "")
+            remarks.append(f"{name}: no plan: {found}")
             continue
         peak = max(stage["total"] for stage in found["memory"])
         total += found["device_hours"]
         if peak > found["memory_limit"]:
             remarks.append(
-                f"{member.name or member.config.name} does not fit: {peak / 1e9:,.1f} GB of "
+                f"{name} does not fit: {peak / 1e9:,.1f} GB of "
                 f"{found['memory_limit'] / 1e9:,.1f} GB"
             )
         table.add_row(
-            member.name,
+            name,
             f"{peak / 1e9:,.1f}",
             f"{found['mfu']:.1%}",
-            f"{found['hours']:,.4g}",
-            f"{found['device_hours']:,.4g}",
+            readable(found["hours"]),
+            readable(found["device_hours"]),
         )
-    table.add_section()
-    table.add_row("together", "", "", "", f"{total:,.4g}")
-    console.print(table)
+    if len(members) > 1:
+        table.add_section()
+        table.add_row("together", "", "", "", readable(total))
+    show_table(table, console)
     for remark in remarks:
         console.print(f"note: {remark}")
 

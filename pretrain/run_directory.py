@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.common.errors import UserError
-from pretrain.common.files import write_bytes, write_json
+from pretrain.common.files import finite_or_null, write_bytes, write_json
 from pretrain.common.process_identity import identity_of
 from pretrain.config import ConfigError, RunConfig, legacy, load_saved_config, to_yaml
 
@@ -28,7 +28,7 @@ CONFIG_FILE = "config.yaml"  # of a run, and of each of its checkpoints
 METRICS_FILE = "metrics.jsonl"
 _COLUMNS = [  # of the metrics of every run
     *("step", "tokens", "loss", "loss_mean", "lr", "grad_norm", "tokens_per_second", "mfu"),
-    *("memory", "skipped", "epochs", "seconds"),
+    *("memory", "skipped", "epochs", "seconds", "total_seconds"),
 ]
 _MODEL = ("parameters", "embedding_parameters", "training_flops_per_token", "vocab_size")
 _MODEL_AGAIN = "the run writes it again when it is next started"
@@ -45,11 +45,6 @@ class RunDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._lock_handle: int | None = None
-
-    @classmethod
-    def find_below(cls, folder: Path) -> list[RunDirectory]:
-        """Return every run at or below ``folder`` that has metrics, ordered by path."""
-        return [cls(path.parent) for path in sorted(folder.rglob(METRICS_FILE))]
 
     def __str__(self) -> str:
         return str(self.path)
@@ -88,6 +83,11 @@ class RunDirectory:
     def wandb_file(self) -> Path:
         """Return the file that says which runs of Weights & Biases mirror this one."""
         return self.path / "wandb.json"
+
+    @property
+    def starts_file(self) -> Path:
+        """Return the file of when the run was started, a JSON object per start."""
+        return self.path / "starts.jsonl"
 
     @property
     def rolled_back_metrics_file(self) -> Path:
@@ -179,7 +179,7 @@ class RunDirectory:
 
     def write_metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Replace the metrics by ``rows``."""
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in finite_or_null(rows))
         write_bytes(self.metrics_file, text.encode())
 
     def read_config(self) -> RunConfig:
@@ -360,7 +360,7 @@ class RunDirectory:
         A process on another machine is not seen where the file system has no locks.
         """
         try:
-            handle = os.open(self.lock_file, os.O_RDWR)
+            handle = os.open(self.lock_file, os.O_RDONLY)  # another user's run may be read only
         except OSError:
             return False
         try:
@@ -450,8 +450,11 @@ def find_checkpoint(path: Path) -> Path:
         found = _latest_in(directory)
         if found is not None:
             return found
+    runs = sorted(str(found.parent) for found in path.glob("*/checkpoints"))
+    listed = f", such as {', '.join(runs[:3])}" if runs else ""
     raise UserError(
         f"no checkpoint at {path}: expected a run directory or one of its checkpoints/step-N"
+        f"{listed}"
     )
 
 

@@ -12,6 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from evals.harness.scores import (
+    averaged_metrics,
+    chance_level,
+    chance_of_group,
+    leaves_of,
+    score_interval,
+)
 from pretrain.common.errors import UserError
 
 FEWSHOT_SEED = 1234  # lm-eval's own
@@ -60,16 +67,34 @@ def evaluate_tasks(
         "cut_requests": cut,
         "lm_eval": importlib.metadata.version("lm_eval"),
     }
+    groups, sizes = found.get("group_subtasks", {}), found["n-samples"]
+    chances = {name: chance_level(task, limit) for name, task in tasks["tasks"].items()}
+    scored = {name: size["effective"] for name, size in sizes.items()}
     results = {}
     for name, metrics in found["results"].items():
-        subtasks = found.get("group_subtasks", {}).get(name)
+        leaves = leaves_of(name, groups)
+        scores, errors = _scores(metrics)
+        documents = scored.get(name)
+        averaged = averaged_metrics(tasks["tasks"][name]) if name in tasks["tasks"] else set()
+        chance = chance_of_group(name, groups, chances, scored)
         results[name] = {
             "task": name,
-            **_scores(metrics),
+            "scores": scores,
+            "stderr": errors,
+            "intervals": {
+                metric: score_interval(
+                    score, errors.get(metric), documents, averaged=metric.split(",")[0] in averaged
+                )
+                for metric, score in scores.items()
+                if bootstrap_samples
+            },
+            "chance": {m: chance for m in scores if chance is not None and m.startswith("acc")},
             "version": found["versions"].get(name),
             "num_fewshot": found["n-shot"].get(name),
-            "documents": found["n-samples"].get(name, {}).get("effective"),
-            **({"subtasks": subtasks} if subtasks else {}),
+            "documents": documents,
+            # Of these, the first ones were scored where there is a limit.
+            "documents_of_task": sum(sizes[leaf]["original"] for leaf in leaves if leaf in sizes),
+            **({"subtasks": groups[name]} if groups.get(name) else {}),
             **common,
         }
     return results
@@ -91,8 +116,8 @@ def set_examples(tasks: dict[str, Any], num_fewshot: int | None) -> None:
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
 
 
-def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return ``scores`` and ``stderr`` by metric; a metric's name includes its filter."""
+def _scores(metrics: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return scores and standard errors by metric; a metric's name includes its filter."""
     scores: dict[str, float] = {}
     errors: dict[str, float] = {}
     for key, value in metrics.items():
@@ -102,7 +127,7 @@ def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
         into = errors if metric.endswith("_stderr") else scores
         metric = metric.removesuffix("_stderr")
         into[metric if kind in ("none", "remove_whitespace") else f"{metric}, {kind}"] = value
-    return {"scores": scores, "stderr": errors}
+    return scores, errors
 
 
 @contextmanager

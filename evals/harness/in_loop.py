@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.tasks.loading import load_tasks, require_harness
 from pretrain.common.errors import UserError
-from pretrain.common.files import write_json
+from pretrain.common.files import file_name, write_json
 from pretrain.config import RunConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.score import Scorer, StateScorer
@@ -92,7 +92,7 @@ class InLoopEvaluation(Callback):
             "tokens_trained": state.tokens,
             "precision": self.trainer.config.train.precision,
         }
-        path = directory / f"{name}-{checkpoint_name(state.step)}-in-training.json"
+        path = directory / f"{file_name(name)}-{checkpoint_name(state.step)}-in-training.json"
         write_json(path, {**result, **about})
 
 

@@ -7,26 +7,21 @@ without context does, because its first token could not be scored otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
+from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from evals.harness.generation_options import GenerationOptions, generation_options
 from evals.tasks.family import COUNT, TextSettings
 from pretrain.common.errors import UserError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.score import Pair, Prompt, Scorer
 
 BOS_RULES = ("document", "none")
-_MAX_GENERATED = 256  # where a task sets no limit; lm-eval's own default
 _BEFORE = 4  # prompt ids that a text is decoded with, because its first characters depend on them
 
 
@@ -151,20 +146,12 @@ class HarnessModel(TemplateLM):
         prompts, stops = list[Prompt](), list[list[str]]()
         end = self.text.eod_id
         for number, (text, options) in enumerate(request.args for request in requests):
-            kwargs: dict[str, Any] = dict(normalize_gen_kwargs(options, _MAX_GENERATED))
-            stops.append(handle_stop_sequences(kwargs.pop("until", None), eos=None))
-            longest = int(kwargs.pop("max_gen_toks"))
-            self._check_room("a task", longest)
+            wanted = generation_options("a task", options)
+            stops.append(wanted.until)
+            self._check_room("a task", wanted.max_tokens)
             ids = self._opened(self.tok_encode(text))
-            prompts.append(
-                self._prompt(
-                    self._trimmed(ids, self.max_length - longest),
-                    longest,
-                    stops[-1],
-                    kwargs,
-                    number,
-                )
-            )
+            kept = self._trimmed(ids, self.max_length - wanted.max_tokens)
+            prompts.append(self._prompt(kept, wanted, number))
         made = self.scorer.generate(prompts)
         texts = []
         for request, prompt, ids, stop in zip(requests, prompts, made, stops, strict=True):
@@ -175,13 +162,15 @@ class HarnessModel(TemplateLM):
         return texts
 
     def check_task(self, name: str, task: Any, *, sampled: bool) -> None:
-        """Raise UserError for a task whose texts are too long or, unless ``sampled``, sampled."""
+        """Raise UserError for a task whose texts cannot be generated as it asks.
+
+        They are too long, need options that are not supported or, unless ``sampled``, are sampled.
+        """
         if task.OUTPUT_TYPE != "generate_until":
             return
-        given = dict(task.config.generation_kwargs or {})
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, _MAX_GENERATED))
-        self._check_room(f"task '{name}'", int(kwargs["max_gen_toks"]))
-        if kwargs.get("do_sample") and not sampled:
+        options = generation_options(f"task '{name}'", task.config.generation_kwargs)
+        self._check_room(f"task '{name}'", options.max_tokens)
+        if options.temperature and not sampled:
             raise UserError(
                 f"task '{name}' samples its text at a temperature, which is not supported under "
                 "pipeline, sequence or expert parallelism and ZeRO-3; score the checkpoint "
@@ -196,23 +185,20 @@ class HarnessModel(TemplateLM):
                 f"{longest:,}"
             )
 
-    def _prompt(
-        self, ids: list[int], longest: int, stop: Sequence[str], kwargs: dict[str, Any], seed: int
-    ) -> Prompt:
+    def _prompt(self, ids: list[int], options: GenerationOptions, seed: int) -> Prompt:
         def done(made: list[int]) -> bool:
             if made[-1] == self.text.eod_id:
                 return True
             text = self._text_after(ids, made)
-            return any(s in text for s in stop)
+            return any(s in text for s in options.until)
 
-        sampled = kwargs.get("do_sample", False)
         return Prompt(
             ids,
-            longest,
+            options.max_tokens,
             done,
-            temperature=float(kwargs.get("temperature", 1.0)) if sampled else 0.0,
-            top_k=kwargs.get("top_k"),
-            top_p=kwargs.get("top_p"),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
             seed=seed,
         )
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from evals.report.runs import Group
 from evals.scaling.figures import save
+from pretrain.common.plots import plot_text
 
 STYLES = ["-", "--", ":", "-."]
 
@@ -36,7 +37,7 @@ def draw_losses(groups: Sequence[Group], over: str, path: Path) -> Path | None:
                 style,
                 color=color,
                 linewidth=1,
-                label=group.label if number == 0 else None,
+                label=plot_text(group.label, 60) if number == 0 else None,
             )
             late += [run.loss[len(run.loss) // 10], run.loss.min()]
             drawn += 1
@@ -63,7 +64,7 @@ def draw_speeds(groups: Sequence[Group], path: Path) -> Path | None:
     figure = Figure(figsize=(8, 0.35 * len(known) + 1.2), layout="constrained")
     axes = figure.subplots()
     axes.barh(range(len(known)), [s for _, s, _ in known], color="tab:blue", alpha=0.7)
-    axes.set_yticks(range(len(known)), [label for label, _, _ in known], fontsize=7)
+    axes.set_yticks(range(len(known)), [plot_text(label, 40) for label, _, _ in known], fontsize=7)
     for i, (_, speed, mfu) in enumerate(known):
         text = f" {speed:,.0f}" + (f", MFU {100 * mfu[0]:.1f} %" if mfu else "")
         axes.text(speed, i, text, va="center", fontsize=7)

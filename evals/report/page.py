@@ -14,10 +14,13 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from evals.report.figures import draw_losses, draw_speeds
 from evals.report.runs import Group, find_runs, grouped, matches_of
+from evals.report.scores import score_names
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
 from pretrain.common.outputs import check_folder
+from pretrain.common.screen import readable
 
+_MOST_NAMES = 4  # in the title
 TITLES = {"tokens": "Loss by tokens", "flops": "Loss by training FLOPs", "seconds": "Loss by time"}
 
 
@@ -26,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m evals report", description="Write a page about runs and grids of runs."
     )
-    parser.add_argument("runs", nargs="+", help="run directories, or folders of them")
+    parser.add_argument("runs", nargs="+", help="run directories, grids, folders or globs of them")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/report"), help="output folder (runs/report)"
     )
@@ -62,7 +65,7 @@ def make_report(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"])
     )
     html = environment.get_template("report.html.j2").render(
-        title=title or ", ".join(Path(p).name for p in paths),
+        title=title or _title(paths),
         pictures=pictures,
         scaling=scaling,
         table=_table(groups),
@@ -71,8 +74,14 @@ def make_report(
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     page = out / "report.html"
-    write_bytes(page, html.encode())
+    write_bytes(page, html.encode(errors="replace"))
     return page
+
+
+def _title(paths: Sequence[str | Path]) -> str:
+    names = [Path(path).resolve().name for path in paths]
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _picture(heading: str, path: Path) -> dict[str, str]:
@@ -83,7 +92,7 @@ def _picture(heading: str, path: Path) -> dict[str, str]:
 def _table(groups: Sequence[Group]) -> dict[str, Any]:
     """Return the table's columns and rows; a cell has a text and a value to sort by."""
     settings = list(dict.fromkeys(k for g in groups for k in g.differing))
-    scores = sorted({s for g in groups for r in g.runs for s in r.scores})
+    scores = score_names([s for g in groups for r in g.runs for s in r.scores])
     measures: list[tuple[str, Any, str]] = [
         ("parameters", lambda r: r.parameters, "{:,.0f}"),
         ("tokens", lambda r: r.tokens[-1], "{:,.0f}"),
@@ -93,8 +102,15 @@ def _table(groups: Sequence[Group]) -> dict[str, Any]:
         ("bits per byte", lambda r: r.valid[-1][2] if r.valid else None, "{:.4f}"),
         ("tokens/s", lambda r: r.tokens_per_second, "{:,.0f}"),
         ("MFU %", lambda r: None if r.mfu is None else 100 * r.mfu, "{:.1f}"),
-        ("hours", lambda r: r.seconds[-1] / 3600, "{:.2f}"),
-        *((s, lambda r, s=s: r.scores.get(s), "{:.4f}") for s in scores),
+        ("hours", lambda r: r.seconds[-1] / 3600, "{:,.3f}"),
+        *(
+            (
+                name,
+                lambda r, k=kind: next((s.value for s in r.scores if s.kind == k), None),
+                "{:.4f}",
+            )
+            for kind, name in scores.items()
+        ),
     ]
     rows = []
     for group in groups:
@@ -107,14 +123,16 @@ def _table(groups: Sequence[Group]) -> dict[str, Any]:
                 cells.append({"text": "", "sort": ""})
                 continue
             mean, spread = found
-            text = form.format(mean) + (f" ± {form.format(spread)}" if spread is not None else "")
+            text = form.format(mean) + (f" ± {form.format(spread)}" if spread else "")
             cells.append({"text": text, "sort": mean})
         states = sorted({run.state for run in group.runs})
         cells.append({"text": "; ".join(states), "sort": states[0]})
         rows.append(cells)
-    columns = [*(settings or ["run"]), "runs", *(name for name, _, _ in measures), "state"]
-    kept = [i for i in range(len(columns)) if any(row[i]["text"] for row in rows)]
-    return {"columns": [columns[i] for i in kept], "rows": [[row[i] for i in kept] for row in rows]}
+    names = [*(settings or ["run"]), "runs", *(name for name, _, _ in measures), "state"]
+    kept = [i for i in range(len(names)) if any(row[i]["text"] for row in rows)]
+    numbers = [any(not isinstance(row[i]["sort"], str) for row in rows) for i in kept]
+    columns = [{"name": names[i], "number": n} for i, n in zip(kept, numbers, strict=True)]
+    return {"columns": columns, "rows": [[row[i] for i in kept] for row in rows]}
 
 
 def _cell(value: Any) -> dict[str, Any]:
@@ -122,7 +140,7 @@ def _cell(value: Any) -> dict[str, Any]:
         return {"text": "-", "sort": ""}
     if isinstance(value, bool) or not isinstance(value, int | float):
         return {"text": str(value), "sort": str(value)}
-    return {"text": f"{value:g}" if isinstance(value, float) else f"{value:,}", "sort": value}
+    return {"text": readable(value, 6) if isinstance(value, float) else f"{value:,}", "sort": value}
 
 
 def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:
@@ -166,7 +184,7 @@ def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:
         section["parameters"] = [
             {
                 "name": p.name,
-                "value": f"{result.values[p.name]:.5g}",
+                "value": readable(result.values[p.name], 5),
                 "unit": p.unit,
                 "meaning": p.meaning,
                 "note": result.undetermined.get(p.name, ""),

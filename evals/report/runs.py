@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -11,10 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from evals.report.scores import Score, read_scores
 from evals.scaling.parameters import Array
 from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
+from pretrain.config import RunConfig
+from pretrain.model.spec import block_specs, with_sizes
+from pretrain.run_arguments import distinct_names, expand_paths, read_grid, runs_of
 from pretrain.run_directory import METRICS_FILE, RunDirectory, overall_speed
+from pretrain.run_time import count_starts, total_seconds
 
 LAST = 5  # logged losses whose mean is the final loss
 # Settings that do not change what is trained.
@@ -30,6 +36,9 @@ _IRRELEVANT = (
     "data.verify",
     "validation.",
     "eval.",
+    # How model.mlp.intermediate_size came about, which is compared.
+    "model.mlp.ratio",
+    "model.mlp.multiple_of",
 )
 
 
@@ -38,13 +47,16 @@ class Run:
     """One run directory.
 
     ``steps``, ``tokens``, ``loss`` (nats per token, the mean over the steps since the line before)
-    and ``seconds`` are those of the n logged losses; ``valid`` holds (tokens, nats per token, bits
-    per byte or None) of every validation; ``scores`` the result of each evaluation.
+    and ``seconds``, of all starts, are those of the n logged losses; ``valid`` holds (tokens, nats
+    per token, bits per byte or None) of every validation; ``scores`` the results of evaluations.
+    ``resolved`` are the settings by which runs are compared, ``settings`` the same as they are
+    shown.
     """
 
     name: str
     directory: Path
     settings: dict[str, Any]
+    resolved: dict[str, Any]
     seed: int
     steps: Array
     tokens: Array
@@ -56,7 +68,9 @@ class Run:
     mfu: float | None
     parameters: int | None = None
     flops_per_token: float | None = None
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: list[Score] = field(default_factory=list)
+    starts: int = 1
+    validation_tokens: int = 0
 
     @property
     def final(self) -> float:
@@ -101,26 +115,50 @@ class Group:
 
 
 def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
-    """Return every run under ``paths``, and a sentence for each directory without one.
+    """Return every run under ``paths``, each once, and sentences about what the report lacks.
 
     Raises UserError where a path does not exist or no run has logged a loss.
     """
-    runs, notes = list[Run](), list[str]()
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: no such run directory")
-        found = RunDirectory.find_below(path)
-        if not found:
+    runs, notes, seen = list[Run](), list[str](), set[Path]()
+    for path in expand_paths(paths):
+        found = runs_of(path)
+        if not found and not RunDirectory(path).config_file.exists():
             notes.append(f"{path} holds no run (no {METRICS_FILE})")
+        elif not found:
+            notes.append(f"{path} has logged no loss yet")
         for directory in found:
+            if directory.path.resolve() in seen:
+                continue
+            seen.add(directory.path.resolve())
             run = read_run(directory)
             if run is None:
                 notes.append(f"{directory} has logged no loss yet")
             else:
                 runs.append(run)
     if not runs:
-        raise UserError(f"nothing to report: {'; '.join(notes)}")
-    return runs, notes
+        raise UserError(f"nothing to report: {'; '.join(notes) or 'no run is named'}")
+    for run, name in zip(runs, distinct_names([run.directory for run in runs]), strict=True):
+        run.name = name
+    return runs, [*notes, *_remarks(runs)]
+
+
+def _remarks(runs: Sequence[Run]) -> list[str]:
+    """Return sentences about numbers of the runs that need one."""
+    again = [f"{run.name} ({run.starts})" for run in runs if run.starts > 1]
+    sentences = []
+    if again:
+        sentences.append(
+            f"started more than once: {', '.join(again)}; hours are those of all starts, up to the "
+            "last step that each has logged (what one did after it, before it was killed, is not "
+            "known)"
+        )
+    validated = {run.validation_tokens for run in runs if run.valid}
+    if len(validated) > 1:
+        sizes = ", ".join(f"{tokens:,}" for tokens in sorted(validated))
+        sentences.append(
+            f"validation losses are of different amounts of text (validation.tokens: {sizes})"
+        )
+    return sentences
 
 
 def read_run(directory: RunDirectory) -> Run | None:
@@ -129,28 +167,31 @@ def read_run(directory: RunDirectory) -> Run | None:
     Raises UserError for a damaged config.
     """
     every = directory.read_metrics()
-    by_step = {r["step"]: r for r in every if isinstance(r.get("loss"), int | float)}
-    rows = [by_step[s] for s in sorted(by_step) if np.isfinite(by_step[s]["loss"])]
-    if not rows or not directory.config_file.exists():
-        return None
-    config = directory.read_config()
-    settings = {
-        k: v
-        for k, v in flattened(dataclasses.asdict(config)).items()
-        if not k.startswith(_IRRELEVANT) and k != "seed"
+    seconds = total_seconds(directory, every)
+    by_step = {
+        r["step"]: (r, s)
+        for r, s in zip(every, seconds, strict=True)
+        if isinstance(r.get("loss"), int | float)
     }
+    known = [by_step[s] for s in sorted(by_step) if np.isfinite(by_step[s][0]["loss"])]
+    if not known or not directory.config_file.exists():
+        return None
+    rows = [row for row, _ in known]
+    config = directory.read_config()
     model = directory.read_model()
+    settings, resolved = _settings(config, model, str(directory))
     shares = [r["mfu"] for r in rows if r.get("mfu")]
     return Run(
         directory.name,
         directory.path,
         settings,
+        resolved,
         config.seed,
         np.array([r["step"] for r in rows]),
         np.array([float(r["tokens"]) for r in rows]),
         # Runs of earlier versions logged single steps' losses alone.
         np.array([float(r.get("loss_mean", r["loss"])) for r in rows]),
-        _seconds(rows),
+        np.array([s or 0.0 for _, s in known]),
         config.train.num_steps,
         [
             (float(r["tokens"]), float(r["valid_loss"]), r.get("valid_bits_per_byte"))
@@ -161,58 +202,49 @@ def read_run(directory: RunDirectory) -> Run | None:
         float(np.median(shares)) if shares else None,
         model.get("parameters"),
         model.get("training_flops_per_token"),
-        _scores(directory),
+        read_scores(directory),
+        count_starts(directory),
+        config.validation.tokens,
     )
 
 
-def _seconds(rows: Sequence[dict[str, Any]]) -> Array:
-    """Return the seconds of training; the clock of the log restarts with each start."""
-    total, before = [], 0.0
-    offset = 0.0
-    for row in rows:
-        now = float(row.get("seconds") or 0.0)
-        if now < before:
-            offset += before
-        before = now
-        total.append(offset + now)
-    return np.array(total)
+def _settings(
+    config: RunConfig, model: dict[str, Any], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what is trained by dotted name, as it is shown and as it is compared.
 
-
-def _scores(directory: RunDirectory) -> dict[str, float]:
-    """Return the latest result of each evaluation.
-
-    That is bits per byte for perplexity, numbers named accuracy or score for others, and the first
-    score of lm-eval's tasks (normalized by length if there is such a score).
+    Two ways to say the same compare equal: a size that is null or written out, a budget in steps
+    or in tokens, a pattern with or without its repetitions, settings of a mixer that it lacks.
     """
-    found: dict[str, tuple[int, float]] = {}
-    for path in sorted(directory.evals.glob("*.json")):
-        try:
-            result = json.loads(path.read_text())
-        except ValueError:
-            continue
-        task, step = str(result.get("task", path.stem)), int(result.get("step", 0))
-        listed = result.get("scores")
-        scores = listed if isinstance(listed, dict) else result
-        wanted = [k for k in ("bits_per_byte", "accuracy", "score") if k in scores]
-        if scores is listed and listed:
-            wanted = ["acc_norm" if "acc_norm" in listed else next(iter(listed))]
-        for key in wanted:
-            if isinstance(scores[key], int | float):
-                name = f"{task} {key.replace('_', ' ')}"
-                if step >= found.get(name, (-1, 0.0))[0]:
-                    found[name] = step, float(scores[key])
-    return {name: value for name, (_, value) in found.items()}
+    config = copy.deepcopy(config)
+    config.model = with_sizes(config.model, where)
+    names = [spec.name for spec in block_specs(config.model, where)]
+    config.model.mixers = {k: v for k, v in config.model.mixers.items() if k in names}
+    config.model.vocab_size = config.model.vocab_size or model.get("vocab_size")
+    config.train.steps, config.train.tokens = config.train.num_steps, None
+    shown = {
+        k: v
+        for k, v in flattened(dataclasses.asdict(config)).items()
+        if not k.startswith(_IRRELEVANT) and k != "seed"
+    }
+    sections = {"model.moe": config.model.moe, "model.recursion": config.model.recursion}
+    sections["initialize"] = config.initialize
+    shown |= {name: "no" if section is None else "yes" for name, section in sections.items()}
+    return shown, {**shown, "model.pattern": " ".join(names)}
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
     """Group runs that differ only in their seed, in the order of their final loss."""
     keys = sorted({k for run in runs for k in run.settings})
+    # A setting of a mixer or section that a run lacks is no difference beside that.
     differing = [
-        k for k in keys if len({json.dumps(r.settings.get(k), sort_keys=True) for r in runs}) > 1
+        k
+        for k in keys
+        if len({json.dumps(r.resolved[k], sort_keys=True) for r in runs if k in r.resolved}) > 1
     ]
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
-        values = json.dumps([run.settings.get(k) for k in differing], sort_keys=True)
+        values = json.dumps([run.resolved.get(k) for k in differing], sort_keys=True)
         by_settings.setdefault(values, []).append(run)
     short = _short_names(differing)
     groups = []
@@ -237,17 +269,19 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _value(value: Any) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):  # two values never look alike
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return "-" if value is None else str(value)
 
 
 def matches_of(paths: Sequence[str | Path]) -> list[str]:
     """Return a sentence per grid that says in what its members match, if in anything."""
-    notes = []
-    for path in map(Path, paths):
-        for file in sorted({path / "grid.json", path.parent / "grid.json"}):
-            if file.exists():
-                grid = json.loads(file.read_text())
+    notes = dict[Path, str]()
+    for path in expand_paths(paths):
+        for folder in (path, path.parent):
+            grid = read_grid(folder)
+            if grid and folder.resolve() not in notes:
                 budget = grid.get("match")
                 words = f"matched in {budget}" if budget else "not matched (no grid.match)"
-                notes.append(f"{file.parent.name}: members are {words}")
-    return list(dict.fromkeys(notes))
+                notes[folder.resolve()] = f"{folder.resolve().name}: members are {words}"
+    return list(notes.values())

@@ -20,7 +20,7 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        help="run directories or folders of them, .csv, .parquet, TensorBoard events",
+        help="run directories, grids, folders or globs of them, .csv, .parquet, TensorBoard events",
     )
     parser.add_argument(
         "--columns",

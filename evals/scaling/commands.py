@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import glob
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from evals.scaling.arguments import (
     SCHEDULE,
@@ -53,6 +51,8 @@ from pretrain.common.config_loader import nearest
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.common.outputs import check_folder
+from pretrain.common.screen import plain_console, show_table, titled_table
+from pretrain.run_arguments import expand_paths
 
 MOST_PROFILES = 12  # shown; all are in the JSON
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _fit(given: argparse.Namespace) -> int:
-    console, sources = Console(), [Path(s) for s in given.sources]
+    console, sources = plain_console(), expand_paths(given.sources)
     if given.law is not None and given.law not in (*LAWS, "auto"):
         raise UserError(
             f"--law is '{given.law}'{nearest(given.law, list(LAWS))}, expected auto or one of "
@@ -90,7 +90,7 @@ def _fit(given: argparse.Namespace) -> int:
     reading = reading_of(given)
     curves, skipped = read_curves(sources, reading)
     for sentence in skipped:
-        console.print(f"[yellow]{sentence}[/]")
+        console.print(sentence, style="yellow")
     if given.law in SIZE_LAWS:
         return _fit_points(given, points_of(curves), console)
     tests = read_curves(given.test, reading)[0] if given.test else []
@@ -124,16 +124,14 @@ def _choose(
     curves: Sequence[Curve], sizes: tuple[bool, bool, bool], options: Options, console: Console
 ) -> tuple[str, dict[str, Any]]:
     hold_out = hold_out_sizes if any(sizes) else hold_out_schedules
-    table = Table(title="error on held-out curves (%)", title_justify="left")
     results = [hold_out(partial(_law_of, name, sizes), curves, options) for name in CURVE_LAWS]
-    table.add_column("held out")
-    for result in results:
-        table.add_column(result.law, justify="right")
+    laws = [result.law for result in results]
+    table = titled_table("error on held-out curves (%)", "held out", *laws)
     for name in results[0].errors:
         table.add_row(name, *(f"{r.errors[name]:.3f}" for r in results))
     table.add_section()
     table.add_row("mean", *(f"{r.mean:.4f}" for r in results), style="bold")
-    console.print(table)
+    show_table(table, console)
     best = min(results, key=lambda r: r.mean)
     return best.law, {r.law: r.errors | {"mean": r.mean} for r in results}
 
@@ -160,9 +158,8 @@ def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> 
     profiles = isoflop_profiles(points)
     if len(profiles) >= 2:
         saved["isoflop"] = {"profiles": profiles, "exponents": frontier_exponents(profiles)}
-        table = Table(title="isoFLOP profiles", title_justify="left")
-        for column in ("FLOPs", "parameters", "tokens", "loss", "minimum"):
-            table.add_column(column, justify="right")
+        columns = ("FLOPs", "parameters", "tokens", "loss", "minimum")
+        table = titled_table("isoFLOP profiles", *columns)
         for p in profiles[:: math.ceil(len(profiles) / MOST_PROFILES)]:
             table.add_row(
                 f"{p['flops']:.3g}",
@@ -171,7 +168,7 @@ def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> 
                 f"{p['loss']:.4f}",
                 "inside" if p["inside"] else "outside the runs",
             )
-        console.print(table)
+        show_table(table, console)
         exponents = saved["isoflop"]["exponents"]
         console.print(f"N ~ C^{exponents['N']:.3f}, D ~ C^{exponents['D']:.3f}")
     from evals.scaling.figures import draw_points
@@ -180,7 +177,7 @@ def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> 
 
 
 def _predict(given: argparse.Namespace) -> int:
-    console, found = Console(), load_fit(given.fit)
+    console, found = plain_console(), load_fit(given.fit)
     if found.law.name not in CURVE_LAWS:
         raise UserError(f"{given.fit}: {found.law.title} is not a law of loss curves")
     if not given.schedule and not given.run:
@@ -206,9 +203,10 @@ def _predict(given: argparse.Namespace) -> int:
         for curve in read_curves(given.run, reading)[0]:
             curves.append(curve)
             seen.append(True)
-    table = Table(title=f"{found.law.title}: predicted", title_justify="left")
-    for column in ("curve", "steps", "final loss", "95 % interval", "logged", "mean error"):
-        table.add_column(column, justify="left" if column == "curve" else "right")
+    table = titled_table(
+        f"{found.law.title}: predicted",
+        *("curve", "steps", "final loss", "95 % interval", "logged", "mean error"),
+    )
     saved = []
     for curve, has_loss in zip(curves, seen, strict=True):
         predicted = found.predict(curve)
@@ -231,7 +229,7 @@ def _predict(given: argparse.Namespace) -> int:
                 "seen": curve.loss.tolist() if has_loss else None,
             }
         )
-    console.print(table)
+    show_table(table, console)
     _warn_of_extrapolation(found, curves, console)
     from evals.scaling.figures import draw_prediction
 
@@ -249,11 +247,13 @@ def _warn_of_extrapolation(found: Fit, curves: Sequence[Curve], console: Console
     for curve in curves:
         outside = outside_of(found, curve)
         if outside:
-            console.print(f"[yellow]{curve.name}: extrapolates from the fitted runs: {outside}[/]")
+            console.print(
+                f"{curve.name}: extrapolates from the fitted runs: {outside}", style="yellow"
+            )
 
 
 def _plan(given: argparse.Namespace) -> int:
-    console, found = Console(), load_fit(given.fit)
+    console, found = plain_console(), load_fit(given.fit)
     if isinstance(found.law, ChinchillaLaw):
         if given.flops is None:
             raise UserError("plan needs the budget, --flops, for a law of size and tokens")
@@ -290,20 +290,23 @@ def _plan(given: argparse.Namespace) -> int:
     if steps < 2 * warmup + 10:
         raise UserError(f"--steps is {steps}, expected at least {2 * warmup + 10}")
     choices = best_schedules(found, steps, peaks, warmup, parameters)
-    table = Table(title=f"schedules of {steps:,} steps, best first", title_justify="left")
-    for column in ("schedule", "final loss", "behind the best", "note"):
-        table.add_column(column, justify="left" if column in ("schedule", "note") else "right")
+    table = titled_table(
+        f"schedules of {steps:,} steps, best first",
+        *("schedule", "final loss", "behind the best", "note"),
+        left=("note",),
+    )
     for choice in choices[:15]:
         behind = f"{choice.loss - choices[0].loss:.4f}"
         if choice.behind is not None and choice is not choices[0]:
             behind += f" ({choice.behind[0]:.4f} to {choice.behind[1]:.4f})"
         table.add_row(choice.name, f"{choice.loss:.4f}", behind, choice.extrapolates)
-    console.print(table)
+    show_table(table, console)
     if len(peaks) == 1:
         console.print(
-            "[dim]The law does not model instability, so it prefers the highest peak. It was "
+            "The law does not model instability, so it prefers the highest peak. It was "
             f"fitted to peaks of {found.domain['peak_lr'][0]:.3g} to "
-            f"{found.domain['peak_lr'][1]:.3g}.[/]"
+            f"{found.domain['peak_lr'][1]:.3g}.",
+            style="dim",
         )
     saved["schedules"] = [dataclasses.asdict(c) for c in choices]
     first = choices[0]
@@ -311,16 +314,18 @@ def _plan(given: argparse.Namespace) -> int:
     frontier, cheapest = cheapest_design(found, target, given.tolerance)
     saved["designs"] = [dataclasses.asdict(d) for d in frontier]
     saved["cheapest_design"] = None if cheapest is None else dataclasses.asdict(cheapest)
-    table = Table(title="runs that would determine the law", title_justify="left")
-    for column in ("total steps", "error of the final loss", "runs"):
-        table.add_column(column, justify="left" if column == "runs" else "right")
+    table = titled_table(
+        "runs that would determine the law",
+        *("total steps", "error of the final loss", "runs"),
+        left=("runs",),
+    )
     at = frontier.index(cheapest) if cheapest is not None else len(frontier)
     for design in frontier[max(0, at - 3) : at + 4]:
         style = "bold" if design is cheapest else None
         table.add_row(
             f"{design.steps:,}", f"{100 * design.error:.3f} %", "\n".join(design.runs), style=style
         )
-    console.print(table)
+    show_table(table, console)
     if cheapest is None:
         console.print(f"no set of three runs reaches an error of {100 * given.tolerance:.2g} %")
     from evals.scaling.figures import draw_schedules
@@ -329,7 +334,7 @@ def _plan(given: argparse.Namespace) -> int:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    console = Console()
+    console = plain_console()
     if given.bootstrap < 2:
         raise UserError(
             f"--bootstrap is {given.bootstrap}, expected at least 2 samples for a comparison"
@@ -364,18 +369,14 @@ def _by_name(words: Sequence[str], columns: dict[str, str], console: Console) ->
         name, equals, pattern = word.partition("=")
         if not equals or not pattern:
             raise UserError(f"found '{word}', expected NAME=SOURCE")
-        # Not Path.glob, which accepts no absolute pattern.
-        paths = [Path(p) for p in sorted(glob.glob(pattern))]  # noqa: PTH207
-        if not paths:
-            raise UserError(f"{pattern}: no such run directory or file")
-        sources.setdefault(name, []).extend(paths)
+        sources.setdefault(name, []).extend(expand_paths([pattern]))
     for name, paths in sources.items():
         if len(paths) == 1 and is_points_table(paths[0]):
             families[name] = read_points(paths[0], columns)
             continue
         curves, skipped = read_curves(paths, Reading(columns))
         for sentence in skipped:
-            console.print(f"[yellow]{sentence}[/]")
+            console.print(sentence, style="yellow")
         families[name] = points_of(curves)
     return families
 
@@ -383,7 +384,7 @@ def _by_name(words: Sequence[str], columns: dict[str, str], console: Console) ->
 def _by_setting(runs: Sequence[str], setting: str, console: Console) -> dict[str, Points]:
     curves, skipped = read_curves(runs)
     for sentence in skipped:
-        console.print(f"[yellow]{sentence}[/]")
+        console.print(sentence, style="yellow")
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
         if setting not in curve.labels:

@@ -16,6 +16,7 @@ from evals.scaling.intervals import interval
 from evals.scaling.planning import Choice, SizeChoice
 from evals.scaling.size_laws import ChinchillaLaw
 from pretrain.common.files import write_figure
+from pretrain.common.plots import plot_text
 
 COLORS = [f"tab:{c}" for c in ("blue", "orange", "green", "red", "purple", "brown", "pink", "cyan")]
 
@@ -41,7 +42,7 @@ def draw_curves(
         predicted = found.predict(curve)
         top.plot(curve.step, curve.loss, ".", color=color, markersize=2.5, alpha=0.5)
         error = 100 * np.abs(predicted / curve.loss - 1).mean()
-        label = f"{curve.name}: {error:.3f} %{'' if fitted else ', not fitted'}"
+        label = plot_text(f"{curve.name}: {error:.3f} %{'' if fitted else ', not fitted'}")
         top.plot(
             curve.step, predicted, "-" if fitted else "--", color=color, linewidth=1.3, label=label
         )
@@ -101,7 +102,7 @@ def draw_prediction(found: Fit, curves: Sequence[Curve], seen: Sequence[bool], p
             predicted,
             color=color,
             linewidth=1.3,
-            label=f"{curve.name}: ends at {predicted[-1]:.4f}",
+            label=plot_text(f"{curve.name}: ends at {predicted[-1]:.4f}"),
         )
         if found.samples is not None:
             low, high = interval(found, curve)
@@ -138,7 +139,7 @@ def draw_schedules(choices: Sequence[Choice], path: Path, most: int = 15) -> Pat
             linewidth=1,
             capsize=2,
         )
-    axes.set_yticks(range(len(shown)), [c.name for c in shown], fontsize=8)
+    axes.set_yticks(range(len(shown)), [plot_text(c.name) for c in shown], fontsize=8)
     axes.set(xlabel=f"predicted final loss above the best, {best:.4f} (thousandths of a nat)")
     return save(figure, path)
 
@@ -186,7 +187,7 @@ def draw_comparison(
         axes.plot(
             np.asarray(families[name].flops), families[name].loss, "o", color=color, markersize=4
         )
-        axes.plot(grid, found.predict(at), color=color, label=name)
+        axes.plot(grid, found.predict(at), color=color, label=plot_text(name))
         low, high = interval(found, at)
         axes.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
     for comparison in comparisons:

@@ -15,6 +15,7 @@ from scipy.optimize import minimize, nnls
 from evals.scaling.parameters import Array, Law, named
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
+from pretrain.common.screen import readable
 
 Residual = Literal["relative", "log"]
 HUBER = 1e-3
@@ -155,7 +156,7 @@ def load_fit(path: Path) -> Fit:
             {n: e["undetermined"] for n, e in entries if e["undetermined"]},
             saved["warnings"],
             {n: tuple(e["interval_95"]) for n, e in entries if e["interval_95"]},
-            None if samples is None else np.array(samples),
+            None if samples is None else np.array(samples, dtype=float),
             saved.get("domain", {}),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -387,7 +388,7 @@ def _undetermined(found: Fit, problem: Problem) -> dict[str, str]:
             low, high = bounds[i]
             width = (found.theta[i] - low, high - found.theta[i])
             if min(width) < 1e-6 * max(high - low, 1):
-                reasons[parameter.name] = f"at its bound of {value:.4g}"
+                reasons[parameter.name] = f"at its bound of {readable(value, 4)}"
                 continue
             if parameter.prior and found.options.priors and error > parameter.prior[1]:
                 reasons[parameter.name] = "the data say less about it than its prior"
@@ -395,7 +396,8 @@ def _undetermined(found: Fit, problem: Problem) -> dict[str, str]:
             others = [other[parameter.name] for other in equal]
             if others and max(others) - min(others) > 0.5 * abs(value):
                 reasons[parameter.name] = (
-                    f"different starts end at {min(others):.4g} to {max(others):.4g}, which fit "
+                    f"different starts end at {readable(min(others), 4)} to "
+                    f"{readable(max(others), 4)}, which fit "
                     "equally well"
                 )
                 continue
@@ -404,7 +406,7 @@ def _undetermined(found: Fit, problem: Problem) -> dict[str, str]:
             reasons[parameter.name] = "at its bound of 0"
         elif relative > 0.5:
             reasons[parameter.name] = (
-                f"standard error {error:.3g}"
+                f"standard error {readable(error)}"
                 if not parameter.log
                 else f"known only to a factor of {math.exp(min(error, 99)):.3g}"
             )

@@ -23,6 +23,7 @@ from evals.scaling.schedules import (
 )
 from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
+from pretrain.run_arguments import distinct_names, expand_paths, runs_of
 from pretrain.run_directory import METRICS_FILE, RunDirectory
 
 # Common names of the columns; the first one found is used.
@@ -62,16 +63,25 @@ def read_curves(
     Raises UserError for a source that cannot be read, and where no curve remains.
     """
     reading, curves, skipped = reading or Reading(), list[Curve](), list[str]()
-    for source in sources:
-        path = Path(source)
-        if not path.exists():
-            raise UserError(f"{path}: no such run directory or file")
-        for curve in _read(path, reading):
-            reason = None if reading.keep_diverged else diverged(curve)
-            if reason:
-                skipped.append(f"{curve.name} is skipped: {reason}")
-            else:
-                curves.append(curve)
+    runs = dict[Path, RunDirectory]()
+    for path in expand_paths(sources):
+        found = runs_of(path) if path.is_dir() else []  # before events, which runs may have as well
+        runs.update((run.path.resolve(), run) for run in found)
+        if not found and RunDirectory(path).config_file.exists():
+            skipped.append(f"{path} is skipped: it has logged nothing yet")
+        elif not found:
+            curves += _read(path, reading)
+    names = distinct_names([run.path for run in runs.values()])
+    for run, name in zip(runs.values(), names, strict=True):
+        curve = _run(run, name, reading)
+        if curve is None:
+            skipped.append(f"{name} is skipped: it has logged no loss yet")
+        else:
+            curves.append(curve)
+    if not reading.keep_diverged:
+        reasons = [diverged(curve) for curve in curves]
+        skipped += [f"{c.name} is skipped: {r}" for c, r in zip(curves, reasons, strict=True) if r]
+        curves = [c for c, reason in zip(curves, reasons, strict=True) if not reason]
     if not curves:
         raise UserError(f"there is no curve to fit; {'; '.join(skipped) or 'none was given'}")
     names = [c.name for c in curves]
@@ -81,18 +91,8 @@ def read_curves(
     return curves, skipped
 
 
-def is_run(path: Path) -> bool:
-    """Return whether ``path`` is a run directory."""
-    return RunDirectory(path).metrics_file.is_file()
-
-
 def _read(path: Path, reading: Reading) -> list[Curve]:
-    if is_run(path):
-        return [_run(RunDirectory(path), reading)]
     if path.is_dir():
-        runs = RunDirectory.find_below(path)
-        if runs:  # before events, which runs may have as well
-            return [_run(run, reading) for run in runs]
         if any(path.rglob("events.out.tfevents.*")):
             return [_curve(path.name, _events(path, reading), reading)]
         files = [p for p in sorted(path.iterdir()) if p.suffix in (".csv", ".parquet")]
@@ -124,11 +124,14 @@ class _Table:
         self.step = step.astype(np.int64)
 
 
-def _run(run: RunDirectory, reading: Reading) -> Curve:
-    """Read a run of this project, with the schedule of its config."""
+def _run(run: RunDirectory, name: str, reading: Reading) -> Curve | None:
+    """Read a run of this project, with the schedule of its config; None where no loss is logged."""
     key = (reading.columns or {}).get("loss", "loss")
-    rows = [r for r in run.read_metrics() if isinstance(r.get(key, ""), int | float | None)]
+    every = run.read_metrics()
+    rows = [r for r in every if isinstance(r.get(key, ""), int | float | None)]
     if not rows:
+        if key == "loss" or not any("loss" in r for r in every):
+            return None
         raise UserError(f"{run.metrics_file} has no '{key}'")
     table = _Table(
         str(run.metrics_file),
@@ -138,7 +141,7 @@ def _run(run: RunDirectory, reading: Reading) -> Curve:
     )
     config = run.read_config()
     lr = schedule_lr(config.schedule, config.optimizer.lr, config.train.num_steps)
-    curve = _curve(run.name, table, reading, lr)
+    curve = _curve(name, table, reading, lr)
     found = run.read_model()
     if found:
         apart = 0 if reading.embeddings else found["embedding_parameters"]

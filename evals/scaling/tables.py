@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from evals.scaling.comparing import Comparison
 from evals.scaling.fitting import Fit
+from pretrain.common.screen import readable, show_table, titled_table
 
 
 def sentences(found: Comparison) -> list[str]:
@@ -48,40 +48,37 @@ def show_size(size: Any, console: Console) -> None:
     """Print a :class:`evals.scaling.planning.SizeChoice`."""
 
     def ends(interval: tuple[float, float] | None) -> str:
-        return "" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
+        return "" if interval is None else f"{readable(interval[0])} to {readable(interval[1])}"
 
-    table = Table(title=f"{size.flops:.3g} FLOPs", title_justify="left")
-    for column in ("", "best", "95 % interval"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row("parameters", f"{size.parameters:.4g}", ends(size.parameters_interval))
-    table.add_row("tokens", f"{size.tokens:.4g}", ends(size.tokens_interval))
-    table.add_row("tokens per parameter", f"{size.tokens / size.parameters:.3g}", "")
+    table = titled_table(f"{size.flops:.3g} FLOPs", "quantity", "best", "95 % interval")
+    table.add_row("parameters", readable(size.parameters, 4), ends(size.parameters_interval))
+    table.add_row("tokens", readable(size.tokens, 4), ends(size.tokens_interval))
+    table.add_row("tokens per parameter", readable(size.tokens / size.parameters), "")
     table.add_row("loss", f"{size.loss:.4f}", ends(size.loss_interval))
     table.add_row("parameters within 0.5 % of the loss", "", ends(size.alike))
     if size.schedule:
         table.add_row("schedule", size.schedule, "")
-    console.print(table)
+    show_table(table, console)
 
 
 def show_fit(found: Fit, console: Console, name: str = "") -> None:
     """Print a fit's parameters, doubts and warnings, headed by ``name``."""
     title = f"{name + ': ' if name else ''}{found.law.title}: {found.law.formula}"
-    table = Table(title=title, title_justify="left")
-    for column in ("parameter", "value", "95 % interval", "unit"):
-        table.add_column(column, justify="right" if column == "value" else "left")
+    columns = ("parameter", "value", "95 % interval", "unit")
+    table = titled_table(title, *columns, left=("95 % interval", "unit"))
     for parameter in found.law.parameters:
         ends = found.intervals.get(parameter.name)
         table.add_row(
             parameter.name,
-            f"{found.values[parameter.name]:.5g}",
-            f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "",
+            readable(found.values[parameter.name], 5),
+            f"{readable(ends[0], 4)} to {readable(ends[1], 4)}" if ends else "",
             parameter.unit,
         )
     for quantity, value in found.law.derived(found.values).items():
-        table.add_row(quantity, f"{value:.5g}", "", "", style="dim")
-    console.print(table)
+        table.add_row(quantity, readable(value, 5), "", "", style="dim")
+    show_table(table, console)
     for parameter_name, why in found.undetermined.items():
-        console.print(f"[yellow]the data do not determine {parameter_name}: {why}[/]")
+        console.print(f"the data do not determine {parameter_name}: {why}", style="yellow")
     objectives = sorted(s.objective for s in found.starts)
     equal = sum(o <= 1.01 * objectives[0] for o in objectives)
     console.print(
@@ -93,4 +90,4 @@ def show_fit(found: Fit, console: Console, name: str = "") -> None:
         curve, _, sentence = warning.partition(": ")
         by_sentence.setdefault(sentence, []).append(curve)
     for sentence, named_curves in by_sentence.items():
-        console.print(f"[yellow]{', '.join(named_curves)}: {sentence}[/]")
+        console.print(f"{', '.join(named_curves)}: {sentence}", style="yellow")

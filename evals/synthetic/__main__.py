@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from evals.synthetic.tasks import TASKS
 from evals.synthetic.training import LAST, TEST_FACTORS, SyntheticConfig, check_config, run
@@ -25,6 +24,7 @@ from pretrain.common.config_loader import ConfigError, build_config, load_config
 from pretrain.common.errors import UserError, run_command, short
 from pretrain.common.files import write_json
 from pretrain.common.outputs import check_folder
+from pretrain.common.screen import plain_console, show_table, titled_table
 from pretrain.common.yaml_text import parse_value
 from pretrain.model.spec import block_specs
 from pretrain.parallel.processes import start_processes, stop_processes
@@ -154,17 +154,17 @@ def _result(config: SyntheticConfig, output: Path) -> dict[str, Any]:
         known: dict[str, Any] = json.loads(path.read_text())
         return known
     output.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     title = f"{config.task}, {label(dataclasses.asdict(config))}, seed {config.seed}"
-    with console.status(title) as status:
+    with console.status(Text(title)) as status:
 
         def on_step(step: int, loss: float) -> None:
             if step % 10 == 0:
-                status.update(f"{title}: step {step}/{config.steps}, loss {loss:.4f}")
+                status.update(Text(f"{title}: step {step}/{config.steps}, loss {loss:.4f}"))
 
         result = run(config, on_step)
     scores = ", ".join(f"{t['length']}: {t['accuracy']:.4f}" for t in result["tests"])
-    console.print(f"{title}: loss {result['final_loss']:.4f}, accuracy {scores}", highlight=False)
+    console.print(f"{title}: loss {result['final_loss']:.4f}, accuracy {scores}")
     write_json(path, result)
     return result
 
@@ -181,13 +181,14 @@ def label(settings: dict[str, Any]) -> str:
 
 def _show(result: dict[str, Any]) -> None:
     settings = result["settings"]
-    table = Table(title=f"{settings['task']}: {label(settings)}", title_justify="left")
-    for name in ("length", "accuracy", "whole rows", f"last {LAST} positions"):
-        table.add_column(name, justify="right")
+    table = titled_table(
+        f"{settings['task']}: {label(settings)}",
+        *("length", "accuracy", "whole rows", f"last {LAST} positions"),
+    )
     for score in result["tests"]:
         table.add_row(str(score["length"]), *_cells(score))
     table.caption = f"chance {result['chance']:.4f}, final loss {result['final_loss']:.4f}"
-    Console().print(table)
+    show_table(table)
 
 
 def _cells(score: dict[str, Any]) -> list[str]:
@@ -217,7 +218,7 @@ def _line(seeds: list[dict[str, Any]]) -> list[str]:
     settings = seeds[0]["settings"]
     scores = zip(*[[c for score in r["tests"] for c in _cells(score)] for r in seeds], strict=True)
     return [
-        f"`{label(settings)}`",
+        f"`{label(settings)}`".replace("|", r"\|"),
         f"{seeds[0]['parameters']:,}",
         str(settings["steps"]),
         " ".join(str(r["settings"]["seed"]) for r in seeds),

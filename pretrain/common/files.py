@@ -7,17 +7,48 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
+import urllib.parse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LONGEST_NAME = 180  # bytes; file systems take 255, and names get endings
+
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file that is at every instant the old one or the new one, complete."""
-    write_bytes(path, (json.dumps(values, indent=1) + "\n").encode())
+    """Write a JSON file that is at every instant the old one or the new one, complete.
+
+    Numbers that are not finite become null: JSON has no NaN.
+    """
+    text = json.dumps(finite_or_null(values), indent=1, allow_nan=False)
+    write_bytes(path, f"{text}\n".encode())
+
+
+def finite_or_null(values: Any) -> Any:
+    """Return JSON values with None for every number that is not finite."""
+    if isinstance(values, dict):
+        return {key: finite_or_null(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite_or_null(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def file_name(name: str) -> str:
+    """Return a name of a file that no other ``name`` has: what does not belong in one is %XX.
+
+    A long one is cut, and ends with digits of its hash instead.
+    """
+    quoted = urllib.parse.quote(name, safe="@,=+", errors="surrogateescape")
+    if quoted.startswith("."):
+        quoted = f"%2E{quoted[1:]}"
+    if len(quoted) <= _LONGEST_NAME:
+        return quoted
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return f"{quoted[: _LONGEST_NAME - 17]}-{digest}"
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -118,6 +118,8 @@ class ModelCounts:
         times: passes through the loop.
         backprop_last: passes that gradients go through, None for all.
         recomputed: see :func:`recomputed_flops`.
+        idle_parameters: those of the experts that a token does not go through.
+        loop_blocks: the first block in the loop and the first after it, None without a loop.
     """
 
     parameters: int
@@ -128,6 +130,20 @@ class ModelCounts:
     times: int = 1
     backprop_last: int | None = None
     recomputed: tuple[int, int] = (0, 0)
+    idle_parameters: int = 0
+    loop_blocks: tuple[int, int] | None = None
+
+    def describe(self) -> str:
+        """Return the sizes of the model in words: parameters, those of a token, and loops."""
+        parts = [f"{self.embedding_parameters:,} in embeddings"]
+        if self.idle_parameters:
+            parts.append(f"a token goes through {self.parameters - self.idle_parameters:,}")
+        found = f"{self.parameters:,} parameters ({', '.join(parts)})"
+        if self.loop_blocks is None:
+            return found
+        first, end = self.loop_blocks
+        which = f"block {first}" if end - first == 1 else f"blocks {first} to {end - 1}"
+        return f"{found}, {self.times} passes through {which}"
 
     def training_flops(self, times: float | None = None) -> float:
         """Return forward and backward FLOPs per token, with ``times`` passes through the loop.
@@ -156,8 +172,10 @@ def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCoun
     flops = [block_flops(config, spec, seq_len) for spec in specs]
     states = [s.mixer.state_bytes(s.config, d, seq_len) for s in specs]
     repeats, loop_flops, total = passes(config), 0, sum(flops)
+    loop_blocks = None
     if recursion is not None:
-        inside = slice(recursion.prelude, len(specs) - recursion.coda)
+        loop_blocks = recursion.prelude, len(specs) - recursion.coda
+        inside = slice(*loop_blocks)
         lora = sum(block_lora_parameters(config, spec) for spec in specs[inside])
         beside, beside_flops = loop_counts(config)
         parameters += beside + recursion.times * lora
@@ -172,4 +190,10 @@ def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCoun
         times=1 if recursion is None else recursion.times,
         backprop_last=None if recursion is None else recursion.backprop_last,
         recomputed=recomputed_flops(config, seq_len),
+        idle_parameters=sum(
+            3 * d * (spec.moe.num_experts - spec.moe.top_k) * spec.moe.intermediate_size
+            for spec in specs
+            if spec.moe is not None
+        ),
+        loop_blocks=loop_blocks,
     )

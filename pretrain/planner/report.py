@@ -19,6 +19,7 @@ from pretrain.common.config_files import load_values
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.common.outputs import check_file
+from pretrain.common.screen import plain_console, readable, show_table, titled_table
 from pretrain.common.yaml_text import quoted
 from pretrain.config import RunConfig, load_run_config
 from pretrain.model.build import padded_vocab_size
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--devices is {devices}, expected at least 1")
     hardware.peak_flops(config.train.precision)
     planner = Planner(config, _vocab_size(config, options.config), hardware)
-    console = Console(width=118, highlight=False)
+    console = plain_console(width=118)
     if options.search:
         with console.status("simulating the layers"):
             found = search(planner, devices)
@@ -175,10 +176,8 @@ def _candidate_figures(candidate: Candidate, planner: Planner) -> dict[str, Any]
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column(first)
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = titled_table(title, first, *columns)
+    table.title_style = "bold"
     return table
 
 
@@ -186,26 +185,28 @@ def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: U
     config, hardware, parallel = planner.config, planner.hardware, estimate.parallel
     train, counts = config.train, planner.counts
     console.print(
-        f"[bold]{config.name}[/bold]: {counts.parameters:,} parameters, "
+        f"{config.name}: {counts.describe()}, "
         f"{train.num_steps:,} steps of {train.global_batch_tokens:,} tokens "
         f"({_short_count(train.tokens_before(train.num_steps))}) in sequences of "
         f"{train.seq_len:,}, {train.precision}, "
         f"{parallel.describe(estimate.devices, 'device')} of "
         f"{hardware.name}\n"
     )
-    console.print(_parts_table(planner, estimate, units))
-    console.print(_memory_table(estimate, hardware))
-    console.print(_time_table(estimate))
+    show_table(_parts_table(planner, estimate, units), console)
+    show_table(_memory_table(estimate, hardware), console)
+    show_table(_time_table(estimate), console)
     cost = _cost(estimate, config, hardware)
     days = (
-        f"{cost['hours'] / 24:,.2f} days" if cost["hours"] >= 48 else f"{cost['hours']:,.2f} hours"
+        f"{readable(cost['hours'] / 24)} days"
+        if cost["hours"] >= 48
+        else f"{readable(cost['hours'])} hours"
     )
     console.print(
         f"{estimate.tokens_per_second:,.0f} tokens/s, {estimate.mfu:.1%} of the dense "
         f"{train.precision} peak for the model's FLOPs"
         + (f", {estimate.hfu:.1%} with recomputation" if estimate.hfu > 1.01 * estimate.mfu else "")
-        + f"\n{days}, {cost['device_hours']:,.4g} device-hours, "
-        f"{cost['kilowatt_hours']:,.4g} kWh, ${cost['dollars']:,.4g}"
+        + f"\n{days}, {readable(cost['device_hours'])} device-hours, "
+        f"{readable(cost['kilowatt_hours'])} kWh, ${readable(cost['dollars'])}"
     )
     for line in _remarks(planner, estimate):
         console.print(f"note: {line}")
@@ -336,13 +337,13 @@ def _print_candidates(
             f"{estimate.seconds['pipeline bubble'] / estimate.step_seconds:.0%}",
             f"{days:,.1f}",
         )
-    console.print(table)
+    show_table(table, console)
     if fits:
         best = fits[0]
         console.print(f"fastest: {_settings(best)}\n")
     too_large = [c for c in found if c.why and c.estimate is not None]
     if too_large:
-        console.print(f"[bold]{len(too_large)} do not fit in memory[/bold], the nearest:")
+        console.print(f"{len(too_large)} do not fit in memory, the nearest:")
         nearest = sorted(too_large, key=lambda c: c.estimate.peak_memory if c.estimate else 0.0)
         for candidate in nearest[:5]:
             console.print(
@@ -352,7 +353,7 @@ def _print_candidates(
             )
     impossible = Counter(c.why for c in found if c.estimate is None)
     if impossible:
-        console.print(f"[bold]{sum(impossible.values())} are not possible[/bold]:")
+        console.print(f"{sum(impossible.values())} are not possible:")
         for why, number in impossible.most_common(6):
             console.print(f"  {number} x {why}")
 

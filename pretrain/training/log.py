@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import sys
 import time
@@ -16,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from pretrain.common.errors import flush_output, unwritable
-from pretrain.common.files import LinesFile
+from pretrain.common.files import LinesFile, finite_or_null
 from pretrain.config import LoggingConfig
 from pretrain.run_directory import RunDirectory
+from pretrain.run_time import add_start
 from pretrain.training.trackers import Tracker, open_trackers
 
 
@@ -44,12 +44,14 @@ class RunLog:
     ):
         self.directory, self.active, self.num_steps = directory, active, num_steps
         self._every = config.every
+        self.seconds_before = 0.0  # those that earlier starts of the run logged
         self._progress: Progress | None = None
         self._trackers: list[Tracker] = []
         self._screen_lost = False
         if not active:
             return
-        self.console = _Console(highlight=False, soft_wrap=True)
+        self.console = _Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self.seconds_before = add_start(directory, step)
         repeats = self._keep_metrics_up_to(step)
         self._file = LinesFile(directory.metrics_file)
         self._text = LinesFile(directory.log_file)
@@ -90,7 +92,7 @@ class RunLog:
         dropped = [row for row in self.directory.read_metrics() if row["step"] > step]
         with contextlib.closing(LinesFile(self.directory.rolled_back_metrics_file)) as file:
             for row in dropped:
-                file.write(json.dumps(row))
+                file.write(json.dumps(finite_or_null(row), allow_nan=False))
         self._keep_metrics_up_to(step)
         self._file = LinesFile(self.directory.metrics_file)
         for tracker in self._trackers:
@@ -101,17 +103,14 @@ class RunLog:
         if self.active:
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
             with self._screen():
-                self.console.print(message, markup=False)
+                self.console.print(message)
 
     def record(self, values: dict[str, Any]) -> None:
         """Write one line of the metrics; numbers that are not finite become null."""
         if not self.active:
             return
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
-        self._file.write(json.dumps(clean))
+        clean = finite_or_null(values)
+        self._file.write(json.dumps(clean, allow_nan=False))
         for tracker in self._trackers:
             tracker.record(clean)
 

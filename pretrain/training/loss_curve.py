@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.common.files import write_figure
+from pretrain.common.plots import plot_text
 from pretrain.run_directory import RunDirectory
 
 
@@ -47,7 +48,7 @@ def plot_loss_curve(
             markersize=4,
             label="validation",
         )
-    left.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    left.set(xlabel="tokens", ylabel="loss (nats per token)", title=plot_text(title))
     left.legend()
     points = [(tokens, bits) for tokens, _, bits in valid if bits is not None]
     if points:

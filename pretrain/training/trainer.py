@@ -326,8 +326,7 @@ class Trainer:
     def _say_what_trains(self, checkpoint: Path | None) -> None:
         config, counts, train = self.config, self.counts, self.config.train
         self.log.say(
-            f"{config.name}: {counts.parameters:,} parameters "
-            f"({counts.embedding_parameters:,} in embeddings), "
+            f"{config.name}: {counts.describe()}, "
             f"{counts.training_flops() / 1e6:,.1f} MFLOP per token, "
             f"{self.num_steps:,} steps of {train.global_batch_tokens:,} tokens, "
             f"{train.precision}, {config.parallel.describe(world_size())} on "

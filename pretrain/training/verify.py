@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from pretrain.common.errors import UserError
+from pretrain.common.screen import show_table, titled_table
 from pretrain.config import ParallelConfig, RunConfig, load_run_config, to_yaml
 from pretrain.config.schedule import fraction_of_steps
 from pretrain.model.layout import check_layout
@@ -165,18 +164,16 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
 
 def print_table(title: str, results: dict[str, Comparison], limits: Limits) -> None:
     """Print comparisons by what was compared against."""
-    table = Table(title=title, title_justify="left")
     biases = any(result.moves for result in results.values())
     names = ("first step", "all steps", "final weights", *(["expert biases"] if biases else []))
-    for column in ("run", *names, ""):
-        table.add_column(column)
+    table = titled_table(title, "run", *names, "verdict")
     for against, result in results.items():
         numbers = [f"{x:.1e}" for x in (result.first, result.all_steps, result.weights)]
         if biases:
             numbers.append(f"{result.moves_apart:g} of {result.moves:,}")
         verdict = "equal" if result.within(limits) else "DIFFERENT"
         table.add_row(f"{result.name}, against {against}", *numbers, verdict)
-    Console(width=120).print(table)
+    show_table(table)
 
 
 def _describe(parallel: ParallelConfig, processes: int) -> str:

@@ -6,9 +6,9 @@ import shutil
 import time
 
 import pytest
-from rich.console import Console
 
 from data_prep.screen import ProgressDisplay
+from pretrain.common.screen import plain_console
 from pretrain.data.manifest import Manifest
 from tests.helpers.data_preparation import run_command, write_config
 
@@ -101,7 +101,7 @@ def test_a_broken_row_is_one_sentence(tmp_path):
 def test_progress_is_plain_lines_where_there_is_no_terminal(monkeypatch):
     display = ProgressDisplay()
     screen = io.StringIO()
-    display._console = Console(file=screen, soft_wrap=True)
+    display._console = plain_console(file=screen, soft_wrap=True)
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with display:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +56,15 @@ def test_losses_are_those_of_one_pass(corpus):
         assert entry["nats_per_token"] == pytest.approx(expected, rel=1e-5)
     expected = whole[16:].mean() - whole[8:16].mean()
     assert result["beyond_training_length"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_every_number_of_a_result_is_one(corpus, factor):
+    for seq_len in (2, 5, 16):
+        result = evaluate_positions(loaded(corpus, seq_len=seq_len), factor=factor, sequences=1)
+        json.dumps(result, allow_nan=False)
+        assert (result["beyond_training_length"] is None) == (factor == 1)
+        assert seq_len in result["positions_of_state_rms"]
 
 
 def test_states_are_told_apart_from_caches(corpus, tmp_path):

@@ -7,13 +7,16 @@ import json
 import re
 import shutil
 import subprocess
+from typing import Any
 
 import numpy as np
 import pytest
 
 from evals.report.page import main
 from evals.report.runs import find_runs, grouped, matches_of
+from evals.report.scores import score_names
 from pretrain.common.errors import UserError
+from tests.helpers.nasty_names import random_names
 from tests.helpers.scaling_runs import run_directory
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -72,7 +75,8 @@ def test_seeds_are_one_row_with_their_spread(runs):
     assert mean == pytest.approx(3.02 + last)
     assert spread == pytest.approx(0.02)
     assert low.runs[0].best == pytest.approx(low.runs[0].final)
-    assert groups[0].runs[0].scores == {"perplexity bits per byte": 1.25}
+    (score,) = groups[0].runs[0].scores
+    assert (score.task, score.metric, score.value) == ("perplexity", "bits_per_byte", 1.25)
     assert groups[2].runs[0].state == "step 50 of 200"
     assert groups[2].mean([None, 1.0]) is None
     assert matches_of([runs]) == ["grid: members are matched in flops"]
@@ -98,6 +102,121 @@ def test_losses_are_means_over_steps_and_speeds_of_the_run(tmp_path):
     assert run.loss == pytest.approx([row["loss"] + 0.5 for row in lines[:-1]])
     seconds = sum(5 * 128 / row["tokens_per_second"] for row in lines[:-1])
     assert run.tokens_per_second == pytest.approx(200 * 128 / seconds)
+def test_a_run_counts_once_however_it_is_named(runs, tmp_path):
+    (runs / "linked").symlink_to(run_directory(tmp_path, rows(3.1), "elsewhere"))
+    (tmp_path / "link-to-grid").symlink_to(runs)
+    names = {"low-0", "low-1", "low-2", "high", "short", "linked"}
+    for words in (
+        [runs],
+        [runs, runs / "low-0"],
+        [runs / "low-0", runs],
+        sorted(runs.iterdir()),
+        [runs / "*", tmp_path / "link-to-grid", tmp_path / "elsewhere"],
+    ):
+        found, notes = find_runs(words)
+        assert len(found) == 6, words
+        assert {run.name for run in found} in (names, names - {"linked"} | {"elsewhere"})
+        assert not [note for note in notes if "grid.json" in note]
+    assert matches_of([runs, runs / "low-0", tmp_path / "link-to-grid"]) == [
+        "grid: members are matched in flops"
+    ]
+
+
+def test_scores_of_other_settings_stand_apart(tmp_path):
+    """Three runs: a full score, one of 3 documents, and one with examples."""
+    full = {"task": "t", "step": 200, "documents": 100, "documents_of_task": 100, "limit": None}
+    results = [
+        {**full, "scores": {"acc": 0.5}},
+        {**full, "scores": {"acc": 0.9}, "limit": 3, "documents": 3},
+        {**full, "scores": {"acc": 0.7}, "limit": 500},  # which limits nothing
+    ]
+    for number, result in enumerate(results):
+        directory = run_directory(tmp_path, rows(3.0), f"r{number}", optimizer={"lr": 0.1 + number})
+        (directory / "evals").mkdir()
+        (directory / "evals/t.json").write_text(json.dumps(result))
+    found, _ = find_runs([tmp_path])
+    scores = [score for run in found for score in run.scores]
+    names = score_names(scores)
+    assert [names[score.kind] for score in scores] == ["t acc", "t acc (only 3 documents)", "t acc"]
+    few = {**full, "scores": {"acc": 0.8}, "num_fewshot": 5}
+    (tmp_path / "r2/evals/few.json").write_text(json.dumps(few))
+    scores = [score for run in find_runs([tmp_path])[0] for score in run.scores]
+    listed = sorted(score_names(scores).values())
+    assert listed == [
+        "t acc (num fewshot 5)",
+        "t acc (num fewshot None)",
+        "t acc (only 3 documents; num fewshot None)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"mlp": {"intermediate_size": None}}, {"mlp": {"intermediate_size": 32}}),
+        ({"mlp": {"ratio": 4, "multiple_of": 8}}, {"mlp": {"ratio": 3.9, "multiple_of": 32}}),
+        ({"pattern": "2*(attn gdn)"}, {"pattern": "attn gdn attn gdn"}),
+        ({"vocab_size": None}, {"vocab_size": 64}),
+        ({"mixers": {"attn": {"num_heads": 2}}}, {"mixers": {"attn": {"num_heads": 2}, "gdn": {}}}),
+    ],
+)
+def test_seeds_of_one_model_are_one_row_however_it_is_written(one, other, tmp_path):
+    base = {"hidden_size": 8, "pattern": "attn", "mixers": {"attn": {"num_heads": 2}}}
+    base["mixers"]["gdn"] = {"num_heads": 1, "head_dim": 4}
+    for seed, model in enumerate((one, other, one)):
+        run_directory(tmp_path, rows(3.0), f"s{seed}", seed=seed, model={**base, **model})
+    (group,) = grouped(find_runs([tmp_path])[0])
+    assert len(group.runs) == 3
+
+
+def test_seeds_of_one_budget_are_one_row(tmp_path):
+    train = {"seq_len": 16, "global_batch_tokens": 128}
+    budgets = ({"steps": 200}, {"tokens": 200 * 128}, {"tokens": 200 * 128 - 5})
+    for seed, budget in enumerate(budgets):
+        run_directory(tmp_path, rows(3.0), f"s{seed}", seed=seed, train={**train, **budget})
+    assert len(grouped(find_runs([tmp_path])[0])) == 1
+
+
+def test_models_that_differ_stay_apart(tmp_path):
+    """A section that one lacks tells them apart, without a column for each of its settings."""
+    base = {"hidden_size": 8, "mixers": {"attn": {"num_heads": 2}}}
+    models = [
+        {**base, "pattern": "attn"},
+        {**base, "pattern": "attn", "moe": {"num_experts": 2}},
+        {**base, "pattern": "attn attn"},
+        {**base, "pattern": "attn", "recursion": {"times": 2}},
+    ]
+    for number, model in enumerate(models):
+        run_directory(tmp_path, rows(3.0 + number), f"m{number}", model=model)
+    groups = grouped(find_runs([tmp_path])[0])
+    assert [group.label for group in groups] == [
+        "moe=no, pattern=attn, recursion=no",
+        "moe=yes, pattern=attn, recursion=no",
+        "moe=no, pattern=attn attn, recursion=no",
+        "moe=no, pattern=attn, recursion=yes",
+    ]
+
+
+def test_names_are_text_on_the_page_and_in_pictures(tmp_path):
+    folder = tmp_path / "<i>$grid$[red]"
+    folder.mkdir()
+    names = random_names(12)
+    for number, name in enumerate(names):
+        config: dict[str, Any] = {"data": {"path": f"data/{name}"}}
+        directory = run_directory(folder, rows(3.0 + number), name, **config)
+        (directory / "evals").mkdir()
+        result = {"task": name, "score": 0.5, "step": 200}
+        (directory / "evals/a.json").write_text(json.dumps(result))
+    out = tmp_path / "$out$"
+    assert main([str(folder), "--out", str(out), "--title", names[0]]) == 0
+    page = (out / "report.html").read_text()
+    cells = re.findall(r"<(?:td|th|title|h1)\b[^>]*>(.*?)</(?:td|th|title|h1)>", page, re.DOTALL)
+    texts = [html.unescape(re.sub(r"</?button[^>]*>", "", cell)) for cell in cells]
+    assert not [cell for cell in cells if re.search(r"<(?!/?button)", cell)]
+    for name in names:
+        assert f"data/{name}" in texts
+        assert f"{name} score" in texts
+    assert texts.count(names[0]) == 2
+    assert page.count("<script>") == 1
 
 
 def test_the_page_holds_all_of_it(runs, tmp_path):

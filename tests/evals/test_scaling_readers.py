@@ -233,6 +233,36 @@ def test_bad_schedules_are_one_sentence(text, message):
         parse_schedule(text)
 
 
+def test_a_grid_can_be_named_in_any_way(tmp_path):
+    """Its directory, a glob with the launcher's files, links, runs that have not begun."""
+    rows = [{"step": s, "tokens": s, "loss": 5 - s / 100, "lr": 1e-3} for s in range(20, 201, 20)]
+    grids = [tmp_path / "one", tmp_path / "two"]
+    for grid in grids:
+        grid.mkdir()
+        for name in ("seed=0", "[red]$x$"):
+            run_directory(grid, rows, name)
+        waiting = run_directory(grid, [], "waiting")
+        (waiting / "metrics.jsonl").unlink()
+        run_directory(grid, [{"step": 1, "tokens": 1, "valid_loss": 3.0}], "validated")
+        (grid / "grid.json").write_text("{}")
+        (grid / "slurm-1.txt").write_text("")
+    (tmp_path / "link").symlink_to(grids[0])
+    for words in (
+        [grids[0]],
+        sorted(grids[0].iterdir()),
+        [grids[0] / "*", tmp_path / "link", grids[0] / "seed=0"],
+    ):
+        curves, skipped = read_curves(words)
+        assert sorted(c.name for c in curves) == ["[red]$x$", "seed=0"], words
+        assert any("validated is skipped: it has logged no loss yet" in s for s in skipped)
+    curves, _ = read_curves(grids)
+    assert sorted(c.name for c in curves) == [
+        *("one/[red]$x$", "one/seed=0", "two/[red]$x$", "two/seed=0")
+    ]
+    with pytest.raises(UserError, match=r"no curve to fit; .*waiting is skipped"):
+        read_curves([grids[0] / "waiting"])
+
+
 def test_other_bad_input(tmp_path):
     with pytest.raises(UserError, match="no such run directory or file"):
         read_curves([tmp_path / "none"])
@@ -242,8 +272,11 @@ def test_other_bad_input(tmp_path):
     path = write(tmp_path, table(np.arange(10, 21, 10)))
     with pytest.raises(UserError, match="no loss is logged from step 500 on, the last is at 20"):
         one(path, schedule=SCHEDULE, from_step=500)
+    (tmp_path / "other").mkdir()
+    other = write(tmp_path / "other", table(np.arange(10, 21, 10)))
     with pytest.raises(UserError, match="two curves have the name a"):
-        read_curves([path, path], Reading(schedule=SCHEDULE))
+        read_curves([path, other], Reading(schedule=SCHEDULE))
+    assert len(read_curves([path, path], Reading(schedule=SCHEDULE))[0]) == 1
     words = write(tmp_path, pandas.DataFrame({"step": ["x"], "loss": [1]}), "words.csv")
     with pytest.raises(UserError, match="column 'step' holds values that are not numbers"):
         one(words, schedule=SCHEDULE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from pretrain.common.errors import UserError
 from pretrain.config import MLPConfig, ModelConfig, RunConfig
+from pretrain.run_arguments import runs_below
 from pretrain.run_directory import (
     Run,
     RunDirectory,
@@ -76,7 +78,7 @@ def test_lines_of_the_metrics_that_are_cut_short_are_dropped(tmp_path):
     assert run.read_metrics() == rows
     (tmp_path / "b" / "c").mkdir(parents=True)
     RunDirectory(tmp_path / "b" / "c").write_metrics([])
-    assert [r.path for r in RunDirectory.find_below(tmp_path)] == [tmp_path / "b" / "c", tmp_path]
+    assert [r.path for r in runs_below(tmp_path)] == [tmp_path / "b" / "c", tmp_path]
 
 
 def test_a_run_without_metrics_says_so(tmp_path):
@@ -111,6 +113,28 @@ def test_one_holder_of_the_lock(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to the run directory"):
         RunDirectory(tmp_path / "file").take_lock()
+
+
+def test_asking_for_the_lock_needs_no_right_to_write(tmp_path, monkeypatch):
+    """A run of another user is running, not stopped."""
+    run = RunDirectory(tmp_path)
+    run.take_lock()
+    plain = os.open
+
+    def read_only(path, flags, *rest):
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError
+        return plain(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert RunDirectory(tmp_path).is_locked()
+
+
+def test_a_grid_where_one_run_is_expected_names_its_runs(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "grid" / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no checkpoint at .*, such as .*grid/a, .*grid/b"):
+        find_checkpoint(tmp_path / "grid")
 
 
 def test_a_run_starts_while_another_process_asks_whether_it_does(tmp_path):

@@ -93,6 +93,7 @@ class LogSteps(Callback):
             "skipped": state.skipped,
             "epochs": max(epochs),
             "seconds": trainer.seconds(),
+            "total_seconds": round(trainer.log.seconds_before + trainer.seconds(), 3),
             **recursion,
             **layers,
         }

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from pretrain.checkpoint import writer
 from pretrain.common.errors import UserError
+from pretrain.run_time import read_starts
 from pretrain.training.callbacks import Callback
 from pretrain.training.trainer import Trainer
 from tests.helpers.training_run import QUICK, Run
@@ -118,3 +119,23 @@ def test_seconds_are_those_since_fit(run):
     trainer._start -= 1000
     trainer.fit()
     assert all(row["seconds"] < 500 for row in run.metrics if "loss" in row)
+
+
+def test_time_goes_on_from_start_to_start(run):
+    """What was logged before an interruption counts, also of a step that is done again."""
+    trainer = Trainer(run.config, overrides=QUICK, callbacks=[Interrupt(4)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    before = run.metrics
+    lost = next(row["total_seconds"] for row in before if row["step"] == 3 and "loss" in row)
+    trainer._start -= 1000  # of no meaning: every fit has its own
+    trainer.fit()
+    rows = [row for row in run.metrics if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[:2] == [row for row in before if "loss" in row][:2]
+    for row in rows[2:]:
+        assert row["total_seconds"] == pytest.approx(lost + row["seconds"], abs=0.002)
+        assert row["seconds"] < 500
+    starts = read_starts(trainer.run_directory)
+    assert [start["step"] for start in starts] == [0, 2]
+    assert starts[1]["seconds_before"] == pytest.approx(lost, abs=0.002)
