@@ -6,8 +6,7 @@ Neither torch nor megatron-core is imported here: the worker processes load this
 from __future__ import annotations
 
 import hashlib
-import json
-import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -21,27 +20,19 @@ from pretrain.common.errors import UserError
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 
-# Names under which models keep the token that ends a document, most specific first.
-_END_OF_DOCUMENT = (
-    "<eod>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|end▁of▁sentence|>",
-    "<eos>",
-    "</s>",
-    "<|im_end|>",
-    "[EOS]",
-    "[SEP]",
-)
-
 _SPACE = "\u2581"  # how SentencePiece writes a space inside its pieces
 
 # Cutting after a newline leaves the ids as they are when no piece contains a newline; short
 # chunks are also faster (SentencePiece's work grows a little faster than the text's length).
 _CHUNK = 8_192
-_LONGEST_LINE = 1_000_000
-_PROBE = (
+LONGEST_LINE = 1_000_000
+LOSSY = (
+    "this tokenizer does not restore text byte for byte, "
+    "so its tokens have no exact number of bytes"
+)
+PROBE = (  # the usual stumbling blocks
     '  a  b\n\n\tif x:\r\n        y = 1  \n\x00e\u0301 ﬁ \u2581🙂 <0x41> <s> "\u3000\u200b" \ufb01 '
+    + "".join(map(chr, range(256)))
 )
 
 
@@ -68,6 +59,8 @@ class Tokenizer(ABC):
         if not path.is_file():
             raise UserError(f"no tokenizer file at {path}")
         if path.suffix == ".json":
+            from pretrain.data.tokenizer_json import HuggingFaceTokenizer
+
             return HuggingFaceTokenizer(path)
         if path.suffix == ".model":
             return SentencePieceTokenizer(path)
@@ -112,10 +105,13 @@ class Tokenizer(ABC):
         """Return the hash of the tokenizer's file."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
-    @cached_property
+    @property
+    @abstractmethod
     def lossless(self) -> bool:
-        """Return whether a text made of the usual stumbling blocks comes back unchanged."""
-        return self.decode(self.encode(_PROBE)) == _PROBE
+        """Return whether every text comes back unchanged: no part changes or drops anything."""
+
+    def _restores(self, text: str) -> bool:
+        return self.decode(self.encode(text)) == text
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -145,10 +141,19 @@ class SentencePieceTokenizer(Tokenizer):
         # Only a model that neither adds nor drops whitespace can be fed in small chunks.
         newline_alone = not any("\n" in piece and piece != "\n" for piece in self._pieces)
         exact = self._model.decode(self._model.encode(" a\n b")) == " a\n b"
-        self._chunk = _CHUNK if newline_alone and exact else _LONGEST_LINE
-        bytes_of_space = [self._model.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
-        has_bytes = all(self._model.is_byte(i) for i in bytes_of_space)
-        self._space_ids = bytes_of_space if has_bytes and exact else None
+        self._chunk = _CHUNK if newline_alone and exact else LONGEST_LINE
+        byte_ids = [self._model.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
+        self._has_bytes = all(self._model.is_byte(i) for i in byte_ids)
+        bytes_of_space = [byte_ids[b] for b in _SPACE.encode()]
+        self._space_ids = bytes_of_space if self._has_bytes and exact else None
+        # The library promises that no text makes these.
+        controls = {i for i in range(self.vocab_size) if self._model.is_control(i)}
+        for name in (self._pieces[i] for i in controls):
+            if not controls.isdisjoint(self.encode(name)):
+                raise UserError(
+                    f"{path}: the text {name!r} is read as a control piece, which would end or "
+                    "mark documents; expected a model that spells it in other pieces"
+                )
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``."""
@@ -173,6 +178,15 @@ class SentencePieceTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
+    @cached_property
+    def lossless(self) -> bool:
+        """Return whether every text comes back unchanged, by the model's parts and a probe."""
+        every = "".join(chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000)
+        normalized = self._model.normalize(every).replace(_SPACE, " ")
+        return (
+            self._has_bytes and normalized == every.replace(_SPACE, " ") and self._restores(PROBE)
+        )
+
     def name_of(self, index: int) -> str:
         """Return the piece ``index``."""
         return self._pieces[index]
@@ -180,7 +194,7 @@ class SentencePieceTokenizer(Tokenizer):
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
         """Return the bytes of each piece, 1 for byte pieces. Raises UserError for lossy models."""
         if not self.lossless:
-            raise UserError(f"{self.path}: {_LOSSY}")
+            raise UserError(f"{self.path}: {LOSSY}")
         model = self._model
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for index, piece in enumerate(self._pieces):
@@ -189,78 +203,6 @@ class SentencePieceTokenizer(Tokenizer):
             elif not (model.is_control(index) or model.is_unknown(index)):
                 sizes[index] = len(piece.replace(_SPACE, " ").encode())
         return sizes
-
-
-class HuggingFaceTokenizer(Tokenizer):
-    """A ``tokenizer.json`` of the Hugging Face ``tokenizers`` library."""
-
-    kind = "huggingface"
-
-    def __init__(self, path: Path) -> None:
-        # Each worker process encodes alone; threads below it would only compete.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        try:
-            import tokenizers
-        except ImportError:
-            raise UserError(
-                f"{path} needs the tokenizers package: pip install tokenizers"
-            ) from None
-
-        self.path = path
-        try:
-            content = path.read_bytes().decode()
-            self._spec: dict[str, Any] = json.loads(content)
-            self._model = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
-        self._model.no_truncation()
-        self._model.no_padding()
-        self._model.encode_special_tokens = True  # text that looks like a special token is text
-        self._vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
-        # Some vocabularies have holes: the largest id, not the count, bounds the ids.
-        self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
-        ends = [self._vocabulary[t] for t in _END_OF_DOCUMENT if t in self._vocabulary]
-        if not ends:
-            raise UserError(
-                f"{path}: no token that ends a document, looked for {', '.join(_END_OF_DOCUMENT)}"
-            )
-        self.eod_id = ends[0]
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``."""
-        if len(text) <= _LONGEST_LINE:
-            return self._model.encode(text, add_special_tokens=False).ids
-        ids: list[int] = []
-        for chunk in chunks(text, _LONGEST_LINE):
-            ids.extend(self._model.encode(chunk, add_special_tokens=False).ids)
-        return ids
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids, skip_special_tokens=False)
-
-    def name_of(self, index: int) -> str:
-        """Return the token ``index`` as the vocabulary writes it."""
-        return str(self._model.id_to_token(index))
-
-    def bytes_per_token(self) -> npt.NDArray[np.int64]:
-        """Return the bytes of each token. Raises UserError unless it is a byte-level BPE."""
-        if not (_byte_level(self._spec) and self.lossless):
-            raise UserError(f"{self.path}: {_LOSSY}")
-        alphabet = _byte_alphabet()
-        added = {token["id"]: token for token in self._spec.get("added_tokens", [])}
-        sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        for piece, index in self._vocabulary.items():
-            if index in added:
-                sizes[index] = 0 if added[index]["special"] else len(piece.encode())
-            else:
-                sizes[index] = sum(1 if c in alphabet else len(c.encode()) for c in piece)
-        return sizes
-
-
-_LOSSY = (
-    "this tokenizer does not restore text byte for byte, "
-    "so its tokens have no exact number of bytes"
-)
 
 
 def chunks(text: str, size: int) -> Iterator[str]:
@@ -272,32 +214,9 @@ def chunks(text: str, size: int) -> Iterator[str]:
     while len(text) - start > size:
         end = text.rfind("\n", start, start + size) + 1
         if end == 0:
-            limit = start + max(size, _LONGEST_LINE)
+            limit = start + max(size, LONGEST_LINE)
             end = text.find("\n", start + size, limit) + 1 or min(limit, len(text))
         yield text[start:end]
         start = end
     if start < len(text):
         yield text[start:]
-
-
-def _byte_level(spec: dict[str, Any]) -> bool:
-    """Return whether every token of a tokenizer.json is a string over the alphabet of 256 bytes."""
-
-    def parts(section: str, key: str) -> list[dict[str, Any]]:
-        part = spec.get(section)
-        return [] if part is None else part.get(key, [part])
-
-    adds_space = any(p.get("add_prefix_space") for p in parts("pre_tokenizer", "pretokenizers"))
-    return (
-        not parts("normalizer", "normalizers")
-        and not adds_space
-        and [p["type"] for p in parts("decoder", "decoders")] == ["ByteLevel"]
-    )
-
-
-def _byte_alphabet() -> set[str]:
-    """Return the 256 characters by which byte-level BPE (GPT-2) writes bytes."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
-    printable += range(ord("®"), ord("ÿ") + 1)
-    others = 256 - len(printable)
-    return {chr(b) for b in printable} | {chr(256 + i) for i in range(others)}
