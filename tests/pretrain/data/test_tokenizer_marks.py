@@ -3,6 +3,8 @@
 import functools
 import io
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -61,7 +63,7 @@ def loaded(folder, model):
     return Tokenizer.load(folder)
 
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, Callable[[], Any]] = {
     "special": lambda: byte_level(special=["</s>", "<pad>"]),
     "not special": lambda: byte_level("</s>", special=["<pad>"]),
     "stripping": lambda: byte_level(AddedToken("</s>", lstrip=True, rstrip=True)),
@@ -119,7 +121,7 @@ def test_a_text_with_the_end_in_it_stays_one_document(tmp_path):
 
 
 def test_a_long_text_is_cut_where_its_end_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.data.tokenizer_json.LONGEST_LINE", 1000)
+    monkeypatch.setattr("pretrain.data.tokenizer._LONGEST_LINE", 1000)
     tokenizer = loaded(tmp_path, byte_level("</s>"))
     text = "</s>\n" + "some more text to read </s\n" * 400 + "</s> </s>"
     ids = tokenizer.encode(text)
@@ -146,7 +148,7 @@ def test_a_mark_of_one_character_is_refused(tmp_path):
 
 
 MASK = AddedToken("<mask>", lstrip=True)
-LOSSY = {
+LOSSY: dict[str, Callable[[], Any]] = {
     "an added token that takes the space before it": lambda: byte_level(MASK, "</s>"),
     "one that takes the space after it": lambda: byte_level(AddedToken("<m>", rstrip=True), "</s>"),
     "one that the decoder reads as a byte": lambda: byte_level("\u00e9", "</s>"),
