@@ -1,8 +1,8 @@
 """Perplexity and bits per byte of held-out documents, by sliding windows.
 
 Every document is scored alone. It begins with the end-of-document token, as in training (the BOS
-rule), and its own end-of-document token is the last target. Windows of ``window`` tokens advance by
-``stride``; each target is scored once, with at least ``window - stride`` tokens of context where
+rule; an imported model has a BOS or EOS of its own), and its own end-of-document token is the last
+target. Windows of ``window`` tokens advance by ``stride``; each target is scored once, with at least ``window - stride`` tokens of context where
 the document has them. Windows are packed without padding, so no state ever sees a padding token.
 With ``carry_state`` windows do not overlap and the mixers' states are carried from one to the next:
 every target has the full document before it (attention then looks back beyond its training length).
@@ -105,7 +105,7 @@ def evaluate_perplexity(
             if carry_state:
                 totals.nats += _score_with_state(loaded, document, window)
                 continue
-            waiting += windows(document, loaded.tokenizer.eod_id, window, stride)
+            waiting += windows(document, loaded.opening_id, window, stride)
             while sum(len(w.inputs) for w in waiting) >= tokens_per_pass:
                 waiting = _score_some(loaded.model, waiting, totals, tokens_per_pass)
         while waiting:
@@ -125,7 +125,7 @@ def evaluate_perplexity(
         "carry_state": carry_state,
         "max_tokens": max_tokens,
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-        "bos_rule": "each document is opened by the end-of-document token; its own is scored",
+        "bos_rule": f"each document is opened by {loaded.opening}; its own end is scored",
         "tokenizer_sha256": loaded.tokenizer.sha256,
         "data": directories,
         "byte_entropy": entropies,
@@ -155,7 +155,7 @@ def _score_with_state(loaded: LoadedModel, document: np.ndarray, window: int) ->
     """Return a document's negative log-likelihood, carrying the state from window to window."""
     model, total, states = loaded.model, 0.0, None
     device = next(model.parameters()).device
-    ids = torch.from_numpy(np.concatenate([[loaded.tokenizer.eod_id], document])).to(device)
+    ids = torch.from_numpy(np.concatenate([[loaded.opening_id], document])).to(device)
     for start in range(0, len(document), window):
         end = min(start + window, len(document))
         x, states = model.hidden_with_state(ids[None, start:end], states)

@@ -55,6 +55,12 @@ class LoadedModel:
         return self.tokenizer.eod_id if self.imported is None else self.imported.prefix_id
 
     @property
+    def opening(self) -> str:
+        """Return the name of :attr:`opening_id` in results."""
+        own = self.imported is not None
+        return "the imported model's BOS or EOS" if own else "the end-of-document token"
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Return the ids that end a generated text."""
         ends = frozenset({self.tokenizer.eod_id})

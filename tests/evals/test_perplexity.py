@@ -52,6 +52,8 @@ def loaded(corpus, window=16):
     return SimpleNamespace(
         model=model,
         tokenizer=tokenizer,
+        opening_id=tokenizer.eod_id,
+        opening="the end-of-document token",
         checkpoint="here",
         run=SimpleNamespace(
             train=SimpleNamespace(seq_len=window),
