@@ -2,8 +2,9 @@
 
 Every document is scored alone. It begins with the end-of-document token, as in training (the BOS
 rule; an imported model has a BOS or EOS of its own), and its own end-of-document token is the last
-target. Windows of ``window`` tokens advance by ``stride``; each target is scored once, with at least ``window - stride`` tokens of context where
-the document has them. Windows are packed without padding, so no state ever sees a padding token.
+target. Windows of ``window`` tokens advance by ``stride``; each target is scored once, with at
+least ``window - stride`` tokens of context where the document has them. Windows are packed without
+padding, so no state ever sees a padding token.
 With ``carry_state`` windows do not overlap and the mixers' states are carried from one to the next:
 every target has the full document before it (attention then looks back beyond its training length).
 """
