@@ -95,7 +95,8 @@ def evaluate_perplexity(
         if manifest.tokenizer.sha256 != loaded.tokenizer.sha256:
             raise UserError(
                 f"{directory} was made with another tokenizer ({manifest.tokenizer.sha256[:12]}...)"
-                f" than the model's ({loaded.tokenizer.sha256[:12]}...)"
+                f" than the model's ({loaded.tokenizer.sha256[:12]}...); prepare it with "
+                f"tokenizer: {{path: {loaded.checkpoint}}}"
             )
         entropies[directory] = asdict(manifest.byte_entropy)
         waiting: list[Window] = []

@@ -82,7 +82,8 @@ def _text(loaded: LoadedModel, directory: Path, wanted: int) -> np.ndarray:
     if manifest.tokenizer.sha256 != loaded.tokenizer.sha256:
         raise UserError(
             f"{directory} was made with another tokenizer ({manifest.tokenizer.sha256[:12]}...) "
-            f"than the model's ({loaded.tokenizer.sha256[:12]}...)"
+            f"than the model's ({loaded.tokenizer.sha256[:12]}...); prepare it with "
+            f"tokenizer: {{path: {loaded.checkpoint}}}"
         )
     parts, have = [np.array([loaded.tokenizer.eod_id])], 1
     for document in validation_documents(directory, manifest):

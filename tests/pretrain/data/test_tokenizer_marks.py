@@ -95,7 +95,7 @@ def tokenizer(request, tmp_path_factory):
     return loaded(tmp_path_factory.mktemp("tokenizer"), TOKENIZERS[request.param]())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(text=texts)
 def test_no_text_makes_a_mark(tokenizer, text):
     text = text.encode("utf-8", "ignore").decode()
