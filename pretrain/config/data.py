@@ -15,6 +15,8 @@ class DataSource(Config):
     """The directory, as ``python -m data_prep`` wrote it."""
     weight: float = setting(1.0, above=0)
     """Its share of the samples, relative to the other weights."""
+    weights: dict[str, float] = setting(factory=dict, minimum=0)
+    """Weights of its sources by name, in place of those in its manifest; 0 leaves a source out."""
 
 
 @dataclass
@@ -24,5 +26,8 @@ class DataConfig(Config):
     path: str | None = None
     """A directory that ``python -m data_prep`` wrote; its sources are blended by the weights in its
     manifest."""
+    weights: dict[str, float] = setting(factory=dict, minimum=0)
+    """Weights of the sources of ``path`` by name, in place of those in its manifest; 0 leaves a
+    source out."""
     blend: list[DataSource] = field(default_factory=list)
     """Several such directories, with weights of their own."""

@@ -118,12 +118,14 @@ class PreparedData:
 def open_data(config: DataConfig) -> PreparedData:
     """Open everything that the settings name. Raises UserError where it does not fit together."""
     directories = (
-        [(config.path, 1.0)] if config.path else [(b.path, b.weight) for b in config.blend]
+        [(config.path, 1.0, config.weights)]
+        if config.path
+        else [(b.path, b.weight, b.weights) for b in config.blend]
     )
     tokenizer: Tokenizer | None = None
     data: PreparedData | None = None
     entropies = []
-    for path, share in directories:
+    for path, share, chosen in directories:
         directory, manifest = Path(str(path)), Manifest.load(str(path))
         manifest.verify_sizes(directory)
         found = Tokenizer.load(directory / manifest.tokenizer.file)
@@ -141,8 +143,11 @@ def open_data(config: DataConfig) -> PreparedData:
                 f"data.blend: {path} was made with another tokenizer ({found.sha256[:12]}...) than "
                 f"{directories[0][0]} ({tokenizer.sha256[:12]}...); one run needs one tokenizer"
             )
-        total = sum(source.weight for source in manifest.sources)
+        weights = _source_weights(manifest, chosen, str(path))
+        total = sum(weights.values())
         for source in manifest.sources:
+            if weights[source.name] == 0:
+                continue
             prefixes = {
                 split: [
                     directory / s.name
@@ -152,7 +157,7 @@ def open_data(config: DataConfig) -> PreparedData:
                 for split in ("train", "valid")
             }
             data.sources.append(f"{source.name}@{manifest.content_sha256[:16]}")
-            data.weights.append(share * source.weight / total)
+            data.weights.append(share * weights[source.name] / total)
             data.train.append(TokenStream(prefixes["train"]))
             data.valid.append(TokenStream(prefixes["valid"]))
         entropies.append((share, manifest.byte_entropy.bigram))
@@ -160,6 +165,23 @@ def open_data(config: DataConfig) -> PreparedData:
         raise UserError("the config names no data: set data.path")
     data.bigram_entropy = sum(w * e for w, e in entropies) / sum(w for w, _ in entropies)
     return data
+
+
+def _source_weights(manifest: Manifest, chosen: dict[str, float], path: str) -> dict[str, float]:
+    """Return the weights of a directory's sources, the run's own before the manifest's."""
+    weights = {source.name: source.weight for source in manifest.sources}
+    for name in chosen:
+        if name not in weights:
+            raise UserError(
+                f"the data's weights name '{name}', which is no source of {path}; it has "
+                f"{', '.join(weights)}"
+            )
+    weights |= chosen
+    if not any(weights.values()):
+        raise UserError(
+            f"the data's weights leave out every source of {path}, expected one above 0"
+        )
+    return weights
 
 
 class TrainingBatches:
