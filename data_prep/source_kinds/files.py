@@ -85,12 +85,16 @@ class Files(Source):
         long = [p for p, n in sizes if p.suffix in _TEXT and n > _LONG_DOCUMENT]
         if not long or self.separator is not None or self.options_class is not FilesOptions:
             return None
-        more = f" and {len(long) - 1} more" if len(long) > 1 else ""
-        size = long[0].stat().st_size / 1e6
+        first = f"{long[0]} ({long[0].stat().st_size / 1e6:.1f} MB)"
+        become = (
+            f"and {len(long) - 1} more are one document each"
+            if len(long) > 1
+            else "is one document"
+        )
         return (
-            f"source '{self.config.name}': {long[0]} ({size:.1f} MB){more} will be one document "
-            'each, since a text file is one; options: {separator: "\\n\\n"} makes documents of the '
-            "parts between blank lines (or name another text that separates them)"
+            f"source '{self.config.name}': {first} {become}, as text files are; options: "
+            '{separator: "\\n\\n"} makes documents of the parts between blank lines, or of those '
+            "between another text"
         )
 
     def read(self, file: int, skip: int = 0) -> Iterator[Document]:

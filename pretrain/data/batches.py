@@ -141,7 +141,8 @@ def open_data(config: DataConfig) -> PreparedData:
         elif found.sha256 != tokenizer.sha256:
             raise UserError(
                 f"data.blend: {path} was made with another tokenizer ({found.sha256[:12]}...) than "
-                f"{directories[0][0]} ({tokenizer.sha256[:12]}...); one run needs one tokenizer"
+                f"{directories[0][0]} ({tokenizer.sha256[:12]}...); one run needs one tokenizer: "
+                f"prepare it with tokenizer: {{path: {directories[0][0]}}}"
             )
         weights = _source_weights(manifest, chosen, str(path))
         total = sum(weights.values())

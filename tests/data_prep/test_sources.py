@@ -94,7 +94,8 @@ def test_a_long_text_file_is_said_to_be_one_document(tmp_path):
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
     remark = source_of(tmp_path).remark()
-    assert "a.txt (5.0 MB) and 1 more will be one document each" in remark
+    assert "a.txt (5.0 MB) and 1 more are one document each" in remark
+    assert "a.txt (5.0 MB) is one document, as" in source_of(tmp_path / "a.txt").remark()
     assert 'options: {separator: "\\n\\n"}' in remark
     assert source_of(tmp_path / "c.txt", tmp_path / "d.jsonl").remark() is None
     assert source_of(tmp_path, options={"separator": "\n\n"}).remark() is None

@@ -162,7 +162,7 @@ def test_a_blend_of_directories(corpus, tmp_path):
     assert sources == {0: 75, 1: 25}
 
 
-def two_sources(folder):
+def two_sources(folder, tokenizer):
     """A prepared directory of the sources ``one`` and ``two``, with weights 1 and 3."""
     for name in ("one", "two"):
         (folder / f"{name}.txt").write_text(f"{name} and some more words\n" * 200)
@@ -173,7 +173,7 @@ def two_sources(folder):
     values = {
         "output": str(folder / "data"),
         "sources": sources,
-        "tokenizer": {"vocab_size": 280},
+        "tokenizer": {"path": str(tokenizer)},
         "validation_fraction": 0,
         "processes": 1,
     }
@@ -189,7 +189,7 @@ def shares(config, count=400):
 
 
 def test_a_run_weighs_the_sources_of_its_data(tmp_path, corpus):
-    data = str(two_sources(tmp_path))
+    data = str(two_sources(tmp_path, corpus))
     assert shares(DataConfig(path=data)) == {"one": 0.25, "two": 0.75}
     assert shares(DataConfig(path=data, weights={"one": 3})) == {"one": 0.5, "two": 0.5}
     assert shares(DataConfig(path=data, weights={"one": 7, "two": 1})) == {
