@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 from pretrain.common.errors import run_command
@@ -65,10 +66,12 @@ def _main(arguments: list[str]) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     from data_prep.config import load_data_config
+    from data_prep.next_step import next_step
     from data_prep.prepare import prepare
 
-    prepare(load_data_config(options.config, options.overrides), options.overwrite)
-    print("next: python -m pretrain configs/runs/demo.yaml")
+    config = load_data_config(options.config, options.overrides)
+    manifest = prepare(config, options.overwrite)
+    print(next_step(manifest, Path(config.output), Path(options.config)))
     return 0
 
 

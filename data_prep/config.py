@@ -31,7 +31,8 @@ class SourceConfig(Config):
     kind: SourceKind = setting()
     """Python's standard library, files on disk, or a data set for the library ``datasets``."""
     weight: float = setting(1.0, above=0)
-    """Share of the samples that training takes from this source, relative to the other weights."""
+    """Share of the samples that training takes from this source, relative to the other weights; a
+    run can set others (``data.weights``)."""
     text_field: str = "text"
     """The field that has the text, of jsonl, parquet and Hugging Face rows."""
     max_documents: int | None = setting(None, minimum=1)
@@ -52,7 +53,8 @@ class SourceConfig(Config):
     streaming: bool = False
     """Whether rows are read as they arrive, not after a download, for kind ``huggingface``."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of other kinds, which their modules in data_prep/source_kinds declare."""
+    """Settings of this kind alone, which its module in data_prep/source_kinds declares: for kind
+    ``files``, ``separator``."""
 
 
 @dataclass

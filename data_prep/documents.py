@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from data_prep.config import SourceConfig
@@ -56,6 +57,14 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash that changes when the text does; cheap enough to compute at each start."""
+
+    def local_files(self) -> list[Path]:
+        """Return the files on this machine that hold the text, none where that cannot be known."""
+        return []
+
+    def remark(self) -> str | None:
+        """Return what someone should know before the text is read, or None."""
+        return None
 
     @abstractmethod
     def read(self, file: int, skip: int = 0) -> Iterator[Document]:

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from data_prep.screen import ProgressDisplay, print_summary
 from data_prep.shards import file_hash, indexed_dataset, write_shards
 from data_prep.sources import open_source
 from data_prep.tokenizer_training import train_tokenizer
+from data_prep.watched_files import WatchedFiles
 from data_prep.workers import SPLITS, WorkerPool
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
@@ -59,17 +61,22 @@ def prepare(config: DataPrepConfig, overwrite: bool = False) -> Manifest:
             manifest.verify_sizes(output)
             print(f"{output} is complete and unchanged: nothing to do")
             return manifest
+        watched = [WatchedFiles(source.config.name, source.local_files()) for source in sources]
         for source in sources:
             _check_holds_text(source)
+            if (remark := source.remark()) is not None:
+                print(f"note: {remark}", file=sys.stderr)
         with _locked(output):
             progress = _start(output, settings, fingerprints, overwrite)
             try:
-                manifest = _run(config, sources, progress, output)
-            except UserError:
+                manifest = _run(config, sources, watched, progress, output)
+            except UserError as error:
                 if progress.tokenizer_sha256 is None:  # nothing made yet: leave no trace
                     shutil.rmtree(output / ".partial")
                     with suppress(OSError):  # the folder may hold other files
                         output.rmdir()
+                if changed := _changes(watched):
+                    raise UserError(f"{error} ({'; '.join(changed)})") from None
                 raise
             manifest.save(output)
             shutil.rmtree(output / ".partial")
@@ -96,10 +103,16 @@ def _check_output(config: DataPrepConfig) -> None:
                     f"'{source.name}' reads its text; expected a folder elsewhere, such as "
                     "data/NAME"
                 )
+def _changes(watched: list[WatchedFiles]) -> list[str]:
+    return [change for files in watched if (change := files.changes()) is not None]
 
 
 def _run(
-    config: DataPrepConfig, sources: list[Source], progress: Progress, output: Path
+    config: DataPrepConfig,
+    sources: list[Source],
+    watched: list[WatchedFiles],
+    progress: Progress,
+    output: Path,
 ) -> Manifest:
     start = time.monotonic()
     before = sum(shard.bytes for shard in progress.shards)
@@ -119,6 +132,7 @@ def _run(
             display,
         )
     manifest = _manifest(config, progress, tokenizer)
+    manifest.warnings += _changes(watched)
     seconds = time.monotonic() - start
     made = sum(shard.bytes for shard in progress.shards) - before
     print_summary(manifest, str(output), seconds, made)
@@ -182,9 +196,16 @@ def _same_input(
 ) -> None:
     """Raise :class:`UserError` when ``output`` was made from other settings or other text."""
     advice = "choose another output, or replace it with --overwrite"
-    changed = [
-        f"{name} was {old}, now is {new}" for name, old, new in _differences(old_settings, settings)
-    ]
+    differences = list(_differences(old_settings, settings))
+    changed = [f"{name} was {old}, now is {new}" for name, old, new in differences]
+    weights = {name: new for name, _, new in differences if name.endswith(".weight")}
+    if weights and len(weights) == len(differences):
+        names = [settings["sources"][int(name.split(".")[1])]["name"] for name in weights]
+        chosen = ", ".join(f"{n}: {w}" for n, w in zip(names, weights.values(), strict=True))
+        advice = (
+            f"a run can have weights of its own, data: {{path: {output}, weights: {{{chosen}}}}}, "
+            f"and nothing is tokenized again; or {advice}"
+        )
     if changed:
         raise UserError(f"{output} was made from other settings ({'; '.join(changed)}): {advice}")
     for name, fingerprint in fingerprints.items():

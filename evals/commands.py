@@ -56,20 +56,19 @@ def main(arguments: Sequence[str]) -> int:
     if harness:
         from evals.harness.checkpoint_evaluation import evaluate_checkpoint
 
+        usual = "document" if loaded.imported is None else "model"
+        bos = given.bos or usual
         found = evaluate_checkpoint(
             loaded,
             harness,
             limit=given.limit,
             num_fewshot=given.num_fewshot,
-            bos=given.bos,
+            bos=bos,
             max_length=given.max_length,
             tokens_per_pass=given.tokens_per_pass,
         )
-        options = (given.limit, given.num_fewshot, given.bos, given.max_length, given.precision)
-        defaults = tuple(
-            _parser().get_default(n)
-            for n in ("limit", "num_fewshot", "bos", "max_length", "precision")
-        )
+        options = (given.limit, given.num_fewshot, bos, given.max_length, given.precision)
+        defaults = (None, None, usual, None, "float32")
         mark = _mark(extra, options if options != defaults else ())
         results, paths = {}, []
         for name, result in found:
@@ -242,9 +241,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     tasks.add_argument(
         "--bos",
-        choices=("document", "none"),
-        default="document",
-        help="begin requests with the end-of-document token, as in training, or with nothing",
+        choices=("document", "none", "model"),
+        help="begin requests with the end-of-document token, as in training, with nothing, or as "
+        "an imported model's tokenizer does (imported models: model, others: document)",
     )
     tasks.add_argument(
         "--tokens-per-pass", type=_positive, default=8192, help="tokens per forward pass (8192)"

@@ -1,9 +1,9 @@
 """Held-out text of prepared data, by source: its documents, windows over them, and their scores.
 
 Every document is read alone. It begins with the end-of-document token, as in training (the BOS
-rule), and its own end-of-document token is the last target. Windows of ``window`` tokens advance by
-``stride``; each target is scored once, with at least ``window - stride`` tokens of context where
-the document has them.
+rule; an imported model has a BOS or EOS of its own), and its own end-of-document token is the last
+target. Windows of ``window`` tokens advance by ``stride``; each target is scored once, with at
+least ``window - stride`` tokens of context where the document has them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Window:
 class Documents:
     """The documents of a validation split, and the windows over them, each by its number."""
 
-    def __init__(self, stream: TokenStream, eod_id: int, window: int, stride: int):
-        self._stream, self._eod_id = stream, eod_id
+    def __init__(self, stream: TokenStream, opening_id: int, window: int, stride: int):
+        self._stream, self._opening_id = stream, opening_id
         self._window, self._stride = window, stride
         self.lengths = stream.document_lengths()
         self._starts = np.cumsum(self.lengths) - self.lengths
@@ -69,7 +69,7 @@ class Documents:
         start = max(0, end - self._window)
         first = int(self._starts[document])
         targets = self._stream.read(first + start, end - start)
-        before = self._eod_id if start == 0 else int(self._stream.read(first + start - 1, 1)[0])
+        before = self._opening_id if start == 0 else int(self._stream.read(first + start - 1, 1)[0])
         return Window(np.concatenate([[before], targets[:-1]]), targets, end - done)
 
 
@@ -78,7 +78,7 @@ def data_directories(loaded: LoadedModel, data: str | None) -> list[str]:
 
     Raises UserError where there are none, as for an imported model.
     """
-    found = [data] if data else [path for path, _ in loaded.run.data.directories]
+    found = [data] if data else [part.path for part in loaded.run.data.directories]
     if not found:
         raise UserError(
             f"{loaded.checkpoint} has no training data: give --data, a directory prepared with its "
@@ -97,7 +97,8 @@ def open_held_out(loaded: LoadedModel, data: str | None) -> PreparedData:
     if found.tokenizer.sha256 != loaded.tokenizer.sha256:
         raise UserError(
             f"{directory} was made with another tokenizer ({found.tokenizer.sha256[:12]}...) than "
-            f"the model's ({loaded.tokenizer.sha256[:12]}...)"
+            f"the model's ({loaded.tokenizer.sha256[:12]}...); prepare it with "
+            f"tokenizer: {{path: {loaded.checkpoint}}}"
         )
     return found
 

@@ -10,7 +10,6 @@ training scores, which are cut from the stream of documents wherever they fall: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -113,7 +112,7 @@ def evaluate_perplexity(
         "max_tokens": max_tokens,
         "seed": None if max_tokens is None else seed or 0,
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-        "bos_rule": "each document is opened by the end-of-document token; its own is scored",
+        "bos_rule": f"each document is opened by {loaded.opening}; its own end is scored",
         "tokenizer_sha256": loaded.tokenizer.sha256,
         "data": directories,
         "byte_entropy": {d: asdict(Manifest.load(d).byte_entropy) for d in directories},
@@ -160,9 +159,8 @@ def _score_documents(
 ) -> list[Scores]:
     """Return what was scored of each source that has validation text: windows, or documents."""
     sizes = loaded.tokenizer.bytes_per_token()
-    eod_id = loaded.tokenizer.eod_id
     sources = [
-        (label, weight, Documents(stream, eod_id, window, stride))
+        (label, weight, Documents(stream, loaded.opening_id, window, stride))
         for label, weight, stream in zip(
             held_out.labels, held_out.weights, held_out.valid, strict=True
         )
@@ -220,7 +218,7 @@ def _score_with_state(loaded: LoadedModel, document: np.ndarray, window: int) ->
     """Return a document's negative log-likelihood, carrying the state from window to window."""
     model, total, states = loaded.model, 0.0, None
     device = next(model.parameters()).device
-    ids = torch.from_numpy(np.concatenate([[loaded.tokenizer.eod_id], document])).to(device)
+    ids = torch.from_numpy(np.concatenate([[loaded.opening_id], document])).to(device)
     for start in range(0, len(document), window):
         end = min(start + window, len(document))
         x, states = model.hidden_with_state(ids[None, start:end], states)

@@ -85,10 +85,10 @@ def _text(loaded: LoadedModel, data: str | None, wanted: int) -> np.ndarray:
     Always the same ones; fewer where there are no more.
     """
     held_out = open_held_out(loaded, data)
-    eod_id = loaded.tokenizer.eod_id
-    sources = [Documents(stream, eod_id, 1, 1) for stream in held_out.valid]
+    opening_id = loaded.opening_id
+    sources = [Documents(stream, opening_id, 1, 1) for stream in held_out.valid]
     every = [(source, i) for source in sources for i in range(len(source.lengths))]
-    parts, have = [np.array([eod_id])], 1
+    parts, have = [np.array([opening_id])], 1
     for number in np.random.default_rng(0).permutation(len(every)):
         source, document = every[number]
         parts.append(source.document(document))

@@ -37,10 +37,9 @@ class Completion:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        tokenizer = loaded.tokenizer
-        self.prompt_ids = [tokenizer.eod_id, *tokenizer.encode(prompt)]
+        self.prompt_ids = loaded.prompt_ids(prompt)
         self.reason, self.tokens = "", 0
-        self._tokenizer, self._stop, self._most = tokenizer, [s for s in stop if s], max_tokens
+        self._decode, self._stop, self._most = loaded.decode, [s for s in stop if s], max_tokens
         self._ids = generate(
             loaded.model,
             self.prompt_ids,
@@ -49,18 +48,18 @@ class Completion:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            vocab_size=tokenizer.vocab_size,
-            stop_id=tokenizer.eod_id,
+            vocab_size=loaded.candidates,
+            stop_ids=loaded.stop_ids,
         )
 
     def __iter__(self) -> Iterator[str]:
-        start = self._tokenizer.decode(self.prompt_ids)
+        start = self._decode(self.prompt_ids)
         made, shown = list[int](), 0
         for token in self._ids:
             made.append(token)
             self.tokens += 1
             # With the prompt: a token's text may depend on the tokens before it.
-            text = self._tokenizer.decode([*self.prompt_ids, *made])[len(start) :]
+            text = self._decode([*self.prompt_ids, *made])[len(start) :]
             found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
             if found:
                 self.reason = "stop string"
@@ -71,7 +70,7 @@ class Completion:
                 yield text[shown:safe]
                 shown = safe
         self.reason = "length" if self.tokens == self._most else "end of document"
-        rest = self._tokenizer.decode([*self.prompt_ids, *made])[len(start) :][shown:]
+        rest = self._decode([*self.prompt_ids, *made])[len(start) :][shown:]
         if rest:
             yield rest
 

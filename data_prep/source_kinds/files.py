@@ -5,17 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from data_prep.config import SourceConfig
 from data_prep.documents import Document, Source, text_of
+from pretrain.common.config_loader import Config
 from pretrain.common.errors import UserError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.zst", ".parquet")
+_TEXT = (".txt", ".md", ".py")  # a document each
+_LONG_DOCUMENT = 4_000_000  # bytes: more than the longest novels
 FILE_NAMES = ("utf-8", "surrogateescape")  # how to encode them: they need not be UTF-8
 _READ_BYTES = 1 << 18
+
+
+@dataclass
+class FilesOptions(Config):
+    """Settings of files, under ``options``."""
+
+    separator: str | None = None
+    """The text between two documents of a .txt, .md or .py file; null: each file is a document."""
 
 
 class Files(Source):
@@ -25,9 +37,17 @@ class Files(Source):
     """
 
     settings: ClassVar = {"paths": "the files, folders or globs to read"}
+    options_class: ClassVar[type[Config] | None] = FilesOptions
 
     def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
+        own = self.options if isinstance(self.options, FilesOptions) else None
+        self.separator = None if own is None else own.separator
+        if self.separator == "":
+            raise UserError(
+                f"source '{config.name}': options.separator is empty, expected the text between "
+                'two documents, such as "\\n\\n"'
+            )
         self.paths = self.find()
         if not any(self.sizes):
             raise UserError(f"source '{config.name}': all its {len(self.paths)} files are empty")
@@ -55,6 +75,28 @@ class Files(Source):
             digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(*FILE_NAMES))
         return digest.hexdigest()
 
+    def local_files(self) -> list[Path]:
+        """Return all of them."""
+        return self.paths
+
+    def remark(self) -> str | None:
+        """Return which text files are longer than a document usually is, and what divides them."""
+        sizes = zip(self.paths, self.sizes, strict=True)
+        long = [p for p, n in sizes if p.suffix in _TEXT and n > _LONG_DOCUMENT]
+        if not long or self.separator is not None or self.options_class is not FilesOptions:
+            return None
+        first = f"{long[0]} ({long[0].stat().st_size / 1e6:.1f} MB)"
+        become = (
+            f"and {len(long) - 1} more are one document each"
+            if len(long) > 1
+            else "is one document"
+        )
+        return (
+            f"source '{self.config.name}': {first} {become}, as text files are; options: "
+            '{separator: "\\n\\n"} makes documents of the parts between blank lines, or of those '
+            "between another text"
+        )
+
     def read(self, file: int, skip: int = 0) -> Iterator[Document]:
         """Yield the documents of one file, skipping the first ``skip``."""
         path = self.paths[file]
@@ -63,6 +105,8 @@ class Files(Source):
                 yield from _read_jsonl(path, self.config.text_field, skip)
             elif path.suffix == ".parquet":
                 yield from _read_parquet(path, self.config.text_field, skip)
+            elif self.separator is not None:
+                yield from _read_separated(path, self.separator.encode(), skip)
             elif skip == 0:
                 content = path.read_bytes()
                 yield Document(content, len(content))
@@ -109,6 +153,20 @@ def _readable(paths: Iterator[Path], root: Path) -> list[Path]:
         and not any(part.startswith(".") and part != ".." for part in path.relative_to(root).parts)
         and path.is_file()
     ]
+
+
+def _read_separated(path: Path, separator: bytes, skip: int) -> Iterator[Document]:
+    rest, consumed, number = b"", 0, 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            consumed += len(block)
+            *whole, rest = (rest + block).split(separator)
+            for content in whole:
+                number += 1
+                if number > skip:
+                    yield Document(content, consumed)
+    if rest and number >= skip:
+        yield Document(rest, consumed)
 
 
 def _read_jsonl(path: Path, field: str, skip: int) -> Iterator[Document]:

@@ -93,6 +93,13 @@ class HuggingFace(Source):
             return [self._rows.num_rows]
         return None
 
+    def local_files(self) -> list[Path]:
+        """Return the files that a builder reads here, or those of the saved data set."""
+        if self._saved is not None:
+            return sorted(path for path in self._saved.rglob("*") if path.is_file())
+        named = self._builder.config.data_files or {}
+        return sorted({Path(p) for paths in named.values() for p in paths if Path(p).is_file()})
+
     @property
     def file_count(self) -> int:
         """Number of files: the split counts as one."""

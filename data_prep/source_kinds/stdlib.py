@@ -19,6 +19,7 @@ class StandardLibrary(Files):
     """The Python sources of the running interpreter, without its tests."""
 
     settings: ClassVar = {}
+    options_class: ClassVar = None
     root = Path(sysconfig.get_path("stdlib"))
 
     def find(self) -> list[Path]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from evals.harness.evaluation import evaluate_tasks, seeded, set_examples
+from evals.harness.imported_model import ImportedHarnessModel
 from evals.harness.model import HarnessModel
 from evals.tasks.loading import load_tasks
 from pretrain.inference.load import LoadedModel
@@ -24,12 +25,17 @@ def evaluate_checkpoint(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each task's name and result, with every setting that it depends on, when it is done.
 
-    ``max_length`` defaults to the training length. Raises UserError, before the first task, for
-    tasks that cannot be evaluated with these settings.
+    ``max_length`` defaults to the training length; ``bos`` is ``document``, ``none`` or, for an
+    imported model, ``model``: as its own tokenizer has it. Raises UserError, before the first task,
+    for tasks that cannot be evaluated with these settings.
     """
-    scorer = StateScorer(loaded.model, loaded.tokenizer.vocab_size, tokens_per_pass=tokens_per_pass)
+    scorer = StateScorer(loaded.model, loaded.candidates, tokens_per_pass=tokens_per_pass)
     length = max_length or loaded.run.train.seq_len
-    model = HarnessModel(scorer, loaded.tokenizer, length, bos=bos)
+    model: HarnessModel
+    if bos == "model":
+        model = ImportedHarnessModel(scorer, loaded, length)
+    else:
+        model = HarnessModel(scorer, loaded.tokenizer, length, bos=bos)
     with seeded():
         loaded_tasks = [load_tasks([name], model.text_settings(limit)) for name in names]
     for tasks in loaded_tasks:

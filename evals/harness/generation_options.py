@@ -37,9 +37,12 @@ class GenerationOptions:
     top_p: float | None
 
 
-def generation_options(what: str, given: Mapping[str, Any] | None) -> GenerationOptions:
+def generation_options(
+    what: str, given: Mapping[str, Any] | None, end: str | None = None
+) -> GenerationOptions:
     """Return the options of ``what`` from lm-eval's ``generation_kwargs``.
 
+    ``end``: a text that stops every one besides those that are given.
     Raises UserError for an option that is not supported, rather than score without it, and for a
     value out of its range.
     """
@@ -60,6 +63,8 @@ def generation_options(what: str, given: Mapping[str, Any] | None) -> Generation
             f"its texts would be others; supported are {SUPPORTED}"
         )
     max_tokens, until = known["max_gen_toks"], [str(stop) for stop in known["until"] if stop]
+    if end is not None and end not in until:
+        until.append(end)
     if max_tokens < 1:
         raise _out_of_range(what, "max_gen_toks", max_tokens, "at least 1")
     if not known["do_sample"] or known["temperature"] == 0:

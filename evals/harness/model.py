@@ -46,6 +46,7 @@ class HarnessModel(TemplateLM):
         if bos not in BOS_RULES:
             raise UserError(f"--bos is '{bos}', expected {' or '.join(BOS_RULES)}")
         self.scorer, self.text, self.max_length, self.bos = scorer, tokenizer, max_length, bos
+        self.stop_ids = frozenset({tokenizer.eod_id})
         self.cut, self._length_option = 0, length_option
 
     def text_settings(self, limit: int | None) -> TextSettings:
@@ -144,9 +145,8 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return a generated text for each prompt, up to its stop strings or token limit."""
         prompts, stops = list[Prompt](), list[list[str]]()
-        end = self.text.eod_id
         for number, (text, options) in enumerate(request.args for request in requests):
-            wanted = generation_options("a task", options)
+            wanted = generation_options("a task", options, end=self._end_text())
             stops.append(wanted.until)
             self._check_room("a task", wanted.max_tokens)
             ids = self._opened(self.tok_encode(text))
@@ -155,8 +155,7 @@ class HarnessModel(TemplateLM):
         made = self.scorer.generate(prompts)
         texts = []
         for request, prompt, ids, stop in zip(requests, prompts, made, stops, strict=True):
-            ids = ids[: ids.index(end)] if end in ids else ids
-            text = postprocess_generated_text(self._text_after(prompt.ids, ids), stop, None)
+            text = postprocess_generated_text(self._generated(prompt.ids, ids), stop, None)
             self.cache_hook.add_partial("generate_until", request.args, text)
             texts.append(text)
         return texts
@@ -187,9 +186,9 @@ class HarnessModel(TemplateLM):
 
     def _prompt(self, ids: list[int], options: GenerationOptions, seed: int) -> Prompt:
         def done(made: list[int]) -> bool:
-            if made[-1] == self.text.eod_id:
+            if made[-1] in self.stop_ids:
                 return True
-            text = self._text_after(ids, made)
+            text = self._searched(ids, made)
             return any(s in text for s in options.until)
 
         return Prompt(
@@ -201,6 +200,18 @@ class HarnessModel(TemplateLM):
             top_p=options.top_p,
             seed=seed,
         )
+
+    def _end_text(self) -> str | None:
+        """Return a text that ends every generated text besides a task's own, or None."""
+        return None
+
+    def _searched(self, prompt: list[int], ids: list[int]) -> str:
+        """Return the text so far in which stop strings are looked for."""
+        return self._text_after(prompt, ids)
+
+    def _generated(self, prompt: list[int], ids: list[int]) -> str:
+        """Return the text of generated ids, which may end with one that stops."""
+        return self._text_after(prompt, ids[:-1] if ids[-1:] and ids[-1] in self.stop_ids else ids)
 
     def _text_after(self, prompt: list[int], ids: list[int]) -> str:
         before = prompt[-_BEFORE:]

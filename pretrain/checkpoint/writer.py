@@ -43,8 +43,16 @@ class CheckpointWriter:
     a time: the next waits for it.
     """
 
-    def __init__(self, directory: Path, config: RunConfig, tokenizer: Path | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        config: RunConfig,
+        tokenizer: Path | None = None,
+        extra: Path | None = None,
+    ):
+        """Create a writer; ``tokenizer``, a file, and ``extra``, a folder, come with every save."""
         self.directory, self.config, self._tokenizer = directory, config, tokenizer
+        self._extra = extra
         self._pending: Future[Path] | None = None
         self._thread: threading.Thread | None = None  # that writes it
         # A separate group: training communicates meanwhile. Not over NCCL, whose order matters.
@@ -122,6 +130,8 @@ class CheckpointWriter:
         if self._tokenizer is not None:
             # With its tokenizer a checkpoint can be used wherever it lies.
             write_bytes(writing / self._tokenizer.name, self._tokenizer.read_bytes())
+        if self._extra is not None:
+            shutil.copytree(self._extra, writing / self._extra.name)
 
 
 def save_checkpoint(
@@ -136,10 +146,18 @@ def save_checkpoint(
 
 
 def write_weights(
-    directory: Path, model: nn.Module, config: RunConfig, state: CheckpointState, tokenizer: Path
+    directory: Path,
+    model: nn.Module,
+    config: RunConfig,
+    state: CheckpointState,
+    tokenizer: Path,
+    extra: Path | None = None,
 ) -> Path:
-    """Write ``directory/step-N`` of weights alone, which training cannot continue from."""
-    writer = CheckpointWriter(directory, config, tokenizer)
+    """Write ``directory/step-N`` of weights alone, which training cannot continue from.
+
+    ``extra`` is a folder that comes with it.
+    """
+    writer = CheckpointWriter(directory, config, tokenizer, extra)
     writer.begin(weights_state([model], saving=True), state)
     path = writer.wait()
     assert path is not None

@@ -287,11 +287,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_limits(value: Any, name: str, limits: Any, where: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}: {name} is {value}, expected a finite number")
     if value is None:
         return
-    for element in value if isinstance(value, list) else [value]:
+    several = value.values() if isinstance(value, dict) else value
+    for element in several if isinstance(value, list | dict) else [value]:
+        if isinstance(element, float) and not math.isfinite(element):
+            raise ConfigError(f"{where}: {name} is {value}, expected a finite number")
         for kind, (holds, words) in _LIMITS.items():
             if kind in limits and not holds(element, limits[kind]):
                 raise ConfigError(f"{where}: {name} is {value}, expected {words} {limits[kind]:g}")

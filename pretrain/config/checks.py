@@ -80,6 +80,11 @@ def _check_run(config: RunConfig, where: str) -> None:
     _check_batch_warmup(config, where)
     if (config.data.path is None) == (not config.data.blend):
         raise ConfigError(f"{where}: expected either data.path or data.blend to be set")
+    if config.data.blend and config.data.weights:
+        raise ConfigError(
+            f"{where}: data.weights is for the sources of data.path; with data.blend, set weights "
+            "in its entries"
+        )
     _check_schedule(config.schedule, train.num_steps, where)
 
 

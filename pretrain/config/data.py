@@ -16,6 +16,8 @@ class DataSource(Config):
     """The directory, as ``python -m data_prep`` wrote it."""
     weight: float = setting(1.0, above=0)
     """Its share of the samples, relative to the other weights."""
+    weights: dict[str, float] = setting(factory=dict, minimum=0)
+    """Weights of its sources by name, in place of those in its manifest; 0 leaves a source out."""
 
 
 @dataclass
@@ -25,6 +27,9 @@ class DataConfig(Config):
     path: str | None = None
     """A directory that ``python -m data_prep`` wrote; its sources are blended by the weights in its
     manifest."""
+    weights: dict[str, float] = setting(factory=dict, minimum=0)
+    """Weights of the sources of ``path`` by name, in place of those in its manifest; 0 leaves a
+    source out."""
     blend: list[DataSource] = field(default_factory=list)
     """Several such directories, with weights of their own; one that is named twice counts once,
     with both weights."""
@@ -33,8 +38,8 @@ class DataConfig(Config):
     data is read."""
 
     @property
-    def directories(self) -> list[tuple[str, float]]:
-        """Return every directory with its weight."""
+    def directories(self) -> list[DataSource]:
+        """Return every directory with its weights."""
         if self.path is not None:
-            return [(self.path, 1.0)]
-        return [(source.path, source.weight) for source in self.blend]
+            return [DataSource(self.path, 1.0, self.weights)]
+        return self.blend

@@ -91,10 +91,12 @@ class PreparedData:
 
 def open_data(config: DataConfig) -> PreparedData:
     """Open everything that the settings name. Raises UserError where it does not fit together."""
+    directories = config.directories
     tokenizer: Tokenizer | None = None
     data: PreparedData | None = None
     entropies = []
-    for path, share in config.directories:
+    for part in directories:
+        path, share = part.path, part.weight
         directory, manifest = Path(path), Manifest.load(path)
         manifest.verify_sizes(directory)
         found = Tokenizer.load(directory / manifest.tokenizer.file)
@@ -110,13 +112,16 @@ def open_data(config: DataConfig) -> PreparedData:
         elif found.sha256 != tokenizer.sha256:
             raise UserError(
                 f"data.blend: {path} was made with another tokenizer ({found.sha256[:12]}...) than "
-                f"{config.directories[0][0]} ({tokenizer.sha256[:12]}...); one run needs one "
-                "tokenizer"
+                f"{directories[0].path} ({tokenizer.sha256[:12]}...); one run needs one tokenizer: "
+                f"prepare it with tokenizer: {{path: {directories[0].path}}}"
             )
-        total = sum(source.weight for source in manifest.sources)
+        weights = _source_weights(manifest, part.weights, path)
+        total = sum(weights.values())
         for source in manifest.sources:
+            if weights[source.name] == 0:
+                continue
             name = f"{source.name}@{manifest.content_sha256[:16]}"
-            weight = share * source.weight / total
+            weight = share * weights[source.name] / total
             if name in data.sources:  # the same text again: one pass through it, not two at once
                 data.weights[data.sources.index(name)] += weight
                 continue
@@ -137,6 +142,23 @@ def open_data(config: DataConfig) -> PreparedData:
         raise UserError("the config names no data: set data.path")
     data.bigram_entropy = sum(w * e for w, e in entropies) / sum(w for w, _ in entropies)
     return data
+
+
+def _source_weights(manifest: Manifest, chosen: dict[str, float], path: str) -> dict[str, float]:
+    """Return the weights of a directory's sources, the run's own before the manifest's."""
+    weights = {source.name: source.weight for source in manifest.sources}
+    for name in chosen:
+        if name not in weights:
+            raise UserError(
+                f"the data's weights name '{name}', which is no source of {path}; it has "
+                f"{', '.join(weights)}"
+            )
+    weights |= chosen
+    if not any(weights.values()):
+        raise UserError(
+            f"the data's weights leave out every source of {path}, expected one above 0"
+        )
+    return weights
 
 
 class TrainingBatches:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.common.errors import UserError
+from pretrain.data.tokenizer_parts import byte_alphabet, byte_fallback, byte_level
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 
@@ -26,7 +30,7 @@ _END_OF_DOCUMENT = (
     "<eod>",
     "<|endoftext|>",
     "<|end_of_text|>",
-    "<|end▁of▁sentence|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek's, with full-width bars
     "<eos>",
     "</s>",
     "<|im_end|>",
@@ -40,8 +44,13 @@ _SPACE = "\u2581"  # how SentencePiece writes a space inside its pieces
 # chunks are also faster (SentencePiece's work grows a little faster than the text's length).
 _CHUNK = 8_192
 _LONGEST_LINE = 1_000_000
-_PROBE = (
+_LOSSY = (
+    "this tokenizer does not restore text byte for byte, "
+    "so its tokens have no exact number of bytes"
+)
+_PROBE = (  # the usual stumbling blocks
     '  a  b\n\n\tif x:\r\n        y = 1  \n\x00e\u0301 ﬁ \u2581🙂 <0x41> <s> "\u3000\u200b" \ufb01 '
+    + "".join(map(chr, range(256)))
 )
 
 
@@ -61,10 +70,11 @@ class Tokenizer(ABC):
         """
         path = Path(path)
         if path.is_dir():
+            # A folder with both, as some models have, is read as transformers reads it.
             found = [path / name for name in FILE_NAMES if (path / name).is_file()]
             if not found:
                 raise UserError(f"{path} holds neither {FILE_NAMES[0]} nor {FILE_NAMES[1]}")
-            path = found[0]
+            path = found[-1]
         if not path.is_file():
             raise UserError(f"no tokenizer file at {path}")
         if path.suffix == ".json":
@@ -112,10 +122,13 @@ class Tokenizer(ABC):
         """Return the hash of the tokenizer's file."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
-    @cached_property
+    @property
+    @abstractmethod
     def lossless(self) -> bool:
-        """Return whether a text made of the usual stumbling blocks comes back unchanged."""
-        return self.decode(self.encode(_PROBE)) == _PROBE
+        """Return whether every text comes back unchanged: no part changes or drops anything."""
+
+    def _restores(self, text: str) -> bool:
+        return self.decode(self.encode(text)) == text
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -146,9 +159,18 @@ class SentencePieceTokenizer(Tokenizer):
         newline_alone = not any("\n" in piece and piece != "\n" for piece in self._pieces)
         exact = self._model.decode(self._model.encode(" a\n b")) == " a\n b"
         self._chunk = _CHUNK if newline_alone and exact else _LONGEST_LINE
-        bytes_of_space = [self._model.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
-        has_bytes = all(self._model.is_byte(i) for i in bytes_of_space)
-        self._space_ids = bytes_of_space if has_bytes and exact else None
+        byte_ids = [self._model.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
+        self._has_bytes = all(self._model.is_byte(i) for i in byte_ids)
+        bytes_of_space = [byte_ids[b] for b in _SPACE.encode()]
+        self._space_ids = bytes_of_space if self._has_bytes and exact else None
+        # The library promises that no text makes these.
+        controls = {i for i in range(self.vocab_size) if self._model.is_control(i)}
+        for name in (self._pieces[i] for i in controls):
+            if not controls.isdisjoint(self.encode(name)):
+                raise UserError(
+                    f"{path}: the text {name!r} is read as a control piece, which would end or "
+                    "mark documents; expected a model that spells it in other pieces"
+                )
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``."""
@@ -172,6 +194,15 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
+
+    @cached_property
+    def lossless(self) -> bool:
+        """Return whether every text comes back unchanged, by the model's parts and a probe."""
+        every = "".join(chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000)
+        normalized = self._model.normalize(every).replace(_SPACE, " ")
+        return (
+            self._has_bytes and normalized == every.replace(_SPACE, " ") and self._restores(_PROBE)
+        )
 
     def name_of(self, index: int) -> str:
         """Return the piece ``index``."""
@@ -225,42 +256,87 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{path}: no token that ends a document, looked for {', '.join(_END_OF_DOCUMENT)}"
             )
         self.eod_id = ends[0]
+        self._added: dict[int, dict[str, Any]] = {
+            token["id"]: token for token in self._spec.get("added_tokens", [])
+        }
+        special = {i for i, token in self._added.items() if token["special"]}
+        # What has no piece of its own becomes the unknown token, which marks nothing.
+        self._reserved = frozenset({self.eod_id, *(special - {self._unknown_id()})})
+        for index in sorted(self._reserved):
+            self.encode(self.name_of(index))  # raises where its name cannot be spelt otherwise
+
+    def _unknown_id(self) -> int | None:
+        model = self._spec["model"]
+        return model.get("unk_id", self._vocabulary.get(model.get("unk_token") or ""))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``."""
-        if len(text) <= _LONGEST_LINE:
-            return self._model.encode(text, add_special_tokens=False).ids
-        ids: list[int] = []
-        for chunk in chunks(text, _LONGEST_LINE):
-            ids.extend(self._model.encode(chunk, add_special_tokens=False).ids)
-        return ids
+        """Return the ids of ``text``; what would be read as a reserved token is cut inside.
+
+        Raises :class:`UserError` where that is a single character.
+        """
+        if len(text) > _LONGEST_LINE:
+            return [i for chunk in chunks(text, _LONGEST_LINE) for i in self.encode(chunk)]
+        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        if self._reserved.isdisjoint(ids):
+            return ids
+        names = {self.name_of(i) for i in self._reserved.intersection(ids)}
+        if len(text) == 1:
+            raise UserError(
+                f"{self.path}: the text {text!r} is read as the special token {names.pop()!r}, "
+                "expected one that text cannot make: with a longer name, or, if it ends no "
+                "document, with special: false in added_tokens"
+            )
+        # After the first character of its name; in the middle where only a normalizer makes it.
+        inside = (f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1)
+        cuts = [found.start() for found in re.finditer("|".join(inside) or "(?!)", text)]
+        ends = [0, *(cuts or [len(text) // 2]), len(text)]
+        return [i for a, b in pairwise(ends) for i in self.encode(text[a:b])]
 
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False)
+
+    @cached_property
+    def lossless(self) -> bool:
+        """Return whether every text comes back unchanged, by the file's parts and a probe."""
+        if byte_level(self._spec):
+            return not self._missing_bytes() and self._restores(self._probe())
+        pieces = {f"<0x{b:02X}>" for b in range(256)}
+        spells_all = byte_fallback(self._spec) and pieces <= self._vocabulary.keys()
+        return spells_all and self._restores(self._probe())
+
+    def _probe(self) -> str:
+        """Return the stumbling blocks, and every added token between spaces and alone."""
+        names = [token["content"] for token in self._added.values()]
+        return _PROBE + "".join(f"{name}  {name} a{name}b\n{name}\n" for name in names)
+
+    def _missing_bytes(self) -> set[int]:
+        """Return the bytes of UTF-8 that a byte-level vocabulary has no piece for."""
+        written = {*range(0xC0), *range(0xC2, 0xF5)}
+        return {byte for c, byte in byte_alphabet().items() if c not in self._vocabulary} & written
 
     def name_of(self, index: int) -> str:
         """Return the token ``index`` as the vocabulary writes it."""
         return str(self._model.id_to_token(index))
 
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
-        """Return the bytes of each token. Raises UserError unless it is a byte-level BPE."""
-        if not (_byte_level(self._spec) and self.lossless):
+        """Return the bytes of each token. Raises UserError unless it is a byte-level BPE.
+
+        A byte that has no piece is dropped in encoding, and counts nowhere.
+        """
+        missing = self._missing_bytes()
+        kept = "".join(c for c in self._probe() if missing.isdisjoint(c.encode()))
+        if not (byte_level(self._spec) and self._restores(kept)):
             raise UserError(f"{self.path}: {_LOSSY}")
-        alphabet = _byte_alphabet()
-        added = {token["id"]: token for token in self._spec.get("added_tokens", [])}
+        alphabet, no_text = byte_alphabet(), self._reserved | {self._unknown_id()}
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, index in self._vocabulary.items():
-            if index in added:
-                sizes[index] = 0 if added[index]["special"] else len(piece.encode())
+            if index in no_text:
+                continue
+            if index in self._added:
+                sizes[index] = len(piece.encode())
             else:
                 sizes[index] = sum(1 if c in alphabet else len(c.encode()) for c in piece)
         return sizes
-
-
-_LOSSY = (
-    "this tokenizer does not restore text byte for byte, "
-    "so its tokens have no exact number of bytes"
-)
 
 
 def chunks(text: str, size: int) -> Iterator[str]:
@@ -278,26 +354,3 @@ def chunks(text: str, size: int) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:]
-
-
-def _byte_level(spec: dict[str, Any]) -> bool:
-    """Return whether every token of a tokenizer.json is a string over the alphabet of 256 bytes."""
-
-    def parts(section: str, key: str) -> list[dict[str, Any]]:
-        part = spec.get(section)
-        return [] if part is None else part.get(key, [part])
-
-    adds_space = any(p.get("add_prefix_space") for p in parts("pre_tokenizer", "pretokenizers"))
-    return (
-        not parts("normalizer", "normalizers")
-        and not adds_space
-        and [p["type"] for p in parts("decoder", "decoders")] == ["ByteLevel"]
-    )
-
-
-def _byte_alphabet() -> set[str]:
-    """Return the 256 characters by which byte-level BPE (GPT-2) writes bytes."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
-    printable += range(ord("®"), ord("ÿ") + 1)
-    others = 256 - len(printable)
-    return {chr(b) for b in printable} | {chr(256 + i) for i in range(others)}

@@ -26,7 +26,9 @@ from pretrain.common.files import write_bytes, write_json
 from pretrain.common.outputs import check_folder
 from pretrain.config import ModelConfig, RunConfig, TrainConfig
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.export.imported_tokenizer import read_tokenizer
 from pretrain.export.standalone_model import TOKENIZER_CLASS, TOKENIZER_FILE, write_standalone_model
+from pretrain.inference.load import IMPORTED
 from pretrain.model.build import build_model
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
@@ -258,7 +260,8 @@ def import_llama(source: str, run_directory: Path, *, gguf_file: str | None = No
     """Make a run directory of a Hugging Face model of Llama's shape, by its name or folder.
 
     Returns its one checkpoint, of step 0. It can be scored, sampled from and given to
-    ``initialize``; it has no optimizer state to resume training with.
+    ``initialize``; it has no optimizer state to resume training with. Its tokenizer is the source's
+    file as it is, so that data prepared with one is accepted by the other.
     """
     from pretrain.checkpoint.writer import write_weights
     from pretrain.parallel.processes import start_processes
@@ -270,48 +273,54 @@ def import_llama(source: str, run_directory: Path, *, gguf_file: str | None = No
     check_folder(run_directory, "the run directory")
     if run_directory.exists():
         raise UserError(f"{run_directory} already exists; choose another name")
-    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    # No code that comes with a model is run, nor asked about.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if gguf_file:
+        options["gguf_file"] = gguf_file
     try:
         original: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, **options
         )
-        text: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
+        text = read_tokenizer(source, original, options)
+    except UserError:
+        raise
     except Exception as error:  # transformers and the formats it reads raise anything
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{source}: could not be loaded by transformers ({said[0]})") from None
-    backend: Any = getattr(text, "backend_tokenizer", None)
-    if backend is None:
-        raise UserError(f"{source}: its tokenizer has no tokenizer.json, which is what runs use")
     config, vocab_size, seq_len = model_of_llama(original.config)
     start_processes()
     model = build_model(config, vocab_size, seed=0)
     fill_from_llama(model, original.state_dict())
-    written = backend.to_str().encode()
-    with tempfile.TemporaryDirectory() as folder:  # a tokenizer that is refused leaves no run
-        write_bytes(Path(folder) / "tokenizer.json", written)
-        Tokenizer.load(Path(folder) / "tokenizer.json")
-    run_directory.mkdir(parents=True)
-    tokenizer_file = run_directory / "tokenizer.json"
-    write_bytes(tokenizer_file, written)
-    tokenizer = Tokenizer.load(tokenizer_file)
-    run = RunConfig(
-        name=run_directory.name,
-        model=config,
-        train=TrainConfig(steps=1, seq_len=seq_len),
-        directory=str(run_directory),
-    )
-    state = CheckpointState(
-        step=0,
-        tokens=0,
-        seed=0,
-        skipped=0,
-        vocab_size=vocab_size,
-        precision="float32",
-        tokenizer_sha256=tokenizer.sha256,
-        data=[],
-        model=dataclasses.asdict(config),
-    )
-    return write_weights(RunDirectory(run_directory).checkpoints, model, run, state, tokenizer_file)
+    with tempfile.TemporaryDirectory() as temporary:  # a tokenizer that is refused leaves no run
+        path = Path(temporary) / text.name
+        write_bytes(path, text.content)
+        tokenizer = Tokenizer.load(path)
+        extra = None
+        if text.settings is not None:
+            extra = Path(temporary) / IMPORTED
+            text.settings.save(extra)
+        run_directory.mkdir(parents=True)
+        # Where ``tokenizer: {path: RUN}`` of a data config finds it.
+        write_bytes(run_directory / text.name, text.content)
+        run = RunConfig(
+            name=run_directory.name,
+            model=config,
+            train=TrainConfig(steps=1, seq_len=seq_len),
+            directory=str(run_directory),
+        )
+        state = CheckpointState(
+            step=0,
+            tokens=0,
+            seed=0,
+            skipped=0,
+            vocab_size=vocab_size,
+            precision="float32",
+            tokenizer_sha256=tokenizer.sha256,
+            data=[],
+            model=dataclasses.asdict(config),
+        )
+        checkpoints = RunDirectory(run_directory).checkpoints
+        return write_weights(checkpoints, model, run, state, path, extra)
 
 
 def export_command(arguments: Sequence[str]) -> int:
@@ -347,5 +356,5 @@ def import_command(arguments: Sequence[str]) -> int:
     checkpoint = import_llama(given.source, given.run, gguf_file=given.gguf_file)
     counted = json.loads((checkpoint / "state.json").read_text())["vocab_size"]
     print(f"written to {checkpoint}, a vocabulary of {counted:,}")
-    print(f"python -m evals {given.run} --tasks hellaswag --bos none")
+    print(f"python -m evals {given.run} --tasks hellaswag")
     return 0

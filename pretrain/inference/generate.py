@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,16 +23,16 @@ def generate(
     temperature: float,
     seed: int,
     vocab_size: int,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Iterator[int]:
     """Sample up to ``max_tokens`` ids after ``prompt``; see :func:`choose` for the rest.
 
-    ``vocab_size`` is the tokenizer's: the embedding's padding rows are never sampled. ``stop_id``
-    ends the text and is not yielded. This process must hold the full model. A recurrent mixer
-    keeps a state of one size, attention the keys and values of all tokens so far (of a window), and
-    a loop over depth one of each for every pass.
+    ``vocab_size`` is the tokenizer's: the embedding's padding rows are never sampled. Any of
+    ``stop_ids`` ends the text and is not yielded. This process must hold the full model. A
+    recurrent mixer keeps a state of one size, attention the keys and values of all tokens so far
+    (of a window), and a loop over depth one of each for every pass.
     """
     was_training = model.training
     model.eval()
@@ -45,7 +45,7 @@ def generate(
             logits, states = model.forward_with_state(tokens, states)
             last = logits[0, -1, :vocab_size].float().cpu()
             token = choose(last, temperature, generator, top_k, top_p)
-            if token == stop_id:
+            if token in stop_ids:
                 return
             yield token
             tokens = torch.tensor([[token]], device=device)

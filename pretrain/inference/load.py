@@ -19,11 +19,14 @@ from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, load_saved_config
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.generate import check_request, generate, listed_texts
+from pretrain.inference.hugging_face import HuggingFaceText
 from pretrain.inference.score import Pair, StateScorer
 from pretrain.model.build import build_model
 from pretrain.model.language_model import LanguageModel
 from pretrain.parallel.context import current_context
 from pretrain.run_directory import CONFIG_FILE, find_checkpoint, run_of_checkpoint
+
+IMPORTED = "transformers"  # the folder of an imported checkpoint with its own tokenizer's settings
 
 
 @dataclass
@@ -38,11 +41,48 @@ class LoadedModel:
     """The state that its checkpoint records, such as the step."""
     checkpoint: Path
     """The folder that it came from."""
+    imported: HuggingFaceText | None = None
+    """How an imported model reads and ends texts; None for a model that was trained here."""
 
     @property
     def evals_directory(self) -> Path:
         """Return where results about this run belong, ``runs/NAME/evals``."""
         return run_of_checkpoint(self.checkpoint).evals
+
+    @property
+    def opening_id(self) -> int:
+        """Return the token before a text's first: that of a document's end, or an import's own."""
+        return self.tokenizer.eod_id if self.imported is None else self.imported.prefix_id
+
+    @property
+    def opening(self) -> str:
+        """Return the name of :attr:`opening_id` in results."""
+        own = self.imported is not None
+        return "the imported model's BOS or EOS" if own else "the end-of-document token"
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Return the ids that end a generated text."""
+        ends = frozenset({self.tokenizer.eod_id})
+        return ends if self.imported is None else self.imported.stop_ids
+
+    @property
+    def candidates(self) -> int:
+        """Return how many ids can follow: the tokenizer's, of an import all that it has rows for.
+
+        transformers' probabilities count its rows that no token has.
+        """
+        return self.tokenizer.vocab_size if self.imported is None else self.model.vocab_size
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Return the ids of a text to continue, opened as the model knows texts."""
+        if self.imported is not None:
+            return self.imported.prompt(prompt)
+        return [self.tokenizer.eod_id, *self.tokenizer.encode(prompt)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids`` without what opens and ends it."""
+        return self.tokenizer.decode(ids) if self.imported is None else self.imported.decode(ids)
 
     def generate(
         self,
@@ -61,28 +101,31 @@ class LoadedModel:
         setting out of its range.
         """
         check_request(prompt, max_tokens, temperature, top_k, top_p, seed)
-        opened = [self.tokenizer.eod_id, *self.tokenizer.encode(prompt)]
+        opened = self.prompt_ids(prompt)
         written = generate(
             self.model,
             opened,
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
-            vocab_size=self.tokenizer.vocab_size,
-            stop_id=self.tokenizer.eod_id,
+            vocab_size=self.candidates,
+            stop_ids=self.stop_ids,
             top_k=top_k,
             top_p=top_p,
         )
-        return self.tokenizer.decode([*opened[1:], *written])
+        return prompt + self.decode([*opened, *written])[len(self.decode(opened)) :]
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """Return the log-likelihood of each text as the beginning of a document, in nats.
+        """Return the log-likelihood of each text in nats, given the token that opens texts.
 
         That of an empty text is 0. Raises UserError where ``texts`` is no list of strings.
         """
-        scorer = StateScorer(self.model, self.tokenizer.vocab_size)
-        encoded = [self.tokenizer.encode(text) for text in listed_texts(texts)]
-        pairs = [Pair([self.tokenizer.eod_id], ids) for ids in encoded if ids]
+        scorer = StateScorer(self.model, self.candidates)
+        if self.imported is None:
+            encoded = [self.tokenizer.encode(text) for text in listed_texts(texts)]
+        else:
+            encoded = [self.imported.opened(text)[1:] for text in listed_texts(texts)]
+        pairs = [Pair([self.opening_id], ids) for ids in encoded if ids]
         values = iter(scorer.log_likelihoods(pairs) if pairs else ())
         return [next(values)[0] if ids else 0.0 for ids in encoded]
 
@@ -117,4 +160,6 @@ def load_model(
             )
         model.recursion.set_times(recurrences)
     load_weights(checkpoint, model, averaged=averaged)
-    return LoadedModel(model.eval(), tokenizer, run, state, checkpoint)
+    folder = checkpoint / IMPORTED
+    imported = HuggingFaceText.load(folder) if folder.is_dir() else None
+    return LoadedModel(model.eval(), tokenizer, run, state, checkpoint, imported)

@@ -43,7 +43,8 @@ def initialize_from(
     if tokenizer_sha256 is not None and state.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(
             f"initialize.checkpoint {checkpoint} was trained with another tokenizer "
-            f"({state.tokenizer_sha256[:12]}...) than the data's ({tokenizer_sha256[:12]}...)"
+            f"({state.tokenizer_sha256[:12]}...) than the data's ({tokenizer_sha256[:12]}...); "
+            f"prepare the data with tokenizer: {{path: {checkpoint}}}"
         )
     vocab_size, dtype = stages[0].vocab_size, stages[0].context.dtype
     if state.vocab_size != vocab_size:

@@ -73,7 +73,7 @@ def check_data_hashes(config: DataConfig, alive: Callable[[], None]) -> None:
     )
 
     def check() -> None:
-        for directory in dict.fromkeys(path for path, _ in config.directories):
+        for directory in dict.fromkeys(part.path for part in config.directories):
             damaged = Manifest.load(directory).damaged_files(directory, part, parts, alive)
             if damaged:
                 more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""

@@ -4,6 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_prep.config import SourceConfig
 from data_prep.source_kinds.files import find_files
@@ -63,6 +65,40 @@ def test_a_plain_file_is_one_document_byte_for_byte(tmp_path, kind):
     path.write_bytes(b"\xef\xbb\xbfa\r\n\xff")
     assert contents(source_of(path)) == [b"\xef\xbb\xbfa\r\n\xff"]
     assert contents(source_of(path), skip=1) == []
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(st.text("ab\n", max_size=9), min_size=1), block=st.integers(1, 40))
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "\n\n", "\n---\n"])
+def test_a_separator_divides_text_files(tmp_path, monkeypatch, separator, parts, block):
+    monkeypatch.setattr("data_prep.source_kinds.files._READ_BYTES", block)
+    content = separator.join(parts).encode() or b"a"
+    (tmp_path / "a.txt").write_bytes(content)
+    source = source_of(tmp_path / "a.txt", options={"separator": separator})
+    expected = content.split(separator.encode())
+    if not expected[-1]:
+        expected.pop()
+    for skip in range(len(expected) + 1):
+        assert contents(source, skip=skip) == expected[skip:]
+    assert [d.consumed for d in source.read(0)][-1:] in ([], [len(content)])
+
+
+def test_an_empty_separator_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"options.separator is empty, expected the text between"):
+        source_of(tmp_path / "a.txt", options={"separator": ""})
+
+
+def test_a_long_text_file_is_said_to_be_one_document(tmp_path):
+    for name, size in (("a.txt", 5_000_000), ("b.md", 4_000_001), ("c.txt", 9), ("d.jsonl", 10**7)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+    remark = source_of(tmp_path).remark()
+    assert "a.txt (5.0 MB) and 1 more are one document each" in remark
+    assert "a.txt (5.0 MB) is one document, as" in source_of(tmp_path / "a.txt").remark()
+    assert 'options: {separator: "\\n\\n"}' in remark
+    assert source_of(tmp_path / "c.txt", tmp_path / "d.jsonl").remark() is None
+    assert source_of(tmp_path, options={"separator": "\n\n"}).remark() is None
 
 
 def test_lines_that_are_not_utf8_are_left_to_be_counted(tmp_path):

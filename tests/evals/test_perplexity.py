@@ -48,7 +48,7 @@ class Stream(TokenStream):
 @given(st.lists(st.integers(1, 60), min_size=1), st.integers(1, 20), st.integers(1, 20))
 def test_every_target_is_scored_once_with_its_context(lengths, window, stride):
     stride = min(stride, window)
-    documents = Documents(Stream(lengths), eod_id=0, window=window, stride=stride)
+    documents = Documents(Stream(lengths), opening_id=0, window=window, stride=stride)
     scored: list[list[int]] = [[] for _ in lengths]
     for number in range(documents.num_windows):
         w, of = documents.window(number), scored[documents.document_of(number)]
@@ -83,6 +83,8 @@ def loaded(corpus, window=16):
     return SimpleNamespace(
         model=model,
         tokenizer=tokenizer,
+        opening_id=tokenizer.eod_id,
+        opening="the end-of-document token",
         checkpoint="here",
         run=SimpleNamespace(
             train=SimpleNamespace(seq_len=window),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import torch
 from evals.sampling import Completion
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.generate import choose, generate
+from pretrain.inference.load import LoadedModel
 from pretrain.model.build import build_model
 from tests.helpers import processes
 from tests.helpers.byte_tokenizer import Letters
@@ -69,7 +70,8 @@ def completion(monkeypatch, text, ended=False, **options):
     """One of a model that writes ``text``."""
     made = list(text.encode())
     monkeypatch.setattr("evals.sampling.generate", lambda *_, **__: iter(made))
-    loaded: Any = SimpleNamespace(tokenizer=Letters(), model=None)
+    nothing, letters = cast(Any, None), cast(Any, Letters())
+    loaded = LoadedModel(nothing, letters, nothing, nothing, nothing)
     return Completion(loaded, "ab", max_tokens=len(made) + ended, **options)
 
 

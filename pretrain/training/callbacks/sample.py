@@ -31,7 +31,7 @@ class Sample(Callback):
             temperature=config.sample.temperature,
             seed=config.seed,
             vocab_size=tokenizer.vocab_size,
-            stop_id=tokenizer.eod_id,
+            stop_ids=(tokenizer.eod_id,),
         )
         written = itertools.takewhile(lambda _: not trainer.stop.received, ids)
         lines = tokenizer.decode([*prompt, *written]).splitlines()

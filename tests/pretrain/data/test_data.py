@@ -15,6 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from data_prep.config import DataPrepConfig
+from data_prep.prepare import prepare
+from pretrain.common.config_loader import build_config
 from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, DataSource, TrainConfig
 from pretrain.data.batches import (
@@ -170,3 +173,56 @@ def test_the_same_text_named_twice_is_gone_through_once(corpus, other_corpus, tm
     assert len(seen) == len(set(seen)) == count
     assert batches.epochs(2 * count // 4)[0] == pytest.approx(1, abs=4 / count)
     assert data.identity != open_data(DataConfig(blend=[named[0], others])).identity
+
+
+def two_sources(folder, tokenizer):
+    """A prepared directory of the sources ``one`` and ``two``, with weights 1 and 3."""
+    for name in ("one", "two"):
+        (folder / f"{name}.txt").write_text(f"{name} and some more words\n" * 200)
+    sources = [
+        {"name": name, "kind": "files", "paths": [str(folder / f"{name}.txt")], "weight": weight}
+        for name, weight in (("one", 1.0), ("two", 3.0))
+    ]
+    values = {
+        "output": str(folder / "data"),
+        "sources": sources,
+        "tokenizer": {"path": str(tokenizer)},
+        "validation_fraction": 0,
+        "processes": 1,
+    }
+    prepare(build_config(DataPrepConfig, values, "test"))
+    return folder / "data"
+
+
+def shares(config, count=400):
+    batches = TrainingBatches(open_data(config), CONFIG, 2, 0)
+    found = Counter(batches.locate(i)[0] for i in range(count))
+    names = [name.split("@")[0] for name in batches.names]
+    return {name: found[i] / count for i, name in enumerate(names)}
+
+
+def test_a_run_weighs_the_sources_of_its_data(tmp_path, corpus):
+    data = str(two_sources(tmp_path, corpus))
+    assert shares(DataConfig(path=data)) == {"one": 0.25, "two": 0.75}
+    assert shares(DataConfig(path=data, weights={"one": 3})) == {"one": 0.5, "two": 0.5}
+    assert shares(DataConfig(path=data, weights={"one": 7, "two": 1})) == {
+        "one": 0.875,
+        "two": 0.125,
+    }
+    assert shares(DataConfig(path=data, weights={"two": 0})) == {"one": 1.0}
+    again = shutil.copytree(corpus, tmp_path / "again")
+    weighed = DataSource(data, 1.0, {"one": 0})
+    assert shares(DataConfig(blend=[DataSource(str(again), 3.0), weighed])) == {
+        "code": 0.75,
+        "two": 0.25,
+    }
+    with pytest.raises(UserError, match=r"name 'three', which is no source of .*it has one, two"):
+        open_data(DataConfig(path=data, weights={"three": 1}))
+    with pytest.raises(UserError, match="leave out every source"):
+        open_data(DataConfig(path=data, weights={"one": 0, "two": 0}))
+
+
+@pytest.mark.parametrize(("weight", "words"), [(-1, "at least 0"), (float("inf"), "a finite")])
+def test_weights_out_of_range_are_refused(weight, words):
+    with pytest.raises(UserError, match=words):
+        DataConfig(path="data", weights={"one": weight})

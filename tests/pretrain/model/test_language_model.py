@@ -77,7 +77,9 @@ def test_generation_takes_the_likeliest_and_stops():
         tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
     assert ids == tokens[1:]
     stopped = list(
-        generate(model, [1], max_tokens=8, temperature=0, seed=0, vocab_size=VOCAB, stop_id=ids[3])
+        generate(
+            model, [1], max_tokens=8, temperature=0, seed=0, vocab_size=VOCAB, stop_ids=[ids[3]]
+        )
     )
     assert stopped == ids[: ids.index(ids[3])]
 
