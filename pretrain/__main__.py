@@ -20,6 +20,7 @@ from pretrain.common.garbage import paused_collection
 from pretrain.common.quiet import quiet_process
 
 _COMMANDS = {
+    "coordinates": "pretrain.training.coordinates.main",
     "export": "pretrain.export.hugging_face.export_command",
     "import": "pretrain.export.hugging_face.import_command",
     "layers": "pretrain.nn.mixers.__main__.main",

@@ -28,7 +28,7 @@ from pretrain.model.language_model import LanguageModel
 from pretrain.nn.parameters import draw_like, info_of
 from pretrain.optim.backends.base import UpdateBackend
 from pretrain.optim.gradient_norm import global_norm
-from pretrain.optim.optimizer import fill_state, rule, state_keys, used_by_megatron
+from pretrain.optim.optimizer import fill_state, lr_multiple, rule, state_keys, used_by_megatron
 from pretrain.parallel.cpu import device_scope, importing_megatron
 from pretrain.parallel.megatron import prepare
 from pretrain.parallel.pipeline import run_schedule
@@ -156,9 +156,9 @@ class MegatronBackend(UpdateBackend):
             selects = rule(config.kind).selects
             groups[config.kind] = (lambda p: selects(info_of(p)), {"rule": config.kind})
         parameters = [p for part in self.parts for p in part.parameters()]
-        for number in {info_of(p).lr_multiplier for p in parameters} - {1.0}:
+        for number in {lr_multiple(info_of(p), config.kind) for p in parameters} - {1.0}:
             groups[f"lr {number}"] = (
-                lambda p, n=number: info_of(p).lr_multiplier == n,
+                lambda p, n=number: lr_multiple(info_of(p), config.kind) == n,
                 {"lr_mult": number},
             )
         overrides: dict[ParamKey, Any] = {
