@@ -55,7 +55,7 @@ class DepthLoRA(ReadsSharedInput):
         grows = inner_info.role != "input"
         base_in = full_in / inner_info.width if grows else full_in
         a_info = ParameterInfo(
-            normal(base_in**-0.5), role="output" if grows else "input", width=inner_info.width
+            normal(base_in**-0.5), role="bottleneck" if grows else "input", width=inner_info.width
         )
         b_info = ParameterInfo(constant(0.0))
         if self._column:

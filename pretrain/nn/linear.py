@@ -72,7 +72,7 @@ class ReplicatedLinear(ReadsSharedInput):
         d_out: int,
         std: float,
         *,
-        role: Role = "output",
+        role: Role = "bottleneck",
     ):
         super().__init__()
         self.weight = matrix_parameter(context, (d_out, d_in), std, None, role=role)
@@ -151,7 +151,7 @@ def group_linear(
     std: float,
     what: str,
     *,
-    role: Role = "output",
+    role: Role = "bottleneck",
 ) -> ReadsSharedInput:
     """Make a linear layer to ``num_groups`` heads that several heads of a mixer share.
 

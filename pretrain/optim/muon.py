@@ -22,7 +22,7 @@ from torch.optim._muon import (
     _zeropower_via_newtonschulz,
 )
 
-from pretrain.nn.maximal_update import start_multiple
+from pretrain.nn.maximal_update import orthogonal_lr_multiple
 from pretrain.nn.parameters import ParameterInfo
 from pretrain.parallel.processes import groups
 
@@ -35,12 +35,8 @@ def selects(info: ParameterInfo) -> bool:
 
 
 def lr_multiple(info: ParameterInfo) -> float:
-    """Return the multiple for orthogonal updates with elements of one size, that of the start.
-
-    In a matrix whose sides both grow m times they are scaled up by sqrt(m) already, so that another
-    1 / sqrt(m) makes their effect on activations AdamW's at 1 / m.
-    """
-    return start_multiple(info.role, info.width)
+    """Return the multiple for orthogonal updates that are scaled by the matrix's shape."""
+    return orthogonal_lr_multiple(info.role, info.width)
 
 
 @torch.no_grad()

@@ -1,18 +1,17 @@
 """``python -m pretrain coordinates CONFIG``: do activations and updates keep their size with width?
 
 The check of maximal-update parametrization (arXiv 2203.03466, appendix D.1): models of several
-widths, otherwise alike, train a few steps; then what every layer and every matrix puts out is
-compared with what it put out before, for the same tokens. Where both the outputs and their changes
-are as large at every width, a learning rate that was tuned at one width holds at the others.
+widths, otherwise alike, train a few steps; then the outputs of every layer are compared with those before,
+for the same tokens, and the products with every matrix with those of the matrix at the start. Where
+outputs and changes are as large at every width, a learning rate tuned at one holds at the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +34,7 @@ from pretrain.training.coordinates_report import Place, Sizes, draw, print_table
 from pretrain.training.engine import Engine
 
 EXIT_NOT_FLAT = 4
-_PRODUCTS: tuple[Any, ...] = (F.linear, F.embedding, torch.bmm, torch.baddbmm)
+_PRODUCTS: tuple[Any, ...] = (F.linear, F.embedding, F.grouped_mm, torch.bmm, torch.baddbmm)
 
 
 def main(arguments: list[str]) -> int:
@@ -73,8 +72,8 @@ def main(arguments: list[str]) -> int:
             source = TrainingBatches(
                 data, config.train, config.parallel.micro_batch_size, wide.seed
             )
-            batches = [source.micro_batches(step)[0] for step in range(options.steps + 1)]
-            for place, found in measure(wide, vocab_size, batches[1:], batches[0]).items():
+            (batch, *_) = source.micro_batches(0)
+            for place, found in measure(wide, vocab_size, batch, options.steps).items():
                 sizes.setdefault(place, {}).setdefault(seed, {})[width] = found
         print(f"width {width}: {options.seeds} models trained {options.steps} steps", flush=True)
     base, kind = config.model.mup_base_hidden_size, config.optimizer.kind
@@ -88,19 +87,32 @@ def main(arguments: list[str]) -> int:
     return 0 if flat else EXIT_NOT_FLAT
 
 
-@dataclass
-class _Outputs:
-    """What the model put out at each place for some tokens, in the order of the calls."""
+def measure(
+    config: RunConfig, vocab_size: int, batch: Batch, steps: int
+) -> dict[Place, tuple[float, float]]:
+    """Train a new model some steps on one batch; return sizes for its tokens, by place.
 
-    tensors: dict[Place, list[Tensor]]
-
-    def sizes_against(self, before: _Outputs) -> dict[Place, tuple[float, float]]:
-        """Return the root mean squares of these outputs and of their change."""
-        found = {}
-        for place, tensors in self.tensors.items():
-            changes = [a - b for a, b in zip(tensors, before.tensors[place], strict=True)]
-            found[place] = (_rms(tensors), _rms(changes))
-        return found
+    They are root mean squares after the steps: of the output; and of its change since the start,
+    for a matrix of what its change does to its present input. The learning rate is
+    ``optimizer.lr``, and numbers are float32, in which small updates are not rounded away.
+    """
+    model = build_model(config.model, vocab_size, seed=config.seed)
+    device = local_device()
+    batch, one = batch.to(device), ParallelConfig(zero_stage=0)
+    start = {id(p): p.detach().clone() for p in model.parameters() if p.ndim > 1}
+    before = _layer_outputs(model, batch)
+    with process_groups(one):
+        engine = Engine(model, config.optimizer, one)
+        for step in range(steps):
+            engine.begin_step(config.seed, step)
+            engine.train_step([batch], config.optimizer.lr)
+    with _Products(model, start) as products:
+        after = _layer_outputs(model, batch)
+    sizes = {place: (_rms(now), _rms(change)) for place, (now, change) in products.found.items()}
+    for place, outputs in after.items():
+        changes = [a - b for a, b in zip(outputs, before[place], strict=True)]
+        sizes[place] = (_rms(outputs), _rms(changes))
+    return sizes
 
 
 def _rms(tensors: Sequence[Tensor]) -> float:
@@ -108,100 +120,77 @@ def _rms(tensors: Sequence[Tensor]) -> float:
     return float((squares / sum(t.numel() for t in tensors)) ** 0.5)
 
 
-def measure(
-    config: RunConfig, vocab_size: int, batches: Sequence[Batch], probe: Batch
-) -> dict[Place, tuple[float, float]]:
-    """Train a new model one step on each batch; return sizes of its outputs for ``probe``, by place.
-
-    They are root mean squares after the steps, and of the change since the start. The learning rate
-    is ``optimizer.lr``, and numbers are float32, in which small updates are not rounded away.
-    """
-    model = build_model(config.model, vocab_size, seed=config.seed)
-    device = local_device()
-    probe, one = probe.to(device), ParallelConfig(zero_stage=0)
-    with process_groups(one):
-        engine = Engine(model, config.optimizer, one)
-        before = _outputs(model, probe)
-        for step, batch in enumerate(batches):
-            engine.begin_step(config.seed, step)
-            engine.train_step([batch.to(device)], config.optimizer.lr)
-        return _outputs(model, probe).sizes_against(before)
-
-
 @torch.no_grad()
-def _outputs(model: LanguageModel, batch: Batch) -> _Outputs:
-    model.eval()
-    with _Recorder(model) as recorder, _layer_hooks(model, recorder.outputs):
-        model(batch.tokens, sequences=batch.sequences)
-    model.train()
-    return recorder.outputs
+def _layer_outputs(model: LanguageModel, batch: Batch) -> dict[Place, list[Tensor]]:
+    """Return what mixers and MLPs add to the residual stream, and the stream after each block.
 
-
-def _note(outputs: _Outputs, place: Place, tensor: Tensor) -> None:
-    outputs.tensors.setdefault(place, []).append(tensor.detach())
-
-
-@contextmanager
-def _layer_hooks(model: LanguageModel, outputs: _Outputs) -> Iterator[None]:
-    """Note what mixers and MLPs add to the residual stream, and the stream after each block."""
+    Each has a tensor for each pass of a loop.
+    """
+    found: dict[Place, list[Tensor]] = {}
     handles = []
-    specs = block_specs(model.model_config)
-    for index, spec in enumerate(specs):
+    for index, spec in enumerate(block_specs(model.model_config)):
         block = cast(Block, model.blocks[index])
         named: dict[str, nn.Module] = {spec.name: block.mixer, "residual stream": block}
         if block.mlp is not None:
             named["experts" if isinstance(block.mlp, MoE) else "mlp"] = block.mlp
         for name, module in named.items():
+
+            def note(_: nn.Module, __: Any, output: Any, place: Place) -> None:
+                output = output[0] if isinstance(output, tuple) else output
+                found.setdefault(place, []).append(output.detach())
+
             place = Place(name, str(index), layer=True)
-
-            def note(_: nn.Module, __: Any, output: Any, place: Place = place) -> None:
-                _note(outputs, place, output[0] if isinstance(output, tuple) else output)
-
-            handles.append(module.register_forward_hook(note))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            handles.append(module.register_forward_hook(partial(note, place=place)))
+    model.eval()
+    model(batch.tokens, sequences=batch.sequences)
+    model.train()
+    for handle in handles:
+        handle.remove()
+    return found
 
 
-class _Recorder(TorchFunctionMode):
+class _Products(TorchFunctionMode):
     """Note the result of every product with a parameter, whatever module it belongs to.
 
-    Experts' products are not among them: which tokens they get changes, so that outputs cannot be
-    compared one by one.
+    ``found`` has the results, and by how much they would be others with the parameters of the
+    start.
     """
 
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: LanguageModel, start: dict[int, Tensor]):
         super().__init__()
-        self.outputs = _Outputs({})
+        self.found: dict[Place, tuple[list[Tensor], list[Tensor]]] = {}
         names = [spec.name for spec in block_specs(model.model_config)]
-        self._places = {
-            id(parameter): _place_of(name, names)
-            for name, parameter in model.named_parameters()
-            if parameter.ndim > 1
-        }
-        self._tied = id(model.embedding.weight)
+        self._start = start
+        self._places = {id(p): _place_of(name, names) for name, p in model.named_parameters()}
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         if function in _PRODUCTS:
-            for argument in (*args, *(kwargs or {}).values()):
-                place = self._place(argument)
-                if place is not None:
+            for number, argument in enumerate(args):
+                first = self._at_start(argument)
+                if first is not None:
+                    place = self._places[id(_owner(argument))]
                     if place.name == "embedding" and function is F.linear:
                         place = Place("head")
-                    _note(self.outputs, place, result)
+                    unchanged = function(*args[:number], first, *args[number + 1 :], **kwargs or {})
+                    results, changes = self.found.setdefault(place, ([], []))
+                    results.append(result)
+                    changes.append(result - unchanged)
         return result
 
-    def _place(self, argument: Any) -> Place | None:
-        if not isinstance(argument, Tensor):
+    def _at_start(self, argument: Any) -> Tensor | None:
+        """Return what a parameter, or a view of one, was at the start; None for other arguments."""
+        if not isinstance(argument, Tensor) or id(_owner(argument)) not in self._start:
             return None
-        # A part of a parameter, such as one pass's low-rank difference, is a view of it.
-        base = argument._base if argument._base is not None else argument
-        return self._places.get(id(base))
+        owner = _owner(argument)
+        offset = argument.storage_offset() - owner.storage_offset()
+        return self._start[id(owner)].as_strided(argument.size(), argument.stride(), offset)
+
+
+def _owner(tensor: Tensor) -> Tensor:
+    return tensor if tensor._base is None else tensor._base
 
 
 def _place_of(name: str, mixers: Sequence[str]) -> Place:

@@ -69,15 +69,15 @@ class Row:
     def verdict(self) -> str:
         """Return ``flat``, or what follows the width.
 
-        The output of a matrix may become smaller: those with a fixed number of outputs start at a
-        limit of 0.
+        The output of a matrix may become smaller: of those with a fixed number of outputs the
+        start vanishes with the width, and what they learn remains.
         """
         found = []
         direction = self.activation_slope.direction
         if direction > 0 or (direction and self.layer):
-            found.append("activations " + ("grow" if direction > 0 else "shrink"))
+            found.append("output " + ("grows" if direction > 0 else "shrinks"))
         if self.update_slope.direction:
-            found.append("updates " + ("grow" if self.update_slope.direction > 0 else "shrink"))
+            found.append("change " + ("grows" if self.update_slope.direction > 0 else "shrinks"))
         return ", ".join(found) or "flat"
 
 

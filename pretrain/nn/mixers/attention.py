@@ -94,7 +94,7 @@ class Attention(Mixer):
         self.q_proj = column_linear(self.parallel, d, q_dim, context.std)
         keys: Any = (self.parallel, d, num_kv_heads, self.head_dim, context.std, "num_kv_heads")
         # With the model the key heads become more too, unless all heads share one.
-        role: Role = "output" if num_kv_heads == 1 < num_heads else "hidden"
+        role: Role = "bottleneck" if num_kv_heads == 1 < num_heads else "hidden"
         self.k_proj, self.v_proj = group_linear(*keys, role=role), group_linear(*keys, role=role)
         self.o_proj = row_linear(self.parallel, q_dim, d, context.output_std)
         if config.qk_norm:
