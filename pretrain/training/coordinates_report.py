@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,20 @@ class Slope:
     error: float
 
     @property
+    def finite(self) -> bool:
+        """Return whether every size was more than 0, and finite."""
+        return math.isfinite(self.mean)
+
+    @property
     def direction(self) -> int:
         """Return 1 or -1 where the slope is beyond the tolerance by two standard errors, else 0."""
-        if not math.isfinite(self.mean):
-            return 1
-        beyond = abs(self.mean) - 2 * self.error > TOLERANCE
+        beyond = self.finite and abs(self.mean) - 2 * self.error > TOLERANCE
         return int(math.copysign(1, self.mean)) if beyond else 0
+
+    @property
+    def unclear(self) -> bool:
+        """Return whether the slope is beyond the tolerance, but not by two standard errors."""
+        return self.finite and abs(self.mean) > TOLERANCE and not self.direction
 
     def __str__(self) -> str:
         return f"{self.mean:+.2f} ± {self.error:.2f}"
@@ -66,19 +75,31 @@ class Row:
     update_slope: Slope
 
     @property
-    def verdict(self) -> str:
-        """Return ``flat``, or what follows the width.
+    def faults(self) -> list[str]:
+        """Return what follows the width, in words.
 
-        The output of a matrix may become smaller: of those with a fixed number of outputs the
-        start vanishes with the width, and what they learn remains.
+        The output of a matrix may become smaller: of those whose outputs are a result, such as
+        logits, the start vanishes with the width, and what they learn remains.
         """
         found = []
-        direction = self.activation_slope.direction
-        if direction > 0 or (direction and self.layer):
-            found.append("output " + ("grows" if direction > 0 else "shrinks"))
-        if self.update_slope.direction:
-            found.append("change " + ("grows" if self.update_slope.direction > 0 else "shrinks"))
-        return ", ".join(found) or "flat"
+        for what, slope in (("output", self.activation_slope), ("change", self.update_slope)):
+            may_shrink = what == "output" and not self.layer
+            if not slope.finite:
+                found.append(f"{what} is 0 or not finite")
+            elif slope.direction > 0:
+                found.append(f"{what} grows")
+            elif slope.direction < 0 and not may_shrink:
+                found.append(f"{what} shrinks")
+        return found
+
+    @property
+    def verdict(self) -> str:
+        """Return ``flat``, what follows the width, or ``unclear`` where the slopes do not say."""
+        slopes = [self.update_slope]
+        if self.layer or self.activation_slope.mean > 0:
+            slopes.append(self.activation_slope)
+        clear = "unclear" if any(slope.unclear for slope in slopes) else "flat"
+        return ", ".join(self.faults) or clear
 
 
 def rows_of(sizes: Sizes) -> list[Row]:
@@ -137,13 +158,15 @@ def print_table(sizes: Sizes, title: str) -> bool:
                     row.verdict,
                 )
         console.print(table)
-    wrong = [row.name for row in rows if row.verdict != "flat"]
+    counts = Counter("not flat" if row.faults else row.verdict for row in rows)
     print(
-        "sizes are root mean squares; a slope of 0.5 is growth by the root of the width. Flat is "
-        f"within {TOLERANCE:g} by two standard errors (over models and blocks): "
-        + (f"{len(rows) - len(wrong)} of {len(rows)} are" if wrong else f"all {len(rows)} are")
+        "Sizes are root mean squares, slopes those of their logarithm: 0.5 is growth by the root "
+        "of the width. The error is the standard error over models and blocks; a slope is not flat "
+        f"where it is beyond {TOLERANCE:g} by two of it.\n"
+        + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        + (": more --seeds would tell" if counts["unclear"] else "")
     )
-    return not wrong
+    return not counts["not flat"]
 
 
 def draw(sizes: Sizes, title: str, path: Path) -> None:

@@ -51,6 +51,7 @@ class Mamba2Config(MixerConfig):
     """Settings of Mamba-2, which has ``hidden_size * expand / head_dim`` heads."""
 
     head_sizes: ClassVar[tuple[str, ...]] = ("head_dim", "state_size")
+    head_counts: ClassVar[tuple[str, ...]] = ()
 
     expand: float = setting(2.0, above=0)
     """Inner width as a multiple of the model's."""
