@@ -7,8 +7,8 @@ from typing import Literal
 
 from pretrain.common.config_loader import Config, setting
 
-# The rules that update whole matrices, and so cannot run where ZeRO shards them; the others work
-# element by element.
+# The rules that update whole matrices: ZeRO-1 deals them out to the processes as a whole. The others
+# work element by element.
 WHOLE_MATRICES = frozenset({"muon"})
 
 
