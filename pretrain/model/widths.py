@@ -24,9 +24,12 @@ def widened(config: ModelConfig, hidden_size: int, where: str = "config") -> Mod
         inner = scale(mlp.intermediate_size, "model.mlp.intermediate_size")
         mlp = dataclasses.replace(mlp, intermediate_size=inner)
     if moe is not None:
-        names = ("intermediate_size", "shared_intermediate_size")
-        inners = {name: scale(getattr(moe, name), f"model.moe.{name}") for name in names}
-        moe = dataclasses.replace(moe, **inners)
+        shared = moe.shared_intermediate_size
+        moe = dataclasses.replace(
+            moe,
+            intermediate_size=scale(moe.intermediate_size, "model.moe.intermediate_size"),
+            shared_intermediate_size=scale(shared, "model.moe.shared_intermediate_size"),
+        )
     mixers = {
         name: {**given.get(name, {}), **_widened_mixer(spec, scale)} for name, spec in specs.items()
     }
@@ -56,6 +59,8 @@ def _widened_mixer(spec: BlockSpec, scale: _Scale) -> dict[str, Any]:
     for name in spec.config.head_counts:
         count = settings.get(name)
         # One head of keys that all heads share remains one.
-        if count is not None and not (name == "num_kv_heads" and count == 1 < spec.config.num_heads):
+        if count is not None and not (
+            name == "num_kv_heads" and count == 1 < spec.config.num_heads
+        ):
             settings[name] = scale(count, f"model.mixers.{spec.name}.{name}")
     return settings

@@ -1,8 +1,8 @@
-"""Maximal-update parametrization (Tensor Programs V, arXiv 2203.03466): one rule for all parameters.
+"""Maximal-update parametrization (Tensor Programs V, arXiv 2203.03466), by one rule for all.
 
-A width m times that of the base model makes a matrix's inputs, its outputs or both m times as many.
-What it does to activations keeps its size where the spectral norms of the matrix and of its updates
-are in proportion to sqrt(outputs / inputs) (arXiv 2310.17813). With n_in inputs, n_out outputs:
+A width m times the base model's makes a matrix's inputs, its outputs or both m times as many. What
+it does to activations keeps its size where the spectral norms of the matrix and of its updates are
+in proportion to sqrt(outputs / inputs) (arXiv 2310.17813). With n_in inputs and n_out outputs:
 
 * A Gaussian of standard deviation s has the norm s sqrt(max(n_in, n_out)) up to a constant.
 * AdamW's updates have elements of one size lr and are nearly of rank one: lr sqrt(n_in n_out). So
@@ -30,9 +30,9 @@ Role = Literal["input", "hidden", "bottleneck", "output"]
 
 def start_multiple(role: Role, width: float) -> float:
     """Return the multiple of the initial values at ``width`` times the base model's width."""
-    return {"input": 1.0, "hidden": width**-0.5, "bottleneck": width**-0.5, "output": 1 / width}[
-        role
-    ]
+    if role == "input":
+        return 1.0
+    return 1 / width if role == "output" else width**-0.5
 
 
 def elementwise_lr_multiple(role: Role, width: float) -> float:
@@ -41,5 +41,7 @@ def elementwise_lr_multiple(role: Role, width: float) -> float:
 
 
 def orthogonal_lr_multiple(role: Role, width: float) -> float:
-    """Return that of the learning rate of orthogonal updates times sqrt(max(n_in, n_out)) (Muon)."""
-    return {"input": 1.0, "hidden": width**-0.5}.get(role, 1 / width)
+    """Return that of the learning rate of orthogonal updates scaled by their shape (Muon)."""
+    if role == "input":
+        return 1.0
+    return width**-0.5 if role == "hidden" else 1 / width

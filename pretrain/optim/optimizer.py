@@ -23,6 +23,10 @@ from torch import Tensor
 
 from pretrain.nn.parameters import ParameterInfo
 
+GATHERED_AT_ONCE = 256 * 2**20
+"""Bytes of updated parameters that processes send each other at a time, where ZeRO-1 deals them out
+as a whole."""
+
 
 class UpdateRule(Protocol):
     """The interface of a module of an update rule."""

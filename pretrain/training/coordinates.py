@@ -1,9 +1,10 @@
 """``python -m pretrain coordinates CONFIG``: do activations and updates keep their size with width?
 
 The check of maximal-update parametrization (arXiv 2203.03466, appendix D.1): models of several
-widths, otherwise alike, train a few steps; then the outputs of every layer are compared with those before,
-for the same tokens, and the products with every matrix with those of the matrix at the start. Where
-outputs and changes are as large at every width, a learning rate tuned at one holds at the others.
+widths, otherwise alike, train a few steps on the same tokens. The outputs of every layer are then
+compared with those before, and the products with every matrix with those of the matrix at the
+start. Where outputs and changes are as large at every width, a learning rate that was tuned at one
+holds at the others.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps (5)")
-    parser.add_argument("--seeds", type=int, default=3, help="models of each width (3)")
+    parser.add_argument("--seeds", type=int, default=4, help="models of each width (4)")
     parser.add_argument("--picture", type=Path, default=Path("coordinates.png"))
     options = parser.parse_intermixed_args(arguments)
     widths = sorted(set(options.widths))

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t as student
 
-# Of sizes over widths, in a double logarithmic plot. What grows with the width by a standard
-# parametrization has 0.5 or 1; finite widths bend what is flat in the limit.
-TOLERANCE = 0.25
+# Of the slope of sizes over widths, both logarithmic. By the standard parametrization it is 0.5 or
+# 1; finite widths bend what is flat in the limit.
+TOLERANCE = 0.3
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ Sizes = dict[Place, dict[int, dict[int, tuple[float, float]]]]
 
 @dataclass
 class Slope:
-    """The slope of sizes over widths: the mean over models and layers, and its standard error."""
+    """The slope of sizes over widths: its mean over ``count`` models and layers, standard error."""
 
     mean: float
     error: float
+    count: int
 
     @property
     def finite(self) -> bool:
@@ -50,13 +52,14 @@ class Slope:
 
     @property
     def direction(self) -> int:
-        """Return 1 or -1 where the slope is beyond the tolerance by two standard errors, else 0."""
-        beyond = self.finite and abs(self.mean) - 2 * self.error > TOLERANCE
+        """Return 1 or -1 where the slope's 95 % interval lies beyond the tolerance, else 0."""
+        half = student.ppf(0.975, self.count - 1) * self.error
+        beyond = self.finite and abs(self.mean) - half > TOLERANCE
         return int(math.copysign(1, self.mean)) if beyond else 0
 
     @property
     def unclear(self) -> bool:
-        """Return whether the slope is beyond the tolerance, but not by two standard errors."""
+        """Return whether the slope is beyond the tolerance, but its interval is not."""
         return self.finite and abs(self.mean) > TOLERANCE and not self.direction
 
     def __str__(self) -> str:
@@ -131,7 +134,8 @@ def _means(series: list[dict[int, float]]) -> dict[int, float]:
 def _slope(series: list[dict[int, float]]) -> Slope:
     with np.errstate(divide="ignore", invalid="ignore"):
         slopes = [np.polyfit(np.log(list(s)), np.log(list(s.values())), 1)[0] for s in series]
-    return Slope(float(np.mean(slopes)), float(np.std(slopes, ddof=1) / math.sqrt(len(slopes))))
+    error = float(np.std(slopes, ddof=1) / math.sqrt(len(slopes)))
+    return Slope(float(np.mean(slopes)), error, len(slopes))
 
 
 def print_table(sizes: Sizes, title: str) -> bool:
@@ -161,8 +165,8 @@ def print_table(sizes: Sizes, title: str) -> bool:
     counts = Counter("not flat" if row.faults else row.verdict for row in rows)
     print(
         "Sizes are root mean squares, slopes those of their logarithm: 0.5 is growth by the root "
-        "of the width. The error is the standard error over models and blocks; a slope is not flat "
-        f"where it is beyond {TOLERANCE:g} by two of it.\n"
+        "of the width. The error is the standard error over models and blocks; not flat is a slope "
+        f"whose 95 % interval lies beyond {TOLERANCE:g}.\n"
         + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         + (": more --seeds would tell" if counts["unclear"] else "")
     )
@@ -171,14 +175,14 @@ def print_table(sizes: Sizes, title: str) -> bool:
 
 def draw(sizes: Sizes, title: str, path: Path) -> None:
     """Draw the sizes over the width, of layers above and of matrices below, in a PNG file."""
-    import matplotlib
+    from matplotlib import color_sequences
     from matplotlib.figure import Figure
 
     rows = rows_of(sizes)
     figure = Figure(figsize=(14, 11), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2, 2, sharex=True)
-    colors = matplotlib.colormaps["tab20"].colors
+    colors = color_sequences["tab20"]
     for line, layers in zip(axes, (True, False), strict=True):
         shown = [row for row in rows if row.layer == layers]
         for number, row in enumerate(shown):

@@ -187,7 +187,8 @@ CASES = {
     f"{model}-{layout}": (model, layout)
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
-    if not model.endswith("experts") and not model.startswith("muon")
+    if not model.endswith("experts")
+    and not model.startswith("muon")
     and (
         model in ("tied", "options")
         or (model in EVERYWHERE and layout in MAIN_LAYOUTS)

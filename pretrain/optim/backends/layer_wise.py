@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain.optim.optimizer import GATHERED_AT_ONCE
 from pretrain.parallel.cpu import importing_megatron
 
 with importing_megatron():
@@ -21,10 +22,8 @@ with importing_megatron():
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-_BYTES_AT_ONCE = 256 * 2**20
 
-
-class LayerWiseOptimizer(LayerWiseDistributedOptimizer):  # type: ignore[misc]
+class LayerWiseOptimizer(LayerWiseDistributedOptimizer):
     """megatron-core's, with a gathering of parameters that every backend and dtype can do."""
 
     @torch.no_grad()
@@ -42,7 +41,7 @@ class LayerWiseOptimizer(LayerWiseDistributedOptimizer):  # type: ignore[misc]
             for rank, parameters in enumerate(lists or []):
                 if parameters:
                     dist._broadcast_coalesced(
-                        group, [p.data for p in parameters], _BYTES_AT_ONCE, rank
+                        group, [p.data for p in parameters], GATHERED_AT_ONCE, rank
                     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from pretrain.training.engine import Engine
 from tests.helpers.coordinates import BASE, VOCAB, rows, settings
 from tests.helpers.training_run import Run
 
-LOOP = {
+LOOP: dict[str, Any] = {
     "pattern": "attn gdn attn",
     "recursion": {
         "prelude": 1,
@@ -36,7 +37,7 @@ LOOP = {
         "lora_rank": 2,
     },
 }
-EXPERTS = {
+EXPERTS: dict[str, Any] = {
     "pattern": "attn attn",
     "moe": {
         "num_experts": 4,
@@ -45,7 +46,7 @@ EXPERTS = {
         "shared_intermediate_size": 64,
     },
 }
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     **{name: {"pattern": f"{name} {name}"} for name in registry()},
     "loop": LOOP,
     "experts": EXPERTS,
@@ -68,7 +69,7 @@ def test_sizes_do_not_follow_the_width(name, kind):
 
 
 def faults(kind, **model):
-    found = rows(kind, seeds=2, **model)
+    found = rows(kind, seeds=4, **model)
     return {row.name for row in found.values() if row.faults}
 
 
@@ -91,7 +92,7 @@ def test_a_matrix_that_knows_nothing_of_the_width_is_found(monkeypatch):
 
 
 def test_the_standard_parametrization_is_not_flat():
-    found = rows("adamw", seeds=2, pattern="gdn", mup_base_hidden_size=None)
+    found = rows("adamw", seeds=4, pattern="gdn", mup_base_hidden_size=None)
     assert "output grows" in found["gdn.q_proj"].faults
     assert found["gdn.q_proj"].update_slope.mean > 0.5
 
@@ -172,7 +173,8 @@ def test_a_wider_model_has_more_heads_of_the_same_size():
     attn, swa = (spec.config for spec in block_specs(widened(config, 4 * BASE)))
     assert (attn.num_heads, attn.num_kv_heads, attn.head_dim) == (16, 16, 16)
     assert (swa.num_heads, swa.num_kv_heads, swa.head_dim) == (16, 1, 16)
-    assert widened(settings(**EXPERTS), 4 * BASE).moe.intermediate_size == 256
+    experts = widened(settings(**EXPERTS), 4 * BASE).moe
+    assert experts is not None and experts.intermediate_size == 256
     odd = settings(pattern="attn", mixers={"attn": {"num_heads": 3, "head_dim": 8}})
     with pytest.raises(ConfigError, match=r"attn\.num_heads is 3 .* expected a width .* of 64"):
         widened(odd, 96)
