@@ -39,8 +39,9 @@ def main() -> int:
         "CONFIG' checks that a layout of processes trains the same model as one, 'python -m "
         "pretrain plan CONFIG' estimates what a run will need and cost, 'python -m pretrain "
         "coordinates CONFIG' checks that activations and updates do not follow the model's width, "
-        "'python -m pretrain export CHECKPOINT FOLDER' writes a Hugging Face model, 'python -m pretrain import NAME RUN' "
-        "makes a run of one, 'python -m pretrain layers' prints the table of all layers.",
+        "'python -m pretrain export CHECKPOINT FOLDER' writes a Hugging Face model, 'python -m "
+        "pretrain import NAME RUN' makes a run of one, 'python -m pretrain layers' prints the "
+        "table of all layers.",
         epilog="Exit status: 0 done, 2 bad input, 3 a loss that is not finite, "
         "75 stopped by a signal and saved: run the same command again.",
     )

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("config", help="of a run whose data are prepared")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps (5)")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps (3)")
     parser.add_argument("--seeds", type=int, default=4, help="models of each width (4)")
     parser.add_argument("--picture", type=Path, default=Path("coordinates.png"))
     options = parser.parse_intermixed_args(arguments)
