@@ -180,7 +180,7 @@ def draw(sizes: Sizes, title: str, path: Path) -> None:
 
     rows = rows_of(sizes)
     figure = Figure(figsize=(14, 11), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a run may be called by a dollar sign
     axes = figure.subplots(2, 2, sharex=True)
     colors = color_sequences["tab20"]
     for line, layers in zip(axes, (True, False), strict=True):
