@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     widths = sorted(set(options.widths))
     if len(widths) < 2 or widths[0] < 1:
         raise UserError(f"--widths are {options.widths}, expected two or more from 1")
-    for name, least in (("steps", 1), ("seeds", 2)):
+    for name, least in (("steps", 1), ("seeds", 3)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} is {getattr(options, name)}, expected at least {least}")
     config = load_run_config(options.config, options.overrides)

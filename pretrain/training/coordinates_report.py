@@ -15,7 +15,7 @@ from scipy.stats import t as student
 
 # Of the slope of sizes over widths, both logarithmic. By the standard parametrization it is 0.5 or
 # 1; finite widths bend what is flat in the limit.
-TOLERANCE = 0.3
+TOLERANCE = 0.35
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def test_sizes_of_heads_that_are_not_given_are_the_base_models(name):
 def test_the_command_prints_and_draws(tmp_path, corpus, capsys):
     run = Run(tmp_path, corpus, "run", steps=4)
     picture = tmp_path / "pictures" / "coordinates.png"
-    few = ["--seeds", "2", "--steps", "2", "--picture", str(picture)]
+    few = ["--seeds", "3", "--steps", "2", "--picture", str(picture)]
     status = main(
         [str(run.config), "model.mup_base_hidden_size=24", *few, "--widths", "24", "48", "96"]
     )
