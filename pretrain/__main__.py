@@ -2,9 +2,10 @@
 
 ``python -m pretrain CONFIG [key=value ...]`` trains, or resumes where the run stopped; ``python -m
 pretrain verify CONFIG`` checks that a layout of processes trains the same model; ``python -m
-pretrain plan CONFIG`` says what a run will need and cost; ``python -m pretrain export CHECKPOINT
-FOLDER`` and ``import NAME RUN`` convert to and from Hugging Face; ``python -m pretrain layers``
-prints the table of all layers.
+pretrain plan CONFIG`` says what a run will need and cost; ``python -m pretrain coordinates CONFIG``
+checks that sizes do not follow the model's width; ``python -m pretrain export CHECKPOINT FOLDER``
+and ``import NAME RUN`` convert to and from Hugging Face; ``python -m pretrain layers`` prints the
+table of all layers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pretrain.common.quiet import quiet_process
 from pretrain.parallel.launcher_watch import watch_launcher
 
 _COMMANDS = {
+    "coordinates": "pretrain.training.coordinates.main",
     "export": "pretrain.export.hugging_face.export_command",
     "import": "pretrain.export.hugging_face.import_command",
     "layers": "pretrain.nn.mixers.__main__.main",
@@ -37,9 +39,11 @@ def main() -> int:
         allow_abbrev=False,  # what is no option is an override
         description="Train a model, or resume where the run stopped. 'python -m pretrain verify "
         "CONFIG' checks that a layout of processes trains the same model as one, 'python -m "
-        "pretrain plan CONFIG' estimates what a run will need and cost, 'python -m pretrain export "
-        "CHECKPOINT FOLDER' writes a Hugging Face model, 'python -m pretrain import NAME RUN' "
-        "makes a run of one, 'python -m pretrain layers' prints the table of all layers.",
+        "pretrain plan CONFIG' estimates what a run will need and cost, 'python -m pretrain "
+        "coordinates CONFIG' checks that activations and updates do not follow the model's width, "
+        "'python -m pretrain export CHECKPOINT FOLDER' writes a Hugging Face model, 'python -m "
+        "pretrain import NAME RUN' makes a run of one, 'python -m pretrain layers' prints the "
+        "table of all layers.",
         epilog="Exit status: 0 done, 2 bad input, 3 a loss that is not finite, "
         "75 stopped by a signal and saved: run the same command again.",
     )

@@ -18,7 +18,7 @@ from pretrain.common.config_loader import ConfigError, check_of, load_config, va
 from pretrain.common.errors import UserError
 from pretrain.common.text import control_character
 from pretrain.config.model import ModelConfig, MoEConfig, RecursionConfig
-from pretrain.config.optimizer import WHOLE_MATRICES, OptimizerConfig
+from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
 from pretrain.config.run import RunConfig
 from pretrain.config.schedule import SCHEDULES, ScheduleConfig, fraction_of_steps
@@ -194,18 +194,10 @@ def _check_schedule(schedule: ScheduleConfig, num_steps: int, where: str) -> Non
 def _check_optimizer(config: RunConfig, where: str) -> None:
     """Refuse what the backend or the layout cannot do."""
     optimizer, parallel = config.optimizer, config.parallel
-    if optimizer.kind in WHOLE_MATRICES and (
-        parallel.zero_stage or parallel.zero_backend != "megatron"
-    ):
-        raise ConfigError(
-            f"{where}: optimizer.kind is {optimizer.kind}, which updates whole matrices, but "
-            f"{parallel.zero_backend} ZeRO-{parallel.zero_stage} shards them; expected "
-            "parallel.zero_stage=0 with the megatron backend"
-        )
     if optimizer.kind != "adamw" and parallel.zero_backend != "megatron":
         raise ConfigError(
             f"{where}: optimizer.kind is {optimizer.kind}, which {parallel.zero_backend} does not "
-            "have; expected adamw, or parallel.zero_backend=megatron"
+            "have; expected adamw, or parallel.zero_backend=megatron with zero_stage 0 or 1"
         )
     spikes, checkpoint = config.train.spikes, config.checkpoint
     oldest = checkpoint.keep_last * checkpoint.every

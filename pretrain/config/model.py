@@ -135,8 +135,10 @@ class ModelConfig(Config):
     mup_base_hidden_size: int | None = setting(None, minimum=1)
     """Maximal-update parametrization (arXiv 2203.03466, table 8): what was tuned at this width
     holds at others. With m = hidden_size / base, matrices of the blocks start smaller by sqrt(m)
-    and learn m times slower, and logits are divided by m. Let the number of heads grow, not their
-    width; null: off."""
+    and learn m times slower (with Muon, whose updates grow with the matrix, by sqrt(m)), logits are
+    divided by m, and routers and halting start smaller by m. Weight decay times learning rate stays
+    the same. Heads become more, not wider: sizes of a head that are not given are those at the base
+    width. ``python -m pretrain coordinates`` checks a model; null: off."""
     logit_softcap: float | None = setting(None, above=0)
     """c of logits c tanh(logit / c) (arXiv 2408.00118); null: off."""
     z_loss_weight: float = setting(0.0, minimum=0)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pretrain.common.config_loader import Config, setting
 
-# The rules that update whole matrices, and so cannot run where ZeRO shards them; the others work
+# The rules that update whole matrices, which ZeRO-1 then deals out as a whole; the others work
 # element by element.
 WHOLE_MATRICES = frozenset({"muon"})
 
@@ -27,7 +27,9 @@ class OptimizerConfig(Config):
     eps: float = setting(1e-8, above=0)
     """Added to the root of the second moment."""
     weight_decay: float = setting(0.1, minimum=0)
-    """Decoupled weight decay of matrices, times the learning rate at each step."""
+    """Decoupled weight decay of matrices, times the learning rate at each step. With
+    ``model.mup_base_hidden_size`` that is ``lr``, not the matrix's own: at every width weights
+    forget as fast."""
     clip_grad: float = setting(1.0, minimum=0)
     """Largest global norm of the gradient; 0: gradients are not clipped."""
     muon_momentum: float = setting(0.95, minimum=0, below=1)

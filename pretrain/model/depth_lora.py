@@ -23,6 +23,7 @@ from pretrain.nn.parameters import (
     ParameterInfo,
     constant,
     describe,
+    info_of,
     normal,
     tensor_shard,
 )
@@ -50,7 +51,13 @@ class DepthLoRA(ReadsSharedInput):
         full_in = d_in * context.tensor_size if self._row else d_in
         a = torch.empty(passes, rank, d_in, dtype=context.dtype, device=context.device)
         b = torch.empty(passes, d_out, rank, dtype=context.dtype, device=context.device)
-        a_info, b_info = ParameterInfo(normal(full_in**-0.5)), ParameterInfo(constant(0.0))
+        inner_info = info_of(inner.weight)
+        grows = inner_info.role != "input"
+        base_in = full_in / inner_info.width if grows else full_in
+        a_info = ParameterInfo(
+            normal(base_in**-0.5), role="bottleneck" if grows else "input", width=inner_info.width
+        )
+        b_info = ParameterInfo(constant(0.0))
         if self._column:
             b_info = dataclasses.replace(b_info, shard=tensor_shard(context, 1))
         elif self._row:

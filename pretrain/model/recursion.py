@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.common.errors import UserError
 from pretrain.config import RecursionConfig
+from pretrain.nn.maximal_update import Role
 from pretrain.nn.parameters import (
     Initializer,
     constant,
@@ -55,15 +56,17 @@ class Recursion(nn.Module):
         self._ponder: list[Tensor] = []
         d = hidden_size
         if config.adapter:
-            self.adapter = self._replicated((d, 2 * d), normal(std))
+            self.adapter = self._replicated((d, 2 * d), normal(std), role="hidden")
         if config.step_signal == "learned":
             self.step_signal = self._replicated((config.times, d), normal(std))
         if config.halting:
-            self.halting_weight = self._replicated((1, d), normal(std))
+            self.halting_weight = self._replicated((1, d), normal(std), role="output")
             self.halting_bias = self._replicated((1,), constant(1.0))
 
-    def _replicated(self, shape: tuple[int, ...], init: Initializer) -> nn.Parameter:
-        parameter = replicated_parameter(self._context, shape, init)
+    def _replicated(
+        self, shape: tuple[int, ...], init: Initializer, role: Role = "input"
+    ) -> nn.Parameter:
+        parameter = replicated_parameter(self._context, shape, init, role=role)
         return used_on_local_tokens(parameter, self._context)
 
     def begin_step(self, seed: int, step: int, rank: int = 0, world_size: int = 1) -> None:

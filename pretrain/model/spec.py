@@ -55,7 +55,8 @@ def block_specs(
     Raises ConfigError.
     """
     # A config may change between two calls, and is read often: known by what it says.
-    snapshot = repr((config.pattern, config.hidden_size, config.mixers, config.moe))
+    sizes = (config.hidden_size, config.mup_base_hidden_size)
+    snapshot = repr((config.pattern, *sizes, config.mixers, config.moe))
     found = _known_specs.get(snapshot)
     if found is None:
         found = _read_specs(config, where, section)
@@ -81,7 +82,9 @@ def _read_specs(config: ModelConfig, where: str, section: str) -> list[BlockSpec
         mixer_config = build_config(kinds[name].config_class, settings.get(name, {}), field)
         if name in names:
             try:
-                mixer_config = mixer_config.resolve(config.hidden_size)
+                mixer_config = mixer_config.resolve_from(
+                    config.mup_base_hidden_size, config.hidden_size
+                )
                 kinds[name].check(mixer_config, config.hidden_size)
             except ValueError as error:
                 raise ConfigError(f"{field}: {error}") from None

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.nn.maximal_update import Role
 from pretrain.nn.parameters import (
     ParameterInfo,
     describe,
@@ -41,11 +42,17 @@ class ColumnParallelLinear(ReadsSharedInput):
     """Map ``[..., d_in]`` to this rank's outputs ``[..., d_out / size]``, without bias."""
 
     def __init__(
-        self, context: ParallelContext, d_in: int, d_out: int, std: float, *, grows: bool = True
+        self,
+        context: ParallelContext,
+        d_in: int,
+        d_out: int,
+        std: float,
+        *,
+        role: Role = "hidden",
     ):
         super().__init__()
         rows = context.local(d_out, "the number of outputs")
-        self.weight = matrix_parameter(context, (rows, d_in), std, 0, grows=grows)
+        self.weight = matrix_parameter(context, (rows, d_in), std, 0, role=role)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x ``[..., d_in]``, which comes from :func:`column_input`."""
@@ -58,9 +65,17 @@ class ReplicatedLinear(ReadsSharedInput):
 
     replicated = True
 
-    def __init__(self, context: ParallelContext, d_in: int, d_out: int, std: float):
+    def __init__(
+        self,
+        context: ParallelContext,
+        d_in: int,
+        d_out: int,
+        std: float,
+        *,
+        role: Role = "bottleneck",
+    ):
         super().__init__()
-        self.weight = matrix_parameter(context, (d_out, d_in), std, None)
+        self.weight = matrix_parameter(context, (d_out, d_in), std, None, role=role)
         self._context = context
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,28 +133,36 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def column_linear(
-    context: ParallelContext, d_in: int, d_out: int, std: float, *, grows: bool = True
+    context: ParallelContext, d_in: int, d_out: int, std: float, *, role: Role = "hidden"
 ) -> ColumnParallelLinear:
     """Make a linear layer without bias whose outputs are sharded.
 
-    Its input comes from :func:`column_input`. ``grows``: whether d_in does with the model, see
-    :func:`pretrain.nn.parameters.matrix_info`. Raises ValueError where the outputs do not divide.
+    Its input comes from :func:`column_input`. ``role``: which of d_in and d_out grow with the
+    model. Raises ValueError where the outputs do not divide.
     """
-    return ColumnParallelLinear(context, d_in, d_out, std, grows=grows)
+    return ColumnParallelLinear(context, d_in, d_out, std, role=role)
 
 
 def group_linear(
-    context: ParallelContext, d_in: int, num_groups: int, group_dim: int, std: float, what: str
+    context: ParallelContext,
+    d_in: int,
+    num_groups: int,
+    group_dim: int,
+    std: float,
+    what: str,
+    *,
+    role: Role = "bottleneck",
 ) -> ReadsSharedInput:
     """Make a linear layer to ``num_groups`` heads that several heads of a mixer share.
 
-    It is sharded where every rank has whole groups and replicated where there is one group. Raises
-    ValueError otherwise, naming ``what``.
+    It is sharded where every rank has whole groups and replicated where there is one group.
+    ``role``: ``hidden`` where the groups become more with the model. Raises ValueError otherwise,
+    naming ``what``.
     """
     if num_groups % context.tensor_size == 0:
-        return column_linear(context, d_in, num_groups * group_dim, std)
+        return column_linear(context, d_in, num_groups * group_dim, std, role=role)
     if num_groups == 1:
-        return ReplicatedLinear(context, d_in, group_dim, std)
+        return ReplicatedLinear(context, d_in, group_dim, std, role=role)
     raise ValueError(
         f"{what} is {num_groups}, expected 1 or a multiple of tensor parallel size "
         f"{context.tensor_size}"

@@ -38,7 +38,9 @@ class MoE(nn.Module):
         super().__init__()
         self.config, self.parallel, d = config, context.parallel, context.hidden_size
         self.seq_len = context.seq_len
-        router = matrix_parameter(self.parallel, (config.num_experts, d), context.std, None)
+        router = matrix_parameter(
+            self.parallel, (config.num_experts, d), context.std, None, role="output"
+        )
         self.router = used_on_local_tokens(router, self.parallel)
         width = config.intermediate_size
         self.gate_up_proj = expert_matrices(

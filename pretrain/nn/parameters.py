@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from pretrain.nn.maximal_update import Role, start_multiple
 from pretrain.parallel.context import ParallelContext
 
 Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -70,11 +71,13 @@ class ParameterInfo:
     """The description of a parameter for initialisation, optimizers, checkpoints and the planner.
 
     Attributes:
-        init: How its values are drawn.
+        init: How its values are drawn, at the base model's width.
         weight_decay: Whether weight decay may apply.
         shard: This rank's part; None where every tensor-parallel rank holds all of it.
         matrix: Whether it maps activations to activations in a block, as Muon's parameters do.
-        lr_multiplier: Multiple of the learning rate (maximal-update parametrization).
+        role: What grows with the model, for maximal-update parametrization, which decides on the
+            size of its start and of its updates by it.
+        width: The model's, as a multiple of the base model's; 1 without that parametrization.
         sum_gradient: Whether, under sequence parallelism, each rank applies it to its local tokens,
             so that its gradient is summed over ranks.
         tied: Whether it is one of the two copies of a tied embedding under a pipeline.
@@ -85,7 +88,8 @@ class ParameterInfo:
     weight_decay: bool = True
     shard: Shard | None = None
     matrix: bool = False
-    lr_multiplier: float = 1.0
+    role: Role = "input"
+    width: float = 1.0
     sum_gradient: bool = False
     tied: bool = False
     copy: bool = False
@@ -161,25 +165,24 @@ def sharded_parameter(
 
 
 def replicated_parameter(
-    context: ParallelContext, shape: tuple[int, ...], init: Initializer, *, decay: bool = True
+    context: ParallelContext,
+    shape: tuple[int, ...],
+    init: Initializer,
+    *,
+    decay: bool = True,
+    role: Role = "input",
 ) -> nn.Parameter:
     """Make a parameter that every tensor-parallel rank holds in full."""
-    return describe(_empty(context, shape), ParameterInfo(init, decay))
+    return describe(
+        _empty(context, shape), ParameterInfo(init, decay, role=role, width=context.width)
+    )
 
 
 def matrix_info(
-    context: ParallelContext, std: float, shard: Shard | None, *, grows: bool = True
+    context: ParallelContext, std: float, shard: Shard | None, *, role: Role = "hidden"
 ) -> ParameterInfo:
-    """Describe a matrix between activations.
-
-    Where its number of inputs ``grows`` with the model, the maximal-update parametrization starts
-    it smaller by the root of the width's multiple and trains it slower by the multiple (arXiv
-    2203.03466, table 8).
-    """
-    width = context.width if grows else 1.0
-    return ParameterInfo(
-        normal(std * width**-0.5), shard=shard, matrix=True, lr_multiplier=1 / width
-    )
+    """Describe a matrix between activations, of standard deviation ``std`` in the base model."""
+    return ParameterInfo(normal(std), shard=shard, matrix=True, role=role, width=context.width)
 
 
 def matrix_parameter(
@@ -188,11 +191,11 @@ def matrix_parameter(
     std: float,
     shard_axis: int | None,
     *,
-    grows: bool = True,
+    role: Role = "hidden",
 ) -> nn.Parameter:
     """Make a matrix between activations, of local ``shape``; see :func:`matrix_info`."""
     shard = None if shard_axis is None else tensor_shard(context, shard_axis)
-    return describe(_empty(context, shape), matrix_info(context, std, shard, grows=grows))
+    return describe(_empty(context, shape), matrix_info(context, std, shard, role=role))
 
 
 def expert_matrices(
@@ -239,6 +242,9 @@ def fill_parameters(
             vars(filled).update(vars(parameter))
             owner._parameters[key] = parameter = filled
         _draw(parameter, parameter, info.init, f"{seed}:{prefix}{name}")
+        multiple = start_multiple(info.role, info.width)
+        if multiple != 1:
+            parameter.mul_(multiple)
 
 
 def _named_owners(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

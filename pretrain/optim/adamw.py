@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from pretrain.nn.maximal_update import elementwise_lr_multiple
 from pretrain.nn.parameters import ParameterInfo
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
@@ -17,6 +18,11 @@ STATE_KEYS = ("exp_avg", "exp_avg_sq")
 def selects(info: ParameterInfo) -> bool:
     """Return True: AdamW updates every parameter."""
     return True
+
+
+def lr_multiple(info: ParameterInfo) -> float:
+    """Return the multiple for updates whose elements are of one size."""
+    return elementwise_lr_multiple(info.role, info.width)
 
 
 def update(

@@ -22,6 +22,7 @@ from torch.optim._muon import (
     _zeropower_via_newtonschulz,
 )
 
+from pretrain.nn.maximal_update import orthogonal_lr_multiple
 from pretrain.nn.parameters import ParameterInfo
 from pretrain.parallel.processes import groups
 
@@ -31,6 +32,11 @@ STATE_KEYS = ("exp_avg",)
 def selects(info: ParameterInfo) -> bool:
     """Return whether a parameter is a matrix between activations, as Muon updates them."""
     return info.matrix
+
+
+def lr_multiple(info: ParameterInfo) -> float:
+    """Return the multiple for orthogonal updates that are scaled by the matrix's shape."""
+    return orthogonal_lr_multiple(info.role, info.width)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 A rule is a module of this package named in ``OptimizerConfig.kind``. It has ``STATE_KEYS``, the
 names of its tensors per parameter (of a checkpoint too); ``selects(info)``, which parameters are
-its (AdamW updates the others); and ``update(params, state, group)``, one step. ``group`` has the
-common settings and those whose names begin with the rule's, as ``muon_momentum`` does.
+its (AdamW updates the others); ``lr_multiple(info)``, by which maximal-update parametrization
+multiplies a parameter's learning rate; and ``update(params, state, group)``, one step. ``group``
+has the common settings and those whose names begin with the rule's, as ``muon_momentum`` does.
 
 The step count lives in the parameter group, as in the fused Adams that megatron-core was written
 for, instead of in a tensor per parameter: its distributed optimizer saves and restores only that
@@ -22,6 +23,10 @@ from torch import Tensor
 
 from pretrain.nn.parameters import ParameterInfo
 
+GATHERED_AT_ONCE = 256 * 2**20
+"""Bytes of updated parameters that processes send each other at a time, where ZeRO-1 deals them out
+as a whole."""
+
 
 class UpdateRule(Protocol):
     """The interface of a module of an update rule."""
@@ -30,6 +35,10 @@ class UpdateRule(Protocol):
 
     def selects(self, info: ParameterInfo) -> bool:
         """Return whether a parameter is updated by this rule."""
+        ...
+
+    def lr_multiple(self, info: ParameterInfo) -> float:
+        """Return the multiple of a parameter's learning rate, 1 at the base model's width."""
         ...
 
     def update(
@@ -50,6 +59,11 @@ def rule(name: str) -> UpdateRule:
 def rule_of(info: ParameterInfo, kind: str) -> str:
     """Return the name of the rule that updates a parameter where ``optimizer.kind`` is ``kind``."""
     return kind if rule(kind).selects(info) else "adamw"
+
+
+def lr_multiple(info: ParameterInfo, kind: str) -> float:
+    """Return the multiple of a parameter's learning rate where ``optimizer.kind`` is ``kind``."""
+    return rule(rule_of(info, kind)).lr_multiple(info)
 
 
 def _without_compiler(method: Any) -> Any:

@@ -11,12 +11,13 @@ import torch
 
 from pretrain.common.dtypes import DTYPES
 from pretrain.config import ParallelConfig, RunConfig
+from pretrain.config.optimizer import WHOLE_MATRICES
 from pretrain.model.counts import ModelCounts, count_model
 from pretrain.model.stages import Stage, split_into_stages
-from pretrain.optim.optimizer import rule
+from pretrain.optim.optimizer import GATHERED_AT_ONCE, rule
 from pretrain.planner.figures import Estimate, StageEstimate
 from pretrain.planner.hardware import Hardware
-from pretrain.planner.units import ParameterKind, Unit, Units, measure_units
+from pretrain.planner.units import ParameterKind, Unit, Units, count_kinds, measure_units
 
 _DEEPSPEED_BUCKET = 200_000_000  # elements
 _LIVE_PARAMETERS = 1_000_000_000  # that DeepSpeed's ZeRO-3 keeps gathered
@@ -93,7 +94,7 @@ class Planner:
         units = self.units(parallel, "none", simulate=False)
         data, kinds = devices // parallel.model_size, ("weights", "gradients", "optimizer")
         states = [
-            self._held_memory(parallel, *self._held_parameters(parallel, local, units), data)
+            self._held_memory(parallel, *self._held_tensors(parallel, local, units), data)
             for local in self._local_stages(parallel)
         ]
         return [{kind: memory[kind] for kind in kinds} for memory in states]
@@ -107,24 +108,23 @@ class Planner:
         )
         return [all_stages[rank::count] for rank in range(count)]
 
-    def _held_parameters(
+    def _held_tensors(
         self, parallel: ParallelConfig, local: Sequence[Stage], units: Units
-    ) -> tuple[Counter[ParameterKind], Counter[ParameterKind]]:
-        """Return the parameters of a process by kind: those of experts apart."""
-        held, experts = (Counter[ParameterKind]() for _ in range(2))
-        for unit in self._held(local, units):
-            held.update(unit.parameters)
-            experts.update(unit.experts)
-        return held, Counter({k: n // parallel.expert for k, n in experts.items()})
+    ) -> tuple[list[tuple[ParameterKind, int]], list[tuple[ParameterKind, int]]]:
+        """Return the parameters of a process, each with its kind and size: experts' apart."""
+        held = list(self._held(local, units))
+        tensors = [tensor for unit in held for tensor in unit.tensors]
+        experts = [(kind, n // parallel.expert) for unit in held for kind, n in unit.expert_tensors]
+        return tensors, experts
 
     def _held_memory(
         self,
         parallel: ParallelConfig,
-        held: Counter[ParameterKind],
-        experts: Counter[ParameterKind],
+        tensors: Sequence[tuple[ParameterKind, int]],
+        experts: Sequence[tuple[ParameterKind, int]],
         data: int,
     ) -> dict[str, float]:
-        memory = self._state_memory(parallel, held, data)
+        memory = self._state_memory(parallel, tensors, data)
         if experts:  # copies of an expert are fewer, so less of its optimizer is sharded
             copies = data * parallel.tensor // parallel.expert
             for kind, more in self._state_memory(parallel, experts, copies).items():
@@ -137,8 +137,9 @@ class Planner:
         stages = []
         for rank, local in enumerate(self._local_stages(parallel)):
             chains = [list(self._chain(stage, units)) for stage in local]
-            held, experts = self._held_parameters(parallel, local, units)
-            memory = self._held_memory(parallel, held, experts, data)
+            tensors, expert_tensors = self._held_tensors(parallel, local, units)
+            held, experts = count_kinds(tensors), count_kinds(expert_tensors)
+            memory = self._held_memory(parallel, tensors, expert_tensors, data)
             memory.update(self._activation_memory(parallel, chains, rank, micro_batches, memory))
             costs = [(u.forward, u.backward, trained) for chain in chains for u, trained in chain]
             seconds = [
@@ -225,14 +226,14 @@ class Planner:
             yield units.head
 
     def _state_memory(
-        self, parallel: ParallelConfig, held: Counter[ParameterKind], data: int
+        self, parallel: ParallelConfig, tensors: Sequence[tuple[ParameterKind, int]], data: int
     ) -> dict[str, float]:
         """Return the bytes of weights, gradients, optimizer state and of an update in progress."""
+        held = count_kinds(tensors)
         low_precision = self.config.train.precision != "float32"
         total = sum(held.values())
         weights = float(sum(n * kind[0].itemsize for kind, n in held.items()))
         shards = data if parallel.zero_stage else 1
-        optimizer = self.config.optimizer
         stepped = Counter[bool]()
         for (_, decay, name), n in held.items():
             stepped[decay] += n * (name == "adamw")
@@ -240,14 +241,17 @@ class Planner:
         # parameters one by one.
         update = 4.0 * max(stepped.values()) / shards
         if parallel.zero_backend == "megatron":
-            # What each rule keeps of a parameter, and the average of the weights.
-            masters = sum(n for kind, n in held.items() if kind[0] != torch.float32)
-            state = 4.0 * (optimizer.ema_decay > 0) * total + 4.0 * masters
-            state += sum(4.0 * len(rule(kind[2]).STATE_KEYS) * n for kind, n in held.items())
+            states = [(n, n * self._state_bytes(kind)) for kind, n in tensors]
+            layer_wise = self._layer_wise(parallel) and shards > 1
+            if layer_wise:
+                # What others have updated comes in pieces.
+                update = max(update, min(weights, float(GATHERED_AT_ONCE)))
             return {
                 "weights": weights,
                 "gradients": 4.0 * total,
-                "optimizer": state / shards,
+                "optimizer": _largest_share(states, shards)
+                if layer_wise
+                else sum(size for _, size in states) / shards,
                 "update": update,
             }
         width = 2 if low_precision else 4
@@ -271,6 +275,16 @@ class Planner:
             memory["weights"] = width * total / data
             memory["communication"] += width * min(_LIVE_PARAMETERS, total)  # gathered
         return memory
+
+    def _state_bytes(self, kind: ParameterKind) -> float:
+        """Return what is kept of an element: moments, average, float32 copy."""
+        dtype, _, name = kind
+        copies = len(rule(name).STATE_KEYS) + (self.config.optimizer.ema_decay > 0)
+        return 4.0 * (copies + (dtype != torch.float32))
+
+    def _layer_wise(self, parallel: ParallelConfig) -> bool:
+        """Return whether ZeRO deals out whole parameters."""
+        return parallel.zero_stage == 1 and self.config.optimizer.kind in WHOLE_MATRICES
 
     def _activation_memory(
         self,
@@ -393,7 +407,22 @@ class Planner:
         Late means during the last backward pass.
         """
         if parallel.zero_backend == "megatron":
-            # Gradients are float32; without ZeRO they are all-reduced, there and back.
+            # Gradients are float32; without ZeRO they are all-reduced, there and back, and so they
+            # are where ZeRO deals out whole parameters, whose new values are sent then.
+            if self._layer_wise(parallel):
+                return 8.0 + width, True
             return (8.0 if parallel.zero_stage == 0 else 4.0 + width), True
         times = {0: 2, 1: 3, 2: 2 * micro_batches + 1, 3: 2 * micro_batches}
         return float(width * times[parallel.zero_stage]), parallel.zero_stage > 1
+
+
+def _largest_share(states: Sequence[tuple[int, float]], shards: int) -> float:
+    """Return the most bytes that a process is dealt of tensors, (elements, bytes of state) each.
+
+    As megatron-core's layer-wise optimizer deals: by size, forth and back over the processes.
+    """
+    shares = [0.0] * shards
+    order = [*range(shards), *reversed(range(shards))]
+    for number, (_, size) in enumerate(sorted(states, key=lambda state: state[0])):
+        shares[order[number % len(order)]] += size
+    return max(shares)

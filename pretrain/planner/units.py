@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ _PATIENCE = 40_000
 
 
 ParameterKind = tuple[torch.dtype, bool, str]
+"""Of a parameter: (dtype, weight decay, update rule)."""
 
 
 @dataclass
@@ -42,16 +43,21 @@ class Unit:
     """One part of a model: what it holds, and what one micro-batch through it costs."""
 
     name: str
-    parameters: Counter[ParameterKind]
-    """Parameters of this process, experts apart, by (dtype, weight decay, update rule)."""
-    experts: Counter[ParameterKind]
-    """Parameters of all experts, by the same."""
+    tensors: list[tuple[ParameterKind, int]]
+    """Kind and elements of each parameter of this process, experts apart."""
+    expert_tensors: list[tuple[ParameterKind, int]]
+    """The same of the parameters of all experts."""
     routed: int
     """Tokens times the experts that each goes to."""
     forward: Cost
     """The cost of a micro-batch's forward pass; ``kept`` waits for the backward pass."""
     backward: Cost
     """The cost of the same micro-batch's backward pass."""
+
+    @property
+    def parameters(self) -> Counter[ParameterKind]:
+        """Return the elements of this process's parameters by kind, experts apart."""
+        return count_kinds(self.tensors)
 
 
 @dataclass
@@ -74,6 +80,14 @@ class Units:
         """Return every unit once, in the order of a forward pass."""
         loop = [] if self.loop is None else [self.loop]
         return [self.embedding, *self.blocks.values(), *loop, self.head]
+
+
+def count_kinds(tensors: Iterable[tuple[ParameterKind, int]]) -> Counter[ParameterKind]:
+    """Return how many elements there are of each kind."""
+    found = Counter[ParameterKind]()
+    for kind, count in tensors:
+        found[kind] += count
+    return found
 
 
 def block_kinds(config: ModelConfig) -> list[str]:
@@ -152,17 +166,17 @@ class _Measurement:
     def _unit(
         self, name: str, modules: list[nn.Module], measure: Callable[[int], tuple[Cost, Cost]]
     ) -> Unit:
-        parameters: Counter[ParameterKind] = Counter()
-        experts: Counter[ParameterKind] = Counter()
+        tensors: list[tuple[ParameterKind, int]] = []
+        expert_tensors: list[tuple[ParameterKind, int]] = []
         routed, tokens = 0, self.rows * self.seq_len // self.token_shards
         for module in modules:
             for p in module.parameters():
                 info = info_of(p)
                 of_expert = info.shard is not None and info.shard.over == "expert"
-                counter = experts if of_expert else parameters
-                counter[p.dtype, info.weight_decay, rule_of(info, self.optimizer)] += p.numel()
+                kind = (p.dtype, info.weight_decay, rule_of(info, self.optimizer))
+                (expert_tensors if of_expert else tensors).append((kind, p.numel()))
             routed += sum(tokens * m.config.top_k for m in module.modules() if isinstance(m, MoE))
-        return Unit(name, parameters, experts, routed, *self._over_time(measure))
+        return Unit(name, tensors, expert_tensors, routed, *self._over_time(measure))
 
     def _over_time(self, measure: Callable[[int], tuple[Cost, Cost]]) -> tuple[Cost, Cost]:
         """Measure at the wanted length, or extrapolate where a loop over time would take long.

@@ -37,6 +37,7 @@ def case(
     precision="float32",
     checkpointing="none",
     model=None,
+    optimizer="adamw",
     **parallel,
 ):
     """A model of width 512 (one with what this test is about in it) under a layout."""
@@ -49,6 +50,7 @@ def case(
         "rows": rows,
         "precision": precision,
         "checkpointing": checkpointing,
+        "optimizer": optimizer,
     }
 
 
@@ -60,6 +62,7 @@ CASES = {
         "2*(gdn attn)", zero_stage=0, checkpointing="block", seq_len=1024
     ),
     "dp2-bf16": case("2*(gdn attn)", precision="bf16", model={"hidden_size": 768}),
+    "dp2-muon": case("2*(gdn attn)", optimizer="muon"),
     "tp2-sequence": case("2*(attn mamba2)", tensor=2, sequence=True, seq_len=1024, rows=2),
     "pp2": case("2*(gdn attn)", pipeline=2, model={"tie_embeddings": False}),
     "ep2": case("2*(gdn attn)", expert=2, model=EXPERTS, seq_len=1024, rows=2),
@@ -90,7 +93,8 @@ def train(settings, parallel):
         activation_checkpointing=settings["checkpointing"],
         filled=shard_parameters if parallel.zero_stage == 3 else None,
     )
-    engine = Engine(stages, OptimizerConfig(), parallel, rows // micro // size)
+    optimizer = OptimizerConfig(kind=settings["optimizer"])
+    engine = Engine(stages, optimizer, parallel, rows // micro // size)
     generator = np.random.default_rng(0)
     for step in range(STEPS):
         engine.begin_step(0, step, rank, size)

@@ -42,8 +42,11 @@ from tests.helpers.small_training import STATE, batches
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.2, clip_grad=0.5)
 OPTIMIZERS = {
     "options": dataclasses.replace(OPTIMIZER, ema_decay=0.9, gradient_noise=1e-4),
-    "muon": dataclasses.replace(OPTIMIZER, kind="muon", ema_decay=0.9),
 }
+OPTIMIZERS |= dict.fromkeys(
+    ("muon", "muon-bf16", "muon-experts"),
+    dataclasses.replace(OPTIMIZER, kind="muon", ema_decay=0.9),
+)
 STEPS, SEQ_LEN = 3, 32
 
 
@@ -116,6 +119,7 @@ MODELS = {
         },
     ),
 }
+MODELS["muon-bf16"], MODELS["muon-experts"] = MODELS["muon"], MODELS["experts"]
 LAYOUTS = {
     "tp2-pp2": ParallelConfig(tensor=2, pipeline=2),
     "tp2-pp2-sequence": ParallelConfig(tensor=2, pipeline=2, sequence=True),
@@ -198,7 +202,9 @@ CASES = {
     f"{model}-{layout}": (model, layout)
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
-    if model not in ("experts", "capacity", "muon", "lengths")
+    if model not in ("capacity", "lengths")
+    and not model.endswith("experts")
+    and not model.startswith("muon")
     and (
         model in ("tied", "options")
         or (model in EVERYWHERE and layout in MAIN_LAYOUTS)
@@ -218,6 +224,18 @@ CASES.update(
 )
 CASES.update({f"lengths-{layout}": ("lengths", layout) for layout in LENGTHS_LAYOUTS})
 CASES.update({f"muon-{layout}": ("muon", layout) for layout in MUON_LAYOUTS})
+# Under ZeRO-1 whole matrices are dealt out, of two dtypes and of experts too.
+CASES.update(
+    {
+        f"{model}-{layout}": (model, layout)
+        for model, layouts in {
+            "muon": ("dp4", "dp4-zero0", "tp2-dp2-sequence", "pp2-vpp2-dp2"),
+            "muon-bf16": ("dp4", "dp4-zero0", "tp2-dp2-sequence"),
+            "muon-experts": ("ep2-dp4", "tp2-sequence-dp2", "pp2-ep2", "dp4-zero0"),
+        }.items()
+        for layout in layouts
+    }
+)
 # Of fewer processes than there are, the rest of which wait.
 FEWER = {"alone": 1, "dp2": 2, "tp2": 2}
 # Layouts of the same name are the same.
@@ -263,7 +281,21 @@ ACROSS = {
         ["ep2-dp4", "tp2-sequence-ep4", "dp4-zero0", "pp2-ep2", "ep4-zero0"],
     ),
     "resharded-options": ("options", ["tp2-pp2-sequence", "dp4", "dp4-zero0"]),
-    "resharded-muon": ("muon", ["tp2-pp2-sequence-zero0", "pp2-dp2-zero0"]),
+    "resharded-muon": (
+        "muon",
+        [
+            "tp2-pp2-sequence-zero0",
+            "dp4",
+            "pp2-dp2-zero0",
+            "dp2",
+            "alone",
+            "tp2-dp2-sequence",
+            "dp4-zero0",
+            "pp2-vpp2-dp2",
+        ],
+    ),
+    "resharded-muon-bf16": ("muon-bf16", ["dp4", "dp4-zero0", "dp2", "tp2-dp2-sequence"]),
+    "resharded-muon-experts": ("muon-experts", ["ep2-dp4", "dp4-zero0", "pp2-ep2"]),
     "resharded-loop": (
         "loop",
         [
@@ -309,7 +341,7 @@ def make(model, parallel, rows, seed=0):
         seed=seed,
         seq_len=SEQ_LEN,
         sequence_parallel=parallel.sequence,
-        dtype=torch.bfloat16 if model == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if model.endswith("bf16") else torch.float32,
         filled=shard_parameters if parallel.zero_stage == 3 else None,
     )
     if model == "pieces" and dist.get_world_size() > 1:

@@ -9,7 +9,7 @@ import json
 import sys
 
 from pretrain.common.config_loader import build_config
-from pretrain.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from pretrain.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from pretrain.planner.estimate import Planner
 from pretrain.planner.hardware import load_hardware
 from tests.helpers.memory_worker import VOCAB
@@ -24,7 +24,9 @@ def run_config(settings):
         global_batch_tokens=settings["rows"] * settings["seq_len"],
         activation_checkpointing=settings["checkpointing"],
     )
-    return RunConfig("test", build_config(ModelConfig, settings["model"], "case"), train=train)
+    optimizer = OptimizerConfig(kind=settings.get("optimizer", "adamw"))
+    model = build_config(ModelConfig, settings["model"], "case")
+    return RunConfig("test", model, train=train, optimizer=optimizer)
 
 
 def figures(settings, devices, hardware="cpu"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from pretrain.data.sequences import (
     select_packed,
 )
 from pretrain.nn.linear import column_input, column_linear, group_linear, head_shared, row_linear
+from pretrain.nn.maximal_update import Role
 from pretrain.nn.mixers.base import (
     LayerContext,
     Mixer,
@@ -33,6 +34,8 @@ from pretrain.ops.elementwise.rms_norm import rms_norm
 @dataclass(frozen=True)
 class AttentionConfig(MixerConfig):
     """Settings of softmax attention."""
+
+    head_counts: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads")
 
     num_heads: Derived = setting(None, minimum=1)
     """Heads of queries; null: ``hidden_size / head_dim``, where a head has 64 channels, 128 from a
@@ -90,7 +93,9 @@ class Attention(Mixer):
         q_dim = num_heads * self.head_dim
         self.q_proj = column_linear(self.parallel, d, q_dim, context.std)
         keys: Any = (self.parallel, d, num_kv_heads, self.head_dim, context.std, "num_kv_heads")
-        self.k_proj, self.v_proj = group_linear(*keys), group_linear(*keys)
+        # With the model the key heads become more too, unless all heads share one.
+        role: Role = "bottleneck" if num_kv_heads == 1 < num_heads else "hidden"
+        self.k_proj, self.v_proj = group_linear(*keys, role=role), group_linear(*keys, role=role)
         self.o_proj = row_linear(self.parallel, q_dim, d, context.output_std)
         if config.qk_norm:
             self.q_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))

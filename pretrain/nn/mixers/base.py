@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -66,7 +66,14 @@ class MixerCard:
 
 @dataclass(frozen=True)
 class MixerConfig(Config):
-    """Base of the settings of a mixer. Fields of type ``Derived`` follow the model's width."""
+    """Base of the settings of a mixer. Fields of type ``Derived`` follow the model's width.
+
+    ``head_sizes`` names those that are sizes of one head, which maximal-update parametrization
+    keeps at every width, and ``head_counts`` the numbers of heads that grow instead.
+    """
+
+    head_sizes: ClassVar[tuple[str, ...]] = ("head_dim",)
+    head_counts: ClassVar[tuple[str, ...]] = ("num_heads",)
 
     def resolve(self, hidden_size: int) -> Self:
         """Return these settings with every size that is null filled in for ``hidden_size``.
@@ -74,6 +81,18 @@ class MixerConfig(Config):
         Raises ValueError where those that are given do not fit the width.
         """
         return self
+
+    def resolve_from(self, base_hidden_size: int | None, hidden_size: int) -> Self:
+        """Return them filled in for ``hidden_size``, with heads of the base model's size if any.
+
+        A number of heads that is given decides on their size by itself, as in :meth:`resolve`.
+        """
+        given = any(getattr(self, name, None) is not None for name in self.head_counts)
+        if given or base_hidden_size in (None, hidden_size):
+            return self.resolve(hidden_size)
+        base = self.resolve(base_hidden_size)
+        kept = {name: getattr(base, name) for name in self.head_sizes if hasattr(base, name)}
+        return replace(self, **kept).resolve(hidden_size)
 
 
 class Mixer(DescribedModule, ABC):

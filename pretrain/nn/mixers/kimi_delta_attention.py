@@ -103,7 +103,7 @@ class KimiDeltaAttention(Mixer):
         for name in "ag":
             setattr(self, f"{name}_down", ReplicatedLinear(parallel, d, dim, context.std))
             setattr(
-                self, f"{name}_up", column_linear(parallel, dim, width, context.std, grows=False)
+                self, f"{name}_up", column_linear(parallel, dim, width, context.std, role="input")
             )
         self.b_proj = column_linear(parallel, d, config.num_heads, context.std)
         self.o_proj = row_linear(parallel, width, d, context.output_std)

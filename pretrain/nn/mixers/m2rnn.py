@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ from pretrain.ops.elementwise.gating import skip_silu_gate
 @dataclass(frozen=True)
 class M2RNNConfig(MixerConfig):
     """Settings of M2RNN."""
+
+    head_sizes: ClassVar[tuple[str, ...]] = ("head_dim", "value_dim")
 
     num_heads: Derived = setting(None, minimum=1)
     """Heads of values, gates and recurrent matrices; null: as many as make the values of all heads

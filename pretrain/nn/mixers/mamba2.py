@@ -10,7 +10,7 @@ acts on each group's width. Models of it alone usually have no MLP (``mlp: {kind
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,6 +49,9 @@ from pretrain.ops.elementwise.rms_norm import rms_norm
 @dataclass(frozen=True)
 class Mamba2Config(MixerConfig):
     """Settings of Mamba-2, which has ``hidden_size * expand / head_dim`` heads."""
+
+    head_sizes: ClassVar[tuple[str, ...]] = ("head_dim", "state_size")
+    head_counts: ClassVar[tuple[str, ...]] = ()
 
     expand: float = setting(2.0, above=0)
     """Inner width as a multiple of the model's."""

@@ -91,7 +91,8 @@ class ParaRNNMixer(Mixer):
         self.recurrent = gate_parameter(
             parallel,
             (self.num_heads, self.recurrent_rows, self.head_dim),
-            normal(2 / (5 * width) ** 0.5),
+            # A weight for each channel, whose size follows the base model's width.
+            normal(2 / (5 * width / parallel.width) ** 0.5),
         )
         self.norm = replicated_parameter(parallel, (self.head_dim,), constant(1.0))
         self.newton = NewtonReport()

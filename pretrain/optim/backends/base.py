@@ -82,14 +82,16 @@ class UpdateBackend(ABC):
         """Set this step's hyper-parameters on an optimizer's groups; nothing else applies them.
 
         Also after a checkpoint, whose groups carry the settings of its own run. ``lr_mult`` and
-        ``wd_mult`` of a group are its parameters' multiples. Settings that are named after the
-        optimizer's rule, as ``muon_momentum`` is, are its own and reach it by their names.
+        ``wd_mult`` of a group are its parameters' multiples. The learning rate times the weight
+        decay, what a step takes of a weight, does not follow ``lr_mult``: at every width weights
+        forget as fast (arXiv 2203.03466, B.3). Settings that are named after the optimizer's rule,
+        as ``muon_momentum`` is, are its own and reach it by their names.
         """
         kind = f"{self.config.kind}_"
         own = {name: value for name, value in vars(self.config).items() if name.startswith(kind)}
         for group in groups:
             group["lr"] = lr * group["lr_mult"]
-            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+            group["weight_decay"] = self.config.weight_decay * group["wd_mult"] / group["lr_mult"]
             group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
             group["ema_decay"] = self.config.ema_decay
             group.update(own)

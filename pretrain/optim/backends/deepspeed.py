@@ -26,6 +26,7 @@ from pretrain.nn.parameters import info_of
 from pretrain.optim.backends.deepspeed_state import DeepSpeedState
 from pretrain.optim.backends.offload_folder import make_offload_folder
 from pretrain.optim.gradient_norm import global_norm
+from pretrain.optim.optimizer import lr_multiple
 from pretrain.parallel.cpu import device_scope, importing_megatron
 from pretrain.parallel.megatron import prepare
 from pretrain.parallel.pipeline import run_schedule
@@ -130,7 +131,8 @@ class DeepSpeedBackend(DeepSpeedState):
         groups: dict[tuple[float, float], list[Any]] = {}
         for p in parameters:
             info = info_of(p)
-            groups.setdefault((float(info.weight_decay), info.lr_multiplier), []).append(p)
+            multiples = (float(info.weight_decay), lr_multiple(info, self.config.kind))
+            groups.setdefault(multiples, []).append(p)
         # Without a learning rate at first: ZeRO-3 begins with a step that only makes state.
         optimizer = torch.optim.AdamW(
             [

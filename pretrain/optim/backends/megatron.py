@@ -1,7 +1,8 @@
 """Gradients and updates by megatron-core.
 
 That is its data parallel and its optimizer, replicated (ZeRO-0) or sharded over the data-parallel
-ranks (ZeRO-1).
+ranks (ZeRO-1): by ranges of the flattened parameters, or by whole parameters where the rule needs
+them.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from pretrain.checkpoint.sharded_state import (
     writes,
 )
 from pretrain.config import OptimizerConfig, ParallelConfig
+from pretrain.config.optimizer import WHOLE_MATRICES
 from pretrain.data.batches import Batch
 from pretrain.model.language_model import LanguageModel
 from pretrain.nn.parameters import draw_like, info_of
 from pretrain.optim.backends.base import UpdateBackend
+from pretrain.optim.backends.layer_wise import layer_wise_optimizer
 from pretrain.optim.gradient_norm import global_norm
-from pretrain.optim.optimizer import fill_state, rule, state_keys, used_by_megatron
+from pretrain.optim.optimizer import fill_state, lr_multiple, rule, state_keys, used_by_megatron
 from pretrain.parallel.cpu import device_scope, importing_megatron
 from pretrain.parallel.megatron import prepare
 from pretrain.parallel.pipeline import run_schedule
@@ -104,8 +107,11 @@ class MegatronBackend(UpdateBackend):
         parallel: ParallelConfig,
         num_micro_batches: int = 1,
     ):
-        self.parts, self.config, self.sharded = list(parts), config, parallel.zero_stage == 1
+        self.parts, self.config = list(parts), config
         self.replicas = data_parallel_rank_and_size()[1]
+        whole = config.kind in WHOLE_MATRICES
+        self.sharded = parallel.zero_stage == 1 and not whole
+        self.layer_wise = parallel.zero_stage == 1 and whole and self.replicas > 1
         self.low_precision = parts[0].context.dtype != torch.float32
         megatron = prepare(parts)
         megatron.finalize_model_grads_func = _finalize_gradients
@@ -156,17 +162,21 @@ class MegatronBackend(UpdateBackend):
             selects = rule(config.kind).selects
             groups[config.kind] = (lambda p: selects(info_of(p)), {"rule": config.kind})
         parameters = [p for part in self.parts for p in part.parameters()]
-        for number in {info_of(p).lr_multiplier for p in parameters} - {1.0}:
+        for number in {lr_multiple(info_of(p), config.kind) for p in parameters} - {1.0}:
             groups[f"lr {number}"] = (
-                lambda p, n=number: info_of(p).lr_multiplier == n,
+                lambda p, n=number: lr_multiple(info_of(p), config.kind) == n,
                 {"lr_mult": number},
             )
         overrides: dict[ParamKey, Any] = {
             ParamKey(predicate=ParamPredicate(name=name, fn=selects)): changes
             for name, (selects, changes) in groups.items()
         }
-        with used_by_megatron():
-            return get_megatron_optimizer(settings, self.modules, config_overrides=overrides)
+
+        def make(settings: MegatronOptimizerConfig) -> Any:
+            with used_by_megatron():
+                return get_megatron_optimizer(settings, self.modules, config_overrides=overrides)
+
+        return layer_wise_optimizer(settings, make) if self.layer_wise else make(settings)
 
     def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
         """Run the micro-batches through megatron-core's schedule."""
@@ -189,6 +199,8 @@ class MegatronBackend(UpdateBackend):
             if self.config.gradient_noise > 0:
                 self._add_noise()
             self.optimizer.step_with_ready_grads()
+            if self.layer_wise:
+                self.optimizer.allgather_params()
         return norm, True
 
     def _add_noise(self) -> None:
@@ -238,7 +250,7 @@ class MegatronBackend(UpdateBackend):
         """Return the state of everything that this process updates."""
         state: State = {}
         self.set_hyperparameters(self.optimizer.param_groups, 0.0)
-        replicas = 1 if self.sharded else self.replicas
+        replicas = 1 if self.sharded or self.layer_wise else self.replicas
         for name, parameter, home, main, start in self._mains():
             if saving and not writes(name, parameter, replicas=replicas):
                 continue
@@ -271,7 +283,7 @@ class MegatronBackend(UpdateBackend):
                 else:
                     main, start = getattr(parameter, "main_param", None), None
                     main = parameter if main is None else main
-                if main is not None:
+                if id(main) in homes:  # otherwise another data-parallel process's
                     yield name, parameter, homes[id(main)], main, start
 
     def _sharded_main(self, parameter: nn.Parameter) -> tuple[Tensor | None, int | None]:
@@ -280,7 +292,7 @@ class MegatronBackend(UpdateBackend):
             if where is not None:
                 main = optimizer.optimizer.param_groups[where[0]]["params"][where[1]]
                 return main, optimizer._get_model_param_range_map(parameter)["param"].start
-        return None, None  # another data-parallel process's
+        return None, None
 
     def _tensors(self, home: _Home, main: Tensor) -> dict[str, Tensor]:
         optimizer, group = home

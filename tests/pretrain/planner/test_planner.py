@@ -1,7 +1,6 @@
 """The planner's figures against real processes, the mixers' own counts and formulas."""
 
 import json
-from collections import Counter
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from pretrain.planner import report
 from pretrain.planner.estimate import Planner
 from pretrain.planner.fake_group import planned_context
 from pretrain.planner.hardware import load_hardware
-from pretrain.planner.units import ParameterKind
 from pretrain.training.metrics import PEAK_FLOPS
 from tests.helpers.memory_worker import CASES, MORE_CASES, VOCAB, case
 from tests.helpers.planner_figures import measure, plan
@@ -134,10 +132,8 @@ def test_optimizer_state_is_what_the_rules_keep(kind, moments):
         model = LanguageModel(config.model, 256, planned_context(torch.float32, 1))
     infos = [(info_of(p), p.numel()) for p in model.parameters()]
     matrices = sum(n for info, n in infos if info.matrix)
-    held = Counter[ParameterKind]()
-    for info, n in infos:
-        held[torch.float32, info.weight_decay, rule_of(info, kind)] += n
-    found = planner._state_memory(parallel, held, 1)["optimizer"]
+    tensors = [((torch.float32, i.weight_decay, rule_of(i, kind)), n) for i, n in infos]
+    found = planner._state_memory(parallel, tensors, 1)["optimizer"]
     assert found == 4 * moments * matrices + 8 * (sum(n for _, n in infos) - matrices)
     assert matrices
 

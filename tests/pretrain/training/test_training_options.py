@@ -26,6 +26,7 @@ from pretrain.config import (
 )
 from pretrain.data.batches import TrainingBatches, open_data
 from pretrain.nn.parameters import draw_like, info_of
+from pretrain.optim.optimizer import lr_multiple
 from pretrain.training.engine import Engine
 from pretrain.training.spikes import SpikeDetector
 from tests.helpers import processes
@@ -125,7 +126,7 @@ def test_matrices_start_smaller_and_learn_slower_with_the_width():
     for name, p in model.named_parameters():
         if info_of(p).matrix:
             matrices += 1
-            assert info_of(p).lr_multiplier == 0.25
+            assert lr_multiple(info_of(p), "adamw") == 0.25
             assert torch.allclose(p, plain[name] / 2)
         else:
             assert getattr(p, "lr_mult", 1.0) == 1.0
@@ -336,7 +337,10 @@ def test_spikes_are_skipped_or_rolled_back(tmp_path, corpus):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": OptimizerConfig(kind="muon")}, "expected parallel.zero_stage=0"),
+        (
+            {"deepspeed": True, "optimizer": OptimizerConfig(kind="muon")},
+            "zero_backend=megatron with zero_stage 0 or 1",
+        ),
         ({"train.batch_warmup_steps": 5}, "expected both or neither"),
         ({"train.batch_warmup_steps": 5, "train.batch_warmup_start": 96}, "does not double to"),
         ({"train.batch_warmup_steps": 5, "train.batch_warmup_start": 16}, "expected a multiple"),
