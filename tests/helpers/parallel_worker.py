@@ -72,8 +72,6 @@ MODELS = {
     "pieces": settings("kda swa lstm hgrn2", block_norm="sandwich"),
     "options": settings("gdn attn kda gla", depth_scaled_init=True, **OPTIONS),
     "muon": settings("gdn attn m2rnn gdn", tie_embeddings=False),
-    # Micro-batches of a step are of two lengths.
-    "lengths": settings("gdn attn swa gdn"),
     "experts": settings(
         "gdn attn attn gdn",
         moe={
@@ -86,10 +84,6 @@ MODELS = {
             "z_loss_weight": 0.01,
             "bias_update_rate": 0.01,
         },
-    ),
-    "capacity": settings(
-        "gdn attn attn gdn",
-        moe={"num_experts": 4, "top_k": 2, "intermediate_size": 16, "capacity_factor": 0.6},
     ),
     "loop": settings(
         "attn gdn para_gru gdn",
@@ -114,6 +108,12 @@ MODELS = {
             "backprop_last": 2,
             "normalize_state": True,
         },
+    ),
+    # Micro-batches of a step are of two lengths.
+    "lengths": settings("gdn attn swa gdn"),
+    "capacity": settings(
+        "gdn attn attn gdn",
+        moe={"num_experts": 4, "top_k": 2, "intermediate_size": 16, "capacity_factor": 0.6},
     ),
 }
 LAYOUTS = {
