@@ -62,7 +62,7 @@ class LanguageModel(DescribedModule):
         activation_checkpointing: str = "none",
         seq_len: int | None = None,
     ):
-        """Build the model, or ``stage`` of it; ``seq_len``: of training's sequences, None: rows."""
+        """Build the model, or ``stage`` of it, to train on sequences of ``seq_len``; None: rows."""
         super().__init__()
         specs = block_specs(config)
         self.stage = stage = stage or whole_model(config)
