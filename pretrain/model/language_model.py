@@ -62,10 +62,7 @@ class LanguageModel(DescribedModule):
         activation_checkpointing: str = "none",
         seq_len: int | None = None,
     ):
-        """Build the model, or ``stage`` of it.
-
-        ``seq_len``, that of the training batches' sequences, is for dropout and experts' capacity.
-        """
+        """Build the model, or ``stage`` of it, to train on sequences of ``seq_len``; None: rows."""
         super().__init__()
         specs = block_specs(config)
         self.stage = stage = stage or whole_model(config)
@@ -97,7 +94,7 @@ class LanguageModel(DescribedModule):
         self.recursion: Recursion | None = None
         self._loop = range(0)
         if recursion is not None and recursion.prelude in stage.blocks:
-            self.recursion = Recursion(recursion, d, config.init_std, inner)
+            self.recursion = Recursion(recursion, d, config.init_std, inner, seq_len)
             self._loop = range(recursion.prelude, len(specs) - recursion.coda)
             if recursion.lora_rank:
                 for index in self._loop:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.common.errors import UserError
 from pretrain.config import RecursionConfig
+from pretrain.nn.global_batch import sequences_of
 from pretrain.nn.maximal_update import Role
 from pretrain.nn.parameters import (
     Initializer,
@@ -44,10 +45,16 @@ class Recursion(nn.Module):
     """The parameters of a loop besides those of its blocks, and the passes through them."""
 
     def __init__(
-        self, config: RecursionConfig, hidden_size: int, std: float, context: ParallelContext
+        self,
+        config: RecursionConfig,
+        hidden_size: int,
+        std: float,
+        context: ParallelContext,
+        seq_len: int | None = None,
     ):
+        """Make the loop; ``seq_len`` as for :class:`.LanguageModel`."""
         super().__init__()
-        self.config, self._context = config, context
+        self.config, self.seq_len, self._context = config, seq_len, context
         self.times: int | None = None  # instead of the configured number, in evaluation
         self.in_step = False  # all processes must make the same passes
         self._seed, self._step, self._micro_batch = 0, 0, 0
@@ -162,23 +169,27 @@ class Recursion(nn.Module):
             return x
         if config.state_init == "zeros":
             return torch.zeros_like(x)
-        if self.training:
+        noise = self._noise(x) if self.training else self._noise_of_evaluation(x)
+        return (noise.clamp_(-3, 3) * config.state_std).to(x).expand_as(x)
+
+    def _noise(self, x: Tensor) -> Tensor:
+        """Draw normal numbers for each sequence of the global batch, float32 in x's shape."""
+        tokens, rows, d = x.shape
+        noise = torch.empty(rows, tokens, d, device=x.device)
+        if not x.is_meta:
             # num_passes has counted this micro-batch already.
-            number = (self._micro_batch - 1) * self._world_size + self._rank
-            seeds, shape = (self._seed, self._step, number), tuple(x.shape)
-            if self._context.sequence_parallel:
-                shape = (shape[0] * self._context.tensor_size, *shape[1:])
-        else:
-            # One state for all tokens: no token's score depends on where it lies in a batch.
-            seeds, shape = (0, _EVALUATION, 0), (x.shape[-1],)
-        seed = int(np.random.default_rng([*seeds, _STATE]).integers(2**62))
+            micro_batch = (self._micro_batch - 1) * self._world_size + self._rank
+            for piece in sequences_of(x, micro_batch, self.seq_len, self._context):
+                generator = _generator((self._seed, self._step, piece.number), x.device)
+                drawn = torch.randn(piece.length, d, generator=generator, device=x.device)
+                noise[piece.row, piece.places] = drawn[piece.tokens]
+        return noise.transpose(0, 1).contiguous()
+
+    def _noise_of_evaluation(self, x: Tensor) -> Tensor:
+        """Draw one state for all tokens: no token's score depends on where it lies in a batch."""
         device = torch.device("cpu") if x.is_meta else x.device
-        generator = torch.Generator(device).manual_seed(seed)
-        noise = torch.randn(shape, generator=generator, device=device).clamp_(-3, 3)
-        if noise.ndim == x.ndim and len(noise) > len(x):  # this process's tokens
-            rank = self._context.tensor_rank
-            noise = noise[rank * len(x) : (rank + 1) * len(x)]
-        return (noise * config.state_std).to(x).expand_as(x)
+        generator = _generator((0, _EVALUATION, 0), device)
+        return torch.randn(x.shape[-1], generator=generator, device=device)
 
     def _signal(self, index: int, x: Tensor) -> Tensor:
         if self.config.step_signal == "learned":
@@ -188,6 +199,11 @@ class Recursion(nn.Module):
         angles = (index + 1) * 10_000.0**-exponents
         signal = torch.stack([angles.sin(), angles.cos()], -1).flatten()[:d]
         return signal.to(x.dtype)
+
+
+def _generator(seeds: tuple[int, int, int], device: torch.device) -> torch.Generator:
+    seed = int(np.random.default_rng([*seeds, _STATE]).integers(2**62))
+    return torch.Generator(device).manual_seed(seed)
 
 
 class _Halting:

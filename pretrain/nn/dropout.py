@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.nn.global_batch import sequences_of
 from pretrain.parallel.context import ParallelContext
 
 # Drops channels of x [T, B, d] at a site: (block, pass of a loop, which of the block's).
@@ -60,38 +61,18 @@ class Dropout:
         tokens, rows, d = x.shape
         mask = torch.empty(rows, tokens, d, dtype=torch.bool, device=x.device)
         if not x.is_meta:
-            sharded = self._context.sequence_parallel
-            full = tokens * (self._context.tensor_size if sharded else 1)
-            first = seeds[2] * rows * full  # of the global batch's tokens
-            if sharded:
-                first += tokens * self._context.tensor_rank
-            for row in range(rows):
-                self._draw(mask[row], first + row * full, self.seq_len or full, seeds, site)
+            seed, step, micro_batch = seeds
+            for piece in sequences_of(x, micro_batch, self.seq_len, self._context):
+                local = mask[piece.row, piece.places]
+                whole = len(local) == piece.length
+                full = local if whole else local.new_empty(piece.length, d)
+                seeds_of_one = [seed, step, piece.number, *(part + 1 for part in site), _DROPOUT]
+                drawn = int(np.random.default_rng(seeds_of_one).integers(2**62))
+                generator = torch.Generator(mask.device).manual_seed(drawn)
+                full.bernoulli_(1 - self.probability, generator=generator)
+                if not whole:
+                    local.copy_(full[piece.tokens])
         return mask.transpose(0, 1)
-
-    def _draw(
-        self,
-        mask: Tensor,
-        start: int,
-        length: int,
-        seeds: tuple[int, int, int],
-        site: tuple[int, int, int],
-    ) -> None:
-        """Fill a row's mask ``[T, d]``, which begins at token ``start`` of the global batch.
-
-        ``length`` is the tokens of a sequence.
-        """
-        (seed, step, _), stop = seeds, start + len(mask)
-        for number in range(start // length, -(-stop // length)):
-            low, high = max(number * length, start), min((number + 1) * length, stop)
-            local = mask[low - start : high - start]
-            full = local if high - low == length else local.new_empty(length, mask.shape[1])
-            seeds_of_one = [seed, step, number, *(part + 1 for part in site), _DROPOUT]
-            drawn = int(np.random.default_rng(seeds_of_one).integers(2**62))
-            generator = torch.Generator(mask.device).manual_seed(drawn)
-            full.bernoulli_(1 - self.probability, generator=generator)
-            if full is not local:
-                local.copy_(full[low - number * length : high - number * length])
 
 
 class _Masked(torch.autograd.Function):

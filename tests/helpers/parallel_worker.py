@@ -75,8 +75,6 @@ MODELS = {
     "pieces": settings("kda swa lstm hgrn2", block_norm="sandwich"),
     "options": settings("gdn attn kda gla", depth_scaled_init=True, **OPTIONS),
     "muon": settings("gdn attn m2rnn gdn", tie_embeddings=False),
-    # Micro-batches of a step are of two lengths.
-    "lengths": settings("gdn attn swa gdn"),
     "experts": settings(
         "gdn attn attn gdn",
         moe={
@@ -89,10 +87,6 @@ MODELS = {
             "z_loss_weight": 0.01,
             "bias_update_rate": 0.01,
         },
-    ),
-    "capacity": settings(
-        "gdn attn attn gdn",
-        moe={"num_experts": 4, "top_k": 2, "intermediate_size": 16, "capacity_factor": 0.6},
     ),
     "loop": settings(
         "attn gdn para_gru gdn",
@@ -117,6 +111,12 @@ MODELS = {
             "backprop_last": 2,
             "normalize_state": True,
         },
+    ),
+    # Micro-batches of a step are of two lengths.
+    "lengths": settings("gdn attn swa gdn"),
+    "capacity": settings(
+        "gdn attn attn gdn",
+        moe={"num_experts": 4, "top_k": 2, "intermediate_size": 16, "capacity_factor": 0.6},
     ),
 }
 MODELS["muon-bf16"], MODELS["muon-experts"] = MODELS["muon"], MODELS["experts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 import pytest
@@ -10,15 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.common.config_loader import ConfigError, build_config
 from pretrain.common.errors import UserError
-from pretrain.config import InitializeConfig, ModelConfig
-from pretrain.model.build import build_model
+from pretrain.config import InitializeConfig, ModelConfig, OptimizerConfig
+from pretrain.model.build import build_model, build_stages
 from pretrain.model.counts import count_model
 from pretrain.model.depth_lora import DepthLoRA
 from pretrain.model.recursion import sample_recurrences
 from pretrain.model.spec import check_model
+from pretrain.training.engine import Engine
 from pretrain.training.initialization import fill_from
 from tests.helpers.recursion_kinds import KINDS, RECURRENT_DEPTH
 from tests.helpers.relative_error import relative_error
+from tests.helpers.small_training import batches
 
 pytestmark = pytest.mark.usefixtures("processes")
 VOCAB = 50
@@ -202,6 +205,47 @@ def test_recurrences_are_drawn_alike_and_follow_the_paper():
     assert len(set(alone)) == 4
     assert [losses(0, 2, 2), losses(1, 2, 2)] == [alone[::2], alone[1::2]]
     assert model.recursion.metrics() == {}
+
+
+def test_a_random_state_is_drawn_for_each_sequence():
+    """Whatever size micro-batches have, and for rows as for tokens packed in one row."""
+
+    def state(size, rows=1, step=0, **context):
+        loop = make(torch.float32, recursion=RECURRENT_DEPTH).recursion
+        loop.seq_len = 8 if rows == 1 else None
+        loop._context = dataclasses.replace(loop._context, **context)
+        found = []
+        loop.begin_step(0, step)
+        for _ in range(4 // size):
+            loop.num_passes()
+            x = torch.empty(8 * size // rows // loop._context.tensor_size, rows, 24)
+            found.append(loop._initial(x).transpose(0, 1).flatten(0, 1))
+        return torch.cat(found)
+
+    one = state(1)
+    for size in (2, 4):
+        assert torch.equal(state(size), one)
+        assert torch.equal(state(size, rows=size), one)
+        halves = [
+            state(size, sequence_parallel=True, tensor_size=2, tensor_rank=rank) for rank in (0, 1)
+        ]
+        pieces = [x.view(4 // size, -1, 24) for x in halves]  # of each micro-batch
+        assert torch.equal(torch.cat(pieces, 1).flatten(0, 1), one)
+    assert len(torch.cat([one, state(1, step=1)]).unique(dim=0)) == 2 * 4 * 8
+
+
+def test_the_size_of_micro_batches_changes_nothing():
+    found = []
+    for size in (1, 2, 4):
+        config = settings(recursion={**RECURRENT_DEPTH, "sampling": "poisson"}, dropout=0.1)
+        (model,) = build_stages(config, VOCAB, seed=0, seq_len=32)
+        engine = Engine(model, OptimizerConfig(lr=1e-3))
+        for step in range(2):
+            engine.begin_step(0, step)
+            result = engine.train_step(batches(step, micro_batch_size=size), 1e-3)
+            found.append((result.loss, result.grad_norm))
+    for a, b in zip(found, found[2:], strict=False):
+        assert a == pytest.approx(b, rel=1e-5)
 
 
 def test_evaluation_takes_the_number_of_passes_it_is_told():

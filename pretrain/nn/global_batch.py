@@ -1,0 +1,53 @@
+"""The places of a micro-batch's tokens in the global batch, which random numbers are drawn by.
+
+What is drawn for a sequence is then the same under every layout and size of micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pretrain.parallel.context import ParallelContext
+
+
+class Piece(NamedTuple):
+    """A sequence, as far as a row of a micro-batch has it.
+
+    Attributes:
+        number: Of the sequence in the global batch.
+        length: Tokens of the sequence.
+        tokens: Those of the sequence that are in the row.
+        row: The row.
+        places: Where in the row they are.
+    """
+
+    number: int
+    length: int
+    tokens: slice
+    row: int
+    places: slice
+
+
+def sequences_of(
+    x: Tensor, micro_batch: int, seq_len: int | None, context: ParallelContext
+) -> Iterator[Piece]:
+    """Yield the pieces of sequences that x ``[T, B, d]`` has, which are this process's tokens.
+
+    ``micro_batch`` is x's number in the global batch, ``seq_len`` the tokens of a sequence; None: a
+    row is one.
+    """
+    tokens, rows, _ = x.shape
+    sharded = context.sequence_parallel
+    full = tokens * (context.tensor_size if sharded else 1)
+    length = seq_len or full
+    for row in range(rows):
+        start = (micro_batch * rows + row) * full + (tokens * context.tensor_rank if sharded else 0)
+        stop = start + tokens
+        for number in range(start // length, -(-stop // length)):
+            begins = number * length
+            low, high = max(begins, start), min(begins + length, stop)
+            here, there = slice(low - start, high - start), slice(low - begins, high - begins)
+            yield Piece(number, length, there, row, here)
