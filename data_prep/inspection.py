@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from data_prep.screen import print_counts
-from data_prep.shards import file_hash, indexed_dataset
+from data_prep.shards import indexed_dataset
 from pretrain.common.errors import UserError
 from pretrain.data.manifest import Manifest
 from pretrain.data.tokenizer import Tokenizer
@@ -23,21 +23,11 @@ def verify(directory: str | Path) -> None:
 
     Raises :class:`UserError`, naming them, when files are missing or damaged.
     """
-    directory = Path(directory)
     manifest = Manifest.load(directory)
-    expected = {manifest.tokenizer.file: manifest.tokenizer.sha256}
-    for shard in manifest.shards:
-        expected |= {f"{shard.name}.{suffix}": value for suffix, value in shard.sha256.items()}
-    damaged = []
-    for name, sha256 in expected.items():
-        path = directory / name
-        if not path.is_file():
-            damaged.append(f"{path} is missing")
-        elif file_hash(path) != sha256:
-            damaged.append(f"{path} is damaged (its hash differs from the manifest's)")
+    damaged = manifest.damaged_files(directory)
     if damaged:
         raise UserError("; ".join(damaged))
-    print(f"{directory}: all {len(expected)} files match the manifest")
+    print(f"{directory}: all {len(manifest.hashes)} files match the manifest")
 
 
 def inspect(directory: str | Path) -> None:

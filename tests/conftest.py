@@ -75,20 +75,38 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """A small prepared data directory: 40 documents, a 300-piece tokenizer."""
+def _prepared(folder, files, tokenizer):
+    """A data directory of these texts."""
     from data_prep.config import load_data_config
     from data_prep.prepare import prepare
 
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(40):
-        lines = [f"def function_{i}_{j}(x, y):\n\treturn x * {j} + y - {i}\n" for j in range(12)]
-        (folder / f"{i:02d}.py").write_text("\n".join(lines))
+    for number, text in enumerate(files):
+        (folder / f"{number:02d}.py").write_text(text)
     (folder / "data.yaml").write_text(
         f"output: {folder / 'data'}\n"
         f"sources: [{{name: code, kind: files, paths: ['{folder}/*.py']}}]\n"
-        "tokenizer: {vocab_size: 300}\nvalidation_fraction: 0.2\nprocesses: 1\n"
+        f"tokenizer: {tokenizer}\nvalidation_fraction: 0.2\nprocesses: 1\n"
     )
     prepare(load_data_config(folder / "data.yaml"))
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small prepared data directory: 40 documents, a 300-piece tokenizer."""
+    files = [
+        "\n".join(f"def function_{i}_{j}(x, y):\n\treturn x * {j} + y - {i}\n" for j in range(12))
+        for i in range(40)
+    ]
+    return _prepared(tmp_path_factory.mktemp("corpus"), files, "{vocab_size: 300}")
+
+
+@pytest.fixture(scope="session")
+def other_corpus(tmp_path_factory, corpus):
+    """Other text under the same tokenizer: 30 documents of very different lengths."""
+    files = [
+        "\n".join(f"word{(i * j) % 7} and number {j}" for j in range(1 + i * i // 40))
+        for i in range(30)
+    ]
+    tokenizer = f"{{path: {corpus / 'tokenizer.model'}}}"
+    return _prepared(tmp_path_factory.mktemp("other"), files, tokenizer)

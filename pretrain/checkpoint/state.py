@@ -44,6 +44,9 @@ class CheckpointState:
         skipped: Steps skipped for a loss or gradient that was not finite, or for a spike.
         data_offset: Tokens of data that rollbacks skipped.
         recent_losses: See :class:`pretrain.training.spikes.SpikeDetector`.
+        unlogged_loss: Sum of the losses of the applied steps since the log's last line, each
+            weighted by its batch as a share of ``train.global_batch_tokens``.
+        unlogged_steps: Sum of those weights.
     """
 
     step: int
@@ -58,6 +61,8 @@ class CheckpointState:
     data_offset: int = 0
     rollbacks: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    unlogged_loss: float = 0.0
+    unlogged_steps: float = 0.0
     format: int = legacy.FORMAT  # of ``model``, see pretrain/config/legacy.py
 
     @property

@@ -100,7 +100,8 @@ class ValidationConfig(Config):
     every: int = setting(100, minimum=0)
     """Steps between validations; 0: only at the end."""
     tokens: int = setting(65_536, minimum=1)
-    """Tokens of a validation, spread evenly over the validation shards, always the same ones."""
+    """Tokens of a validation, always the same ones: windows at equal distances in the validation
+    text, of every source in its share."""
 
 
 @dataclass
@@ -126,7 +127,8 @@ class LoggingConfig(Config):
     """The log and the metrics of a run."""
 
     every: int = setting(10, minimum=1)
-    """Steps between lines of the log and of the metrics."""
+    """Steps between lines of the log and of the metrics, which have a step's loss and the mean
+    since the line before."""
     wandb: Literal["disabled", "offline", "online"] = setting("disabled")
     """Whether metrics are mirrored to Weights & Biases."""
     wandb_project: str = "pretrain"

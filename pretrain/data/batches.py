@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, TrainConfig
 from pretrain.data.manifest import Manifest
 from pretrain.data.sequences import Sequences, without_waiting
+from pretrain.data.shards import Shard, TokenStream
 from pretrain.data.tokenizer import Tokenizer
 
 
@@ -59,47 +59,12 @@ class Batch:
         return Batch(tokens, targets, mask, self.sequences.to(device))
 
 
-def open_shard(prefix: Path) -> Any:
-    """Open one shard as megatron-core's IndexedDataset; item i is document i, its ids in an array.
-
-    The arrays are views of the mapped file: copy what has to outlive the dataset.
-    """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    return IndexedDataset(str(prefix))
-
-
-class TokenStream:
-    """The tokens of some shards, one after another, read through megatron-core's IndexedDataset."""
-
-    def __init__(self, prefixes: Sequence[Path]):
-        self._shards = [open_shard(prefix) for prefix in prefixes]
-        sizes = [int(shard.sequence_lengths.sum()) for shard in self._shards]
-        self._ends = np.cumsum(sizes)
-        self._dtype = self._shards[0].index.dtype if self._shards else np.uint16
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Read ``count`` tokens from ``start`` on, int64."""
-        parts = []
-        while count > 0:
-            shard = int(np.searchsorted(self._ends, start, side="right"))
-            taken = min(count, int(self._ends[shard]) - start)
-            first = start - (int(self._ends[shard - 1]) if shard else 0)
-            offset = first * np.dtype(self._dtype).itemsize
-            reader = self._shards[shard].bin_reader
-            parts.append(reader.read(dtype=self._dtype, count=taken, offset=offset))
-            start, count = start + taken, count - taken
-        return np.concatenate(parts).astype(np.int64)
-
-
 @dataclass
 class PreparedData:
     """The data of a run: its tokenizer, and per source its name, weight, and streams by split.
 
-    A source's name is ``NAME@HASH`` of its content: where the folder is does not matter.
+    A source's name is ``NAME@HASH`` of its content: where the folder is does not matter, and what
+    is named twice is one source, with both weights.
     """
 
     tokenizer: Tokenizer
@@ -114,17 +79,23 @@ class PreparedData:
         """Return what the order of samples depends on besides the seed."""
         return [f"{n} x {w:.6g}" for n, w in zip(self.sources, self.weights, strict=True)]
 
+    @property
+    def labels(self) -> list[str]:
+        """Return a name for every source: its own, with the hash where two have the same."""
+        names = [source.rsplit("@", 1)[0] for source in self.sources]
+        return [
+            name if names.count(name) == 1 else source
+            for name, source in zip(names, self.sources, strict=True)
+        ]
+
 
 def open_data(config: DataConfig) -> PreparedData:
     """Open everything that the settings name. Raises UserError where it does not fit together."""
-    directories = (
-        [(config.path, 1.0)] if config.path else [(b.path, b.weight) for b in config.blend]
-    )
     tokenizer: Tokenizer | None = None
     data: PreparedData | None = None
     entropies = []
-    for path, share in directories:
-        directory, manifest = Path(str(path)), Manifest.load(str(path))
+    for path, share in config.directories:
+        directory, manifest = Path(path), Manifest.load(path)
         manifest.verify_sizes(directory)
         found = Tokenizer.load(directory / manifest.tokenizer.file)
         if found.sha256 != manifest.tokenizer.sha256:
@@ -139,22 +110,28 @@ def open_data(config: DataConfig) -> PreparedData:
         elif found.sha256 != tokenizer.sha256:
             raise UserError(
                 f"data.blend: {path} was made with another tokenizer ({found.sha256[:12]}...) than "
-                f"{directories[0][0]} ({tokenizer.sha256[:12]}...); one run needs one tokenizer"
+                f"{config.directories[0][0]} ({tokenizer.sha256[:12]}...); one run needs one "
+                "tokenizer"
             )
         total = sum(source.weight for source in manifest.sources)
         for source in manifest.sources:
-            prefixes = {
+            name = f"{source.name}@{manifest.content_sha256[:16]}"
+            weight = share * source.weight / total
+            if name in data.sources:  # the same text again: one pass through it, not two at once
+                data.weights[data.sources.index(name)] += weight
+                continue
+            shards = {
                 split: [
-                    directory / s.name
+                    Shard(directory / s.name, found.vocab_size)
                     for s in manifest.shards
                     if s.source == source.name and s.split == split
                 ]
                 for split in ("train", "valid")
             }
-            data.sources.append(f"{source.name}@{manifest.content_sha256[:16]}")
-            data.weights.append(share * source.weight / total)
-            data.train.append(TokenStream(prefixes["train"]))
-            data.valid.append(TokenStream(prefixes["valid"]))
+            data.sources.append(name)
+            data.weights.append(weight)
+            data.train.append(TokenStream(shards["train"]))
+            data.valid.append(TokenStream(shards["valid"]))
         entropies.append((share, manifest.byte_entropy.bigram))
     if data is None:
         raise UserError("the config names no data: set data.path")
@@ -266,34 +243,3 @@ def pack_rows(rows: np.ndarray, eod_id: int) -> Batch:
         loss_mask=torch.ones(1, inputs.size),
         sequences=Sequences(torch.from_numpy(ends.astype(np.int64))),
     )
-
-
-def share_of(batches: list[Batch], rank: int, size: int) -> list[Batch]:
-    """Return the batches of data-parallel rank ``rank`` of ``size``, equally many for each rank.
-
-    They are filled up with batches that count nothing, because all ranks must go through the model
-    together.
-    """
-    if not batches:
-        return []
-    last = batches[-1]
-    empty = Batch(last.tokens, last.targets, torch.zeros_like(last.loss_mask), last.sequences)
-    return [*batches, *[empty] * (-len(batches) % size)][rank::size]
-
-
-def validation_batches(
-    data: PreparedData, config: TrainConfig, micro_batch_size: int, tokens: int
-) -> list[Batch]:
-    """Return about ``tokens`` tokens, evenly spread over the validation splits, by weight."""
-    batches: list[Batch] = []
-    total = sum(data.weights)
-    for stream, weight in zip(data.valid, data.weights, strict=True):
-        available = (len(stream) - 1) // config.seq_len
-        wanted = max(round(tokens * weight / total / config.seq_len), 1)
-        count = min(available, wanted)
-        samples = [i * available // count for i in range(count)]
-        rows = [stream.read(i * config.seq_len, config.seq_len + 1) for i in samples]
-        for start in range(0, count, micro_batch_size):
-            chunk = rows[start : start + micro_batch_size]
-            batches.append(pack_rows(np.stack(chunk), data.tokenizer.eod_id))
-    return batches

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain.common.config_loader import ConfigError, build_config
 from pretrain.common.errors import UserError
-from pretrain.common.files import write_json
+from pretrain.common.files import file_sha256, write_json
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -129,6 +130,35 @@ class Manifest:
         for source in self.sources:
             total.add(source.splits[split])
         return total
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Return the sha256 of every file by its name: the tokenizer's and the shards'."""
+        found = {self.tokenizer.file: self.tokenizer.sha256}
+        for shard in self.shards:
+            found |= {f"{shard.name}.{suffix}": value for suffix, value in shard.sha256.items()}
+        return found
+
+    def damaged_files(
+        self,
+        directory: str | Path,
+        part: int = 0,
+        parts: int = 1,
+        alive: Callable[[], None] = lambda: None,
+    ) -> list[str]:
+        """Return a sentence for every file that is missing or whose hash is another one.
+
+        Each of ``parts`` processes hashes every ``parts``-th file; ``alive`` is called after each.
+        """
+        damaged = []
+        for name, sha256 in list(self.hashes.items())[part::parts]:
+            path = Path(directory) / name
+            if not path.is_file():
+                damaged.append(f"{path} is missing")
+            elif file_sha256(path) != sha256:
+                damaged.append(f"{path} is damaged (its hash differs from the manifest's)")
+            alive()
+        return damaged
 
     def verify_sizes(self, directory: str | Path) -> None:
         """Check the sizes of all files. Raises UserError naming the first that is wrong."""

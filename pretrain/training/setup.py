@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from torch import nn
 
 from pretrain.checkpoint.state import CheckpointState, check_files, load_checkpoint, read_state
 from pretrain.common.dtypes import DTYPES
-from pretrain.config import RunConfig
+from pretrain.common.errors import UserError
+from pretrain.config import DataConfig, RunConfig
 from pretrain.config.checks import check_vocab_size
 from pretrain.data.batches import PreparedData
+from pretrain.data.manifest import Manifest
 from pretrain.model.build import build_stages, padded_vocab_size
 from pretrain.model.counts import ModelCounts
 from pretrain.parallel.processes import (
@@ -45,6 +48,28 @@ def check_hashes(checkpoint: Path) -> None:
     """
     rank, size = dist.get_rank(), world_size()
     on_every_process(lambda: check_files(checkpoint, "sha256", rank, size))
+
+
+def check_data_hashes(config: DataConfig, alive: Callable[[], None]) -> None:
+    """Check the sha256 of every file of the data, shared out over the processes of each node.
+
+    Nodes may have copies of their own. ``alive`` is called after each file. Raises UserError on
+    every process where one has changed. Every process must call.
+    """
+    parts = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    part = int(os.environ.get("LOCAL_RANK", "0")) % parts
+
+    def check() -> None:
+        for directory in dict.fromkeys(path for path, _ in config.directories):
+            damaged = Manifest.load(directory).damaged_files(directory, part, parts, alive)
+            if damaged:
+                more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+                raise UserError(
+                    f"data.verify: {'; '.join(damaged[:3])}{more}; bring back the files, or make "
+                    "the data again"
+                )
+
+    on_every_process(check)
 
 
 def build_engine(
@@ -117,6 +142,8 @@ def state_of(
         data_offset=saved.data_offset,
         rollbacks=saved.rollbacks,
         recent_losses=saved.recent_losses,
+        unlogged_loss=saved.unlogged_loss,
+        unlogged_steps=saved.unlogged_steps,
     )
 
 

@@ -61,6 +61,7 @@ from pretrain.training.run_control import (
 )
 from pretrain.training.setup import (
     build_engine,
+    check_data_hashes,
     check_hashes,
     describe_run,
     state_of,
@@ -217,6 +218,10 @@ class Trainer:
         """Hold the run directory, prepare, and train."""
         config = self.config
         self.data = open_data(config.data)
+        if config.data.verify == "sha256":
+            self.announce("checking the data")
+            check_data_hashes(config.data, self.report_progress)
+            self.announce("starting")
         self.batches = TrainingBatches(
             self.data, config.train, config.parallel.micro_batch_size, config.seed
         )

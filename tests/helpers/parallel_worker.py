@@ -25,7 +25,7 @@ from pretrain.config import (
     ParallelConfig,
     RunConfig,
 )
-from pretrain.data.batches import share_of
+from pretrain.data.validation import share_of
 from pretrain.model.build import build_stages
 from pretrain.optim.backends.deepspeed import shard_parameters
 from pretrain.parallel.processes import (

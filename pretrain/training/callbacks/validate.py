@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from pretrain.common.errors import UserError
-from pretrain.data.batches import share_of, validation_batches
+from pretrain.data.validation import (
+    ValidationScore,
+    mean_score,
+    share_of,
+    validation_batches,
+)
 from pretrain.parallel.processes import data_parallel_rank_and_size
 from pretrain.training.callbacks.base import Callback
 
@@ -24,12 +27,12 @@ class Validate(Callback):
             config.parallel.micro_batch_size,
             config.validation.tokens,
         )
-        self._active = bool(batches)
         if not batches:
             trainer.log.say(
                 f"no validation: no source has {config.train.seq_len + 1} tokens of validation text"
             )
-        self._batches = share_of(batches, *data_parallel_rank_and_size())
+        rank, size = data_parallel_rank_and_size()
+        self._batches = {source: share_of(b, rank, size) for source, b in batches.items()}
         self._bytes_per_token: torch.Tensor | None = None
         try:
             self._bytes_per_token = torch.from_numpy(trainer.data.tokenizer.bytes_per_token())
@@ -41,22 +44,33 @@ class Validate(Callback):
         trainer, step = self.trainer, self.trainer.state.step
         every = trainer.config.validation.every
         due = every > 0 and step % every == 0 and not trainer.stopping
-        if self._active and (due or step == trainer.num_steps):
+        if self._batches and (due or step == trainer.num_steps):
             with trainer.evaluating(f"validating step {step}"):
                 self._validate()
 
     def _validate(self) -> None:
         trainer, state = self.trainer, self.trainer.state
-        loss, tokens, text_bytes = trainer.engine.validate(self._batches, self._bytes_per_token)
-        bits = loss * tokens / math.log(2) / text_bytes if text_bytes else None
-        trainer.log.record(
-            {
-                "step": state.step,
-                "tokens": state.tokens,
-                "valid_loss": loss,
-                "valid_tokens": tokens,
-                "valid_bits_per_byte": bits,
-            }
+        found = {
+            source: ValidationScore(*trainer.engine.validate(batches, self._bytes_per_token))
+            for source, batches in self._batches.items()
+        }
+        total = mean_score(found.values())
+        values = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "valid_loss": total.loss,
+            "valid_tokens": total.tokens,
+            "valid_bits_per_byte": total.bits_per_byte,
+        }
+        by_source = ""
+        if len(found) > 1:
+            for source, score in found.items():
+                values[f"valid_loss/{source}"] = score.loss
+                values[f"valid_tokens/{source}"] = score.tokens
+                values[f"valid_bits_per_byte/{source}"] = score.bits_per_byte
+            by_source = f" ({', '.join(f'{s} {score.loss:.4f}' for s, score in found.items())})"
+        trainer.log.record(values)
+        bits = "" if total.bits_per_byte is None else f", {total.bits_per_byte:.4f} bits per byte"
+        trainer.log.say(
+            f"step {state.step}: validation loss {total.loss:.4f} nats per token{bits}{by_source}"
         )
-        shown = "" if bits is None else f", {bits:.4f} bits per byte"
-        trainer.log.say(f"step {state.step}: validation loss {loss:.4f} nats per token{shown}")

@@ -7,13 +7,13 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, DataSource, TrainConfig
@@ -21,10 +21,8 @@ from pretrain.data.batches import (
     TrainingBatches,
     blend,
     open_data,
-    open_shard,
     pack_rows,
     permute,
-    validation_batches,
 )
 from pretrain.data.manifest import Manifest
 
@@ -103,12 +101,13 @@ def test_the_stream_is_the_shards_documents(corpus):
     data = open_data(DataConfig(path=str(corpus)))
     manifest = Manifest.load(corpus)
     names = [s.name for s in manifest.shards if s.split == "train"]
-    shards = [open_shard(Path(corpus) / name) for name in names]
+    shards = [IndexedDataset(str(corpus / name)) for name in names]
     documents = [shard[i] for shard in shards for i in range(len(shard))]
     assert all(d[-1] == data.tokenizer.eod_id for d in documents)
     stream = np.concatenate(documents)
     assert np.array_equal(data.train[0].read(0, len(data.train[0])), stream)
     assert np.array_equal(data.train[0].read(33, 50), stream[33:83])
+    assert data.train[0].document_lengths().tolist() == [len(d) for d in documents]
 
 
 def test_documents_open_sequences():
@@ -117,13 +116,6 @@ def test_documents_open_sequences():
     assert batch.tokens.tolist() == [[5, 7, 3, 7, 7, 2, 4, 7]]
     assert batch.targets.tolist() == [[7, 3, 7, 7, 2, 4, 7, 9]]
     assert batch.cu_seqlens.tolist() == [0, 1, 3, 4, 7, 8]
-
-
-def test_validation_is_always_the_same(corpus):
-    data = open_data(DataConfig(path=str(corpus)))
-    batches = validation_batches(data, CONFIG, 2, 100)
-    assert sum(b.tokens.shape[1] for b in batches) == 96  # six samples of 16
-    assert torch.equal(tokens_of(batches), tokens_of(validation_batches(data, CONFIG, 2, 100)))
 
 
 def test_data_that_does_not_fit_is_refused(corpus, tmp_path):
@@ -150,10 +142,31 @@ def test_a_changed_tokenizer_or_shard_is_refused(corpus, tmp_path):
         open_data(DataConfig(path=str(copy)))
 
 
-def test_a_blend_of_directories(corpus, tmp_path):
-    copy = tmp_path / "again"
-    shutil.copytree(corpus, copy)
-    blended = DataConfig(blend=[DataSource(str(corpus), 3.0), DataSource(str(copy), 1.0)])
-    batches = TrainingBatches(open_data(blended), CONFIG, 2, 0)
+def test_a_blend_of_directories(corpus, other_corpus):
+    blended = DataConfig(blend=[DataSource(str(corpus), 3.0), DataSource(str(other_corpus), 1.0)])
+    data = open_data(blended)
+    batches = TrainingBatches(data, CONFIG, 2, 0)
     sources = Counter(batches.locate(i)[0] for i in range(100))
     assert sources == {0: 75, 1: 25}
+    assert data.labels == data.sources, "both are named code"
+    assert open_data(DataConfig(str(corpus))).labels == ["code"]
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (1, 5, 2)])
+def test_the_same_text_named_twice_is_gone_through_once(corpus, other_corpus, tmp_path, weights):
+    """By the same path or as a copy: no sample comes back before all have been seen."""
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    paths = [corpus, copy, corpus][: len(weights)]
+    named = [DataSource(str(p), float(w)) for p, w in zip(paths, weights, strict=True)]
+    once = TrainingBatches(open_data(DataConfig(str(corpus))), CONFIG, 2, 0)
+    alone = TrainingBatches(open_data(DataConfig(blend=named)), CONFIG, 2, 0)
+    assert [alone.locate(i) for i in range(500)] == [once.locate(i) for i in range(500)]
+    others = DataSource(str(other_corpus), float(sum(weights)))
+    data = open_data(DataConfig(blend=[named[0], others, *named[1:]]))
+    batches = TrainingBatches(data, CONFIG, 2, 0)
+    assert [float(w) for w in batches.weights] == [0.5, 0.5]
+    count = once.samples[0]
+    seen = [n for s, n in map(batches.locate, range(2 * count)) if s == 0]
+    assert len(seen) == len(set(seen)) == count
+    assert batches.epochs(2 * count // 4)[0] == pytest.approx(1, abs=4 / count)
+    assert data.identity != open_data(DataConfig(blend=[named[0], others])).identity

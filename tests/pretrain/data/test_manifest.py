@@ -59,6 +59,21 @@ def test_sizes_tell_missing_and_cut_shards(tmp_path, small_data):
         manifest.verify_sizes(data)
 
 
+def test_hashes_tell_altered_shards_wherever_the_files_are_shared_out(tmp_path, small_data):
+    data = shutil.copytree(small_data, tmp_path / "data")
+    manifest = Manifest.load(data)
+    assert manifest.damaged_files(data) == []
+    altered = [data / f"{manifest.shards[0].name}.bin", data / f"{manifest.shards[-1].name}.idx"]
+    for path in altered:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    manifest.verify_sizes(data)  # the sizes tell nothing
+    for parts in (1, 2, 3, 100):
+        found = [x for part in range(parts) for x in manifest.damaged_files(data, part, parts)]
+        assert sorted(x.split()[0] for x in found) == sorted(map(str, altered)), parts
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_bytes(path, b"old")
