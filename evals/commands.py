@@ -103,10 +103,13 @@ def _score_held_out(name: str, loaded: Any, given: argparse.Namespace, extra: An
         window=given.window,
         stride=given.stride,
         carry_state=given.carry_state,
+        training_windows=given.training_windows,
         max_tokens=given.max_tokens,
+        seed=given.seed,
     )
     settings = (given.data, given.window, given.stride, given.max_tokens)
-    mark = _mark(extra, (*settings, True) if given.carry_state else settings)
+    others = [n for n in ("carry_state", "training_windows", "seed") if getattr(given, n)]
+    mark = _mark(extra, (*settings, *((n, getattr(given, n)) for n in others)))
     show_perplexity(result, _write(directory, f"{name}-{checkpoint}{mark}", result, extra))
 
 
@@ -215,7 +218,17 @@ def _parser() -> argparse.ArgumentParser:
     held_out.add_argument(
         "--carry-state", action="store_true", help="carry the mixers' states from window to window"
     )
-    held_out.add_argument("--max-tokens", type=_positive, help="stop after this many (all)")
+    held_out.add_argument(
+        "--training-windows",
+        action="store_true",
+        help="score the windows that validation in training scores, by their mean the same loss",
+    )
+    held_out.add_argument(
+        "--max-tokens",
+        type=_positive,
+        help="score a random sample of the windows, of about this many tokens (all)",
+    )
+    held_out.add_argument("--seed", type=_number, help="of the sample (0)")
     held_out.add_argument(
         "--factor", type=_positive, help="positions: sequence length / training length (16)"
     )

@@ -1,50 +1,40 @@
-"""Perplexity and bits per byte of held-out documents, by sliding windows.
+"""Perplexity and bits per byte of held-out text, in all and by source.
 
-Every document is scored alone. It begins with the end-of-document token, as in training (the BOS
-rule), and its own end-of-document token is the last target. Windows of ``window`` tokens advance by
-``stride``; each target is scored once, with at least ``window - stride`` tokens of context where
-the document has them. Windows are packed without padding, so no state ever sees a padding token.
-With ``carry_state`` windows do not overlap and the mixers' states are carried from one to the next:
-every target has the full document before it (attention then looks back beyond its training length).
+By default every document is scored alone, by sliding windows (see :mod:`evals.held_out`); with
+``max_tokens`` a random sample of these windows. Windows are packed without padding, so no state
+ever sees a padding token. With ``carry_state`` windows do not overlap and the mixers' states are
+carried from one to the next: every target has the full document before it (attention then looks
+back beyond its training length). With ``training_windows`` it is the windows that validation in
+training scores, which are cut from the stream of documents wherever they fall: the same loss.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
+from evals.held_out import (
+    Documents,
+    Scores,
+    Window,
+    bits_per_byte,
+    data_directories,
+    nats_per_token,
+    open_held_out,
+    sample,
+)
 from pretrain.common.errors import UserError
-from pretrain.data.batches import open_shard
+from pretrain.data.batches import PreparedData
 from pretrain.data.manifest import Manifest
 from pretrain.data.sequences import Sequences
+from pretrain.data.validation import validation_batches
 from pretrain.inference.load import LoadedModel
 from pretrain.model.language_model import LanguageModel
-
-
-@dataclass
-class Window:
-    """A window of ``[n]`` input and target ids, of which the last ``scored`` targets count."""
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    scored: int
-
-
-def windows(document: np.ndarray, eod_id: int, window: int, stride: int) -> Iterator[Window]:
-    """Yield the windows over ``document`` [tokens], ids that end with the end-of-document id."""
-    inputs = np.concatenate([[eod_id], document[:-1]])
-    done = 0
-    while done < len(document):
-        end = min(len(document), window if done == 0 else done + stride)
-        start = max(0, end - window)
-        yield Window(inputs[start:end], document[start:end], end - done)
-        done = end
 
 
 @torch.no_grad()
@@ -67,87 +57,162 @@ def evaluate_perplexity(
     window: int | None = None,
     stride: int | None = None,
     carry_state: bool = False,
+    training_windows: bool = False,
     max_tokens: int | None = None,
+    seed: int | None = None,
     tokens_per_pass: int = 8192,
 ) -> dict[str, Any]:
     """Score the validation split of a prepared directory (the run's own by default).
 
-    ``window`` defaults to the training length, ``stride`` to half of it. ``max_tokens``, divided
-    evenly over the run's directories, stops after the document in which it is reached. Returns the
-    scores and every setting that they depend on. Raises UserError for settings that do not fit
-    together or data of another tokenizer.
+    ``window`` defaults to the training length, ``stride`` to half of it. ``max_tokens`` scores a
+    random sample of the windows (with ``carry_state``, of the documents) of about so many tokens,
+    drawn by ``seed`` (0), every source in its share of the text; the standard errors are those of
+    drawing it. Returns the scores, those of each source, and every setting that they depend on.
+    Raises UserError for settings that do not fit together or data of another tokenizer.
     """
+    if training_windows:
+        _only_training_windows(window, stride, carry_state, max_tokens)
+    if seed is not None and max_tokens is None:
+        raise UserError(f"--seed is {seed}, but only --max-tokens draws a sample; give both")
     window = window or loaded.run.train.seq_len
     if carry_state and stride is not None:
         raise UserError("--stride is for overlapping windows; with --carry-state none overlap")
-    stride = window if carry_state else stride or max(window // 2, 1)
+    whole = carry_state or training_windows
+    stride = window if whole else stride or max(window // 2, 1)
     if not 1 <= stride <= window:
         raise UserError(f"stride is {stride}, expected 1 to the window of {window}")
     directories = data_directories(loaded, data)
-    bytes_per_token = loaded.tokenizer.bytes_per_token()
-    totals = Totals()
-    entropies = {}
-    budget = None if max_tokens is None else max_tokens / len(directories)
-    for directory in directories:
-        before = totals.tokens
-        manifest = Manifest.load(directory)
-        if manifest.tokenizer.sha256 != loaded.tokenizer.sha256:
-            raise UserError(
-                f"{directory} was made with another tokenizer ({manifest.tokenizer.sha256[:12]}...)"
-                f" than the model's ({loaded.tokenizer.sha256[:12]}...)"
-            )
-        entropies[directory] = asdict(manifest.byte_entropy)
-        waiting: list[Window] = []
-        for document in validation_documents(Path(directory), manifest):
-            if budget is not None and totals.tokens - before >= budget:
-                break
-            totals.count_document(document, bytes_per_token)
-            if carry_state:
-                totals.nats += _score_with_state(loaded, document, window)
-                continue
-            waiting += windows(document, loaded.tokenizer.eod_id, window, stride)
-            while sum(len(w.inputs) for w in waiting) >= tokens_per_pass:
-                waiting = _score_some(loaded.model, waiting, totals, tokens_per_pass)
-        while waiting:
-            waiting = _score_some(loaded.model, waiting, totals, tokens_per_pass)
-    if totals.bytes == 0:
+    held_out = open_held_out(loaded, data)
+    if training_windows:
+        found = _score_training_windows(loaded, held_out)
+    else:
+        found = _score_documents(
+            loaded, held_out, window, stride, carry_state, max_tokens, seed or 0, tokens_per_pass
+        )
+    if sum(scores.bytes for scores in found) == 0:
         raise UserError(f"{', '.join(directories)}: no validation documents to score")
+    total = _summary(found)
+    weights = sum(scores.weight for scores in found)
+    by_source = [
+        {"source": scores.source, "weight": scores.weight / weights, **_summary([scores])}
+        for scores in found
+    ]
     return {
         "task": "perplexity",
-        "bits_per_byte": totals.nats / math.log(2) / totals.bytes,
-        "nats_per_token": totals.nats / totals.tokens,
-        "perplexity": math.exp(totals.nats / totals.tokens),
-        "documents": totals.documents,
-        "tokens": totals.tokens,
-        "bytes": totals.bytes,
+        **total,
+        "perplexity": math.exp(total["nats_per_token"]),
+        # As if every source had as much text as training takes of it.
+        "nats_per_token_by_training_weights": sum(
+            s["weight"] * s["nats_per_token"] for s in by_source
+        ),
+        "sources": by_source,
+        "windows": "of validation in training" if training_windows else "of documents",
         "window": window,
         "stride": None if carry_state else stride,
         "carry_state": carry_state,
         "max_tokens": max_tokens,
+        "seed": None if max_tokens is None else seed or 0,
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "bos_rule": "each document is opened by the end-of-document token; its own is scored",
         "tokenizer_sha256": loaded.tokenizer.sha256,
         "data": directories,
-        "byte_entropy": entropies,
+        "byte_entropy": {d: asdict(Manifest.load(d).byte_entropy) for d in directories},
         "checkpoint": str(loaded.checkpoint),
         "step": loaded.state.step,
         "tokens_trained": loaded.state.tokens,
     }
 
 
-def data_directories(loaded: LoadedModel, data: str | None) -> list[str]:
-    """Return ``data``, or the prepared directories that a run was trained on.
-
-    Raises UserError where there are none, as for an imported model.
-    """
-    blend = [source.path for source in loaded.run.data.blend]
-    found = [d for d in ([data] if data else [loaded.run.data.path, *blend]) if d is not None]
-    if not found:
+def _only_training_windows(*others: int | bool | None) -> None:
+    names = ("--window", "--stride", "--carry-state", "--max-tokens")
+    given = [name for name, value in zip(names, others, strict=True) if value]
+    if given:
         raise UserError(
-            f"{loaded.checkpoint} has no training data: give --data, a directory prepared with its "
-            "tokenizer"
+            f"{given[0]} does not go with --training-windows, whose windows are those of "
+            "validation in training; leave one of them out"
         )
+
+
+def _summary(found: list[Scores]) -> dict[str, Any]:
+    nats, nats_error = nats_per_token(found)
+    # A sample may hold nothing but ends of documents, which stand for no bytes.
+    known = any(scores.bytes for scores in found)
+    bits, bits_error = bits_per_byte(found) if known else (None, None)
+    return {
+        "bits_per_byte": bits,
+        "nats_per_token": nats,
+        "stderr": {"bits_per_byte": bits_error, "nats_per_token": nats_error},
+        "documents": sum(scores.documents for scores in found),
+        "tokens": sum(scores.tokens for scores in found),
+        "bytes": sum(scores.bytes for scores in found),
+    }
+
+
+def _score_documents(
+    loaded: LoadedModel,
+    held_out: PreparedData,
+    window: int,
+    stride: int,
+    carry_state: bool,
+    max_tokens: int | None,
+    seed: int,
+    tokens_per_pass: int,
+) -> list[Scores]:
+    """Return what was scored of each source that has validation text: windows, or documents."""
+    sizes = loaded.tokenizer.bytes_per_token()
+    eod_id = loaded.tokenizer.eod_id
+    sources = [
+        (label, weight, Documents(stream, eod_id, window, stride))
+        for label, weight, stream in zip(
+            held_out.labels, held_out.weights, held_out.valid, strict=True
+        )
+        if len(stream)
+    ]
+    counts = [len(d.lengths) if carry_state else d.num_windows for _, _, d in sources]
+    every = [(n, d.num_tokens) for n, (_, _, d) in zip(counts, sources, strict=True)]
+    found = []
+    for (label, weight, documents), numbers, available in zip(
+        sources, sample(every, max_tokens, seed), counts, strict=True
+    ):
+        if carry_state:
+            texts = (documents.document(i) for i in numbers)
+            parts = [
+                (_score_with_state(loaded, text, window), len(text), int(sizes[text].sum()))
+                for text in texts
+            ]
+            seen = len(numbers)
+        else:
+            windows = (documents.window(i) for i in numbers)
+            parts = _score_windows(loaded.model, windows, sizes, tokens_per_pass)
+            seen = len({documents.document_of(i) for i in numbers})
+        found.append(Scores(label, weight, np.array(parts, np.float64), available, seen))
     return found
+
+
+def _score_windows(
+    model: LanguageModel, windows: Iterable[Window], sizes: np.ndarray, tokens_per_pass: int
+) -> list[tuple[float, int, int]]:
+    """Return (nats, tokens, bytes) of each window, as many in a pass as fit."""
+    parts: list[tuple[float, int, int]] = []
+    for batch in _passes(windows, tokens_per_pass):
+        for w, nats in zip(batch, score(model, batch), strict=True):
+            text_bytes = int(sizes[w.targets[-w.scored :]].sum())
+            parts.append((float(nats.sum()), w.scored, text_bytes))
+    return parts
+
+
+def _passes(windows: Iterable[Window], tokens_per_pass: int) -> Iterator[list[Window]]:
+    """Yield neighbours of so many tokens at most; a longer window is alone."""
+    waiting: list[Window] = []
+    size = 0
+    for w in windows:
+        size += len(w.inputs)
+        if waiting and size > tokens_per_pass:
+            yield waiting
+            waiting, size = [], len(w.inputs)
+        waiting.append(w)
+    if waiting:
+        yield waiting
 
 
 @torch.no_grad()
@@ -163,41 +228,24 @@ def _score_with_state(loaded: LoadedModel, document: np.ndarray, window: int) ->
     return total
 
 
-@dataclass
-class Totals:
-    """Running totals of what has been scored; ``tokens`` and ``bytes`` count full documents."""
-
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-    documents: int = 0
-
-    def count_document(self, document: np.ndarray, bytes_per_token: np.ndarray) -> None:
-        """Count a document [tokens], by the bytes of each token of the vocabulary."""
-        self.documents += 1
-        self.tokens += len(document)
-        self.bytes += int(bytes_per_token[document].sum())
-
-
-def _score_some(
-    model: LanguageModel, waiting: list[Window], totals: Totals, tokens_per_pass: int
-) -> list[Window]:
-    """Score the first windows that fit into one pass, and return the others."""
-    size = count = 0
-    for w in waiting:
-        size += len(w.inputs)
-        if count and size > tokens_per_pass:
-            break
-        count += 1
-    totals.nats += sum(float(part.sum()) for part in score(model, waiting[:count]))
-    return waiting[count:]
-
-
-def validation_documents(directory: Path, manifest: Manifest) -> Iterator[np.ndarray]:
-    """Yield the documents of a prepared directory's validation split, [tokens] ids in int64."""
-    manifest.verify_sizes(directory)
-    for shard in manifest.shards:
-        if shard.split == "valid":
-            dataset = open_shard(directory / shard.name)
-            for index in range(len(dataset)):
-                yield dataset[index].astype(np.int64)
+@torch.no_grad()
+def _score_training_windows(loaded: LoadedModel, held_out: PreparedData) -> list[Scores]:
+    """Return what was scored of each source, of the windows that validation in training scores."""
+    run, model = loaded.run, loaded.model
+    sizes = torch.from_numpy(loaded.tokenizer.bytes_per_token())
+    device = next(model.parameters()).device
+    batches = validation_batches(
+        held_out, run.train, run.parallel.micro_batch_size, run.validation.tokens
+    )
+    found = []
+    for label, weight in zip(held_out.labels, held_out.weights, strict=True):
+        parts, documents = [], 0
+        for batch in batches.get(label, []):
+            on_device = batch.to(device)
+            losses = model(on_device.tokens, on_device.targets, sequences=on_device.sequences)
+            text_bytes = int(sizes[batch.targets].sum())
+            parts.append((float(losses.double().sum()), batch.targets.numel(), text_bytes))
+            documents += batch.sequences.count
+        if parts:
+            found.append(Scores(label, weight, np.array(parts, np.float64), len(parts), documents))
+    return found

@@ -1,9 +1,9 @@
 """Loss by position far beyond the training length, and the size of the recurrent states there.
 
-Held-out documents, each beginning with the end-of-document token as in training, are read as one
-text without resets between them, in sequences of up to 16 times the training length. A model that
-extrapolates keeps its loss; one whose state fills up or grows loses it beyond some position, and
-its state's size shows why (state collapse, arXiv 2410.07145).
+Held-out documents, each beginning with the end-of-document token as in training and drawn at random
+from all sources, are read as one text without resets between them, in sequences of up to 16 times
+the training length. A model that extrapolates keeps its loss; one whose state fills up or grows
+loses it beyond some position, and its state's size shows why (state collapse, arXiv 2410.07145).
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from evals.perplexity import data_directories, validation_documents
+from evals.held_out import Documents, data_directories, open_held_out
 from pretrain.common.errors import UserError
-from pretrain.data.manifest import Manifest
 from pretrain.inference.load import LoadedModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.mixers.base import State
@@ -38,13 +37,13 @@ def evaluate_positions(
     """
     seq_len = loaded.run.train.seq_len
     length = factor * seq_len
-    directory = Path(data_directories(loaded, data)[0])
-    text = _text(loaded, directory, sequences * length + 1)
+    directories = data_directories(loaded, data)
+    text = _text(loaded, data, sequences * length + 1)
     count = (len(text) - 1) // length
     if count == 0:
         raise UserError(
-            f"{directory}: {len(text):,} tokens of validation text are fewer than one sequence of "
-            f"{factor} x {seq_len}; use more text or a smaller --factor"
+            f"{', '.join(directories)}: {len(text):,} tokens of validation text are fewer than one "
+            f"sequence of {factor} x {seq_len}; use more text or a smaller --factor"
         )
     ends = _bin_ends(seq_len, length)
     losses = np.zeros(length)
@@ -68,7 +67,7 @@ def evaluate_positions(
         "beyond_training_length": float(losses[seq_len:].mean() - inside),
         "state_rms": {name: values.tolist() for name, values in sizes.items()},
         "positions_of_state_rms": ends,
-        "data": str(directory),
+        "data": directories,
         "tokenizer_sha256": loaded.tokenizer.sha256,
         "checkpoint": str(loaded.checkpoint),
         "step": loaded.state.step,
@@ -77,17 +76,20 @@ def evaluate_positions(
     }
 
 
-def _text(loaded: LoadedModel, directory: Path, wanted: int) -> np.ndarray:
-    manifest = Manifest.load(str(directory))
-    if manifest.tokenizer.sha256 != loaded.tokenizer.sha256:
-        raise UserError(
-            f"{directory} was made with another tokenizer ({manifest.tokenizer.sha256[:12]}...) "
-            f"than the model's ({loaded.tokenizer.sha256[:12]}...)"
-        )
-    parts, have = [np.array([loaded.tokenizer.eod_id])], 1
-    for document in validation_documents(directory, manifest):
-        parts.append(document)
-        have += len(document)
+def _text(loaded: LoadedModel, data: str | None, wanted: int) -> np.ndarray:
+    """Return so many tokens of held-out documents of all sources, drawn at random without repeats.
+
+    Always the same ones; fewer where there are no more.
+    """
+    held_out = open_held_out(loaded, data)
+    eod_id = loaded.tokenizer.eod_id
+    sources = [Documents(stream, eod_id, 1, 1) for stream in held_out.valid]
+    every = [(source, i) for source in sources for i in range(len(source.lengths))]
+    parts, have = [np.array([eod_id])], 1
+    for number in np.random.default_rng(0).permutation(len(every)):
+        source, document = every[number]
+        parts.append(source.document(document))
+        have += len(parts[-1])
         if have >= wanted:
             break
     return np.concatenate(parts)[:wanted]

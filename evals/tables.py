@@ -15,10 +15,13 @@ def show_perplexity(result: dict[str, Any], path: Path) -> None:
     table = Table(title=f"{result['checkpoint']}: held-out text", title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
-    table.add_row("bits per byte", f"{result['bits_per_byte']:.4f}", style="bold")
+    table.add_row("bits per byte", _with_error(result, "bits_per_byte"), style="bold")
     for directory, entropy in result["byte_entropy"].items():
         table.add_row(f"byte bigrams of {directory}", f"{entropy['bigram']:.4f}")
-    table.add_row("nats per token", f"{result['nats_per_token']:.4f}")
+    table.add_row("nats per token", _with_error(result, "nats_per_token"))
+    if len(result["sources"]) > 1:
+        weighted = result["nats_per_token_by_training_weights"]
+        table.add_row("nats per token, sources by weight", f"{weighted:.4f}")
     table.add_row("perplexity per token", f"{result['perplexity']:.2f}")
     sizes = f"{result['documents']:,}, {result['tokens']:,}, {result['bytes']:,}"
     table.add_row("documents, tokens, bytes", sizes)
@@ -27,7 +30,35 @@ def show_perplexity(result: dict[str, Any], path: Path) -> None:
     else:
         table.add_row("window, stride", f"{result['window']:,}, {result['stride']:,}")
     Console().print(table)
+    if len(result["sources"]) > 1:
+        Console().print(_sources(result["sources"]))
     print(f"written to {path}")
+
+
+def _sources(sources: Sequence[dict[str, Any]]) -> Table:
+    title = "by source; weight: its share of the training samples"
+    table = Table(title=title, title_justify="left")
+    table.add_column("source", overflow="fold")
+    for column in ("weight", "documents", "tokens", "nats per token", "bits per byte"):
+        table.add_column(column, justify="right")
+    for source in sources:
+        table.add_row(
+            source["source"],
+            f"{source['weight']:.1%}",
+            f"{source['documents']:,}",
+            f"{source['tokens']:,}",
+            _with_error(source, "nats_per_token"),
+            _with_error(source, "bits_per_byte"),
+        )
+    return table
+
+
+def _with_error(result: dict[str, Any], name: str) -> str:
+    """Return a score with its standard error, where it is that of a sample."""
+    value, error = result[name], result["stderr"][name]
+    if value is None:
+        return ""
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def show_positions(result: dict[str, Any], path: Path, picture: Path) -> None:

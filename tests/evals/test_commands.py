@@ -75,3 +75,31 @@ def test_tasks_are_listed():
     assert done.returncode == 0
     for name in ("hellaswag", "recall_squad_twice", "niah_multikey_3", "text_a5", "positions"):
         assert name in done.stdout
+
+
+def test_validation_in_training_and_evals_agree_on_the_same_windows(tmp_path, corpus, other_corpus):
+    """In all and by source, to rounding: micro-batches differ from passes in how sums are made."""
+    run = Run(tmp_path, corpus, "blend")
+    blend = f"data.blend=[{{path: {corpus}, weight: 1}}, {{path: {other_corpus}, weight: 2}}]"
+    settings = ("data.path=null", blend, "train.steps=6", "validation.tokens=640")
+    status, output = run.finish(*settings, "optimizer.lr=0.03", "sample.tokens=0")
+    assert status == 0, output
+    logged = [row for row in run.metrics if "valid_loss" in row][-1]
+    done = evals(run.directory, "--training-windows")
+    assert done.returncode == 0, done.stderr
+    (path,) = (run.directory / "evals").glob("perplexity-*.json")
+    scored = json.loads(path.read_text())
+    pairs = [(scored, "")] + [(source, f"/{source['source']}") for source in scored["sources"]]
+    assert len(pairs) == 3
+    for found, name in pairs:
+        assert found["tokens"] == logged[f"valid_tokens{name}"]
+        for theirs, ours in (("nats_per_token", "loss"), ("bits_per_byte", "bits_per_byte")):
+            assert found[theirs] == pytest.approx(logged[f"valid_{ours}{name}"], rel=1e-6)
+    assert f"validation loss {logged['valid_loss']:.4f} nats per token" in output
+    for source in scored["sources"]:
+        name = source["source"]
+        assert f"{name} {logged[f'valid_loss/{name}']:.4f}" in output
+    assert abs(scored["sources"][0]["nats_per_token"] - scored["nats_per_token"]) > 1e-3
+    done = evals(run.directory, "--max-tokens", 200, "--seed", 2)
+    assert done.returncode == 0, done.stderr
+    assert "±" in done.stdout and "by source" in done.stdout

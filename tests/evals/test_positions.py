@@ -11,6 +11,8 @@ import torch
 
 from evals.positions import _bin_ends, _text, draw_positions, evaluate_positions
 from pretrain.common.errors import UserError
+from pretrain.config import DataConfig, DataSource
+from pretrain.data.batches import open_data
 from pretrain.data.manifest import Manifest
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.build import build_model
@@ -25,7 +27,7 @@ def loaded(corpus, pattern="gdn attn", seq_len=16, **changes) -> Any:
     run = SimpleNamespace(
         train=SimpleNamespace(seq_len=seq_len),
         model=config,
-        data=SimpleNamespace(path=str(corpus), blend=[]),
+        data=DataConfig(str(corpus)),
     )
     state = SimpleNamespace(step=3, tokens=100)
     return SimpleNamespace(
@@ -42,7 +44,7 @@ def test_losses_are_those_of_one_pass(corpus):
     found = loaded(corpus)
     result = evaluate_positions(found, factor=4, sequences=2)
     assert result["sequences"] == 2
-    text = _text(found, corpus, 2 * 64 + 1)
+    text = _text(found, None, 2 * 64 + 1)
     rows = []
     for start in (0, 64):
         ids = torch.from_numpy(text[start : start + 65][None])
@@ -86,6 +88,21 @@ def test_every_pass_of_a_loop_has_a_state(corpus):
     looped = loaded(corpus, "attn gdn gdn", recursion={"prelude": 1, "coda": 1, "times": 2})
     result = evaluate_positions(looped, factor=2, sequences=1)
     assert list(result["state_rms"]) == ["1 gdn, pass 1", "1 gdn, pass 2", "2 gdn"]
+
+
+def test_the_text_is_documents_of_all_sources_once_each(corpus, other_corpus):
+    found = loaded(corpus)
+    blend = [DataSource(str(p)) for p in (corpus, other_corpus)]
+    found.run.data = DataConfig(blend=blend)
+    text, eod = _text(found, None, 10**9), found.tokenizer.eod_id
+    documents = [tuple(part) for part in np.split(text, np.flatnonzero(text == eod) + 1)[1:-1]]
+    expected = []
+    for stream in open_data(found.run.data).valid:
+        ids = stream.read(0, len(stream))
+        expected.append([tuple(p) for p in np.split(ids, np.flatnonzero(ids == eod) + 1)[:-1]])
+    assert sorted(documents) == sorted(expected[0] + expected[1])
+    sources = [document in expected[0] for document in documents]
+    assert sorted(sources) not in (sources, sources[::-1]), "mixed"
 
 
 def test_bad_input(corpus, tmp_path):
