@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from launch.grid import Member
@@ -39,7 +40,7 @@ def match_members(
                 ratio = first / this
             elif how == "time" and speeds is not None:
                 ratio = speeds[member.name] / speeds[members[0].name]
-            _match_tokens(member.config, reference, ratio, at)
+            _match_tokens(member.config, reference, ratio, how, at)
 
 
 def counts_of(config: RunConfig) -> ModelCounts:
@@ -102,17 +103,30 @@ def _match_parameters(config: RunConfig, reference: RunConfig, where: str) -> No
         raise ConfigError(
             f"{where}: grid.match is parameters, but the closest MLP width, "
             f"{mlp.intermediate_size}, gives {reached:,} parameters and the first member has "
-            f"{wanted:,}"
+            f"{wanted:,}; expected another model.hidden_size or number of blocks, or another "
+            "grid.match"
         )
 
 
-def _match_tokens(config: RunConfig, reference: RunConfig, ratio: float, where: str) -> None:
-    train = reference.train
-    wanted = round(ratio * train.tokens_before(train.num_steps))
-    if wanted < config.train.global_batch_tokens:
-        raise ConfigError(f"{where}: grid.match gives it {wanted} tokens, less than one batch")
-    config.train.steps, config.train.tokens = None, wanted
-    if ratio != 1:  # round to the nearest number of whole batches
-        steps = config.train.num_steps
-        below, above = (config.train.tokens_before(s) for s in (steps - 1, steps))
-        config.train.tokens = below if wanted - below < above - wanted else above
+def _match_tokens(
+    config: RunConfig, reference: RunConfig, ratio: float, how: str, where: str
+) -> None:
+    """Give a run the number of whole batches nearest to ``ratio`` x the reference's tokens."""
+    train, first = config.train, reference.train
+    total = first.tokens_before(first.num_steps)
+    exact = ratio * total
+    train.steps, train.tokens = None, max(round(exact), 1)
+    steps = train.num_steps
+    near = (train.tokens_before(s) for s in (steps - 1, steps) if s > 0)
+    train.tokens = min(near, key=lambda tokens: abs(tokens - exact))
+    if abs(train.tokens / exact - 1) > _CLOSE:
+        batch = train.global_batch_tokens
+        allowed = "as many tokens" if ratio == 1 else f"{exact:,.0f} tokens, {ratio:.4g} x as many"
+        # A batch of two hundredths is at most one hundredth from a whole number of them.
+        raise ConfigError(
+            f"{where}: grid.match is {how}, which asks for {allowed} as the first member's "
+            f"{total:,}, but the nearest number of whole batches of {batch:,} tokens has "
+            f"{train.tokens:,}, more than {_CLOSE:.0%} off; expected train.global_batch_tokens of "
+            f"at most {math.floor(2 * _CLOSE * exact):,}, or a first member of at least "
+            f"{math.ceil(batch / (2 * _CLOSE * ratio)):,} tokens"
+        )

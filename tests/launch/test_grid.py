@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -150,10 +152,64 @@ def test_members_made_alike_in_flops_and_tokens(tmp_path):
         * m.config.train.tokens_before(m.config.train.num_steps)
         for m in found.members
     ]
-    assert flops == pytest.approx([flops[0]] * 3, rel=0.02)
+    assert flops == pytest.approx([flops[0]] * 3, rel=0.01)
     assert found.members[2].config.train.num_steps < 100
     found = grid(tmp_path, "  train.steps: [10, 20]\n  match: tokens", BASE)
     assert [m.config.train.num_steps for m in found.members] == [10, 10]
+
+
+def budget(tmp_path, tokens, batch, how="tokens", ratio=1.0):
+    """Tokens of the second of two members, of which the first has so many; None if refused."""
+    base = BASE.replace("steps: 10", f"tokens: {tokens}") + f"directory: {tmp_path}\n"
+    axes = f'  zip: {{train.global_batch_tokens: [64, {batch}], model.pattern: [gdn, "2*gdn"]}}\n'
+    write_throughput(
+        tmp_path,
+        {"pattern=gdn,global_batch_tokens=64": 1.0}
+        | {f"pattern=2xgdn,global_batch_tokens={batch}": ratio},
+    )
+    try:
+        found = grid(tmp_path, f"{axes}  match: {how}", base)
+    except ConfigError as error:
+        return None, str(error)
+    train = found.members[1].config.train
+    return train.tokens_before(train.num_steps), ""
+
+
+def numbers_of(words, message):
+    (number,) = re.findall(words + r" ([\d,]+)", message)
+    return int(number.replace(",", ""))
+
+
+@pytest.mark.parametrize("how", ["tokens", "time"])
+def test_budgets_are_within_one_percent_or_refused_with_what_would_work(tmp_path, how):
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(40):
+        tokens, batch = 64 * generator.randint(20, 2000), 64 * generator.randint(1, 200)
+        ratio = 1.0 if how == "tokens" else generator.uniform(0.2, 5)
+        wanted = ratio * tokens
+        reached, message = budget(tmp_path, tokens, batch, how, ratio)
+        nearest = min(
+            (n * batch for n in (int(wanted / batch), int(wanted / batch) + 1) if n),
+            key=lambda n: abs(n - wanted),
+        )
+        if abs(nearest / wanted - 1) <= 0.01:
+            assert reached == nearest
+            continue
+        refused += 1
+        assert f"grid.match is {how}" in message and f"{nearest:,}" in message
+        smaller = numbers_of("global_batch_tokens of at most", message) // 64 * 64
+        if smaller:
+            assert budget(tmp_path, tokens, smaller, how, ratio)[0] is not None
+        longer = numbers_of("a first member of at least", message)
+        assert budget(tmp_path, -(-longer // 64) * 64, batch, how, ratio)[0] is not None
+    assert 5 < refused < 40
+
+
+def test_a_batch_of_almost_the_whole_budget_is_no_match(tmp_path):
+    reached, message = budget(tmp_path, 67_584, 65_536)
+    assert reached is None
+    assert "as many tokens as the first member's 67,584, but the nearest number" in message
 
 
 def test_members_made_alike_in_time(tmp_path):
