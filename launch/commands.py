@@ -165,7 +165,11 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
     matched = "" if grid.match is None else f"; {grid.match} matched"
     found = Table(title=f"{grid.name}: {listed}{matched}", title_justify="left")
     found.add_column("member", overflow="fold")
-    columns = ("parameters", "tokens", "PFLOP") if plan else ("loss", "tokens/s", "left", "")
+    columns = (
+        ("parameters", "tokens", "PFLOP")
+        if plan
+        else ("loss", "validation loss", "bits per byte", "tokens/s", "left", "")
+    )
     for column in ("state", "step", *columns):
         found.add_column(column, justify="right" if column else "left", overflow="fold")
     total = 0.0
@@ -182,7 +186,10 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
         else:
             left = state.seconds_left(config)
             row += [
-                "" if state.loss is None else f"{state.loss:.4f}",
+                *(
+                    "" if value is None else f"{value:.4f}"
+                    for value in (state.loss, state.valid_loss, state.valid_bits_per_byte)
+                ),
                 "" if state.tokens_per_second is None else f"{state.tokens_per_second:,.0f}",
                 "" if left is None or state.state in (DONE, FAILED, STOPPED) else _minutes(left),
                 state.reason,

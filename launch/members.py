@@ -12,7 +12,7 @@ from pretrain.common.config_loader import ConfigError, flattened
 from pretrain.common.errors import EXIT_STOPPED, UserError
 from pretrain.config import RunConfig
 from pretrain.model.spec import with_sizes
-from pretrain.run_directory import RunDirectory
+from pretrain.run_directory import RunDirectory, overall_speed
 
 WAITING, QUEUED, RUNNING = "waiting", "queued", "running"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
@@ -21,6 +21,7 @@ _CHANGEABLE = (
     "train.steps",
     "train.tokens",
     "train.threads",
+    "data.verify",
     "logging.",
     "checkpoint.",
     "validation.",
@@ -34,11 +35,19 @@ _CHANGEABLE = (
 
 @dataclass
 class MemberState:
-    """The state of one member, with the last logged ``step``, ``loss`` and speed."""
+    """The state of one member, with the numbers that it logged last.
+
+    Attributes:
+        step: Of the last line about a step.
+        loss: Mean over the steps since the line before it, in nats per token.
+        tokens_per_second: Over all steps logged, without pauses.
+    """
 
     state: str
     step: int = 0
     loss: float | None = None
+    valid_loss: float | None = None
+    valid_bits_per_byte: float | None = None
     tokens_per_second: float | None = None
     reason: str = ""
 
@@ -59,11 +68,16 @@ def member_state(member: Member, *, held: bool = True) -> MemberState:
     directory = RunDirectory(member.config.run_directory)
     found = MemberState(WAITING)
     if directory.metrics_file.exists():
-        rows = [row for row in directory.read_metrics() if row.get("loss") is not None]
+        every = directory.read_metrics()
+        rows = [row for row in every if row.get("loss") is not None]
         if rows:
             last = rows[-1]
-            found.step, found.loss = last["step"], last["loss"]
-            found.tokens_per_second = last.get("tokens_per_second")
+            found.step, found.loss = last["step"], last.get("loss_mean", last["loss"])
+            found.tokens_per_second = overall_speed(rows)
+        validations = [row for row in every if row.get("valid_loss") is not None]
+        if validations:
+            found.valid_loss = validations[-1]["valid_loss"]
+            found.valid_bits_per_byte = validations[-1].get("valid_bits_per_byte")
     launched = directory.read_launch()
     if held and directory.is_locked():
         found.state = RUNNING

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.yaml"  # of a run, and of each of its checkpoints
 METRICS_FILE = "metrics.jsonl"
 _COLUMNS = [  # of the metrics of every run
-    *("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"),
+    *("step", "tokens", "loss", "loss_mean", "lr", "grad_norm", "tokens_per_second", "mfu"),
     *("memory", "skipped", "epochs", "seconds"),
 ]
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
@@ -327,6 +327,19 @@ class Run(RunDirectory):
     def config(self) -> RunConfig:
         """Return every setting of the run."""
         return self.read_config()
+
+
+def overall_speed(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Return the tokens per second over all steps of a log, in order; None where none are known.
+
+    The time is that of training alone: every line's speed is of the steps since the one before it.
+    """
+    tokens = seconds = 0.0
+    for row in rows:
+        if row.get("tokens_per_second") and row["tokens"] > tokens:
+            seconds += (row["tokens"] - tokens) / row["tokens_per_second"]
+            tokens = row["tokens"]
+    return tokens / seconds if seconds else None
 
 
 # Folders of checkpoints

@@ -68,5 +68,5 @@ def draw_speeds(groups: Sequence[Group], path: Path) -> Path | None:
         text = f" {speed:,.0f}" + (f", MFU {100 * mfu[0]:.1f} %" if mfu else "")
         axes.text(speed, i, text, va="center", fontsize=7)
     axes.set_xlim(0, 1.25 * max(s for _, s, _ in known))
-    axes.set(xlabel="tokens per second (median over the log)")
+    axes.set(xlabel="tokens per second (over the run)")
     return save(figure, path)

@@ -14,7 +14,7 @@ import numpy as np
 from evals.scaling.parameters import Array
 from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
-from pretrain.run_directory import METRICS_FILE, RunDirectory
+from pretrain.run_directory import METRICS_FILE, RunDirectory, overall_speed
 
 LAST = 5  # logged losses whose mean is the final loss
 # Settings that do not change what is trained.
@@ -27,6 +27,7 @@ _IRRELEVANT = (
     "callbacks",
     "parallel.timeout_minutes",
     "train.threads",
+    "data.verify",
     "validation.",
     "eval.",
 )
@@ -36,9 +37,9 @@ _IRRELEVANT = (
 class Run:
     """One run directory.
 
-    ``steps``, ``tokens``, ``loss`` (nats per token) and ``seconds`` are those of the n logged
-    losses; ``valid`` holds (tokens, nats per token, bits per byte or None) of every validation;
-    ``scores`` the result of each evaluation.
+    ``steps``, ``tokens``, ``loss`` (nats per token, the mean over the steps since the line before)
+    and ``seconds`` are those of the n logged losses; ``valid`` holds (tokens, nats per token, bits
+    per byte or None) of every validation; ``scores`` the result of each evaluation.
     """
 
     name: str
@@ -139,7 +140,6 @@ def read_run(directory: RunDirectory) -> Run | None:
         if not k.startswith(_IRRELEVANT) and k != "seed"
     }
     model = directory.read_model()
-    speeds = [r["tokens_per_second"] for r in rows if r.get("tokens_per_second")]
     shares = [r["mfu"] for r in rows if r.get("mfu")]
     return Run(
         directory.name,
@@ -148,7 +148,8 @@ def read_run(directory: RunDirectory) -> Run | None:
         config.seed,
         np.array([r["step"] for r in rows]),
         np.array([float(r["tokens"]) for r in rows]),
-        np.array([float(r["loss"]) for r in rows]),
+        # Runs of earlier versions logged single steps' losses alone.
+        np.array([float(r.get("loss_mean", r["loss"])) for r in rows]),
         _seconds(rows),
         config.train.num_steps,
         [
@@ -156,7 +157,7 @@ def read_run(directory: RunDirectory) -> Run | None:
             for r in every
             if isinstance(r.get("valid_loss"), int | float)
         ],
-        float(np.median(speeds)) if speeds else None,
+        overall_speed(rows),
         float(np.median(shares)) if shares else None,
         model.get("parameters"),
         model.get("training_flops_per_token"),

@@ -28,6 +28,7 @@ class RunLog:
         step: int,
     ):
         self.directory, self.active, self.num_steps = directory, active, num_steps
+        self._every = config.every
         self._progress: Progress | None = None
         self._trackers: list[Tracker] = []
         if not active:
@@ -97,8 +98,10 @@ class RunLog:
         self.record(values)
         if not self.active:
             return
+        # The mean over the steps since the last line, where that is not the same one step.
+        mean = f" (mean {values['loss_mean']:.4f})" if self._every > 1 else ""
         numbers = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+            f"loss {values['loss']:.4f}{mean}  lr {values['lr']:.2e}  "
             f"grad norm {values['grad_norm']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
         )
         if values["mfu"] is not None:

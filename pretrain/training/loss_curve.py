@@ -10,15 +10,16 @@ from pretrain.run_directory import RunDirectory
 def plot_loss_curve(
     directory: RunDirectory, title: str, bigram_entropy: float | None
 ) -> Path | None:
-    """Draw the training loss, and the validation loss in bits per byte, into the run directory.
+    """Draw the training and validation loss, and bits per byte, into the run directory.
 
-    ``bigram_entropy``, in bits per byte, is drawn beside them. Returns the plot's path, or None
-    where no loss is logged.
+    The training loss is that of the logged steps, and its mean over the steps between them.
+    ``bigram_entropy``, in bits per byte, is drawn beside the bits per byte. Returns the plot's
+    path, or None where no loss is logged.
     """
     from matplotlib.figure import Figure
 
     rows = directory.read_metrics()
-    train = [(r["tokens"], r["loss"]) for r in rows if r.get("loss") is not None]
+    train = [r for r in rows if r.get("loss") is not None]
     valid = [
         (r["tokens"], r["valid_loss"], r["valid_bits_per_byte"])
         for r in rows
@@ -28,7 +29,15 @@ def plot_loss_curve(
         return None
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, label="training")
+    tokens = [r["tokens"] for r in train]
+    # Runs of earlier versions logged no means.
+    means = [r.get("loss_mean", r["loss"]) for r in train]
+    steps = [r["loss"] for r in train]
+    if steps != means:
+        left.plot(
+            tokens, steps, color="tab:blue", alpha=0.3, linewidth=1, label="training, one step"
+        )
+    left.plot(tokens, means, color="tab:blue", linewidth=1, label="training, mean of steps")
     if valid:
         left.plot(
             *zip(*[v[:2] for v in valid], strict=True),

@@ -75,5 +75,6 @@ def roll_back(
     offset = state.data_offset + missed + spikes.skip_steps * train.global_batch_tokens
     state.step, state.tokens, state.skipped = saved.step, saved.tokens, saved.skipped
     state.recent_losses[:] = saved.recent_losses
+    state.unlogged_loss, state.unlogged_steps = saved.unlogged_loss, saved.unlogged_steps
     state.data_offset, state.rollbacks = offset, state.rollbacks + 1
     return target

@@ -90,6 +90,16 @@ def test_a_resumed_run_counts_each_step_once_and_its_time_on(tmp_path):
     assert (np.diff(run.seconds) >= 0).all()
 
 
+def test_losses_are_means_over_steps_and_speeds_of_the_run(tmp_path):
+    lines = rows(3.0)
+    for row in lines[:-1]:
+        row["loss_mean"] = row["loss"] + 0.5
+    (run,), _ = find_runs([run_directory(tmp_path, lines)])
+    assert run.loss == pytest.approx([row["loss"] + 0.5 for row in lines[:-1]])
+    seconds = sum(5 * 128 / row["tokens_per_second"] for row in lines[:-1])
+    assert run.tokens_per_second == pytest.approx(200 * 128 / seconds)
+
+
 def test_the_page_holds_all_of_it(runs, tmp_path):
     out = tmp_path / "out"
     assert main([str(runs), "--out", str(out)]) == 0

@@ -9,7 +9,11 @@ from pretrain.training.metrics import peak_flops, peak_memory_bytes
 
 
 class LogSteps(Callback):
-    """Log every ``logging.every`` steps, and the last one, unless it was skipped or rolled back."""
+    """Log every ``logging.every`` steps, and the last one, unless it was skipped or rolled back.
+
+    Beside the step's loss it logs the mean, by tokens, over all steps since the last line whose
+    update was applied.
+    """
 
     def on_train_start(self) -> None:
         """Look up the device's peak."""
@@ -18,7 +22,12 @@ class LogSteps(Callback):
 
     def after_step(self, result: StepResult) -> Decision | None:
         """Measure the step if it is due; never decide."""
-        trainer, step = self.trainer, self.trainer.state.step
+        trainer, state, step = self.trainer, self.trainer.state, self.trainer.state.step
+        if result.applied:
+            train = trainer.config.train
+            weight = train.batch_tokens(step - 1) / train.global_batch_tokens
+            state.unlogged_loss += result.loss * weight
+            state.unlogged_steps += weight
         due = step % trainer.config.logging.every == 0 or step == trainer.num_steps
         self._metrics = self._measure(result) if result.applied and due else None
         return None
@@ -46,11 +55,14 @@ class LogSteps(Callback):
                 f"step {state.step}: Newton's method did not converge on "
                 f"{layers['newton_fallbacks']:g} sequences, which were computed step by step"
             )
+        mean = state.unlogged_loss / state.unlogged_steps
+        state.unlogged_loss = state.unlogged_steps = 0.0
         epochs = trainer.batches.epochs(state.step, offset=state.data_offset)
         return {
             "step": state.step,
             "tokens": state.tokens,
             "loss": result.loss,
+            "loss_mean": mean,
             "lr": trainer.lr,
             "grad_norm": result.grad_norm,
             "tokens_per_second": self._speed,

@@ -280,7 +280,7 @@ def test_what_is_a_spike():
     assert not off.is_spike(9.0)
 
 
-def spiking(run, policy):
+def spiking(run, policy, *overrides):
     done = processes.run(
         "tests.helpers.spiking_run",
         run.config,
@@ -290,6 +290,7 @@ def spiking(run, policy):
         "train.spikes.rollback_steps=5",
         "train.spikes.skip_steps=3",
         "checkpoint.keep_last=4",
+        *overrides,
     )
     assert done.returncode == 0, done.stderr
     return {row["step"]: row for row in run.metrics if "loss" in row}, done.stdout
@@ -321,6 +322,11 @@ def test_spikes_are_skipped_or_rolled_back(tmp_path, corpus):
     assert steps == list(range(16, 21))
     state = json.loads((run.directory / "checkpoints/step-00000030/state.json").read_text())
     assert (state["rollbacks"], state["data_offset"]) == (1, (21 - 15 + 3) * 128)
+    # The means over steps are of those that count.
+    rare, _ = spiking(Run(tmp_path, corpus, "rare", steps=30), "rollback", "logging.every=4")
+    for step in range(4, 29, 4):
+        expected = np.mean([losses[i]["loss"] for i in range(step - 3, step + 1)])
+        assert rare[step]["loss_mean"] == pytest.approx(expected, rel=1e-12), step
     # Stopped anywhere behind it, it resumes with the same data.
     again = Run(tmp_path, corpus, "rollback", steps=33)
     more, _ = spiking(again, "rollback")
