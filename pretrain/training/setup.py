@@ -68,9 +68,8 @@ def check_data_hashes(config: DataConfig, alive: Callable[[], None]) -> None:
     Nodes may have copies of their own. ``alive`` is called after each file. Raises UserError on
     every process where one has changed. Every process must call.
     """
-    part, parts = (
-        int(os.environ.get(f"LOCAL_{n}", d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
+    parts = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    part = int(os.environ.get("LOCAL_RANK", "0")) % parts
 
     def check() -> None:
         for directory in dict.fromkeys(part.path for part in config.directories):
