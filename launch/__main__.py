@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -115,7 +116,8 @@ def _start(arguments: argparse.Namespace) -> int:
         return EXIT_FAILED if failed else 0
     if cluster.kind == "slurm":
         job, path = submit(cluster, grid, members, arguments.at_once)
-        console.print(f"submitted job {job}, {path}\nstatus  python -m launch status {grid.path}")
+        again = shlex.join(["python", "-m", "launch", "status", str(grid.path)])
+        console.print(f"submitted job {job}, {path}\nstatus  {again}")
         return 0
     return _run_here(arguments, grid, members, bool(failed))
 
