@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -120,7 +121,8 @@ def _start(arguments: argparse.Namespace) -> int:
         return EXIT_FAILED if failed else 0
     if cluster.kind == "slurm":
         job, path = submit(cluster, grid, members, arguments.at_once, force=arguments.force)
-        console.print(f"submitted job {job}, {path}\nstatus  python -m launch status {grid.path}")
+        again = shlex.join(["python", "-m", "launch", "status", str(grid.path)])
+        console.print(f"submitted job {job}, {path}\nstatus  {again}")
         return 0
     return _run_here(arguments, grid, members, bool(failed))
 

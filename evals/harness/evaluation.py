@@ -74,7 +74,7 @@ def evaluate_tasks(
     for name, metrics in found["results"].items():
         leaves = leaves_of(name, groups)
         scores, errors = _scores(metrics)
-        documents = scored.get(name)
+        documents = sum(scored[leaf] for leaf in leaves if leaf in scored) or None
         averaged = averaged_metrics(tasks["tasks"][name]) if name in tasks["tasks"] else set()
         chance = chance_of_group(name, groups, chances, scored)
         results[name] = {

@@ -227,8 +227,11 @@ def _settings(
         for k, v in flattened(dataclasses.asdict(config)).items()
         if not k.startswith(_IRRELEVANT) and k != "seed"
     }
-    sections = {"model.moe": config.model.moe, "model.recursion": config.model.recursion}
-    sections["initialize"] = config.initialize
+    sections: dict[str, Any] = {
+        "model.moe": config.model.moe,
+        "model.recursion": config.model.recursion,
+        "initialize": config.initialize,
+    }
     shown |= {name: "no" if section is None else "yes" for name, section in sections.items()}
     return shown, {**shown, "model.pattern": " ".join(names)}
 

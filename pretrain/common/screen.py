@@ -40,7 +40,8 @@ def show_table(table: Table, console: Console | None = None) -> None:
 def fit_table(table: Table, room: int) -> Table:
     """Set the widths of a table's columns for a screen of ``room`` characters, and return it.
 
-    What is too wide is broken between words. Only names, which are aligned left, may break inside.
+    What is too wide is broken between words, and where that does not suffice inside names, which
+    are aligned left.
     """
     most, least = [], []
     for column in table.columns:
@@ -50,7 +51,7 @@ def fit_table(table: Table, room: int) -> Table:
         least.append(_least_width(column, texts))
     frame = 3 * len(table.columns) + 1
     widths = list(most)
-    order = sorted(range(len(widths)), key=lambda i: (table.columns[i].justify != "left", -most[i]))
+    order = sorted(range(len(widths)), key=lambda i: (table.columns[i].justify == "left", -most[i]))
     for i in order:
         excess = sum(widths) + frame - room
         if excess > 0:

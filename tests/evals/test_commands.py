@@ -103,3 +103,23 @@ def test_validation_in_training_and_evals_agree_on_the_same_windows(tmp_path, co
     done = evals(run.directory, "--max-tokens", 200, "--seed", 2)
     assert done.returncode == 0, done.stderr
     assert "±" in done.stdout and "by source" in done.stdout
+
+
+def test_two_models_never_share_a_file(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    from evals.commands import main
+    from evals.harness import hugging_face
+
+    def evaluate(source, names, **_):
+        about = {"documents": 1, "documents_of_task": 1, "limit": None, "version": 1}
+        for name in names:
+            found = {"scores": {"acc": 1.0}, "intervals": {}, "chance": {}, "num_fewshot": 0}
+            yield name, {**about, **found, "checkpoint": source}
+
+    monkeypatch.setattr(hugging_face, "evaluate_hugging_face", evaluate)
+    monkeypatch.chdir(tmp_path)
+    sources = ["l-x", "l/x", "/l/x", "l x", "l%2Fx", "L/../x", "[red]"]
+    for source in sources:
+        assert main([f"hf:{source}", "--tasks", "text_parity"]) == 0
+    files = list((tmp_path / "runs").rglob("*.json"))
+    assert sorted(json.loads(file.read_text())["checkpoint"] for file in files) == sorted(sources)

@@ -160,8 +160,8 @@ def test_scores_of_other_settings_stand_apart(tmp_path):
     ],
 )
 def test_seeds_of_one_model_are_one_row_however_it_is_written(one, other, tmp_path):
-    base = {"hidden_size": 8, "pattern": "attn", "mixers": {"attn": {"num_heads": 2}}}
-    base["mixers"]["gdn"] = {"num_heads": 1, "head_dim": 4}
+    mixers = {"attn": {"num_heads": 2}, "gdn": {"num_heads": 1, "head_dim": 4}}
+    base: dict[str, Any] = {"hidden_size": 8, "pattern": "attn", "mixers": mixers}
     for seed, model in enumerate((one, other, one)):
         run_directory(tmp_path, rows(3.0), f"s{seed}", seed=seed, model={**base, **model})
     (group,) = grouped(find_runs([tmp_path])[0])
@@ -241,7 +241,8 @@ def test_the_page_holds_all_of_it(runs, tmp_path):
 
 def test_schedules_of_one_size_get_a_law(tmp_path):
     for kind in ("cosine", "two_stage"):
-        run_directory(tmp_path, rows(3.0), kind, schedule={"kind": kind, "warmup_steps": 20})
+        name = rf"_{kind}$\frac{{$"  # which is drawn, too
+        run_directory(tmp_path, rows(3.0), name, schedule={"kind": kind, "warmup_steps": 20})
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out/report.html").read_text()
     assert "Intrinsic-time law" in page

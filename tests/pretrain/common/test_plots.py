@@ -7,6 +7,8 @@ import warnings
 from matplotlib.figure import Figure
 
 from pretrain.common.plots import plot_text
+from pretrain.run_directory import RunDirectory
+from pretrain.training.loss_curve import plot_loss_curve
 from tests.helpers.nasty_names import random_names
 
 
@@ -28,6 +30,14 @@ def test_names_are_drawn_as_they_are(tmp_path):
         assert not formula
         if name.isprintable():
             assert content.removeprefix("\u200b") == name
+
+
+def test_the_curve_of_a_run_with_any_name_is_drawn(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_metrics([{"step": s, "tokens": s, "loss": 3.0 / s} for s in (1, 2, 3)])
+    for name in random_names(8, seed=1):
+        path = plot_loss_curve(run, name, 2.0)
+        assert path is not None and path.stat().st_size > 5000
 
 
 def test_a_long_text_keeps_both_ends():
