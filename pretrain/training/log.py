@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from pretrain.common.text import duration
 from pretrain.config import LoggingConfig
 from pretrain.run_directory import RunDirectory
 from pretrain.training.trackers import Tracker, open_trackers
@@ -130,12 +131,3 @@ class RunLog:
         self._text.close()
         for tracker in self._trackers:
             tracker.close()
-
-
-def duration(seconds: float) -> str:
-    """Return a time such as ``5:07``, ``3:05:07`` or, from two days on, ``12 days``."""
-    if seconds >= 2 * 86400:
-        return f"{seconds / 86400:,.0f} days"
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
