@@ -27,6 +27,7 @@ from data_prep.watched_files import WatchedFiles
 from data_prep.workers import SPLITS, WorkerPool
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
+from pretrain.common.run_files import run_around
 from pretrain.data.manifest import (
     FORMAT,
     ByteEntropy,
@@ -38,8 +39,6 @@ from pretrain.data.manifest import (
 )
 from pretrain.data.manifest import NAME as MANIFEST
 from pretrain.data.tokenizer import FILE_NAMES, Tokenizer
-
-_OF_A_RUN = ("metrics.jsonl", "launch.yaml")  # a run that has begun, and one that will
 
 
 def prepare(config: DataPrepConfig, overwrite: bool = False) -> Manifest:
@@ -88,12 +87,12 @@ def prepare(config: DataPrepConfig, overwrite: bool = False) -> Manifest:
 def _check_output(config: DataPrepConfig) -> None:
     """Raise UserError for an output in a run's directory, or among the text of a source."""
     output = Path(config.output).resolve()
-    for folder in (output, *output.parents):
-        if any((folder / name).exists() for name in _OF_A_RUN):
-            raise UserError(
-                f"output is {config.output}, which is in the directory of a run, {folder}; "
-                "expected a folder of its own, such as data/NAME"
-            )
+    run = run_around(output)
+    if run is not None:
+        raise UserError(
+            f"output is {config.output}, which is in the directory of a run, {run}; expected a "
+            "folder of its own, such as data/NAME"
+        )
     for source in config.sources:
         for entry in source.paths:
             path = Path(entry).expanduser()

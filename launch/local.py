@@ -14,18 +14,20 @@ from typing import IO, Any
 
 from launch.claims import Claim, claim
 from launch.grid import Member
-from launch.members import DONE, member_state
+from launch.members import DONE, FAILED, member_state
 from pretrain.common.errors import EXIT_STOPPED, UserError
 from pretrain.common.process_identity import identity_of
 from pretrain.config import RunConfig
 from pretrain.run_directory import RunDirectory
 
-# What becomes of members that need not be started after all.
-PASSED_OVER = (
-    "left to another launcher, which is running it",
-    "left out, it is running already",
-    "done already",
-)
+EXIT_FAILED = 1
+# What becomes of members that need not be started after all, and their exit status.
+PASSED_OVER = {
+    "left to another launcher, which is running it": 0,
+    "left out, it is running already": 0,
+    "done already": 0,
+    "failed under another launcher": EXIT_FAILED,
+}
 
 
 @dataclass
@@ -77,8 +79,9 @@ def run_queue(
 
     A single member writes to the screen. An interrupt is forwarded to the running members, which
     save and exit, and ends the queue. ``show`` is called when a member starts and ends. One that
-    runs elsewhere or is done by now is passed over, with status 0.
+    another launcher has come to meanwhile is passed over, with the status of :data:`PASSED_OVER`.
     """
+    begun = time.time()
     waiting, statuses = list(members), dict[str, int]()
     running: list[Running] = []
     alone = len(members) == 1
@@ -94,9 +97,9 @@ def run_queue(
         while running or (waiting and not stopped):
             while waiting and len(running) < at_once and not stopped:
                 member = waiting.pop(0)
-                found = _claim(member)
+                found = _claim(member, begun)
                 if isinstance(found, str):
-                    statuses[member.name] = 0
+                    statuses[member.name] = PASSED_OVER[found]
                     show(member, found)
                     continue
                 count = processes_of(member.config, processes)
@@ -131,19 +134,23 @@ def environment_of(processes: int, at_once: int = 1) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 
-def _claim(member: Member) -> Claim | str:
-    """Claim a member that is to be started; return why it is not where it need not be.
+def _claim(member: Member, begun: float) -> Claim | str:
+    """Claim a member that is to be started; return why not, of :data:`PASSED_OVER`.
 
-    Another launcher may have come to it since this one looked.
+    Another launcher may have come to it since this one looked, at the time ``begun``.
     """
+    running, elsewhere, done, failed = PASSED_OVER
     directory = RunDirectory(member.config.run_directory)
     found = claim(directory)
     if found is None:
-        return PASSED_OVER[0]
+        return running
+    state = member_state(member, held=False).state
     if directory.is_locked():
-        reason = PASSED_OVER[1]
-    elif member_state(member, held=False).state == DONE:
-        reason = PASSED_OVER[2]
+        reason = elsewhere
+    elif state == DONE:
+        reason = done
+    elif state == FAILED and (directory.read_launch().get("ended") or 0) > begun:
+        reason = failed
     else:
         return found
     found.release()

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from pretrain.common.errors import UserError
 from pretrain.common.files import finite_or_null, write_bytes, write_json
 from pretrain.common.process_identity import identity_of
+from pretrain.common.run_files import LAUNCH_CONFIG_FILE, METRICS_FILE
 from pretrain.config import ConfigError, RunConfig, legacy, load_saved_config, to_yaml
 
 if TYPE_CHECKING:
     import pandas
 
 CONFIG_FILE = "config.yaml"  # of a run, and of each of its checkpoints
-METRICS_FILE = "metrics.jsonl"
 _COLUMNS = [  # of the metrics of every run
     *("step", "tokens", "loss", "loss_mean", "lr", "grad_norm", "tokens_per_second", "mfu"),
     *("memory", "skipped", "epochs", "seconds", "total_seconds"),
@@ -117,7 +117,7 @@ class RunDirectory:
     @property
     def launch_config_file(self) -> Path:
         """Return the file of the settings that ``python -m launch`` starts the run with."""
-        return self.path / "launch.yaml"
+        return self.path / LAUNCH_CONFIG_FILE
 
     @property
     def output_file(self) -> Path:

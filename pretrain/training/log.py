@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from pretrain.common.errors import flush_output, unwritable
 from pretrain.common.files import LinesFile, finite_or_null
+from pretrain.common.text import duration
 from pretrain.config import LoggingConfig
 from pretrain.run_directory import RunDirectory
 from pretrain.run_time import add_start
@@ -166,12 +167,3 @@ class RunLog:
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {words}")
             with contextlib.suppress(OSError):
                 print(words, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Return a time such as ``5:07``, ``3:05:07`` or, from two days on, ``12 days``."""
-    if seconds >= 2 * 86400:
-        return f"{seconds / 86400:,.0f} days"
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -14,6 +14,7 @@ import pytest
 from launch.__main__ import main
 from launch.claims import claim, is_claimed
 from launch.expansion import load_grid
+from launch.local import run_queue
 from launch.members import RUNNING, member_state
 from pretrain.common.process_identity import identity_of, send_signal
 from pretrain.run_directory import RunDirectory
@@ -150,3 +151,37 @@ def test_one_launcher_at_a_time_has_a_run(tmp_path, config):
     again = claim(directory)
     assert again is not None
     again.release()
+
+
+def test_what_another_launcher_has_come_to_is_passed_over(tmp_path, config, monkeypatch):
+    """Members are looked at again before each is started; --retry-failed means earlier failures."""
+    (member,) = load_grid(config).members
+    directory = RunDirectory(tmp_path / "run")
+    shown: list[str] = []
+
+    class Started(Exception):
+        """Instead of a run."""
+
+    def start(*_):
+        raise Started
+
+    monkeypatch.setattr("launch.local._start", start)
+
+    def queue():
+        return run_queue(
+            [member], at_once=1, processes=None, show=lambda _, what: shown.append(what)
+        )
+
+    held = claim(directory)
+    assert held is not None
+    assert queue() == {"": 0}
+    held.release()
+    directory.write_launch(status=1, reason="x", ended=time.time() + 60)
+    assert queue() == {"": 1}
+    assert shown == [
+        "left to another launcher, which is running it",
+        "failed under another launcher",
+    ]
+    directory.write_launch(ended=time.time() - 60)
+    with pytest.raises(Started):
+        queue()

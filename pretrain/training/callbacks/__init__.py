@@ -12,6 +12,7 @@ from pretrain.training.callbacks.profiler import Profiler
 from pretrain.training.callbacks.sample import Sample, Summary
 from pretrain.training.callbacks.save import Save
 from pretrain.training.callbacks.spikes import RollBackSpikes, SkipSpikes
+from pretrain.training.callbacks.time_left import TellTimeLeft
 from pretrain.training.callbacks.validate import Validate
 from pretrain.training.callbacks.watchdog import WatchProcesses
 
@@ -29,6 +30,7 @@ __all__ = [
     "SkipSpikes",
     "StopNonFinite",
     "Summary",
+    "TellTimeLeft",
     "Validate",
     "WatchProcesses",
     "as_callbacks",
@@ -53,7 +55,7 @@ def default_callbacks(config: RunConfig) -> list[Callback]:
     if policy is not None:
         callbacks.append(policy())
     # Giving up a run comes before logging the step.
-    callbacks += [StopNonFinite(), LogSteps()]
+    callbacks += [StopNonFinite(), TellTimeLeft(), LogSteps()]
     # Validation before the save, so that a run killed after it does not validate again; evaluation
     # after it: one that fails, or is stopped, costs no training.
     callbacks += [Validate(), Save()]

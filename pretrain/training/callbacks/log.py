@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import time
-
 from pretrain.parallel.processes import all_reduce_metrics, first_of_pipeline, world_size
 from pretrain.training.callbacks.base import Callback, Decision
 from pretrain.training.engine import StepResult
-from pretrain.training.log import duration
 from pretrain.training.metrics import peak_flops, peak_memory_bytes
-
-_FIRST_STEPS = 3  # of a start, of which the first is not timed: it sets up what the others reuse
 
 
 class LogSteps(Callback):
     """Log every ``logging.every`` steps, and the last one, unless it was skipped or rolled back.
 
     Beside the step's loss it logs the mean, by tokens, over all steps since the last line whose
-    update was applied. Where the first line is still far, the time left is told before.
+    update was applied.
     """
 
     def on_train_start(self) -> None:
         """Look up the device's peak."""
         self._peak = peak_flops(self.trainer.config.train.precision)
         self._metrics: dict[str, float | None] | None = None
-        self._start, self._logged = self.trainer.state.step, False
-        self._second_step = time.monotonic()
 
     def after_step(self, result: StepResult) -> Decision | None:
         """Measure the step if it is due; never decide."""
@@ -37,22 +30,7 @@ class LogSteps(Callback):
             state.unlogged_steps += weight
         due = step % trainer.config.logging.every == 0 or step == trainer.num_steps
         self._metrics = self._measure(result) if result.applied and due else None
-        self._logged = self._logged or due
-        if step == self._start + 1:
-            self._second_step = time.monotonic()
-        elif step == self._start + _FIRST_STEPS and not self._logged:
-            self._tell_time_left()
         return None
-
-    def _tell_time_left(self) -> None:
-        train, step = self.trainer.config.train, self.trainer.state.step
-        done = train.tokens_before(step)
-        seconds = max(time.monotonic() - self._second_step, 1e-9)
-        speed = (done - train.tokens_before(self._start + 1)) / seconds
-        left = (train.tokens_before(self.trainer.num_steps) - done) / speed
-        self.trainer.log.say(
-            f"about {duration(left)} left, at the {speed:,.0f} tokens/s of the first steps"
-        )
 
     def after_decision(self, decision: Decision | None) -> None:
         """Log what was measured, once every callback has seen the step."""

@@ -1,0 +1,17 @@
+"""The files that tell a run's directory from others, for packages that handle no runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+METRICS_FILE = "metrics.jsonl"  # of a run that has begun
+LAUNCH_CONFIG_FILE = "launch.yaml"  # of one that was launched
+
+
+def run_around(folder: Path) -> Path | None:
+    """Return the run directory that ``folder`` is or lies in, or None."""
+    resolved = folder.resolve()
+    for each in (resolved, *resolved.parents):
+        if (each / METRICS_FILE).exists() or (each / LAUNCH_CONFIG_FILE).exists():
+            return each
+    return None
