@@ -16,6 +16,7 @@ from rich.console import Console
 
 from evals.scaling.arguments import (
     SCHEDULE,
+    check_numbers,
     columns_of,
     compare_options,
     fit_options,
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         "plan": _plan,
         "compare": _compare,
     }[given.command]
+    check_numbers(given)
     check_folder(given.out, "--out")
     return run(given)
 
