@@ -466,6 +466,8 @@ def _unchanged(path: Path) -> bytes | None:
     try:
         listed = json.loads((path.parent / _FILES).read_bytes())
         content = path.read_bytes()
-        return content if hashlib.sha256(content).hexdigest() == listed[path.name]["sha256"] else None
+        return (
+            content if hashlib.sha256(content).hexdigest() == listed[path.name]["sha256"] else None
+        )
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -128,9 +128,7 @@ def _rise(checkpoint: Path, config: RunConfig) -> tuple[float, float] | None:
         return None
 
     def rate(settings: RunConfig, at: int) -> float:
-        return learning_rate(
-            settings.schedule, settings.optimizer.lr, at, settings.train.num_steps
-        )
+        return learning_rate(settings.schedule, settings.optimizer.lr, at, settings.train.num_steps)
 
     planned = step if step < before.train.num_steps else step - 1
     highest = max(rate(before, step - 1), rate(before, planned))

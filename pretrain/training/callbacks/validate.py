@@ -48,7 +48,9 @@ class Validate(Callback):
 
     def _due(self) -> bool:
         step, every = self.trainer.state.step, self.trainer.config.validation.every
-        return self._active and (step == self.trainer.num_steps or (every > 0 and step % every == 0))
+        return self._active and (
+            step == self.trainer.num_steps or (every > 0 and step % every == 0)
+        )
 
     def _validate(self) -> None:
         trainer, state = self.trainer, self.trainer.state

@@ -101,7 +101,9 @@ def test_no_evaluation_of_tasks_is_lost(run, monkeypatch, step, how):
             with pytest.raises(Killed):
                 Trainer(run.config, overrides=overrides).fit()
     assert Trainer(run.config, overrides=overrides).fit().status == "completed"
-    expected = {(s, f"eval/{n}") for s in (2, 4) for n in ("text_parity@4/acc", "text_mqar@2/contains")}
+    expected = {
+        (s, f"eval/{n}") for s in (2, 4) for n in ("text_parity@4/acc", "text_mqar@2/contains")
+    }
     found = names(run, "eval/")
     assert len(found) == len(set(found))
     assert set(found) == expected
