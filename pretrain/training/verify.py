@@ -23,11 +23,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pretrain.checkpoint_folders import checkpoint_name
 from pretrain.common.errors import UserError
 from pretrain.config import ParallelConfig, RunConfig, load_run_config, to_yaml
 from pretrain.model.layout import check_layout
 from pretrain.parallel.processes import start_processes, stop_processes
-from pretrain.run_directory import RunDirectory, checkpoint_name, find_checkpoint
+from pretrain.run_directory import RunDirectory, find_checkpoint
 
 # Relative, for the first step's loss and gradient norm: float32 sums in another order, bf16 rounds.
 TOLERANCE = {"float32": 1e-5, "bf16": 2e-2}

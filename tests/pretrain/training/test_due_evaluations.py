@@ -59,7 +59,7 @@ def stopped_config(run):
 def test_a_kill_within_a_validation_after_the_save_loses_nothing(
     run, tmp_path, corpus, monkeypatch, step
 ):
-    """It comes before the save otherwise: here after one, of a signal that came at the same step."""
+    """It comes before the save, unless a signal at the same step has put it off."""
     whole = Run(tmp_path, corpus, "whole", steps=4)
     Trainer(whole.config, overrides=QUICK).fit()
     Trainer(run.config, overrides=QUICK, callbacks=[StopAfter(step)]).fit()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import pty
 import re
@@ -12,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 
 import pytest
@@ -23,7 +21,6 @@ from pretrain.training.callbacks import Callback
 from pretrain.training.trainer import Trainer
 from tests.helpers.processes import ENVIRONMENT, ROOT
 from tests.helpers.training_run import QUICK, STEPS, Run, whole_lines
-
 
 FILLED = ("callbacks=[tests.helpers.fill_disk.FillDisk]", "checkpoint.every=100")
 
@@ -190,18 +187,14 @@ def test_a_closed_terminal_saves_the_run(tmp_path, corpus):
     run = Run(tmp_path, corpus, "run", steps=2000)
     master, slave = pty.openpty()
 
-    def control():
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
+    command = [sys.executable, "-m", "pretrain", str(run.config), "checkpoint.every=1000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pretrain", str(run.config), "checkpoint.every=1000"],
+        ["setsid", "--ctty", *command],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdin=slave,
         stdout=slave,
         stderr=slave,
-        start_new_session=True,
-        preexec_fn=control,
     )
     os.close(slave)
     os.set_blocking(master, False)
