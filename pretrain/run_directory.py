@@ -6,16 +6,21 @@ Nothing here needs torch: whoever launches or reports runs reads them without it
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import math
 import os
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.checkpoint_folders import (
+    CHECKPOINT,
+    FILES_FILE,
+    LATEST,
+    latest_in,
+    marked_in,
+    unchanged,
+)
 from pretrain.common.errors import UserError
 from pretrain.common.files import finite_or_null, write_bytes, write_json
 from pretrain.common.process_identity import identity_of
@@ -32,10 +37,6 @@ _COLUMNS = [  # of the metrics of every run
 ]
 _MODEL = ("parameters", "embedding_parameters", "training_flops_per_token", "vocab_size")
 _MODEL_AGAIN = "the run writes it again when it is next started"
-_CHECKPOINT = re.compile(r"step-(\d{8,})")
-STATE_FILE = "state.json"  # of a checkpoint
-_FILES = "files.json"  # of a checkpoint: the size and sha256 of its other files
-_LATEST = "latest"
 _PROBE_SECONDS = 1.0  # longer than any is_locked holds the lock
 
 
@@ -243,7 +244,7 @@ class RunDirectory:
         checkpoint = self.last_checkpoint()
         if checkpoint is None:
             return
-        if _unchanged(checkpoint / CONFIG_FILE) is None:
+        if unchanged(checkpoint / CONFIG_FILE) is None:
             return  # loading the checkpoint reports what is wrong
         try:
             saved = load_saved_config(checkpoint / CONFIG_FILE)
@@ -261,12 +262,12 @@ class RunDirectory:
 
     def last_checkpoint(self) -> Path | None:
         """Return the latest checkpoint, or None where there is none yet."""
-        return _latest_in(self.checkpoints)
+        return latest_in(self.checkpoints)
 
     def damage_of_latest(self) -> str | None:
         """Return what is wrong with the file that names the latest checkpoint, or None."""
-        path = self.checkpoints / _LATEST
-        if not path.is_file() or _marked_in(self.checkpoints) is not None:
+        path = self.checkpoints / LATEST
+        if not path.is_file() or marked_in(self.checkpoints) is not None:
             return None
         return f"{path} is damaged: it holds {path.read_bytes()[:20]!r}, expected a name: step-N"
 
@@ -421,33 +422,17 @@ def overall_speed(rows: Sequence[dict[str, Any]]) -> float | None:
 # Folders of checkpoints
 
 
-def checkpoint_name(step: int) -> str:
-    """Return the name of the folder that holds the checkpoint of ``step``."""
-    return f"step-{step:08d}"
-
-
-def checkpoint_step(path: Path) -> int:
-    """Return the step that the name of a checkpoint's folder says."""
-    return int(path.name.removeprefix("step-"))
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Return the complete checkpoints in ``directory``, newest first."""
-    named = (p for p in directory.glob("step-*") if _CHECKPOINT.fullmatch(p.name))
-    return sorted((p for p in named if p.is_dir()), reverse=True)
-
-
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that ``path`` means: itself, or the latest of a run's directory.
 
     Raises UserError where there is none.
     """
-    if (path / _FILES).is_file() or _CHECKPOINT.fullmatch(path.name):
+    if (path / FILES_FILE).is_file() or CHECKPOINT.fullmatch(path.name):
         if not path.is_dir():
             raise UserError(f"no checkpoint at {path}")
         return path
     for directory in (RunDirectory(path).checkpoints, path):
-        found = _latest_in(directory)
+        found = latest_in(directory)
         if found is not None:
             return found
     runs = sorted(str(found.parent) for found in path.glob("*/checkpoints"))
@@ -461,62 +446,3 @@ def find_checkpoint(path: Path) -> Path:
 def run_of_checkpoint(checkpoint: Path) -> RunDirectory:
     """Return the run directory that a checkpoint lies in."""
     return RunDirectory(checkpoint.parent.parent)
-
-
-def mark_latest(checkpoint: Path) -> None:
-    """Make ``checkpoint`` the one that its run continues from."""
-    write_bytes(checkpoint.parent / _LATEST, checkpoint.name.encode())
-
-
-def next_save_number(directory: Path) -> int:
-    """Return the number of the next save into ``directory``, which its ``state.json`` keeps."""
-    numbers = [_save_number(path) for path in list_checkpoints(directory)]
-    return 1 + max((n for n in numbers if n is not None), default=0)
-
-
-def _latest_in(directory: Path) -> Path | None:
-    """Return the checkpoint that was saved last, which need not be that of the last step.
-
-    It is told by the numbers of the saves; the mark, written after a checkpoint, may have been cut
-    off, and decides only among checkpoints of earlier versions, which have no number.
-    """
-    found = list_checkpoints(directory) if directory.is_dir() else []
-    if len(found) < 2:
-        return found[0] if found else None
-    marked = _marked_in(directory)
-
-    def age(path: Path) -> tuple[float, bool, str]:
-        number = _save_number(path)
-        if number is None:  # damaged: if it may be the last one, loading it shall say so
-            return (math.inf if path.name in (marked, found[0].name) else -1, False, "")
-        return number, path.name == marked, path.name
-
-    return max(found, key=age)
-
-
-def _marked_in(directory: Path) -> str | None:
-    """Return the name that the file of the latest checkpoint holds, if it is the name of one."""
-    try:
-        name = (directory / _LATEST).read_bytes().decode(errors="replace").strip()
-    except OSError:
-        return None
-    return name if _CHECKPOINT.fullmatch(name) else None
-
-
-def _save_number(checkpoint: Path) -> int | None:
-    """Return the number of a checkpoint among its run's saves; None where it is damaged.
-
-    Those of earlier versions have 0.
-    """
-    content = _unchanged(checkpoint / STATE_FILE)
-    return None if content is None else int(json.loads(content).get("save", 0))
-
-
-def _unchanged(path: Path) -> bytes | None:
-    """Return the content of a checkpoint's file; None where it is not what was written."""
-    try:
-        listed = json.loads((path.parent / _FILES).read_bytes())
-        content = path.read_bytes()
-        return content if hashlib.sha256(content).hexdigest() == listed[path.name]["sha256"] else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None

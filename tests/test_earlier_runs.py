@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.run_directory import RunDirectory, checkpoint_name, find_checkpoint
+from pretrain.checkpoint_folders import checkpoint_name
+from pretrain.run_directory import RunDirectory, find_checkpoint
 
 ROOT = Path(__file__).parents[1]
 EARLIER = Path(__file__).parent / "data" / "run-v1"

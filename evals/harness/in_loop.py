@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from evals.tasks.loading import load_tasks, require_harness
+from pretrain.checkpoint_folders import checkpoint_name
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_name, write_json
 from pretrain.config import RunConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.score import Scorer, StateScorer
 from pretrain.parallel.processes import is_main_process
-from pretrain.run_directory import checkpoint_name
 from pretrain.training.callbacks import Callback
 from pretrain.training.engine import Engine
 

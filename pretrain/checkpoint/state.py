@@ -28,12 +28,13 @@ from pretrain.checkpoint.sharded_state import (
     weights_state,
 )
 from pretrain.checkpoint.storage import FORMATS, load_state
+from pretrain.checkpoint_folders import STATE_FILE, list_checkpoints
 from pretrain.common.config_loader import build_config, flattened
 from pretrain.common.errors import ConfigError, UnknownSettingError, UserError
 from pretrain.common.files import file_sha256
 from pretrain.config import ModelConfig, legacy, load_saved_config
 from pretrain.model.spec import block_specs
-from pretrain.run_directory import CONFIG_FILE, STATE_FILE, list_checkpoints
+from pretrain.run_directory import CONFIG_FILE
 
 _READ_FIRST = {STATE_FILE, CONFIG_FILE}  # before the tensors, and always hashed
 
@@ -109,7 +110,7 @@ def _find_damage(checkpoint: Path, how: str, rank: int = 0, size: int = 1) -> st
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return "files.json is missing or unreadable"
     indexed = any(index in expected for index in FORMATS.values())
-    if not (indexed and _READ_FIRST <= expected.keys()):
+    if not (indexed and expected.keys() >= _READ_FIRST):
         return "files.json does not list what a checkpoint is made of"
     for number, (name, (length, sha256)) in enumerate(expected.items()):
         path = checkpoint / name

@@ -21,12 +21,7 @@ from torch import nn
 from pretrain.checkpoint.sharded_state import HoldsState, State, StorageError, weights_state
 from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.storage import save_state, storage
-from pretrain.common.errors import UserError
-from pretrain.common.files import file_sha256, sync, write_bytes, write_failure, write_json
-from pretrain.config import RunConfig, to_yaml
-from pretrain.parallel.processes import local_device, on_every_process, on_main_process
-from pretrain.run_directory import (
-    CONFIG_FILE,
+from pretrain.checkpoint_folders import (
     STATE_FILE,
     checkpoint_name,
     checkpoint_step,
@@ -34,6 +29,11 @@ from pretrain.run_directory import (
     mark_latest,
     next_save_number,
 )
+from pretrain.common.errors import UserError
+from pretrain.common.files import file_sha256, sync, write_bytes, write_failure, write_json
+from pretrain.config import RunConfig, to_yaml
+from pretrain.parallel.processes import local_device, on_every_process, on_main_process
+from pretrain.run_directory import CONFIG_FILE
 
 
 class CheckpointWriter:

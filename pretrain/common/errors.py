@@ -120,9 +120,9 @@ def _open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, mode)  # gets the lowest number that is free: this one
     if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def _say(sentence: str) -> None:

@@ -206,6 +206,8 @@ def write_hugging_face(
     config = model.model_config
     reason = not_llama(config)
     folder.mkdir(parents=True, exist_ok=True)
+    # Written last: without it, what an interruption leaves cannot be loaded.
+    (folder / "config.json").unlink(missing_ok=True)
     # Parameters of a wider dtype, such as gates, keep it.
     weights = {
         name: p.detach().to(dtype if p.dtype == model.context.dtype else p.dtype)

@@ -12,17 +12,12 @@ from pretrain.checkpoint.state import (
     read_state,
     recover_replaced,
 )
+from pretrain.checkpoint_folders import checkpoint_step, list_checkpoints
 from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, learning_rate, load_saved_config
 from pretrain.data.batches import PreparedData
-from pretrain.run_directory import (
-    CONFIG_FILE,
-    RunDirectory,
-    checkpoint_step,
-    find_checkpoint,
-    list_checkpoints,
-)
+from pretrain.run_directory import CONFIG_FILE, RunDirectory, find_checkpoint
 
 # Where a run is, and how it is resumed, are no part of its result.
 _OF_NO_EFFECT = {"directory", "checkpoint.resume"}
@@ -128,9 +123,7 @@ def _rise(checkpoint: Path, config: RunConfig) -> tuple[float, float] | None:
         return None
 
     def rate(settings: RunConfig, at: int) -> float:
-        return learning_rate(
-            settings.schedule, settings.optimizer.lr, at, settings.train.num_steps
-        )
+        return learning_rate(settings.schedule, settings.optimizer.lr, at, settings.train.num_steps)
 
     planned = step if step < before.train.num_steps else step - 1
     highest = max(rate(before, step - 1), rate(before, planned))

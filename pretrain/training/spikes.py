@@ -11,9 +11,9 @@ from pretrain.checkpoint.state import (
     load_checkpoint,
     read_state,
 )
+from pretrain.checkpoint_folders import list_checkpoints
 from pretrain.config import RunConfig, SpikeConfig
 from pretrain.parallel.processes import on_main_process
-from pretrain.run_directory import list_checkpoints
 from pretrain.training.engine import Engine
 
 

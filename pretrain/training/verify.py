@@ -21,13 +21,14 @@ from typing import Any
 
 from torch import Tensor
 
+from pretrain.checkpoint_folders import checkpoint_name
 from pretrain.common.errors import UserError
 from pretrain.common.screen import show_table, titled_table
 from pretrain.config import ParallelConfig, RunConfig, load_run_config, to_yaml
 from pretrain.config.schedule import fraction_of_steps
 from pretrain.model.layout import check_layout
 from pretrain.parallel.processes import start_processes, stop_processes
-from pretrain.run_directory import RunDirectory, checkpoint_name, find_checkpoint
+from pretrain.run_directory import RunDirectory, find_checkpoint
 
 EXIT_DIFFERENT = 4
 Tensors = dict[str, Tensor]  # by name

@@ -331,7 +331,9 @@ def test_killed_at_any_instant_it_resumes_to_the_same_shards(slow_run, tmp_path)
     assert first == second
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_it_with_one_sentence(slow_run, number, status):
     config, output = slow_run
     process = command(config, start_new_session=True)

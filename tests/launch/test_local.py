@@ -174,7 +174,8 @@ def test_failed_members_are_named_and_retried_when_asked(tmp_path, corpus, launc
     assert "would start 1 of 2" in output
 
 
-def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path, corpus, launch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path, corpus, launch, number):
     path = write(tmp_path, corpus, **{"steps: 4": "steps: 3000"})
     process = subprocess.Popen(
         [sys.executable, "-m", "launch", str(path), "--at-once", "2"],
@@ -195,7 +196,7 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path, corpus, launc
         time.sleep(0.05)
     running = states(launch("status", path)[1])
     assert running["pattern=gdn,seed=0"] == "running"
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     found = states(launch("status", path)[1])

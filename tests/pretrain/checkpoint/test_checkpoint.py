@@ -23,10 +23,11 @@ from pretrain.checkpoint.state import (
     recover_replaced,
 )
 from pretrain.checkpoint.writer import save_checkpoint
+from pretrain.checkpoint_folders import list_checkpoints
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_sha256
 from pretrain.config import CheckpointConfig, RunConfig
-from pretrain.run_directory import RunDirectory, find_checkpoint, list_checkpoints
+from pretrain.run_directory import RunDirectory, find_checkpoint
 from pretrain.training.engine import Engine
 from tests.helpers.small_model import VOCAB, settings
 from tests.helpers.small_training import OPTIMIZER, STATE, batches, make
@@ -238,11 +239,21 @@ def test_a_flipped_byte_of_a_small_file_is_named_and_the_whole_one_before_offere
         victim.write_bytes(changed)
         found = find_checkpoint(tmp_path)
         assert found.name == "step-00000006"
-        with pytest.raises(UserError, match="step-00000006 is damaged: .*resume=step-00000002$"):
+        with pytest.raises(UserError, match=r"step-00000006 is damaged: .*resume=step-00000002$"):
             check_files(found, "sha256" if name == "files.json" else "size")
 
 
-def test_a_write_that_the_system_refuses_is_told_by_the_system_s_words(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, r"No space left on device \([\d,]+ MB free there\)"),
+        (errno.EDQUOT, "Disk quota exceeded"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_a_write_that_the_system_refuses_is_told_by_the_system_s_words(
+    tmp_path, monkeypatch, number, words
+):
     """torch.save hides them: "unexpected pos 704 vs 598"."""
     engine = trained()
     path = save(tmp_path, engine)
@@ -261,15 +272,12 @@ def test_a_write_that_the_system_refuses_is_told_by_the_system_s_words(tmp_path,
         yield Refusing()
 
     monkeypatch.setattr(FileSystem, "create_stream", create_stream)
-    for number, words in (
-        (errno.ENOSPC, r"No space left on device \([\d,]+ MB free there\)"),
-        (errno.EDQUOT, "Disk quota exceeded"),
-        (errno.EIO, "Input/output error"),
-    ):
-        message = f"cannot write checkpoint .*step-00000004: {words}; the last complete one is"
-        with pytest.raises(UserError, match=f"{message} {path.name}$"):
-            save(tmp_path, engine, 4)
-        assert not list(tmp_path.glob(".writing*"))
+    message = (
+        f"cannot write checkpoint .*step-00000004: {words}; the last complete one is {path.name}$"
+    )
+    with pytest.raises(UserError, match=message):
+        save(tmp_path, engine, 4)
+    assert not list(tmp_path.glob(".writing*"))
 
 
 def test_another_model_is_refused(tmp_path):

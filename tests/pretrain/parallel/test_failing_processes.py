@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from pretrain.checkpoint.state import check_files
-from pretrain.run_directory import list_checkpoints
+from pretrain.checkpoint_folders import list_checkpoints
 from tests.helpers.processes import ENVIRONMENT, ROOT, TORCHRUN
 from tests.helpers.training_run import STEPS, Run
 

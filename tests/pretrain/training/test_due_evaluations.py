@@ -59,7 +59,7 @@ def stopped_config(run):
 def test_a_kill_within_a_validation_after_the_save_loses_nothing(
     run, tmp_path, corpus, monkeypatch, step
 ):
-    """It comes before the save otherwise: here after one, of a signal that came at the same step."""
+    """It comes before the save, unless a signal at the same step has put it off."""
     whole = Run(tmp_path, corpus, "whole", steps=4)
     Trainer(whole.config, overrides=QUICK).fit()
     Trainer(run.config, overrides=QUICK, callbacks=[StopAfter(step)]).fit()
@@ -101,7 +101,9 @@ def test_no_evaluation_of_tasks_is_lost(run, monkeypatch, step, how):
             with pytest.raises(Killed):
                 Trainer(run.config, overrides=overrides).fit()
     assert Trainer(run.config, overrides=overrides).fit().status == "completed"
-    expected = {(s, f"eval/{n}") for s in (2, 4) for n in ("text_parity@4/acc", "text_mqar@2/contains")}
+    expected = {
+        (s, f"eval/{n}") for s in (2, 4) for n in ("text_parity@4/acc", "text_mqar@2/contains")
+    }
     found = names(run, "eval/")
     assert len(found) == len(set(found))
     assert set(found) == expected

@@ -82,7 +82,7 @@ def test_a_learning_rate_that_rises_without_being_planned_asks_for_force(
     if not rises:
         assert fit(run, *before, *changes).status == "completed"
         return
-    with pytest.raises(UserError, match="the learning rate would rise from .* or go on all the sa"):
+    with pytest.raises(UserError, match=r"the learning rate would rise from .* with --force"):
         fit(run, *before, *changes)
     assert RunDirectory(run.directory).read_metrics()[-1]["step"] == steps, "nothing has begun"
     assert fit(run, *before, *changes, force=True).status == "completed"
@@ -92,7 +92,7 @@ def test_a_learning_rate_that_rises_without_being_planned_asks_for_force(
 def test_the_branch_that_is_offered_works(run):
     """From before the decay where such a checkpoint is kept, else from the weights."""
     fit(run, *WSD, "checkpoint.keep_last=5", "train.steps=8")
-    with pytest.raises(UserError, match="checkpoint.resume=step-00000004, from before the decay"):
+    with pytest.raises(UserError, match=r"checkpoint.resume=step-00000004, from before the decay"):
         fit(run, *WSD, "train.steps=16")
     assert "train.steps=16 with checkpoint.resume=step-00000004, from before the d" in said(run)
     fit(run, *WSD, "train.steps=16", "checkpoint.resume=step-00000004")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -49,7 +47,7 @@ def test_a_whole_run_leaves_what_a_user_expects(uninterrupted):
         assert part in output
     assert "Warning" not in output
     status, output = run.finish()
-    assert (status, "nothing to do: all 16 steps are done" in output) == (0, True)
+    assert (status, "no step left to do: all 16 are done" in output) == (0, True)
 
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(uninterrupted, folder, corpus):
@@ -87,7 +85,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(uninterrupted, folder, corp
     assert run.losses == expected.losses
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
 def test_a_signal_saves_and_exits_with_its_own_status(uninterrupted, folder, corpus, number):
     expected, _ = uninterrupted
     run = Run(folder, corpus, f"signal-{number.name}")
@@ -103,7 +101,7 @@ def test_a_signal_saves_and_exits_with_its_own_status(uninterrupted, folder, cor
     assert (run.directory / f"checkpoints/step-{stopped:08d}/files.json").exists()
     if number == signal.SIGUSR2:
         assert run.finish()[0] == 0
-        assert [x for x in run.losses if "loss" in x] == [x for x in expected.losses if "loss" in x]
+        assert run.losses == expected.losses
 
 
 def test_bad_input_is_one_sentence_and_status_2(uninterrupted, folder, corpus, tmp_path):
@@ -151,29 +149,6 @@ def test_one_run_directory_has_one_run(folder, corpus):
     assert "another process is training in" in output
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
-def test_a_full_disk_is_one_sentence_and_loses_nothing(folder, corpus, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False
-    )
-    if mounted.returncode:
-        pytest.skip("this system lets no tmpfs be mounted")
-    try:
-        run = Run(folder, corpus, "full", directory=disk / "run")
-        status, output = run.finish("model.hidden_size=96", "sample.tokens=0", "checkpoint.every=1")
-        assert status == 2, output
-        assert "cannot write checkpoint" in output.splitlines()[-1]
-        assert "Traceback" not in output
-        for whole in (disk / "run" / "checkpoints").glob("step-*"):
-            assert (whole / "files.json").exists()
-        assert not list((disk / "run" / "checkpoints").glob(".writing*"))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used_on_request(
     uninterrupted, folder, corpus
 ):
@@ -191,7 +166,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used_on_request(
     assert status == 0, output
     assert run.losses == expected.losses
     status, output = run.finish("checkpoint.resume=step-00000015")
-    assert (status, "nothing to do" in output) == (0, True)  # not from there once more
+    assert (status, "no step left to do" in output) == (0, True)  # not from there once more
 
 
 @pytest.mark.slow
