@@ -11,10 +11,10 @@ import torch
 
 from pretrain.checkpoint.state import load_checkpoint, load_weights, read_state
 from pretrain.checkpoint.writer import save_checkpoint
+from pretrain.checkpoint_folders import checkpoint_name
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.data.batches import TrainingBatches
 from pretrain.model.build import build_model
-from pretrain.run_directory import checkpoint_name
 from pretrain.training.engine import Engine
 from pretrain.training.trainer import Trainer
 from tests.helpers.small_model import VOCAB, settings
