@@ -98,7 +98,11 @@ def _plain(value: Any) -> Any:
 
 
 def score_names(scores: Sequence[Score]) -> dict[tuple[Any, ...], str]:
-    """Return a name for each kind among ``scores``: task, metric, part, and what tells it apart."""
+    """Return a name for each kind among ``scores``.
+
+    It has the task, the metric, the part that was scored, what tells it apart, and the chance level
+    where that is the same for all.
+    """
     names = {}
     for score in scores:
         alike = [s for s in scores if (s.task, s.metric) == (score.task, score.metric)]
@@ -107,7 +111,9 @@ def score_names(scores: Sequence[Score]) -> dict[tuple[Any, ...], str]:
             for index, (name, value) in enumerate(score.settings)
             if len({s.settings[index][1] for s in alike}) > 1
         ]
-        about = [*(f"only {part}" for part in score.limits), *differing]
+        chances = {s.chance for s in alike if s.kind == score.kind}
+        guessing = [f"chance {c:.4f}" for c in chances if c is not None and len(chances) == 1]
+        about = [*(f"only {part}" for part in score.limits), *differing, *guessing]
         name = f"{score.task} {score.metric.replace('_', ' ')}"
         names[score.kind] = f"{name} ({'; '.join(about)})" if about else name
     return dict(sorted(names.items(), key=lambda item: item[1]))

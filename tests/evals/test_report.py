@@ -138,12 +138,12 @@ def test_scores_of_other_settings_stand_apart(tmp_path):
     scores = [score for run in found for score in run.scores]
     names = score_names(scores)
     assert [names[score.kind] for score in scores] == ["t acc", "t acc (only 3 documents)", "t acc"]
-    few = {**full, "scores": {"acc": 0.8}, "num_fewshot": 5}
+    few = {**full, "scores": {"acc": 0.8}, "num_fewshot": 5, "chance": {"acc": 0.25}}
     (tmp_path / "r2/evals/few.json").write_text(json.dumps(few))
     scores = [score for run in find_runs([tmp_path])[0] for score in run.scores]
     listed = sorted(score_names(scores).values())
     assert listed == [
-        "t acc (num fewshot 5)",
+        "t acc (num fewshot 5; chance 0.2500)",
         "t acc (num fewshot None)",
         "t acc (only 3 documents; num fewshot None)",
     ]
