@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from scipy.stats import t as student
+
+from pretrain.common.screen import show_table, titled_table
 
 # Of the slope of sizes over widths, both logarithmic. By the standard parametrization it is 0.5 or
 # 1; finite widths bend what is flat in the limit.
@@ -142,15 +142,10 @@ def print_table(sizes: Sizes, title: str) -> bool:
     """Print the sizes, slopes and verdicts; return whether everything is flat."""
     rows = rows_of(sizes)
     widths = list(rows[0].activations)
-    console = Console(width=max(120, 60 + 24 * len(widths)))
+    sizes_of = [[*(f"{what} {width}" for width in widths), "slope"] for what in ("size", "change")]
+    columns = ("output of", *sizes_of[0], *sizes_of[1], "verdict")
     for layers, heading in ((True, "layers"), (False, "matrices, over all blocks")):
-        table = Table(title=f"{title}: {heading}", title_justify="left")
-        table.add_column("output of")
-        for what in ("size", "change"):
-            for width in widths:
-                table.add_column(f"{what} {width}", justify="right")
-            table.add_column("slope", justify="right")
-        table.add_column("")
+        table = titled_table(f"{title}: {heading}", *columns, left=("verdict",))
         for row in rows:
             if row.layer == layers:
                 table.add_row(
@@ -161,7 +156,7 @@ def print_table(sizes: Sizes, title: str) -> bool:
                     str(row.update_slope),
                     row.verdict,
                 )
-        console.print(table)
+        show_table(table)
     counts = Counter("not flat" if row.faults else row.verdict for row in rows)
     print(
         "Sizes are root mean squares, slopes those of their logarithm: 0.5 is growth by the root "

@@ -90,7 +90,7 @@ def test_status_takes_what_report_takes(grid, capsys):
         rows = [line.split("│") for line in output.splitlines() if line.startswith("│")]
         states = {row[1].strip(): row[2].strip() for row in rows}
         assert states == {NAMES[0]: "stopped"} | dict.fromkeys(NAMES[1:], "waiting")
-        assert all(len(row) == 8 for row in rows), "no column for reasons where there is none"
+        assert all(len(row) == 10 for row in rows), "no column for reasons where there is none"
         assert "2/4" in output and "4.0000" in output
 
 
