@@ -108,7 +108,7 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
     stop_processes()
     tolerance, growth = TOLERANCE[config.train.precision], GROWTH[config.train.precision]
     if config.optimizer.kind == "muon":  # which orthogonalises in bf16
-        growth = max(growth, TOLERANCE["bf16"] / tolerance)
+        growth = max(growth, round(TOLERANCE["bf16"] / tolerance))
     title = f"{config.name}: largest relative differences in loss and gradient norm, {steps} steps"
     table = Table(title=title, title_justify="left")
     for column in ("run", "first step", "all steps", "final weights", ""):
