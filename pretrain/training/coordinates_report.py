@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from pretrain.common.screen import show_table, titled_table
+from pretrain.common.screen import plain_console, show_table, titled_table
 
 # Of the slope of sizes over widths, both logarithmic. By the standard parametrization it is 0.5 or
 # 1; finite widths bend what is flat in the limit.
@@ -142,6 +142,7 @@ def print_table(sizes: Sizes, title: str) -> bool:
     """Print the sizes, slopes and verdicts; return whether everything is flat."""
     rows = rows_of(sizes)
     widths = list(rows[0].activations)
+    console = plain_console(width=max(120, 60 + 24 * len(widths)))
     sizes_of = [[*(f"{what} {width}" for width in widths), "slope"] for what in ("size", "change")]
     columns = ("output of", *sizes_of[0], *sizes_of[1], "verdict")
     for layers, heading in ((True, "layers"), (False, "matrices, over all blocks")):
@@ -156,7 +157,7 @@ def print_table(sizes: Sizes, title: str) -> bool:
                     str(row.update_slope),
                     row.verdict,
                 )
-        show_table(table)
+        show_table(table, console)
     counts = Counter("not flat" if row.faults else row.verdict for row in rows)
     print(
         "Sizes are root mean squares, slopes those of their logarithm: 0.5 is growth by the root "

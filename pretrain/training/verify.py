@@ -8,6 +8,7 @@ norms and final weights are compared and printed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import shutil
@@ -146,6 +147,8 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
     ]
     stop_processes()
     limits = LIMITS[config.train.precision]
+    if config.optimizer.kind == "muon":  # which orthogonalises in bf16
+        limits = dataclasses.replace(limits, later=max(limits.later, LIMITS["bf16"].first))
     print_table(
         f"{config.name}: largest relative differences in loss and gradient norm, {steps} steps",
         dict(zip(("one process", "uninterrupted"), results, strict=True)),

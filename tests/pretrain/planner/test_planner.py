@@ -1,7 +1,10 @@
 """The planner's figures against real processes, the mixers' own counts and formulas."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +17,9 @@ from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import registry
 from pretrain.nn.parameters import info_of
 from pretrain.optim.optimizer import rule_of
+from pretrain.parallel.cpu import importing_megatron
 from pretrain.planner import report
-from pretrain.planner.estimate import Planner
+from pretrain.planner.estimate import Planner, _largest_share
 from pretrain.planner.fake_group import planned_context
 from pretrain.planner.hardware import load_hardware
 from pretrain.training.metrics import PEAK_FLOPS
@@ -23,6 +27,10 @@ from tests.helpers.memory_worker import CASES, MORE_CASES, VOCAB, case
 from tests.helpers.planner_figures import measure, plan
 from tests.helpers.processes import ENVIRONMENT, ROOT, run
 from tests.helpers.small_mixers import SMALL
+
+with importing_megatron():
+    from megatron.core.optimizer import layer_wise_optimizer
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +144,20 @@ def test_optimizer_state_is_what_the_rules_keep(kind, moments):
     found = planner._state_memory(parallel, tensors, 1)["optimizer"]
     assert found == 4 * moments * matrices + 8 * (sum(n for _, n in infos) - matrices)
     assert matrices
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_whole_parameters_are_dealt_out_as_megatron_core_does(shards, monkeypatch):
+    generator = np.random.default_rng(shards)
+    sizes = generator.integers(1, 10**6, 41).tolist()
+    dealing: Any = LayerWiseDistributedOptimizer.__new__(LayerWiseDistributedOptimizer)
+    dealing.pg_collection = SimpleNamespace(dp_cp=shards, expt_dp=1)
+    monkeypatch.setattr(layer_wise_optimizer, "get_pg_size", lambda group: group)
+    monkeypatch.setattr(layer_wise_optimizer, "get_pg_rank", lambda group: 0)
+    parameters = [torch.empty(size, device="meta") for size in sizes]
+    dealing.shard_params([SimpleNamespace(param_groups=[{"params": parameters}])])
+    most = max(sum(p.numel() for p in dealt) for dealt in dealing.dp_cp_params_list)
+    assert _largest_share([(size, 4.0 * size) for size in sizes], shards) == 4 * most
 
 
 def command(*arguments):
