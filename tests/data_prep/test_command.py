@@ -23,7 +23,7 @@ def standard_library(tmp_path_factory):
 def test_the_standard_library_becomes_a_data_set(standard_library):
     result, output = standard_library
     assert result.returncode == 0, result.stderr
-    assert "next: python -m pretrain" in result.stdout
+    assert f"next: set data: {{path: {output}}} in a run's config" in result.stdout
     assert "bits per byte: 4." in result.stdout
     first, *progress = result.stderr.splitlines()
     assert first == "training the tokenizer: bpe, 4,096 pieces"

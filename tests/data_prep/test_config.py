@@ -32,7 +32,11 @@ def test_overrides_reach_into_lists(tmp_path):
         ([{**FILES, "name": "a/b"}], "becomes part of file names"),
         ([{**FILES, "split": "x"}], "split is only for kind huggingface, not files"),
         ([{"name": "a", "kind": "stdlib", "paths": ["x"]}], "paths is only for kind files"),
-        ([{**FILES, "options": {"x": 1}}], r"options is \{'x': 1\}, but files has none"),
+        ([{**FILES, "options": {"x": 1}}], r"options: unknown setting 'x'; known: separator"),
+        (
+            [{"name": "s", "kind": "stdlib", "options": {"x": 1}}],
+            r"options is \{'x': 1\}, but stdlib has none",
+        ),
         ([{**FILES, "weight": 0}], "weight is 0.0, expected more than 0"),
         ([{**FILES, "wieght": 1}], r"unknown setting 'sources\[0\]\.wieght'.*'weight'"),
         ([{**FILES, "kind": "file"}], "did you mean 'files'"),
