@@ -10,12 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrain.checkpoint.state import CheckpointState, check_files, load_checkpoint, read_state
-from pretrain.common.config_loader import ConfigError
 from pretrain.common.dtypes import DTYPES
 from pretrain.config import RunConfig
 from pretrain.config.checks import check_vocab_size
 from pretrain.data.batches import PreparedData
-from pretrain.data.manifest import is_data_set
 from pretrain.model.build import build_stages, padded_vocab_size
 from pretrain.model.counts import ModelCounts
 from pretrain.parallel.processes import (
@@ -38,17 +36,6 @@ def vocabulary_of(config: RunConfig, data: PreparedData, where: str) -> int:
     rows = padded_vocab_size(config.model, data.tokenizer.vocab_size)
     check_vocab_size(rows, data.tokenizer.vocab_size, config.parallel.tensor, where)
     return rows
-
-
-def check_directory(directory: Path, where: str) -> None:
-    """Raise ConfigError, beginning with ``where``, for a run directory inside a data set."""
-    resolved = directory.resolve()
-    for folder in (resolved, *resolved.parents):
-        if is_data_set(folder):
-            raise ConfigError(
-                f"{where}: the run directory {directory} is in the data set {folder}, whose files "
-                "belong to python -m data_prep; expected another directory, such as runs/NAME"
-            )
 
 
 def check_hashes(checkpoint: Path) -> None:

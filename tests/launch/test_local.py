@@ -245,11 +245,13 @@ def test_two_launchers_of_one_grid_share_its_members(tmp_path, corpus, launch):
         (["{config}", "parallel.tensor=1", "--processes", "999"], "needs 999 processes"),
         (["{config}", "--at-once", "0"], "expected a whole number from 1"),
         (["{config}", "optimizer.lrr=1"], "unknown setting 'optimizer.lrr'"),
+        (["{config}", "directory={data}/runs"], "is in the data set {data}, whose files"),
     ],
 )
 def test_bad_input(tmp_path, corpus, launch, arguments, message):
     config = write(tmp_path, corpus)
-    status, output = launch(*(a.format(folder=tmp_path, config=config) for a in arguments))
+    names = {"folder": tmp_path, "config": config, "data": corpus}
+    status, output = launch(*(a.format(**names) for a in arguments))
     assert status == 2
-    assert message in output
+    assert message.format(**names) in output
     assert "Traceback" not in output
