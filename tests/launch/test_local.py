@@ -206,6 +206,24 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path, corpus, launc
     assert "would start 4 of 4" in output
 
 
+def test_cancelling_a_grid_ends_its_queue_too(tmp_path, corpus, launch):
+    path = write(
+        tmp_path, corpus, **{"steps: 4": "steps: 30000", "  model.pattern: [gdn, attn]\n": ""}
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "launch", str(path)], cwd=ROOT, env=ENVIRONMENT
+    )
+    metrics = tmp_path / "runs/seed=0/metrics.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.05)
+    status, output = launch("cancel", path)
+    assert (status, "seed=0: asked to save and exit" in output) == (0, True)
+    assert launcher.wait(60) == 75
+    assert states(launch("status", path)[1]) == {"seed=0": "stopped", "seed=1": "waiting"}
+    assert (tmp_path / "runs/seed=0/checkpoints/latest").exists()
+
+
 def test_two_launchers_of_one_grid_share_its_members(tmp_path, corpus, launch):
     """Started at the same time, so that each sees all members waiting; none is started twice."""
     path = write(
