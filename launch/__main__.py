@@ -75,6 +75,7 @@ def _start(arguments: argparse.Namespace) -> int:
     from launch.members import DONE, FAILED, QUEUED, RUNNING, check_same_settings
     from launch.planning import print_plans
     from launch.slurm import check_script, processes_per_node, render, submit
+    from pretrain.data.manifest import check_outside_data
     from pretrain.model.layout import check_layout
 
     cluster = load_cluster(arguments.cluster) if arguments.cluster else ClusterConfig("local")
@@ -94,6 +95,7 @@ def _start(arguments: argparse.Namespace) -> int:
             count = processes_of(member.config, arguments.processes)
         where = f"{grid.path}, member {member.name}" if member.name else str(grid.path)
         check_layout(member.config, count, where)
+        check_outside_data(member.config.run_directory, where)
     console = console_of()
     show_table(table(grid, states, plan=True), console)
     failed = [m for m in grid.members if states[m.name].state == FAILED]

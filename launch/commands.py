@@ -63,13 +63,19 @@ def cancel(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     grid, states = load(options.config, options.overrides)
     console, queued = console_of(), cancel_jobs(grid.members)
+    launchers = []
     for member in grid.members:
         if member.name not in queued and states[member.name].state != RUNNING:
             continue
         words = "asked to save and exit"
         if member.name not in queued:
-            words = _stop(RunDirectory(member.config.run_directory)) or words
+            directory = RunDirectory(member.config.run_directory)
+            launchers.append(directory.read_launch().get("launcher") or {})
+            words = _stop(directory) or words
         console.print(f"{member.name or grid.name}: {words}")
+    if len(grid.members) > 1:  # or they would go on with the next members
+        for launcher in launchers:
+            send_signal(launcher, signal.SIGTERM)
     if not queued and all(state.state != RUNNING for state in states.values()):
         console.print("nothing is running or queued")
     return 0

@@ -164,7 +164,12 @@ def _start(
     directory.write_launch_config(member.config)
     output = None if alone else directory.output_file.open("ab")
     directory.write_launch(
-        command=command, started=time.time(), status=None, reason=None, cancelled=None
+        command=command,
+        started=time.time(),
+        status=None,
+        reason=None,
+        cancelled=None,
+        launcher=identity_of(os.getpid()),
     )
     process = subprocess.Popen(
         command,

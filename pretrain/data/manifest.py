@@ -184,8 +184,18 @@ def settings_hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def is_data_set(folder: Path) -> bool:
-    """Return whether a folder is what ``python -m data_prep`` wrote."""
+def check_outside_data(directory: Path, where: str) -> None:
+    """Raise ConfigError, beginning with ``where``, for a run directory inside a data set."""
+    resolved = directory.resolve()
+    for folder in (resolved, *resolved.parents):
+        if _is_data_set(folder):
+            raise ConfigError(
+                f"{where}: the run directory {directory} is in the data set {folder}, whose files "
+                "belong to python -m data_prep; expected another directory, such as runs/NAME"
+            )
+
+
+def _is_data_set(folder: Path) -> bool:
     try:
         values = json.loads((folder / NAME).read_bytes())
     except (OSError, ValueError):

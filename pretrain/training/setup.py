@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrain.checkpoint.state import CheckpointState, check_files, load_checkpoint, read_state
-from pretrain.common.config_loader import ConfigError
 from pretrain.common.dtypes import DTYPES
 from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, RunConfig
 from pretrain.config.checks import check_vocab_size
 from pretrain.data.batches import PreparedData
-from pretrain.data.manifest import Manifest, is_data_set
+from pretrain.data.manifest import Manifest
 from pretrain.model.build import build_stages, padded_vocab_size
 from pretrain.model.counts import ModelCounts
 from pretrain.parallel.processes import (
@@ -40,17 +39,6 @@ def vocabulary_of(config: RunConfig, data: PreparedData, where: str) -> int:
     rows = padded_vocab_size(config.model, data.tokenizer.vocab_size)
     check_vocab_size(rows, data.tokenizer.vocab_size, config.parallel.tensor, where)
     return rows
-
-
-def check_directory(directory: Path, where: str) -> None:
-    """Raise ConfigError, beginning with ``where``, for a run directory inside a data set."""
-    resolved = directory.resolve()
-    for folder in (resolved, *resolved.parents):
-        if is_data_set(folder):
-            raise ConfigError(
-                f"{where}: the run directory {directory} is in the data set {folder}, whose files "
-                "belong to python -m data_prep; expected another directory, such as runs/NAME"
-            )
 
 
 def check_hashes(checkpoint: Path) -> None:

@@ -27,6 +27,7 @@ from pretrain.data.batches import (
     TrainingBatches,
     open_data,
 )
+from pretrain.data.manifest import check_outside_data
 from pretrain.model.counts import ModelCounts, count_model
 from pretrain.model.layout import check_layout
 from pretrain.model.spec import check_model, with_sizes
@@ -65,7 +66,6 @@ from pretrain.training.run_control import (
 from pretrain.training.setup import (
     build_engine,
     check_data_hashes,
-    check_directory,
     check_hashes,
     describe_run,
     state_of,
@@ -157,7 +157,7 @@ class Trainer:
         this process goes on.
         """
         check_layout(self.config, world_size(), self._where)
-        check_directory(self.run_directory.path, self._where)
+        check_outside_data(self.run_directory.path, self._where)
         with only_run(str(self.run_directory)):
             self._start, self.result, self.stopping = time.monotonic(), None, False
             try:

@@ -207,6 +207,24 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path, corpus, launc
     assert "would start 4 of 4" in output
 
 
+def test_cancelling_a_grid_ends_its_queue_too(tmp_path, corpus, launch):
+    path = write(
+        tmp_path, corpus, **{"steps: 4": "steps: 30000", "  model.pattern: [gdn, attn]\n": ""}
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "launch", str(path)], cwd=ROOT, env=ENVIRONMENT
+    )
+    metrics = tmp_path / "runs/seed=0/metrics.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.05)
+    status, output = launch("cancel", path)
+    assert (status, "seed=0: asked to save and exit" in output) == (0, True)
+    assert launcher.wait(60) == 75
+    assert states(launch("status", path)[1]) == {"seed=0": "stopped", "seed=1": "waiting"}
+    assert (tmp_path / "runs/seed=0/checkpoints/latest").exists()
+
+
 def test_two_launchers_of_one_grid_share_its_members(tmp_path, corpus, launch):
     """Started at the same time, so that each sees all members waiting; none is started twice."""
     path = write(
@@ -246,11 +264,13 @@ def test_two_launchers_of_one_grid_share_its_members(tmp_path, corpus, launch):
         (["{config}", "parallel.tensor=1", "--processes", "999"], "needs 999 processes"),
         (["{config}", "--at-once", "0"], "expected a whole number from 1"),
         (["{config}", "optimizer.lrr=1"], "unknown setting 'optimizer.lrr'"),
+        (["{config}", "directory={data}/runs"], "is in the data set {data}, whose files"),
     ],
 )
 def test_bad_input(tmp_path, corpus, launch, arguments, message):
     config = write(tmp_path, corpus)
-    status, output = launch(*(a.format(folder=tmp_path, config=config) for a in arguments))
+    names = {"folder": tmp_path, "config": config, "data": corpus}
+    status, output = launch(*(a.format(**names) for a in arguments))
     assert status == 2
-    assert message in output
+    assert message.format(**names) in output
     assert "Traceback" not in output

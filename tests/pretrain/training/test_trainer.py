@@ -276,6 +276,7 @@ def test_the_order_of_the_default_callbacks(run):
         "WatchProcesses",
         "SkipSpikes",
         "StopNonFinite",
+        "TellTimeLeft",
         "LogSteps",
         "Validate",
         "Save",
