@@ -75,6 +75,7 @@ def _start(arguments: argparse.Namespace) -> int:
     from launch.members import DONE, FAILED, QUEUED, RUNNING, check_same_settings
     from launch.planning import print_plans
     from launch.slurm import check_script, processes_per_node, render, submit
+    from pretrain.common.outputs import check_folder
     from pretrain.data.manifest import check_outside_data
     from pretrain.model.layout import check_layout
 
@@ -88,6 +89,7 @@ def _start(arguments: argparse.Namespace) -> int:
         cluster = dataclasses.replace(cluster, nodes=arguments.nodes)
     grid, states = load(arguments.config, arguments.overrides)
     for member in grid.members:
+        check_folder(member.config.run_directory, f"{grid.path}: directory")
         check_same_settings(member)
         if cluster.kind == "slurm":
             count = cluster.nodes * processes_per_node(cluster, [member])

@@ -233,7 +233,10 @@ class RunDirectory:
 
     def write_launch_config(self, config: RunConfig) -> None:
         """Create the directory, and in it the settings that the run is to be started with."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
         write_bytes(self.launch_config_file, to_yaml(config).encode())
 
     def keep_saved_sizes(self, config: RunConfig) -> None:
@@ -288,9 +291,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock_handle = os.open(self.lock_file, os.O_CREAT | os.O_RDWR)
         except OSError as error:
-            raise UserError(
-                f"cannot write to the run directory {self.path}: {error.strerror}"
-            ) from None
+            raise self._unwritable(error) from None
         until = time.monotonic() + _PROBE_SECONDS
         while True:
             try:
@@ -329,6 +330,7 @@ class RunDirectory:
             f"the run directory {self.path} {what} while the run was training in it, so nothing "
             "more can be saved; run the same command again to start from what is there now"
         )
+
     def _write_lock_holder(self, handle: int) -> None:
         """Write who holds the lock into its file, for whoever wants to stop the run."""
         try:
@@ -348,6 +350,9 @@ class RunDirectory:
         except (OSError, ValueError):
             return {}
         return values if isinstance(values, dict) else {}
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"cannot write to the run directory {self.path}: {error.strerror}")
 
     def release_lock(self) -> None:
         """Unlock the directory for another run; nothing happens where the lock is not held."""

@@ -29,7 +29,7 @@ from pretrain.checkpoint.sharded_state import (
 )
 from pretrain.checkpoint.storage import FORMATS, load_state
 from pretrain.checkpoint_folders import STATE_FILE, list_checkpoints
-from pretrain.common.config_loader import build_config, flattened
+from pretrain.common.config_loader import LATER, build_config, flattened
 from pretrain.common.errors import ConfigError, UnknownSettingError, UserError
 from pretrain.common.files import file_sha256
 from pretrain.config import ModelConfig, legacy, load_saved_config
@@ -149,7 +149,7 @@ def read_state(checkpoint: Path) -> CheckpointState:
         state = build_config(CheckpointState, values, str(path))
         _model_config(state, str(path))
     except UnknownSettingError as error:
-        raise ConfigError(f"{error}; {legacy.LATER}") from None
+        raise ConfigError(f"{error}; {LATER}") from None
     return state
 
 

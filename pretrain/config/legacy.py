@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from pretrain.common.config_loader import ConfigError
+from pretrain.common.config_loader import LATER, ConfigError
 
 if TYPE_CHECKING:
     from pretrain.config.model import ModelConfig
 
 FORMAT = 2
-LATER = "a later version of this project has written it: use that one"
 _SIZES = (
     "num_heads",
     "num_kv_heads",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pretrain.common.config_loader import Config, build_config, setting
+from pretrain.common.config_loader import LATER, Config, build_config, setting
 from pretrain.common.errors import ConfigError, UnknownSettingError
 from pretrain.config import legacy
 from pretrain.config.data import DataConfig
@@ -97,4 +97,4 @@ def load_saved_config(path: str | Path) -> RunConfig:
     try:
         return build_config(RunConfig, values, str(path))
     except UnknownSettingError as error:
-        raise ConfigError(f"{error}; {legacy.LATER}") from None
+        raise ConfigError(f"{error}; {LATER}") from None

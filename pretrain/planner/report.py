@@ -29,7 +29,7 @@ from pretrain.planner.estimate import Planner
 from pretrain.planner.figures import Estimate
 from pretrain.planner.hardware import Hardware, load_hardware
 from pretrain.planner.parts import model_parts
-from pretrain.planner.search import Candidate, search
+from pretrain.planner.search import Candidate, nothing_fits, search
 from pretrain.planner.units import Units
 
 # Assumed for a model without a run.
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, figures)
     if options.search and all(candidate.why for candidate in found):
-        raise UserError(f"{options.config}: {_nothing_fits(config, found, devices)}")
+        raise UserError(f"{options.config}: {nothing_fits(config, found, devices)}")
     return 0
 
 
@@ -356,24 +356,6 @@ def _print_candidates(
         console.print(f"{sum(impossible.values())} are not possible:")
         for why, number in impossible.most_common(6):
             console.print(f"  {number} x {why}")
-
-
-def _nothing_fits(config: RunConfig, found: list[Candidate], devices: int) -> str:
-    """Return why no layout fits, and what would."""
-    too_large = [c for c in found if c.estimate is not None]
-    if too_large:
-        nearest = min(too_large, key=lambda c: c.estimate.peak_memory if c.estimate else 0.0)
-        return (
-            f"no layout of {devices:,} devices fits, the nearest {nearest.why}; take more devices, "
-            "larger ones or a smaller model"
-        )
-    rows = config.train.global_batch_tokens // config.train.seq_len
-    fitting = max(n for n in range(1, min(rows, devices) + 1) if rows % n == 0)
-    return (
-        f"no layout of {devices:,} devices is possible; with the {rows:,} sequences of "
-        f"train.global_batch_tokens, {fitting:,} would be, or products of their divisors with "
-        "parallel.tensor and parallel.pipeline"
-    )
 
 
 def _short(parallel: Any, devices: int) -> str:

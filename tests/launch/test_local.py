@@ -263,6 +263,8 @@ def test_two_launchers_of_one_grid_share_its_members(tmp_path, corpus, launch):
         (["{folder}/nothing.yaml"], "no config file at"),
         (["{config}", "parallel.tensor=1", "--processes", "999"], "needs 999 processes"),
         (["{config}", "--at-once", "0"], "expected a whole number from 1"),
+        (["{config}", "directory={config}"], "a file; expected a folder, new or old"),
+        (["{config}", "directory={config}/x", "--dry-run"], "is a file; expected a folder there"),
         (["{config}", "optimizer.lrr=1"], "unknown setting 'optimizer.lrr'"),
         (["{config}", "directory={data}/runs"], "is in the data set {data}, whose files"),
     ],

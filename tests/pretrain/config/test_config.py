@@ -133,8 +133,17 @@ def test_a_run_of_a_later_version_is_told_by_its_path(base, tmp_path, change, wo
     saved.write_text(change(to_yaml(load_run_config(base))))
     with pytest.raises(ConfigError, match=words) as error:
         load_saved_config(saved)
+    later = "a later version of this project has written it: use that one"
     assert str(error.value).startswith(f"{saved}: ")
-    assert "a later version of this project has written it: use that one" in str(error.value)
+    assert later in str(error.value)
+    with pytest.raises(ConfigError, match=later):  # given to a command as a config
+        load_run_config(saved)
+
+
+def test_a_setting_that_a_person_has_misspelt_is_of_no_later_version(base):
+    with pytest.raises(ConfigError, match="unknown setting 'future'") as error:
+        load_run_config(base, ["future=1"])
+    assert "later version" not in str(error.value)
 
 
 def test_files_that_are_no_config(tmp_path):

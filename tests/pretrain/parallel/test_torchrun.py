@@ -39,9 +39,16 @@ def test_a_killed_process_is_named(capsys):
     assert report(failures(TERM, TERM)) == 128 + 15
 
 
-def test_of_one_command_the_sentence_is_all(tmp_path):
+def test_of_one_command_the_sentence_is_all():
     done = run("pretrain", "nowhere.yaml")
     assert (done.returncode, done.stdout, done.stderr.strip()) == (2, "", SENTENCE)
+
+
+def test_a_command_line_without_a_config_is_refused_in_a_sentence_too():
+    done = run("pretrain")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: the following arguments are required: config")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_first_to_refuse_speaks_and_the_others_do_not(tmp_path):
