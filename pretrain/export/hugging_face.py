@@ -229,10 +229,14 @@ def write_hugging_face(
 def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
     try:
         from huggingface_hub import save_torch_state_dict
+        from safetensors import SafetensorError
     except ImportError:
         raise UserError("export needs huggingface_hub: pip install transformers") from None
     contiguous = {name: value.contiguous() for name, value in weights.items()}
-    save_torch_state_dict(contiguous, folder, max_shard_size=_SHARD, metadata={"format": "pt"})
+    try:
+        save_torch_state_dict(contiguous, folder, max_shard_size=_SHARD, metadata={"format": "pt"})
+    except SafetensorError as error:  # of the system: the disk is full
+        raise UserError(f"cannot write the weights into {folder}: {error}") from None
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # written readable by its owner alone
 
