@@ -31,7 +31,7 @@ from typing import Any
 from launch.grid import Grid, Member
 from launch.matching import match_members
 from launch.throughput import read_throughput
-from pretrain.common.config_files import load_values
+from pretrain.common.config_files import load_values, read_values
 from pretrain.common.config_loader import ConfigError, load_config, nearest
 from pretrain.config import RunConfig, check_run_config
 from pretrain.model.spec import check_model
@@ -57,7 +57,8 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), *, measuring: boo
     ConfigError, naming the member, where any could not run.
     """
     _check_grid_overrides(overrides, str(path))
-    values = load_values(path, overrides)
+    written = read_values(path)
+    values = load_values(path, overrides, written=written)
     section = values.pop("grid", None)
     name = str(values.get("name"))
     directory = Path(values.get("directory") or Path("runs") / name)
@@ -74,7 +75,13 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), *, measuring: boo
         changes = {key: choice.value for key, choice in point.items()}
         where = f"{path}, member {member}" if member else str(path)
         config = load_config(
-            RunConfig, path, overrides, changes=changes, ignore=("grid",), where=where
+            RunConfig,
+            path,
+            overrides,
+            changes=changes,
+            written=written,
+            ignore=("grid",),
+            where=where,
         )
         if member:
             config.name, config.directory = f"{name}-{member}", str(directory / member)

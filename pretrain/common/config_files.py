@@ -13,11 +13,23 @@ from pretrain.common.shipped_configs import find_config
 from pretrain.common.yaml_text import parse_value, read_file
 
 
+def read_values(path: str | Path) -> dict[str, Any]:
+    """Return what a file and those that it extends say, without a schema."""
+    return _read(find_config(path), ())
+
+
 def load_values(
-    path: str | Path, overrides: Sequence[str] = (), *, changes: Mapping[str, Any] | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    changes: Mapping[str, Any] | None = None,
+    written: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what a file, its ``extends``, ``changes`` and overrides say, without a schema."""
-    config = _read(find_config(path), ())
+    """Return what a file, its ``extends``, ``changes`` and overrides say, without a schema.
+
+    ``written``: what :func:`read_values` returned, where the file has been read already.
+    """
+    config = read_values(path) if written is None else copy.deepcopy(dict(written))
     # Sections before the settings inside them.
     for key, value in sorted((changes or {}).items(), key=lambda item: item[0].count(".")):
         try:

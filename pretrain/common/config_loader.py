@@ -119,21 +119,22 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     changes: Mapping[str, Any] | None = None,
+    written: Mapping[str, Any] | None = None,
     ignore: Sequence[str] = (),
     where: str | None = None,
 ) -> T:
     """Read ``path`` into ``schema`` and check every field.
 
     ``changes`` (values by dotted name) and then the ``key=value`` overrides replace what the file
-    says. Top-level keys in ``ignore`` are skipped, and so is the ``format`` of a schema that is
-    saved with one.
+    says; ``written`` is that, where it has been read already. Top-level keys in ``ignore`` are
+    skipped, and so is the ``format`` of a schema that is saved with one.
 
     Raises :class:`ConfigError` naming the file (or ``where``) or field, what was found, and what
     was expected.
     """
     from pretrain.common.config_files import load_values
 
-    values = load_values(path, overrides, changes=changes)
+    values = load_values(path, overrides, changes=changes, written=written)
     where = where or str(path)
     known, mark = getattr(schema, "saved_format", None), None
     if known is not None:
