@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pretrain.common.errors import UserError
-from pretrain.inference.generate import generate
+from pretrain.inference.generate import LARGEST_SEED, generate
 from pretrain.inference.load import LoadedModel, load_model
 from pretrain.parallel.processes import stop_processes
 
@@ -157,6 +157,8 @@ def _check(given: argparse.Namespace) -> None:
         raise UserError(f"--top-k is {given.top_k}, expected 1 or more")
     if given.top_p is not None and not 0 < given.top_p <= 1:
         raise UserError(f"--top-p is {given.top_p}, expected above 0 and at most 1")
+    if not 0 <= given.seed < LARGEST_SEED:
+        raise UserError(f"--seed is {given.seed}, expected 0 to 2^63 - 1")
     if given.recurrences is not None and given.recurrences < 1:
         raise UserError(f"--recurrences is {given.recurrences}, expected 1 or more")
 

@@ -65,11 +65,13 @@ def _start(arguments: argparse.Namespace) -> int:
     from launch.members import DONE, FAILED, QUEUED, RUNNING, check_same_settings
     from launch.planning import print_plans
     from launch.slurm import processes_per_node, render, submit
+    from pretrain.common.outputs import check_folder
     from pretrain.model.layout import check_layout
 
     cluster = load_cluster(arguments.cluster) if arguments.cluster else ClusterConfig("local")
     grid, states = load(arguments.config, arguments.overrides)
     for member in grid.members:
+        check_folder(member.config.run_directory, f"{grid.path}: directory")
         check_same_settings(member)
         if cluster.kind == "slurm":
             count = cluster.nodes * processes_per_node(cluster, [member])

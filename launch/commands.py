@@ -108,6 +108,8 @@ def measure(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.steps < 1:
         raise UserError(f"--steps is {options.steps}, expected at least 1")
+    if options.processes is not None and options.processes < 1:
+        raise UserError(f"--processes is {options.processes}, expected at least 1")
     grid = load_grid(options.config, options.overrides, measuring=True)
     console, speeds = console_of(), {}
     for member in grid.members:

@@ -14,8 +14,9 @@ import gc
 import importlib
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-from pretrain.common.errors import run_command
+from pretrain.common.errors import UserError, run_command
 from pretrain.common.garbage import paused_collection
 from pretrain.common.quiet import quiet_process
 
@@ -28,10 +29,16 @@ _COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Refuse as everything else is refused: once, where several processes are started."""
+        raise UserError(f"{message}; {' '.join(self.format_usage().split())}")
+
+
 def main() -> int:
     """Run the command; return its exit status."""
     quiet_process()
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m pretrain",
         description="Train a model, or resume where the run stopped. 'python -m pretrain verify "
         "CONFIG' checks that a layout of processes trains the same model as one, 'python -m "

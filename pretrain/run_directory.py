@@ -27,6 +27,8 @@ _COLUMNS = [  # of the metrics of every run
     *("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"),
     *("memory", "skipped", "epochs", "seconds"),
 ]
+_MODEL = ("parameters", "embedding_parameters", "training_flops_per_token", "vocab_size")
+_MODEL_AGAIN = "the run writes it again when it is next started"
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _LATEST = "latest"
 _PROBE_SECONDS = 1.0  # longer than any is_locked holds the lock
@@ -179,10 +181,17 @@ class RunDirectory:
         if not self.model_file.exists():
             return {}
         try:
-            values: dict[str, Any] = json.loads(self.model_file.read_bytes())
+            values = json.loads(self.model_file.read_bytes())
         except ValueError as error:
-            raise UserError(f"{self.model_file} is not JSON ({error})") from None
-        return values
+            raise UserError(f"{self.model_file} is not JSON ({error}); {_MODEL_AGAIN}") from None
+        numbers = values if isinstance(values, dict) else {}
+        for name in _MODEL:
+            if not isinstance(numbers.get(name), int | float):
+                raise UserError(
+                    f"{self.model_file} has no number '{name}', expected {', '.join(_MODEL)}; "
+                    + _MODEL_AGAIN
+                )
+        return numbers
 
     def write_model(self, values: dict[str, Any]) -> None:
         """Write the sizes of the model."""
@@ -206,7 +215,10 @@ class RunDirectory:
 
     def write_launch_config(self, config: RunConfig) -> None:
         """Create the directory, and in it the settings that the run is to be started with."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
         write_bytes(self.launch_config_file, to_yaml(config).encode())
 
     def keep_saved_sizes(self, config: RunConfig) -> None:
@@ -252,9 +264,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock_handle = os.open(self.lock_file, os.O_CREAT | os.O_RDWR)
         except OSError as error:
-            raise UserError(
-                f"cannot write to the run directory {self.path}: {error.strerror}"
-            ) from None
+            raise self._unwritable(error) from None
         until = time.monotonic() + _PROBE_SECONDS
         while True:
             try:
@@ -271,6 +281,9 @@ class RunDirectory:
                 ) from None
             except OSError:  # a file system without locks: nothing to hold
                 return
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"cannot write to the run directory {self.path}: {error.strerror}")
 
     def release_lock(self) -> None:
         """Unlock the directory for another run; nothing happens where the lock is not held."""

@@ -99,7 +99,9 @@ def _load(
                 f"--tasks {name}; the loss on held-out text is 'validation' here"
             )
     length = settings.max_length or config.train.seq_len
-    model = HarnessModel(scorer, tokenizer, length, bos=settings.bos)
+    model = HarnessModel(
+        scorer, tokenizer, length, bos=settings.bos, length_option="eval.max_length="
+    )
     texts = model.text_settings(settings.limit)
     with seeded():
         loaded = {name: load_tasks([name], texts) for name in settings.tasks}

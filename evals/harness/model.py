@@ -34,22 +34,32 @@ class HarnessModel(TemplateLM):
     """A scorer and a tokenizer behind lm-eval's interface.
 
     ``max_length`` is the model's limit of input tokens; longer requests lose their beginning and
-    are counted in ``cut``. Raises UserError for an unknown ``bos`` rule.
+    are counted in ``cut``. ``length_option`` begins what sets it, in messages. Raises UserError for
+    an unknown ``bos`` rule.
     """
 
     def __init__(
-        self, scorer: Scorer, tokenizer: Tokenizer, max_length: int, *, bos: str = "document"
+        self,
+        scorer: Scorer,
+        tokenizer: Tokenizer,
+        max_length: int,
+        *,
+        bos: str = "document",
+        length_option: str = "--max-length ",
     ) -> None:
         super().__init__()
         if bos not in BOS_RULES:
             raise UserError(f"--bos is '{bos}', expected {' or '.join(BOS_RULES)}")
         self.scorer, self.text, self.max_length, self.bos = scorer, tokenizer, max_length, bos
-        self.cut = 0
+        self.cut, self._length_option = 0, length_option
 
     def text_settings(self, limit: int | None) -> TextSettings:
         """Return the settings of generated tasks, with as many documents as will be scored."""
         return TextSettings(
-            lambda text: len(self._opened(self.tok_encode(text))), self.max_length, limit or COUNT
+            lambda text: len(self._opened(self.tok_encode(text))),
+            self.max_length,
+            limit or COUNT,
+            length_option=self._length_option,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -182,7 +192,8 @@ class HarnessModel(TemplateLM):
         if longest >= self.max_length:
             raise UserError(
                 f"{what} asks for {longest:,} tokens of text, which leaves no room for a prompt "
-                f"within {self.max_length:,} tokens: set max_length (--max-length) higher"
+                f"within {self.max_length:,} tokens: give {self._length_option}N, above "
+                f"{longest:,}"
             )
 
     def _prompt(

@@ -16,6 +16,7 @@ from evals.report.figures import draw_losses, draw_speeds
 from evals.report.runs import Group, find_runs, grouped, matches_of
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
+from pretrain.common.outputs import check_folder
 
 TITLES = {"tokens": "Loss by tokens", "flops": "Loss by training FLOPs", "seconds": "Loss by time"}
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--title", help="the page's title (the folders' names)")
     parser.add_argument("--no-fits", action="store_true", help="omit the scaling fits")
     given = parser.parse_args(arguments)
+    check_folder(given.out, "--out")
     page = make_report(given.runs, given.out, given.title, fits=not given.no_fits)
     print(f"written to {page}")
     return 0

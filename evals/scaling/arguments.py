@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from evals.scaling.fitting import HUBER, Options, Residual
 from evals.scaling.laws import LAWS
 from evals.scaling.readers import Reading
+from evals.scaling.schedules import MOST_STEPS
 from pretrain.common.errors import UserError
 from pretrain.common.yaml_text import read_file
 
 SCHEDULE = '"kind=wsd lr=3e-4 steps=24000 warmup_steps=2000 decay_fraction=0.2"'
+
+
+# By option: the lowest and the highest value, of those that are given.
+_COUNTS = {
+    "seed": (0, 2**63 - 1),
+    "bootstrap": (0, 1_000_000),
+    "steps": (1, MOST_STEPS),
+    "warmup_steps": (0, MOST_STEPS),
+    "from_step": (0, MOST_STEPS),
+}
+_POSITIVE = ("parameters", "tokens_per_step", "flops", "at", "huber", "tolerance")
+
+
+def check_numbers(given: argparse.Namespace) -> None:
+    """Raise UserError where an option is a number that cannot be meant."""
+    for name, value in vars(given).items():
+        option = f"--{name.replace('_', '-')}"
+        low, high = _COUNTS.get(name, (-math.inf, math.inf))
+        if value is not None and name in _COUNTS and not low <= value <= high:
+            raise UserError(f"{option} is {value}, expected {low:,} to {high:,}")
+        if value is not None and name in _POSITIVE and not 0 < value < math.inf:
+            raise UserError(f"{option} is {value}, expected a number above 0")
 
 
 def reading_options(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +233,5 @@ def schedules_of(given: str | None) -> str | dict[str, str] | None:
 
 def options_of(given: argparse.Namespace, points: bool) -> Options:
     """Convert the options of fitting; raises UserError for values that do not fit."""
-    if given.huber <= 0 or given.bootstrap < 0:
-        raise UserError("expected --huber above 0 and --bootstrap at least 0")
     residual: Residual = given.residual or ("log" if points else "relative")
     return Options(residual, given.huber, priors=not given.no_priors)

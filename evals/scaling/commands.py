@@ -18,6 +18,7 @@ from rich.table import Table
 
 from evals.scaling.arguments import (
     SCHEDULE,
+    check_numbers,
     columns_of,
     compare_options,
     fit_options,
@@ -52,6 +53,7 @@ from evals.scaling.tables import sentences, show_fit, show_size
 from pretrain.common.config_loader import nearest
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
+from pretrain.common.outputs import check_folder
 
 MOST_PROFILES = 12  # shown; all are in the JSON
 
@@ -73,6 +75,8 @@ def main(arguments: Sequence[str]) -> int:
         "plan": _plan,
         "compare": _compare,
     }[given.command]
+    check_numbers(given)
+    check_folder(given.out, "--out")
     return run(given)
 
 

@@ -79,13 +79,13 @@ class Points:
         self.parameters, self.tokens, self.loss = (
             np.asarray(x, dtype=float) for x in (self.parameters, self.tokens, self.loss)
         )
-        for what in ("parameters", "tokens", "loss"):
-            values = getattr(self, what)
-            if len(values) and not (np.isfinite(values).all() and (values > 0).all()):
-                bad = values[~(np.isfinite(values) & (values > 0))][0]
-                raise UserError(f"{self.name}: {what} holds {bad}, expected positive numbers")
         if self.flops is None:
             self.flops = 6 * self.parameters * self.tokens
+        for what in ("parameters", "tokens", "loss", "flops", "unique_tokens"):
+            values = getattr(self, what)
+            if values is not None and not (np.isfinite(values) & (values > 0)).all():
+                bad = values[~(np.isfinite(values) & (values > 0))][0]
+                raise UserError(f"{self.name}: {what} holds {bad}, expected positive numbers")
         if not len(self.names):
             self.names = [f"run {i + 1}" for i in range(len(self.loss))]
 

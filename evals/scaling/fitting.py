@@ -158,7 +158,7 @@ def load_fit(path: Path) -> Fit:
             None if samples is None else np.array(samples),
             saved.get("domain", {}),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a fit that this command wrote ({error})") from None
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from evals.scaling.curves import Curve, Points, end_of_warmup
 from evals.scaling.parameters import Array
 from evals.scaling.schedules import (
+    MOST_STEPS,
     interpolated_lr,
     largest_difference,
     parse_schedule,
@@ -108,15 +109,25 @@ def _read(path: Path, reading: Reading) -> list[Curve]:
 @dataclass
 class _Table:
     where: str
-    step: NDArray[np.int64]
+    step: NDArray[Any]
     loss: Array
     lr: Array | None
+
+    def __post_init__(self) -> None:
+        step = self.step.astype(float)
+        wrong = ~((step >= 0) & (step <= MOST_STEPS) & (step == np.floor(step)))
+        if wrong.any():
+            raise UserError(
+                f"{self.where}: a step is {step[wrong][0]:.16g}, expected whole numbers from 0 to "
+                f"{MOST_STEPS:,}"
+            )
+        self.step = step.astype(np.int64)
 
 
 def _run(run: RunDirectory, reading: Reading) -> Curve:
     """Read a run of this project, with the schedule of its config."""
     key = (reading.columns or {}).get("loss", "loss")
-    rows = [r for r in run.read_metrics() if key in r]
+    rows = [r for r in run.read_metrics() if isinstance(r.get(key, ""), int | float | None)]
     if not rows:
         raise UserError(f"{run.metrics_file} has no '{key}'")
     table = _Table(
@@ -197,7 +208,7 @@ def _table(path: Path, frame: Any, step: str, loss: str, lr: str | None) -> _Tab
     table = table.groupby((table[step] != table[step].shift()).cumsum()).last()
     table = table[table[loss].notna()]
     kept = {c: table[c].to_numpy(dtype=float) for c in numbers}
-    return _Table(str(path), kept[step].astype(np.int64), kept[loss], kept[lr] if lr else None)
+    return _Table(str(path), kept[step], kept[loss], kept[lr] if lr else None)
 
 
 def _events(path: Path, reading: Reading) -> _Table:

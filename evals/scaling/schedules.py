@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
 from pretrain.config.schedule import learning_rate
 
+MOST_STEPS = 10_000_000  # of a run; the learning rate of each is computed
 JUMP = 0.2  # relative change between two logged steps that counts as abrupt
 
 
@@ -38,10 +40,13 @@ def parse_schedule(text: str) -> tuple[ScheduleConfig, float, int]:
         peak, steps = float(values.pop("lr")), int(float(values.pop("steps")))
     except KeyError as error:
         raise UserError(f"{where}: {error.args[0]} is missing") from None
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"{where}: expected numbers for lr and steps") from None
-    if peak <= 0 or steps < 1:
-        raise UserError(f"{where}: lr is {peak} and steps {steps}, expected both above 0")
+    if not (0 < peak < math.inf and 1 <= steps <= MOST_STEPS):
+        raise UserError(
+            f"{where}: lr is {peak} and steps {steps}, expected lr above 0 and 1 to {MOST_STEPS:,} "
+            "steps"
+        )
     numbers = {n: _number(v) for n, v in values.items()}
     return build_config(ScheduleConfig, numbers, where), peak, steps
 

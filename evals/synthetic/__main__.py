@@ -24,6 +24,7 @@ from evals.synthetic.training import LAST, TEST_FACTORS, SyntheticConfig, check_
 from pretrain.common.config_loader import ConfigError, build_config, load_config
 from pretrain.common.errors import UserError, run_command, short
 from pretrain.common.files import write_json
+from pretrain.common.outputs import check_folder
 from pretrain.common.yaml_text import parse_value
 from pretrain.model.spec import block_specs
 from pretrain.parallel.processes import start_processes, stop_processes
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = Path(options.output)
     if (options.task is None) == (options.suite is None):
         raise UserError("expected either a task or --suite, exactly one of them")
+    check_folder(output, "--output")
     configs = [_command_line(options)] if options.suite is None else load_suite(options.suite)
     start_processes()
     try:

@@ -12,6 +12,7 @@ from evals.synthetic.long_context import LONG_TASKS, make_texts
 from evals.synthetic.text_problems import DEFAULT_LENGTH, PROBLEMS, make_problems
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
+from pretrain.common.outputs import check_file
 from pretrain.data.tokenizer import Tokenizer
 
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if given.count < 1 or (given.length is not None and given.length < 1) or given.seed < 0:
         raise UserError("--count and --length are expected to be at least 1, --seed at least 0")
+    check_file(given.output, "output")
     try:
         texts = _texts(given)
     except ValueError as error:

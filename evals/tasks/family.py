@@ -21,13 +21,15 @@ class TextSettings:
     """Settings of generated texts.
 
     ``tokens`` counts a text's tokens, including the one that it begins with; ``max_length`` is a
-    request's limit in tokens; ``count`` is the number of documents per task.
+    request's limit in tokens, which ``length_option`` sets; ``count`` is the number of documents
+    per task.
     """
 
     tokens: Callable[[str], int]
     max_length: int
     count: int = COUNT
     seed: int = 0
+    length_option: str = "--max-length "
 
 
 def parse_name(name: str) -> tuple[str, int | None]:

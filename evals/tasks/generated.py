@@ -29,7 +29,7 @@ def generated_config(name: str, settings: TextSettings) -> dict[str, Any]:
         if length > settings.max_length:
             raise UserError(
                 f"task '{name}' has texts of {length:,} tokens, but requests are cut to "
-                f"{settings.max_length:,}: give --max-length {length}"
+                f"{settings.max_length:,}: give {settings.length_option}{length}"
             )
         return _long_config(name, task, length, settings)
     return _problem_config(name, task, length or DEFAULT_LENGTH, settings)

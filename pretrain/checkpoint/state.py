@@ -27,8 +27,8 @@ from pretrain.checkpoint.sharded_state import (
     weights_state,
 )
 from pretrain.checkpoint.storage import FORMATS, load_state
-from pretrain.common.config_loader import build_config, flattened
-from pretrain.common.errors import UserError
+from pretrain.common.config_loader import LATER, build_config, flattened
+from pretrain.common.errors import ConfigError, UnknownSettingError, UserError
 from pretrain.common.files import file_sha256
 from pretrain.config import ModelConfig, legacy, load_saved_config
 from pretrain.model.spec import block_specs
@@ -63,9 +63,13 @@ class CheckpointState:
     @property
     def model_config(self) -> ModelConfig:
         """Return the model's settings; an earlier format's get the default sizes of its time."""
-        model = dict(self.model)
-        legacy.upgrade(model, self.format, "checkpoint")
-        return build_config(ModelConfig, model, "checkpoint")
+        return _model_config(self, "checkpoint")
+
+
+def _model_config(state: CheckpointState, where: str) -> ModelConfig:
+    model = dict(state.model)
+    legacy.upgrade(model, state.format, where)
+    return build_config(ModelConfig, model, f"{where}, model")
 
 
 def recover_replaced(directory: Path) -> None:
@@ -113,13 +117,17 @@ def _damaged(checkpoint: Path, what: str) -> UserError:
 
 def read_state(checkpoint: Path) -> CheckpointState:
     """Return the metadata of a checkpoint, without loading it."""
+    path = checkpoint / "state.json"
     try:
-        values = json.loads((checkpoint / "state.json").read_bytes())
-        return build_config(
-            CheckpointState, {"format": 1, **values}, str(checkpoint / "state.json")
-        )
-    except (OSError, ValueError):
+        values = {"format": 1, **json.loads(path.read_bytes())}
+    except (OSError, ValueError, TypeError):
         raise _damaged(checkpoint, "state.json is missing or unreadable") from None
+    try:
+        state = build_config(CheckpointState, values, str(path))
+        _model_config(state, str(path))
+    except UnknownSettingError as error:
+        raise ConfigError(f"{error}; {LATER}") from None
+    return state
 
 
 # Settings of a model that say how it begins or is trained, not what it computes.

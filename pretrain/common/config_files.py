@@ -93,9 +93,9 @@ def _assign(config: dict[str, Any], key: str, value: Any, *, merge: bool = False
         if isinstance(holder, list):
             where = ".".join(names[:depth])
             if not (name.isdecimal() and int(name) < len(holder)):
+                last = f"{where}.0 to {where}.{len(holder) - 1}" if holder else "a whole list"
                 raise ValueError(
-                    f"{where} is a list of {len(holder)}, expected a number below that after "
-                    f"{where}., found '{name}'"
+                    f"{where} is a list of {len(holder)}, expected {last}, found {where}.{name}"
                 )
             place = int(name)
         elif not isinstance(holder, dict):

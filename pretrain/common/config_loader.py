@@ -23,7 +23,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pretrain.common.errors import ConfigError, nearest, short
+from pretrain.common.errors import ConfigError, UnknownSettingError, nearest, short
+
+# Of what a file says that only its writer can know.
+LATER = "a later version of this project has written it: use that one"
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., None])
@@ -131,10 +134,19 @@ def load_config(
     from pretrain.common.config_files import load_values
 
     values = load_values(path, overrides, changes=changes)
-    if getattr(schema, "saved_format", None) is not None:
-        ignore = (*ignore, "format")
+    where = where or str(path)
+    known, mark = getattr(schema, "saved_format", None), None
+    if known is not None:
+        mark = values.pop("format", None)
+        if isinstance(mark, int) and mark > known:
+            raise ConfigError(f"{where}: format is {mark}, expected at most {known}: {LATER}")
     kept = {key: value for key, value in values.items() if key not in ignore}
-    return build_config(schema, kept, where or str(path))
+    try:
+        return build_config(schema, kept, where)
+    except UnknownSettingError as error:
+        if mark is None:  # written by hand
+            raise
+        raise ConfigError(f"{error}; {LATER}") from None
 
 
 def build_config(schema: type[T], values: Any, where: str) -> T:
@@ -263,7 +275,7 @@ def _convert_dataclass(schema: type, values: Any, name: str, where: str) -> Any:
     dot = f"{name}." if name else ""
     for key in values:
         if key not in known:
-            raise ConfigError(
+            raise UnknownSettingError(
                 f"{where}: unknown setting '{dot}{key}'{nearest(str(key), known)}; "
                 f"known{f' in {name}' if name else ''}: {', '.join(known)}"
             )

@@ -26,6 +26,10 @@ class ConfigError(UserError):
     """A configuration that cannot be used."""
 
 
+class UnknownSettingError(ConfigError):
+    """A setting that the schema does not have."""
+
+
 def short(value: Any, text: Callable[[Any], str] = repr) -> str:
     """Return a value for a sentence: its middle left out where it is long."""
     words = text(value)

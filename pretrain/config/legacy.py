@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from pretrain.common.config_loader import ConfigError
+from pretrain.common.config_loader import LATER, ConfigError
 
 if TYPE_CHECKING:
     from pretrain.config.model import ModelConfig
@@ -54,10 +54,7 @@ def upgrade(model: Any, saved_format: Any, where: str) -> None:
     for a format of a later version.
     """
     if not isinstance(saved_format, int) or not 1 <= saved_format <= FORMAT:
-        raise ConfigError(
-            f"{where}: format is {saved_format!r}, expected 1 to {FORMAT}: it was written by a "
-            "later version of this project"
-        )
+        raise ConfigError(f"{where}: format is {saved_format!r}, expected 1 to {FORMAT}: {LATER}")
     if saved_format == FORMAT or not isinstance(model, dict):
         return
     mixers = model.get("mixers") or {}

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pretrain.common.config_loader import Config, build_config, setting
+from pretrain.common.config_loader import LATER, Config, build_config, setting
+from pretrain.common.errors import ConfigError, UnknownSettingError
 from pretrain.config import legacy
 from pretrain.config.data import DataConfig
 from pretrain.config.model import ModelConfig
@@ -93,4 +94,7 @@ def load_saved_config(path: str | Path) -> RunConfig:
 
     values = load_values(path)
     legacy.upgrade(values.get("model"), values.pop("format", 1), str(path))
-    return build_config(RunConfig, values, str(path))
+    try:
+        return build_config(RunConfig, values, str(path))
+    except UnknownSettingError as error:
+        raise ConfigError(f"{error}; {LATER}") from None

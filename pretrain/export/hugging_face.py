@@ -23,6 +23,7 @@ from pretrain.checkpoint.state import CheckpointState
 from pretrain.common.config_loader import build_config
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes, write_json
+from pretrain.common.outputs import check_folder
 from pretrain.config import ModelConfig, RunConfig, TrainConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.export.standalone_model import TOKENIZER_CLASS, TOKENIZER_FILE, write_standalone_model
@@ -181,6 +182,7 @@ def export_checkpoint(
     """Write ``folder``; return what loads it. Raises UserError where it cannot be written."""
     from pretrain.inference.load import load_model
 
+    check_folder(folder, "the folder to write")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} already exists and is not empty; choose another folder")
     loaded = load_model(checkpoint, averaged=averaged, dtype=dtype)
@@ -265,6 +267,7 @@ def import_llama(source: str, run_directory: Path, *, gguf_file: str | None = No
         import transformers
     except ImportError:
         raise UserError("import needs transformers: pip install transformers") from None
+    check_folder(run_directory, "the run directory")
     if run_directory.exists():
         raise UserError(f"{run_directory} already exists; choose another name")
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}

@@ -11,6 +11,8 @@ from torch import Tensor
 from pretrain.common.errors import UserError
 from pretrain.model.language_model import LanguageModel
 
+LARGEST_SEED = 2**63  # torch's generators take no larger ones
+
 
 @torch.no_grad()
 def generate(
@@ -57,6 +59,7 @@ def check_request(
     temperature: float,
     top_k: int | None = None,
     top_p: float | None = None,
+    seed: int = 0,
 ) -> None:
     """Raise UserError where these are no request for text after ``prompt``."""
     if not isinstance(prompt, str):
@@ -69,6 +72,8 @@ def check_request(
         raise UserError(f"generate: top_k is {top_k}, expected at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"generate: top_p is {top_p}, expected above 0 and at most 1")
+    if not 0 <= seed < LARGEST_SEED:
+        raise UserError(f"generate: seed is {seed}, expected 0 to 2^63 - 1")
 
 
 def listed_texts(texts: Sequence[str]) -> list[str]:

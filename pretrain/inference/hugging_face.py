@@ -35,7 +35,7 @@ class HuggingFaceModel:
         temperature: 0 takes the likeliest token; top_k, top_p: as for trained models. Raises
         UserError for a setting out of its range.
         """
-        check_request(prompt, max_tokens, temperature, top_k, top_p)
+        check_request(prompt, max_tokens, temperature, top_k, top_p, seed)
         if max_tokens == 0:
             return prompt
         ids = self._ids(prompt)

@@ -60,7 +60,7 @@ class LoadedModel:
         :func:`pretrain.inference.generate.choose`. seed: of what is drawn. Raises UserError for a
         setting out of its range.
         """
-        check_request(prompt, max_tokens, temperature, top_k, top_p)
+        check_request(prompt, max_tokens, temperature, top_k, top_p, seed)
         opened = [self.tokenizer.eod_id, *self.tokenizer.encode(prompt)]
         written = generate(
             self.model,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from pretrain.common.errors import UserError
 from pretrain.config import ModelConfig
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.stages import split_into_stages
@@ -55,7 +56,17 @@ def fill_units(model: LanguageModel, seed: int) -> Iterator[nn.Module]:
         units = child.named_children() if child is model.blocks else [("", child)]
         for index, unit in units:
             prefix = f"{name}.{index}." if index else f"{name}."
-            fill_parameters(unit, seed, prefix=prefix, device=model.context.device)
+            try:
+                fill_parameters(unit, seed, prefix=prefix, device=model.context.device)
+            except RuntimeError as error:
+                if "allocate memory" not in str(error) and "out of memory" not in str(error):
+                    raise
+                size = sum(p.numel() * p.element_size() for p in unit.parameters())
+                raise UserError(
+                    f"{prefix.rstrip('.')} of the model has {size / 1e9:,.1f} GB of weights, more "
+                    "than there is memory left for; choose a smaller model (vocab_size, "
+                    "hidden_size), or divide it by parallel.tensor or parallel.pipeline"
+                ) from None
             yield unit
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from rich.table import Table
 
 from pretrain.common.config_files import load_values
 from pretrain.common.errors import ConfigError, UserError
+from pretrain.common.files import write_json
+from pretrain.common.outputs import check_file
 from pretrain.common.yaml_text import quoted
 from pretrain.config import RunConfig, load_run_config
 from pretrain.model.build import padded_vocab_size
@@ -27,7 +28,7 @@ from pretrain.planner.estimate import Planner
 from pretrain.planner.figures import Estimate
 from pretrain.planner.hardware import Hardware, load_hardware
 from pretrain.planner.parts import model_parts
-from pretrain.planner.search import Candidate, search
+from pretrain.planner.search import Candidate, nothing_fits, search
 from pretrain.planner.units import Units
 
 # Assumed for a model without a run.
@@ -57,6 +58,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--top", type=int, default=10, help="how many of them to show (10)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_intermixed_args(arguments)
+    if options.json:
+        check_file(options.json, "--json")
+    if options.top < 1:
+        raise UserError(f"--top is {options.top}, expected at least 1")
     config = _load(options.config, options.overrides)
     hardware = load_hardware(options.hardware)
     devices = options.devices or config.parallel.model_size
@@ -78,7 +83,10 @@ def main(arguments: list[str]) -> int:
         _print_plan(console, planner, estimate, units)
         figures = estimate_figures(estimate, planner)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, figures)
+    if options.search and all(candidate.why for candidate in found):
+        raise UserError(f"{options.config}: {nothing_fits(config, found, devices)}")
     return 0
 
 

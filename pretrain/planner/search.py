@@ -74,6 +74,24 @@ def search(planner: Planner, devices: int) -> list[Candidate]:
     return fits + [c for c in found if c.why]
 
 
+def nothing_fits(config: RunConfig, found: list[Candidate], devices: int) -> str:
+    """Return why none of the candidates that were found fits, and what would."""
+    too_large = [c for c in found if c.estimate is not None]
+    if too_large:
+        nearest = min(too_large, key=lambda c: c.estimate.peak_memory if c.estimate else 0.0)
+        return (
+            f"no layout of {devices:,} devices fits, the nearest {nearest.why}; take more devices, "
+            "larger ones or a smaller model"
+        )
+    rows = config.train.global_batch_tokens // config.train.seq_len
+    fitting = max(n for n in range(1, min(rows, devices) + 1) if rows % n == 0)
+    return (
+        f"no layout of {devices:,} devices is possible; with the {rows:,} sequences of "
+        f"train.global_batch_tokens, {fitting:,} would be, or products of their divisors with "
+        "parallel.tensor and parallel.pipeline"
+    )
+
+
 def _try(planner: Planner, parallel: ParallelConfig, devices: int, checkpointing: str) -> Candidate:
     config: RunConfig = copy.copy(planner.config)
     config.parallel = parallel

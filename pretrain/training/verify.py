@@ -68,6 +68,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.steps < 2 or options.steps % 2:
         raise UserError(f"--steps is {options.steps}, expected an even number from 2")
+    if options.processes is not None and options.processes < 1:
+        raise UserError(f"--processes is {options.processes}, expected at least 1")
     config = load_run_config(options.config, options.overrides)
     processes = options.processes or 2 * config.parallel.model_size
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -130,6 +131,9 @@ def test_names_with_lengths():
     assert generated_config("passkey@400", settings)["metadata"]["length"] == 400
     with pytest.raises(UserError, match="requests are cut to 600: give --max-length 900"):
         generated_config("passkey@900", settings)
+    training = dataclasses.replace(settings, length_option="eval.max_length=")
+    with pytest.raises(UserError, match=r"requests are cut to 600: give eval\.max_length=900"):
+        generated_config("passkey@900", training)
     with pytest.raises(UserError, match="the shortest text has"):
         generated_config("ruler_cwe@300", settings)
     with pytest.raises(UserError, match="expected at most 229, the number of words"):

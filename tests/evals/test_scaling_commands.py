@@ -258,6 +258,14 @@ def test_runs_of_this_project_by_size(tmp_path):
         (["fit", *SOURCES, "--sized"], "number of parameters is not known; give --parameters"),
         (["fit", *SOURCES, "--sized", "--parameters", "1e6"], "1 model sizes do not determine"),
         (["fit", *SOURCES[:2], "--law", "auto"], "expected at least 3 to choose a law"),
+        (["fit", *SOURCES, "--seed", "-1"], "--seed is -1, expected 0 to"),
+        (["fit", *SOURCES, "--seed", "9" * 30], "expected 0 to"),
+        (["fit", *SOURCES, "--bootstrap", "-1"], "--bootstrap is -1, expected 0 to 1,000,000"),
+        (["fit", *SOURCES, "--warmup-steps", "-5"], "--warmup-steps is -5, expected 0 to"),
+        (["fit", *SOURCES, "--huber", "nan"], "--huber is nan, expected a number above 0"),
+        (["fit", *SOURCES, "--parameters", "0"], "--parameters is 0.0, expected a number above 0"),
+        (["plan", "none.json", "--steps", "0"], "--steps is 0, expected 1 to"),
+        (["plan", "none.json", "--flops", "inf"], "--flops is inf, expected a number above 0"),
         (["predict", "none.json", "--schedule", ONE], "none.json: not a fit"),
         (["compare", "a"], "found 'a', expected NAME=SOURCE"),
         (["compare", f"a={SOURCES[0]}"], "parameters are not known"),
@@ -270,6 +278,12 @@ def test_runs_of_this_project_by_size(tmp_path):
 def test_bad_input_is_one_sentence(words, message, tmp_path):
     with pytest.raises(UserError, match=message):
         main([*words, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "plan", "compare"])
+def test_a_file_in_place_of_the_output_folder_is_refused_before_the_work(command):
+    with pytest.raises(UserError, match=r"--out is .*\.py, a file; expected a folder"):
+        main([command, "nowhere", "--out", __file__])
 
 
 @pytest.mark.parametrize(

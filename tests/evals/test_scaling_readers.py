@@ -222,7 +222,7 @@ def test_columns_are_named(columns, message, tmp_path):
     [
         ("kind=cosine steps=10", "lr is missing"),
         ("kind=cosine lr=1 steps=many", "expected numbers for lr and steps"),
-        ("kind=cosine lr=0 steps=5", "expected both above 0"),
+        ("kind=cosine lr=0 steps=5", "expected lr above 0"),
         ("kind=cosin lr=1 steps=5", "cosin"),
         ("cosine", "found 'cosine', expected NAME=VALUE"),
         ("kind=cosine lr=1 steps=5 warm=3", "warm"),
@@ -268,3 +268,31 @@ def test_a_table_of_runs(tmp_path):
         read_points(write(tmp_path, frame))
     with pytest.raises(UserError, match="no column is known as parameters, found: size, D"):
         read_points(write(tmp_path, frame.rename(columns={"N": "size"})))
+
+
+@pytest.mark.parametrize("step", ["-1", "1.5", "1e30", "inf", "-0.25"])
+@pytest.mark.parametrize("row", [0, 3, 9])
+def test_steps_that_are_none_are_refused(tmp_path, step, row):
+    steps = [str(s) for s in range(1, 11)]
+    steps[row] = step
+    path = tmp_path / "curve.csv"
+    path.write_text("step,loss,lr\n" + "".join(f"{s},3.0,1e-3\n" for s in steps))
+    with pytest.raises(UserError, match=r"a step is .*, expected whole numbers from 0 to"):
+        read_curves([path])
+
+
+@pytest.mark.parametrize("text", ["lr=1e-3 steps=inf", "lr=nan steps=10", "lr=1e-3 steps=1e30"])
+def test_schedules_without_an_end_are_refused(text):
+    with pytest.raises(UserError, match="lr"):
+        parse_schedule(f"kind=cosine {text}")
+
+
+@pytest.mark.parametrize("column", ["flops", "unique_tokens", "tokens", "parameters"])
+@pytest.mark.parametrize("value", [0, -1, "inf"])
+def test_runs_of_sizes_that_are_none_are_refused(tmp_path, column, value):
+    rows = {"parameters": 1e6, "tokens": 1e8, "loss": 3.0, "flops": 1e15, "unique_tokens": 1e7}
+    rows[column] = value
+    path = tmp_path / "runs.csv"
+    path.write_text(",".join(rows) + "\n" + ",".join(map(str, rows.values())) + "\n")
+    with pytest.raises(UserError, match=f"{column} holds .*, expected positive numbers"):
+        read_points(path)

@@ -204,6 +204,8 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path, corpus, launc
         (["{folder}/nothing.yaml"], "no config file at"),
         (["{config}", "parallel.tensor=1", "--processes", "999"], "needs 999 processes"),
         (["{config}", "--at-once", "0"], "expected a whole number from 1"),
+        (["{config}", "directory={config}"], "a file; expected a folder, new or old"),
+        (["{config}", "directory={config}/x", "--dry-run"], "is a file; expected a folder there"),
         (["{config}", "optimizer.lrr=1"], "unknown setting 'optimizer.lrr'"),
     ],
 )

@@ -41,11 +41,20 @@ def test_what_is_written_is_read(tmp_path):
     assert run.read_config() == config
     assert run.launch_config_file.read_bytes() == run.config_file.read_bytes()
     assert run.read_model() == {}
-    run.write_model({"parameters": 3})
-    assert run.read_model() == {"parameters": 3}
-    run.model_file.write_text("{")
-    with pytest.raises(UserError, match=r"model.json is not JSON"):
-        run.read_model()
+    sizes = {"parameters": 3, "embedding_parameters": 1, "training_flops_per_token": 9.0}
+    sizes["vocab_size"] = 2
+    run.write_model(sizes)
+    assert run.read_model() == sizes
+    for damaged, words in {
+        b"{": "is not JSON",
+        b"\xff\xfe": "is not JSON",
+        b"[1]": "has no number 'parameters'",
+        b'{"parameters": 3}': "has no number 'embedding_parameters'",
+        b'{"parameters": "x"}': "has no number 'parameters'",
+    }.items():
+        run.model_file.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"model.json {words}"):
+            run.read_model()
     run.write_launch(pid=1, status=None)
     run.write_launch(status=0)
     assert run.read_launch() == {"pid": 1, "status": 0}

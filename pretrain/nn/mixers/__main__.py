@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from pretrain.nn.mixers import registry
@@ -147,6 +148,9 @@ def page() -> str:
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Print the page; return the exit status."""
+    argparse.ArgumentParser(
+        prog="python -m pretrain layers", description="Print the table of all layers."
+    ).parse_args(arguments)
     print(page(), end="")
     return 0
 

@@ -102,6 +102,17 @@ def test_settings_of_the_optimizer_are_the_config_s_after_loading(tmp_path):
         assert (group["betas"], group["eps"], group["lr"]) == ((0.5, 0.6), 1e-3, 1e-2)
 
 
+@pytest.mark.parametrize("where", ["state", "model"])
+def test_a_checkpoint_of_a_later_version_is_told_by_its_path(tmp_path, where):
+    path = save(tmp_path, trained()) / "state.json"
+    values = json.loads(path.read_text())
+    (values if where == "state" else values["model"])["future"] = 1
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"unknown setting 'future'.*; a later version") as error:
+        read_state(path.parent)
+    assert str(error.value).startswith(str(path))
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write checkpoint .*: Not a directory"):

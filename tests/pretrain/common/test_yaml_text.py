@@ -151,7 +151,7 @@ def test_a_number_as_a_name_is_refused_with_what_would_do(tmp_path, text):
         ("tags=[a", "not valid YAML"),
         ("table={a: b, a: c}", "found 'a' twice"),
         ("name.x=1", "name is 'x', which has no settings"),
-        ("tags.0=1", r"found '0'"),
+        ("tags.0=1", r"tags is a list of 0, expected a whole list, found tags\.0"),
         ("table=" + "{a: " * 3000, "too deep"),
     ],
 )
@@ -216,3 +216,9 @@ def test_overrides_reach_into_lists_and_sections_and_keep_the_rest(tmp_path):
     given = ("tags=[a, b]", "tags.1=c", "tags[0]=d", "table.k=v", "table={l: w}")
     found = override(tmp_path, *given)
     assert (found.tags, found.table) == (["d", "c"], {"k": "v", "l": "w"})
+
+
+def test_a_place_behind_the_end_of_a_list_is_told_with_those_there_are(tmp_path):
+    for place in ("2", "-1", "x"):
+        with pytest.raises(ConfigError, match=rf"expected tags\.0 to tags\.1, found tags\.{place}"):
+            override(tmp_path, "tags=[a, b]", f"tags.{place}=c")

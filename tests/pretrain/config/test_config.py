@@ -16,6 +16,7 @@ from pretrain.config import (
     RunConfig,
     TrainConfig,
     load_run_config,
+    load_saved_config,
     to_yaml,
 )
 from pretrain.model.counts import count_model
@@ -117,6 +118,32 @@ def test_a_variant_of_a_mixer_under_its_own_name(base):
     specs = block_specs(config.model)
     assert [s.name for s in specs] == ["gdn", "swa", "attn"]
     assert (specs[1].config.window, specs[2].config.window) == (8, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text + "future: 1\n", "unknown setting 'future'"),
+        (lambda text: text.replace("train:\n", "train:\n  future: 1\n"), "setting 'train.future'"),
+        (lambda text: text.replace("format: 2", "format: 9"), "format is 9, expected 1 to 2"),
+    ],
+)
+def test_a_run_of_a_later_version_is_told_by_its_path(base, tmp_path, change, words):
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(change(to_yaml(load_run_config(base))))
+    with pytest.raises(ConfigError, match=words) as error:
+        load_saved_config(saved)
+    later = "a later version of this project has written it: use that one"
+    assert str(error.value).startswith(f"{saved}: ")
+    assert later in str(error.value)
+    with pytest.raises(ConfigError, match=later):  # given to a command as a config
+        load_run_config(saved)
+
+
+def test_a_setting_that_a_person_has_misspelt_is_of_no_later_version(base):
+    with pytest.raises(ConfigError, match="unknown setting 'future'") as error:
+        load_run_config(base, ["future=1"])
+    assert "later version" not in str(error.value)
 
 
 def test_files_that_are_no_config(tmp_path):

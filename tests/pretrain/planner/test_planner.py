@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pretrain.common.config_loader import ConfigError, build_config
+from pretrain.common.errors import UserError
 from pretrain.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from pretrain.model.counts import block_flops, block_parameters, count_model
 from pretrain.model.language_model import LanguageModel
@@ -14,6 +15,7 @@ from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import registry
 from pretrain.nn.parameters import info_of
 from pretrain.optim.optimizer import rule_of
+from pretrain.planner import report
 from pretrain.planner.estimate import Planner
 from pretrain.planner.fake_group import planned_context
 from pretrain.planner.hardware import load_hardware
@@ -191,6 +193,56 @@ def test_search_lists_what_fits_and_says_why_the_rest_does_not(tmp_path):
     impossible = [c["why_not"] for c in found if "memory" not in c]
     assert any("num_heads" in why for why in impossible)  # three heads do not divide by two
     assert "fastest: parallel.tensor=" in done.stdout and "not possible" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [
+        (1000000007, "no layout of 1,000,000,007 devices is possible; with the 32 sequences of "),
+        (
+            7,
+            "7 devices is possible; with the 32 sequences of train.global_batch_tokens, 4 would be",
+        ),
+    ],
+)
+def test_a_search_that_finds_nothing_says_what_would_fit(devices, words, capsys):
+    given = ["train.seq_len=256", "train.global_batch_tokens=8192", "model.vocab_size=4096"]
+    model = "configs/models/tiny-gdn-hybrid.yaml"
+    with pytest.raises(UserError, match=words):
+        report.main([model, *given, "--search", "--devices", str(devices)])
+    assert "0 of" in capsys.readouterr().out
+
+
+def test_what_is_too_large_for_all_layouts_is_told_by_the_nearest(tmp_path, capsys):
+    hardware = (ROOT / "configs/hardware/cpu.yaml").read_text()
+    lines = ["memory_gb: 1e-3" if x.startswith("memory_gb") else x for x in hardware.splitlines()]
+    (tmp_path / "small.yaml").write_text("\n".join(lines))
+    given = ["train.seq_len=256", "train.global_batch_tokens=8192", "model.vocab_size=4096"]
+    search = ["--search", "--devices", "2", "--hardware", str(tmp_path / "small.yaml")]
+    with pytest.raises(UserError, match=r"no layout of 2 devices fits, the nearest needs .* GB"):
+        report.main(["configs/models/tiny-gdn-hybrid.yaml", *given, *search])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--json", "{folder}"], "--json is .*, a folder; expected a file"),
+        (["--json", "{folder}/file/x.json"], "but .*/file is a file; expected a folder there"),
+        (["--search", "--top", "0"], "--top is 0, expected at least 1"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, words, message, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(report, "Planner", None)
+    with pytest.raises(UserError, match=message):
+        report.main(["configs/runs/demo.yaml", *(w.format(folder=tmp_path) for w in words)])
+
+
+def test_figures_are_written_into_a_new_folder(tmp_path):
+    path = tmp_path / "new" / "figures.json"
+    model = ["configs/models/tiny-gdn-hybrid.yaml", "model.vocab_size=4096"]
+    assert report.main([*model, "--json", str(path)]) == 0
+    assert json.loads(path.read_text())
 
 
 def test_plan_of_a_run_reads_well(tmp_path):
