@@ -125,7 +125,7 @@ def test_a_long_prompt_leaves_room_for_its_text():
     model.generate_until(requests("generate_until", ("abcdefghijkl", {"max_gen_toks": 4})))
     assert model.scorer.prompts[0].ids == [0, *b"hijkl"]
     assert model.cut == 1
-    with pytest.raises(UserError, match=r"asks for 10 tokens .*give --max-length N, above 10"):
+    with pytest.raises(UserError, match=r"asks for 10 tokens of text.*give --max-length N"):
         model.generate_until(requests("generate_until", ("a", {"max_gen_toks": 10})))
 
 
