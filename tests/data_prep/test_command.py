@@ -88,7 +88,7 @@ def test_a_broken_row_is_one_sentence(tmp_path):
     config = write_config(
         tmp_path / "a.yaml",
         output=str(tmp_path / "out"),
-        sources=[{"name": "a", "kind": "files", "paths": [str(tmp_path)]}],
+        sources=[{"name": "a", "kind": "files", "paths": [str(tmp_path / "a.jsonl")]}],
         validation_fraction=0,
     )
     result = run_command(config)

@@ -31,8 +31,14 @@ def loaded(corpus, pattern="gdn attn", seq_len=16, **changes) -> Any:
         data=DataConfig(str(corpus)),
     )
     state = SimpleNamespace(step=3, tokens=100)
+    tokenizer = Tokenizer.load(corpus)
     return SimpleNamespace(
-        model=model.eval(), tokenizer=Tokenizer.load(corpus), run=run, state=state, checkpoint="x"
+        model=model.eval(),
+        tokenizer=tokenizer,
+        opening_id=tokenizer.eod_id,
+        run=run,
+        state=state,
+        checkpoint="x",
     )
 
 

@@ -119,7 +119,7 @@ def test_the_environment_of_a_run_has_neither_keys_nor_what_it_was_asked_to_leav
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
     (tmp_path / "settings.py").write_text(f"A = 2\nWANDB_API_KEY = '{'0f' * 20}'\n")
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "settings.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "pretrain/training/module.py"))
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "pretrain", "a.yaml", f"name={key}"])
     found = environment.describe_environment()
     assert "+A = 2" in found["git_diff"] and "a.yaml" in found["command"]

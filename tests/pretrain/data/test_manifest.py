@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 
@@ -79,7 +80,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     write_bytes(path, b"old")
 
     def fail(descriptor):
-        raise OSError("no space")
+        raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
