@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from pretrain.common.errors import UserError
@@ -32,10 +33,14 @@ def _check_place(folder: Path, path: Path, option: str) -> None:
         raise UserError(f"{option} is {path}: {error.strerror}; expected another name") from None
     if not above.is_dir():
         raise UserError(f"{option} is {path}, but {above} is a file; expected a folder there")
-    if not os.access(above, os.W_OK | os.X_OK):
+    try:
+        with tempfile.TemporaryFile(dir=above):  # rights alone do not tell of /proc, or a full disk
+            pass
+    except OSError as error:
         raise UserError(
-            f"{option} is {path}, but nothing may be written to {above}; expected another folder"
-        )
+            f"{option} is {path}, but nothing can be written to {above}: {error.strerror}; "
+            "expected another folder"
+        ) from None
 
 
 def _exists(path: Path) -> bool:

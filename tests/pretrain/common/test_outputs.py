@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -48,5 +49,12 @@ def test_what_is_in_the_way_is_named(tmp_path, check, path, words):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_to_is_named(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match=f"nothing may be written to {tmp_path}"):
+    with pytest.raises(UserError, match=f"nothing can be written to {tmp_path}: Perm"):
         check_folder(tmp_path / "new", "--out")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+@pytest.mark.parametrize("check", [check_file, check_folder])
+def test_a_file_system_that_takes_no_files_is_named(check):
+    with pytest.raises(UserError, match="/proc/x/y, but nothing can be written to /proc:"):
+        check(Path("/proc/x/y"), "--out")
