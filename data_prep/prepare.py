@@ -102,6 +102,8 @@ def _check_output(config: DataPrepConfig) -> None:
                     f"'{source.name}' reads its text; expected a folder elsewhere, such as "
                     "data/NAME"
                 )
+
+
 def _changes(watched: list[WatchedFiles]) -> list[str]:
     return [change for files in watched if (change := files.changes()) is not None]
 

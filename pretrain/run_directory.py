@@ -5,10 +5,8 @@ Nothing here needs torch: whoever launches or reports runs reads them without it
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from pretrain.checkpoint_folders import (
     marked_in,
     unchanged,
 )
+from pretrain.common import file_lock
 from pretrain.common.errors import UserError
 from pretrain.common.files import finite_or_null, write_bytes, write_json
 from pretrain.common.process_identity import identity_of
@@ -37,7 +36,6 @@ _COLUMNS = [  # of the metrics of every run
 ]
 _MODEL = ("parameters", "embedding_parameters", "training_flops_per_token", "vocab_size")
 _MODEL_AGAIN = "the run writes it again when it is next started"
-_PROBE_SECONDS = 1.0  # longer than any is_locked holds the lock
 
 
 class RunDirectory:
@@ -289,26 +287,14 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock_handle = os.open(self.lock_file, os.O_CREAT | os.O_RDWR)
+            self._lock_handle = file_lock.take(self.lock_file)
         except OSError as error:
             raise self._unwritable(error) from None
-        until = time.monotonic() + _PROBE_SECONDS
-        while True:
-            try:
-                fcntl.flock(self._lock_handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._write_lock_holder(self._lock_handle)
-                return
-            except BlockingIOError:
-                if time.monotonic() < until:  # it may be is_locked of another process
-                    time.sleep(0.005)
-                    continue
-                self.release_lock()
-                raise UserError(
-                    f"another process is training in {self.path}: wait for it, or choose another "
-                    "name"
-                ) from None
-            except OSError:  # a file system without locks: nothing to hold
-                return
+        if self._lock_handle is None:
+            raise UserError(
+                f"another process is training in {self.path}: wait for it, or choose another name"
+            )
+        self._write_lock_holder(self._lock_handle)
 
     def check_held(self) -> None:
         """Raise UserError where the directory that is held was removed, or another made instead.
@@ -365,20 +351,7 @@ class RunDirectory:
 
         A process on another machine is not seen where the file system has no locks.
         """
-        try:
-            handle = os.open(self.lock_file, os.O_RDONLY)  # another user's run may be read only
-        except OSError:
-            return False
-        try:
-            # Shared, so that those who ask do not see each other; take_lock waits for them.
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        finally:
-            os.close(handle)
-        return False
+        return file_lock.is_held(self.lock_file)
 
 
 class Run(RunDirectory):

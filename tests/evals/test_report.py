@@ -102,6 +102,8 @@ def test_losses_are_means_over_steps_and_speeds_of_the_run(tmp_path):
     assert run.loss == pytest.approx([row["loss"] + 0.5 for row in lines[:-1]])
     seconds = sum(5 * 128 / row["tokens_per_second"] for row in lines[:-1])
     assert run.tokens_per_second == pytest.approx(200 * 128 / seconds)
+
+
 def test_a_run_counts_once_however_it_is_named(runs, tmp_path):
     (runs / "linked").symlink_to(run_directory(tmp_path, rows(3.1), "elsewhere"))
     (tmp_path / "link-to-grid").symlink_to(runs)
