@@ -70,7 +70,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
             f"{path}: extends is {short(extends)}, expected a file or a list of files"
         )
     merged: dict[str, Any] = {}
-    for part in (*(_read(path.parent / base, (*seen, resolved)) for base in bases), values):
+    files = [find_config(base, beside=path) for base in bases]
+    for part in (*(_read(file, (*seen, resolved)) for file in files), values):
         if "grid" in part:  # replaced, not merged: axes make sense together
             merged.pop("grid", None)
         merged = _merged(merged, part)
