@@ -174,7 +174,7 @@ def print_table(title: str, results: dict[str, Comparison], limits: Limits) -> N
     for against, result in results.items():
         numbers = [f"{x:.1e}" for x in (result.first, result.all_steps, result.weights)]
         if biases:
-            numbers.append(f"{result.moves_apart:g} of {result.moves:,}")
+            numbers.append(f"{result.moves_apart:g}/{result.moves:,}")
         verdict = "equal" if result.within(limits) else "DIFFERENT"
         table.add_row(f"{result.name}, against {against}", *numbers, verdict)
     show_table(table)

@@ -136,7 +136,7 @@ def test_measured_speeds_make_members_alike_in_time(tmp_path, corpus, launch):
         corpus,
         **{
             "  seed: [0, 1]": "  match: time",
-            "steps: 4": "steps: 50",
+            "steps: 4": "steps: 2000",
             "[gdn, attn]": '{one: "gdn", many: "12*gdn"}',
         },
     )
@@ -146,8 +146,8 @@ def test_measured_speeds_make_members_alike_in_time(tmp_path, corpus, launch):
     assert speeds["pattern=one"] > speeds["pattern=many"] > 0
     status, output = launch(path, "--dry-run")
     assert (status, "time matched" in output) == (0, True)
-    steps = 50 * speeds["pattern=many"] / speeds["pattern=one"]
-    assert f"0/{round(steps)} " in output
+    steps = 2000 * speeds["pattern=many"] / speeds["pattern=one"]
+    assert f"0/{round(steps):,} " in output
     status, output = launch("cancel", path)
     assert "nothing is running or queued" in output
     assert "is a grid, expected one run directory" in launch("logs", path)[1]
@@ -263,7 +263,7 @@ def test_two_launchers_of_one_grid_share_its_members(tmp_path, corpus, launch):
         (["{folder}/nothing.yaml"], "no config file at"),
         (["{config}", "parallel.tensor=1", "--processes", "999"], "needs 999 processes"),
         (["{config}", "--at-once", "0"], "expected a whole number from 1"),
-        (["{config}", "directory={config}"], "a file; expected a folder, new or old"),
+        (["{config}", "directory={config}"], "is a file; expected a folder there"),
         (["{config}", "directory={config}/x", "--dry-run"], "is a file; expected a folder there"),
         (["{config}", "optimizer.lrr=1"], "unknown setting 'optimizer.lrr'"),
         (["{config}", "directory={data}/runs"], "is in the data set {data}, whose files"),

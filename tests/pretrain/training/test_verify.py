@@ -106,4 +106,4 @@ def test_sharded_experts_with_a_bias_are_equal(tmp_path, corpus):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "expert biases" in done.stdout
-    assert f"of {2 * 8 * 4}" in done.stdout  # two layers of eight, four steps
+    assert f"/{2 * 8 * 4} " in done.stdout  # two layers of eight, four steps
