@@ -11,6 +11,7 @@ from typing import Any
 from evals.tables import show_perplexity, show_positions, show_scores, show_tasks
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_name, write_json
+from pretrain.common.outputs import check_folder
 from pretrain.run_directory import RunDirectory
 
 HELD_OUT = ("perplexity", "positions")  # scored on the run's own validation text
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 
         usual = "document" if loaded.imported is None else "model"
         bos = given.bos or usual
+        check_folder(loaded.evals_directory, "the folder for results")
         found = evaluate_checkpoint(
             loaded,
             harness,
@@ -85,6 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _score_held_out(name: str, loaded: Any, given: argparse.Namespace, extra: Any) -> None:
     directory, checkpoint = loaded.evals_directory, loaded.checkpoint.name
+    check_folder(directory, "the folder for results")
     if name == "positions":
         from evals.positions import draw_positions, evaluate_positions
 

@@ -20,6 +20,8 @@ from pretrain.data.batches import PreparedData, open_data
 from pretrain.data.shards import TokenStream
 from pretrain.inference.load import LoadedModel
 
+TRAINING_WINDOWS = "of validation in training"  # what results call these windows
+
 
 @dataclass
 class Window:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from evals.held_out import (
+    TRAINING_WINDOWS,
     Documents,
     Scores,
     Window,
@@ -105,7 +106,7 @@ def evaluate_perplexity(
             s["weight"] * s["nats_per_token"] for s in by_source
         ),
         "sources": by_source,
-        "windows": "of validation in training" if training_windows else "of documents",
+        "windows": TRAINING_WINDOWS if training_windows else "of documents",
         "window": window,
         "stride": None if carry_state else stride,
         "carry_state": carry_state,

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from evals.held_out import TRAINING_WINDOWS
 from pretrain.common.screen import show_table, titled_table
 
 
@@ -26,7 +27,9 @@ def show_perplexity(result: dict[str, Any], path: Path) -> None:
         table.add_row(quantity, f"{result[quantity]:,}")
     carried = result["carry_state"]
     table.add_row("tokens of a window" + carried * ", state carried", f"{result['window']:,}")
-    if not carried:
+    if result["windows"] == TRAINING_WINDOWS:
+        table.add_row("windows", "training's")
+    elif not carried:
         table.add_row("tokens between windows", f"{result['stride']:,}")
     show_table(table)
     if len(result["sources"]) > 1:

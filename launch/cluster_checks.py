@@ -118,7 +118,21 @@ def _check_option(name: str, option: str, where: str) -> None:
             "= before its value, such as '--gres=gpu:8'"
         )
     own = found[1]
+    if not option.startswith("--") and len(own) > 1:
+        raise ConfigError(
+            f"{where}: {name} has '{option}', expected the long form, such as --partition=debug: "
+            "Slurm takes what follows one letter for its value"
+        )
+    if name == "sbatch_options":
+        own = _meant(own)
     if name == "sbatch_options" and own in _OWN_OPTIONS:
         setting = _OWN_OPTIONS[own]
         instead = f"set {setting} instead" if setting else "the script sets it itself"
         raise ConfigError(f"{where}: {name} has '{option}': {instead}")
+
+
+def _meant(option: str) -> str:
+    """Return the option of the script that sbatch takes a shortened one for, or ``option``."""
+    if option in _OWN_OPTIONS or option in ("gpus", "ntasks") or len(option) == 1:
+        return option
+    return next((own for own in _OWN_OPTIONS if own.startswith(option)), option)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -34,6 +35,7 @@ from launch.slurm import queue_states
 from pretrain.common.errors import UserError
 from pretrain.common.process_identity import send_signal
 from pretrain.common.screen import fit_table, plain_console, readable, show_table, titled_table
+from pretrain.run_arguments import read_grid
 from pretrain.run_directory import RunDirectory
 
 
@@ -63,22 +65,33 @@ def cancel(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     grid, states = load(options.config, options.overrides)
     console, queued = console_of(), cancel_jobs(grid.members)
-    launchers = []
     for member in grid.members:
         if member.name not in queued and states[member.name].state != RUNNING:
             continue
         words = "asked to save and exit"
         if member.name not in queued:
-            directory = RunDirectory(member.config.run_directory)
-            launchers.append(directory.read_launch().get("launcher") or {})
-            words = _stop(directory) or words
+            words = _stop(RunDirectory(member.config.run_directory)) or words
         console.print(f"{member.name or grid.name}: {words}")
-    if len(grid.members) > 1:  # or they would go on with the next members
-        for launcher in launchers:
-            send_signal(launcher, signal.SIGTERM)
+    for launcher in _launchers_of(grid):  # or they would go on with the next members
+        send_signal(launcher, signal.SIGTERM)
     if not queued and all(state.state != RUNNING for state in states.values()):
         console.print("nothing is running or queued")
     return 0
+
+
+def _launchers_of(grid: Grid) -> list[dict[str, Any]]:
+    """Return the processes that launch members of whole grids, every member of which is named.
+
+    The launcher of a grid that is named in part goes on with the others.
+    """
+    named = {member.config.run_directory.resolve() for member in grid.members}
+    found = []
+    for folder in {directory.parent for directory in named}:
+        members = read_grid(folder).get("members") or []
+        if len(members) > 1 and {folder / name for name in members} <= named:
+            launches = (RunDirectory(folder / name).read_launch() for name in members)
+            found += [launch["launcher"] for launch in launches if launch.get("launcher")]
+    return found
 
 
 def _stop(directory: RunDirectory) -> str:

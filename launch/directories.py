@@ -11,6 +11,7 @@ from launch.expansion import load_grid
 from launch.grid import Grid, Member
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.files import write_json
+from pretrain.common.shipped_configs import find_config
 from pretrain.run_arguments import GRID_FILE, distinct_names, expand_paths, read_grid
 from pretrain.run_directory import CONFIG_FILE, RunDirectory
 
@@ -98,7 +99,7 @@ def note_grid(grid: Grid) -> None:
 
     A grid that was itself read from directories is noted there already.
     """
-    if not grid.path.is_file():
+    if not find_config(grid.path).is_file():
         return
     grid.directory.mkdir(parents=True, exist_ok=True)
     names = [member.name for member in grid.members]

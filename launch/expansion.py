@@ -103,14 +103,16 @@ def _points(section: Any, where: str) -> list[dict[str, Choice]]:
     """Return the settings of each member, by dotted name, in the order of the axes."""
     if not isinstance(section, Mapping) or not section:
         raise ConfigError(f"{where}: grid is {section!r}, expected axes, 'setting: [values]'")
+    section = {_with_dots(key): values for key, values in section.items()}
     axes = [
         [{key: c} for c in _choices(key, values, where)]
         for key, values in section.items()
         if key not in _RESERVED
     ]
     zips = section.get("zip") or []
-    for group in [zips] if isinstance(zips, Mapping) else zips:
+    for group in zips if isinstance(zips, list) else [zips]:
         axes.append(_zipped(group, where))
+    _check_axes(axes, where)
     included = _conditions(section, "include", where)
     _check_number(axes, len(included), where)
     points = [_merged(parts) for parts in itertools.product(*axes)] if axes else []
@@ -196,7 +198,7 @@ def _check_overrides(
         for key, choice in point.items():
             choices.setdefault(key, []).append(choice.value)
     for item in overrides:
-        name = item.lstrip("-").partition("=")[0]
+        name = _with_dots(item.lstrip("-").partition("=")[0])
         for axis, values in choices.items():
             inside = name.startswith(f"{axis}.")  # of a section that the axis may set
             path = name.removeprefix(f"{axis}.").split(".")
@@ -210,6 +212,24 @@ def _check_overrides(
                     "members' names would not be true; leave it out, or give a file that extends "
                     f"{where} a grid of its own without this axis"
                 )
+
+
+def _with_dots(name: str) -> str:
+    """Return the name of a setting with its indexes as names: ``blend[0].weight`` has two forms."""
+    return re.sub(r"\[(\d+)\]", r".\1", name)
+
+
+def _check_axes(axes: Sequence[Sequence[dict[str, Choice]]], where: str) -> None:
+    """Raise ConfigError for two axes that set the same: one's labels would not be true."""
+    values = [(key, [c[key].value for c in axis]) for axis in axes for key in axis[0]]
+    for (section, given), (name, _) in itertools.permutations(values, 2):
+        inside = name.startswith(f"{section}.")  # of a section that the axis may set
+        path = name.removeprefix(f"{section}.").split(".")
+        if name == section or (inside and any(_has(value, path) for value in given)):
+            raise ConfigError(
+                f"{where}: grid has the axes {section} and {name}, which set the same; leave out "
+                "one of them"
+            )
 
 
 def _has(value: Any, path: Sequence[str]) -> bool:
@@ -238,7 +258,7 @@ def _choices(key: str, values: Any, where: str) -> list[Choice]:
 def _zipped(group: Any, where: str) -> list[dict[str, Choice]]:
     if not isinstance(group, Mapping) or not group:
         raise ConfigError(f"{where}: grid.zip is {group!r}, expected axes of equal length")
-    columns = {key: _choices(key, values, where) for key, values in group.items()}
+    columns = {_with_dots(key): _choices(key, values, where) for key, values in group.items()}
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{key} {length}" for key, length in lengths.items())

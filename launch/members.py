@@ -130,6 +130,8 @@ def _is_complete(directory: RunDirectory, config: RunConfig, status: int | None)
     saved = _steps_saved(directory)
     if saved < config.train.num_steps:
         return False
+    if status == 0:  # it has looked itself
+        return True
     if not directory.metrics_file.exists():
         return True
     measured = directory.measured_at(saved)

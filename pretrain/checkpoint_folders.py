@@ -60,7 +60,7 @@ def latest_in(directory: Path) -> Path | None:
     def age(path: Path) -> tuple[float, bool, str]:
         number: float | None = _save_number(path)
         if number is None:  # damaged: if it may be the last one, loading it shall say so
-            number = math.inf if path.name in (marked, found[0].name) else -1
+            number = math.inf if path.name == (marked or found[0].name) else -1
         return number, path.name == marked, path.name
 
     return max(found, key=age)

@@ -44,6 +44,7 @@ class RunDirectory:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._lock_handle: int | None = None
+        self._held: tuple[int, int] | None = None  # device and inode of the directory
 
     def __str__(self) -> str:
         return str(self.path)
@@ -170,11 +171,11 @@ class RunDirectory:
         return rows
 
     def measured_at(self, step: int) -> set[str]:
-        """Return the names of what the metrics have of a step, without values that are null."""
+        """Return the names of what the metrics have of a step, null where it was not finite."""
         if not self.metrics_file.is_file():
             return set()
         rows = [row for row in self.read_metrics() if row["step"] == step]
-        return {name for row in rows for name, value in row.items() if value is not None}
+        return {name for row in rows for name in row}
 
     def write_metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Replace the metrics by ``rows``."""
@@ -294,6 +295,8 @@ class RunDirectory:
             raise UserError(
                 f"another process is training in {self.path}: wait for it, or choose another name"
             )
+        there = self.path.stat()
+        self._held = (there.st_dev, there.st_ino)
         self._write_lock_holder(self._lock_handle)
 
     def check_held(self) -> None:
@@ -301,15 +304,14 @@ class RunDirectory:
 
         Files written there would be lost, or mixed with those of another run.
         """
-        if self._lock_handle is None:
+        if self._held is None:
             return
-        held = os.fstat(self._lock_handle)
         try:
-            there = self.lock_file.stat()
+            there = self.path.stat()
         except FileNotFoundError:
             what = "was removed"
         else:
-            if (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino):
+            if self._held == (there.st_dev, there.st_ino):
                 return
             what = "was replaced by another"
         raise UserError(
@@ -344,7 +346,7 @@ class RunDirectory:
         """Unlock the directory for another run; nothing happens where the lock is not held."""
         if self._lock_handle is not None:
             os.close(self._lock_handle)
-            self._lock_handle = None
+            self._lock_handle = self._held = None
 
     def is_locked(self) -> bool:
         """Return whether a process trains in here.

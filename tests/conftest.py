@@ -60,6 +60,14 @@ def environment():
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def linear():
+    """As it was, after every test: DeepSpeed's ZeRO-3 replaces torch's function for good."""
+    before = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = before
+
+
 @pytest.fixture(scope="session")
 def processes():
     """megatron-core's groups on a single process."""

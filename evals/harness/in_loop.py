@@ -51,7 +51,7 @@ class InLoopEvaluation(Callback):
 
     def _due(self) -> bool:
         step, every = self.trainer.state.step, self.trainer.config.eval.every
-        return step == self.trainer.num_steps or (every > 0 and step % every == 0)
+        return step >= self.trainer.num_steps or (every > 0 and step % every == 0)
 
     def _evaluate(self, loaded: dict[str, dict[str, Any]]) -> None:
         """Log ``eval/TASK/METRIC``, and write every result into the run directory."""

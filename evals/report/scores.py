@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evals.held_out import TRAINING_WINDOWS
 from pretrain.run_directory import RunDirectory
 
 # What a score depends on besides the model, as results say it: shown where results differ in it.
 _SETTINGS = (
     *("num_fewshot", "max_length", "bos_rule", "precision", "recurrences", "weights", "version"),
-    *("window", "stride", "carry_state", "data"),
+    *("window", "stride", "carry_state", "data", "seed"),
 )
 # What makes a score one of a part of its documents: always shown.
 _LIMITS = {"limit": "documents", "max_tokens": "tokens"}
@@ -84,12 +85,18 @@ def _scores_of(path: Path) -> list[Score]:
 
 
 def _limits(result: dict[str, Any]) -> tuple[str, ...]:
-    everything = result.get("documents_of_task")
+    documents, errors = result.get("documents_of_task") or 0, result.get("stderr")
+    whole = {  # where the limit was above what there is
+        "limit": 0 < documents < (result.get("limit") or 0),
+        "max_tokens": isinstance(errors, dict) and errors.get("nats_per_token") is None,
+    }
     found = []
     for name, unit in _LIMITS.items():
         limit = result.get(name)
-        if limit is not None and not (unit == "documents" and everything and everything < limit):
+        if limit is not None and not whole[name]:
             found.append(f"{limit:,} {unit}" if isinstance(limit, int) else f"{limit} {unit}")
+    if result.get("windows") == TRAINING_WINDOWS:
+        found.append("the windows of validation in training")
     return tuple(found)
 
 

@@ -129,7 +129,7 @@ def _damaged(checkpoint: Path, what: str) -> UserError:
     earlier = [p for p in list_checkpoints(checkpoint.parent) if p.name < checkpoint.name]
     whole = next((p for p in earlier if _find_damage(p, "size") is None), None)
     offer = (
-        f"the one before it is {whole.name}: resume from it with checkpoint.resume={whole.name}"
+        f"the one before it is {whole}: resume from it with checkpoint.resume={whole.name}"
         if whole is not None
         else "there is no earlier one that is whole"
         if earlier

@@ -117,7 +117,9 @@ def explain_write_error(error: OSError, path: Path | None = None) -> str:
     found = error.filename or path
     if found is None:
         return f"cannot write a file or standard output: {error.strerror or error}"
-    return f"cannot write {found}: {write_failure(error, Path(found))}"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    # Of others nothing tells whether it was to be read or written.
+    return f"cannot {'write' if full else 'use'} {found}: {write_failure(error, Path(found))}"
 
 
 def write_failure(error: OSError, path: Path) -> str:

@@ -19,17 +19,15 @@ _SECRETS = re.compile(
             r"\bpypi-[\w-]{16,}|\bnpm_[A-Za-z0-9]{16,}|\br8_[A-Za-z0-9]{16,}",
             r"\b(?:local-)?[0-9a-f]{40}\b|\bwandb_v\d_\w{8,}",  # Weights & Biases
             r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",  # JSON web tokens
-            r"(?<=-----BEGIN OPENSSH PRIVATE KEY-----)[^-]+",
-            r"(?<=-----BEGIN RSA PRIVATE KEY-----)[^-]+",
-            r"(?<=-----BEGIN EC PRIVATE KEY-----)[^-]+",
-            r"(?<=-----BEGIN PRIVATE KEY-----)[^-]+",
+            r"\bsk_live_\w{8,}|\bnvapi-[\w-]{8,}",  # Stripe, NVIDIA
+            r"(?s:(?<=PRIVATE KEY-----).+?(?=-----END|\Z))",  # in a diff each line has its sign
         )
     )
 )
 # Names that end so; not tokenizer.path or train.tokens.
 _NAME = (
     r"[\w.-]*(?:api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|secret(?:[_-]?key)?"
-    r"|passw(?:or)?d|passphrase|passwd|pwd|token|credentials?|bearer)"
+    r"|passw(?:or)?d|passphrase|passwd|pass|pwd|token|credentials?|bearer|[A-Z]_KEY)"
 )
 _QUOTED = r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'"
 _ASSIGNED = re.compile(

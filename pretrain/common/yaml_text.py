@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 LARGEST_FILE = 4_000_000  # bytes; a file of settings has some thousand, and reading takes time
+_TOO_DEEP = "lists and mappings lie too deep in each other, or in themselves; expected settings"
 _MOST_VALUES = 1_000_000  # of a file whose anchors are written out
 # Without leading zeros and colons, which readers take for different things; 10_000 is 10000 to all.
 _WHOLE = r"(0|[1-9][0-9]*(_[0-9]+)*)"
@@ -136,13 +137,17 @@ def _whole_value(text: str) -> Any:
 
 def _loaded(load: Callable[[], Any]) -> Any:
     try:
-        return _copied(load(), [_MOST_VALUES])
+        found = load()
+    except (KeyError, AttributeError, TypeError) as error:  # PyYAML's, of a tag such as !!bool x
+        raise ValueError(f"not valid YAML: a value does not fit its tag ({error})") from None
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {_words(error)}") from None
     except RecursionError:
-        raise ValueError(
-            "lists and mappings lie too deep in each other, or in themselves; expected settings"
-        ) from None
+        raise ValueError(_TOO_DEEP) from None
+    try:
+        return _copied(found, [_MOST_VALUES])
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
 
 
 def _copied(value: Any, left: list[int]) -> Any:

@@ -51,7 +51,10 @@ class HuggingFaceText:
 
     @classmethod
     def load(cls, folder: Path) -> HuggingFaceText:
-        """Read what :meth:`save` wrote. Raises UserError where transformers is missing."""
+        """Read what :meth:`save` wrote.
+
+        Raises UserError where transformers is missing, or the tokenizer has code of its own.
+        """
         try:
             from transformers import AutoTokenizer
         except ImportError:
@@ -59,8 +62,16 @@ class HuggingFaceText:
                 f"{folder} has an imported model's tokenizer, which needs transformers: "
                 "pip install transformers"
             ) from None
-        generation = json.loads((folder / _GENERATION).read_bytes())
-        return cls(AutoTokenizer.from_pretrained(folder), generation, str(folder.parent))
+        try:
+            generation = json.loads((folder / _GENERATION).read_bytes())
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{folder} holds no tokenizer that can be read without running code of its own: "
+                f"{reason}; import the model again"
+            ) from None
+        return cls(tokenizer, generation, str(folder.parent))
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer and the settings into ``folder``."""

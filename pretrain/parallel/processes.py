@@ -95,12 +95,14 @@ def process_groups(config: ParallelConfig) -> Iterator[None]:
     which may never come.
     """
     had_groups, hook = dist.is_initialized(), sys.excepthook
+    linear = torch.nn.functional.linear
     failed, started = True, False
     try:
         started = start_processes(config)
         yield
         failed = False
     finally:
+        torch.nn.functional.linear = linear  # which DeepSpeed's ZeRO-3 replaces for good
         if not failed or world_size() == 1:
             state = groups()
             if not had_groups:

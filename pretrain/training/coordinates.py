@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pretrain.common.errors import UserError
+from pretrain.common.outputs import check_file
 from pretrain.config import ParallelConfig, RunConfig, load_run_config
 from pretrain.data.batches import Batch, TrainingBatches, open_data
 from pretrain.model.block import Block
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=4, help="models of each width (4)")
     parser.add_argument("--picture", type=Path, default=Path("coordinates.png"))
     options = parser.parse_intermixed_args(arguments)
+    check_file(options.picture, "--picture")
     widths = sorted(set(options.widths))
     if len(widths) < 2 or widths[0] < 1:
         raise UserError(f"--widths are {options.widths}, expected two or more from 1")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from pretrain.common.files import write_figure
 from pretrain.common.screen import plain_console, show_table, titled_table
 
 # Of the slope of sizes over widths, both logarithmic. By the standard parametrization it is 0.5 or
@@ -199,4 +200,4 @@ def draw(sizes: Sizes, title: str, path: Path) -> None:
         ax.set(xlabel="model.hidden_size", xticks=widths, xticklabels=[str(w) for w in widths])
         ax.minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)

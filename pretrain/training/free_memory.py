@@ -9,17 +9,13 @@ from pathlib import Path
 import psutil
 import torch
 
-# (Folder of a kind of control groups, its files of the limit and of what is used, and the name in
-# memory.stat of what is used but can be dropped), of versions 2 and 1.
+# (Folder of a kind of control groups, its files of the limit and of what is used, and what precedes
+# the names of memory.stat), of versions 2 and 1.
 _CONTROL_GROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    (
-        "/sys/fs/cgroup/memory",
-        "memory.limit_in_bytes",
-        "memory.usage_in_bytes",
-        "total_inactive_file",
-    ),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
+_DROPPABLE = ("active_file", "inactive_file")  # of what is used: pages of files, such as data read
 
 
 def free_memory() -> float:
@@ -29,7 +25,8 @@ def free_memory() -> float:
     left, within the limits of a container or a Slurm job.
     """
     if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return float(torch.cuda.mem_get_info()[0] + unused)  # an earlier run may have left it
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min([float(psutil.virtual_memory().available), *_left_in_groups()]) / processes
 
@@ -41,7 +38,7 @@ def _left_in_groups() -> Iterator[float]:
     except OSError:  # no Linux
         return
     paths = {line.split(":", 2)[2] for line in lines if line.split(":", 2)[1] in ("", "memory")}
-    for root, limit_file, used_file, droppable in _CONTROL_GROUPS:
+    for root, limit_file, used_file, prefix in _CONTROL_GROUPS:
         for path in paths:
             group = Path(root + path)
             for folder in (group, *group.parents):
@@ -55,4 +52,5 @@ def _left_in_groups() -> Iterator[float]:
                 except (OSError, ValueError):
                     continue
                 if limit != "max":
-                    yield float(int(limit) - used + int(kept.get(droppable, 0)))
+                    files = sum(int(kept.get(prefix + name, 0)) for name in _DROPPABLE)
+                    yield float(int(limit) - used + files)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.state import (
+    CheckpointState,
     check_files,
     check_same_model,
     read_state,
@@ -21,6 +22,7 @@ from pretrain.run_directory import CONFIG_FILE, RunDirectory, find_checkpoint
 
 # Where a run is, and how it is resumed, are no part of its result.
 _OF_NO_EFFECT = {"directory", "checkpoint.resume"}
+_LOOKED_AT = 1000  # steps at which two schedules are compared
 
 
 def _resumed_from(checkpoint: Path) -> str | None:
@@ -99,8 +101,28 @@ def describe_changes(checkpoint: Path, config: RunConfig) -> str | None:
     lines = [f"  {name}: {was} -> {now}" for name, was, now in _changes(before, config)]
     rise = _rise(checkpoint, config)
     if rise is not None:
-        lines.append(f"  learning rate of the next step: {rise[0]:.3g} -> {rise[1]:.3g}")
+        lines.append(f"  learning rate: {rise[0]:.3g} -> {rise[1]:.3g}")
+    lines += _other_rules(read_state(checkpoint), config)
     return "\n".join(["settings that have changed since then:", *lines]) if lines else None
+
+
+def _other_rules(state: CheckpointState, config: RunConfig) -> list[str]:
+    """Return lines on what this version trains otherwise than the one that wrote a checkpoint."""
+    if state.save:  # earlier versions did not number their saves
+        return []
+    model, base = config.model, config.model.mup_base_hidden_size
+    lines = []
+    if base not in (None, model.hidden_size):
+        lines.append(
+            "  model.mup_base_hidden_size: rates and weight decay are those of docs/training.md, "
+            "not of the earlier version that saved it"
+        )
+    if model.moe is not None and model.moe.capacity_factor is not None:
+        lines.append(
+            "  model.moe.capacity_factor: an expert drops the last tokens of a sequence, where the "
+            "earlier version dropped those of least weight in a micro-batch"
+        )
+    return lines
 
 
 def _changes(before: RunConfig, config: RunConfig) -> list[tuple[str, Any, Any]]:
@@ -113,22 +135,29 @@ def _changes(before: RunConfig, config: RunConfig) -> list[tuple[str, Any, Any]]
 
 
 def _rise(checkpoint: Path, config: RunConfig) -> tuple[float, float] | None:
-    """Return the learning rates of the checkpoint's next step, before and now, where it rises.
+    """Return learning rates that the checkpoint's settings planned, and to which it rises now.
 
-    It rises where it is above both that of the step before and what the settings of the checkpoint
-    had planned: an anneal is undone, which a longer run of the same schedule does too.
+    Those are of the next step, where it goes above both the planned one and that of the step
+    before; else the highest to come, as where another warm-up undoes an anneal. None where neither
+    rises.
     """
     before, step = load_saved_config(checkpoint / CONFIG_FILE), read_state(checkpoint).step
     if step == 0 or step >= config.train.num_steps:
         return None
 
-    def rate(settings: RunConfig, at: int) -> float:
-        return learning_rate(settings.schedule, settings.optimizer.lr, at, settings.train.num_steps)
+    def highest(settings: RunConfig, steps: range) -> float:
+        """Return the highest rate of ``steps``, of which those beyond the last are the last."""
+        count, peak = settings.train.num_steps, settings.optimizer.lr
+        return max(learning_rate(settings.schedule, peak, min(s, count - 1), count) for s in steps)
 
-    planned = step if step < before.train.num_steps else step - 1
-    highest = max(rate(before, step - 1), rate(before, planned))
-    wanted = rate(config, step)
-    return (highest, wanted) if wanted > highest * (1 + 1e-9) else None
+    ends = (step + 1, max(before.train.num_steps, config.train.num_steps))
+    for end in ends:
+        apart = max(1, (end - step) // _LOOKED_AT)
+        planned = highest(before, range(step - 1, end, apart))
+        wanted = highest(config, range(step, end, apart))
+        if wanted > planned * (1 + 1e-3):
+            return planned, wanted
+    return None
 
 
 def _refuse_rise(checkpoint: Path, config: RunConfig, before: float, wanted: float) -> str:
@@ -139,8 +168,9 @@ def _refuse_rise(checkpoint: Path, config: RunConfig, before: float, wanted: flo
         if name.startswith(("schedule.", "optimizer.lr", "train.steps", "train.tokens"))
     )
     return (
-        f"{checkpoint}: the learning rate would rise from {before:.3g} to {wanted:.3g} after step "
-        f"{checkpoint_step(checkpoint)}, which its schedule did not plan ({changes}); branch off "
+        f"{checkpoint}: the learning rate would rise to {wanted:.3g} after step "
+        f"{checkpoint_step(checkpoint)}, where its schedule had planned {before:.3g} ({changes}); "
+        "branch off "
         f"with {_branch(checkpoint, config)}, or go on all the same with --force"
     )
 

@@ -59,8 +59,9 @@ class WandbRun:
     every server has). All are in one group.
     """
 
-    started: float
-    """Time, in seconds since 1970, when the directory's run began at its first step."""
+    started: float | None
+    """Time, in seconds since 1970, when the directory's run began at its first step; None for a run
+    of an earlier version, whose counterpart is named by its path alone."""
     segment: int = 1
     begins_after: int | None = None
     """Step that the segment follows; None for the first one."""
@@ -73,7 +74,7 @@ class WandbRun:
         except (OSError, ValueError, TypeError):
             found = None
         if found is None or step == 0:
-            found = cls(time.time())
+            found = cls(time.time() if step == 0 else None)
         elif repeats:
             return found.next(directory, step)
         found._save(directory)
@@ -99,7 +100,8 @@ class WandbRun:
         W&B takes at most 64 characters in an id, and few beside letters and digits.
         """
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", directory.name)[:40]
-        text = json.dumps([str(directory.path.resolve()), self.started])
+        path = str(directory.path.resolve())
+        text = path if self.started is None else json.dumps([path, self.started])
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def id(self, directory: RunDirectory) -> str:

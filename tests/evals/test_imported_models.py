@@ -19,7 +19,7 @@ from evals.harness.imported_model import ImportedHarnessModel
 from evals.sampling import Completion
 from pretrain.common.errors import UserError
 from pretrain.export.hugging_face import import_llama
-from pretrain.inference.hugging_face import load_hugging_face
+from pretrain.inference.hugging_face import HuggingFaceText, load_hugging_face
 from pretrain.inference.load import load_model
 from pretrain.inference.score import StateScorer
 from tests.helpers.small_llama import KINDS, make_llama
@@ -136,3 +136,16 @@ def test_a_real_chat_model_has_the_figures_of_hf(tmp_path):
     asked = requests("generate_until", (chat, {"until": [], "max_gen_toks": 60}))
     (written,) = ours.generate_until(asked)
     assert [written] == hf.generate_until(asked) and len(ours.own.encode(written)) < 60
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_and_not_run(tmp_path):
+    folder = tmp_path / "transformers"
+    folder.mkdir()
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"without running code of its own: .*import the model"):
+        HuggingFaceText.load(folder)
+    assert not ran.exists()

@@ -185,3 +185,23 @@ def test_what_another_launcher_has_come_to_is_passed_over(tmp_path, config, monk
     directory.write_launch(ended=time.time() - 60)
     with pytest.raises(Started):
         queue()
+
+
+@pytest.mark.parametrize(("named", "ends"), [(["a", "b", "c"], True), (["a", "b"], False)])
+def test_the_launcher_ends_only_where_all_of_its_grid_is_cancelled(
+    tmp_path, stranger, capsys, named, ends
+):
+    grid = tmp_path / "grid"
+    for name in "abc":
+        directory = RunDirectory(grid / name)
+        directory.path.mkdir(parents=True)
+        text = CONFIG.format(folder=tmp_path).replace(f"{tmp_path}/run", str(directory))
+        (grid / f"{name}.yaml").write_text(text)
+        directory.write_launch_config(load_grid(grid / f"{name}.yaml").members[0].config)
+        directory.write_launch(launcher=identity_of(stranger.pid))
+    (grid / "grid.json").write_text(json.dumps({"members": list("abc")}))
+    assert main(["cancel", *(str(grid / name) for name in named)]) == 0
+    if ends:
+        assert stranger.wait(10) == -signal.SIGTERM
+    else:
+        assert lives(stranger)

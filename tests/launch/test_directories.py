@@ -139,3 +139,12 @@ def test_nodes_of_the_command_go_before_the_clusters(tmp_path, capsys):
         assert f"srun --kill-on-bad-exit=1 --nodes={nodes}" in output
     with pytest.raises(UserError, match="--nodes is 2, but this machine is one node"):
         main([str(config), "--nodes", "2", "--dry-run"])
+
+
+def test_a_grid_that_comes_with_the_package_is_noted_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = load_grid("configs/grids/hybrid-ratio-tiny.yaml")
+    note_grid(found)
+    again = load_targets(["runs/hybrid-ratio-tiny"])
+    assert [m.name for m in again.members] == [m.name for m in found.members]
+    assert again.match == "parameters"

@@ -340,3 +340,26 @@ def test_grids_are_alike_in_what_they_say():
         size = spec.mixer.state_bytes(spec.config, d, 4096) // 4
         named = int(member.name.rsplit("-", 1)[1])
         assert named <= size <= named * 1.2 + 6000, (member.name, size)  # and the convolutions'
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("  optimizer: [{lr: 1e-3}, {lr: 2e-3}]\n  optimizer.lr: [5e-3, 6e-3]", "set the same"),
+        ("  seed: [1, 2]\n  zip: {seed: [3, 4], optimizer.lr: [1e-3, 2e-3]}", "set the same"),
+        ("  zip: 3", "grid.zip is 3, expected axes of equal length"),
+    ],
+)
+def test_axes_that_cannot_be_together_are_refused(tmp_path, section, words):
+    with pytest.raises(ConfigError, match=words):
+        grid(tmp_path, section)
+
+
+def test_an_index_in_brackets_is_the_same_setting(tmp_path):
+    blend = BASE.replace("{path: nowhere}", "{blend: [{path: a}, {path: b}]}")
+    path = tmp_path / "g.yaml"
+    path.write_text(f"{blend}\ngrid:\n  data.blend[0].weight: [1, 2]")
+    assert [m.config.data.blend[0].weight for m in load_grid(path).members] == [1, 2]
+    for name in ("data.blend.0.weight", "data.blend[0].weight", "data.blend"):
+        with pytest.raises(ConfigError, match="replaces what the grid's axis"):
+            load_grid(path, [f"{name}=7"])

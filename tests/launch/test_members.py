@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
+from launch import members
 from launch.grid import Member
-from launch.members import CHANGEABLE, check_same_settings
+from launch.members import CHANGEABLE, DONE, STOPPED, check_same_settings, member_state
 from pretrain.common.config_loader import ConfigError, flattened
 from pretrain.config import ModelConfig, RunConfig, TrainConfig
 from pretrain.run_directory import RunDirectory
@@ -57,3 +58,25 @@ def test_a_run_is_recognised(tmp_path, section, name, value, same):
         return
     with pytest.raises(ConfigError, match=f"{section}.{name} is .* there and {value} here"):
         check_same_settings(Member("", {}, changed))
+
+
+@pytest.mark.parametrize(
+    ("rows", "status", "state"),
+    [
+        ([{"step": 4, "valid_loss": 3.0}], None, DONE),
+        ([{"step": 4, "valid_loss": None}], None, DONE),  # it was not finite
+        ([{"step": 2, "valid_loss": 3.0}], None, STOPPED),
+        ([{"step": 2, "valid_loss": 3.0}], 75, STOPPED),
+        ([{"step": 2, "valid_loss": 3.0}], 0, DONE),  # such as of a budget that was lowered
+        ([{"step": 4, "loss": 3.0}], 75, STOPPED),
+        ([{"step": 4, "loss": 3.0}], None, DONE),  # there is no text to validate on
+    ],
+)
+def test_a_run_is_done_when_what_is_due_after_its_last_step_is(
+    tmp_path, monkeypatch, rows, status, state
+):
+    monkeypatch.setattr(members, "_steps_saved", lambda directory: 4)
+    directory = RunDirectory(tmp_path)
+    directory.write_metrics([{"tokens": 1, **row} for row in rows])
+    directory.write_launch(status=status)
+    assert member_state(Member("", {}, config_of(tmp_path))).state == state

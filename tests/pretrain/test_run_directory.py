@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from pretrain.checkpoint_folders import (
     checkpoint_name,
     checkpoint_step,
+    latest_in,
     list_checkpoints,
     mark_latest,
 )
@@ -199,3 +202,43 @@ def test_no_other_file_spells_the_names():
         if spelled.search(line) and "with_suffix" not in line
     ]
     assert not found, "\n".join(found)
+
+
+def test_a_directory_is_held_whatever_becomes_of_the_lock_file(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.take_lock()
+    directory.lock_file.unlink()
+    directory.check_held()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="was removed while the run was training"):
+        directory.check_held()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="was replaced by another"):
+        directory.check_held()
+    directory.release_lock()
+    directory.check_held()
+
+
+def saved(folder, step, number):
+    """Write what tells the age of a checkpoint; return its folder."""
+    checkpoint = folder / checkpoint_name(step)
+    checkpoint.mkdir(parents=True)
+    content = json.dumps({"save": number}).encode()
+    (checkpoint / "state.json").write_bytes(content)
+    listed = {"state.json": {"sha256": hashlib.sha256(content).hexdigest()}}
+    (checkpoint / "files.json").write_text(json.dumps(listed))
+    mark_latest(checkpoint)
+    return checkpoint
+
+
+def test_a_damaged_checkpoint_is_the_latest_until_a_run_has_saved_after_it(tmp_path):
+    """A run that was resumed from before it goes on from its own saves."""
+    saved(tmp_path, 100, 1)
+    damaged = saved(tmp_path, 150, 2)
+    (damaged / "state.json").write_text("{}")
+    assert latest_in(tmp_path) == damaged, "loading it says what is wrong"
+    assert latest_in(tmp_path) == damaged
+    after = saved(tmp_path, 120, 3)
+    assert latest_in(tmp_path) == after
+    (tmp_path / "latest").unlink()
+    assert latest_in(tmp_path) == damaged, "it may have been saved after the others"

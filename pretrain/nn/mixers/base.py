@@ -69,7 +69,8 @@ class MixerConfig(Config):
     """Base of the settings of a mixer. Fields of type ``Derived`` follow the model's width.
 
     ``head_sizes`` names those that are sizes of one head, which maximal-update parametrization
-    keeps at every width, and ``head_counts`` the numbers of heads that grow instead.
+    keeps at every width, and ``head_counts`` the numbers of heads that grow instead, the first of
+    which decides on their size where it is given.
     """
 
     head_sizes: ClassVar[tuple[str, ...]] = ("head_dim",)
@@ -87,7 +88,7 @@ class MixerConfig(Config):
 
         A number of heads that is given decides on their size by itself, as in :meth:`resolve`.
         """
-        given = any(getattr(self, name, None) is not None for name in self.head_counts)
+        given = any(getattr(self, name, None) is not None for name in self.head_counts[:1])
         if given or base_hidden_size in (None, hidden_size):
             return self.resolve(hidden_size)
         base = self.resolve(base_hidden_size)

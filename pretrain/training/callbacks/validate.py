@@ -51,7 +51,7 @@ class Validate(Callback):
 
     def _due(self) -> bool:
         step, every = self.trainer.state.step, self.trainer.config.validation.every
-        due = step == self.trainer.num_steps or (every > 0 and step % every == 0)
+        due = step >= self.trainer.num_steps or (every > 0 and step % every == 0)
         return due and bool(self._batches)
 
     def _validate(self) -> None:

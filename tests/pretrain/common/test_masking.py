@@ -127,3 +127,18 @@ def test_the_environment_of_a_run_has_neither_keys_nor_what_it_was_asked_to_leav
     found = environment.describe_environment(command_and_diff=False)
     assert found["command"] is found["git_diff"] is None
     assert found["git_commit"] is not None
+
+
+@pytest.mark.parametrize("sign", ["", "+", "-", " "])
+@pytest.mark.parametrize("kind", ["", "RSA ", "OPENSSH ", "ENCRYPTED "])
+def test_a_private_key_is_masked_in_every_line_of_a_diff(sign, kind):
+    lines = [f"-----BEGIN {kind}PRIVATE KEY-----", "MIIEabc+/9", "x9Zk==", "-----END", "after = 1"]
+    found = masked("\n".join(sign + line for line in lines))
+    assert "MIIE" not in found and "x9Zk" not in found
+    assert "PRIVATE KEY" in found and "after = 1" in found
+    assert "MIIE" not in masked("\n".join(sign + line for line in lines[:2])), "cut off"
+
+
+@pytest.mark.parametrize("text", ["WANDB_KEY=abc12def", "db_pass: abc12def", "sk_live_abc12def3"])
+def test_keys_by_other_names_are_masked(text):
+    assert "abc12def" not in masked(text)

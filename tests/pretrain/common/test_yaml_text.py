@@ -222,3 +222,9 @@ def test_a_place_behind_the_end_of_a_list_is_told_with_those_there_are(tmp_path)
     for place in ("2", "-1", "x"):
         with pytest.raises(ConfigError, match=rf"expected tags\.0 to tags\.1, found tags\.{place}"):
             override(tmp_path, "tags=[a, b]", f"tags.{place}=c")
+
+
+@pytest.mark.parametrize("text", ["!!bool x", "!!timestamp x", "!!int x", "!!float x"])
+def test_a_value_that_does_not_fit_its_tag_is_an_error_of_the_text(text):
+    with pytest.raises(ValueError, match=r"not valid YAML|invalid|could not"):
+        parse(f"a: {text}")

@@ -1,6 +1,7 @@
 """Mixtures of experts against a loop over tokens, and what is told of them."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_an_expert_takes_the_first_tokens_of_a_sequence(moe, seq_len, rows):
     x = torch.randn(24, rows, HIDDEN, dtype=torch.float64)
     scores = (x @ layer.router.t()).softmax(-1)
     length = 24 if seq_len in (None, 7) else seq_len
-    room = math.ceil(config.capacity_factor * config.top_k * length / 6)
+    room = math.ceil(Fraction(str(config.capacity_factor)) * config.top_k * length / 6)
     expected, dropped = torch.zeros_like(x), 0
     for row in range(rows):
         for t in range(24):

@@ -192,6 +192,15 @@ def test_sizes_of_heads_that_are_not_given_are_the_base_models(name):
         assert getattr(wide, size) == getattr(at_base, size)
 
 
+@pytest.mark.parametrize("width", [256, 1024, 2048, 4096])
+def test_heads_that_share_keys_keep_their_size_as_well(width):
+    config = settings(
+        pattern="attn", mixers={"attn": {"num_kv_heads": 2}}, mup_base_hidden_size=256
+    )
+    attn = block_specs(dataclasses.replace(config, hidden_size=width))[0].config
+    assert (attn.num_heads, attn.num_kv_heads, attn.head_dim) == (width // 64, 2, 64)
+
+
 # The command
 
 

@@ -57,6 +57,9 @@ WSD = ("schedule.kind=wsd", "schedule.decay_fraction=0.5")
         (("schedule.kind=constant",), ("train.steps=8",), False),
         ((*WSD, "train.steps=8"), ("train.steps=12", "checkpoint.resume=step-00000004"), False),
         ((*WSD, "train.steps=8"), ("train.steps=12", "checkpoint.resume=step-00000006"), True),
+        # The rise comes later: another warm-up comes first.
+        (("schedule.kind=cosine",), ("train.steps=40", "schedule.warmup_steps=20"), True),
+        ((*WSD, "train.steps=8"), ("train.steps=40", "schedule.warmup_steps=20"), True),
         # Another schedule or learning rate.
         (("schedule.kind=linear",), ("schedule.kind=constant", "train.steps=6"), True),
         (("schedule.kind=constant",), ("schedule.kind=cosine", "train.steps=6"), False),
@@ -82,11 +85,11 @@ def test_a_learning_rate_that_rises_without_being_planned_asks_for_force(
     if not rises:
         assert fit(run, *before, *changes).status == "completed"
         return
-    with pytest.raises(UserError, match=r"the learning rate would rise from .* with --force"):
+    with pytest.raises(UserError, match=r"the learning rate would rise to .* with --force"):
         fit(run, *before, *changes)
     assert RunDirectory(run.directory).read_metrics()[-1]["step"] == steps, "nothing has begun"
     assert fit(run, *before, *changes, force=True).status == "completed"
-    assert "learning rate of the next step: " in said(run)
+    assert "  learning rate: " in said(run)
 
 
 def test_the_branch_that_is_offered_works(run):

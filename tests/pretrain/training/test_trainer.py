@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
-from pretrain.config import RunConfig, load_run_config
-from pretrain.parallel.processes import start_processes
+from pretrain.config import ParallelConfig, RunConfig, load_run_config
+from pretrain.parallel.processes import process_groups, start_processes
 from pretrain.run_directory import RunDirectory
 from pretrain.training.callbacks import Callback, Decision, Profiler, default_callbacks
 from pretrain.training.trainer import Trainer
@@ -124,6 +124,10 @@ def test_process_groups_are_left_only_by_whom_they_were_made(run):
     assert not dist.is_initialized()
     assert not parallel_state.model_parallel_is_initialized()
     assert not RunDirectory(run.directory).is_locked()
+    linear = torch.nn.functional.linear
+    with process_groups(ParallelConfig()):
+        torch.nn.functional.linear = lambda x, *_: x  # as DeepSpeed's ZeRO-3 does
+    assert torch.nn.functional.linear is linear
     start_processes()
     group = dist.group.WORLD
     Trainer(run.config, overrides=[*QUICK, "train.steps=5"]).fit()
