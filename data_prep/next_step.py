@@ -1,4 +1,4 @@
-"""What to do with a data set once it is there."""
+"""The line that tells what to do with a data set once it is there."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def open_held_out(loaded: LoadedModel, data: str | None) -> PreparedData:
 
 @dataclass
 class Scores:
-    """What was scored of one source.
+    """The scores of one source.
 
     Attributes:
         source: Its label.

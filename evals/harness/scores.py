@@ -1,4 +1,4 @@
-"""What belongs beside a score: its interval, and what guessing would reach."""
+"""The interval of a score, and the score that guessing would reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading ``.metadata`` of torch.distributed.checkpoint, which is a pickle, as data alone.
+"""Read ``.metadata`` of torch.distributed.checkpoint, which is a pickle, as data alone.
 
 A pickle may call any function that it names. This one is read by a list of what the file needs: the
 classes of its table, sizes, dtypes and paths; a file that names anything else is refused unread.

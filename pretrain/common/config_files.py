@@ -1,4 +1,4 @@
-"""What a file of settings says, with the files it extends and the overrides, without a schema."""
+"""Read files of settings, with the files they extend and the overrides, without a schema."""
 
 from __future__ import annotations
 

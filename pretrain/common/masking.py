@@ -1,4 +1,4 @@
-"""Hiding what looks like a key or a password in text that is kept with a run."""
+"""Hide what looks like a key or a password in text that is kept with a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a command can write where it is asked to, checked before its work."""
+"""Check, before its work, that a command can write where it is asked to."""
 
 from __future__ import annotations
 

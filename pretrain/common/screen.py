@@ -1,4 +1,4 @@
-"""What commands print: names are text, tables break between words, numbers look alike."""
+"""Print for people: names are text, tables break between words, numbers look alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the parts of a Hugging Face ``tokenizer.json`` do to a text."""
+"""Tell what the parts of a Hugging Face ``tokenizer.json`` do to a text."""
 
 from __future__ import annotations
 

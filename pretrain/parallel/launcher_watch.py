@@ -1,4 +1,4 @@
-"""The end of a process whose launcher ends before the processes have met.
+"""End a process whose launcher ends before the processes have met.
 
 Once they have, :mod:`pretrain.training.watchdog` sees it.
 """

@@ -1,4 +1,4 @@
-"""What is likely to go wrong with a run, said before it starts: memory, and repeated data."""
+"""Say what is likely to go wrong with a run before it starts: memory, and repeated data."""
 
 from __future__ import annotations
 
