@@ -15,12 +15,31 @@ from pretrain.config.optimizer import WHOLE_MATRICES
 from pretrain.model.counts import ModelCounts, count_model
 from pretrain.model.stages import Stage, split_into_stages
 from pretrain.optim.optimizer import GATHERED_AT_ONCE, rule
+from pretrain.planner.cost import Cost
 from pretrain.planner.figures import Estimate, StageEstimate
 from pretrain.planner.hardware import Hardware
+from pretrain.planner.software import Software
 from pretrain.planner.units import ParameterKind, Unit, Units, count_kinds, measure_units
 
 _DEEPSPEED_BUCKET = 200_000_000  # elements
 _LIVE_PARAMETERS = 1_000_000_000  # that DeepSpeed's ZeRO-3 keeps gathered
+
+
+@dataclass
+class _Pass:
+    """A micro-batch's way through a stage, forward or backward.
+
+    Attributes:
+        seconds: Seconds, with the exchanges of tensor parallelism.
+        waits: Seconds of those exchanges.
+        sent: Bytes that they send.
+        flops: FLOPs of matrix multiplications.
+    """
+
+    seconds: float
+    waits: float
+    sent: float
+    flops: float
 
 
 @dataclass
@@ -30,7 +49,9 @@ class Planner:
     config: RunConfig
     vocab_size: int
     hardware: Hardware
+    software: Software = field(default_factory=Software)
     _units: dict[object, Units] = field(default_factory=dict)
+    _priced: dict[int, tuple[Cost, tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def counts(self) -> ModelCounts:
@@ -52,7 +73,8 @@ class Planner:
                 self.config.model,
                 self.vocab_size,
                 parallel,
-                self.hardware,
+                self.hardware.device,
+                self.software,
                 seq_len=train.seq_len,
                 dtype=DTYPES[train.precision],
                 activation_checkpointing=checkpointing,
@@ -141,26 +163,11 @@ class Planner:
             held, experts = count_kinds(tensors), count_kinds(expert_tensors)
             memory = self._held_memory(parallel, tensors, expert_tensors, data)
             memory.update(self._activation_memory(parallel, chains, rank, micro_batches, memory))
-            costs = [(u.forward, u.backward, trained) for chain in chains for u, trained in chain]
-            seconds = [
-                sum(f.seconds for f, _, _ in costs),
-                sum(b.seconds for _, b, trained in costs if trained),
-            ]
-            sent = [
-                sum(f.bytes_sent for f, _, _ in costs),
-                sum(b.bytes_sent for _, b, trained in costs if trained),
-            ]
-            calls = [
-                sum(f.collectives for f, _, _ in costs),
-                sum(b.collectives for _, b, trained in costs if trained),
-            ]
-            waits = [
-                self.hardware.link_seconds(
-                    bytes_, number, spans_nodes=parallel.tensor > self.hardware.devices_per_node
-                )
-                for bytes_, number in zip(sent, calls, strict=True)
-            ]
-            travels = [(u.routed, 1 + trained) for chain in chains for u, trained in chain]
+            units_passed = [pair for chain in chains for pair in chain]
+            forward = self._pass([unit.forward for unit, _ in units_passed], parallel)
+            backward = self._pass([u.backward for u, trained in units_passed if trained], parallel)
+            gathered = sum(held.values()) + sum(experts.values())
+            travels = [(u.routed, 1 + trained) for u, trained in units_passed]
             routed = self._routed_bytes(parallel, sum(n * ways for n, ways in travels))
             # There and back, in each direction.
             routing = self.hardware.link_seconds(
@@ -174,16 +181,44 @@ class Planner:
                     parameters=sum(held.values()),
                     expert_parameters=sum(experts.values()),
                     memory=memory,
-                    forward=seconds[0] + waits[0] + routing / 2,
-                    backward=seconds[1] + waits[1] + routing / 2,
-                    hardware_flops=sum(f.flops + b.flops * trained for f, b, trained in costs),
-                    tensor_bytes=sum(sent),
-                    tensor_seconds=sum(waits),
+                    forward=forward.seconds + routing / 2,
+                    backward=backward.seconds + self._added_seconds(parallel, gathered)
+                    + routing / 2,
+                    hardware_flops=forward.flops + backward.flops,
+                    tensor_bytes=forward.sent + backward.sent,
+                    tensor_seconds=forward.waits + backward.waits,
                     expert_bytes=routed,
                     expert_seconds=routing,
                 )
             )
         return stages
+
+    def _pass(self, costs: Sequence[Cost], parallel: ParallelConfig) -> _Pass:
+        """Return what a micro-batch's pass through units of these costs takes."""
+        hardware = self.hardware
+        pairs = [self._seconds(cost) for cost in costs]
+        sent = sum(cost.bytes_sent for cost in costs)
+        waits = hardware.group_seconds(
+            sent,
+            sum(cost.collectives for cost in costs),
+            parallel.tensor,
+            hardware.devices_per_node,
+        )
+        # Python runs ahead of a GPU, within a pass.
+        busy = max(sum(device for device, _ in pairs), sum(host for _, host in pairs))
+        return _Pass(busy + waits, waits, sent, sum(cost.flops for cost in costs))
+
+    def _seconds(self, cost: Cost) -> tuple[float, float]:
+        key = id(cost)
+        if key not in self._priced:
+            self._priced[key] = (cost, self.hardware.cost_seconds(cost, self.software))
+        return self._priced[key][1]
+
+    def _added_seconds(self, parallel: ParallelConfig, parameters: int) -> float:
+        """Return the seconds in which a GPU adds a micro-batch's gradients to float32 sums."""
+        if self.hardware.device == "cpu" or parallel.zero_stage == 3:
+            return 0.0
+        return self.hardware.memory_seconds(10.0 * parameters)
 
     def _routed_bytes(self, parallel: ParallelConfig, tokens: int) -> float:
         """Return the bytes a process sends when its ``tokens`` go to experts and back, evenly."""
@@ -371,15 +406,18 @@ class Planner:
             s.parameters * (data - 1) / data + s.expert_parameters * (copies - 1) / copies
             for s in stages
         )
-        spans = data * parallel.tensor > per_node
-        exchange = hardware.link_seconds(exchanged, 2 * (data > 1), spans_nodes=spans)
-        hidden = 0.0
-        if parallel.overlap and gradients_late:
-            hidden = min(exchange, min(s.backward for s in stages) / parts)
+        in_node = max(per_node // parallel.tensor, 1)
+        if parallel.zero_stage == 3:
+            exposed = micro_batches * max(self._gather_waits(s, data, in_node) for s in stages)
+        else:
+            exposed = hardware.group_seconds(exchanged, 2 * (data > 1), data, in_node)
+            if parallel.overlap and gradients_late:
+                exposed -= min(exposed, min(s.backward for s in stages) / parts)
         dense_shards, expert_shards = (data, copies) if parallel.zero_stage else (1, 1)
+        whole = 2.0 / data if parallel.zero_stage == 3 else 8.0
         moved = max(
-            s.parameters * (28.0 / dense_shards + 8.0)
-            + s.expert_parameters * (28.0 / expert_shards + 8.0)
+            s.parameters * (28.0 / dense_shards + whole)
+            + s.expert_parameters * (28.0 / expert_shards + whole)
             for s in stages
         )
         seconds = {
@@ -388,7 +426,7 @@ class Planner:
             "expert parallel": expert,
             "pipeline bubble": fill,
             "pipeline messages": pipeline,
-            "data parallel": exchange - hidden,
+            "data parallel": exposed,
             "optimizer": hardware.memory_seconds(moved),
         }
         sent = {
@@ -398,6 +436,25 @@ class Planner:
             "data parallel": exchanged,
         }
         return seconds, sent
+
+    def _gather_waits(self, stage: StageEstimate, data: int, in_node: int) -> float:
+        """Return the seconds of a micro-batch that ZeRO-3's exchanges take beyond the work.
+
+        Weights are gathered block by block ahead of both passes, and gradients reduced behind the
+        backward pass.
+        """
+        if data == 1:
+            return 0.0
+        number = stage.parameters + stage.expert_parameters
+        width = DTYPES[self.config.train.precision].itemsize
+        once = number * width * (data - 1) / data
+        again = max(1 - _LIVE_PARAMETERS / number, 0.0)
+        calls = 2 * sum(len(blocks) for blocks in stage.blocks)
+        times = [
+            self.hardware.group_seconds(once * share, calls * n, data, in_node)
+            for share, n in ((1.0, 1), (1.0 + again, 2))
+        ]
+        return max(times[0] - stage.forward, 0.0) + max(times[1] - stage.backward, 0.0)
 
     def _exchanges(
         self, parallel: ParallelConfig, data: int, micro_batches: int, width: int

@@ -10,6 +10,8 @@ import torch
 
 from pretrain.common.config_loader import Config, ConfigError, load_config, setting
 from pretrain.common.shipped_configs import find_config
+from pretrain.planner.cost import Cost, Kernel
+from pretrain.planner.software import Software
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "float32", torch.float64: "float64"}
 
@@ -39,10 +41,19 @@ class Hardware(Config):
     library and fragmentation."""
     matmul_efficiency: float = setting(0.7, above=0, maximum=1)
     """Share of the peak that large matrix multiplications get."""
+    attention_efficiency: dict[str, float] = field(default_factory=lambda: {"flash2": 0.4})
+    """Share of the peak that attention gets with heads of 128 channels, by generation of its
+    kernels; the last one is what the device has."""
+    recurrence_efficiency: float = setting(0.4, above=0, maximum=1)
+    """Share of the peak that the products inside kernels of linear recurrences get."""
+    recurrence_bandwidth: float = setting(0.6, above=0, maximum=1)
+    """Share of the memory bandwidth that those kernels get."""
     bandwidth_efficiency: float = setting(0.8, above=0, maximum=1)
     """Share of the memory bandwidth that elementwise operations get."""
+    kernel_us: float = setting(2, minimum=0)
+    """Microseconds that a kernel takes beyond its work: to start, to fill the device and to end."""
     op_overhead_us: float = setting(6, minimum=0)
-    """Least microseconds from one operation to the next."""
+    """Microseconds of Python from one launch to the next."""
     clock_ghz: float = setting(0, minimum=0)
     """Clock of a GPU in GHz; 0: not needed."""
     warp_schedulers: int = setting(0, minimum=0)
@@ -82,25 +93,61 @@ class Hardware(Config):
             )
         return self.peak_tflops[precision] * 1e12
 
-    def seconds(self, flops: float, moved: float, dtype: torch.dtype) -> float:
-        """Return the seconds of an operation of ``flops`` that reads and writes ``moved`` bytes."""
-        name = _NAMES.get(dtype, "float32")
-        peak = self.peak_tflops.get(name, self.peak_tflops.get("float32", 1.0)) * 1e12
-        return max(
-            flops / (peak * self.matmul_efficiency),
-            self.memory_seconds(moved),
-            self.op_overhead_us * 1e-6,
+    def seconds(self, kernel: Kernel, software: Software) -> float:
+        """Return the seconds of one kernel on the device."""
+        work, moved = kernel.work, kernel.moved
+        peak = self._peak(kernel.dtype)
+        if self.device == "cpu":  # Python is beside every operation
+            return max(
+                work.flops / (peak * self.matmul_efficiency),
+                self.memory_seconds(moved),
+                self.op_overhead_us * 1e-6,
+            )
+        bandwidth = self.memory_bandwidth_gbs * 1e9
+        if work.kind == "recurrence":
+            busy = moved / (bandwidth * self.recurrence_bandwidth)
+            busy += work.flops / (peak * self.recurrence_efficiency)
+            # About a third of it passes states from chunk to chunk, one after the other.
+            busy = 0.65 * busy + max(0.35 * busy, work.chain * 1e-6)
+        elif work.kind == "scan":
+            busy = max(
+                work.flops / (peak * self.matmul_efficiency),
+                self.memory_seconds(moved),
+                self._issue_seconds(work.instructions, work.cycles),
+            )
+        else:
+            efficiency = self.matmul_efficiency
+            if work.kind == "attention":
+                # The softmax of a pair of tokens takes as long whatever the head's width.
+                efficiency = self._attention(software) * 1.25 * work.width / (work.width + 32)
+            busy = work.flops / (peak * efficiency) + self.memory_seconds(moved)
+        return busy + self.kernel_us * 1e-6
+
+    def cost_seconds(self, cost: Cost, software: Software) -> tuple[float, float]:
+        """Return the seconds of the device, and of Python beside it, for all kernels of a cost."""
+        device = sum(n * self.seconds(kernel, software) for kernel, n in cost.kernels.items())
+        if self.device == "cpu":
+            return device, 0.0
+        host = sum(
+            n * (self.op_overhead_us + kernel.work.host) * 1e-6
+            for kernel, n in cost.kernels.items()
         )
+        return device, host
+
+    def _peak(self, dtype: torch.dtype) -> float:
+        name = _NAMES.get(dtype, "float32")
+        return self.peak_tflops.get(name, self.peak_tflops.get("float32", 1.0)) * 1e12
+
+    def _attention(self, software: Software) -> float:
+        found = self.attention_efficiency
+        return found.get(software.attention or "", next(reversed(found.values())))
 
     def memory_seconds(self, moved: float) -> float:
         """Return the seconds to read and write ``moved`` bytes of a device's memory."""
         return moved / (self.memory_bandwidth_gbs * 1e9 * self.bandwidth_efficiency)
 
-    def kernel_seconds(self, instructions: float, cycles: float) -> float:
-        """Return the seconds to issue so many instructions of warps.
-
-        ``cycles`` is the length of their longest chain.
-        """
+    def _issue_seconds(self, instructions: float, cycles: float) -> float:
+        """Return the seconds to issue instructions of warps, their longest chain of ``cycles``."""
         if not self.clock_ghz or not self.warp_schedulers:
             return 0.0
         issued = instructions / (self.warp_schedulers * self.issue_efficiency)
@@ -110,6 +157,17 @@ class Hardware(Config):
         """Return the seconds for a process to send bytes in so many messages or collectives."""
         speed = self.inter_node_gbs if spans_nodes else self.intra_node_gbs
         return sent / (speed * 1e9 * self.link_efficiency) + messages * self.latency_us * 1e-6
+
+    def group_seconds(self, sent: float, collectives: float, size: int, per_node: int) -> float:
+        """Return the seconds for every one of ``size`` processes to send bytes in collectives.
+
+        ``per_node`` of them share a node: their messages to other nodes use all its adapters.
+        """
+        speed, per_node = self.intra_node_gbs, min(per_node, size)
+        if size > per_node:
+            speed = min(speed, self.inter_node_gbs * per_node)
+        latency = self.latency_us + size  # a microsecond for each step of a ring
+        return sent / (speed * 1e9 * self.link_efficiency) + collectives * latency * 1e-6
 
 
 def load_hardware(path: str | Path) -> Hardware:

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from pretrain.ops.shared.planning import Work, planned_device
-from pretrain.planner.hardware import Hardware
+from pretrain.ops.shared.planning import Work, WorkKind, planned_device
+from pretrain.planner.cost import Cost, Kernel
+from pretrain.planner.software import Software
 
 _aten: Any = torch.ops.aten
 _INDEXED = {
@@ -39,47 +38,29 @@ _LOOKUPS = {
 }
 
 
-@dataclass
-class Cost:
-    """The cost of running something on one device.
-
-    Attributes:
-        peak: Most bytes newly allocated at a time.
-        kept: Bytes still allocated at the end.
-        seconds: Seconds of the device.
-        flops: FLOPs of matrix multiplications.
-        operations: Number of operations.
-        bytes_sent: Bytes sent between tensor-parallel processes.
-        collectives: Collectives between them.
-    """
-
-    peak: float = 0.0
-    kept: float = 0.0
-    seconds: float = 0.0
-    flops: float = 0.0
-    operations: float = 0.0
-    bytes_sent: float = 0.0
-    collectives: float = 0.0
-
-    def plus(self, other: Cost, times: float) -> Cost:
-        """Return ``self + times * other``, field by field."""
-        pairs = {
-            f.name: getattr(self, f.name) + times * getattr(other, f.name) for f in fields(self)
-        }
-        return Cost(**pairs)
+# They allocate, or name what is there already: nothing runs on the device.
+_FREE = {
+    _aten._unsafe_view.default,
+    _aten.empty.memory_format,
+    _aten.empty_strided.default,
+    _aten.empty_like.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
 
 
 class Simulation(TorchDispatchMode):
     """A context that counts operations on meta tensors, and the memory that they would take."""
 
-    def __init__(self, hardware: Hardware):
+    def __init__(self, device: str, software: Software):
         super().__init__()
-        self._hardware = hardware
         self._live = 0
         self._cost = Cost()
         self._base = 0
         self._known: dict[int, Any] = {}
-        self._planned = planned_device(hardware.device, self._kernel, _planned_attention(self))
+        fused = software.elementwise == "fused"
+        self._planned = planned_device(device, self._kernel, fused=fused)
 
     def __enter__(self) -> Simulation:
         self._planned.__enter__()
@@ -156,28 +137,23 @@ class Simulation(TorchDispatchMode):
         outputs: list[Tensor],
     ) -> None:
         self._cost.operations += 1
-        if function.is_view or not outputs:
+        if function.is_view or function in _FREE or not outputs:
             return
         formula = flop_registry.get(function._overloadpacket)
         flops = formula(*args, **kwargs, out_val=result) if formula else 0
         moved = sum(map(_bytes, outputs))
         # A lookup reads no more than it returns.
         moved += moved if function in _LOOKUPS else sum(map(_bytes, inputs))
-        self.compute(flops, moved, outputs[0].dtype)
-
-    def compute(self, flops: float, moved: float, dtype: torch.dtype) -> None:
-        """Count an operation: as long as its arithmetic, memory traffic or launch takes."""
-        self._cost.flops += flops
-        self._cost.seconds += self._hardware.seconds(flops, moved, dtype)
+        kind: WorkKind = (
+            "product" if function._overloadpacket in _PRODUCTS else "elementwise"
+        )
+        dtype = inputs[0].dtype if kind == "product" else outputs[0].dtype
+        self._cost.add(Kernel(Work(flops, kind=kind), moved, dtype))
 
     def _kernel(self, work: Work, moved: float, dtype: torch.dtype) -> None:
-        """Count a kernel of ours, of which torch sees nothing."""
+        """Count a kernel of which torch sees nothing."""
         self._cost.operations += 1
-        self._cost.flops += work.flops
-        self._cost.seconds += max(
-            self._hardware.seconds(work.flops, moved, dtype),
-            self._hardware.kernel_seconds(work.instructions, work.cycles),
-        )
+        self._cost.add(Kernel(work, moved, dtype))
 
     def _communicate(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Count a collective without sending: the fake group must not see meta tensors."""
@@ -220,58 +196,3 @@ def _without_masks(indices: Any) -> list[Any]:
         else:
             found.append(index)
     return found
-
-
-def _planned_attention(simulation: Simulation) -> Callable[..., Tensor]:
-    """Return what stands for torch's attention: the kernel that the planned device would choose."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
-        cuda = simulation._hardware.device == "cuda"
-        if not q.is_meta or not (cuda or _cpu_is_fused(q, k, v, **settings)):
-            return F.scaled_dot_product_attention(q, k, v, **settings)
-        length = k.shape[2]
-        seen = (length + 1) / (2 * length) if settings.get("is_causal") else 1.0
-        output: Tensor = _Fused.apply(simulation, q, k, v, seen)
-        return output
-
-    return attention
-
-
-def _cpu_is_fused(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> bool:
-    """Return whether torch would choose a fused kernel, asked with tensors of a few tokens."""
-    with _disable_current_modes():
-        small = [
-            torch.empty(1, x.shape[1], 2, x.shape[3], dtype=x.dtype, requires_grad=True)
-            for x in (q, k, v)
-        ]
-        mask = settings.pop("attn_mask", None)
-        settings["attn_mask"] = None if mask is None else torch.ones(2, 2, dtype=torch.bool)
-        choose: Any = torch._fused_sdp_choice
-        return choose(*small, **settings) == 1
-
-
-class _Fused(torch.autograd.Function):
-    """Attention that keeps its output and a number per query; q ``[B, H, T, D]``.
-
-    The backward pass computes the weights again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, simulation: Simulation, q: Tensor, k: Tensor, v: Tensor, seen: float
-    ) -> Tensor:
-        # As CPU and GPU kernels lay it out: tokens before heads.
-        output = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
-        sums = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        ctx.save_for_backward(q, k, v, output, sums)
-        ctx.simulation = simulation
-        ctx.flops = 4 * seen * q.numel() * k.shape[2]
-        simulation.compute(ctx.flops, sum(map(_bytes, (q, k, v, output))), q.dtype)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        q, k, v, output, _ = ctx.saved_tensors
-        moved = 2 * sum(map(_bytes, (q, k, v, output)))
-        ctx.simulation.compute(2.5 * ctx.flops, moved, q.dtype)
-        return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None

@@ -25,9 +25,10 @@ from pretrain.nn.dropout import EMBEDDING
 from pretrain.nn.moe import MoE
 from pretrain.nn.parameters import info_of
 from pretrain.optim.optimizer import rule_of
+from pretrain.planner.cost import Cost
 from pretrain.planner.fake_group import planned_context
-from pretrain.planner.hardware import Hardware
-from pretrain.planner.simulation import Cost, Simulation
+from pretrain.planner.simulation import Simulation
+from pretrain.planner.software import Software
 
 # Operations of one pass that are simulated as they are; longer loops over time are measured on
 # shorter sequences and extrapolated.
@@ -103,7 +104,8 @@ def measure_units(
     config: ModelConfig,
     vocab_size: int,
     parallel: ParallelConfig,
-    hardware: Hardware,
+    device: str,
+    software: Software,
     *,
     seq_len: int,
     dtype: torch.dtype,
@@ -113,14 +115,15 @@ def measure_units(
 ) -> Units:
     """Simulate every kind of unit; without ``simulate`` only count what each holds.
 
-    The tensor and sequence parallelism and the micro-batch size are those of ``parallel``.
+    The tensor and sequence parallelism and the micro-batch size are those of ``parallel``,
+    ``device`` is the type of the device (``cuda``, ``cpu``).
     """
     context = planned_context(dtype, parallel.tensor, sequence_parallel=parallel.sequence)
     with torch.device("meta"):
         model = LanguageModel(
             config, vocab_size, context, activation_checkpointing=activation_checkpointing
         )
-    return _Measurement(model, parallel, hardware, seq_len, optimizer, simulate).all()
+    return _Measurement(model, parallel, device, software, seq_len, optimizer, simulate).all()
 
 
 class _Measurement:
@@ -128,13 +131,15 @@ class _Measurement:
         self,
         model: LanguageModel,
         parallel: ParallelConfig,
-        hardware: Hardware,
+        device: str,
+        software: Software,
         seq_len: int,
         optimizer: str,
         simulate: bool,
     ):
         self.optimizer, self.simulate = optimizer, simulate
-        self.model, self.hardware, self.seq_len = model, hardware, seq_len
+        self.model, self.seq_len = model, seq_len
+        self.device, self.software = device, software
         self.rows = parallel.micro_batch_size
         self.token_shards = parallel.tensor if parallel.sequence else 1
 
@@ -216,7 +221,7 @@ class _Measurement:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             for p in self.model.parameters()
         ]
-        with Simulation(self.hardware) as simulation:
+        with Simulation(self.device, self.software) as simulation:
             simulation.exclude([*self.model.parameters(), *inputs])
             output, ahead = simulation.measure(forward)
             _, back = simulation.measure(lambda: output.backward(torch.empty_like(output)))

@@ -14,7 +14,11 @@ from torch import Tensor
 from pretrain.data.sequences import Sequences, given_sequences
 from pretrain.ops.attention.definition import explicit_attention
 from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
-from pretrain.ops.shared.planning import scaled_dot_product_attention
+from pretrain.ops.shared.planning import (
+    is_planned,
+    planned_attention,
+    scaled_dot_product_attention,
+)
 
 BACKENDS = ("auto", "explicit", "sdpa", "varlen", "flash")
 
@@ -60,6 +64,9 @@ def attention(
             f"attention: cu_seqlens names {queries.count} sequences, cu_seqlens_k {keys.count}"
         )
     forms = {"explicit": explicit_attention, "sdpa": _sdpa, "varlen": _varlen, "flash": _flash}
+    forms["planned"] = _planned
+    if backend == fast == "sdpa" and is_planned(q):
+        backend = "planned"
     output = forms[backend](
         q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), queries, keys, scale, window
     )
@@ -126,6 +133,27 @@ def _flash(
         window_size=(-1 if window is None else window - 1, 0),
     )
     return output[0] if isinstance(output, tuple) else output  # version 3 once gave more
+
+
+def _planned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Sequences,
+    keys: Sequences,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Stand for the fused kernel of a GPU, which computes only the pairs that are seen."""
+    pairs = 0.0
+    for num_queries, num_keys in zip(queries.lengths, keys.lengths, strict=True):
+        reach = num_keys if window is None else min(window, num_keys)
+        growing = min(max(reach - (num_keys - num_queries), 0), num_queries)
+        # The first queries see one key more each, up to the reach of all others.
+        pairs += num_queries * reach - growing * (growing - 1) / 2
+    flops = 4.0 * pairs * q.shape[1] * q.shape[2]
+    a, b, c = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return planned_attention(a, b, c, flops)[0].transpose(0, 1)
 
 
 def _varlen(

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.ops.shared.planning import Work, device_type, nbytes, observe
+
 BACKENDS = ("auto", "chunked", "liger")
 
 
@@ -54,8 +56,8 @@ def linear_cross_entropy(
     unsharded = shards is None and softcap is None
     if backend == "liger" and not unsharded:
         raise ValueError("backend 'liger' needs the full vocabulary here, and has no softcap")
-    if backend == "auto" and unsharded and x.is_cuda and x.dtype != torch.float64:
-        backend = "liger" if has_liger() else "chunked"
+    if backend == "auto" and unsharded and device_type(x) == "cuda" and x.dtype != torch.float64:
+        backend = "liger" if has_liger() or x.is_meta else "chunked"
     if backend == "liger":
         liger: Tensor = _LigerCrossEntropy.apply(x, weight, targets, tokens_at_once, z_loss_weight)
         return liger
@@ -76,6 +78,9 @@ def has_liger() -> bool:
 
 def _liger(logits: Tensor, targets: Tensor, z_loss_weight: float, gradient: bool) -> Tensor:
     """Return the losses ``[N]``, without the z-loss; with ``gradient`` the logits become theirs."""
+    if logits.is_meta:  # in a plan; it reads the logits twice, and writes them with a gradient
+        observe(Work(kind="elementwise"), (2 + gradient) * nbytes([logits]), logits.dtype)
+        return logits.new_empty(len(logits), dtype=torch.float32)
     import triton
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 

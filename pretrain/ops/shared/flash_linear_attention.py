@@ -17,6 +17,11 @@ import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
+from pretrain.ops.shared.fla_work import (
+    planned_delta_rule,
+    planned_linear_attention,
+    planned_short_convolution,
+)
 from pretrain.ops.shared.planning import device_type
 
 _WIDEST = 256  # channels of a key
@@ -26,10 +31,9 @@ def fla_fits(q: Tensor) -> bool:
     """Return whether ``auto`` may take fla for queries ``[..., K]``."""
     return (
         device_type(q) == "cuda"
-        and not q.is_meta  # plans are made with our own forms
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] <= _WIDEST
-        and _usable(q.device)
+        and (q.is_meta or _usable(q.device))  # plans are made for machines that have it
     )
 
 
@@ -60,7 +64,7 @@ def _at_least(package: str, version: tuple[int, ...]) -> bool:
 
 def check_fla(op: str, q: Tensor) -> None:
     """Raise ValueError where fla is not installed or does not take ``q``."""
-    if not _found():
+    if not (_found() or q.is_meta):
         raise ValueError(
             f"{op}: backend 'fla' needs flash-linear-attention, which is not installed"
         )
@@ -87,8 +91,10 @@ def fla_delta_rule(
 
     More than one Householder step cannot be combined with a decay per channel.
     """
-    options = _options(q, scale, initial_state, sequences)
     beta = beta.to(q.dtype)
+    if q.is_meta:
+        return planned_delta_rule(q, k, v, beta, log_decay, initial_state, sequences)
+    options = _options(q, scale, initial_state, sequences)
     if num_householder > 1:
         from fla.ops.gated_delta_product import chunk_gated_delta_product
 
@@ -118,6 +124,8 @@ def fla_linear_attention(
     sequences: Sequences | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`pretrain.ops.linear_attention`; log_decay in float32."""
+    if q.is_meta:
+        return planned_linear_attention(q, k, v, log_decay, initial_state, sequences)
     options = _options(q, scale, initial_state, sequences)
     if log_decay is not None and log_decay.ndim == 4:
         from fla.ops.gla import chunk_gla
@@ -157,6 +165,8 @@ def fla_short_convolution(
     sequences: Sequences | None,
 ) -> Tensor:
     """Compute y of :func:`pretrain.ops.short_convolution`; initial_state ``[N, W - 1, D]``."""
+    if x.is_meta:
+        return planned_short_convolution(x, weight, bias)
     from fla.modules.causal_conv1d import causal_conv1d
 
     options = {} if sequences is None else dict(sequences.derive(_packed))

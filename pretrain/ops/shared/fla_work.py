@@ -1,0 +1,124 @@
+"""The work of flash-linear-attention's kernels, for plans, and what stands for them there.
+
+Bytes and FLOPs are counted from its chunked algorithms with chunks of 64 tokens, per token and
+head of K key and V value channels; benchmarks/planner_calibration.py holds their times against
+published ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pretrain.data.sequences import Sequences
+from pretrain.ops.shared.planning import Work, nbytes, stand_in
+
+CHUNK = 64  # tokens
+HOST = (500.0, 600.0)  # microseconds of Python of a call, forward and backward
+STEP = 1.5  # microseconds from one chunk's state to the next
+
+# (bytes, FLOPs) of a token and head, forward and backward
+Counts = tuple[tuple[float, float], tuple[float, float]]
+
+
+def delta_rule_counts(key_dim: int, value_dim: int, *, per_channel: bool = False) -> Counts:
+    """Return the counts of a sub-step of the (gated) delta rule; ``per_channel``: of KDA."""
+    k, v, c = key_dim, value_dim, CHUNK
+    gates = (32.0 * k, 60.0 * k) if per_channel else (0.0, 0.0)
+    return (
+        (2 * (6 * k + 6 * v + c) + 4 * k * v / c + gates[0], 6 * k * v + 2 * c * (3 * k + 2 * v)),
+        (
+            2 * (16 * k + 16 * v + 2 * c) + 8 * k * v / c + gates[1],
+            16 * k * v + 2 * c * (10 * k + 8 * v),
+        ),
+    )
+
+
+def linear_attention_counts(key_dim: int, value_dim: int, *, per_channel: bool = False) -> Counts:
+    """Return the counts of linear attention (RetNet, Mamba-2); ``per_channel``: of GLA."""
+    k, v, c = key_dim, value_dim, CHUNK
+    flops = (4 * k * v + 2 * c * (k + v), 10 * k * v + 2 * c * (4 * k + 3 * v))
+    if per_channel:
+        moved = 28 * k + 8 * v + 8 * k * v / c + 8 * c
+        return (moved, flops[0]), (3.3 * moved, flops[1])
+    return (
+        (2 * (3 * k + 4 * v) + 8 * k * v / c, flops[0]),
+        (2 * (10 * k + 8 * v) + 16 * k * v / c, flops[1]),
+    )
+
+
+def recurrence_work(
+    counts: Counts, times: float, longest: int
+) -> tuple[tuple[Work, float], tuple[Work, float]]:
+    """Return the (work, bytes) of both passes over ``times`` tokens and heads.
+
+    ``longest``: tokens of the longest sequence, whose chunks' states wait for each other.
+    """
+    chain = STEP * longest / CHUNK
+    passes = zip(counts, (chain, 2 * chain), HOST, strict=True)
+    forward, backward = (
+        (Work(flops * times, kind="recurrence", chain=steps, host=host), moved * times)
+        for (moved, flops), steps, host in passes
+    )
+    return forward, backward
+
+
+def planned_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor,
+    sequences: Sequences | None,
+) -> tuple[Tensor, Tensor]:
+    """Stand for fla's delta rule; it keeps its inputs and a triangle of each chunk."""
+    steps, heads = k.shape[0] * k.shape[1], k.shape[2]
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    counts = delta_rule_counts(k.shape[3], v.shape[3], per_channel=per_channel)
+    longest = k.shape[1] if sequences is None else sequences.max_length
+    forward, backward = recurrence_work(counts, steps * heads, longest)
+    inputs = [x for x in (q, k, v, beta, log_decay, initial_state) if x is not None]
+    found = stand_in(
+        inputs,
+        lambda: (q.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(initial_state)),
+        forward,
+        backward,
+        lambda: (k.new_empty(*k.shape[:3], CHUNK),),
+    )
+    return found[0], found[1]
+
+
+def planned_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor,
+    sequences: Sequences | None,
+) -> tuple[Tensor, Tensor]:
+    """Stand for fla's linear attention; it keeps its inputs."""
+    tokens, heads = q.shape[0] * q.shape[1], q.shape[2]
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    counts = linear_attention_counts(q.shape[3], v.shape[3], per_channel=per_channel)
+    longest = q.shape[1] if sequences is None else sequences.max_length
+    forward, backward = recurrence_work(counts, tokens * heads, longest)
+    inputs = [x for x in (q, k, v, log_decay, initial_state) if x is not None]
+    found = stand_in(
+        inputs,
+        lambda: (torch.empty_like(v), torch.empty_like(initial_state)),
+        forward,
+        backward,
+    )
+    return found[0], found[1]
+
+
+def planned_short_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Stand for fla's short convolution with its activation, which keeps its input."""
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    moved, work = nbytes([x]), Work(kind="elementwise", host=100.0)
+    # Backward reads x and the output's gradient, and sums the weights' gradient in pieces.
+    (y,) = stand_in(
+        inputs, lambda: (torch.empty_like(x),), (work, 2 * moved), (work, 4 * moved)
+    )
+    return y

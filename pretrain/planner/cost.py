@@ -1,0 +1,61 @@
+"""What running something on a device takes: memory, kernels, and messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from pretrain.ops.shared.planning import Work
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch on a device: its work, the bytes that it reads and writes, and their dtype."""
+
+    work: Work
+    moved: float
+    dtype: torch.dtype
+
+
+@dataclass
+class Cost:
+    """The cost of running something on one device, of whichever kind.
+
+    Attributes:
+        peak: Most bytes newly allocated at a time.
+        kept: Bytes still allocated at the end.
+        flops: FLOPs of matrix multiplications.
+        operations: Number of operations, views included.
+        bytes_sent: Bytes sent between tensor-parallel processes.
+        collectives: Collectives between them.
+        kernels: How often each kernel runs; not whole where costs were extrapolated.
+    """
+
+    peak: float = 0.0
+    kept: float = 0.0
+    flops: float = 0.0
+    operations: float = 0.0
+    bytes_sent: float = 0.0
+    collectives: float = 0.0
+    kernels: dict[Kernel, float] = field(default_factory=dict)
+
+    def add(self, kernel: Kernel) -> None:
+        """Count one more run of a kernel."""
+        self.flops += kernel.work.flops
+        self.kernels[kernel] = self.kernels.get(kernel, 0.0) + 1.0
+
+    def plus(self, other: Cost, times: float) -> Cost:
+        """Return ``self + times * other``, field by field."""
+        kernels = dict(self.kernels)
+        for kernel, number in other.kernels.items():
+            kernels[kernel] = kernels.get(kernel, 0.0) + times * number
+        return Cost(
+            self.peak + times * other.peak,
+            self.kept + times * other.kept,
+            self.flops + times * other.flops,
+            self.operations + times * other.operations,
+            self.bytes_sent + times * other.bytes_sent,
+            self.collectives + times * other.collectives,
+            {kernel: number for kernel, number in kernels.items() if number},
+        )
