@@ -30,8 +30,8 @@ class _Pass:
     """A micro-batch's way through a stage, forward or backward.
 
     Attributes:
-        seconds: Seconds, with the exchanges of tensor parallelism.
-        waits: Seconds of those exchanges.
+        seconds: Seconds, with the exchanges of tensor parallelism that are waited for.
+        waits: Seconds of those.
         sent: Bytes that they send.
         flops: FLOPs of matrix multiplications.
     """
@@ -165,15 +165,18 @@ class Planner:
             memory.update(self._activation_memory(parallel, chains, rank, micro_batches, memory))
             units_passed = [pair for chain in chains for pair in chain]
             forward = self._pass([unit.forward for unit, _ in units_passed], parallel)
-            backward = self._pass([u.backward for u, trained in units_passed if trained], parallel)
+            backward = self._pass(
+                [u.backward for u, trained in units_passed if trained], parallel, backward=True
+            )
             gathered = sum(held.values()) + sum(experts.values())
             travels = [(u.routed, 1 + trained) for u, trained in units_passed]
             routed = self._routed_bytes(parallel, sum(n * ways for n, ways in travels))
             # There and back, in each direction.
-            routing = self.hardware.link_seconds(
+            routing = self.hardware.group_seconds(
                 routed,
                 2 * sum(ways for n, ways in travels if n) * (parallel.expert > 1),
-                spans_nodes=parallel.expert > self.hardware.devices_per_node,
+                parallel.expert,
+                self.hardware.devices_per_node,
             )
             stages.append(
                 StageEstimate(
@@ -182,7 +185,8 @@ class Planner:
                     expert_parameters=sum(experts.values()),
                     memory=memory,
                     forward=forward.seconds + routing / 2,
-                    backward=backward.seconds + self._added_seconds(parallel, gathered)
+                    backward=backward.seconds
+                    + self._added_seconds(parallel, gathered)
                     + routing / 2,
                     hardware_flops=forward.flops + backward.flops,
                     tensor_bytes=forward.sent + backward.sent,
@@ -193,7 +197,9 @@ class Planner:
             )
         return stages
 
-    def _pass(self, costs: Sequence[Cost], parallel: ParallelConfig) -> _Pass:
+    def _pass(
+        self, costs: Sequence[Cost], parallel: ParallelConfig, *, backward: bool = False
+    ) -> _Pass:
         """Return what a micro-batch's pass through units of these costs takes."""
         hardware = self.hardware
         pairs = [self._seconds(cost) for cost in costs]
@@ -206,6 +212,11 @@ class Planner:
         )
         # Python runs ahead of a GPU, within a pass.
         busy = max(sum(device for device, _ in pairs), sum(host for _, host in pairs))
+        if backward and hardware.device != "cpu":
+            # The input's gradient travels while the weights' are computed, about a quarter of the
+            # pass; with sequence parallelism the gather behind each layer's output is waited for.
+            beside = waits * (2 / 3 if parallel.sequence else 1.0)
+            waits += self._waited(beside, busy / 4) - beside
         return _Pass(busy + waits, waits, sent, sum(cost.flops for cost in costs))
 
     def _seconds(self, cost: Cost) -> tuple[float, float]:
@@ -412,7 +423,7 @@ class Planner:
         else:
             exposed = hardware.group_seconds(exchanged, 2 * (data > 1), data, in_node)
             if parallel.overlap and gradients_late:
-                exposed -= min(exposed, min(s.backward for s in stages) / parts)
+                exposed = self._waited(exposed, min(s.backward for s in stages) / parts)
         dense_shards, expert_shards = (data, copies) if parallel.zero_stage else (1, 1)
         whole = 2.0 / data if parallel.zero_stage == 3 else 8.0
         moved = max(
@@ -454,7 +465,13 @@ class Planner:
             self.hardware.group_seconds(once * share, calls * n, data, in_node)
             for share, n in ((1.0, 1), (1.0 + again, 2))
         ]
-        return max(times[0] - stage.forward, 0.0) + max(times[1] - stage.backward, 0.0)
+        works = (stage.forward, stage.backward)
+        return sum(self._waited(time, work) for time, work in zip(times, works, strict=True))
+
+    def _waited(self, exchange: float, beside: float) -> float:
+        """Return the seconds that an exchange beside work of so many seconds costs."""
+        hidden = min(exchange, beside)
+        return exchange - hidden + self.hardware.overlap_cost * hidden
 
     def _exchanges(
         self, parallel: ParallelConfig, data: int, micro_batches: int, width: int

@@ -67,6 +67,9 @@ class Hardware(Config):
     """GB/s that a device can send beyond its node."""
     link_efficiency: float = setting(0.75, above=0, maximum=1)
     """Share of those that messages get."""
+    overlap_cost: float = setting(0.4, minimum=0, maximum=1)
+    """Share of the time of an exchange beside computation that the computation loses to it: both
+    want the same memory and multiprocessors."""
     latency_us: float = setting(10, minimum=0)
     """Microseconds that a message takes whatever its length."""
     watts: float = setting(0, minimum=0)

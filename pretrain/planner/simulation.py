@@ -9,7 +9,9 @@ converged?), the ops themselves say what is usual on the meta device.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -48,6 +50,23 @@ _FREE = {
     _aten.new_empty_strided.default,
 }
 _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
+
+
+_limit: ContextVar[float] = ContextVar("_limit", default=float("inf"))
+
+
+class TooManyOperationsError(Exception):
+    """A simulation has more operations than its limit."""
+
+
+@contextmanager
+def operations_limited(limit: int) -> Iterator[None]:
+    """Let simulations of more than ``limit`` operations raise TooManyOperationsError."""
+    token = _limit.set(limit)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
 
 
 class Simulation(TorchDispatchMode):
@@ -137,6 +156,8 @@ class Simulation(TorchDispatchMode):
         outputs: list[Tensor],
     ) -> None:
         self._cost.operations += 1
+        if self._cost.operations > _limit.get():
+            raise TooManyOperationsError
         if function.is_view or function in _FREE or not outputs:
             return
         formula = flop_registry.get(function._overloadpacket)
@@ -144,9 +165,7 @@ class Simulation(TorchDispatchMode):
         moved = sum(map(_bytes, outputs))
         # A lookup reads no more than it returns.
         moved += moved if function in _LOOKUPS else sum(map(_bytes, inputs))
-        kind: WorkKind = (
-            "product" if function._overloadpacket in _PRODUCTS else "elementwise"
-        )
+        kind: WorkKind = "product" if function._overloadpacket in _PRODUCTS else "elementwise"
         dtype = inputs[0].dtype if kind == "product" else outputs[0].dtype
         self._cost.add(Kernel(Work(flops, kind=kind), moved, dtype))
 

@@ -27,12 +27,17 @@ from pretrain.nn.parameters import info_of
 from pretrain.optim.optimizer import rule_of
 from pretrain.planner.cost import Cost
 from pretrain.planner.fake_group import planned_context
-from pretrain.planner.simulation import Simulation
+from pretrain.planner.simulation import (
+    Simulation,
+    TooManyOperationsError,
+    operations_limited,
+)
 from pretrain.planner.software import Software
 
 # Operations of one pass that are simulated as they are; longer loops over time are measured on
 # shorter sequences and extrapolated.
 _PATIENCE = 40_000
+_FEW = 3_000  # so many are simulated before it is asked whether there is a loop
 
 
 ParameterKind = tuple[torch.dtype, bool, str]
@@ -194,6 +199,11 @@ class _Measurement:
         short = max(2 ** (math.ceil(math.log2(length)) - 4), 64)
         if length < 8 * short:
             return measure(length)
+        try:
+            with operations_limited(_FEW):
+                return measure(length)
+        except TooManyOperationsError:
+            pass  # a loop over time
         a, b = measure(short), measure(2 * short)
         a_count, b_count = (sum(cost.operations for cost in pair) for pair in (a, b))
         per_token = max(b_count - a_count, 0) / short
@@ -221,14 +231,16 @@ class _Measurement:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             for p in self.model.parameters()
         ]
-        with Simulation(self.device, self.software) as simulation:
-            simulation.exclude([*self.model.parameters(), *inputs])
-            output, ahead = simulation.measure(forward)
-            _, back = simulation.measure(lambda: output.backward(torch.empty_like(output)))
-            # Relative to what was there before the forward pass.
-            back.peak += ahead.kept
-        for hook in hooks:
-            hook.remove()
+        try:
+            with Simulation(self.device, self.software) as simulation:
+                simulation.exclude([*self.model.parameters(), *inputs])
+                output, ahead = simulation.measure(forward)
+                _, back = simulation.measure(lambda: output.backward(torch.empty_like(output)))
+                # Relative to what was there before the forward pass.
+                back.peak += ahead.kept
+        finally:
+            for hook in hooks:
+                hook.remove()
         return ahead, back
 
     def _block(self, length: int, index: int) -> tuple[Cost, Cost]:

@@ -118,7 +118,5 @@ def planned_short_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) ->
     inputs = [x, weight] if bias is None else [x, weight, bias]
     moved, work = nbytes([x]), Work(kind="elementwise", host=100.0)
     # Backward reads x and the output's gradient, and sums the weights' gradient in pieces.
-    (y,) = stand_in(
-        inputs, lambda: (torch.empty_like(x),), (work, 2 * moved), (work, 4 * moved)
-    )
+    (y,) = stand_in(inputs, lambda: (torch.empty_like(x),), (work, 2 * moved), (work, 4 * moved))
     return y

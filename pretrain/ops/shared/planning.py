@@ -75,7 +75,8 @@ class Plan:
     fused: bool = True
 
 
-_plan: ContextVar[Plan] = ContextVar("_plan", default=Plan())
+_UNPLANNED = Plan()
+_plan: ContextVar[Plan] = ContextVar("_plan", default=_UNPLANNED)
 
 
 @contextmanager
@@ -150,17 +151,17 @@ class _StandIn(torch.autograd.Function):
         results = outputs()
         ctx.save_for_backward(*inputs, *extra())
         ctx.number, ctx.work = len(inputs), backward
-        observe(*forward, results[0].dtype)
+        work, moved = forward
+        observe(work, moved, results[0].dtype)
         return results if len(results) > 1 else results[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         inputs = ctx.saved_tensors[: ctx.number]
-        observe(*ctx.work, gradients[0].dtype)
+        work, moved = ctx.work
+        observe(work, moved, gradients[0].dtype)
         needed = ctx.needs_input_grad[4:]
-        made = [
-            torch.empty_like(x) if n else None for x, n in zip(inputs, needed, strict=True)
-        ]
+        made = [torch.empty_like(x) if n else None for x, n in zip(inputs, needed, strict=True)]
         return None, None, None, None, *made
 
 
@@ -213,9 +214,7 @@ def planned_attention(q: Tensor, k: Tensor, v: Tensor, flops: float) -> Tensor:
 
 class _PlannedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, flops: float, moved: float, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, flops: float, moved: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # As CPU and GPU kernels lay it out: tokens before heads.
         output = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
         sums = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

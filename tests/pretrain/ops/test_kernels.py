@@ -11,7 +11,7 @@ import torch
 
 from pretrain.ops import NewtonReport, m2rnn, para_gru, para_lstm, rnn
 from pretrain.ops.rnn.cells import CELLS
-from pretrain.planner.hardware import load_hardware
+from pretrain.planner.software import Software
 from pretrain.planner.simulation import Simulation
 from tests.helpers.relative_error import relative_error
 
@@ -126,7 +126,7 @@ def test_m2rnn_backward_takes_an_eighth_of_the_states_of_all_tokens():
 
     q, k, v = empty(1, tokens, 1, k_dim), empty(1, tokens, 1, k_dim), empty(1, tokens, heads, v_dim)
     weight, forget = empty(heads, v_dim, v_dim), empty(1, tokens, heads)
-    with Simulation(load_hardware("configs/hardware/h200.yaml")) as simulation:
+    with Simulation("cuda", Software()) as simulation:
         simulation.exclude([q, k, v, weight, forget])
         y, ahead = simulation.measure(
             lambda: m2rnn(q, k, v, weight, forget, cu_seqlens=cu_seqlens, backend="triton")[0]
