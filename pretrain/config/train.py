@@ -53,7 +53,7 @@ class TrainConfig(Config):
     """Tokens of the first step, with ``batch_warmup_steps`` alone."""
     precision: Literal["float32", "bf16"] = setting("float32")
     """Type of activations and of the weights in use; the optimizer keeps float32."""
-    activation_checkpointing: Literal["none", "block"] = setting("none")
+    activation_checkpointing: Literal["none", "selective", "block"] = setting("none")
     """``block`` keeps only each block's input and recomputes the rest in the backward pass."""
     nonfinite: Literal["stop", "skip"] = setting("stop")
     """What a loss or gradient that is not finite does to the run: end it, or skip the step."""

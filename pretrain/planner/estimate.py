@@ -165,9 +165,9 @@ class Planner:
             memory.update(self._activation_memory(parallel, chains, rank, micro_batches, memory))
             units_passed = [pair for chain in chains for pair in chain]
             forward = self._pass([unit.forward for unit, _ in units_passed], parallel)
-            backward = self._pass(
-                [u.backward for u, trained in units_passed if trained], parallel, backward=True
-            )
+            trained_units = [unit for unit, trained in units_passed if trained]
+            backward = self._pass([u.backward for u in trained_units], parallel, backward=True)
+            again = sum(self._again_seconds(unit.forward) for unit in trained_units)
             gathered = sum(held.values()) + sum(experts.values())
             travels = [(u.routed, 1 + trained) for u, trained in units_passed]
             routed = self._routed_bytes(parallel, sum(n * ways for n, ways in travels))
@@ -186,6 +186,7 @@ class Planner:
                     memory=memory,
                     forward=forward.seconds + routing / 2,
                     backward=backward.seconds
+                    + again
                     + self._added_seconds(parallel, gathered)
                     + routing / 2,
                     hardware_flops=forward.flops + backward.flops,
@@ -212,7 +213,7 @@ class Planner:
         )
         # Python runs ahead of a GPU, within a pass.
         busy = max(sum(device for device, _ in pairs), sum(host for _, host in pairs))
-        if backward and hardware.device != "cpu":
+        if backward and self.software.overlaps_tensor and hardware.device != "cpu":
             # The input's gradient travels while the weights' are computed, about a quarter of the
             # pass; with sequence parallelism the gather behind each layer's output is waited for.
             beside = waits * (2 / 3 if parallel.sequence else 1.0)
@@ -224,6 +225,14 @@ class Planner:
         if key not in self._priced:
             self._priced[key] = (cost, self.hardware.cost_seconds(cost, self.software))
         return self._priced[key][1]
+
+    def _again_seconds(self, cost: Cost) -> float:
+        """Return the seconds of the products that another program's checkpointing repeats."""
+        share = self.software.recomputed_products
+        if not share:
+            return 0.0
+        products = {k: n for k, n in cost.kernels.items() if k.work.kind == "product"}
+        return share * self.hardware.cost_seconds(Cost(kernels=products), self.software)[0]
 
     def _added_seconds(self, parallel: ParallelConfig, parameters: int) -> float:
         """Return the seconds in which a GPU adds a micro-batch's gradients to float32 sums."""
@@ -299,6 +308,12 @@ class Planner:
                 if layer_wise
                 else sum(size for _, size in states) / shards,
                 "update": update,
+            }
+        if self.software.state_bytes is not None:
+            whole = 2.0 * total if self.software.keeps_gathered and data > 1 else 0.0
+            share = self.software.state_bytes * total / shards
+            return {"weights": share, "gradients": 0.0, "optimizer": 0.0, "update": 0.0} | {
+                "communication": whole
             }
         width = 2 if low_precision else 4
         bucket = 4.0 * min(_DEEPSPEED_BUCKET, total)

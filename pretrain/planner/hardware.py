@@ -112,14 +112,15 @@ class Hardware(Config):
             busy += work.flops / (peak * self.recurrence_efficiency)
             # About a third of it passes states from chunk to chunk, one after the other.
             busy = 0.65 * busy + max(0.35 * busy, work.chain * 1e-6)
+            busy *= software.recurrence_time
         elif work.kind == "scan":
-            busy = max(
+            busy = software.scan_time * max(
                 work.flops / (peak * self.matmul_efficiency),
                 self.memory_seconds(moved),
                 self._issue_seconds(work.instructions, work.cycles),
             )
         else:
-            efficiency = self.matmul_efficiency
+            efficiency = self.matmul_efficiency / software.product_time
             if work.kind == "attention":
                 # The softmax of a pair of tokens takes as long whatever the head's width.
                 efficiency = self._attention(software) * 1.25 * work.width / (work.width + 32)

@@ -18,7 +18,19 @@ class Software:
     """Chains of elementwise operations as one kernel, or each operation as its own."""
     attention: Literal["flash1", "flash2", "flash3"] | None = None
     """Generation of the attention kernel; None: the newest that the GPU has."""
-    recurrences: Literal["ours", "published"] = "ours"
-    """Kernels of non-linear recurrences."""
+    product_time: float = 1.0
+    """Time of matrix products, relative to what the hardware's file says."""
+    recurrence_time: float = 1.0
+    """Time of the kernels of linear recurrences, relative to today's flash-linear-attention."""
+    scan_time: float = 1.0
+    """Time of the kernels of non-linear recurrences, relative to this project's."""
+    overlaps_tensor: bool = True
+    """Whether exchanges of tensor parallelism run beside the weights' gradients."""
+    recomputed_products: float = 0.0
+    """Share of the forward pass's matrix products that selective checkpointing computes again."""
+    full_logits: bool = False
+    """Whether the logits of all tokens are stored at once."""
+    keeps_gathered: bool = False
+    """Whether weights that ZeRO-3 gathered stay until the backward pass."""
     state_bytes: float | None = None
     """Bytes per parameter of weights, gradients and optimizer together; None: as here."""

@@ -128,6 +128,8 @@ def measure_units(
         model = LanguageModel(
             config, vocab_size, context, activation_checkpointing=activation_checkpointing
         )
+    if software.full_logits:
+        model.logits_at_once = 2**62
     return _Measurement(model, parallel, device, software, seq_len, optimizer, simulate).all()
 
 

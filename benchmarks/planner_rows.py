@@ -1,0 +1,341 @@
+"""Published measurements of ``benchmarks/data/planner`` as runs and kernels that can be planned.
+
+Every row becomes something to plan, or is left out with a reason. What a row does not say is taken
+from its source (``_SOURCES``), never from the measured speed.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.common.errors import UserError
+from pretrain.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from pretrain.config.model import MLPConfig, MoEConfig
+from pretrain.planner.software import Software
+
+DATA = Path(__file__).parent / "data" / "planner"
+
+HARDWARE = {
+    "A100-40GB": "a100-40gb",
+    "A100-80GB": "a100-80gb",
+    "A100": "a100-80gb",  # where it is not said
+    "H100-SXM-80GB": "h100",
+    "H100": "h100",
+    "H800": "h100",  # one GPU of it
+    "H100-96GB-HBM2e-500W": str(DATA / "h100-hbm2e.yaml"),
+    "H200-SXM-141GB": "h200",
+    "B200": "b200",
+    "GB200": "b200",
+}
+_PER_NODE = {"kempner": 4}  # GPUs of a node, where not 8
+_MIXERS = {"attn", "gdn", "deltanet", "retnet", "hgrn2", "linear_attn", "mamba2", "m2rnn"}
+_MIXERS |= {"delta_product"}
+
+# What is known of the programs that the rows were measured with; see README.md beside the data.
+_SOURCES = {
+    "mpt": Software(elementwise="eager", attention="flash1", full_logits=True),
+    "titan": Software(
+        attention="flash2", full_logits=True, recomputed_products=0.5, state_bytes=16.0
+    ),
+    "kempner": Software(
+        attention="flash2",
+        full_logits=True,
+        overlaps_tensor=False,
+        keeps_gathered=True,
+        state_bytes=8.0,
+    ),
+    "fms": Software(attention="flash2", full_logits=True, recomputed_products=0.5),
+    "fla": Software(attention="flash2"),
+    "m2rnn": Software(attention="flash2"),
+}
+_OTHERS = Software(attention="flash2")
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A published training run.
+
+    Attributes:
+        kind: ``transformer`` or ``recurrent``: any layer that is not softmax attention.
+        tokens_per_second: Of each GPU.
+        memory: Peak bytes of a GPU; None: not published.
+        assumed_batch: Whether the micro-batch is not known: the largest that fits is taken.
+    """
+
+    id: str
+    source: str
+    kind: str
+    config: RunConfig
+    vocab_size: int
+    hardware: str
+    devices: int
+    software: Software
+    tokens_per_second: float
+    memory: float | None
+    assumed_batch: bool
+    devices_per_node: int = 8
+
+
+@dataclass(frozen=True)
+class MeasuredKernel:
+    """A published time of one operation.
+
+    Attributes:
+        passes: ``fwd``, ``bwd`` or ``fwd+bwd``.
+        longest: Tokens of the longest sequence.
+        seconds: Seconds of all passes.
+        host: Whether launching from Python is in it.
+    """
+
+    id: str
+    source: str
+    op: str
+    implementation: str
+    hardware: str
+    passes: str
+    tokens: int
+    longest: int
+    num_heads: int
+    num_qk_heads: int
+    key_dim: int
+    value_dim: int
+    seconds: float
+    host: bool
+
+
+class _Left(Exception):  # noqa: N818 - a reason, not an error
+    """Why a row is left out."""
+
+
+def read_runs(path: Path = DATA / "throughput.csv") -> tuple[list[MeasuredRun], dict[str, str]]:
+    """Return the runs of a table in the format of README.md, and why others are left out, by id.
+
+    Raises UserError naming the row and column of a value that cannot be read.
+    """
+    found, left = [], {}
+    for row in _rows(path):
+        try:
+            found.append(_run(row))
+        except _Left as why:
+            left[row["id"]] = str(why)
+    return found, left
+
+
+def read_kernels(
+    path: Path = DATA / "kernel_times.csv",
+) -> tuple[list[MeasuredKernel], dict[str, str]]:
+    """Return the kernels of a table in the format of README.md, and why others are left out."""
+    found, left = [], {}
+    for row in _rows(path):
+        try:
+            found.append(_kernel(row))
+        except _Left as why:
+            left[row["id"]] = str(why)
+    return found, left
+
+
+class _Row(dict[str, str]):
+    """A row of a table; numbers are read with messages that name the row."""
+
+    where: str
+
+    def number(self, column: str) -> float | None:
+        text = self.get(column, "")
+        if not text:
+            return None
+        try:
+            return float(text)
+        except ValueError:
+            raise UserError(f"{self.where}, {column}: '{text}', expected a number") from None
+
+    def whole(self, column: str, default: int | None = None) -> int:
+        value = self.number(column)
+        if value is None:
+            if default is None:
+                raise _Left(f"{column} is not known")
+            return default
+        return int(value)
+
+
+def _rows(path: Path) -> Iterator[_Row]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a table as README.md has it") from None
+    for number, line in enumerate(lines, 2):
+        row = _Row({key: value or "" for key, value in line.items() if key})
+        row.where = f"{path}, line {number}"
+        if not row.get("id"):
+            raise UserError(f"{row.where}: no value in column 'id'")
+        yield row
+
+
+def _run(row: _Row) -> MeasuredRun:
+    source = row["id"].partition("-")[0]
+    if row["precision"] != "bf16":
+        raise _Left(f"precision is {row['precision'] or 'not known'}, which is not planned")
+    if row["gpu"] not in HARDWARE:
+        raise _Left(f"no hardware file of {row['gpu'] or 'an unknown GPU'}")
+    if row.whole("context", 1) > 1:
+        raise _Left("context parallel, which is not planned")
+    measured = row.number("tokens_per_second_per_gpu")
+    if measured is None:
+        raise _Left("no tokens per second")
+    if not row["pattern"]:
+        raise _Left("the layers are not known")
+    names = set(re.findall(r"[a-z_][a-z0-9_]*", row["pattern"]))
+    if "linear_attn" in names and "of 512" in row["mixer_dims"]:
+        raise _Left("keys of 512 channels, which no fused kernel here takes")
+    if names - _MIXERS:
+        raise _Left(f"no layer {', '.join(sorted(names - _MIXERS))}")
+    kind = "transformer" if names == {"attn"} else "recurrent"
+    moe = row["mlp_kind"] == "moe"
+    micro = row.number("micro_batch")
+    if micro is None and not (kind == "recurrent" or moe):
+        raise _Left("the micro-batch is not known")
+    seq_len, devices = row.whole("seq_len"), row.whole("num_gpus")
+    hidden, vocab_size = row.whole("hidden"), row.whole("vocab")
+    model = ModelConfig(
+        row["pattern"],
+        hidden,
+        mixers={name: _mixer(name, row) for name in sorted(names)},
+        mlp=_mlp(row, hidden),
+        moe=_experts(row) if moe else None,
+        vocab_size=vocab_size,
+        tie_embeddings=row["tied_embeddings"].lower() == "true",
+    )
+    rows_at_once = int(micro or 1)
+    parallel = _layout(row, rows_at_once)
+    tokens = seq_len * rows_at_once * (devices // parallel.model_size)
+    checkpointing = row["activation_checkpointing"] or "none"
+    train = TrainConfig(
+        steps=1,
+        seq_len=seq_len,
+        precision="bf16",
+        global_batch_tokens=max(row.whole("global_batch_tokens", tokens) // tokens, 1) * tokens,
+        activation_checkpointing=checkpointing,  # type: ignore[arg-type]
+    )
+    software = _SOURCES.get(source, _OTHERS)
+    if checkpointing != "selective":
+        software = dataclasses.replace(software, recomputed_products=0.0)
+    memory = row.number("memory_gb")
+    return MeasuredRun(
+        row["id"],
+        source,
+        kind,
+        RunConfig(row["id"], model, train=train, parallel=parallel),
+        vocab_size,
+        HARDWARE[row["gpu"]],
+        devices,
+        software,
+        measured,
+        None if memory is None else memory * 1e9,
+        micro is None,
+        _PER_NODE.get(source, 8),
+    )
+
+
+def _layout(row: _Row, micro_batch_size: int) -> ParallelConfig:
+    zero3 = row["sharding"].startswith("zero3")
+    return ParallelConfig(
+        tensor=row.whole("tensor", 1),
+        sequence=row.whole("tensor", 1) > 1,
+        pipeline=row.whole("pipeline", 1),
+        expert=1 if zero3 else row.whole("expert", 1),
+        micro_batch_size=micro_batch_size,
+        zero_stage=3 if zero3 else int(row["sharding"] in ("zero1", "zero2")),
+        zero_backend="deepspeed" if zero3 else "megatron",
+    )
+
+
+def _mlp(row: _Row, hidden: int) -> MLPConfig:
+    kind = {"relu2": "gelu", "moe": "swiglu"}.get(row["mlp_kind"], row["mlp_kind"])
+    width = row.number("intermediate")
+    if width is None:  # fla's default: 4 x 2/3 of the width, in steps of 256
+        width = -(-hidden * 8 // 3 // 256) * 256
+    return MLPConfig(kind=kind, intermediate_size=int(width))  # type: ignore[arg-type]
+
+
+def _experts(row: _Row) -> MoEConfig:
+    found = re.search(
+        r"(\d+) experts of (\d+), (\d+) a token(?:, a shared one of (\d+))?", row["notes"]
+    )
+    if found is None:
+        raise _Left("the experts are not known")
+    number, width, top_k, shared = (int(x or 0) for x in found.groups())
+    return MoEConfig(
+        num_experts=number, top_k=top_k, intermediate_size=width, shared_intermediate_size=shared
+    )
+
+
+def _mixer(name: str, row: _Row) -> dict[str, Any]:
+    """Return a mixer's sizes, from ``mixer_dims``: of several mixers ``NAME: sizes; NAME: sizes``."""
+    text = row["mixer_dims"]
+    parts = dict(part.strip().split(": ", 1) for part in text.split(";") if ": " in part)
+    text = parts.get(name, text)
+
+    def number(pattern: str) -> int | None:
+        found = re.search(pattern, text)
+        return None if found is None else int(found[1])
+
+    hidden, given = row.whole("hidden"), row.number("heads")
+    num_heads = number(r"(\d+) heads") or (None if given is None else int(given))
+    if num_heads is None:
+        raise _Left("the number of heads is not known")
+    head_dim = number(r"head_dim[= ](\d+)") or number(r"heads of (\d+)") or number(r"key (\d+)")
+    head_dim = head_dim or hidden // num_heads
+    value_dim = number(r"value (\d+)") or head_dim
+    if name == "attn":
+        kv_heads = row.number("kv_heads")
+        sizes = {"num_heads": num_heads, "head_dim": head_dim}
+        return sizes if kv_heads is None else {**sizes, "num_kv_heads": int(kv_heads)}
+    if name == "mamba2":
+        inner, state = number(r"inner (\d+)") or 2 * hidden, number(r"state (\d+)")
+        return {"expand": inner / hidden, "head_dim": inner // num_heads, "state_size": state}
+    if name == "m2rnn":
+        return {"num_heads": num_heads, "head_dim": head_dim, "value_dim": value_dim}
+    if name == "hgrn2":
+        return {"num_heads": num_heads, "head_dim": head_dim}
+    sizes = {"num_heads": num_heads, "head_dim": head_dim, "expand_v": value_dim / head_dim}
+    if name == "delta_product":
+        return {**sizes, "num_householder": number(r"(\d+) steps") or 2}
+    return sizes
+
+
+def _kernel(row: _Row) -> MeasuredKernel:
+    if row["gpu"] not in HARDWARE:
+        raise _Left(f"no hardware file of {row['gpu'] or 'an unknown GPU'}")
+    if row["op"] not in ("gdn", "kda", "gla", "retnet", "deltanet", "attention"):
+        raise _Left(f"a plain {row['op']} operation")
+    length, batch = row.whole("seq_len"), row.whole("batch", 1)
+    packed = re.search(r"(\d+) packed sequences", row["notes"])
+    number = int(packed[1]) if packed else 1
+    # Random cuts: the longest of n is about H_n / n of the whole.
+    share = sum(1 / k for k in range(1, number + 1)) / number
+    milliseconds = row.number("ms")
+    if milliseconds is None:
+        raise _Left("no time")
+    heads = row.whole("heads_v")
+    return MeasuredKernel(
+        row["id"],
+        row["id"].partition("-")[0],
+        row["op"],
+        row["implementation"],
+        HARDWARE[row["gpu"]],
+        row["pass"],
+        batch * length,
+        max(int(length * share), 1),
+        heads,
+        row.whole("heads_qk", heads),
+        row.whole("key_dim"),
+        row.whole("value_dim"),
+        milliseconds / 1e3,
+        row["launches_counted"] == "yes",
+    )
