@@ -17,6 +17,8 @@ from typing import Any
 from pretrain.common.errors import UserError
 from pretrain.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from pretrain.config.model import MLPConfig, MoEConfig
+from pretrain.model.counts import count_model
+from pretrain.model.spec import block_specs
 from pretrain.planner.software import Software
 
 DATA = Path(__file__).parent / "data" / "planner"
@@ -40,21 +42,17 @@ _MIXERS |= {"delta_product"}
 # What is known of the programs that the rows were measured with; see README.md beside the data.
 _SOURCES = {
     "mpt": Software(elementwise="eager", attention="flash1", full_logits=True),
-    "titan": Software(
-        attention="flash2", full_logits=True, recomputed_products=0.5, state_bytes=16.0
-    ),
+    "titan": Software(full_logits=True, recomputed_products=0.5, state_bytes=16.0),
     "kempner": Software(
-        attention="flash2",
         full_logits=True,
         overlaps_tensor=False,
         keeps_gathered=True,
         state_bytes=8.0,
     ),
-    "fms": Software(attention="flash2", full_logits=True, recomputed_products=0.5),
-    "fla": Software(attention="flash2"),
-    "m2rnn": Software(attention="flash2"),
+    "m2rnn": Software(attention="flash3"),
+    "fms": Software(full_logits=True, recomputed_products=0.5),
 }
-_OTHERS = Software(attention="flash2")
+_OTHERS = Software()
 
 
 @dataclass(frozen=True)
@@ -105,6 +103,7 @@ class MeasuredKernel:
     num_qk_heads: int
     key_dim: int
     value_dim: int
+    causal: bool
     seconds: float
     host: bool
 
@@ -211,6 +210,7 @@ def _run(row: _Row) -> MeasuredRun:
         vocab_size=vocab_size,
         tie_embeddings=row["tied_embeddings"].lower() == "true",
     )
+    model = _with_parameters(model, row, vocab_size)
     rows_at_once = int(micro or 1)
     parallel = _layout(row, rows_at_once)
     tokens = seq_len * rows_at_once * (devices // parallel.model_size)
@@ -240,6 +240,19 @@ def _run(row: _Row) -> MeasuredRun:
         micro is None,
         _PER_NODE.get(source, 8),
     )
+
+
+def _with_parameters(model: ModelConfig, row: _Row, vocab_size: int) -> ModelConfig:
+    """Give the MLP, where its width is not known, the width that makes the parameters the row's."""
+    wanted = row.number("parameters")
+    if row.number("intermediate") is not None or wanted is None:
+        return model
+    width = model.mlp.width(model.hidden_size)
+    depth = len(block_specs(model))
+    surplus = count_model(model, vocab_size, 1).parameters - wanted
+    width -= int(surplus / (3 * model.hidden_size * depth) // 64 * 64)
+    mlp = dataclasses.replace(model.mlp, intermediate_size=max(width, 64))
+    return dataclasses.replace(model, mlp=mlp)
 
 
 def _layout(row: _Row, micro_batch_size: int) -> ParallelConfig:
@@ -336,6 +349,7 @@ def _kernel(row: _Row) -> MeasuredKernel:
         row.whole("heads_qk", heads),
         row.whole("key_dim"),
         row.whole("value_dim"),
+        "not causal" not in row["notes"],
         milliseconds / 1e3,
         row["launches_counted"] == "yes",
     )

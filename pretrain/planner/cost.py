@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from pretrain.ops.shared.planning import Work
+from pretrain.ops.shared.planning import Work, WorkKind
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,30 @@ class Kernel:
     work: Work
     moved: float
     dtype: torch.dtype
+
+
+@dataclass
+class KernelTable:
+    """Kernels as arrays, to be priced together: how often each runs, its work, and its dtype."""
+
+    kernels: Mapping[Kernel, float]
+
+    def __post_init__(self) -> None:
+        works = [kernel.work for kernel in self.kernels]
+        self.times = np.array([*self.kernels.values()], dtype=float)
+        self.moved = np.array([kernel.moved for kernel in self.kernels], dtype=float)
+        self.flops, self.instructions, self.cycles, self.chain, self.host, self.width = (
+            np.array([getattr(work, name) for work in works], dtype=float)
+            for name in ("flops", "instructions", "cycles", "chain", "host", "width")
+        )
+        self.kinds = np.array([work.kind for work in works], dtype="U16")
+        self.dtypes = list({kernel.dtype: None for kernel in self.kernels}) or [torch.float32]
+        numbers = {dtype: number for number, dtype in enumerate(self.dtypes)}
+        self.dtype_numbers = np.array([numbers[kernel.dtype] for kernel in self.kernels], dtype=int)
+
+    def is_kind(self, kind: WorkKind) -> np.ndarray:
+        """Return which kernels are of a kind."""
+        return np.asarray(self.kinds == kind)
 
 
 @dataclass
@@ -39,6 +65,13 @@ class Cost:
     bytes_sent: float = 0.0
     collectives: float = 0.0
     kernels: dict[Kernel, float] = field(default_factory=dict)
+    _table: KernelTable | None = field(default=None, repr=False, compare=False)
+
+    def table(self) -> KernelTable:
+        """Return the kernels as arrays; none may be added afterwards."""
+        if self._table is None:
+            self._table = KernelTable(self.kernels)
+        return self._table
 
     def add(self, kernel: Kernel) -> None:
         """Count one more run of a kernel."""

@@ -50,7 +50,7 @@ class Planner:
     vocab_size: int
     hardware: Hardware
     software: Software = field(default_factory=Software)
-    _units: dict[object, Units] = field(default_factory=dict)
+    simulations: dict[object, Units] = field(default_factory=dict)
     _priced: dict[int, tuple[Cost, tuple[float, float]]] = field(default_factory=dict)
 
     @property
@@ -67,9 +67,9 @@ class Planner:
         """
         layout = (parallel.tensor, parallel.sequence, parallel.micro_batch_size)
         key = (*layout, checkpointing, simulate)
-        if key not in self._units:
+        if key not in self.simulations:
             train = self.config.train
-            self._units[key] = measure_units(
+            self.simulations[key] = measure_units(
                 self.config.model,
                 self.vocab_size,
                 parallel,
@@ -81,7 +81,7 @@ class Planner:
                 optimizer=self.config.optimizer.kind,
                 simulate=simulate,
             )
-        return self._units[key]
+        return self.simulations[key]
 
     def estimate(
         self, parallel: ParallelConfig, devices: int, checkpointing: str | None = None
@@ -295,6 +295,12 @@ class Planner:
         # torch's fused loop over a group: a root of every element. Other rules go through their
         # parameters one by one.
         update = 4.0 * max(stepped.values()) / shards
+        if self.software.state_bytes is not None:
+            whole = 2.0 * total if self.software.keeps_gathered and data > 1 else 0.0
+            share = self.software.state_bytes * total / shards
+            return {"weights": share, "gradients": 0.0, "optimizer": 0.0, "update": 0.0} | {
+                "communication": whole
+            }
         if parallel.zero_backend == "megatron":
             states = [(n, n * self._state_bytes(kind)) for kind, n in tensors]
             layer_wise = self._layer_wise(parallel) and shards > 1
@@ -308,12 +314,6 @@ class Planner:
                 if layer_wise
                 else sum(size for _, size in states) / shards,
                 "update": update,
-            }
-        if self.software.state_bytes is not None:
-            whole = 2.0 * total if self.software.keeps_gathered and data > 1 else 0.0
-            share = self.software.state_bytes * total / shards
-            return {"weights": share, "gradients": 0.0, "optimizer": 0.0, "update": 0.0} | {
-                "communication": whole
             }
         width = 2 if low_precision else 4
         bucket = 4.0 * min(_DEEPSPEED_BUCKET, total)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from pretrain.common.config_loader import Config, ConfigError, load_config, setting
 from pretrain.common.shipped_configs import find_config
-from pretrain.planner.cost import Cost, Kernel
+from pretrain.planner.cost import Cost, KernelTable
 from pretrain.planner.software import Software
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "float32", torch.float64: "float64"}
@@ -43,7 +44,7 @@ class Hardware(Config):
     """Share of the peak that large matrix multiplications get."""
     attention_efficiency: dict[str, float] = field(default_factory=lambda: {"flash2": 0.4})
     """Share of the peak that attention gets with heads of 128 channels, by generation of its
-    kernels; the last one is what the device has."""
+    kernels (``flash1``, ``flash2``, ``flash3``)."""
     recurrence_efficiency: float = setting(0.4, above=0, maximum=1)
     """Share of the peak that the products inside kernels of linear recurrences get."""
     recurrence_bandwidth: float = setting(0.6, above=0, maximum=1)
@@ -96,47 +97,48 @@ class Hardware(Config):
             )
         return self.peak_tflops[precision] * 1e12
 
-    def seconds(self, kernel: Kernel, software: Software) -> float:
-        """Return the seconds of one kernel on the device."""
-        work, moved = kernel.work, kernel.moved
-        peak = self._peak(kernel.dtype)
-        if self.device == "cpu":  # Python is beside every operation
-            return max(
-                work.flops / (peak * self.matmul_efficiency),
-                self.memory_seconds(moved),
-                self.op_overhead_us * 1e-6,
-            )
-        bandwidth = self.memory_bandwidth_gbs * 1e9
-        if work.kind == "recurrence":
-            busy = moved / (bandwidth * self.recurrence_bandwidth)
-            busy += work.flops / (peak * self.recurrence_efficiency)
-            # About a third of it passes states from chunk to chunk, one after the other.
-            busy = 0.65 * busy + max(0.35 * busy, work.chain * 1e-6)
-            busy *= software.recurrence_time
-        elif work.kind == "scan":
-            busy = software.scan_time * max(
-                work.flops / (peak * self.matmul_efficiency),
-                self.memory_seconds(moved),
-                self._issue_seconds(work.instructions, work.cycles),
-            )
-        else:
-            efficiency = self.matmul_efficiency / software.product_time
-            if work.kind == "attention":
-                # The softmax of a pair of tokens takes as long whatever the head's width.
-                efficiency = self._attention(software) * 1.25 * work.width / (work.width + 32)
-            busy = work.flops / (peak * efficiency) + self.memory_seconds(moved)
-        return busy + self.kernel_us * 1e-6
-
     def cost_seconds(self, cost: Cost, software: Software) -> tuple[float, float]:
         """Return the seconds of the device, and of Python beside it, for all kernels of a cost."""
-        device = sum(n * self.seconds(kernel, software) for kernel, n in cost.kernels.items())
-        if self.device == "cpu":
+        table = cost.table()
+        device = float(table.times @ self.kernel_seconds(table, software))
+        if self.device == "cpu":  # Python is beside every operation
             return device, 0.0
-        host = sum(
-            n * (self.op_overhead_us + kernel.work.host) * 1e-6
-            for kernel, n in cost.kernels.items()
-        )
+        host = float(table.times @ (self.op_overhead_us + table.host)) * 1e-6
         return device, host
+
+    def kernel_seconds(self, table: KernelTable, software: Software) -> np.ndarray:
+        """Return the seconds on the device of each kernel of a table."""
+        peaks = [self._peak(dtype) for dtype in table.dtypes]
+        peak = np.array(peaks)[table.dtype_numbers]
+        products = table.flops / (peak * self.matmul_efficiency)
+        bandwidth = self.memory_bandwidth_gbs * 1e9
+        traffic = table.moved / (bandwidth * self.bandwidth_efficiency)
+        if self.device == "cpu":
+            return np.maximum(np.maximum(products, traffic), self.op_overhead_us * 1e-6)
+        # Products and memory traffic of a kernel overlap, but not fully.
+        busy = np.hypot(products * software.product_time, traffic)
+        is_elementwise, is_attention, is_scan = (
+            table.is_kind(kind) for kind in ("elementwise", "attention", "scan")
+        )
+        is_delta, is_linear = (table.is_kind(k) for k in ("delta_rule", "linear_attention"))
+        busy = np.where(is_elementwise, busy * software.elementwise_time, busy)
+        if is_attention.any():
+            # The softmax of a pair of tokens takes as long whatever the head's width.
+            share = self._attention(software) * 1.25 * table.width / (table.width + 32.0)
+            arithmetic = table.flops / (peak * np.maximum(share, 1e-9))
+            busy = np.where(is_attention, np.hypot(arithmetic, traffic), busy)
+        if is_delta.any() or is_linear.any():
+            linear = table.moved / (bandwidth * self.recurrence_bandwidth)
+            linear = linear + table.flops / (peak * self.recurrence_efficiency)
+            # About a third of it passes states from chunk to chunk, one after the other.
+            linear = 0.65 * linear + np.maximum(0.35 * linear, table.chain * 1e-6)
+            busy = np.where(is_delta, linear * software.delta_rule_time, busy)
+            busy = np.where(is_linear, linear * software.linear_attention_time, busy)
+        if is_scan.any():
+            steps = table.cycles * software.step_time
+            issue = self._issue_seconds(table.instructions, steps)
+            busy = np.where(is_scan, np.maximum(np.maximum(products, traffic), issue), busy)
+        return busy + self.kernel_us * 1e-6
 
     def _peak(self, dtype: torch.dtype) -> float:
         name = _NAMES.get(dtype, "float32")
@@ -144,18 +146,19 @@ class Hardware(Config):
 
     def _attention(self, software: Software) -> float:
         found = self.attention_efficiency
-        return found.get(software.attention or "", next(reversed(found.values())))
+        return found.get(software.attention, max(found.values()))
 
     def memory_seconds(self, moved: float) -> float:
         """Return the seconds to read and write ``moved`` bytes of a device's memory."""
         return moved / (self.memory_bandwidth_gbs * 1e9 * self.bandwidth_efficiency)
 
-    def _issue_seconds(self, instructions: float, cycles: float) -> float:
+    def _issue_seconds(self, instructions: np.ndarray, cycles: np.ndarray) -> np.ndarray:
         """Return the seconds to issue instructions of warps, their longest chain of ``cycles``."""
         if not self.clock_ghz or not self.warp_schedulers:
-            return 0.0
+            return np.zeros_like(cycles)
         issued = instructions / (self.warp_schedulers * self.issue_efficiency)
-        return max(issued, cycles) / (self.clock_ghz * 1e9)
+        longest: np.ndarray = np.maximum(issued, cycles) / (self.clock_ghz * 1e9)
+        return longest
 
     def link_seconds(self, sent: float, messages: float, *, spans_nodes: bool) -> float:
         """Return the seconds for a process to send bytes in so many messages or collectives."""

@@ -16,14 +16,18 @@ class Software:
 
     elementwise: Literal["fused", "eager"] = "fused"
     """Chains of elementwise operations as one kernel, or each operation as its own."""
-    attention: Literal["flash1", "flash2", "flash3"] | None = None
-    """Generation of the attention kernel; None: the newest that the GPU has."""
+    attention: Literal["flash1", "flash2", "flash3"] = "flash2"
+    """Generation of the attention kernel: ``flash2`` is what torch itself brings."""
     product_time: float = 1.0
     """Time of matrix products, relative to what the hardware's file says."""
-    recurrence_time: float = 1.0
-    """Time of the kernels of linear recurrences, relative to today's flash-linear-attention."""
-    scan_time: float = 1.0
-    """Time of the kernels of non-linear recurrences, relative to this project's."""
+    elementwise_time: float = 1.0
+    """Time of elementwise operations, relative to the hardware's file."""
+    delta_rule_time: float = 1.0
+    """Time of the kernels of delta rules, relative to today's flash-linear-attention."""
+    linear_attention_time: float = 1.0
+    """Time of the kernels of linear attention, relative to today's flash-linear-attention."""
+    step_time: float = 1.0
+    """Time of a step inside kernels of non-linear recurrences, relative to this project's."""
     overlaps_tensor: bool = True
     """Whether exchanges of tensor parallelism run beside the weights' gradients."""
     recomputed_products: float = 0.0

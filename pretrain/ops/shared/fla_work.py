@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
-from pretrain.ops.shared.planning import Work, nbytes, stand_in
+from pretrain.ops.shared.planning import Work, WorkKind, nbytes, stand_in
 
 CHUNK = 64  # tokens
-HOST = (500.0, 600.0)  # microseconds of Python of a call, forward and backward
+HOST = (450.0, 650.0)  # microseconds of Python of a call, forward and backward
 STEP = 1.5  # microseconds from one chunk's state to the next
 
 # (bytes, FLOPs) of a token and head, forward and backward
@@ -48,7 +48,7 @@ def linear_attention_counts(key_dim: int, value_dim: int, *, per_channel: bool =
 
 
 def recurrence_work(
-    counts: Counts, times: float, longest: int
+    kind: WorkKind, counts: Counts, times: float, longest: int
 ) -> tuple[tuple[Work, float], tuple[Work, float]]:
     """Return the (work, bytes) of both passes over ``times`` tokens and heads.
 
@@ -57,7 +57,7 @@ def recurrence_work(
     chain = STEP * longest / CHUNK
     passes = zip(counts, (chain, 2 * chain), HOST, strict=True)
     forward, backward = (
-        (Work(flops * times, kind="recurrence", chain=steps, host=host), moved * times)
+        (Work(flops * times, kind=kind, chain=steps, host=host), moved * times)
         for (moved, flops), steps, host in passes
     )
     return forward, backward
@@ -77,7 +77,7 @@ def planned_delta_rule(
     per_channel = log_decay is not None and log_decay.ndim == 4
     counts = delta_rule_counts(k.shape[3], v.shape[3], per_channel=per_channel)
     longest = k.shape[1] if sequences is None else sequences.max_length
-    forward, backward = recurrence_work(counts, steps * heads, longest)
+    forward, backward = recurrence_work("delta_rule", counts, steps * heads, longest)
     inputs = [x for x in (q, k, v, beta, log_decay, initial_state) if x is not None]
     found = stand_in(
         inputs,
@@ -102,7 +102,7 @@ def planned_linear_attention(
     per_channel = log_decay is not None and log_decay.ndim == 4
     counts = linear_attention_counts(q.shape[3], v.shape[3], per_channel=per_channel)
     longest = q.shape[1] if sequences is None else sequences.max_length
-    forward, backward = recurrence_work(counts, tokens * heads, longest)
+    forward, backward = recurrence_work("linear_attention", counts, tokens * heads, longest)
     inputs = [x for x in (q, k, v, log_decay, initial_state) if x is not None]
     found = stand_in(
         inputs,

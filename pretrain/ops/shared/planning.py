@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-WorkKind = Literal["product", "attention", "recurrence", "elementwise", "scan"]
+WorkKind = Literal["product", "attention", "delta_rule", "linear_attention", "elementwise", "scan"]
 
 
 @dataclass(frozen=True)
