@@ -78,7 +78,9 @@ class Constants:
 
     def software(self, run: MeasuredRun) -> Software:
         """Return a run's software with the constants of its source in it."""
-        changes = {w: v for (where, w), v in self.values.items() if where == run.source}
+        changes: dict[str, Any] = {
+            what: value for (where, what), value in self.values.items() if where == run.source
+        }
         return dataclasses.replace(run.software, **changes)
 
 
@@ -124,7 +126,7 @@ class Calibration:
         return planner.estimate(run.config.parallel, run.devices), hardware
 
     def choose_batches(self, constants: Constants) -> None:
-        """Give runs of an unknown micro-batch ``_TOKENS``, and the fastest checkpointing that fits."""
+        """Give runs of an unknown micro-batch ``_TOKENS``, with the fastest checkpointing."""
         self.runs = [
             self._fastest(run, constants) if run.assumed_batch else run for run in self.runs
         ]
@@ -207,7 +209,7 @@ def _matters(
 
 def _weights(groups: Sequence[tuple[str, str]]) -> np.ndarray:
     """Return weights by which n measurements of a group count as the root of n."""
-    sizes = defaultdict(int)
+    sizes: dict[tuple[str, str], int] = defaultdict(int)
     for group in groups:
         sizes[group] += 1
     return np.array([sizes[group] ** -0.25 for group in groups])
@@ -320,7 +322,7 @@ def main() -> None:
     runs, left = read_runs(options.data / "throughput.csv")
     kernels, kernels_left = read_kernels(options.data / "kernel_times.csv")
     calibration = Calibration(runs, kernels)
-    shipped = Constants({k: v for k, v in SOURCES.items()})
+    shipped = Constants(dict(SOURCES))
     calibration.choose_batches(shipped)
     constants = calibration.fit() if options.fit else shipped
     if options.fit:
@@ -352,7 +354,8 @@ def _print_runs(
         "GB",
         "ratio",
     )
-    figures, ratios, memory = [], defaultdict(list), []
+    figures: list[dict[str, Any]] = []
+    ratios, memory = defaultdict(list), []
     for run in calibration.runs:
         estimate, _ = calibration.estimate(run, constants)
         predicted = estimate.tokens_per_second / run.devices

@@ -41,16 +41,16 @@ _MIXERS |= {"delta_product"}
 
 # What is known of the programs that the rows were measured with; see README.md beside the data.
 _SOURCES = {
-    "mpt": Software(elementwise="eager", attention="flash1", full_logits=True),
-    "titan": Software(full_logits=True, recomputed_products=0.5, state_bytes=16.0),
+    "mpt": Software(elementwise="eager", attention="flash1", logits_bytes=12.0),
+    "titan": Software(logits_bytes=12.0, recomputed_products=0.5, state_bytes=16.0),
     "kempner": Software(
-        full_logits=True,
+        logits_bytes=12.0,
         overlaps_tensor=False,
         keeps_gathered=True,
         state_bytes=8.0,
     ),
     "m2rnn": Software(attention="flash3"),
-    "fms": Software(full_logits=True, recomputed_products=0.5),
+    "fms": Software(logits_bytes=12.0, recomputed_products=0.5),
 }
 _OTHERS = Software()
 
@@ -108,7 +108,7 @@ class MeasuredKernel:
     host: bool
 
 
-class _Left(Exception):  # noqa: N818 - a reason, not an error
+class _Left(Exception):
     """Why a row is left out."""
 
 
@@ -289,7 +289,7 @@ def _experts(row: _Row) -> MoEConfig:
 
 
 def _mixer(name: str, row: _Row) -> dict[str, Any]:
-    """Return a mixer's sizes, from ``mixer_dims``: of several mixers ``NAME: sizes; NAME: sizes``."""
+    """Return a mixer's sizes, from ``mixer_dims``; of several: ``NAME: sizes; NAME: sizes``."""
     text = row["mixer_dims"]
     parts = dict(part.strip().split(": ", 1) for part in text.split(";") if ": " in part)
     text = parts.get(name, text)
@@ -307,8 +307,8 @@ def _mixer(name: str, row: _Row) -> dict[str, Any]:
     value_dim = number(r"value (\d+)") or head_dim
     if name == "attn":
         kv_heads = row.number("kv_heads")
-        sizes = {"num_heads": num_heads, "head_dim": head_dim}
-        return sizes if kv_heads is None else {**sizes, "num_kv_heads": int(kv_heads)}
+        shared = {} if kv_heads is None else {"num_kv_heads": int(kv_heads)}
+        return {"num_heads": num_heads, "head_dim": head_dim, **shared}
     if name == "mamba2":
         inner, state = number(r"inner (\d+)") or 2 * hidden, number(r"state (\d+)")
         return {"expand": inner / hidden, "head_dim": inner // num_heads, "state_size": state}
@@ -316,7 +316,11 @@ def _mixer(name: str, row: _Row) -> dict[str, Any]:
         return {"num_heads": num_heads, "head_dim": head_dim, "value_dim": value_dim}
     if name == "hgrn2":
         return {"num_heads": num_heads, "head_dim": head_dim}
-    sizes = {"num_heads": num_heads, "head_dim": head_dim, "expand_v": value_dim / head_dim}
+    sizes: dict[str, Any] = {
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "expand_v": value_dim / head_dim,
+    }
     if name == "delta_product":
         return {**sizes, "num_householder": number(r"(\d+) steps") or 2}
     return sizes

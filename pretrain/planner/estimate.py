@@ -376,6 +376,12 @@ class Planner:
                         head = max(unit.forward.peak, unit.backward.peak)
                     worst = max(worst, held + unit.backward.peak + filled)
                     filled += late * unit.parameters.total()
+        if self.software.logits_bytes and any(
+            u.name == "head" for chain in chains for u, _ in chain
+        ):
+            rows = self.config.train.seq_len * parallel.micro_batch_size
+            head = self.software.logits_bytes * rows * self.vocab_size
+            worst = max(worst, kept + head)
         if parts > 1:
             ahead = 2 * (stages - rank - 1) + (parts - 1) * stages + 1
             waiting = (min(ahead, micro_batches * parts) - 1) / parts

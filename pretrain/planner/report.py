@@ -15,33 +15,32 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.common.config_files import load_values
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.common.outputs import check_file
-from pretrain.common.screen import plain_console, readable, show_table, titled_table
-from pretrain.common.yaml_text import quoted
-from pretrain.config import RunConfig, load_run_config
-from pretrain.model.build import padded_vocab_size
-from pretrain.model.counts import count_model
+from pretrain.common.screen import plain_console, show_table, titled_table
+from pretrain.config import RunConfig
 from pretrain.model.layout import check_layout
+from pretrain.planner.comparison import (
+    architecture_figures,
+    draw_architectures,
+    plan_architectures,
+    print_architectures,
+)
+from pretrain.planner.cost_of_run import run_cost
 from pretrain.planner.estimate import Planner
 from pretrain.planner.figures import Estimate
 from pretrain.planner.hardware import Hardware, load_hardware
 from pretrain.planner.parts import model_parts
-from pretrain.planner.search import Candidate, nothing_fits, search
-from pretrain.planner.units import Units
-
-# Assumed for a model without a run.
-TOKENS_PER_PARAMETER = 20  # arXiv 2203.15556
-ASSUMED = (
-    "data.path=none",
-    "schedule.warmup_steps=0",
-    "train.precision=bf16",
-    "train.seq_len=4096",
-    "train.global_batch_tokens=1048576",
-    "parallel.micro_batch_size=1",
+from pretrain.planner.planned_run import (
+    assumes_checkpointing,
+    choose_checkpointing,
+    load_planned,
+    planned_vocab_size,
 )
+from pretrain.planner.search import Candidate, nothing_fits, search
+from pretrain.planner.uncertainty import uncertainty, with_range
+from pretrain.planner.units import Units
 
 
 def main(arguments: list[str]) -> int:
@@ -51,25 +50,40 @@ def main(arguments: list[str]) -> int:
         description="Parameters, FLOPs, memory, communication, time and cost of a run, or of a "
         "model alone, on hardware that you need not have.",
     )
-    parser.add_argument("config", help="of a run, or of a model (configs/models)")
+    parser.add_argument("config", help="of a run, or of a model (configs/models, or 7b/rat)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--hardware", default="h100", help="file, or a name of configs/hardware")
     parser.add_argument("--devices", type=int, help="default: tensor x pipeline")
     parser.add_argument("--search", action="store_true", help="layouts that fit, fastest first")
     parser.add_argument("--top", type=int, default=10, help="how many of them to show (10)")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="CONFIG",
+        default=[],
+        help="other architectures beside the first, on the same hardware and budget",
+    )
+    parser.add_argument("--plot", type=Path, help="with --compare: also draw a picture here (png)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_intermixed_args(arguments)
     if options.json:
         check_file(options.json, "--json")
+    if options.plot:
+        check_file(options.plot, "--plot")
+        if not options.compare:
+            raise UserError("--plot draws a comparison; expected --compare CONFIG ... with it")
     if options.top < 1:
         raise UserError(f"--top is {options.top}, expected at least 1")
-    config = _load(options.config, options.overrides)
     hardware = load_hardware(options.hardware)
+    if options.compare:
+        paths = [options.config, *options.compare]
+        return _compare(paths, hardware, options)
+    config = load_planned(options.config, options.overrides)
     devices = options.devices or config.parallel.model_size
     if devices < 1:
         raise UserError(f"--devices is {devices}, expected at least 1")
     hardware.peak_flops(config.train.precision)
-    planner = Planner(config, _vocab_size(config, options.config), hardware)
+    planner = Planner(config, planned_vocab_size(config, options.config), hardware)
     console = plain_console(width=118)
     if options.search:
         with console.status("simulating the layers"):
@@ -79,6 +93,8 @@ def main(arguments: list[str]) -> int:
     else:
         check_layout(config, devices, options.config)
         with console.status("simulating the layers"):
+            if assumes_checkpointing(options.config, options.overrides):
+                choose_checkpointing(planner, devices)
             estimate = planner.estimate(config.parallel, devices)
             units = planner.units(config.parallel, config.train.activation_checkpointing)
         _print_plan(console, planner, estimate, units)
@@ -91,48 +107,32 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _compare(paths: list[str], hardware: Hardware, options: argparse.Namespace) -> int:
+    console = plain_console(width=118)
+    with console.status("simulating the layers"):
+        found = plan_architectures(
+            paths, options.overrides, hardware, options.devices, best_layout=options.search
+        )
+    print_architectures(console, found)
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        draw_architectures(options.plot, found)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, [architecture_figures(one) for one in found])
+    return 0
+
+
 def plan_run(config: RunConfig, hardware: str, devices: int, where: str) -> dict[str, Any]:
     """Return the figures of a run on ``devices`` of the hardware that a file describes.
 
     ``where`` begins messages. Raises UserError where the run cannot be planned or does not fit the
     number of devices.
     """
-    planner = Planner(config, _vocab_size(config, where), load_hardware(hardware))
+    planner = Planner(config, planned_vocab_size(config, where), load_hardware(hardware))
     planner.hardware.peak_flops(config.train.precision)
     check_layout(config, devices, where)
     return estimate_figures(planner.estimate(config.parallel, devices), planner)
-
-
-def _load(path: str, overrides: list[str]) -> RunConfig:
-    """Load a run's settings, or assume them for a model alone.
-
-    A model is planned as a run with the settings of ``ASSUMED`` over 20 tokens per parameter.
-    """
-    if "name" in load_values(path, overrides):
-        return load_run_config(path, overrides)
-    assumed = [f"name={quoted(Path(path).stem)}", *ASSUMED]
-    budget = any(x.startswith(("train.steps=", "train.tokens=")) for x in overrides)
-    config = load_run_config(path, [*assumed, *overrides, *([] if budget else ["train.steps=1"])])
-    if not budget and config.model.vocab_size is not None:
-        counts = count_model(config.model, config.model.vocab_size, config.train.seq_len)
-        config.train.steps = None
-        config.train.tokens = TOKENS_PER_PARAMETER * counts.parameters
-    return config
-
-
-def _vocab_size(config: RunConfig, path: str) -> int:
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    from pretrain.data.batches import open_data
-
-    try:
-        tokenizer = open_data(config.data).tokenizer
-    except UserError as error:
-        raise UserError(
-            f"{path}: model.vocab_size is not set, and the data that determines it is missing "
-            f"({error}); set model.vocab_size"
-        ) from None
-    return padded_vocab_size(config.model, tokenizer.vocab_size)
 
 
 def estimate_figures(estimate: Estimate, planner: Planner) -> dict[str, Any]:
@@ -149,18 +149,9 @@ def estimate_figures(estimate: Estimate, planner: Planner) -> dict[str, Any]:
         "tokens_per_second": estimate.tokens_per_second,
         "mfu": estimate.mfu,
         "hfu": estimate.hfu,
-        **_cost(estimate, planner.config, planner.hardware),
-    }
-
-
-def _cost(estimate: Estimate, config: RunConfig, hardware: Hardware) -> dict[str, float]:
-    hours = estimate.step_seconds * config.train.num_steps / 3600
-    device_hours = hours * estimate.devices
-    return {
-        "hours": hours,
-        "device_hours": device_hours,
-        "kilowatt_hours": device_hours * hardware.watts * hardware.cooling / 1000,
-        "dollars": device_hours * hardware.dollars_per_hour,
+        **run_cost(estimate, planner.config, planner.hardware),
+        "range_factor": (sure := uncertainty(planner.config, planner.hardware)).factor,
+        "range_why": sure.why,
     }
 
 
@@ -195,18 +186,15 @@ def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: U
     show_table(_parts_table(planner, estimate, units), console)
     show_table(_memory_table(estimate, hardware), console)
     show_table(_time_table(estimate), console)
-    cost = _cost(estimate, config, hardware)
-    days = (
-        f"{readable(cost['hours'] / 24)} days"
-        if cost["hours"] >= 48
-        else f"{readable(cost['hours'])} hours"
-    )
+    cost, sure = run_cost(estimate, config, hardware), uncertainty(config, hardware)
+    unit, hours = ("days", 24.0) if cost["hours"] >= 48 else ("hours", 1.0)
     console.print(
-        f"{estimate.tokens_per_second:,.0f} tokens/s, {estimate.mfu:.1%} of the dense "
+        f"{with_range(estimate.tokens_per_second, sure)} tokens/s, {estimate.mfu:.1%} of the dense "
         f"{train.precision} peak for the model's FLOPs"
         + (f", {estimate.hfu:.1%} with recomputation" if estimate.hfu > 1.01 * estimate.mfu else "")
-        + f"\n{days}, {readable(cost['device_hours'])} device-hours, "
-        f"{readable(cost['kilowatt_hours'])} kWh, ${readable(cost['dollars'])}"
+        + f"\n{with_range(cost['hours'] / hours, sure)} {unit}, "
+        f"{with_range(cost['device_hours'], sure)} device-hours, "
+        f"{with_range(cost['kilowatt_hours'], sure)} kWh, ${with_range(cost['dollars'], sure)}"
     )
     for line in _remarks(planner, estimate):
         console.print(f"note: {line}")
@@ -223,11 +211,8 @@ def _remarks(planner: Planner, estimate: Estimate) -> list[str]:
             f"does not fit: {estimate.peak_memory / 1e9:,.1f} GB per device of {limit / 1e9:,.1f} "
             "GB; --search shows what does"
         )
-    if planner.hardware.device == "cuda":
-        remarks.append(
-            "the layers are counted as torch operations one by one, attention as one fused kernel; "
-            "fused kernels for recurrences need less time and memory"
-        )
+    sure = uncertainty(planner.config, planner.hardware)
+    remarks.append(sure.why if sure.factor else f"speed, days and cost have no range: {sure.why}")
     return remarks
 
 
@@ -325,7 +310,7 @@ def _print_candidates(
     for candidate in fits[:top]:
         estimate = candidate.estimate
         assert estimate is not None
-        days = _cost(estimate, planner.config, planner.hardware)["hours"] / 24
+        days = run_cost(estimate, planner.config, planner.hardware)["hours"] / 24
         table.add_row(
             _short(candidate.parallel, devices),
             str(candidate.parallel.micro_batch_size),
@@ -341,6 +326,15 @@ def _print_candidates(
     if fits:
         best = fits[0]
         console.print(f"fastest: {_settings(best)}\n")
+        sure = uncertainty(planner.config, planner.hardware)
+        if sure.factor is None:
+            console.print(f"note: speeds and days have no range: {sure.why}\n")
+        else:
+            ends = [sure.low(1.0), sure.high(1.0)]
+            console.print(
+                f"note: speeds and days are within {ends[0]:.2f} to {ends[1]:.2f} times these: "
+                f"{sure.why}; the order of layouts is surer than that\n"
+            )
     too_large = [c for c in found if c.why and c.estimate is not None]
     if too_large:
         console.print(f"{len(too_large)} do not fit in memory, the nearest:")

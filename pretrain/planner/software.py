@@ -32,8 +32,8 @@ class Software:
     """Whether exchanges of tensor parallelism run beside the weights' gradients."""
     recomputed_products: float = 0.0
     """Share of the forward pass's matrix products that selective checkpointing computes again."""
-    full_logits: bool = False
-    """Whether the logits of all tokens are stored at once."""
+    logits_bytes: float = 0.0
+    """Bytes per logit of all tokens that are stored at once, on every process; 0: as here."""
     keeps_gathered: bool = False
     """Whether weights that ZeRO-3 gathered stay until the backward pass."""
     state_bytes: float | None = None

@@ -128,7 +128,7 @@ def measure_units(
         model = LanguageModel(
             config, vocab_size, context, activation_checkpointing=activation_checkpointing
         )
-    if software.full_logits:
+    if software.logits_bytes:
         model.logits_at_once = 2**62
     return _Measurement(model, parallel, device, software, seq_len, optimizer, simulate).all()
 
