@@ -1,7 +1,9 @@
 """Chains of elementwise operations made into one kernel by torch.compile, on GPUs alone.
 
 A CPU gains little from it and would wait for a compiler; there the functions run as they are
-written. Only what needs no more than its tensors belongs here: no groups, no states.
+written. Only what needs no more than its tensors belongs here: no groups, no states. Compiled, a
+function keeps its inputs for the backward pass, and at most one number a row of what it computes;
+with selective activation checkpointing its results are recomputed.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.ops.shared.planning import fused_stand_in, plans_fused
+from pretrain.ops.shared.recomputation import recomputed
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,12 +35,15 @@ def fused(function: F) -> F:
             made.append(torch.compile(function))
         return made[0](*arguments)
 
-    @wraps(function)
-    def wrapper(*arguments: Any) -> Any:
+    def run(*arguments: Any) -> Any:
         if plans_fused(*arguments):
             return fused_stand_in(function, arguments)
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in arguments)
         return compiled(*arguments) if on_gpu else function(*arguments)
+
+    @wraps(function)
+    def wrapper(*arguments: Any) -> Any:
+        return recomputed(run, *arguments)
 
     wrapper.compiled = compiled  # type: ignore[attr-defined]
     return wrapper  # type: ignore[return-value]
