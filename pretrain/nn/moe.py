@@ -89,7 +89,7 @@ class MoE(nn.Module):
         config, k = self.config, self.config.top_k
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         with recomputing():  # so that no wider copy of the tokens is kept
-            logits = F.linear(recomputed(_widened, tokens, dtype), self.router.to(dtype))
+            logits = F.linear(recomputed(Tensor.to, tokens, dtype), self.router.to(dtype))
         scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
         wanted = scores + self.bias if config.bias_update_rate > 0 else scores
         chosen = wanted.detach().topk(k, dim=-1).indices
@@ -281,10 +281,6 @@ class _WithLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         return gradients[0], torch.ones((), dtype=ctx.loss_dtype, device=ctx.device)
-
-
-def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

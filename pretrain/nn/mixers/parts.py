@@ -78,11 +78,8 @@ def forget_gate(x: Tensor, rate_log: Tensor, bias: Tensor) -> Tensor:
 
 def repeat_heads(x: Tensor, times: int) -> Tensor:
     """Repeat every head of ``[B, T, H, dim]``, consecutively, for the heads that share it."""
-    return recomputed(_repeated, x, times)
-
-
-def _repeated(x: Tensor, times: int) -> Tensor:
-    return x.repeat_interleave(times, 2)
+    found: Tensor = recomputed(Tensor.repeat_interleave, x, times, 2)
+    return found
 
 
 def add_short_convolutions(

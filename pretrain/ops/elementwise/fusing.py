@@ -9,8 +9,8 @@ with selective activation checkpointing its results are recomputed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
+from functools import partial, wraps
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -23,8 +23,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 _FORMS = 64  # that a function may be compiled in: mixers' shapes, with gradients and without, ...
 
 
-def fused(function: F) -> F:
-    """Return ``function``, compiled at its first call with CUDA tensors; ``compiled`` is how."""
+@overload
+def fused(function: F) -> F: ...
+
+
+@overload
+def fused(*, linear: bool) -> Callable[[F], F]: ...
+
+
+def fused(function: Any = None, *, linear: bool = False) -> Any:
+    """Return ``function``, compiled at its first call with CUDA tensors; ``compiled`` is how.
+
+    ``linear``: whether it is linear in its first argument, which is not kept then.
+    """
+    if function is None:
+        return partial(fused, linear=linear)
     made: list[Callable[..., Any]] = []
 
     def compiled(*arguments: Any) -> Any:
@@ -37,7 +50,7 @@ def fused(function: F) -> F:
 
     def run(*arguments: Any) -> Any:
         if plans_fused(*arguments):
-            return fused_stand_in(function, arguments)
+            return fused_stand_in(function, arguments, linear=linear)
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in arguments)
         return compiled(*arguments) if on_gpu else function(*arguments)
 
@@ -46,4 +59,4 @@ def fused(function: F) -> F:
         return recomputed(run, *arguments)
 
     wrapper.compiled = compiled  # type: ignore[attr-defined]
-    return wrapper  # type: ignore[return-value]
+    return wrapper

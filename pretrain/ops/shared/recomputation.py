@@ -14,9 +14,10 @@ selective contexts this serves autograd functions and kernels that torch's dispa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,12 +133,11 @@ class _Call:
         self._made: dict[int, Tensor] | None = None
         self._layouts: dict[int, tuple[Any, ...]] = {}
         self._saved = 0  # tensors that autograd has saved inside the call so far
-        self._autocast: Any = nullcontext
-        first = next((x for x in arguments if isinstance(x, Tensor)), None)
-        if first is not None and torch.is_autocast_enabled(first.device.type):
-            kind = first.device.type
-            dtype = torch.get_autocast_dtype(kind)
-            self._autocast = lambda: torch.autocast(kind, dtype)
+        self._autocast = [
+            partial(torch.autocast, kind, torch.get_autocast_dtype(kind))
+            for kind in ("cpu", "cuda")
+            if torch.is_autocast_enabled(kind)
+        ]
 
     def first_run(self) -> Any:
         given = [x for x in self._given if isinstance(x, Tensor)]
@@ -208,7 +208,11 @@ class _Call:
             raise RuntimeError("the second run of a call has no backward pass")
 
         # With gradients, as at first: a compiled function then is the same kernel.
-        with torch.enable_grad(), self._autocast(), saved_tensors_hooks(pack, unpack):
+        with ExitStack() as scopes:
+            scopes.enter_context(torch.enable_grad())
+            for autocast in self._autocast:
+                scopes.enter_context(autocast())
+            scopes.enter_context(saved_tensors_hooks(pack, unpack))
             results = self._function(*arguments)
         outputs = results if isinstance(results, tuple) else (results,)
         for number, output in enumerate(outputs):
