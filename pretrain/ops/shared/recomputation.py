@@ -143,25 +143,26 @@ class _Call:
         given = [x for x in self._given if isinstance(x, Tensor)]
         own = {_memory(x) for x in given}
         reused, inside = set[int](), 0
+        running = [self]  # autograd holds pack as long as what it packed, but not the call
 
         def pack(tensor: Tensor) -> _Packed:
             nonlocal inside
-            self._saved += 1
+            (call,) = running
+            call._saved += 1
             if _memory(tensor) in own:
                 reused.add(_memory(tensor))
                 return _pack(tensor)
             inside += _nbytes(tensor)
-            self._layouts[-self._saved] = _layout(tensor)
-            return _Part(self, -self._saved, tensor)
+            call._layouts[-call._saved] = _layout(tensor)
+            return _Part(call, -call._saved, tensor)
 
-        outer = _swapped.get()
         token = _swapped.set(None)  # calls inside this one are parts of it
         try:
             with saved_tensors_hooks(pack, _unpack):
                 results = self._function(*self._given)
         finally:
             _swapped.reset(token)
-        assert outer is not None
+            running.clear()
         packed = [_pack(x) if isinstance(x, Tensor) else x for x in self._given]
         # What only this call would keep must be less than what it spares.
         alone = sum(
