@@ -54,7 +54,9 @@ class TrainConfig(Config):
     precision: Literal["float32", "bf16"] = setting("float32")
     """Type of activations and of the weights in use; the optimizer keeps float32."""
     activation_checkpointing: Literal["none", "selective", "block"] = setting("none")
-    """``block`` keeps only each block's input and recomputes the rest in the backward pass."""
+    """What the backward pass computes again, to the same bits: ``selective`` norms, activations,
+    gates, rotary positions and short convolutions, but no matrix product, attention, recurrence or
+    exchange; ``block`` all of a block but its input."""
     nonfinite: Literal["stop", "skip"] = setting("stop")
     """What a loss or gradient that is not finite does to the run: end it, or skip the step."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)

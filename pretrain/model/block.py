@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
 from pretrain.data.sequences import Sequences
@@ -15,6 +16,8 @@ from pretrain.nn.mixers import LayerContext, State
 from pretrain.nn.mlp import MLP
 from pretrain.nn.moe import MoE
 from pretrain.nn.norm import RMSNorm
+from pretrain.nn.parameters import swapped_parameters
+from pretrain.ops.shared.recomputation import recomputing
 
 
 class Block(nn.Module):
@@ -68,8 +71,22 @@ class Block(nn.Module):
 
 
 def run_block(
-    block: Block, x: Tensor, sequences: Sequences | None, depth: int, drop: DropAt | None
+    block: Block,
+    x: Tensor,
+    sequences: Sequences | None,
+    depth: int,
+    drop: DropAt | None,
+    activation_checkpointing: str = "none",
 ) -> Tensor:
-    """Run x ``[T, B, d]`` through a block at pass ``depth`` of a loop, without a state."""
+    """Run x ``[T, B, d]`` through a block at pass ``depth`` of a loop, without a state.
+
+    ``activation_checkpointing``: what the backward pass computes again, as in TrainConfig.
+    """
+    if activation_checkpointing == "block":
+        arguments = (run_block, block, x, sequences, depth, drop)
+        return cast(Tensor, checkpoint(*arguments, use_reentrant=False))
+    if activation_checkpointing == "selective":
+        with recomputing(swapped_parameters(block)):
+            return run_block(block, x, sequences, depth, drop)
     set_depth(block, depth)
     return cast(Tensor, block(x, sequences=sequences, drop=drop, depth=depth)[0])

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from pretrain.common.metrics import merge_metrics
@@ -69,7 +68,7 @@ class LanguageModel(DescribedModule):
         self.pre_process, self.post_process = stage.first, stage.last
         self.share_embeddings_and_output_weights = config.tie_embeddings
         self.model_config, self.vocab_size, self.context = config, vocab_size, context
-        self.checkpoint_blocks = activation_checkpointing == "block"
+        self.activation_checkpointing = activation_checkpointing
         d, recursion = config.hidden_size, config.recursion
         depth = (2 * sum(passes(config))) ** -0.5 if config.depth_scaled_init else 1.0
         base = config.mup_base_hidden_size
@@ -322,12 +321,8 @@ class LanguageModel(DescribedModule):
         """Run x ``[T, B, d]`` through some blocks, at pass ``depth`` of a loop, without states."""
         for index in indices:
             block = cast(Block, self.blocks[index])
-            if self.checkpoint_blocks and self.training:
-                x = torch.utils.checkpoint.checkpoint(
-                    run_block, block, x, sequences, depth, drop, use_reentrant=False
-                )
-            else:
-                x = run_block(block, x, sequences, depth, drop)
+            kept = self.activation_checkpointing if self.training else "none"
+            x = run_block(block, x, sequences, depth, drop, kept)
         return x
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pretrain.nn.linear import column_input, column_linear, row_linear
 from pretrain.nn.mixers.base import LayerContext
 from pretrain.ops.elementwise.gating import swiglu
+from pretrain.ops.shared.recomputation import recomputed
 
 
 class MLP(nn.Module):
@@ -26,7 +27,7 @@ class MLP(nn.Module):
         """Map ``[T, B, d]`` to the same shape."""
         x = column_input(x, self.parallel, self)
         up = self.up_proj(x)
-        inner = swiglu(self.gate_proj(x), up) if self.kind == "swiglu" else F.gelu(up)
+        inner = swiglu(self.gate_proj(x), up) if self.kind == "swiglu" else recomputed(F.gelu, up)
         y: Tensor = self.down_proj(inner)
         return y
 

@@ -27,6 +27,8 @@ from pretrain.nn.parameters import (
     matrix_parameter,
     used_on_local_tokens,
 )
+from pretrain.ops.elementwise.gating import swiglu
+from pretrain.ops.shared.recomputation import recomputed, recomputing
 from pretrain.parallel.megatron import token_dispatcher, transformer_config
 from pretrain.parallel.processes import groups
 
@@ -86,7 +88,8 @@ class MoE(nn.Module):
         """
         config, k = self.config, self.config.top_k
         dtype = torch.promote_types(tokens.dtype, torch.float32)
-        logits = F.linear(tokens.to(dtype), self.router.to(dtype))
+        with recomputing():  # so that no wider copy of the tokens is kept
+            logits = F.linear(recomputed(Tensor.to, tokens, dtype), self.router.to(dtype))
         scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
         wanted = scores + self.bias if config.bias_update_rate > 0 else scores
         chosen = wanted.detach().topk(k, dim=-1).indices
@@ -150,7 +153,7 @@ class MoE(nn.Module):
     def _experts(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """Apply the local experts to tokens in their order, ``counts [local experts]`` of each."""
         gate, up = _grouped(tokens, self.gate_up_proj, counts).chunk(2, -1)
-        return _grouped(F.silu(gate) * up, self.down_proj, counts)
+        return _grouped(swiglu(gate, up), self.down_proj, counts)
 
     def _sorted(
         self, tokens: Tensor, weights: Tensor, chosen: Tensor, kept: Tensor | None
@@ -163,7 +166,7 @@ class MoE(nn.Module):
             order = order[kept.flatten()[order]]
             counts = torch.bincount(flat[order], minlength=self.config.num_experts)
         source = order // k
-        results = self._experts(tokens[source], counts)
+        results = self._experts(recomputed(_rows, tokens, source), counts)
         results = results * weights.flatten()[order, None].to(results.dtype)
         return torch.zeros_like(tokens).index_add(0, source, results)
 
@@ -278,6 +281,10 @@ class _WithLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         return gradients[0], torch.ones((), dtype=ctx.loss_dtype, device=ctx.device)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x[index]
 
 
 def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from pretrain.nn.parameters import constant, replicated_parameter, used_on_local_tokens
-from pretrain.ops.elementwise.rms_norm import rms_norm
+from pretrain.ops.elementwise.rms_norm import rms_norm, scale_by_squares, sum_of_squares
 from pretrain.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 from pretrain.parallel.context import ParallelContext
 
@@ -18,13 +17,12 @@ def sharded_rms_norm(x: Tensor, weight: Tensor, eps: float, context: ParallelCon
     """
     if context.tensor_size == 1:
         return rms_norm(x, weight, eps)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    squares = wide.square().sum(-1, keepdim=True)
+    # A copy, for the exchange overwrites what may be computed again.
+    squares = sum_of_squares(x).clone()
     # All-reduced on the way forward, and its gradient again on the way back.
     squares = reduce_from_tensor_parallel(squares, context.group)
     squares = copy_to_tensor_parallel(squares, context.group)
-    mean = squares / (x.shape[-1] * context.tensor_size)
-    return (wide * torch.rsqrt(mean + eps) * weight).to(x.dtype)
+    return scale_by_squares(x, squares, weight, x.shape[-1] * context.tensor_size, eps)
 
 
 class RMSNorm(nn.Module):

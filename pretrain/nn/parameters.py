@@ -293,3 +293,8 @@ def _draw(target: Tensor, parameter: nn.Parameter, init: Initializer, key: str) 
 def _generator(key: str) -> torch.Generator:
     digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def swapped_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters whose memory DeepSpeed's ZeRO-3 takes away between their uses."""
+    return [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]

@@ -14,7 +14,7 @@ from pretrain.model.layout import check_layout
 from pretrain.planner.estimate import Planner
 from pretrain.planner.figures import Estimate
 
-CHECKPOINTING = ("none", "block")
+CHECKPOINTING = ("none", "selective", "block")
 
 
 @dataclass

@@ -31,6 +31,7 @@ from pretrain.nn.mixers.sizes import integral
 from pretrain.nn.parameters import constant, replicated_parameter
 from pretrain.ops import delta_rule
 from pretrain.ops.elementwise.rms_norm import rms_norm, rms_norm_silu_gate
+from pretrain.ops.shared.recomputation import recomputed
 
 
 class DeltaRuleMixer(Mixer):
@@ -174,4 +175,8 @@ class DeltaRuleMixer(Mixer):
 
 def heads_of(x: Tensor, num_heads: int, steps: int) -> Tensor:
     """Split ``[B, T, H * steps * dim]`` into ``[B, T * steps, H, dim]``."""
+    return recomputed(_heads_of, x, num_heads, steps)
+
+
+def _heads_of(x: Tensor, num_heads: int, steps: int) -> Tensor:
     return x.unflatten(-1, (num_heads, steps, -1)).transpose(2, 3).flatten(1, 2)

@@ -19,6 +19,7 @@ from pretrain.nn.mixers.linear_family import LinearFamilyConfig, LinearFamilyMix
 from pretrain.nn.mixers.parts import gate_parameter, power_of_two
 from pretrain.nn.mixers.sizes import heads_for, integral, split_width
 from pretrain.nn.parameters import constant
+from pretrain.ops.elementwise.fusing import fused
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class GatedLinearAttention(LinearFamilyMixer):
 
     def log_decay(self, x: Tensor) -> Tensor:
         """Compute log-decays ``[B, T, H, K]``."""
-        decay = self.a_up(self.a_down(x)).to(self.a_bias.dtype) + self.a_bias
-        return heads(F.logsigmoid(decay), self.num_heads) / self.config.gate_normalizer
+        decay = _log_decay(self.a_up(self.a_down(x)), self.a_bias, self.config.gate_normalizer)
+        return heads(decay, self.num_heads)
 
     @classmethod
     @override
@@ -89,3 +90,8 @@ class GatedLinearAttention(LinearFamilyMixer):
         k_dim = config.num_heads * config.head_dim
         matrices = config.gate_rank * (hidden_size + k_dim)
         return matrices + k_dim, 2 * matrices
+
+
+@fused
+def _log_decay(x: Tensor, bias: Tensor, normalizer: float) -> Tensor:
+    return F.logsigmoid(x.to(bias.dtype) + bias) / normalizer

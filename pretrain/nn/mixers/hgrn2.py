@@ -40,6 +40,7 @@ from pretrain.nn.norm import sharded_rms_norm
 from pretrain.nn.parameters import constant, sharded_parameter
 from pretrain.ops import linear_attention
 from pretrain.ops.elementwise.fusing import fused
+from pretrain.ops.shared.recomputation import recomputed
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,13 @@ class HGRN2(Mixer):
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
-        q = F.silu(self.q_proj(x))
+        q = recomputed(F.silu, self.q_proj(x))
         closing, log_f = _forget(self.f_proj(x), self.lower_bound)
         q, k, log_f = (heads(t, self.num_heads) for t in (q, closing, log_f))
         v = heads(self.i_proj(x), self.num_heads)
         y, recurrent = linear_attention(
             q,
-            k.to(q.dtype),
+            k,
             v,
             log_decay=log_f,
             sequences=sequences,
@@ -167,8 +168,9 @@ class HGRN2(Mixer):
 
 @fused
 def _forget(gate: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 1 - f and log f, by forms that neither cancel nor reach log 0."""
-    gate = gate.to(bound.dtype)
+    """Return 1 - f in gate's dtype and log f, by forms that neither cancel nor reach log 0."""
+    dtype, gate = gate.dtype, gate.to(bound.dtype)
     closing = torch.sigmoid(-bound) * torch.sigmoid(-gate)
     opening = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(gate))
-    return closing, torch.where(closing < 0.5, torch.log1p(-closing.clamp_max(0.5)), opening)
+    log_f = torch.where(closing < 0.5, torch.log1p(-closing.clamp_max(0.5)), opening)
+    return closing.to(dtype), log_f

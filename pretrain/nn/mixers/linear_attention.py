@@ -20,6 +20,8 @@ from pretrain.nn.linear import head_shared
 from pretrain.nn.mixers.base import LayerContext, MixerCard, State, register
 from pretrain.nn.mixers.linear_family import LinearFamilyConfig, LinearFamilyMixer
 from pretrain.nn.parameters import constant, normal, replicated_parameter
+from pretrain.ops.elementwise.fusing import fused
+from pretrain.ops.shared.recomputation import recomputed
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class LinearAttention(LinearFamilyMixer):
     def _features(self, name: str, x: Tensor) -> Tensor:
         kind = self.config.feature_map
         if kind == "elu":
-            return F.elu(x) + 1
+            return _elu_map(x)
         if kind == "relu":
-            return F.relu(x)
+            return recomputed(F.relu, x)
         if kind == "identity":
             return x
         weight, bias = (
@@ -75,7 +77,7 @@ class LinearAttention(LinearFamilyMixer):
         )
         rows = x.reshape(1, -1, self.key_dim).expand(2, -1, -1)
         first, second = torch.baddbmm(bias, rows, weight)
-        return (first * second).view(x.shape)
+        return _product(first, second).view(x.shape)
 
     def prepare(
         self,
@@ -95,8 +97,7 @@ class LinearAttention(LinearFamilyMixer):
         """Divide by the sum of weights, where there is one."""
         if not self.config.normalize:
             return y
-        wide = y.to(torch.promote_types(y.dtype, torch.float32))
-        return (wide[..., :-1] / (wide[..., -1:] + 1e-10)).to(y.dtype)
+        return _divided(y)
 
     @classmethod
     def state_width(cls, config: LinearAttentionConfig, value_dim: int) -> int:
@@ -120,3 +121,20 @@ class LinearAttention(LinearFamilyMixer):
             return 0, 0
         key_dim = config.head_dim
         return 4 * key_dim * (key_dim + 1), 8 * key_dim**2 * config.num_heads
+
+
+@fused
+def _elu_map(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
+@fused
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    return first * second
+
+
+@fused
+def _divided(y: Tensor) -> Tensor:
+    """Return all columns but the last of y, divided by the last."""
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    return (wide[..., :-1] / (wide[..., -1:] + 1e-10)).to(y.dtype)

@@ -36,9 +36,9 @@ from pretrain.nn.mixers.parts import (
     convolution_states,
     convolve,
     decay_rate_init,
+    forget_gate,
     gate_parameter,
     matrix_state,
-    softplus_decay,
     time_step_init,
 )
 from pretrain.nn.mixers.sizes import heads_for, power_of_two_width
@@ -143,7 +143,7 @@ class M2RNN(Mixer):
         )
         q, k = (t.unflatten(-1, (self.qk_heads, -1)) for t in (q, k))
         v = v.unflatten(-1, (self.num_heads, -1))
-        forget = softplus_decay(self.f_proj(x), self.A_log, self.dt_bias).exp().transpose(0, 1)
+        forget = forget_gate(self.f_proj(x), self.A_log, self.dt_bias).transpose(0, 1)
         y, new_state["recurrent"] = m2rnn(
             q,
             k,

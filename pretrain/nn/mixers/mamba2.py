@@ -36,14 +36,16 @@ from pretrain.nn.mixers.parts import (
     gate_parameter,
     linear_attention_flops,
     matrix_state,
+    repeat_heads,
     time_step_init,
 )
 from pretrain.nn.mixers.sizes import integral, power_of_two_width, split_width
 from pretrain.nn.norm import sharded_rms_norm
 from pretrain.nn.parameters import constant, sharded_parameter
 from pretrain.ops import linear_attention
+from pretrain.ops.elementwise.fusing import fused
 from pretrain.ops.elementwise.gating import skip_silu_gate
-from pretrain.ops.elementwise.rms_norm import rms_norm
+from pretrain.ops.elementwise.rms_norm import normalised
 
 
 @dataclass(frozen=True)
@@ -139,27 +141,25 @@ class Mamba2(Mixer):
             for name in "xbc"
         )
         repeat = self.num_heads // self.groups
-        b, c = (t.unflatten(-1, (self.groups, -1)).repeat_interleave(repeat, 2) for t in (b, c))
+        b, c = (repeat_heads(t.unflatten(-1, (self.groups, -1)), repeat) for t in (b, c))
         inner = inner.unflatten(-1, (self.num_heads, -1))
         step = F.softplus(self.dt_proj(x).to(self.dt_bias.dtype) + self.dt_bias).transpose(0, 1)
-        wide = inner.to(step.dtype)
         y, new_state["recurrent"] = linear_attention(
             c,
             b,
-            wide * step[..., None],
+            _scaled(inner, step),
             log_decay=-self.A_log.exp() * step,
             scale=1.0,
             sequences=sequences,
             chunk_size=self.config.chunk_size,
             initial_state=None if state is None else state["recurrent"],
         )
-        y = skip_silu_gate(y, wide, self.D[:, None], heads(self.z_proj(x), self.num_heads))
+        y = skip_silu_gate(y, inner, self.D[:, None], heads(self.z_proj(x), self.num_heads))
         y = y.flatten(2)
         if self.config.num_groups == 1:
             y = sharded_rms_norm(y, self.norm, self.config.norm_eps, self.parallel)
         else:
-            y = rms_norm(y.unflatten(-1, (self.groups, -1)), None, self.config.norm_eps).flatten(2)
-            y = y * self.norm
+            y = _grouped_norm(y, self.norm, self.groups, self.config.norm_eps)
         return self.o_proj(y.transpose(0, 1)), new_state
 
     @override
@@ -216,3 +216,15 @@ class Mamba2(Mixer):
         return 4 * inner * config.state_size + 2 * max(config.conv_size - 1, 0) * (
             inner + 2 * shared
         )
+
+
+@fused
+def _scaled(x: Tensor, step: Tensor) -> Tensor:
+    """Return x ``[..., H, P]`` times step ``[..., H]``, in the step's dtype."""
+    return x.to(step.dtype) * step[..., None]
+
+
+@fused
+def _grouped_norm(y: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """Normalise each of ``groups`` parts of y's last axis, times ``weight`` of its full width."""
+    return normalised(y.unflatten(-1, (groups, -1)), None, eps).flatten(2) * weight

@@ -15,6 +15,7 @@ from pretrain.nn.mixers.base import Mixer, State, accumulation_dtype
 from pretrain.nn.parameters import Initializer, constant, replicated_parameter, sharded_parameter
 from pretrain.ops import short_convolution
 from pretrain.ops.elementwise.fusing import fused
+from pretrain.ops.shared.recomputation import recomputed
 from pretrain.parallel.context import ParallelContext
 
 
@@ -69,6 +70,18 @@ def softplus_decay(x: Tensor, rate_log: Tensor, bias: Tensor) -> Tensor:
     return -rate_log.exp() * F.softplus(x.to(bias.dtype) + bias)
 
 
+@fused
+def forget_gate(x: Tensor, rate_log: Tensor, bias: Tensor) -> Tensor:
+    """Return ``exp(-exp(A_log) softplus(x + dt_bias))``, a decay, in the gates' dtype."""
+    return (-rate_log.exp() * F.softplus(x.to(bias.dtype) + bias)).exp()
+
+
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """Repeat every head of ``[B, T, H, dim]``, consecutively, for the heads that share it."""
+    found: Tensor = recomputed(Tensor.repeat_interleave, x, times, 2)
+    return found
+
+
 def add_short_convolutions(
     mixer: Mixer,
     parallel: ParallelContext,
@@ -121,7 +134,7 @@ def convolve(
             initial_state=None if state is None else state[key],
         )
         return x
-    return F.silu(x)
+    return recomputed(F.silu, x)
 
 
 def convolution_states(

@@ -32,9 +32,10 @@ from pretrain.nn.mixers.base import (
     heads,
     register,
 )
-from pretrain.nn.mixers.parts import gate_parameter, matrix_state
+from pretrain.nn.mixers.parts import gate_parameter, matrix_state, repeat_heads
 from pretrain.nn.mixers.sizes import attention_heads
 from pretrain.ops import RATState, rat
+from pretrain.ops.elementwise.gating import biased_sigmoid, sigmoid_gate
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,10 @@ class RAT(Mixer):
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         v = heads(self.v_proj(x), self.num_heads)
-        gate = torch.sigmoid(self.g_proj(x).to(self.g_bias.dtype) + self.g_bias)
+        gate = biased_sigmoid(self.g_proj(x), self.g_bias)
         q, k = (
-            heads(getattr(self, f"{name}_proj")(x), self.groups).repeat_interleave(
-                self.num_heads // self.groups, 2
+            repeat_heads(
+                heads(getattr(self, f"{name}_proj")(x), self.groups), self.num_heads // self.groups
             )
             for name in "qk"
         )
@@ -124,7 +125,7 @@ class RAT(Mixer):
             sequences=sequences,
             initial_state=None if state is None else RATState(**state),
         )
-        y = y.flatten(2).transpose(0, 1) * torch.sigmoid(self.z_proj(x))
+        y = sigmoid_gate(y.flatten(2).transpose(0, 1), self.z_proj(x))
         return self.o_proj(y), dict(vars(new))
 
     @override

@@ -32,7 +32,7 @@ def _rotary_of(sequences: Sequences, dim: int, theta: float) -> tuple[Tensor, Te
     return rotary_embedding(sequences.positions, dim, theta)
 
 
-@fused
+@fused(linear=True)
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x ``[..., H, D]`` by cos, sin ``[..., D / 2]``; computed in float32 or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)

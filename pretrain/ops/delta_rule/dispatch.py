@@ -25,6 +25,7 @@ from pretrain.ops.shared.arguments import (
 )
 from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.flash_linear_attention import check_fla, fla_delta_rule, fla_fits
+from pretrain.ops.shared.recomputation import recomputed
 
 BACKENDS = ("auto", "recurrent", "chunked", "fla")
 
@@ -69,6 +70,7 @@ def delta_rule(
     batch_size, length, num_heads, head_dim = q.shape
     value_dim, as_rows = v.shape[-1], sequences is None and cu_seqlens is None
     sequences = resolve_sequences("delta_rule", batch_size, length, q.device, sequences, cu_seqlens)
+    from_zeros = initial_state is None
     initial_state = resolve_state(
         "delta_rule",
         initial_state,
@@ -92,14 +94,15 @@ def delta_rule(
             )
         return fla_delta_rule(
             q,
-            k.to(q.dtype),
-            v.to(q.dtype),
+            recomputed(Tensor.to, k, q.dtype),
+            recomputed(Tensor.to, v, q.dtype),
             beta,
             None if log_decay is None else log_decay.to(dtype),
             num_householder,
             scale,
             initial_state,
             None if as_rows else sequences,
+            from_zeros=from_zeros,
         )
     tokens = batch_size * length
     arguments = (

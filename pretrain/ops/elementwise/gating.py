@@ -1,7 +1,8 @@
-"""Products with SiLU, as gates and MLPs have them."""
+"""Products with SiLU and the sigmoid, as gates and MLPs have them."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +19,18 @@ def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
 def skip_silu_gate(y: Tensor, v: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
     """Return ``(y + weight v) SiLU(gate)`` in gate's dtype, all broadcast to gate's shape."""
     return (y + weight * v).to(gate.dtype) * F.silu(gate)
+
+
+@fused
+def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """Return ``x sigmoid(gate)``, of one shape and dtype."""
+    return x * torch.sigmoid(gate)
+
+
+@fused
+def biased_sigmoid(x: Tensor, bias: Tensor) -> Tensor:
+    """Return ``sigmoid(x + bias)`` in the bias's dtype."""
+    return torch.sigmoid(x.to(bias.dtype) + bias)
 
 
 @fused

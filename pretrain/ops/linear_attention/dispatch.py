@@ -24,6 +24,7 @@ from pretrain.ops.shared.arguments import (
 )
 from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.flash_linear_attention import check_fla, fla_fits, fla_linear_attention
+from pretrain.ops.shared.recomputation import recomputed
 
 BACKENDS = ("auto", "recurrent", "chunked", "fla")
 
@@ -73,6 +74,7 @@ def linear_attention(
     sequences = resolve_sequences(
         "linear_attention", batch_size, length, q.device, sequences, cu_seqlens
     )
+    from_zeros = initial_state is None
     initial_state = resolve_state(
         "linear_attention",
         initial_state,
@@ -90,12 +92,13 @@ def linear_attention(
         check_fla("linear_attention", q)
         return fla_linear_attention(
             q,
-            k.to(q.dtype),
-            v.to(q.dtype),
+            recomputed(Tensor.to, k, q.dtype),
+            recomputed(Tensor.to, v, q.dtype),
             None if log_decay is None else log_decay.to(dtype),
             scale,
             initial_state,
             None if as_rows else sequences,
+            from_zeros=from_zeros,
         )
     arguments = (
         q.flatten(0, 1).to(dtype) * scale,

@@ -105,7 +105,8 @@ class M2RNN(torch.autograd.Function):
             APPROXIMATE=approximate(q.dtype),
             **sizes,
         )
-        ctx.save_for_backward(q, k, v, weight, forget, checkpoints, initial_state[:0])
+        like = initial_state.new_empty(0)  # a view would keep the states
+        ctx.save_for_backward(q, k, v, weight, forget, checkpoints, like)
         ctx.sequences = sequences
         ctx.clip, ctx.chunk, ctx.num_sequences = clip, chunk, num_sequences
         return y[0] if parts == 1 else y.sum(0).to(v.dtype), final

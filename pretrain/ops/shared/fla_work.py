@@ -71,6 +71,7 @@ def planned_delta_rule(
     log_decay: Tensor | None,
     initial_state: Tensor,
     sequences: Sequences | None,
+    from_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
     """Stand for fla's delta rule; it keeps its inputs and a triangle of each chunk."""
     steps, heads = k.shape[0] * k.shape[1], k.shape[2]
@@ -78,7 +79,8 @@ def planned_delta_rule(
     counts = delta_rule_counts(k.shape[3], v.shape[3], per_channel=per_channel)
     longest = k.shape[1] if sequences is None else sequences.max_length
     forward, backward = recurrence_work("delta_rule", counts, steps * heads, longest)
-    inputs = [x for x in (q, k, v, beta, log_decay, initial_state) if x is not None]
+    given = None if from_zeros else initial_state
+    inputs = [x for x in (q, k, v, beta, log_decay, given) if x is not None]
     found = stand_in(
         inputs,
         lambda: (q.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(initial_state)),
@@ -96,6 +98,7 @@ def planned_linear_attention(
     log_decay: Tensor | None,
     initial_state: Tensor,
     sequences: Sequences | None,
+    from_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
     """Stand for fla's linear attention; it keeps its inputs."""
     tokens, heads = q.shape[0] * q.shape[1], q.shape[2]
@@ -103,7 +106,8 @@ def planned_linear_attention(
     counts = linear_attention_counts(q.shape[3], v.shape[3], per_channel=per_channel)
     longest = q.shape[1] if sequences is None else sequences.max_length
     forward, backward = recurrence_work("linear_attention", counts, tokens * heads, longest)
-    inputs = [x for x in (q, k, v, log_decay, initial_state) if x is not None]
+    given = None if from_zeros else initial_state
+    inputs = [x for x in (q, k, v, log_decay, given) if x is not None]
     found = stand_in(
         inputs,
         lambda: (torch.empty_like(v), torch.empty_like(initial_state)),

@@ -86,6 +86,8 @@ def fla_delta_rule(
     scale: float,
     initial_state: Tensor,
     sequences: Sequences | None,
+    *,
+    from_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`pretrain.ops.delta_rule`; log_decay in float32.
 
@@ -93,8 +95,10 @@ def fla_delta_rule(
     """
     beta = beta.to(q.dtype)
     if q.is_meta:
-        return planned_delta_rule(q, k, v, beta, log_decay, initial_state, sequences)
-    options = _options(q, scale, initial_state, sequences)
+        return planned_delta_rule(q, k, v, beta, log_decay, initial_state, sequences, from_zeros)
+    # Zeros would be kept for the backward pass, and take a gradient.
+    given = None if from_zeros else initial_state
+    options = _options(q, scale, given, sequences)
     if num_householder > 1:
         from fla.ops.gated_delta_product import chunk_gated_delta_product
 
@@ -122,11 +126,18 @@ def fla_linear_attention(
     scale: float,
     initial_state: Tensor,
     sequences: Sequences | None,
+    *,
+    from_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`pretrain.ops.linear_attention`; log_decay in float32."""
+    """Compute :func:`pretrain.ops.linear_attention`; log_decay in float32.
+
+    ``from_zeros``: whether the initial state is 0.
+    """
     if q.is_meta:
-        return planned_linear_attention(q, k, v, log_decay, initial_state, sequences)
-    options = _options(q, scale, initial_state, sequences)
+        return planned_linear_attention(q, k, v, log_decay, initial_state, sequences, from_zeros)
+    # Zeros would be kept for the backward pass, and take a gradient.
+    given = None if from_zeros else initial_state
+    options = _options(q, scale, given, sequences)
     if log_decay is not None and log_decay.ndim == 4:
         from fla.ops.gla import chunk_gla
 
@@ -137,7 +148,7 @@ def fla_linear_attention(
 
 
 def _options(
-    q: Tensor, scale: float, initial_state: Tensor, sequences: Sequences | None
+    q: Tensor, scale: float, initial_state: Tensor | None, sequences: Sequences | None
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
         "scale": scale,

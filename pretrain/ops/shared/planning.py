@@ -129,12 +129,14 @@ def stand_in(
     forward: tuple[Work, float],
     backward: tuple[Work, float],
     extra: Callable[[], tuple[Tensor, ...]] = tuple,
+    unread: int = 0,
 ) -> tuple[Tensor, ...]:
     """Return what a kernel would, and report its work and bytes in both passes.
 
-    ``inputs`` are kept for the backward pass, with what ``extra`` allocates.
+    ``inputs`` but the first ``unread`` are kept for the backward pass, with what ``extra``
+    allocates.
     """
-    results: Any = _StandIn.apply(outputs, extra, forward, backward, *inputs)
+    results: Any = _StandIn.apply(outputs, extra, forward, backward, unread, *inputs)
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -146,30 +148,38 @@ class _StandIn(torch.autograd.Function):
         extra: Callable[[], tuple[Tensor, ...]],
         forward: tuple[Work, float],
         backward: tuple[Work, float],
+        unread: int,
         *inputs: Tensor,
     ) -> Any:
         results = outputs()
-        ctx.save_for_backward(*inputs, *extra())
-        ctx.number, ctx.work = len(inputs), backward
+        ctx.save_for_backward(*inputs[unread:], *extra())
+        ctx.work = backward
+        ctx.shapes = [(x.size(), x.stride(), x.dtype) for x in inputs]
         work, moved = forward
         observe(work, moved, results[0].dtype)
         return results if len(results) > 1 else results[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        inputs = ctx.saved_tensors[: ctx.number]
+        _ = ctx.saved_tensors  # as the kernel reads them, which may compute them again
         work, moved = ctx.work
         observe(work, moved, gradients[0].dtype)
-        needed = ctx.needs_input_grad[4:]
-        made = [torch.empty_like(x) if n else None for x, n in zip(inputs, needed, strict=True)]
-        return None, None, None, None, *made
+        made = [
+            torch.empty_strided(size, stride, dtype=dtype, device="meta") if needed else None
+            for (size, stride, dtype), needed in zip(
+                ctx.shapes, ctx.needs_input_grad[5:], strict=True
+            )
+        ]
+        return None, None, None, None, None, *made
 
 
-def fused_stand_in(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def fused_stand_in(
+    function: Callable[..., Any], arguments: tuple[Any, ...], *, linear: bool = False
+) -> Any:
     """Return what an elementwise ``function`` would, as one kernel that reads and writes once.
 
-    It keeps its inputs; the backward kernel reads them and the outputs' gradients, and writes the
-    inputs' gradients.
+    It keeps its inputs, but the first where it is ``linear``. The backward kernel reads them and
+    the outputs' gradients, and writes the inputs' gradients.
     """
     inputs = [x for x in arguments if isinstance(x, Tensor)]
     with _disable_current_modes(), torch.no_grad():
@@ -177,13 +187,14 @@ def fused_stand_in(function: Callable[..., Any], arguments: tuple[Any, ...]) -> 
         found = function(*(next(plain) if isinstance(x, Tensor) else x for x in arguments))
     single = isinstance(found, Tensor)
     shapes = (found,) if single else tuple(found)
-    read, written = nbytes(inputs), nbytes(shapes)
+    read, kept, written = nbytes(inputs), nbytes(inputs[linear:]), nbytes(shapes)
     work = Work(kind="elementwise")
     results = stand_in(
         inputs,
         lambda: tuple(torch.empty_like(x) for x in shapes),
         (work, read + written),
-        (work, read + written + nbytes(x for x in inputs if x.requires_grad)),
+        (work, kept + written + nbytes(x for x in inputs if x.requires_grad)),
+        unread=int(linear),
     )
     return results[0] if single else results
 

@@ -15,6 +15,7 @@ from pretrain.data.sequences import Sequences
 from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
 from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.flash_linear_attention import check_fla, fla_fits, fla_short_convolution
+from pretrain.ops.shared.recomputation import recomputed
 
 BACKENDS = ("auto", "taps", "fla")
 
@@ -70,15 +71,31 @@ def short_convolution(
     if backend == "fla":
         check_fla("short_convolution", x[..., :1])
         before = None if given is None else initial_state
-        y = fla_short_convolution(x, weight, bias, activation, before, packed)
+        y = recomputed(fla_short_convolution, x, weight, bias, activation, before, packed)
         return y, _last_inputs(x, initial_state, packed)
-    if as_rows or num_sequences == 1:
+    together = None if as_rows or num_sequences == 1 else sequences
+    found: tuple[Tensor, Tensor] = recomputed(
+        _taps, x, weight, bias, activation, initial_state, together
+    )
+    return found
+
+
+def _taps(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor,
+    packed: Sequences | None,
+) -> tuple[Tensor, Tensor]:
+    """Return y and the final state; ``packed`` where several sequences share a row."""
+    if packed is None:
         extended = torch.cat([initial_state, x], 1)  # each row after its own history
         y = _Taps.apply(extended, weight)
-        state = extended[:, length:].clone()  # not a view that holds the whole row
+        state = extended[:, x.shape[1] :].clone()  # not a view that holds the whole row
     else:
         flat = torch.cat([initial_state.flatten(0, 1), x[0]])
-        gather, tokens, ends = sequences.derive(_packed_index, history)
+        gather, tokens, ends = packed.derive(_packed_index, initial_state.shape[1])
         extended = flat[gather][None]
         y = _Taps.apply(extended, weight)[:, tokens]
         state = extended[0, ends]

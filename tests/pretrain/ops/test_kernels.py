@@ -11,8 +11,8 @@ import torch
 
 from pretrain.ops import NewtonReport, m2rnn, para_gru, para_lstm, rnn
 from pretrain.ops.rnn.cells import CELLS
-from pretrain.planner.software import Software
 from pretrain.planner.simulation import Simulation
+from pretrain.planner.software import Software
 from tests.helpers.relative_error import relative_error
 
 triton = pytest.importorskip("triton")
