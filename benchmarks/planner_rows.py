@@ -41,16 +41,15 @@ _MIXERS |= {"delta_product"}
 
 # What is known of the programs that the rows were measured with; see README.md beside the data.
 _SOURCES = {
-    "mpt": Software(elementwise="eager", attention="flash1", logits_bytes=12.0),
-    "titan": Software(logits_bytes=12.0, recomputed_products=0.5, state_bytes=16.0),
+    "mpt": Software(elementwise="eager", attention="flash1", logits_bytes=10.0),
+    "titan": Software(logits_bytes=10.0, recomputed_products=0.5, state_bytes=16.0),
     "kempner": Software(
-        logits_bytes=12.0,
+        logits_bytes=10.0,
         overlaps_tensor=False,
         keeps_gathered=True,
         state_bytes=8.0,
     ),
-    "m2rnn": Software(attention="flash3"),
-    "fms": Software(logits_bytes=12.0, recomputed_products=0.5),
+    "fms": Software(logits_bytes=10.0, recomputed_products=0.5),
 }
 _OTHERS = Software()
 

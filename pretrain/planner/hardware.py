@@ -44,7 +44,7 @@ class Hardware(Config):
     """Share of the peak that large matrix multiplications get."""
     attention_efficiency: dict[str, float] = field(default_factory=lambda: {"flash2": 0.4})
     """Share of the peak that attention gets with heads of 128 channels, by generation of its
-    kernels (``flash1``, ``flash2``, ``flash3``)."""
+    kernels (``flash1`` of 2023, ``flash2``)."""
     recurrence_efficiency: float = setting(0.4, above=0, maximum=1)
     """Share of the peak that the products inside kernels of linear recurrences get."""
     recurrence_bandwidth: float = setting(0.6, above=0, maximum=1)

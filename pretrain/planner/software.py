@@ -16,7 +16,7 @@ class Software:
 
     elementwise: Literal["fused", "eager"] = "fused"
     """Chains of elementwise operations as one kernel, or each operation as its own."""
-    attention: Literal["flash1", "flash2", "flash3"] = "flash2"
+    attention: Literal["flash1", "flash2"] = "flash2"
     """Generation of the attention kernel: ``flash2`` is what torch itself brings."""
     product_time: float = 1.0
     """Time of matrix products, relative to what the hardware's file says."""

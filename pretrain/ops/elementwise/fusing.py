@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from pretrain.ops.shared.planning import fused_stand_in, plans_fused
+from pretrain.ops.shared.planning import fused_stand_in, is_planned, plans_fused
 from pretrain.ops.shared.recomputation import recomputed
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,16 +28,17 @@ def fused(function: F) -> F: ...
 
 
 @overload
-def fused(*, linear: bool) -> Callable[[F], F]: ...
+def fused(*, linear: bool = ..., native: bool = ...) -> Callable[[F], F]: ...
 
 
-def fused(function: Any = None, *, linear: bool = False) -> Any:
+def fused(function: Any = None, *, linear: bool = False, native: bool = False) -> Any:
     """Return ``function``, compiled at its first call with CUDA tensors; ``compiled`` is how.
 
-    ``linear``: whether it is linear in its first argument, which is not kept then.
+    ``linear``: whether it is linear in its first argument, which is not kept then. ``native``:
+    whether programs that fuse nothing have a kernel of it, too, for plans of those.
     """
     if function is None:
-        return partial(fused, linear=linear)
+        return partial(fused, linear=linear, native=native)
     made: list[Callable[..., Any]] = []
 
     def compiled(*arguments: Any) -> Any:
@@ -49,7 +50,7 @@ def fused(function: Any = None, *, linear: bool = False) -> Any:
         return made[0](*arguments)
 
     def run(*arguments: Any) -> Any:
-        if plans_fused(*arguments):
+        if plans_fused(*arguments) or (native and is_planned(*arguments)):
             return fused_stand_in(function, arguments, linear=linear)
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in arguments)
         return compiled(*arguments) if on_gpu else function(*arguments)

@@ -19,7 +19,7 @@ def normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return (y if weight is None else y * weight).to(x.dtype)
 
 
-@fused
+@fused(native=True)
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Normalise the last axis of ``x``; the result has x's dtype."""
     return normalised(x, weight, eps)
