@@ -150,3 +150,20 @@ def test_compiled_functions():
             gradients.append(torch.autograd.grad(y.square().sum(), (gate, up, weight)))
         for found, expected in zip(*gradients, strict=True):
             assert relative_error(found, expected) < 1e-5
+
+
+def test_a_parameter_may_lose_its_memory_until_the_backward_pass():
+    """As DeepSpeed's ZeRO-3 does; what a call needs of it is kept."""
+    x, weight = inputs(2)
+    scale, values = weight[0].detach().clone().requires_grad_(), weight.detach().clone()
+    expected = torch.autograd.grad((torch.tanh(x * scale) * weight).sum(), (x, scale, weight))
+    with recomputing([scale, weight]):
+        z = (recomputed(lambda t, s: torch.tanh(t * s), x, scale) * weight).sum()
+    memory = torch.multiprocessing.reductions.StorageWeakRef(weight.untyped_storage())
+    for parameter in (scale, weight):
+        parameter.data = torch.empty(0)
+    assert memory.expired()
+    weight.data = values
+    scale.data = scale.new_empty(6)
+    found = torch.autograd.grad(z, (x, scale, weight))
+    assert all(map(torch.equal, found, expected))
