@@ -120,6 +120,8 @@ MODELS = {
     ),
 }
 MODELS["muon-bf16"], MODELS["muon-experts"] = MODELS["muon"], MODELS["experts"]
+# With selective activation checkpointing.
+MODELS["selective"] = settings("gdn attn m2rnn hgrn2", block_norm="sandwich", dropout=0.2)
 LAYOUTS = {
     "tp2-pp2": ParallelConfig(tensor=2, pipeline=2),
     "tp2-pp2-sequence": ParallelConfig(tensor=2, pipeline=2, sequence=True),
@@ -180,6 +182,7 @@ LENGTHS_LAYOUTS = (
     "deepspeed-dp4-zero2",
     "deepspeed-tp2-pp2-sequence",
 )
+SELECTIVE_LAYOUTS = ("tp2-pp2-sequence", "deepspeed-dp4-zero3")
 MUON_LAYOUTS = {
     "pp2-dp2-zero0": ParallelConfig(pipeline=2, zero_stage=0),
     "tp2-pp2-sequence-zero0": ParallelConfig(tensor=2, pipeline=2, sequence=True, zero_stage=0),
@@ -202,7 +205,7 @@ CASES = {
     f"{model}-{layout}": (model, layout)
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
-    if model not in ("capacity", "lengths")
+    if model not in ("capacity", "lengths", "selective")
     and not model.endswith("experts")
     and not model.startswith("muon")
     and (
@@ -224,6 +227,7 @@ CASES.update(
 )
 CASES.update({f"lengths-{layout}": ("lengths", layout) for layout in LENGTHS_LAYOUTS})
 CASES.update({f"muon-{layout}": ("muon", layout) for layout in MUON_LAYOUTS})
+CASES.update({f"selective-{layout}": ("selective", layout) for layout in SELECTIVE_LAYOUTS})
 # Under ZeRO-1 whole matrices are dealt out, of two dtypes and of experts too.
 CASES.update(
     {
@@ -343,6 +347,7 @@ def make(model, parallel, rows, seed=0):
         sequence_parallel=parallel.sequence,
         dtype=torch.bfloat16 if model.endswith("bf16") else torch.float32,
         filled=shard_parameters if parallel.zero_stage == 3 else None,
+        activation_checkpointing="selective" if model == "selective" else "none",
     )
     if model == "pieces" and dist.get_world_size() > 1:
         for stage in stages:

@@ -113,7 +113,7 @@ def train_across_layouts(config, directory, layouts):
 ACROSS = ("gdn", "m2rnn-lora", "mamba2-lora", "recursion-lora")
 
 
-RECOMPUTED = ("dropout", "recursion-lora")
+RECOMPUTED = ("dropout", "recursion-lora", "hgrn2", "mamba2")  # trained as checkpointed, too
 
 
 LAYOUTS = (2, 1, 2)  # tensor parallel; with 1 the two processes are data-parallel
@@ -130,8 +130,9 @@ def main(path):
                 raise RuntimeError(f"{name}, sequence parallel {sequence}") from error
     for name in RECOMPUTED:
         for sequence in (False, True):
-            key = f"{name}{'-sequence' * sequence}-recomputed"
-            found[key] = train(cases()[name], sequence, "block")
+            for kind in ("block", "selective"):
+                key = f"{name}{'-sequence' * sequence}-{kind}"
+                found[key] = train(cases()[name], sequence, kind)
     for name in ACROSS:
         folder = path.parent / name
         found[f"{name}-across"] = train_across_layouts(cases()[name], folder, LAYOUTS)

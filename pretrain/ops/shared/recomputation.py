@@ -38,7 +38,7 @@ def recomputing(swapped: Sequence[Tensor] | None = None) -> Iterator[None]:
     """
     token = _swapped.set(_swapped.get() or () if swapped is None else swapped)
     try:
-        with saved_tensors_hooks(_pack, _unpack):
+        with saved_tensors_hooks(_pack_result, _unpack):
             yield
     finally:
         _swapped.reset(token)
@@ -239,10 +239,18 @@ def _pack(tensor: Tensor) -> _Packed:
     recipe: _Recipe | None = getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
     if recipe is not None and (tensor.dtype, tensor._version) == (recipe.dtype, recipe.version):
         return _Part(recipe.call, recipe.number, tensor)
+    return _Kept(tensor.detach(), tensor._version)
+
+
+def _pack_result(tensor: Tensor) -> _Packed:
+    """Return what is kept for a tensor that something else than a call needs.
+
+    A call may run again while its parameters' memory is away, and keeps the values: they are few.
+    """
     for parameter in _swapped.get() or ():
         if parameter.data_ptr() == tensor.data_ptr() and _layout(parameter) == _layout(tensor):
             return _Swapped(parameter)
-    return _Kept(tensor.detach(), tensor._version)
+    return _pack(tensor)
 
 
 def _unpack(packed: _Packed) -> Tensor:

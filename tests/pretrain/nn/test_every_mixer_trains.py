@@ -24,20 +24,25 @@ from tests.helpers.small_training import OPTIMIZER, STATE, batches
 pytestmark = pytest.mark.usefixtures("processes")
 
 
-def settings(name):
+def settings(name, **changes):
     values = {
         "hidden_size": 24,
         "pattern": f"2*{name}",
         "mixers": {name: SMALL.get(name, [{}])[0]},
         "mlp": {"ratio": 2},
         "depth_scaled_init": True,
+        **changes,
     }
     return build_config(ModelConfig, values, "test")
 
 
-def make(name, dtype=torch.float32, checkpointing="none"):
+def make(name, dtype=torch.float32, checkpointing="none", **changes):
     return build_model(
-        settings(name), VOCAB, seed=0, dtype=dtype, activation_checkpointing=checkpointing
+        settings(name, **changes),
+        VOCAB,
+        seed=0,
+        dtype=dtype,
+        activation_checkpointing=checkpointing,
     )
 
 
@@ -78,6 +83,20 @@ def test_activation_checkpointing_and_bf16(name):
     assert found[2][0].item() == pytest.approx(found[0][0].item(), rel=1e-2)
     wide, narrow = (torch.cat([g.float().flatten() for g in f[1:]]) for f in (found[0], found[2]))
     assert relative_error(narrow, wide) < 0.1
+
+
+@pytest.mark.parametrize("name", registry())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selective_checkpointing_changes_no_bit(name, dtype):
+    batch, found = batches(0)[0], []
+    changes = {"block_norm": "sandwich", "recursion": {"times": 2}}
+    for checkpointing in ("none", "selective"):
+        model = make(name, dtype, checkpointing, **changes)
+        loss = model(batch.tokens, batch.targets, sequences=batch.sequences).mean()
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    for plain, saving in zip(*found, strict=True):
+        assert torch.equal(plain, saving)
 
 
 @pytest.mark.parametrize("name", registry())

@@ -297,13 +297,25 @@ def test_the_bias_is_moved_by_training():
 
 def test_recomputed_passes_count_once():
     loads = []
-    for checkpointing in ("none", "block"):
+    for checkpointing in ("none", "selective", "block"):
         model = build_model(
             settings(capacity_factor=0.5), 64, seed=0, activation_checkpointing=checkpointing
         )
         found, _ = train(model, 1)
         loads.append(found)
-    assert loads[0]["dropped_tokens"] > 0 and loads[0] == loads[1]
+    assert loads[0]["dropped_tokens"] > 0 and loads[0] == loads[1] == loads[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selective_checkpointing_changes_no_bit(dtype):
+    config = settings(shared_intermediate_size=8, balance_weight=0.1, z_loss_weight=0.1)
+    gradients = []
+    for checkpointing in ("none", "selective"):
+        model = build_model(config, 64, seed=0, dtype=dtype, activation_checkpointing=checkpointing)
+        tokens, targets = torch.arange(80).view(2, 1, 40) % 64
+        model(tokens, targets).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_counts():
