@@ -75,13 +75,13 @@ def calls() -> dict[str, Any]:
             f"para_gru {kind}": lambda kind=kind: para_gru(
                 u, a, bias, cu_seqlens=row, backend=f"triton_{kind}"
             )[0]
-            for kind in ("newton", "steps")
+            for kind in ("shooting", "steps")
         },
         **{
             f"para_lstm {kind}": lambda kind=kind: para_lstm(
                 u, a, c, bias, cu_seqlens=row, backend=f"triton_{kind}"
             )[0]
-            for kind in ("newton", "steps")
+            for kind in ("shooting", "steps")
         },
         **{
             f"{cell} D={d}": lambda cell=cell, d=d: classical(cell, d)

@@ -1,6 +1,14 @@
-"""ParaGRU and ParaLSTM backward: the reverse solve with its local gradients in one kernel.
+"""ParaGRU and ParaLSTM backward: the reverse recurrence of gradients by segments, in one kernel.
 
-How sequences are cut into tiles is in :mod:`pretrain.ops.para_rnn.newton_kernels`.
+It is linear, lambda_l = g_l + J_{l+1}^T lambda_{l+1}, so that two passes over a tile do what takes
+shooting several forward (:mod:`pretrain.ops.para_rnn.forward_kernels`, where parts, segments and
+the flags of tokens are explained): the first finds each segment's map, a scan over the segments
+what enters each, the second steps through all of them with that and writes the gradients. Segments
+are numbered from the end, so that the scan runs forward: Triton's scan in reverse is wrong for maps
+that do not commute where several warps take part (triton issues 4362 and 8412).
+
+Memory sees u, the states, the gradient of the output and the gradient of u once; the second pass
+finds its inputs in caches.
 """
 
 from __future__ import annotations
@@ -8,38 +16,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pretrain.ops.para_rnn.cell_kernels import gru_cell, lstm_cell, tile_row
+from pretrain.ops.para_rnn.cell_kernels import gru_cell, lstm_cell
+from pretrain.ops.para_rnn.segment_kernels import (
+    FIRST,
+    FLAG_BITS,
+    LAST,
+    follow,
+    follow_pair,
+    from_before,
+    tile_row,
+)
 
 
 @triton.jit
-def _back(j1, r1, s1, j2, r2, s2):
-    """Compose two segments backward, for one state.
-
-    1 is the later segment; the result carries lambda of the earlier one's first token.
-    """
-    return j2, r2 * (j1 * r1), r2 * (j1 * s1) + s2
+def _inputs(u, d_output, borders, token, ok, AHEAD: tl.constexpr, D: tl.constexpr):
+    """Load the inputs, output gradients and border codes of AHEAD tokens, ``token`` and before."""
+    a, b, c, g, codes = (), (), (), (), ()
+    for i in tl.static_range(AHEAD):
+        inside = (token - i >= 0)[:, None]
+        a = a + (tl.load(u - i * 3 * D, mask=inside & ok, other=0.0),)
+        b = b + (tl.load(u - (i * 3 - 1) * D, mask=inside & ok, other=0.0),)
+        c = c + (tl.load(u - (i * 3 - 2) * D, mask=inside & ok, other=0.0),)
+        g = g + (tl.load(d_output - i * D, mask=inside & ok, other=0.0),)
+        codes = codes + (tl.load(borders - i, mask=inside, other=0),)
+    return a, b, c, g, codes
 
 
 @triton.jit
-def _back_pair(
-    ja1, jb1, jc1, jd1, ra1, rb1, rc1, rd1, s1, t1, ja2, jb2, jc2, jd2, ra2, rb2, rc2, rd2, s2, t2
-):
-    # The transposed Jacobian goes back in time.
-    pa, pb = ja1 * ra1 + jc1 * rc1, ja1 * rb1 + jc1 * rd1
-    pc, pd = jb1 * ra1 + jd1 * rc1, jb1 * rb1 + jd1 * rd1
-    q, w = ja1 * s1 + jc1 * t1, jb1 * s1 + jd1 * t1
-    return (
-        ja2,
-        jb2,
-        jc2,
-        jd2,
-        ra2 * pa + rb2 * pc,
-        ra2 * pb + rb2 * pd,
-        rc2 * pa + rd2 * pc,
-        rc2 * pb + rd2 * pd,
-        ra2 * q + rb2 * w + s2,
-        rc2 * q + rd2 * w + t2,
-    )
+def _before(states, token, ok, AHEAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Load the states before AHEAD tokens, 0 at the part's first, whose state is given."""
+    h = ()
+    for i in tl.static_range(AHEAD):
+        inner = (token - i > 0)[:, None] & ok
+        h = h + (tl.load(states - (i + 1) * WIDTH, mask=inner, other=0.0),)
+    return h
 
 
 @triton.jit
@@ -53,71 +63,107 @@ def _gru_backward_kernel(
     d_u,
     d_parameters,
     d_initial,
-    cu_seqlens,
-    num_sequences,
-    D,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    starts,
+    borders,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    slot, block = tl.program_id(0), tl.program_id(1)
-    channels, rows = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
+    part, block = tl.program_id(0), tl.program_id(1)
+    start = tl.load(starts + part)
+    length = (tl.load(starts + part + 1) - start).to(tl.int32)
+    channels, segment = (block * C + tl.arange(0, C))[None, :], tl.arange(0, S)
     ok = channels < D
-    a_z = tl.load(parameters + channels, mask=ok, other=0.0)[None, :]
-    a_r = tl.load(parameters + D + channels, mask=ok, other=0.0)[None, :]
-    a_c = tl.load(parameters + 2 * D + channels, mask=ok, other=0.0)[None, :]
-    b_z = tl.load(parameters + 3 * D + channels, mask=ok, other=0.0)[None, :]
-    b_r = tl.load(parameters + 4 * D + channels, mask=ok, other=0.0)[None, :]
-    b_c = tl.load(parameters + 5 * D + channels, mask=ok, other=0.0)[None, :]
-    wide = a_z.dtype
-    none = tl.zeros([BLOCK_D], wide)
-    da_z, da_r, da_c, db_z, db_r, db_c = none, none, none, none, none, none
-    for sequence in range(slot, num_sequences, tl.num_programs(0)):
-        start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        length = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - start
-        of_sequence = tl.cast(sequence, tl.int64) * D + channels
-        h_0 = tl.load(initial + of_sequence, mask=ok, other=0.0)
-        carry = tl.load(d_final + of_sequence, mask=ok, other=0.0)
-        num_tiles = (length + BLOCK_T - 1) // BLOCK_T
-        for back in range(0, num_tiles):
-            first = (num_tiles - 1 - back) * BLOCK_T
-            token = start + first + rows
-            here = (first + rows < length)[:, None] & ok[None, :]
-            address = u + token[:, None] * (3 * D) + channels[None, :]
-            u_z = tl.load(address, mask=here, other=0.0).to(wide) + b_z
-            u_r = tl.load(address + D, mask=here, other=0.0).to(wide) + b_r
-            u_c = tl.load(address + 2 * D, mask=here, other=0.0).to(wide) + b_c
-            tile = token[:, None] * D + channels[None, :]
-            inner = here & (first + rows > 0)[:, None]
-            h = tl.load(states + tile - D, mask=inner, other=0.0).to(wide)
-            h = tl.where((first + rows == 0)[:, None], h_0[None, :], h)
-            g = tl.load(d_output + tile, mask=here, other=0.0).to(wide)
-            value, jacobian, r, to_z, to_r, to_c = gru_cell(h, u_z, u_r, u_c, a_z, a_r, a_c)
-            jacobian = tl.where(here, jacobian, 1.0)  # after the end gradients pass through
-            _, by_end, offset = tl.associative_scan(
-                (jacobian, g * 0.0 + 1.0, g), 0, _back, reverse=True
-            )
-            cotangent = by_end * carry[None, :] + offset
-            carry = tile_row(jacobian * cotangent, rows, 0)
-            cotangent = tl.where(here, cotangent, 0.0)
-            d_z, d_r, d_c = cotangent * to_z, cotangent * to_r, cotangent * to_c
-            out = d_u + token[:, None] * (3 * D) + channels[None, :]
-            tl.store(out, d_z.to(d_u.dtype.element_ty), mask=here)
-            tl.store(out + D, d_r.to(d_u.dtype.element_ty), mask=here)
-            tl.store(out + 2 * D, d_c.to(d_u.dtype.element_ty), mask=here)
-            da_z += tl.sum(d_z * h, 0)
-            da_r += tl.sum(d_r * h, 0)
-            da_c += tl.sum(d_c * r * h, 0)
-            db_z += tl.sum(d_z, 0)
-            db_r += tl.sum(d_r, 0)
-            db_c += tl.sum(d_c, 0)
-        tl.store(d_initial + of_sequence, carry, mask=ok)
-    out_p = d_parameters + slot * (6 * D) + channels
-    tl.store(out_p, da_z, mask=ok)
-    tl.store(out_p + D, da_r, mask=ok)
-    tl.store(out_p + 2 * D, da_c, mask=ok)
-    tl.store(out_p + 3 * D, db_z, mask=ok)
-    tl.store(out_p + 4 * D, db_r, mask=ok)
-    tl.store(out_p + 5 * D, db_c, mask=ok)
+    a_z = tl.load(parameters + channels, mask=ok, other=0.0)
+    a_r = tl.load(parameters + D + channels, mask=ok, other=0.0)
+    a_c = tl.load(parameters + 2 * D + channels, mask=ok, other=0.0)
+    b_z = tl.load(parameters + 3 * D + channels, mask=ok, other=0.0)
+    b_r = tl.load(parameters + 4 * D + channels, mask=ok, other=0.0)
+    b_c = tl.load(parameters + 5 * D + channels, mask=ok, other=0.0)
+    wide: tl.constexpr = parameters.dtype.element_ty
+    narrow: tl.constexpr = d_u.dtype.element_ty
+    zeros = tl.zeros([S, C], wide)
+    da_z, da_r, da_c, db_z, db_r, db_c = zeros, zeros, zeros, zeros, zeros, zeros
+    carry = tl.zeros([C], wide)
+    for back in range(0, length, S * L):
+        last = length - back - 1 - segment * L  # of each segment, whence it is walked back
+        row = (start + last).to(tl.int64)[:, None]
+        r_x, x, cut = zeros + 1.0, zeros, tl.zeros([S, 1], tl.int32)
+        of_u, of_h, of_g = u + row * (3 * D) + channels, states + row * D, d_output + row * D
+        of_h, of_g, of_borders = of_h + channels, of_g + channels, borders + row
+        for at in range(0, L, AHEAD):
+            token = last - at
+            u_z, u_r, u_c, g, codes = _inputs(of_u, of_g, of_borders, token, ok, AHEAD, D)
+            before = _before(of_h, token, ok, AHEAD, D)
+            for i in tl.static_range(AHEAD):
+                begins, ends = (codes[i] & FIRST) != 0, (codes[i] & LAST) != 0
+                state = (codes[i] >> FLAG_BITS).to(tl.int64) * D + channels
+                h = tl.load(initial + state, mask=begins & ok, other=before[i].to(wide))
+                _v, jacobian, _r, _1, _2, _3 = gru_cell(
+                    h,
+                    u_z[i].to(wide) + b_z,
+                    u_r[i].to(wide) + b_r,
+                    u_c[i].to(wide) + b_c,
+                    a_z,
+                    a_r,
+                    a_c,
+                    False,
+                )
+                x = tl.load(d_final + state, mask=ends & ok, other=x)
+                x, r_x = jacobian * (x + g[i].to(wide)), r_x * jacobian
+                cut = cut | (codes[i] & LAST)
+            of_u, of_h, of_g = of_u - AHEAD * 3 * D, of_h - AHEAD * D, of_g - AHEAD * D
+            of_borders -= AHEAD
+        cuts = cut + tl.zeros([S, C], tl.int32)
+        cuts, r_x, x = tl.associative_scan((cuts, r_x, x), 0, follow)
+        left = tl.where(cuts != 0, x, r_x * carry[None, :] + x)
+        # Nothing comes from before the part.
+        x = tl.where((last >= 0)[:, None], from_before(left, carry[None, :], S, C), 0.0)
+        of_u, of_h, of_g = u + row * (3 * D) + channels, states + row * D, d_output + row * D
+        of_h, of_g, of_borders = of_h + channels, of_g + channels, borders + row
+        of_d = d_u + row * (3 * D) + channels
+        for at in range(0, L, AHEAD):
+            token = last - at
+            u_z, u_r, u_c, g, codes = _inputs(of_u, of_g, of_borders, token, ok, AHEAD, D)
+            before = _before(of_h, token, ok, AHEAD, D)
+            for i in tl.static_range(AHEAD):
+                begins, ends = (codes[i] & FIRST) != 0, (codes[i] & LAST) != 0
+                state = (codes[i] >> FLAG_BITS).to(tl.int64) * D + channels
+                h = tl.load(initial + state, mask=begins & ok, other=before[i].to(wide))
+                _v, jacobian, r, to_z, to_r, to_c = gru_cell(
+                    h,
+                    u_z[i].to(wide) + b_z,
+                    u_r[i].to(wide) + b_r,
+                    u_c[i].to(wide) + b_c,
+                    a_z,
+                    a_r,
+                    a_c,
+                    False,
+                )
+                x = tl.load(d_final + state, mask=ends & ok, other=x) + g[i].to(wide)
+                d_z, d_r, d_c = x * to_z, x * to_r, x * to_c
+                inside = (token - i >= 0)[:, None] & ok
+                tl.store(of_d - i * 3 * D, d_z.to(narrow), mask=inside)
+                tl.store(of_d - (i * 3 - 1) * D, d_r.to(narrow), mask=inside)
+                tl.store(of_d - (i * 3 - 2) * D, d_c.to(narrow), mask=inside)
+                da_z, da_r, da_c = da_z + d_z * h, da_r + d_r * h, da_c + d_c * (r * h)
+                db_z, db_r, db_c = db_z + d_z, db_r + d_r, db_c + d_c
+                x = jacobian * x
+                tl.store(d_initial + state, x, mask=begins & ok)
+                x = tl.where(begins, 0.0, x)
+            of_u, of_h, of_g = of_u - AHEAD * 3 * D, of_h - AHEAD * D, of_g - AHEAD * D
+            of_d, of_borders = of_d - AHEAD * 3 * D, of_borders - AHEAD
+        carry = tile_row(x, segment, S - 1)
+    columns = block * C + tl.arange(0, C)
+    of_p, there = d_parameters + part * (6 * D) + columns, columns < D
+    tl.store(of_p, tl.sum(da_z, 0), mask=there)
+    tl.store(of_p + D, tl.sum(da_r, 0), mask=there)
+    tl.store(of_p + 2 * D, tl.sum(da_c, 0), mask=there)
+    tl.store(of_p + 3 * D, tl.sum(db_z, 0), mask=there)
+    tl.store(of_p + 4 * D, tl.sum(db_r, 0), mask=there)
+    tl.store(of_p + 5 * D, tl.sum(db_c, 0), mask=there)
 
 
 @triton.jit
@@ -131,95 +177,136 @@ def _lstm_backward_kernel(
     d_u,
     d_parameters,
     d_initial,
-    cu_seqlens,
-    num_sequences,
-    D,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    starts,
+    borders,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    L: tl.constexpr,
+    C: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    slot, block = tl.program_id(0), tl.program_id(1)
-    channels, rows = block * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
+    part, block = tl.program_id(0), tl.program_id(1)
+    start = tl.load(starts + part)
+    length = (tl.load(starts + part + 1) - start).to(tl.int32)
+    channels, segment = (block * C + tl.arange(0, C))[None, :], tl.arange(0, S)
     ok = channels < D
-    a_f = tl.load(parameters + channels, mask=ok, other=0.0)[None, :]
-    a_o = tl.load(parameters + D + channels, mask=ok, other=0.0)[None, :]
-    a_z = tl.load(parameters + 2 * D + channels, mask=ok, other=0.0)[None, :]
-    c_f = tl.load(parameters + 3 * D + channels, mask=ok, other=0.0)[None, :]
-    c_o = tl.load(parameters + 4 * D + channels, mask=ok, other=0.0)[None, :]
-    b_f = tl.load(parameters + 5 * D + channels, mask=ok, other=0.0)[None, :]
-    b_o = tl.load(parameters + 6 * D + channels, mask=ok, other=0.0)[None, :]
-    b_z = tl.load(parameters + 7 * D + channels, mask=ok, other=0.0)[None, :]
-    wide = a_f.dtype
-    none = tl.zeros([BLOCK_D], wide)
-    da_f, da_o, da_z, dc_f, dc_o = none, none, none, none, none
-    db_f, db_o, db_z = none, none, none
-    for sequence in range(slot, num_sequences, tl.num_programs(0)):
-        start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        length = tl.load(cu_seqlens + sequence + 1).to(tl.int64) - start
-        of_sequence = tl.cast(sequence, tl.int64) * (2 * D) + channels
-        c_0 = tl.load(initial + of_sequence, mask=ok, other=0.0)
-        h_0 = tl.load(initial + of_sequence + D, mask=ok, other=0.0)
-        carry_c = tl.load(d_final + of_sequence, mask=ok, other=0.0)
-        carry_h = tl.load(d_final + of_sequence + D, mask=ok, other=0.0)
-        num_tiles = (length + BLOCK_T - 1) // BLOCK_T
-        for back in range(0, num_tiles):
-            first = (num_tiles - 1 - back) * BLOCK_T
-            token = start + first + rows
-            here = (first + rows < length)[:, None] & ok[None, :]
-            address = u + token[:, None] * (3 * D) + channels[None, :]
-            u_f = tl.load(address, mask=here, other=0.0).to(wide) + b_f
-            u_o = tl.load(address + D, mask=here, other=0.0).to(wide) + b_o
-            u_z = tl.load(address + 2 * D, mask=here, other=0.0).to(wide) + b_z
-            tile = states + token[:, None] * (2 * D) + channels[None, :]
-            inner = here & (first + rows > 0)[:, None]
-            cell = tl.load(tile - 2 * D, mask=inner, other=0.0).to(wide)
-            h = tl.load(tile - D, mask=inner, other=0.0).to(wide)
-            at_start = (first + rows == 0)[:, None]
-            cell, h = tl.where(at_start, c_0[None, :], cell), tl.where(at_start, h_0[None, :], h)
-            g = tl.load(d_output + token[:, None] * D + channels[None, :], mask=here, other=0.0).to(
-                wide
-            )
-            new, out_h, ja, jb, jc, jd, to_f, to_z, to_o, by_cell = lstm_cell(
-                cell, h, u_f, u_o, u_z, a_f, a_o, a_z, c_f, c_o
-            )
-            zeros = g * 0.0
-            ja, jd = tl.where(here, ja, 1.0), tl.where(here, jd, 1.0)
-            jb, jc = tl.where(here, jb, 0.0), tl.where(here, jc, 0.0)
-            _1, _2, _3, _4, ra, rb, rc, rd, s, t = tl.associative_scan(
-                (ja, jb, jc, jd, zeros + 1.0, zeros, zeros, zeros + 1.0, zeros, g),
-                0,
-                _back_pair,
-                reverse=True,
-            )
-            l_c = ra * carry_c[None, :] + rb * carry_h[None, :] + s
-            l_h = rc * carry_c[None, :] + rd * carry_h[None, :] + t
-            carry_c = tile_row(ja * l_c + jc * l_h, rows, 0)
-            carry_h = tile_row(jb * l_c + jd * l_h, rows, 0)
-            l_c, l_h = tl.where(here, l_c, 0.0), tl.where(here, l_h, 0.0)
-            d_new = l_c + l_h * by_cell
-            d_f, d_o, d_z = d_new * to_f, l_h * to_o, d_new * to_z
-            out = d_u + token[:, None] * (3 * D) + channels[None, :]
-            tl.store(out, d_f.to(d_u.dtype.element_ty), mask=here)
-            tl.store(out + D, d_o.to(d_u.dtype.element_ty), mask=here)
-            tl.store(out + 2 * D, d_z.to(d_u.dtype.element_ty), mask=here)
-            da_f += tl.sum(d_f * h, 0)
-            da_o += tl.sum(d_o * h, 0)
-            da_z += tl.sum(d_z * h, 0)
-            dc_f += tl.sum(d_f * cell, 0)
-            dc_o += tl.sum(d_o * new, 0)
-            db_f += tl.sum(d_f, 0)
-            db_o += tl.sum(d_o, 0)
-            db_z += tl.sum(d_z, 0)
-        tl.store(d_initial + of_sequence, carry_c, mask=ok)
-        tl.store(d_initial + of_sequence + D, carry_h, mask=ok)
-    out_p = d_parameters + slot * (8 * D) + channels
-    tl.store(out_p, da_f, mask=ok)
-    tl.store(out_p + D, da_o, mask=ok)
-    tl.store(out_p + 2 * D, da_z, mask=ok)
-    tl.store(out_p + 3 * D, dc_f, mask=ok)
-    tl.store(out_p + 4 * D, dc_o, mask=ok)
-    tl.store(out_p + 5 * D, db_f, mask=ok)
-    tl.store(out_p + 6 * D, db_o, mask=ok)
-    tl.store(out_p + 7 * D, db_z, mask=ok)
+    a_f = tl.load(parameters + channels, mask=ok, other=0.0)
+    a_o = tl.load(parameters + D + channels, mask=ok, other=0.0)
+    a_z = tl.load(parameters + 2 * D + channels, mask=ok, other=0.0)
+    c_f = tl.load(parameters + 3 * D + channels, mask=ok, other=0.0)
+    c_o = tl.load(parameters + 4 * D + channels, mask=ok, other=0.0)
+    b_f = tl.load(parameters + 5 * D + channels, mask=ok, other=0.0)
+    b_o = tl.load(parameters + 6 * D + channels, mask=ok, other=0.0)
+    b_z = tl.load(parameters + 7 * D + channels, mask=ok, other=0.0)
+    wide: tl.constexpr = parameters.dtype.element_ty
+    narrow: tl.constexpr = d_u.dtype.element_ty
+    zeros = tl.zeros([S, C], wide)
+    da_f, da_o, da_z, dc_f, dc_o = zeros, zeros, zeros, zeros, zeros
+    db_f, db_o, db_z = zeros, zeros, zeros
+    carry_c, carry_h = tl.zeros([C], wide), tl.zeros([C], wide)
+    for back in range(0, length, S * L):
+        last = length - back - 1 - segment * L  # of each segment, whence it is walked back
+        row = (start + last).to(tl.int64)[:, None]
+        ra, rb, rc, rd = zeros + 1.0, zeros, zeros, zeros + 1.0
+        x_c, x_h, cut = zeros, zeros, tl.zeros([S, 1], tl.int32)
+        of_u, of_h, of_g = u + row * (3 * D) + channels, states + row * (2 * D), d_output + row * D
+        of_h, of_g, of_borders = of_h + channels, of_g + channels, borders + row
+        for at in range(0, L, AHEAD):
+            token = last - at
+            u_f, u_o, u_z, g, codes = _inputs(of_u, of_g, of_borders, token, ok, AHEAD, D)
+            before_c = _before(of_h, token, ok, AHEAD, 2 * D)
+            before_h = _before(of_h + D, token, ok, AHEAD, 2 * D)
+            for i in tl.static_range(AHEAD):
+                begins, ends = (codes[i] & FIRST) != 0, (codes[i] & LAST) != 0
+                state = (codes[i] >> FLAG_BITS).to(tl.int64) * (2 * D) + channels
+                cell = tl.load(initial + state, mask=begins & ok, other=before_c[i].to(wide))
+                h = tl.load(initial + state + D, mask=begins & ok, other=before_h[i].to(wide))
+                _n, _h, ja, jb, jc, jd, _1, _2, _3, _4 = lstm_cell(
+                    cell,
+                    h,
+                    u_f[i].to(wide) + b_f,
+                    u_o[i].to(wide) + b_o,
+                    u_z[i].to(wide) + b_z,
+                    a_f,
+                    a_o,
+                    a_z,
+                    c_f,
+                    c_o,
+                    False,
+                )
+                l_c = tl.load(d_final + state, mask=ends & ok, other=x_c)
+                l_h = tl.load(d_final + state + D, mask=ends & ok, other=x_h) + g[i].to(wide)
+                # The transposed Jacobian goes back in time.
+                x_c, x_h = ja * l_c + jc * l_h, jb * l_c + jd * l_h
+                ra, rc = ja * ra + jc * rc, jb * ra + jd * rc
+                rb, rd = ja * rb + jc * rd, jb * rb + jd * rd
+                cut = cut | (codes[i] & LAST)
+            of_u, of_h, of_g = of_u - AHEAD * 3 * D, of_h - AHEAD * 2 * D, of_g - AHEAD * D
+            of_borders -= AHEAD
+        cuts = cut + tl.zeros([S, C], tl.int32)
+        cuts, ra, rb, rc, rd, x_c, x_h = tl.associative_scan(
+            (cuts, ra, rb, rc, rd, x_c, x_h), 0, follow_pair
+        )
+        c_in, h_in = carry_c[None, :], carry_h[None, :]
+        left_c = tl.where(cuts != 0, x_c, ra * c_in + rb * h_in + x_c)
+        left_h = tl.where(cuts != 0, x_h, rc * c_in + rd * h_in + x_h)
+        inner = (last >= 0)[:, None]  # nothing comes from before the part
+        x_c = tl.where(inner, from_before(left_c, c_in, S, C), 0.0)
+        x_h = tl.where(inner, from_before(left_h, h_in, S, C), 0.0)
+        of_u, of_h, of_g = u + row * (3 * D) + channels, states + row * (2 * D), d_output + row * D
+        of_h, of_g, of_borders = of_h + channels, of_g + channels, borders + row
+        of_d = d_u + row * (3 * D) + channels
+        for at in range(0, L, AHEAD):
+            token = last - at
+            u_f, u_o, u_z, g, codes = _inputs(of_u, of_g, of_borders, token, ok, AHEAD, D)
+            before_c = _before(of_h, token, ok, AHEAD, 2 * D)
+            before_h = _before(of_h + D, token, ok, AHEAD, 2 * D)
+            for i in tl.static_range(AHEAD):
+                begins, ends = (codes[i] & FIRST) != 0, (codes[i] & LAST) != 0
+                state = (codes[i] >> FLAG_BITS).to(tl.int64) * (2 * D) + channels
+                cell = tl.load(initial + state, mask=begins & ok, other=before_c[i].to(wide))
+                h = tl.load(initial + state + D, mask=begins & ok, other=before_h[i].to(wide))
+                new, _h, ja, jb, jc, jd, to_f, to_z, to_o, by_cell = lstm_cell(
+                    cell,
+                    h,
+                    u_f[i].to(wide) + b_f,
+                    u_o[i].to(wide) + b_o,
+                    u_z[i].to(wide) + b_z,
+                    a_f,
+                    a_o,
+                    a_z,
+                    c_f,
+                    c_o,
+                    False,
+                )
+                l_c = tl.load(d_final + state, mask=ends & ok, other=x_c)
+                l_h = tl.load(d_final + state + D, mask=ends & ok, other=x_h) + g[i].to(wide)
+                d_new = l_c + l_h * by_cell
+                d_f, d_o, d_z = d_new * to_f, l_h * to_o, d_new * to_z
+                inside = (token - i >= 0)[:, None] & ok
+                tl.store(of_d - i * 3 * D, d_f.to(narrow), mask=inside)
+                tl.store(of_d - (i * 3 - 1) * D, d_o.to(narrow), mask=inside)
+                tl.store(of_d - (i * 3 - 2) * D, d_z.to(narrow), mask=inside)
+                da_f, da_o, da_z = da_f + d_f * h, da_o + d_o * h, da_z + d_z * h
+                dc_f, dc_o = dc_f + d_f * cell, dc_o + d_o * new
+                db_f, db_o, db_z = db_f + d_f, db_o + d_o, db_z + d_z
+                x_c, x_h = ja * l_c + jc * l_h, jb * l_c + jd * l_h
+                tl.store(d_initial + state, x_c, mask=begins & ok)
+                tl.store(d_initial + state + D, x_h, mask=begins & ok)
+                x_c, x_h = tl.where(begins, 0.0, x_c), tl.where(begins, 0.0, x_h)
+            of_u, of_h, of_g = of_u - AHEAD * 3 * D, of_h - AHEAD * 2 * D, of_g - AHEAD * D
+            of_d, of_borders = of_d - AHEAD * 3 * D, of_borders - AHEAD
+        carry_c, carry_h = tile_row(x_c, segment, S - 1), tile_row(x_h, segment, S - 1)
+    columns = block * C + tl.arange(0, C)
+    of_p, there = d_parameters + part * (8 * D) + columns, columns < D
+    tl.store(of_p, tl.sum(da_f, 0), mask=there)
+    tl.store(of_p + D, tl.sum(da_o, 0), mask=there)
+    tl.store(of_p + 2 * D, tl.sum(da_z, 0), mask=there)
+    tl.store(of_p + 3 * D, tl.sum(dc_f, 0), mask=there)
+    tl.store(of_p + 4 * D, tl.sum(dc_o, 0), mask=there)
+    tl.store(of_p + 5 * D, tl.sum(db_f, 0), mask=there)
+    tl.store(of_p + 6 * D, tl.sum(db_o, 0), mask=there)
+    tl.store(of_p + 7 * D, tl.sum(db_z, 0), mask=there)
 
 
 KERNELS = {"para_gru": _gru_backward_kernel, "para_lstm": _lstm_backward_kernel}

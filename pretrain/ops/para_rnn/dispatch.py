@@ -26,7 +26,7 @@ from pretrain.ops.shared.arguments import (
 )
 from pretrain.ops.shared.autocast import without_autocast
 
-BACKENDS = ("auto", "sequential", "newton", "triton", "triton_newton", "triton_steps")
+BACKENDS = ("auto", "sequential", "newton", "triton", "triton_shooting", "triton_steps")
 
 
 @without_autocast
@@ -161,7 +161,7 @@ def _para_rnn(
 
     choose_backend(op, backend, BACKENDS, "sequential", "triton")
     check_triton(op, u)
-    from pretrain.ops.para_rnn.kernels import WIDE, ParaRNN
+    from pretrain.ops.para_rnn.kernels import ParaRNN, steps_are_faster
 
     options.check(op)
     sequences = resolve_sequences(op, batch_size, length, u.device, sequences)
@@ -169,7 +169,7 @@ def _para_rnn(
         op, initial_state, (sequences.count, cell.num_states, dim), u, "sequences, states, channels"
     )
     bias = parameters.new_zeros(3, dim) if bias is None else bias.to(wide)
-    output, final, residuals, failures, steps = ParaRNN.apply(
+    output, final, residuals, passes, failures = ParaRNN.apply(
         op,
         u.flatten(0, 1),
         torch.cat([parameters, bias]),
@@ -178,8 +178,8 @@ def _para_rnn(
         options.iterations,
         options.tolerance_in(wide),
         options.fallback,
-        sequences.count * dim >= WIDE if backend == "triton" else backend == "triton_steps",
+        steps_are_faster(op, sequences, dim) if backend == "triton" else backend == "triton_steps",
     )
-    if options.report is not None and sequences.count and not u.is_meta:
-        options.report.add(residuals.amax(), failures.amax(1).sum(), sequences.count, steps.amax())
+    if options.report is not None and len(residuals) and not u.is_meta:
+        options.report.add(residuals.amax(), failures.sum(), sequences.count, passes.amax())
     return output.view(batch_size, length, dim), final

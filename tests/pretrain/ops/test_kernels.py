@@ -138,8 +138,8 @@ def test_m2rnn_backward_takes_an_eighth_of_the_states_of_all_tokens():
 
 def small_tiles(monkeypatch):
     """Tiles that a test's sequences are longer than."""
-    sizes = {"BLOCK_T": 8, "BLOCK_D": 4, "num_warps": 1, "num_stages": 1}
-    monkeypatch.setattr(para_rnn_kernels, "blocks", lambda op: sizes)
+    sizes = {"S": 4, "L": 4, "C": 4, "AHEAD": 2, "num_warps": 1, "num_stages": 1}
+    monkeypatch.setattr(para_rnn_kernels, "segments", lambda parts, dim: sizes)
 
 
 def para(op, dim, lengths, cu_seqlens, bound, report, iterations=10):
@@ -175,7 +175,7 @@ def test_newton(op, seed, monkeypatch):
     lengths, cu_seqlens = packed(draw, 20, 2)
     report = NewtonReport()
     run, wanted = para(op, draw.randint(1, 6), lengths, cu_seqlens, 0.5, report)
-    compare(op, run, wanted, fast="triton_newton")
+    compare(op, run, wanted, fast="triton_shooting")
     assert (report.fallbacks, report.sequences) == (0, len(lengths))
     assert report.residual < (1e-5 if ON_GPU else 1e-11)
     assert 1 <= report.iterations <= 7
@@ -207,7 +207,7 @@ def test_newton_in_the_tiles_that_train(op):
     """Several of them, scanned by several warps, forward and back."""
     cu_seqlens = torch.tensor([0, 150, 163], device=DEVICE)
     run, wanted = para(op, 18, [150, 13], cu_seqlens, 0.5, NewtonReport())
-    compare(op, run, wanted, 1e-4 if ON_GPU else 1e-8, fast="triton_newton")
+    compare(op, run, wanted, 1e-4 if ON_GPU else 1e-8, fast="triton_shooting")
 
 
 @pytest.mark.parametrize("op", [para_gru, para_lstm])
@@ -216,7 +216,7 @@ def test_what_does_not_converge_is_stepped_and_counted(op, monkeypatch):
     cu_seqlens, report = torch.tensor([0, 11, 12], device=DEVICE), NewtonReport()
     run, wanted = para(op, 3, [11, 1], cu_seqlens, 16.0, report, iterations=2)
     # Chaos: errors grow.
-    compare(op, run, wanted, 1e-2 if ON_GPU else 1e-7, fast="triton_newton")
+    compare(op, run, wanted, 1e-2 if ON_GPU else 1e-7, fast="triton_shooting")
     assert report.fallbacks >= 1
     assert not report.residual < 1e-2
 
@@ -241,7 +241,7 @@ def test_newton_without_fallback_and_with_few_steps(monkeypatch):
     assert errors[3] < (1e-5 if ON_GPU else 1e-8)
 
 
-@pytest.mark.parametrize("backend", ["triton_newton", "triton_steps"])
+@pytest.mark.parametrize("backend", ["triton_shooting", "triton_steps"])
 def test_a_sequence_never_feels_its_neighbour(backend, monkeypatch):
     """Bit for bit, where the neighbour is not a number."""
     small_tiles(monkeypatch)
