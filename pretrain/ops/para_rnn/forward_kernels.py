@@ -36,21 +36,141 @@ from pretrain.ops.para_rnn.segment_kernels import (
     from_after,
     from_before,
     largest,
+    special_blocks,
     tile_row,
 )
 
 
 @triton.jit
-def _inputs(u, borders, token, length, ok, AHEAD: tl.constexpr, D: tl.constexpr):
-    """Load the inputs and the border codes of AHEAD tokens from ``token`` on."""
-    a, b, c, codes = (), (), (), ()
+def _inputs(u, token, length, ok, SPECIAL: tl.constexpr, AHEAD: tl.constexpr, D: tl.constexpr):
+    """Load the inputs of AHEAD tokens from ``token`` on."""
+    a, b, c = (), (), ()
     for i in tl.static_range(AHEAD):
-        inside = (token + i < length)[:, None]
-        a = a + (tl.load(u + i * 3 * D, mask=inside & ok),)
-        b = b + (tl.load(u + (i * 3 + 1) * D, mask=inside & ok),)
-        c = c + (tl.load(u + (i * 3 + 2) * D, mask=inside & ok),)
-        codes = codes + (tl.load(borders + i, mask=inside, other=0),)
-    return a, b, c, codes
+        here = ok
+        if SPECIAL:
+            here = (token + i < length)[:, None] & ok
+        a = a + (tl.load(u + i * 3 * D, mask=here),)
+        b = b + (tl.load(u + (i * 3 + 1) * D, mask=here),)
+        c = c + (tl.load(u + (i * 3 + 2) * D, mask=here),)
+    return a, b, c
+
+
+@triton.jit
+def _gru_block(
+    h,
+    r_h,
+    cut,
+    weights,
+    u,
+    initial,
+    states,
+    final,
+    borders,
+    token,
+    length,
+    channels,
+    SPECIAL: tl.constexpr,
+    AHEAD: tl.constexpr,
+    D: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """Step through AHEAD tokens; what only SPECIAL blocks have to look for costs a third more."""
+    a_z, a_r, a_c, b_z, b_r, b_c = weights
+    ok = channels < D
+    u_z, u_r, u_c = _inputs(u, token, length, ok, SPECIAL, AHEAD, D)
+    for i in tl.static_range(AHEAD):
+        here = ok
+        if SPECIAL:
+            here = (token + i < length)[:, None] & ok
+            code = tl.load(borders + i, mask=(token + i < length)[:, None], other=0)
+            state = (code >> FLAG_BITS).to(tl.int64) * D + channels
+            h = tl.load(initial + state, mask=((code & FIRST) != 0) & ok, other=h)
+            cut = cut | (code & FIRST)
+        h, jacobian, _r, _1, _2, _3 = gru_cell(
+            h,
+            u_z[i].to(h.dtype) + b_z,
+            u_r[i].to(h.dtype) + b_r,
+            u_c[i].to(h.dtype) + b_c,
+            a_z,
+            a_r,
+            a_c,
+            APPROXIMATE,
+        )
+        r_h = r_h * jacobian
+        tl.store(states + i * D, h.to(states.dtype.element_ty), mask=here)
+        if SPECIAL:
+            tl.store(final + state, h, mask=((code & LAST) != 0) & ok)
+    return h, r_h, cut
+
+
+@triton.jit
+def _lstm_block(
+    cell,
+    h,
+    ra,
+    rb,
+    rc,
+    rd,
+    cut,
+    weights,
+    u,
+    initial,
+    states,
+    final,
+    borders,
+    token,
+    length,
+    channels,
+    SPECIAL: tl.constexpr,
+    AHEAD: tl.constexpr,
+    D: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """Do as :func:`_gru_block`."""
+    a_f, a_o, a_z, c_f, c_o, b_f, b_o, b_z = weights
+    ok = channels < D
+    u_f, u_o, u_z = _inputs(u, token, length, ok, SPECIAL, AHEAD, D)
+    for i in tl.static_range(AHEAD):
+        here = ok
+        if SPECIAL:
+            here = (token + i < length)[:, None] & ok
+            code = tl.load(borders + i, mask=(token + i < length)[:, None], other=0)
+            state = (code >> FLAG_BITS).to(tl.int64) * (2 * D) + channels
+            cell = tl.load(initial + state, mask=((code & FIRST) != 0) & ok, other=cell)
+            h = tl.load(initial + state + D, mask=((code & FIRST) != 0) & ok, other=h)
+            cut = cut | (code & FIRST)
+        cell, h, ja, jb, jc, jd, _1, _2, _3, _4 = lstm_cell(
+            cell,
+            h,
+            u_f[i].to(h.dtype) + b_f,
+            u_o[i].to(h.dtype) + b_o,
+            u_z[i].to(h.dtype) + b_z,
+            a_f,
+            a_o,
+            a_z,
+            c_f,
+            c_o,
+            APPROXIMATE,
+        )
+        ra, rc = ja * ra + jb * rc, jc * ra + jd * rc
+        rb, rd = ja * rb + jb * rd, jc * rb + jd * rd
+        tl.store(states + i * 2 * D, cell.to(states.dtype.element_ty), mask=here)
+        tl.store(states + (i * 2 + 1) * D, h.to(states.dtype.element_ty), mask=here)
+        if SPECIAL:
+            tl.store(final + state, cell, mask=((code & LAST) != 0) & ok)
+            tl.store(final + state + D, h, mask=((code & LAST) != 0) & ok)
+    return cell, h, ra, rb, rc, rd, cut
+
+
+@triton.jit
+def _as_loaded(x, initial, channels):
+    """Return x ``[S, C]``, laid out over the threads as tensors are when loaded.
+
+    The mask is never true. Without this the compiler keeps x as the scan has left it, a column to a
+    warp, and rearranges it in every turn of the loop that steps.
+    """
+    address = initial + channels + tl.zeros(x.shape, tl.int32)
+    return tl.load(address, mask=(channels < 0) & (x == x), other=x)
 
 
 @triton.jit
@@ -94,47 +214,69 @@ def _gru_forward_kernel(
     b_z = tl.load(parameters + 3 * D + channels, mask=ok, other=0.0)
     b_r = tl.load(parameters + 4 * D + channels, mask=ok, other=0.0)
     b_c = tl.load(parameters + 5 * D + channels, mask=ok, other=0.0)
+    weights = a_z, a_r, a_c, b_z, b_r, b_c
     wide: tl.constexpr = parameters.dtype.element_ty
-    narrow: tl.constexpr = states.dtype.element_ty
     zeros = tl.zeros([S, C], wide)
     carry, worst, most = tl.zeros([C], wide), tl.sum(tl.zeros([C], wide), 0), 0
     for first in range(0, length, S * L):
         begin = first + segment * L
         followed = ((segment < S - 1) & (begin + L < length))[:, None] & ok
         here = (start + begin).to(tl.int64)[:, None]
+        special = special_blocks(
+            borders + start, begin[:, None] + tl.arange(0, L)[None, :], length, L, AHEAD
+        )
         h_0 = tl.where((segment == 0)[:, None], carry[None, :], zeros)
         h, residual, handed = h_0, worst, followed & False
         done, unsolved = 0, True
         while unsolved:
-            h, r_h, cut = h_0, zeros + 1.0, tl.zeros([S, 1], tl.int32)
             of_u, of_states = u + here * (3 * D) + channels, states + here * D + channels
             of_borders = borders + here
+            h, r_h, cut = (
+                _as_loaded(h_0, initial, channels),
+                zeros + 1.0,
+                tl.zeros([S, 1], tl.int32),
+            )
             for at in range(0, L, AHEAD):
-                token = begin + at
-                u_z, u_r, u_c, codes = _inputs(of_u, of_borders, token, length, ok, AHEAD, D)
-                for i in tl.static_range(AHEAD):
-                    begins, ends = (codes[i] & FIRST) != 0, (codes[i] & LAST) != 0
-                    state = (codes[i] >> FLAG_BITS).to(tl.int64) * D + channels
-                    h = tl.load(initial + state, mask=begins & ok, other=h)
-                    h, jacobian, _r, _1, _2, _3 = gru_cell(
+                if (special >> (at // AHEAD)) & 1:
+                    h, r_h, cut = _gru_block(
                         h,
-                        u_z[i].to(wide) + b_z,
-                        u_r[i].to(wide) + b_r,
-                        u_c[i].to(wide) + b_c,
-                        a_z,
-                        a_r,
-                        a_c,
+                        r_h,
+                        cut,
+                        weights,
+                        of_u,
+                        initial,
+                        of_states,
+                        final,
+                        of_borders,
+                        begin + at,
+                        length,
+                        channels,
+                        True,
+                        AHEAD,
+                        D,
                         APPROXIMATE,
                     )
-                    r_h, cut = r_h * jacobian, cut | (codes[i] & FIRST)
-                    inside = (token + i < length)[:, None] & ok
-                    tl.store(of_states + i * D, h.to(narrow), mask=inside)
-                    tl.store(final + state, h, mask=ends & ok)
-                of_u, of_states, of_borders = (
-                    of_u + AHEAD * 3 * D,
-                    of_states + AHEAD * D,
-                    of_borders + AHEAD,
-                )
+                else:
+                    h, r_h, cut = _gru_block(
+                        h,
+                        r_h,
+                        cut,
+                        weights,
+                        of_u,
+                        initial,
+                        of_states,
+                        final,
+                        of_borders,
+                        begin + at,
+                        length,
+                        channels,
+                        False,
+                        AHEAD,
+                        D,
+                        APPROXIMATE,
+                    )
+                of_u, of_states = of_u + AHEAD * 3 * D, of_states + AHEAD * D
+                of_borders += AHEAD
             done += 1
             cuts = cut + tl.zeros([S, C], tl.int32)
             if done <= iterations:
@@ -202,8 +344,8 @@ def _lstm_forward_kernel(
     b_f = tl.load(parameters + 5 * D + channels, mask=ok, other=0.0)
     b_o = tl.load(parameters + 6 * D + channels, mask=ok, other=0.0)
     b_z = tl.load(parameters + 7 * D + channels, mask=ok, other=0.0)
+    weights = a_f, a_o, a_z, c_f, c_o, b_f, b_o, b_z
     wide: tl.constexpr = parameters.dtype.element_ty
-    narrow: tl.constexpr = states.dtype.element_ty
     zeros = tl.zeros([S, C], wide)
     carry_c, carry_h = tl.zeros([C], wide), tl.zeros([C], wide)
     worst, most = tl.sum(tl.zeros([C], wide), 0), 0
@@ -211,49 +353,68 @@ def _lstm_forward_kernel(
         begin = first + segment * L
         followed = ((segment < S - 1) & (begin + L < length))[:, None] & ok
         here = (start + begin).to(tl.int64)[:, None]
+        special = special_blocks(
+            borders + start, begin[:, None] + tl.arange(0, L)[None, :], length, L, AHEAD
+        )
         c_0 = tl.where((segment == 0)[:, None], carry_c[None, :], zeros)
         h_0 = tl.where((segment == 0)[:, None], carry_h[None, :], zeros)
         cell, h, residual, handed = c_0, h_0, worst, followed & False
         done, unsolved = 0, True
         while unsolved:
-            cell, h, cut = c_0, h_0, tl.zeros([S, 1], tl.int32)
-            ra, rb, rc, rd = zeros + 1.0, zeros, zeros, zeros + 1.0
             of_u, of_states = u + here * (3 * D) + channels, states + here * (2 * D) + channels
             of_borders = borders + here
+            cell, h = _as_loaded(c_0, initial, channels), _as_loaded(h_0, initial, channels)
+            ra, rb, rc, rd = zeros + 1.0, zeros, zeros, zeros + 1.0
+            cut = tl.zeros([S, 1], tl.int32)
             for at in range(0, L, AHEAD):
-                token = begin + at
-                u_f, u_o, u_z, codes = _inputs(of_u, of_borders, token, length, ok, AHEAD, D)
-                for i in tl.static_range(AHEAD):
-                    begins, ends = (codes[i] & FIRST) != 0, (codes[i] & LAST) != 0
-                    state = (codes[i] >> FLAG_BITS).to(tl.int64) * (2 * D) + channels
-                    cell = tl.load(initial + state, mask=begins & ok, other=cell)
-                    h = tl.load(initial + state + D, mask=begins & ok, other=h)
-                    cell, h, ja, jb, jc, jd, _1, _2, _3, _4 = lstm_cell(
+                if (special >> (at // AHEAD)) & 1:
+                    cell, h, ra, rb, rc, rd, cut = _lstm_block(
                         cell,
                         h,
-                        u_f[i].to(wide) + b_f,
-                        u_o[i].to(wide) + b_o,
-                        u_z[i].to(wide) + b_z,
-                        a_f,
-                        a_o,
-                        a_z,
-                        c_f,
-                        c_o,
+                        ra,
+                        rb,
+                        rc,
+                        rd,
+                        cut,
+                        weights,
+                        of_u,
+                        initial,
+                        of_states,
+                        final,
+                        of_borders,
+                        begin + at,
+                        length,
+                        channels,
+                        True,
+                        AHEAD,
+                        D,
                         APPROXIMATE,
                     )
-                    ra, rc = ja * ra + jb * rc, jc * ra + jd * rc
-                    rb, rd = ja * rb + jb * rd, jc * rb + jd * rd
-                    cut = cut | (codes[i] & FIRST)
-                    inside = (token + i < length)[:, None] & ok
-                    tl.store(of_states + i * 2 * D, cell.to(narrow), mask=inside)
-                    tl.store(of_states + (i * 2 + 1) * D, h.to(narrow), mask=inside)
-                    tl.store(final + state, cell, mask=ends & ok)
-                    tl.store(final + state + D, h, mask=ends & ok)
-                of_u, of_states, of_borders = (
-                    of_u + AHEAD * 3 * D,
-                    of_states + AHEAD * 2 * D,
-                    of_borders + AHEAD,
-                )
+                else:
+                    cell, h, ra, rb, rc, rd, cut = _lstm_block(
+                        cell,
+                        h,
+                        ra,
+                        rb,
+                        rc,
+                        rd,
+                        cut,
+                        weights,
+                        of_u,
+                        initial,
+                        of_states,
+                        final,
+                        of_borders,
+                        begin + at,
+                        length,
+                        channels,
+                        False,
+                        AHEAD,
+                        D,
+                        APPROXIMATE,
+                    )
+                of_u, of_states = of_u + AHEAD * 3 * D, of_states + AHEAD * 2 * D
+                of_borders += AHEAD
             done += 1
             cuts = cut + tl.zeros([S, C], tl.int32)
             if done <= iterations:

@@ -16,6 +16,19 @@ FLAG_BITS = tl.constexpr(2)  # both flags; the number of the sequence is above t
 
 
 @triton.jit
+def special_blocks(borders, token, length, L: tl.constexpr, AHEAD: tl.constexpr):
+    """Return a bit for each block of AHEAD tokens of the segments, all at once.
+
+    It is set where a sequence begins or ends in one of them or a token lies outside the part.
+    ``token`` ``[S, L]`` numbers the part's tokens in the order of steps.
+    """
+    inside = (token >= 0) & (token < length)
+    codes = tl.load(borders + token, mask=inside, other=1)
+    special = tl.reshape(tl.max((codes != 0).to(tl.int32), 0), [L // AHEAD, AHEAD])
+    return tl.sum(tl.max(special, 1) << tl.arange(0, L // AHEAD), 0)
+
+
+@triton.jit
 def follow(cut1, r1, s1, cut2, r2, s2):
     """Compose the maps of two stretches of segments, the first one first."""
     return cut1 | cut2, r2 * r1, tl.where(cut2 != 0, s2, r2 * s1 + s2)
