@@ -53,14 +53,16 @@ def para_gru(
     packed; ``initial_state`` is ``[N, D]``.
 
     backend: ``sequential`` is the definition, a plain loop; ``newton`` solves for all steps at
-    once; ``triton_newton`` does so in one kernel, ``triton_steps`` steps through time in one, and
-    both share the backward kernel; ``triton`` is the former for few channels (of all
-    sequences together) and the latter for many. ``auto`` takes ``triton`` on CUDA and ``newton``
-    elsewhere, ``sequential`` where every sequence is a single token. Newton steps are made until a
-    sequence's residual is at most ``tolerance`` (default 1e-5, in float64 1e-11), usually 3 (in
-    float64 4). One that has not converged after ``iterations`` is computed step by step instead (of
-    ``triton_newton``: its tiles that have not converged), and ``report`` counts it; without
-    ``fallback`` it stays as it is then.
+    once; ``triton_shooting`` solves for the starts of segments in one kernel, all of which are
+    stepped through side by side, ``triton_steps`` steps through time in one, and both share the
+    backward kernel; ``triton`` is the one of these that its instructions make the faster, the
+    latter where thousands of channels (of all sequences together) keep the card busy anyway.
+    ``auto`` takes ``triton`` on CUDA and ``newton`` elsewhere, ``sequential`` where every sequence
+    is a single token. Newton steps are made until a sequence's residual, in shooting the shift of a
+    segment's start that the next would make, is at most ``tolerance`` (default 1e-5, in float64
+    1e-11), usually 3 (in float64 4). One that has not converged after ``iterations`` is computed
+    step by step instead (in shooting what follows the start that still moves, to the end of the
+    tile), and ``report`` counts it; without ``fallback`` it stays as it is then.
 
     Returns h of all steps ``[B, T, D]`` in u's dtype and the last, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.

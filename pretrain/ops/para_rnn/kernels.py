@@ -13,15 +13,25 @@ from torch import Tensor
 from typing_extensions import override
 
 from pretrain.data.sequences import Sequences
-from pretrain.ops.para_rnn.backward_kernels import KERNELS as BACKWARD
-from pretrain.ops.para_rnn.forward_kernels import KERNELS as SHOOTING
+from pretrain.ops.para_rnn.gru_backward_kernel import gru_backward_kernel
+from pretrain.ops.para_rnn.gru_forward_kernel import gru_forward_kernel
+from pretrain.ops.para_rnn.lstm_backward_kernel import lstm_backward_kernel
+from pretrain.ops.para_rnn.lstm_forward_kernel import lstm_forward_kernel
 from pretrain.ops.para_rnn.parts import parts_of
-from pretrain.ops.para_rnn.step_kernels import AHEAD, CHANNELS
-from pretrain.ops.para_rnn.step_kernels import KERNELS as STEPS
+from pretrain.ops.para_rnn.step_kernels import (
+    AHEAD,
+    CHANNELS,
+    gru_steps_kernel,
+    lstm_steps_kernel,
+)
 from pretrain.ops.shared.launching import approximate, launch
 from pretrain.ops.shared.planning import Work
 
+STEPS = {"para_gru": gru_steps_kernel, "para_lstm": lstm_steps_kernel}
+SHOOTING = {"para_gru": gru_forward_kernel, "para_lstm": lstm_forward_kernel}
+BACKWARD = {"para_gru": gru_backward_kernel, "para_lstm": lstm_backward_kernel}
 PROGRAMS = 264  # two for each multiprocessor of a large card
+PASSES = 3  # of shooting over a tile, with usual gates; 4 where they remember for long
 
 
 def segments(parts: int, dim: int) -> dict[str, int]:
@@ -35,25 +45,46 @@ def segments(parts: int, dim: int) -> dict[str, int]:
     return {"S": 64, "L": 32, "C": 8, "AHEAD": 4, "num_warps": 16, "num_stages": 1}
 
 
-# Instructions of a warp for a token and channel, and cycles for a token, by what the kernels
-# compile to; shooting with three passes.
-_COSTS = {
-    ("para_gru", "shooting"): (6.0, 40),
-    ("para_gru", "steps"): (3.2, 150),
-    ("para_gru", "backward"): (5.0, 20),
-    ("para_lstm", "shooting"): (9.0, 45),
-    ("para_lstm", "steps"): (3.8, 160),
-    ("para_lstm", "backward"): (8.0, 30),
+# Instructions of a warp for a token and channel, by what the kernels compile to
+# (benchmarks/kernels_compiled.py); shooting with three passes.
+INSTRUCTIONS = {
+    ("para_gru", "steps"): 2.4,
+    ("para_gru", "shooting"): 7.1,
+    ("para_gru", "backward"): 6.6,
+    ("para_lstm", "steps"): 2.7,
+    ("para_lstm", "shooting"): 8.9,
+    ("para_lstm", "backward"): 9.3,
 }
+# Cycles of what waits for each other: a step of a cell, one backward, the scan after a pass.
+_STEP = {"para_gru": 150, "para_lstm": 160}
+_STEP_BACK, _SCAN = 60, 600
+SCHEDULERS = 528  # of warps, on the card that the choice below is made for
+
+
+def work(op: str, which: str, sequences: Sequences, dim: int) -> Work:
+    """Return the work of ``op``'s kernel ``which``: "steps", "shooting" or "backward"."""
+    parts = parts_of(sequences)
+    sizes = segments(parts.count, dim)
+    tiles = -(-parts.longest // (sizes["S"] * sizes["L"]))
+    if which == "steps":
+        cycles = sequences.max_length * _STEP[op]
+    elif which == "shooting":
+        cycles = tiles * PASSES * (sizes["L"] * _STEP[op] + _SCAN)
+    else:
+        cycles = tiles * (2 * sizes["L"] * _STEP_BACK + _SCAN)
+    return Work(0.0, INSTRUCTIONS[op, which] * sequences.num_tokens * dim, cycles)
 
 
 def steps_are_faster(op: str, sequences: Sequences, dim: int) -> bool:
-    return sequences.num_tokens * dim >= 4096 * sequences.max_length
+    """Return whether plain steps take less time than shooting, by the instructions of both.
 
-
-def _work(op: str, which: str, u: Tensor, sequences: Sequences) -> Work:
-    instructions, cycles = _COSTS[op, which]
-    return Work(0.0, instructions * u.numel() / 3, cycles * sequences.max_length)
+    Steps are a third of the work, but a chain as long as the longest sequence. With rows of equal
+    length they win from about 11,000 channels of all sequences together on (of ParaLSTM 9,500).
+    """
+    stepping, shooting = (work(op, which, sequences, dim) for which in ("steps", "shooting"))
+    return max(stepping.instructions / SCHEDULERS, stepping.cycles) < max(
+        shooting.instructions / SCHEDULERS, shooting.cycles
+    )
 
 
 class ParaRNN(torch.autograd.Function):
@@ -94,7 +125,7 @@ class ParaRNN(torch.autograd.Function):
             launch(
                 STEPS[op],
                 (num_sequences, triton.cdiv(dim, CHANNELS)),
-                _work(op, "steps", u, sequences),
+                work(op, "steps", sequences, dim),
                 u,
                 parameters,
                 initial_state,
@@ -113,7 +144,7 @@ class ParaRNN(torch.autograd.Function):
             launch(
                 SHOOTING[op],
                 grid,
-                _work(op, "shooting", u, sequences),
+                work(op, "shooting", sequences, dim),
                 u,
                 parameters,
                 initial_state,
@@ -151,7 +182,7 @@ class ParaRNN(torch.autograd.Function):
         launch(
             BACKWARD[ctx.op],
             (parts.count, triton.cdiv(dim, sizes["C"])),
-            _work(ctx.op, "backward", u, ctx.sequences),
+            work(ctx.op, "backward", ctx.sequences, dim),
             u,
             parameters,
             initial_state,

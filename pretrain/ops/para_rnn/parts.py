@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ def _parts_of(sequences: Sequences) -> Parts:
         end += length
     if end > starts[-1]:
         starts.append(end)
-    longest = max((b - a for a, b in zip(starts, starts[1:], strict=False)), default=0)
+    longest = max((b - a for a, b in itertools.pairwise(starts)), default=0)
     ids, positions = sequences.ids, sequences.positions
     first, last = positions == 0, positions == sequences.sizes[ids] - 1
     borders = torch.where(first | last, 4 * ids + first.long() + 2 * last.long(), 0)
