@@ -177,7 +177,7 @@ def gru_forward_kernel(
                 shift = tl.where(followed, shift, 0.0)
                 far = ~(tl.abs(shift) <= tolerance)
                 residual, moved = largest(tl.abs(shift)), from_before(far.to(tl.int32), 0, S, C) > 0
-                unsolved = any_of(moved)
+                unsolved = residual > tolerance
                 if done < iterations:
                     h_0 = tl.where(moved, h_0 + from_before(shift, 0.0, S, C), h_0)
                 else:

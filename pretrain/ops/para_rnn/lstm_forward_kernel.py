@@ -204,7 +204,7 @@ def lstm_forward_kernel(
                 far = ~((tl.abs(shift_c) <= tolerance) & (tl.abs(shift_h) <= tolerance))
                 residual = tl.maximum(largest(tl.abs(shift_c)), largest(tl.abs(shift_h)))
                 moved = from_before(far.to(tl.int32), 0, S, C) > 0
-                unsolved = any_of(moved)
+                unsolved = residual > tolerance
                 if done < iterations:
                     c_0 = tl.where(moved, c_0 + from_before(shift_c, 0.0, S, C), c_0)
                     h_0 = tl.where(moved, h_0 + from_before(shift_h, 0.0, S, C), h_0)
