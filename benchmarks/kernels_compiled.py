@@ -27,6 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import para_rnn_compiled
 from pretrain.ops import m2rnn, para_gru, para_lstm, rnn
 from pretrain.ops.m2rnn import kernels as m2rnn_kernels
 from pretrain.ops.para_rnn import kernels as para_rnn_kernels
@@ -64,24 +65,27 @@ def calls() -> dict[str, Any]:
         bias = empty(kind.biases, heads, dim, dtype=wide)
         return rnn(x, weight, bias, cell=cell, cu_seqlens=row, state_grad_clip=1.0)[0]
 
-    u = empty(1, tokens, 3, 1024)
     a, c, bias = (empty(n, 1024, dtype=wide) for n in (3, 2, 3))
+
+    def para(op: str, rows: int, backend: str) -> Tensor:
+        u, starts = empty(1, rows * tokens, 3, 1024), torch.arange(rows + 1) * tokens
+        if op == "para_gru":
+            return para_gru(u, a, bias, cu_seqlens=starts, backend=backend)[0]
+        return para_lstm(u, a, c, bias, cu_seqlens=starts, backend=backend)[0]
+
     return {
         **{
             f"m2rnn K={k} V={v}": lambda k=k, v=v, h=h: matrix(k, v, h)
             for k, v, h in ((64, 16, 84), (64, 64, 16), (128, 128, 8))
         },
         **{
-            f"para_gru {kind}": lambda kind=kind: para_gru(
-                u, a, bias, cu_seqlens=row, backend=f"triton_{kind}"
-            )[0]
-            for kind in ("newton", "steps")
-        },
-        **{
-            f"para_lstm {kind}": lambda kind=kind: para_lstm(
-                u, a, c, bias, cu_seqlens=row, backend=f"triton_{kind}"
-            )[0]
-            for kind in ("newton", "steps")
+            f"{op} {kind}": lambda op=op, rows=rows, backend=backend: para(op, rows, backend)
+            for op in ("para_gru", "para_lstm")
+            for kind, rows, backend in (
+                ("shooting", 8, "triton_shooting"),
+                ("one row", 1, "triton_shooting"),
+                ("steps", 8, "triton_steps"),
+            )
         },
         **{
             f"{cell} D={d}": lambda cell=cell, d=d: classical(cell, d)
@@ -136,8 +140,11 @@ def compiled(launch: Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=given)
 
 
-def counted(kernel: Any) -> dict[str, int]:
-    """Return a compiled kernel's registers, bytes on the stack, shared memory and instructions."""
+def counted(kernel: Any) -> tuple[dict[str, int], str]:
+    """Return a compiled kernel's registers, bytes on the stack, shared memory and instructions.
+
+    With them comes its machine code, as cuobjdump lists it.
+    """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
@@ -148,7 +155,7 @@ def counted(kernel: Any) -> dict[str, int]:
     sizes = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout))
     pattern = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)"
     operations = collections.Counter(re.findall(pattern, code.stdout, re.MULTILINE))
-    return {
+    counts = {
         "registers": int(sizes["REG"]),
         "spilled": int(sizes["STACK"]),
         "shared": kernel.metadata.shared,
@@ -156,6 +163,7 @@ def counted(kernel: Any) -> dict[str, int]:
         "tanh": operations["MUFU"],
         "tensor": operations["HMMA"] + operations["HGMMA"],
     }
+    return counts, code.stdout
 
 
 def main() -> None:
@@ -168,19 +176,26 @@ def main() -> None:
     print(f"triton {triton.__version__}, torch {torch.__version__}, sm_{arguments.arch}, bfloat16")
     header = f"{'op':<20} {'pass':<9} {'warps':>5} {'registers':>9} {'spilled':>8} {'shared':>8}"
     print(f"{header} {'instructions':>12} {'tanh':>5} {'tensor':>6} {'seconds':>8}")
+    rows = []
     for name, call in calls().items():
         if arguments.only and not any(part in name for part in arguments.only):
             continue
         for launch, which in zip(launches(call), ("forward", "backward"), strict=True):
             start = time.perf_counter()
             kernel = compiled(launch, arguments.arch)
-            seconds, found = time.perf_counter() - start, counted(kernel)
+            seconds = time.perf_counter() - start
+            found, code = counted(kernel)
+            if name.startswith("para"):
+                rows.append(para_rnn_compiled.row(name, which, code, launch[2]))
             print(
                 f"{name:<20} {which:<9} {launch[2]['num_warps']:>5} {found['registers']:>9} "
                 f"{found['spilled']:>8} {found['shared']:>8,} {found['instructions']:>12,} "
                 f"{found['tanh']:>5} {found['tensor']:>6} {seconds:>8.1f}",
                 flush=True,
             )
+    if rows:
+        print(f"\n{para_rnn_compiled.HEADER}")
+        print("\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from pretrain.ops import (
     rat,
     rnn,
 )
+from pretrain.ops.para_rnn.cells import ParaGRU, ParaLSTM
 from pretrain.ops.rnn.cells import CELLS
 
 LENGTHS = (512, 2048, 8192)
@@ -195,14 +196,43 @@ def memory() -> None:
         )
 
 
+def against_newton() -> None:
+    """Print ParaRNN by shooting against Newton's method for all positions, in turns."""
+    print(f"\n{'op':<10} {'shape':<12} {'newton ms':>10} {'shooting ms':>12} {'ratio':>6}")
+    for op, cell in (("gru", ParaGRU), ("lstm", ParaLSTM)):
+        for batch, length, dim in ((1, 4096, 256), (4, 512, 256), (8, 2048, 64), (2, 1024, 384)):
+            wanted, call = para(op, batch, dim)(length)
+            for tensor in wanted:
+                tensor.requires_grad_()
+            times: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(8):
+                for shooting in (False, True):
+                    cell.shooting = shooting
+                    start = time.perf_counter()
+                    torch.autograd.grad(call("newton")[0].sum(), wanted)
+                    times[shooting].append((time.perf_counter() - start) * 1e3)
+            newton, shot = (sorted(times[way][1:])[3] for way in (False, True))
+            print(
+                f"para_{op:<5} {f'{batch}x{length}x{dim}':<12} {newton:>10.1f} {shot:>12.1f} "
+                f"{newton / shot:>5.2f}x",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--against-newton", action="store_true", help="only ParaRNN by shooting and by Newton"
+    )
     parser.add_argument("--only", nargs="*", help="cases whose name contains one of these")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print(f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if arguments.against_newton:
+        against_newton()
+        return
     print(
         f"{'op':<36} {'shape':<16} {'T':>5} {'definition s':>13} {'fast s':>8} {'tokens/s':>9} "
         f"{'ratio':>7} {'growth':>7}"

@@ -266,7 +266,7 @@ def cases(device: str) -> list[Case]:
                 states=states,
             )
             for cell, states in (("gru", 1), ("lstm", 2))
-            for how in ("newton", "steps")
+            for how in ("shooting", "steps")
         ),
         *(
             Case(
@@ -481,15 +481,17 @@ def tune(device: Device, found: dict[str, Case]) -> None:
     from pretrain.ops.para_rnn import kernels as of_para_rnn
 
     def attempt(name: str, module: Any, blocks: Any, label: str) -> None:
-        case = found[f"{name}, newton" if "para" in name else name]
+        case = found[f"{name}, shooting" if "para" in name else name]
         wanted, call = case.make(
             64 if device.smoke else 1024,
             1 if device.smoke else 8,
             16 if device.smoke else 4096,
             device.dtype,
         )
-        used, module.blocks = module.blocks, blocks
-        backend = "triton_newton" if "para" in name else "triton"
+        of_tiles = "segments" if "para" in name else "blocks"
+        used = getattr(module, of_tiles)
+        setattr(module, of_tiles, blocks)
+        backend = "triton_shooting" if "para" in name else "triton"
         try:
             forward, both = passes(wanted, call, backend)
             times = device.milliseconds(forward), device.milliseconds(both)
@@ -497,7 +499,7 @@ def tune(device: Device, found: dict[str, Case]) -> None:
         except Exception as problem:  # a size that the compiler does not take
             print(f"{name:<10} {label:<58} {type(problem).__name__}", flush=True)
         finally:
-            module.blocks = used
+            setattr(module, of_tiles, used)
 
     print(f"\n{'kernel':<10} {'tiles':<58} {'forward':>9} {'both':>9}")
     used = of_m2rnn.blocks
@@ -529,18 +531,19 @@ def tune(device: Device, found: dict[str, Case]) -> None:
         label = f"backward {rows} rows, {warps} warps, pieces of {piece}"
         attempt("m2rnn", of_m2rnn, backward_tiles, label)
     for name in ("para_gru", "para_lstm"):
-        attempt(name, of_para_rnn, of_para_rnn.blocks, "as they are")
-        for tokens, channels, warps in (
-            (32, 16, 4),
-            (64, 16, 4),
-            (64, 32, 8),
-            (128, 16, 8),
-            (256, 16, 8),
-            (128, 32, 16),
+        attempt(name, of_para_rnn, of_para_rnn.segments, "as they are")
+        for count, length, channels, ahead in (
+            (8, 32, 16, 4),
+            (16, 64, 16, 4),
+            (16, 32, 16, 8),
+            (32, 32, 8, 4),
+            (32, 32, 16, 4),
+            (64, 32, 8, 4),
         ):
-            sizes = {"BLOCK_T": tokens, "BLOCK_D": channels, "num_warps": warps, "num_stages": 1}
-            label = f"{tokens} tokens, {channels} channels, {warps} warps"
-            attempt(name, of_para_rnn, lambda op, sizes=sizes: sizes, label)
+            sizes = {"S": count, "L": length, "C": channels, "AHEAD": ahead}
+            sizes |= {"num_warps": count * channels // 32, "num_stages": 1}
+            label = f"{count} segments of {length}, {channels} channels, {ahead} ahead"
+            attempt(name, of_para_rnn, lambda parts, dim, sizes=sizes: sizes, label)
 
 
 def version(package: str) -> str:

@@ -45,13 +45,13 @@ processes equal those on one to 1e-5, for every mixer and every kind of loop
 their backward pass is linear in T and keeps every c-th state, c about sqrt(T / 4) up to 32,
 recomputing the rest. `state_grad_clip` bounds the gradient that is carried from step to step.
 
-**Newton layers.** `para_gru` and `para_lstm` solve for all steps at once, by Newton steps (usually
-3), each a blocked scan, until the residual is at most `tolerance`. A sequence that has not
-converged after `iterations` of them is computed step by step instead; the metrics report
+**Newton layers.** `para_gru` and `para_lstm` step through segments of some 32 to 64 tokens side by
+side, and Newton's method (usually 3 iterations) finds where each segment starts, until no start
+would move by more than `tolerance`: what the metrics call the residual. A sequence that has not
+converged after `iterations` is computed step by step instead; the metrics report
 `newton_residual_max`, `newton_iterations_max` and `newton_fallbacks`. Recurrent weights stay within
-`max_recurrent` (0.5), which keeps that rare. On a GPU, where thousands of channels run side by side
-anyway, stepping in one kernel is less work than solving, and is done instead; the three metrics are
-then 0.
+`max_recurrent` (0.5), which keeps that rare. Where thousands of channels run side by side anyway
+on a GPU, stepping from end to end is less work, and is done instead: the three metrics are then 0.
 
 **On a GPU** (`pip install -e ".[cuda]"`, or the Dockerfile's) every op takes the fastest
 implementation that is right for the device and dtype; a line at the start of the log names them,
@@ -61,8 +61,8 @@ and `backend=` of each function of `pretrain.ops` chooses by hand.
   for sequences of different lengths
 * linear attention, delta rules, DeltaProduct, short convolution: flash-linear-attention
 * M2RNN: our Triton kernels, the state on chip and kept every 64th token
-* ParaGRU, ParaLSTM: our Triton kernels, by steps or by all Newton iterations in one; the reverse
-  solve in another
+* ParaGRU, ParaLSTM: our Triton kernels, by segments with all Newton iterations in one or by plain
+  steps; backward by segments
 * lstm, gru, slstm, elman of up to 128 channels a head: our Triton kernels, a head's recurrent
   matrices on chip
 * head and cross entropy, where the vocabulary is not sharded: Liger's kernel between the products,

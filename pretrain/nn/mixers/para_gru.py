@@ -20,7 +20,7 @@ class ParaGRU(ParaRNNMixer):
         "ParaGRU",
         "z, r = sigmoid(a h + u); c = tanh(a_c r h + u_c); h' = (1 - z) h + z c, a diagonal",
         "D",
-        "Newton's method over a blocked scan",
+        "Newton's method for the starts of segments",
         "arXiv 2510.21450",
     )
 

@@ -25,7 +25,7 @@ class ParaLSTM(ParaRNNMixer):
         "f = sigmoid(a_f h + c_f s + u_f); z = tanh(a_z h + u_z); s' = f s + (1 - f) z; "
         "h' = sigmoid(a_o h + c_o s' + u_o) tanh(s'), a and c diagonal",
         "2 D",
-        "Newton's method over a blocked scan",
+        "Newton's method for the starts of segments",
         "arXiv 2510.21450",
     )
 

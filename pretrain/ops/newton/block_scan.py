@@ -21,7 +21,7 @@ def solve_forward(jacobian: Tensor, r: Tensor, counts: Sequence[int]) -> None:
     for i in range(1, len(positions)):
         for s in range(size):
             positions[i].addcmul_(products[i][:, s], positions[i - 1][s])
-        _compose_(products[i], products[i], products[i - 1])
+        compose_(products[i], products[i], products[i - 1])
     # What enters each chunk is what left the chunk before it.
     entering = torch.zeros_like(positions[0])
     ends = positions[-1].split(counts, 1)
@@ -53,12 +53,12 @@ def solve_backward(jacobian: Tensor, g: Tensor, counts: Sequence[int], incoming:
         for s in range(size):
             positions[i].addcmul_(products[i + 1][s], positions[i + 1][s])
         if i + 1 < last:
-            _compose_(products[i + 1], products[i + 2], products[i + 1])
+            compose_(products[i + 1], products[i + 2], products[i + 1])
     leaving = products[0][0] * positions[0][0]
     for s in range(1, size):
         leaving.addcmul_(products[0][s], positions[0][s])
     if last > 0:
-        _compose_(products[0], products[1], products[0])
+        compose_(products[0], products[1], products[0])
     entering = torch.zeros_like(leaving)
     leaves, maps = leaving.split(counts, 1), products[0].split(counts, 2)
     enters = entering.split(counts, 1)
@@ -75,7 +75,7 @@ def solve_backward(jacobian: Tensor, g: Tensor, counts: Sequence[int], incoming:
     return leaves[0]
 
 
-def _compose_(into: Tensor, left: Tensor, right: Tensor) -> None:
+def compose_(into: Tensor, left: Tensor, right: Tensor) -> None:
     """Overwrite ``into`` with the product of two ``[S, S, n, D]``; it may be one of them."""
     if left.shape[0] == 1:
         torch.mul(left, right, out=into)

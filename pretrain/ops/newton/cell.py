@@ -19,6 +19,9 @@ class ElementwiseCell:
     them.
     """
 
+    # Whether linearize takes so few operations that positions may be stepped through one by one, as
+    # shooting does; those of torch.func take too many.
+    shooting = False
     bounded = False  # whether states stay within about 1, so that residuals need no scale
 
     def __init__(self, step: Callable[[Tensor, Tensor, Tensor], Tensor], num_states: int = 1):

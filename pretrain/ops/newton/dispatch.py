@@ -5,6 +5,9 @@ at every position at once and solves the resulting linear recurrence by a scan; 
 quadratic. The backward pass is a single such solve in reverse. It works for every f whose Jacobian
 df/dh couples at most the S states of one channel.
 
+Cells with derivatives by hand (ParaGRU, ParaLSTM) are stepped through in chunks side by side, with
+Newton's method for the chunks' starts alone; it looks at every position once in an iteration.
+
 Long sequences are worked off tile by tile, each tile's start being exact before it begins. Every
 sequence that has not converged is computed again step by step, and counted.
 """

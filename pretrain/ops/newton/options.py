@@ -42,8 +42,9 @@ class NewtonReport:
     On a GPU the numbers stay there until one is read, so that nothing waits for them.
 
     Attributes:
-        residual: largest |f(h_{l-1}, x_l) - h_l| (of the public cells' bounded states; else divided
-            by 1 + |h_l|) after the last Newton step, before any fallback.
+        residual: largest |f(h_{l-1}, x_l) - h_l| (of bounded states; else divided by
+            1 + |h_l|) after the last Newton step, before any fallback. Of ParaGRU and ParaLSTM,
+            which step through segments: the most by which a segment's start would still move.
         fallbacks: sequences that had not converged and were computed step by step.
         sequences: all sequences that were solved.
         iterations: the most Newton steps that any time chunk took.

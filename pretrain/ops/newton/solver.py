@@ -13,6 +13,7 @@ from pretrain.ops.newton.block_scan import solve_backward, solve_forward
 from pretrain.ops.newton.cell import ElementwiseCell
 from pretrain.ops.newton.definition import sequential_recurrence
 from pretrain.ops.newton.options import NewtonOptions
+from pretrain.ops.newton.shooting import shoot_tile
 from pretrain.ops.newton.tiles import Tiles, arrange, previous_states, tiles_of
 from pretrain.ops.shared.planning import count_true, device_type
 
@@ -36,7 +37,7 @@ class Newton(torch.autograd.Function):
         sequences: Sequences,
         options: NewtonOptions,
     ) -> tuple[Tensor, Tensor]:
-        tiles = tiles_of(sequences, x.shape[-1], device_type(x))
+        tiles = tiles_of(sequences, x.shape[-1], device_type(x), cell.shooting)
         tolerance = options.tolerance_in(x.dtype)
         inner = arrange(x, tiles)
         size, dim = cell.num_states, x.shape[-1]
@@ -46,22 +47,17 @@ class Newton(torch.autograd.Function):
         for (first, counts), before in zip(tiles.tiles, tiles.before, strict=True):
             part = slice(first, first + sum(counts))
             xs = inner[:, :, part]
-            h = cell.step(x.new_zeros(size, *xs.shape[1:]), xs, parameters)
-            h, residual, steps = _solve_tile(
-                cell,
-                h,
-                xs,
-                parameters,
-                start,
-                counts,
-                before,
-                tiles.sequence[part],
-                len(worst),
-                options.iterations,
-                tolerance,
-            )
+            how = tiles.sequence[part], len(worst), options.iterations, tolerance
+            h = states[:, :, part]
+            if cell.shooting:
+                residual, steps = shoot_tile(cell, h, xs, parameters, start, counts, *how)
+            else:
+                guess = cell.step(x.new_zeros(size, *xs.shape[1:]), xs, parameters)
+                solved, residual, steps = _solve_tile(
+                    cell, guess, xs, parameters, start, counts, before, *how
+                )
+                h.copy_(solved)
             worst, used = torch.maximum(worst, residual), max(used, steps)
-            states[:, :, part] = h
             start = h[:, -1, -counts[-1] :]
         failed = ~(worst <= tolerance)
         num_failed = count_true(failed, 0) if options.fallback else 0

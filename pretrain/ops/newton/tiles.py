@@ -40,20 +40,21 @@ class Tiles:
     sequence: Tensor
 
 
-def tiles_of(sequences: Sequences, dim: int, device_type: str) -> Tiles:
+def tiles_of(sequences: Sequences, dim: int, device_type: str, shooting: bool) -> Tiles:
     """Return the tiles of ``sequences`` for ``dim`` channels on a device of this type.
 
-    They are computed once per batch.
+    They are computed once per batch; shooting wants larger ones, of longer chunks.
     """
-    return sequences.derive(_tiles_of, dim, device_type)
+    return sequences.derive(_tiles_of, dim, device_type, shooting)
 
 
-def _tiles_of(sequences: Sequences, dim: int, device_type: str) -> Tiles:
+def _tiles_of(sequences: Sequences, dim: int, device_type: str, shooting: bool) -> Tiles:
     longest, num_sequences = sequences.max_length, sequences.count
     # A tile's few arrays should stay in a CPU's cache; a GPU prefers to do all at once.
-    elements = 2**18 if device_type == "cpu" else 2**26
+    elements = (2**20 if shooting else 2**18) if device_type == "cpu" else 2**26
     tile_length = max(64, min(longest, elements // max(1, num_sequences * dim)))
-    m = max(1, min(longest, round((tile_length / 2) ** 0.5)))
+    usual = max(32, round(tile_length**0.5)) if shooting else round((tile_length / 2) ** 0.5)
+    m = max(1, min(longest, usual))
     steps_per_tile = max(1, round(tile_length / m))
     layout = sequences.chunk_layout(m)
     n, total = len(layout.token_index), len(layout.token_slot)

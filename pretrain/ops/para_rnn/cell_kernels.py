@@ -9,29 +9,31 @@ from pretrain.ops.shared.elementary_kernels import sigmoid, tanh
 
 
 @triton.jit
-def gru_cell(h, u_z, u_r, u_c, a_z, a_r, a_c):
+def gru_cell(h, u_z, u_r, u_c, a_z, a_r, a_c, APPROXIMATE: tl.constexpr):
     """Return h', dh'/dh, and what the gradients need.
 
     That is r, and h' by the pre-activations of z, r, c.
     """
     z = sigmoid(u_z + a_z * h)
     r = sigmoid(u_r + a_r * h)
-    c = tanh(u_c + a_c * (r * h), False)
-    to_z = (c - h) * z * (1.0 - z)
+    c = tanh(u_c + a_c * (r * h), APPROXIMATE)
+    step = z * (c - h)
+    to_z = step * (1.0 - z)
     to_c = z * (1.0 - c * c)
-    to_r = to_c * a_c * h * r * (1.0 - r)
-    jacobian = 1.0 - z + to_z * a_z + to_r * a_r + to_c * a_c * r
-    return h + z * (c - h), jacobian, r, to_z, to_r, to_c
+    through = to_c * (a_c * r)
+    to_r = through * (h * (1.0 - r))
+    jacobian = 1.0 - z + to_z * a_z + to_r * a_r + through
+    return h + step, jacobian, r, to_z, to_r, to_c
 
 
 @triton.jit
-def lstm_cell(cell, h, u_f, u_o, u_z, a_f, a_o, a_z, c_f, c_o):
+def lstm_cell(cell, h, u_f, u_o, u_z, a_f, a_o, a_z, c_f, c_o, APPROXIMATE: tl.constexpr):
     """Return c', h', the Jacobian by rows (to cell, to h), and what the gradients want."""
     f = sigmoid(u_f + a_f * h + c_f * cell)
-    z = tanh(u_z + a_z * h, False)
+    z = tanh(u_z + a_z * h, APPROXIMATE)
     new = z + f * (cell - z)
     o = sigmoid(u_o + a_o * h + c_o * new)
-    t = tanh(new, False)
+    t = tanh(new, APPROXIMATE)
     to_z = (1.0 - z * z) * (1.0 - f)
     to_f = (cell - z) * f * (1.0 - f)
     to_o = t * o * (1.0 - o)
@@ -41,9 +43,3 @@ def lstm_cell(cell, h, u_f, u_o, u_z, a_f, a_o, a_z, c_f, c_o):
     j_hc = by_cell * j_cc
     j_hh = by_cell * j_ch + to_o * a_o
     return new, o * t, j_cc, j_ch, j_hc, j_hh, to_f, to_z, to_o, by_cell
-
-
-@triton.jit
-def tile_row(x, rows, index):
-    """Return one row of a tile."""
-    return tl.sum(tl.where((rows == index)[:, None], x, 0.0), 0)

@@ -19,7 +19,7 @@ def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
 class ParaGRU(ElementwiseCell):
     """The cell of ``para_gru``: parameters a_z, a_r, a_c."""
 
-    bounded = True
+    bounded = shooting = True
 
     def __init__(self) -> None:
         super().__init__(self._step)
@@ -68,7 +68,7 @@ class ParaGRU(ElementwiseCell):
 class ParaLSTM(ElementwiseCell):
     """The cell of ``para_lstm``: parameters a_f, a_o, a_z, c_f, c_o; states cell, h."""
 
-    bounded = True
+    bounded = shooting = True
 
     def __init__(self) -> None:
         super().__init__(self._step, num_states=2)

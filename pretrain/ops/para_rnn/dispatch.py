@@ -26,7 +26,7 @@ from pretrain.ops.shared.arguments import (
 )
 from pretrain.ops.shared.autocast import without_autocast
 
-BACKENDS = ("auto", "sequential", "newton", "triton", "triton_newton", "triton_steps")
+BACKENDS = ("auto", "sequential", "newton", "triton", "triton_shooting", "triton_steps")
 
 
 @without_autocast
@@ -53,14 +53,16 @@ def para_gru(
     packed; ``initial_state`` is ``[N, D]``.
 
     backend: ``sequential`` is the definition, a plain loop; ``newton`` solves for all steps at
-    once; ``triton_newton`` does so in one kernel, ``triton_steps`` steps through time in one, and
-    both share the backward kernel; ``triton`` is the former for few channels (of all
-    sequences together) and the latter for many. ``auto`` takes ``triton`` on CUDA and ``newton``
-    elsewhere, ``sequential`` where every sequence is a single token. Newton steps are made until a
-    sequence's residual is at most ``tolerance`` (default 1e-5, in float64 1e-11), usually 3 (in
-    float64 4). One that has not converged after ``iterations`` is computed step by step instead (of
-    ``triton_newton``: its tiles that have not converged), and ``report`` counts it; without
-    ``fallback`` it stays as it is then.
+    once; ``triton_shooting`` solves for the starts of segments in one kernel, all of which are
+    stepped through side by side, ``triton_steps`` steps through time in one, and both share the
+    backward kernel; ``triton`` is the one of these that its instructions make the faster, the
+    latter where thousands of channels (of all sequences together) keep the card busy anyway.
+    ``auto`` takes ``triton`` on CUDA and ``newton`` elsewhere, ``sequential`` where every sequence
+    is a single token. Newton steps are made until a sequence's residual, in shooting the shift of a
+    segment's start that the next would make, is at most ``tolerance`` (default 1e-5, in float64
+    1e-11), usually 3 (in float64 4). One that has not converged after ``iterations`` is computed
+    step by step instead (in shooting what follows the start that still moves, to the end of the
+    tile), and ``report`` counts it; without ``fallback`` it stays as it is then.
 
     Returns h of all steps ``[B, T, D]`` in u's dtype and the last, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
@@ -161,7 +163,7 @@ def _para_rnn(
 
     choose_backend(op, backend, BACKENDS, "sequential", "triton")
     check_triton(op, u)
-    from pretrain.ops.para_rnn.kernels import WIDE, ParaRNN
+    from pretrain.ops.para_rnn.kernels import ParaRNN, steps_are_faster
 
     options.check(op)
     sequences = resolve_sequences(op, batch_size, length, u.device, sequences)
@@ -169,7 +171,7 @@ def _para_rnn(
         op, initial_state, (sequences.count, cell.num_states, dim), u, "sequences, states, channels"
     )
     bias = parameters.new_zeros(3, dim) if bias is None else bias.to(wide)
-    output, final, residuals, failures, steps = ParaRNN.apply(
+    output, final, residuals, passes, failures = ParaRNN.apply(
         op,
         u.flatten(0, 1),
         torch.cat([parameters, bias]),
@@ -178,8 +180,8 @@ def _para_rnn(
         options.iterations,
         options.tolerance_in(wide),
         options.fallback,
-        sequences.count * dim >= WIDE if backend == "triton" else backend == "triton_steps",
+        steps_are_faster(op, sequences, dim) if backend == "triton" else backend == "triton_steps",
     )
-    if options.report is not None and sequences.count and not u.is_meta:
-        options.report.add(residuals.amax(), failures.amax(1).sum(), sequences.count, steps.amax())
+    if options.report is not None and len(residuals) and not u.is_meta:
+        options.report.add(residuals.amax(), failures.sum(), sequences.count, passes.amax())
     return output.view(batch_size, length, dim), final

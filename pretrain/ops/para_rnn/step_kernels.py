@@ -1,9 +1,9 @@
 """ParaGRU and ParaLSTM forward by plain steps, one thread a channel, for batches that are wide.
 
-Newton's method does the work of a step some four times, and a scan in addition, so that time need
-not be walked through. Where there are thousands of channels (of all sequences together) to keep the
-card busy anyway, walking is less work: a step is a chain of two tanhs and its inputs are loaded
-eight tokens ahead. Backward is the reverse solve of :mod:`pretrain.ops.para_rnn.kernels`.
+Shooting does the work of a step some three times, so that time need not be walked through. Where
+there are thousands of channels (of all sequences together) to keep the card busy anyway, walking is
+less work: a step is a chain of two tanhs and its inputs are loaded eight tokens ahead. Backward is
+that of shooting.
 """
 
 from __future__ import annotations
@@ -155,6 +155,3 @@ def lstm_steps_kernel(
         u_f, u_o, u_z = next_f, next_o, next_z
     tl.store(final + of_sequence, cell, mask=ok)
     tl.store(final + of_sequence + D, h, mask=ok)
-
-
-KERNELS = {"para_gru": gru_steps_kernel, "para_lstm": lstm_steps_kernel}

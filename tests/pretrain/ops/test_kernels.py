@@ -9,47 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.ops import NewtonReport, m2rnn, para_gru, para_lstm, rnn
+from pretrain.ops import m2rnn, para_gru, rnn
 from pretrain.ops.rnn.cells import CELLS
 from pretrain.planner.simulation import Simulation
 from pretrain.planner.software import Software
+from tests.helpers.kernel_cases import DEVICE, DTYPE, ON_GPU, compare, normal, packed
 from tests.helpers.relative_error import relative_error
 
 triton = pytest.importorskip("triton")
 from pretrain.ops.m2rnn import kernels as m2rnn_kernels  # noqa: E402
-from pretrain.ops.para_rnn import kernels as para_rnn_kernels  # noqa: E402
-
-ON_GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.float32) if ON_GPU else ("cpu", torch.float64)
-TOLERANCE = 1e-4 if ON_GPU else 1e-10
-DEFINITION = {m2rnn: "recurrent", rnn: "recurrent", para_gru: "sequential", para_lstm: "sequential"}
-
-
-def normal(*shape, scale=1.0):
-    return (scale * torch.randn(shape, dtype=DTYPE, device=DEVICE)).requires_grad_()
-
-
-def packed(draw, longest, count=4):
-    """Lengths, among them 0 and 1, and where they begin."""
-    lengths = [draw.randint(0, longest) for _ in range(draw.randint(1, count))]
-    lengths.insert(draw.randint(0, len(lengths)), draw.choice((0, 1)))
-    return lengths, torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
-
-
-def compare(op, run, wanted, tolerance=TOLERANCE, fast="triton"):
-    """run(backend) gives the output and the final states; all of them, and all gradients."""
-    results = []
-    for backend in (DEFINITION[op], fast):
-        output, *states = run(backend)
-        generator = torch.Generator(DEVICE).manual_seed(1)
-        loss = torch.zeros((), dtype=DTYPE, device=DEVICE)
-        for tensor in (output, *states):
-            weights = torch.randn(tensor.shape, generator=generator, dtype=DTYPE, device=DEVICE)
-            loss = loss + (tensor.masked_fill(tensor.isinf(), 0) * weights).sum()
-        gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-        results.append([output, *states, *gradients])
-    for expected, found in zip(*results, strict=True):
-        assert relative_error(found, expected) < tolerance
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -134,128 +102,6 @@ def test_m2rnn_backward_takes_an_eighth_of_the_states_of_all_tokens():
         like = torch.empty_like(y)
         _, back = simulation.measure(lambda: y.backward(like))
     assert ahead.kept + back.peak < 172e3 * tokens / 8
-
-
-def small_tiles(monkeypatch):
-    """Tiles that a test's sequences are longer than."""
-    sizes = {"BLOCK_T": 8, "BLOCK_D": 4, "num_warps": 1, "num_stages": 1}
-    monkeypatch.setattr(para_rnn_kernels, "blocks", lambda op: sizes)
-
-
-def para(op, dim, lengths, cu_seqlens, bound, report, iterations=10):
-    u, bias = normal(1, sum(lengths), 3, dim), normal(3, dim, scale=0.5)
-    weights = [
-        (bound * torch.tanh(normal(n, dim))).detach().requires_grad_()
-        for n in ((3,) if op is para_gru else (3, 2))
-    ]
-    shape = (len(lengths), dim) if op is para_gru else (len(lengths), 2, dim)
-    state = (0.9 * torch.tanh(normal(*shape))).detach().requires_grad_()
-
-    def run(backend):
-        given = None if backend == "sequential" else report
-        return op(
-            u,
-            *weights,
-            bias,
-            initial_state=state,
-            cu_seqlens=cu_seqlens,
-            backend=backend,
-            report=given,
-            iterations=iterations,
-        )
-
-    return run, [u, *weights, bias, state]
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("op", [para_gru, para_lstm])
-def test_newton(op, seed, monkeypatch):
-    small_tiles(monkeypatch)
-    draw = random.Random(seed)
-    lengths, cu_seqlens = packed(draw, 20, 2)
-    report = NewtonReport()
-    run, wanted = para(op, draw.randint(1, 6), lengths, cu_seqlens, 0.5, report)
-    compare(op, run, wanted, fast="triton_newton")
-    assert (report.fallbacks, report.sequences) == (0, len(lengths))
-    assert report.residual < (1e-5 if ON_GPU else 1e-11)
-    assert 1 <= report.iterations <= 7
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("op", [para_gru, para_lstm])
-def test_steps(op, seed, monkeypatch):
-    small_tiles(monkeypatch)
-    draw = random.Random(seed)
-    lengths, cu_seqlens = packed(draw, 20, 2)
-    run, wanted = para(op, draw.choice((1, 6, 40)), lengths, cu_seqlens, 4.0, NewtonReport())
-    compare(op, run, wanted, 1e-2 if ON_GPU else TOLERANCE, fast="triton_steps")
-
-
-def test_many_channels_are_stepped_and_few_solved_for(monkeypatch):
-    monkeypatch.setattr(para_rnn_kernels, "WIDE", 8)
-    small_tiles(monkeypatch)
-    for dim, steps in ((4, 0), (2, 1)):
-        report = NewtonReport()
-        a = (0.5 * torch.tanh(normal(3, dim))).detach()
-        para_gru(normal(2, 9, 3, dim), a, backend="triton", report=report)
-        assert (report.sequences, min(report.iterations, 1)) == (2, steps)
-
-
-@pytest.mark.skipif(not ON_GPU, reason="two minutes in the interpreter")
-@pytest.mark.parametrize("op", [para_gru, para_lstm])
-def test_newton_in_the_tiles_that_train(op):
-    """Several of them, scanned by several warps, forward and back."""
-    cu_seqlens = torch.tensor([0, 150, 163], device=DEVICE)
-    run, wanted = para(op, 18, [150, 13], cu_seqlens, 0.5, NewtonReport())
-    compare(op, run, wanted, 1e-4 if ON_GPU else 1e-8, fast="triton_newton")
-
-
-@pytest.mark.parametrize("op", [para_gru, para_lstm])
-def test_what_does_not_converge_is_stepped_and_counted(op, monkeypatch):
-    small_tiles(monkeypatch)
-    cu_seqlens, report = torch.tensor([0, 11, 12], device=DEVICE), NewtonReport()
-    run, wanted = para(op, 3, [11, 1], cu_seqlens, 16.0, report, iterations=2)
-    # Chaos: errors grow.
-    compare(op, run, wanted, 1e-2 if ON_GPU else 1e-7, fast="triton_newton")
-    assert report.fallbacks >= 1
-    assert not report.residual < 1e-2
-
-
-def test_newton_without_fallback_and_with_few_steps(monkeypatch):
-    small_tiles(monkeypatch)
-    u, a = normal(1, 16, 3, 4), (0.5 * torch.tanh(normal(3, 4))).detach()
-    exact = para_gru(u, a, backend="sequential")[0]
-    errors = []
-    for steps in (1, 2, 3, 4):
-        report = NewtonReport()
-        options: dict[str, Any] = {
-            "backend": "triton",
-            "iterations": steps,
-            "tolerance": 0.0,  # every step is made, also in float32
-            "fallback": False,
-            "report": report,
-        }
-        errors.append((para_gru(u, a, **options)[0] - exact).abs().max().item())
-        assert (report.fallbacks, report.iterations) == (0, steps)
-    assert errors[0] > errors[1] > errors[2]
-    assert errors[3] < (1e-5 if ON_GPU else 1e-8)
-
-
-@pytest.mark.parametrize("backend", ["triton_newton", "triton_steps"])
-def test_a_sequence_never_feels_its_neighbour(backend, monkeypatch):
-    """Bit for bit, where the neighbour is not a number."""
-    small_tiles(monkeypatch)
-    a, u = torch.full((3, 4), 0.45, dtype=DTYPE, device=DEVICE), normal(1, 12, 3, 4)
-    wild = u.detach().clone()
-    wild[:, 2:5] = torch.nan
-    results = []
-    for case in (u.detach(), wild):
-        case = case.clone().requires_grad_()
-        cu_seqlens = torch.tensor([0, 6, 12], device=DEVICE)
-        output, _ = para_gru(case, a, cu_seqlens=cu_seqlens, backend=backend)
-        (gradient,) = torch.autograd.grad(output[:, 6:].square().sum(), case)
-        results.append((output[:, 6:], gradient[:, 6:]))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("cell", list(CELLS))

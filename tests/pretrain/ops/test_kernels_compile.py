@@ -23,12 +23,25 @@ def test_every_kernel_compiles_for_hopper_and_fits():
         env=environment | {"PYTHONPATH": "."},
     )
     assert done.returncode == 0, done.stderr
-    rows = [
-        line for line in done.stdout.splitlines() if " forward " in line or " backward " in line
-    ]
+    table, para_rnn = done.stdout.split("\n\n")
+    rows = [line for line in table.splitlines() if " forward " in line or " backward " in line]
     assert len(rows) == 2 * len({line[:20] for line in rows}) >= 26
     for row in rows:
         registers, spilled, shared = (int(x.replace(",", "")) for x in row[36:64].split())
         assert 0 < registers <= 255, row
         assert spilled < 300, row
         assert shared <= 227 * 1024, row
+
+    # ParaRNN's choice between steps and shooting, and plans, go by these numbers.
+    from pretrain.ops.para_rnn.kernels import INSTRUCTIONS
+
+    for row in para_rnn.splitlines()[1:]:
+        op, which, way, *_ = row.split()
+        if which == "one":
+            continue
+        lanes, ratio = float(row[38:50]), float(row[71:])
+        counted = INSTRUCTIONS[op, "backward" if way == "backward" else which]
+        assert lanes / 32 == pytest.approx(counted, rel=0.05), (
+            f"pretrain/ops/para_rnn/kernels.py: INSTRUCTIONS says {counted}, compiled: {row}"
+        )
+        assert ratio < (3 if way == "backward" else 4.2), row
