@@ -15,8 +15,8 @@ from pretrain.model.spec import block_specs
 from pretrain.planner.hardware import Hardware
 
 # (factor, measured runs) by kind of model; see benchmarks/results/planner_calibration.txt.
-TRANSFORMER = (1.35, 168)
-RECURRENT = (1.8, 25)
+TRANSFORMER = (1.4, 154)
+RECURRENT = (2.25, 26)
 # Mixers, with what they share a kernel with, and GPUs of which there are measurements.
 _MEASURED = {
     *("attn", "swa", "gdn", "deltanet", "retnet", "hgrn2", "linear_attn", "mamba2", "gla", "kda"),

@@ -30,8 +30,11 @@ def test_models_have_the_parameters_of_their_rows():
     for run in runs:
         counted = count_model(run.config.model, run.vocab_size, 1).parameters
         if run.id in published:
-            # Learned positions and biases are not in ours.
-            assert counted == pytest.approx(published[run.id], rel=0.06), run.id
+            model, seq_len = run.config.model, run.config.train.seq_len
+            learned = seq_len * model.hidden_size if run.source == "mpt" else 0
+            # fla's parameters are of layers with other gates; mixtures' are rounded to billions.
+            tolerance = 0.03 if run.source in ("mpt", "kempner", "titan") else 0.06
+            assert counted + learned == pytest.approx(published[run.id], rel=tolerance), run.id
 
 
 def calibration_rows():
