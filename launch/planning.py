@@ -24,8 +24,11 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
         f"planned on {devices} devices of {hardware}",
         *("member", "GB per device", "MFU", "hours", "device-hours"),
     )
+    from pretrain.planner.uncertainty import Uncertainty, with_range
+
     plans: dict[str, Any] = {}
     total, remarks = 0.0, []
+    whys: list[str] = []
     for member in members:
         key = json.dumps(
             [
@@ -41,6 +44,7 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
             table.add_row(name, "", "", "", "")
             remarks.append(f"{name}: no plan: {found}")
             continue
+        sure = Uncertainty(found["range_factor"], found["range_why"])
         peak = max(stage["total"] for stage in found["memory"])
         total += found["device_hours"]
         if peak > found["memory_limit"]:
@@ -52,14 +56,15 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
             name,
             f"{peak / 1e9:,.1f}",
             f"{found['mfu']:.1%}",
-            readable(found["hours"]),
-            readable(found["device_hours"]),
+            with_range(found["hours"], sure),
+            with_range(found["device_hours"], sure),
         )
+        whys.append(sure.why if sure.factor else f"hours have no range: {sure.why}")
     if len(members) > 1:
         table.add_section()
         table.add_row("together", "", "", "", readable(total))
     show_table(table, console)
-    for remark in remarks:
+    for remark in [*remarks, *dict.fromkeys(whys)]:
         console.print(f"note: {remark}")
 
 

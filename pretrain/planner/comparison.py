@@ -139,7 +139,16 @@ def draw_architectures(path: Path, found: Sequence[Architecture]) -> None:
         1, 2, sharey=True, figsize=(10, 1.2 + 0.42 * len(found)), layout="constrained"
     )
     rows = range(len(found))
-    left.barh(rows, speeds, xerr=errors, color="#4477aa", ecolor="#222222", capsize=3)
+    left.barh(rows, speeds, color="#4477aa")
+    known = [row for row in rows if found[row].sure.factor is not None]
+    left.errorbar(
+        [speeds[row] for row in known],
+        known,
+        xerr=[[side[row] for row in known] for side in errors],
+        fmt="none",
+        ecolor="#222222",
+        capsize=3,
+    )
     left.set_yticks(rows, names)
     left.invert_yaxis()
     left.set_xlabel("planned tokens/s of a device (no line: nothing like it was measured)")

@@ -84,5 +84,9 @@ def with_range(value: float, sure: Uncertainty) -> str:
     """Return a number with its range: ``1,230 (910 to 1,660)``; alone where none is known."""
     low, high = sure.low(value), sure.high(value)
     if low is None or high is None:
-        return readable(value)
-    return f"{readable(value)} ({readable(low, 2)} to {readable(high, 2)})"
+        return _rounded(value, 3)
+    return f"{_rounded(value, 3)} ({_rounded(low, 2)} to {_rounded(high, 2)})"
+
+
+def _rounded(value: float, digits: int) -> str:
+    return readable(float(f"{value:.{digits}g}"), digits)

@@ -17,9 +17,11 @@ H100 = load_hardware("h100")
 def test_a_range_is_given_where_something_alike_was_measured():
     transformer = uncertainty(load_planned("410m/transformer", []), H100)
     hybrid = uncertainty(load_planned("410m/gdn-hybrid-3to1", []), H100)
+    assert transformer.factor is not None and hybrid.factor is not None
     assert 1 < transformer.factor < hybrid.factor
     assert with_range(1000.0, transformer).startswith("1,000 (")
-    assert transformer.low(1.0) * transformer.high(1.0) == pytest.approx(1)
+    low, high = transformer.low(1.0), transformer.high(1.0)
+    assert low is not None and high is not None and low * high == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ RECIPES = sorted((ROOT / "configs/runs/published").glob("*.yaml"))
 
 def planner_of(path):
     config = load_planned(str(path), [])
+    assert config.model.vocab_size is not None
     return Planner(config, config.model.vocab_size, load_hardware("h100"))
 
 
