@@ -124,6 +124,16 @@ def _start(arguments: argparse.Namespace) -> int:
         console.print("nothing to start")
         return EXIT_FAILED if failed else 0
     if cluster.kind == "slurm":
+        too_large = []
+        if cluster.hardware is not None:
+            too_large = print_plans(console, members, cluster.hardware, count)
+        if too_large and not arguments.force:
+            raise UserError(
+                f"{grid.path}: {too_large[0]}"
+                + (f", and {len(too_large) - 1} other members" if len(too_large) > 1 else "")
+                + "; python -m pretrain plan CONFIG --search shows what fits, --force submits it "
+                "as it is"
+            )
         job, path = submit(cluster, grid, members, arguments.at_once, force=arguments.force)
         again = shlex.join(["python", "-m", "launch", "status", str(grid.path)])
         console.print(f"submitted job {job}, {path}\nstatus  {again}")

@@ -15,10 +15,13 @@ from pretrain.common.screen import readable, show_table, titled_table
 from pretrain.config import RunConfig
 
 
-def print_plans(console: Console, members: Sequence[Member], hardware: str, devices: int) -> None:
+def print_plans(
+    console: Console, members: Sequence[Member], hardware: str, devices: int
+) -> list[str]:
     """Print the memory, time and device-hours of each member, and the total device-hours.
 
-    Members whose model, training and layout are equal share one plan.
+    Members whose model, training and layout are equal share one plan. Returns a sentence for each
+    member that does not fit.
     """
     table = titled_table(
         f"planned on {devices} devices of {hardware}",
@@ -29,6 +32,7 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
     plans: dict[str, Any] = {}
     total, remarks = 0.0, []
     whys: list[str] = []
+    too_large: list[str] = []
     for member in members:
         key = json.dumps(
             [
@@ -48,9 +52,9 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
         peak = max(stage["total"] for stage in found["memory"])
         total += found["device_hours"]
         if peak > found["memory_limit"]:
-            remarks.append(
+            too_large.append(
                 f"{name} does not fit: {peak / 1e9:,.1f} GB of "
-                f"{found['memory_limit'] / 1e9:,.1f} GB"
+                f"{found['memory_limit'] / 1e9:,.1f} GB per device"
             )
         table.add_row(
             name,
@@ -64,8 +68,9 @@ def print_plans(console: Console, members: Sequence[Member], hardware: str, devi
         table.add_section()
         table.add_row("together", "", "", "", readable(total))
     show_table(table, console)
-    for remark in [*remarks, *dict.fromkeys(whys)]:
+    for remark in [*remarks, *too_large, *dict.fromkeys(whys)]:
         console.print(f"note: {remark}")
+    return too_large
 
 
 def plan(config: RunConfig, hardware: str, devices: int) -> dict[str, Any] | str:

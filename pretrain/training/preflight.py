@@ -62,6 +62,27 @@ def preflight(
     return list(dict.fromkeys(warning for warning in found if warning is not None))
 
 
+def epochs_of_sources(batches: TrainingBatches, num_steps: int) -> str:
+    """Return a sentence of how often the run reads each source."""
+    times = zip(batches.names, batches.epochs(num_steps), strict=True)
+    parts = [f"{name.partition('@')[0]} {number:,.2f} times" for name, number in times]
+    more = f" and {len(parts) - 3} other sources" if len(parts) > 3 else ""
+    return f"reads {', '.join(parts[:3])}{more}"
+
+
+def planned_time(config: RunConfig, vocab_size: int) -> str | None:
+    """Return what the run is planned to take on GPUs of a known kind, or None."""
+    if not torch.cuda.is_available():
+        return None
+    from pretrain.planner.expectation import expected_time, known_hardware
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    hardware = known_hardware(properties.name, properties.total_memory)
+    if hardware is None:
+        return None
+    return expected_time(config, vocab_size, hardware, world_size())
+
+
 def check_memory(config: RunConfig, vocab_size: int, parameters: int, count: int) -> str | None:
     """Raise UserError where the state of training overfills a process's memory.
 

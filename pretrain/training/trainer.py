@@ -52,7 +52,7 @@ from pretrain.training.callbacks import (
 from pretrain.training.engine import Engine, StepResult
 from pretrain.training.log import RunLog
 from pretrain.training.metrics import LayerMetrics
-from pretrain.training.preflight import preflight
+from pretrain.training.preflight import epochs_of_sources, planned_time, preflight
 from pretrain.training.result import COMPLETED, NON_FINITE, STOPPED, TrainResult
 from pretrain.training.resuming import checkpoint_to_resume, describe_changes
 from pretrain.training.run_control import (
@@ -333,6 +333,12 @@ class Trainer:
             f"{'GPU' if torch.cuda.is_available() else 'CPU'}"
         )
         self.log.say(describe_backends(DTYPES[train.precision]))
+        self.log.say(epochs_of_sources(self.batches, self.num_steps))
+        planned = None
+        if self.log.active and config.model.vocab_size is not None:
+            planned = planned_time(config, config.model.vocab_size)
+        if planned is not None:
+            self.log.say(planned)
         for warning in self._warnings:
             self.log.say(f"warning: {warning}")
         if checkpoint is not None:

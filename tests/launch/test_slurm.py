@@ -345,6 +345,20 @@ def test_a_dry_run_shows_the_plan_and_submits_nothing(tmp_path, corpus, capsys):
     assert not job.directory.exists()
 
 
+def test_what_cannot_fit_is_not_submitted(tmp_path, corpus, capsys, monkeypatch):
+    job = Job(tmp_path / "job", corpus, nodes=2)
+    hardware = (ROOT / "configs/hardware/cpu.yaml").read_text()
+    lines = ["memory_gb: 1e-5" if x.startswith("memory_gb") else x for x in hardware.splitlines()]
+    (tmp_path / "small.yaml").write_text("\n".join(lines))
+    job.cluster.write_text(job.cluster.read_text() + f"hardware: {tmp_path / 'small.yaml'}\n")
+    submitted = []
+    monkeypatch.setattr("launch.slurm.submit", lambda *a, **k: submitted.append(a) or ("1", "x"))
+    with pytest.raises(UserError, match=r"does not fit: .* GB per device; .* --force submits it"):
+        job.launch()
+    assert not submitted and "planned on 2 devices" in capsys.readouterr().out
+    assert job.launch("--force") == 0 and len(submitted) == 1
+
+
 BAD_TIMES = ("soon", "1d", "2h", "1:2:3:4", "-1", "1:", "1-", "1-2:3:4:5", "", "1.5", "\u0661")
 GOOD_TIMES = {
     "10": 600,
