@@ -65,9 +65,13 @@ def preflight(
 def epochs_of_sources(batches: TrainingBatches, num_steps: int) -> str:
     """Return a sentence of how often the run reads each source."""
     times = zip(batches.names, batches.epochs(num_steps), strict=True)
-    parts = [f"{name.partition('@')[0]} {number:,.2f} times" for name, number in times]
+    parts = [f"{name.partition('@')[0]} {_count(number)} times" for name, number in times]
     more = f" and {len(parts) - 3} other sources" if len(parts) > 3 else ""
     return f"reads {', '.join(parts[:3])}{more}"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def planned_time(config: RunConfig, vocab_size: int) -> str | None:
