@@ -6,15 +6,14 @@ from its source (``_SOURCES``), never from the measured speed.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.common.errors import UserError
+from benchmarks.planner_table import LeftOut, Row, table_rows
+from pretrain.common.errors import ConfigError, UserError
 from pretrain.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from pretrain.config.model import MLPConfig, MoEConfig
 from pretrain.model.counts import count_model
@@ -52,6 +51,21 @@ _SOURCES = {
     "fms": Software(logits_bytes=10.0, recomputed_products=0.5),
 }
 _OTHERS = Software()
+# Programs whose tensor parallelism computes the loss of each GPU's share of the vocabulary.
+_SPLIT_LOGITS = {"titan"}
+
+_RUN_COLUMNS = (
+    *("id", "gpu", "num_gpus", "parameters", "hidden", "heads", "kv_heads", "mlp_kind"),
+    *("intermediate", "vocab", "tied_embeddings", "pattern", "mixer_dims", "seq_len"),
+    *("micro_batch", "global_batch_tokens", "precision", "tensor", "pipeline", "context"),
+    *("expert", "sharding", "activation_checkpointing", "tokens_per_second_per_gpu"),
+    *("memory_gb", "notes"),
+)
+_KERNEL_COLUMNS = (
+    *("id", "gpu", "op", "implementation", "pass", "batch", "seq_len", "heads_qk", "heads_v"),
+    *("key_dim", "value_dim", "dtype", "ms", "launches_counted", "notes"),
+)
+_SHARDING = ("none", "zero1", "zero2", "zero3", "zero3-in-node", "zero3-in-groups")
 
 
 @dataclass(frozen=True)
@@ -107,20 +121,16 @@ class MeasuredKernel:
     host: bool
 
 
-class _Left(Exception):
-    """Why a row is left out."""
-
-
 def read_runs(path: Path = DATA / "throughput.csv") -> tuple[list[MeasuredRun], dict[str, str]]:
     """Return the runs of a table in the format of README.md, and why others are left out, by id.
 
-    Raises UserError naming the row and column of a value that cannot be read.
+    Raises UserError naming the line and column of a value that cannot be read.
     """
     found, left = [], {}
-    for row in _rows(path):
+    for row in table_rows(path, _RUN_COLUMNS):
         try:
             found.append(_run(row))
-        except _Left as why:
+        except LeftOut as why:
             left[row["id"]] = str(why)
     return found, left
 
@@ -128,92 +138,68 @@ def read_runs(path: Path = DATA / "throughput.csv") -> tuple[list[MeasuredRun], 
 def read_kernels(
     path: Path = DATA / "kernel_times.csv",
 ) -> tuple[list[MeasuredKernel], dict[str, str]]:
-    """Return the kernels of a table in the format of README.md, and why others are left out."""
+    """Return the kernels of a table in the format of README.md, and why others are left out.
+
+    Raises UserError naming the line and column of a value that cannot be read.
+    """
     found, left = [], {}
-    for row in _rows(path):
+    for row in table_rows(path, _KERNEL_COLUMNS):
         try:
             found.append(_kernel(row))
-        except _Left as why:
+        except LeftOut as why:
             left[row["id"]] = str(why)
     return found, left
 
 
-class _Row(dict[str, str]):
-    """A row of a table; numbers are read with messages that name the row."""
-
-    where: str
-
-    def number(self, column: str) -> float | None:
-        text = self.get(column, "")
-        if not text:
-            return None
-        try:
-            return float(text)
-        except ValueError:
-            raise UserError(f"{self.where}, {column}: '{text}', expected a number") from None
-
-    def whole(self, column: str, default: int | None = None) -> int:
-        value = self.number(column)
-        if value is None:
-            if default is None:
-                raise _Left(f"{column} is not known")
-            return default
-        return int(value)
-
-
-def _rows(path: Path) -> Iterator[_Row]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a table as README.md has it") from None
-    for number, line in enumerate(lines, 2):
-        row = _Row({key: value or "" for key, value in line.items() if key})
-        row.where = f"{path}, line {number}"
-        if not row.get("id"):
-            raise UserError(f"{row.where}: no value in column 'id'")
-        yield row
-
-
-def _run(row: _Row) -> MeasuredRun:
+def _run(row: Row) -> MeasuredRun:
     source = row["id"].partition("-")[0]
     if row["precision"] != "bf16":
-        raise _Left(f"precision is {row['precision'] or 'not known'}, which is not planned")
+        raise LeftOut(f"precision is {row['precision'] or 'not known'}, which is not planned")
     if row["gpu"] not in HARDWARE:
-        raise _Left(f"no hardware file of {row['gpu'] or 'an unknown GPU'}")
+        raise LeftOut(f"no hardware file of {row['gpu'] or 'an unknown GPU'}")
     if row.whole("context", 1) > 1:
-        raise _Left("context parallel, which is not planned")
+        raise LeftOut("context parallel, which is not planned")
     measured = row.number("tokens_per_second_per_gpu")
     if measured is None:
-        raise _Left("no tokens per second")
+        raise LeftOut("no tokens per second")
     if not row["pattern"]:
-        raise _Left("the layers are not known")
+        raise LeftOut("the layers are not known")
     names = set(re.findall(r"[a-z_][a-z0-9_]*", row["pattern"]))
     if "linear_attn" in names and "of 512" in row["mixer_dims"]:
-        raise _Left("keys of 512 channels, which no fused kernel here takes")
+        raise LeftOut("keys of 512 channels, which no fused kernel here takes")
     if names - _MIXERS:
-        raise _Left(f"no layer {', '.join(sorted(names - _MIXERS))}")
+        raise LeftOut(f"no layer {', '.join(sorted(names - _MIXERS))}")
     kind = "transformer" if names == {"attn"} else "recurrent"
     moe = row["mlp_kind"] == "moe"
-    micro = row.number("micro_batch")
-    if micro is None and not (kind == "recurrent" or moe):
-        raise _Left("the micro-batch is not known")
+    micro = row.whole("micro_batch", 0)
+    if not micro and not (kind == "recurrent" or moe):
+        raise LeftOut("the micro-batch is not known")
+    if "divided into micro-batches" in row["notes"]:
+        raise LeftOut("how many sequences the pipeline takes at once is not known")
     seq_len, devices = row.whole("seq_len"), row.whole("num_gpus")
     hidden, vocab_size = row.whole("hidden"), row.whole("vocab")
-    model = ModelConfig(
-        row["pattern"],
-        hidden,
-        mixers={name: _mixer(name, row) for name in sorted(names)},
-        mlp=_mlp(row, hidden),
-        moe=_experts(row) if moe else None,
-        vocab_size=vocab_size,
-        tie_embeddings=row["tied_embeddings"].lower() == "true",
-    )
+    try:
+        model = ModelConfig(
+            row["pattern"],
+            hidden,
+            mixers={name: _mixer(name, row) for name in sorted(names)},
+            mlp=_mlp(row, hidden),
+            moe=_experts(row) if moe else None,
+            vocab_size=vocab_size,
+            tie_embeddings=row.one_of("tied_embeddings", "false", "true") == "true",
+        )
+    except ConfigError as error:
+        raise LeftOut(f"no model of this project: {error}") from None
     model = _with_parameters(model, row, vocab_size)
-    rows_at_once = int(micro or 1)
+    rows_at_once = micro or 1
     parallel = _layout(row, rows_at_once)
+    if devices % parallel.model_size:
+        raise UserError(
+            f"{row.where}, num_gpus: {devices}, expected a multiple of tensor x pipeline, "
+            f"{parallel.model_size}"
+        )
     tokens = seq_len * rows_at_once * (devices // parallel.model_size)
-    checkpointing = row["activation_checkpointing"] or "none"
+    checkpointing = row.one_of("activation_checkpointing", "none", "selective", "block")
     train = TrainConfig(
         steps=1,
         seq_len=seq_len,
@@ -224,6 +210,9 @@ def _run(row: _Row) -> MeasuredRun:
     software = _SOURCES.get(source, _OTHERS)
     if checkpointing != "selective":
         software = dataclasses.replace(software, recomputed_products=0.0)
+    if source in _SPLIT_LOGITS:
+        share = software.logits_bytes / parallel.tensor
+        software = dataclasses.replace(software, logits_bytes=share)
     memory = row.number("memory_gb")
     return MeasuredRun(
         row["id"],
@@ -236,12 +225,12 @@ def _run(row: _Row) -> MeasuredRun:
         software,
         measured,
         None if memory is None else memory * 1e9,
-        micro is None,
+        not micro,
         _PER_NODE.get(source, 8),
     )
 
 
-def _with_parameters(model: ModelConfig, row: _Row, vocab_size: int) -> ModelConfig:
+def _with_parameters(model: ModelConfig, row: Row, vocab_size: int) -> ModelConfig:
     """Give the MLP, where its width is not known, the width that makes the parameters the row's."""
     wanted = row.number("parameters")
     if row.number("intermediate") is not None or wanted is None:
@@ -254,40 +243,46 @@ def _with_parameters(model: ModelConfig, row: _Row, vocab_size: int) -> ModelCon
     return dataclasses.replace(model, mlp=mlp)
 
 
-def _layout(row: _Row, micro_batch_size: int) -> ParallelConfig:
-    zero3 = row["sharding"].startswith("zero3")
+def _layout(row: Row, micro_batch_size: int) -> ParallelConfig:
+    sharding = row.one_of("sharding", *_SHARDING)
+    zero3 = sharding.startswith("zero3")
+    parts = re.search(r"virtual stages (\d+)", row["notes"])
+    pipeline = row.whole("pipeline", 1)
     return ParallelConfig(
         tensor=row.whole("tensor", 1),
         sequence=row.whole("tensor", 1) > 1,
-        pipeline=row.whole("pipeline", 1),
+        pipeline=pipeline,
+        virtual_pipeline=int(parts[1]) if parts and pipeline > 1 else 1,
         expert=1 if zero3 else row.whole("expert", 1),
         micro_batch_size=micro_batch_size,
-        zero_stage=3 if zero3 else int(row["sharding"] in ("zero1", "zero2")),
+        zero_stage=3 if zero3 else int(sharding in ("zero1", "zero2")),
         zero_backend="deepspeed" if zero3 else "megatron",
     )
 
 
-def _mlp(row: _Row, hidden: int) -> MLPConfig:
+def _mlp(row: Row, hidden: int) -> MLPConfig:
     kind = {"relu2": "gelu", "moe": "swiglu"}.get(row["mlp_kind"], row["mlp_kind"])
+    if not kind:
+        raise LeftOut("the MLP is not known")
     width = row.number("intermediate")
     if width is None:  # fla's default: 4 x 2/3 of the width, in steps of 256
         width = -(-hidden * 8 // 3 // 256) * 256
     return MLPConfig(kind=kind, intermediate_size=int(width))  # type: ignore[arg-type]
 
 
-def _experts(row: _Row) -> MoEConfig:
+def _experts(row: Row) -> MoEConfig:
     found = re.search(
         r"(\d+) experts of (\d+), (\d+) a token(?:, a shared one of (\d+))?", row["notes"]
     )
     if found is None:
-        raise _Left("the experts are not known")
+        raise LeftOut("the experts are not known")
     number, width, top_k, shared = (int(x or 0) for x in found.groups())
     return MoEConfig(
         num_experts=number, top_k=top_k, intermediate_size=width, shared_intermediate_size=shared
     )
 
 
-def _mixer(name: str, row: _Row) -> dict[str, Any]:
+def _mixer(name: str, row: Row) -> dict[str, Any]:
     """Return a mixer's sizes, from ``mixer_dims``; of several: ``NAME: sizes; NAME: sizes``."""
     text = row["mixer_dims"]
     parts = dict(part.strip().split(": ", 1) for part in text.split(";") if ": " in part)
@@ -300,7 +295,7 @@ def _mixer(name: str, row: _Row) -> dict[str, Any]:
     hidden, given = row.whole("hidden"), row.number("heads")
     num_heads = number(r"(\d+) heads") or (None if given is None else int(given))
     if num_heads is None:
-        raise _Left("the number of heads is not known")
+        raise LeftOut("the number of heads is not known")
     head_dim = number(r"head_dim[= ](\d+)") or number(r"heads of (\d+)") or number(r"key (\d+)")
     head_dim = head_dim or hidden // num_heads
     value_dim = number(r"value (\d+)") or head_dim
@@ -325,11 +320,13 @@ def _mixer(name: str, row: _Row) -> dict[str, Any]:
     return sizes
 
 
-def _kernel(row: _Row) -> MeasuredKernel:
+def _kernel(row: Row) -> MeasuredKernel:
     if row["gpu"] not in HARDWARE:
-        raise _Left(f"no hardware file of {row['gpu'] or 'an unknown GPU'}")
+        raise LeftOut(f"no hardware file of {row['gpu'] or 'an unknown GPU'}")
     if row["op"] not in ("gdn", "kda", "gla", "retnet", "deltanet", "attention"):
-        raise _Left(f"a plain {row['op']} operation")
+        raise LeftOut(f"a plain {row['op']} operation")
+    if row["dtype"] not in ("bf16", "fp16"):
+        raise LeftOut(f"computed in {row['dtype'] or 'an unknown type'}, which is not planned")
     length, batch = row.whole("seq_len"), row.whole("batch", 1)
     packed = re.search(r"(\d+) packed sequences", row["notes"])
     number = int(packed[1]) if packed else 1
@@ -337,7 +334,7 @@ def _kernel(row: _Row) -> MeasuredKernel:
     share = sum(1 / k for k in range(1, number + 1)) / number
     milliseconds = row.number("ms")
     if milliseconds is None:
-        raise _Left("no time")
+        raise LeftOut("no time")
     heads = row.whole("heads_v")
     return MeasuredKernel(
         row["id"],
@@ -345,7 +342,7 @@ def _kernel(row: _Row) -> MeasuredKernel:
         row["op"],
         row["implementation"],
         HARDWARE[row["gpu"]],
-        row["pass"],
+        row.one_of("pass", "fwd", "bwd", "fwd+bwd"),
         batch * length,
         max(int(length * share), 1),
         heads,
@@ -354,5 +351,5 @@ def _kernel(row: _Row) -> MeasuredKernel:
         row.whole("value_dim"),
         "not causal" not in row["notes"],
         milliseconds / 1e3,
-        row["launches_counted"] == "yes",
+        row.one_of("launches_counted", "no", "yes") == "yes",
     )

@@ -10,6 +10,7 @@ from benchmarks import planner_calibration as calibration
 from benchmarks.planner_rows import DATA, read_kernels, read_runs
 from pretrain.common.errors import UserError
 from pretrain.model.counts import count_model
+from pretrain.model.spec import block_specs
 
 
 def test_every_row_is_a_run_or_left_out_with_a_reason():
@@ -37,21 +38,77 @@ def test_models_have_the_parameters_of_their_rows():
             assert counted + learned == pytest.approx(published[run.id], rel=tolerance), run.id
 
 
-def calibration_rows():
-    with (DATA / "throughput.csv").open(newline="") as file:
+def test_models_have_as_many_blocks_as_their_rows_say():
+    layers = {row["id"]: row["layers"] for row in calibration_rows()}
+    for run in read_runs()[0]:
+        assert len(block_specs(run.config.model)) == int(layers[run.id]), run.id
+
+
+def calibration_rows(table="throughput.csv"):
+    with (DATA / table).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_what_cannot_be_read_names_row_and_column(tmp_path):
-    header = (DATA / "throughput.csv").read_text().splitlines()[0]
-    good = calibration_rows()[0]
-    path = tmp_path / "throughput.csv"
-    path.write_text("\n".join([header, ",".join(f'"{v}"' for v in good.values())]))
-    assert len(read_runs(path)[0]) == 1
-    good["micro_batch"] = "eight"
-    path.write_text("\n".join([header, ",".join(f'"{v}"' for v in good.values())]))
-    with pytest.raises(UserError, match="line 2, micro_batch: 'eight', expected a number"):
+def changed(tmp_path, table="throughput.csv", row_id="mpt-013", **cells):
+    """Write a table of one row with other cells; None removes the column."""
+    (row,) = (row for row in calibration_rows(table) if row["id"] == row_id)
+    row = {key: value for key, value in {**row, **cells}.items() if value is not None}
+    path = tmp_path / table
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerow(row)
+    return path
+
+
+@pytest.mark.parametrize(
+    "column, text, expected",
+    [
+        ("micro_batch", "eight", "a positive number"),
+        ("micro_batch", "1.5", "a whole number"),
+        ("seq_len", "0", "a positive number"),
+        ("tokens_per_second_per_gpu", "nan", "a positive number"),
+        ("activation_checkpointing", "full", "one of: none, selective, block"),
+        ("sharding", "zero4", "one of: none, zero1"),
+        ("tied_embeddings", "maybe", "one of: false, true"),
+    ],
+)
+def test_what_cannot_be_read_names_line_and_column(tmp_path, column, text, expected):
+    assert len(read_runs(changed(tmp_path))[0]) == 1
+    with pytest.raises(UserError, match=f"line 2, {column}: '{text}', expected {expected}"):
+        read_runs(changed(tmp_path, **{column: text}))
+
+
+def test_a_kernel_that_cannot_be_read_names_line_and_column(tmp_path):
+    table, row_id = "kernel_times.csv", "gb200-001"
+    with pytest.raises(UserError, match="line 2, ms: '-1', expected a positive number"):
+        read_kernels(changed(tmp_path, table, row_id, ms="-1"))
+    with pytest.raises(UserError, match="line 2, pass: 'up', expected one of: fwd, bwd"):
+        read_kernels(changed(tmp_path, table, row_id, **{"pass": "up"}))
+
+
+def test_other_columns_or_cells_than_the_table_has_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no column 'precision'"):
+        read_runs(changed(tmp_path, precision=None))
+    path = changed(tmp_path)
+    path.write_text(path.read_text().rstrip() + ",a note, after all\n")
+    with pytest.raises(UserError, match="line 2: more or fewer cells than the 33 columns"):
         read_runs(path)
+
+
+def test_gpus_that_the_layout_does_not_divide_are_refused(tmp_path):
+    with pytest.raises(UserError, match="num_gpus: 512, expected a multiple of tensor"):
+        read_runs(changed(tmp_path, tensor="3"))
+
+
+def test_models_that_this_project_does_not_have_are_left_out_with_the_reason(tmp_path):
+    runs, left = read_runs(changed(tmp_path, mlp_kind="geglu"))
+    assert not runs and "kind is 'geglu'" in left["mpt-013"]
+
+
+def test_torchtitan_keeps_a_share_of_the_logits_on_each_tensor_parallel_gpu():
+    logits = {run.id: run.software.logits_bytes for run in read_runs()[0]}
+    assert logits["titan-020"] == logits["titan-002"] / 8
 
 
 def test_constants_that_made_speeds_are_found_again():
