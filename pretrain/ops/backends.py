@@ -21,6 +21,8 @@ def describe_backends(dtype: torch.dtype = torch.bfloat16) -> str:
     named = {"varlen": "torch's varlen", "sdpa": "torch's sdpa"}
     softmax = flash_attention_name(x.device) if attention == "flash" else named[attention]
     linear = _version("flash-linear-attention") if fla_fits(x) else "chunked torch"
+    if fla_fits(x) and not fla_fits(x, decay_per_head=True):
+        linear += f" (with a decay per head chunked torch: {_version('triton')} is below 3.7.1)"
     ours = f"our kernels on {_version('triton')}" if triton_fits(x) else "plain torch"
     head = _version("liger-kernel") if has_liger() else "chunked torch"
     return (

@@ -70,18 +70,20 @@ def main(arguments: list[str]) -> int:
         check_file(options.json, "--json")
     if options.plot:
         check_file(options.plot, "--plot")
+        if options.plot.suffix not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--plot is {options.plot}, expected a file that ends in .png")
         if not options.compare:
             raise UserError("--plot draws a comparison; expected --compare CONFIG ... with it")
     if options.top < 1:
         raise UserError(f"--top is {options.top}, expected at least 1")
+    if options.devices is not None and options.devices < 1:
+        raise UserError(f"--devices is {options.devices}, expected at least 1")
     hardware = load_hardware(options.hardware)
     if options.compare:
         paths = [options.config, *options.compare]
         return _compare(paths, hardware, options)
     config = load_planned(options.config, options.overrides)
     devices = options.devices or config.parallel.model_size
-    if devices < 1:
-        raise UserError(f"--devices is {devices}, expected at least 1")
     hardware.peak_flops(config.train.precision)
     planner = Planner(config, planned_vocab_size(config, options.config), hardware)
     console = plain_console(width=118)

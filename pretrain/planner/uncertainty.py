@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pretrain.common.screen import readable
 from pretrain.config import RunConfig
 from pretrain.model.spec import block_specs
+from pretrain.nn.mixers import registry
 from pretrain.planner.hardware import Hardware
 
 # (factor, measured runs) by kind of model; see benchmarks/results/planner_calibration.txt.
@@ -22,7 +23,7 @@ _MEASURED = {
     *("attn", "swa", "gdn", "deltanet", "retnet", "hgrn2", "linear_attn", "mamba2", "gla", "kda"),
     *("m2rnn", "delta_product"),
 }
-_GPUS = ("A100", "H100", "H200", "B200")
+_GPUS = ("A100", "H100", "H200")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ def uncertainty(config: RunConfig, hardware: Hardware) -> Uncertainty:
     """Return how sure a plan of the run on the hardware is."""
     if hardware.device == "cpu":
         return Uncertainty(None, "no published run on such a CPU was compared with its plan")
+    if hardware.name.startswith("B200"):
+        return Uncertainty(
+            None,
+            "one published run on B200 alone, an average over six days, has made its constants",
+        )
     if not hardware.name.startswith(_GPUS):
         return Uncertainty(
             None,
@@ -61,7 +67,8 @@ def uncertainty(config: RunConfig, hardware: Hardware) -> Uncertainty:
         return Uncertainty(
             None, f"no published run in {config.train.precision} was compared with its plan"
         )
-    names = {spec.name for spec in block_specs(config.model)}
+    called = {mixer: name for name, mixer in registry().items()}
+    names = {called[spec.mixer] for spec in block_specs(config.model)}
     unknown = sorted(names - _MEASURED)
     if unknown:
         return Uncertainty(
@@ -75,7 +82,7 @@ def uncertainty(config: RunConfig, hardware: Hardware) -> Uncertainty:
         kind = "models with recurrent layers"
     return Uncertainty(
         factor,
-        f"9 of 10 of {number} published runs of {kind} were within a factor of {factor:.2g} of "
+        f"9 of 10 of {number} published runs of {kind} were within a factor of {factor:.3g} of "
         "their plan (benchmarks/results/planner_calibration.txt)",
     )
 

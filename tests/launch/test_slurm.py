@@ -351,8 +351,13 @@ def test_what_cannot_fit_is_not_submitted(tmp_path, corpus, capsys, monkeypatch)
     lines = ["memory_gb: 1e-5" if x.startswith("memory_gb") else x for x in hardware.splitlines()]
     (tmp_path / "small.yaml").write_text("\n".join(lines))
     job.cluster.write_text(job.cluster.read_text() + f"hardware: {tmp_path / 'small.yaml'}\n")
-    submitted = []
-    monkeypatch.setattr("launch.slurm.submit", lambda *a, **k: submitted.append(a) or ("1", "x"))
+    submitted: list[object] = []
+
+    def submit(*arguments, **options):
+        submitted.append(arguments)
+        return "1", "x"
+
+    monkeypatch.setattr("launch.slurm.submit", submit)
     with pytest.raises(UserError, match=r"does not fit: .* GB per device; .* --force submits it"):
         job.launch()
     assert not submitted and "planned on 2 devices" in capsys.readouterr().out

@@ -81,7 +81,10 @@ def delta_rule(
     dtype = initial_state.dtype
     scale = head_dim**-0.5 if scale is None else scale
     per_channel = log_decay is not None and log_decay.ndim == 4
-    fast = "fla" if fla_fits(q) and not (per_channel and num_householder > 1) else "chunked"
+    # fla's product of Householder steps always has a decay per head.
+    per_head = num_householder > 1 or (log_decay is not None and not per_channel)
+    fits = fla_fits(q, decay_per_head=per_head) and not (per_channel and num_householder > 1)
+    fast = "fla" if fits else "chunked"
     if sequences.max_length <= 1:
         fast = "recurrent"
     backend = choose_backend("delta_rule", backend, BACKENDS, "recurrent", fast)

@@ -84,7 +84,8 @@ def linear_attention(
     )
     dtype = initial_state.dtype
     scale = head_dim**-0.5 if scale is None else scale
-    fast = "fla" if fla_fits(q) else "chunked"
+    per_head = log_decay is not None and log_decay.ndim == 3
+    fast = "fla" if fla_fits(q, decay_per_head=per_head) else "chunked"
     if sequences.max_length <= 1:
         fast = "recurrent"
     backend = choose_backend("linear_attention", backend, BACKENDS, "recurrent", fast)

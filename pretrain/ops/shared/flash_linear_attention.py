@@ -27,13 +27,17 @@ from pretrain.ops.shared.planning import device_type
 _WIDEST = 256  # channels of a key
 
 
-def fla_fits(q: Tensor) -> bool:
-    """Return whether ``auto`` may take fla for queries ``[..., K]``."""
+def fla_fits(q: Tensor, *, decay_per_head: bool = False) -> bool:
+    """Return whether ``auto`` may take fla for queries ``[..., K]``.
+
+    ``decay_per_head``: whether the op is given a decay of one number for each token and head.
+    """
     return (
         device_type(q) == "cuda"
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] <= _WIDEST
-        and (q.is_meta or _usable(q.device))  # plans are made for machines that have it
+        # Plans are made for machines that have it.
+        and (q.is_meta or _usable(q.device, decay_per_head=decay_per_head))
     )
 
 
@@ -43,15 +47,17 @@ def _found() -> bool:
 
 
 @functools.cache
-def _usable(device: torch.device) -> bool:
+def _usable(device: torch.device, *, decay_per_head: bool) -> bool:
     """Return whether a tested version of fla is installed, with a Triton that compiles it right.
 
-    On Hopper, gated backward passes came out wrong before Triton 3.7.1, and fla refuses them.
+    Before 3.7.1 Triton compiles the backward pass of decays per head wrong for Hopper, and fla
+    refuses it (fla-org/flash-linear-attention issue 640). Such a decay then goes another way in
+    forward passes without gradients too: what is recomputed must be what was computed.
     """
     if not _found() or not _at_least("flash-linear-attention", (0, 6)):
         return False
     hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return _at_least("triton", (3, 7, 1) if hopper else (3, 6))
+    return _at_least("triton", (3, 7, 1) if hopper and decay_per_head else (3, 6))
 
 
 def _at_least(package: str, version: tuple[int, ...]) -> bool:

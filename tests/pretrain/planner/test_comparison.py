@@ -38,6 +38,18 @@ def test_what_has_no_measured_relative_says_so(model, overrides, hardware, words
     assert with_range(1000.0, found) == "1,000"
 
 
+def test_mixers_are_known_by_what_they_are_whatever_a_pattern_calls_them():
+    config = load_planned("410m/gdn-hybrid-3to1", [])
+    config.model.mixers["linear"] = {**config.model.mixers.pop("gdn"), "kind": "gdn"}
+    config.model.pattern = config.model.pattern.replace("gdn", "linear")
+    assert uncertainty(config, H100).factor is not None
+
+
+def test_a_gpu_of_one_measured_run_has_no_range():
+    found = uncertainty(load_planned("410m/transformer", []), load_hardware("b200"))
+    assert found.factor is None and "one published run" in found.why
+
+
 def test_unknown_gpus_have_no_range():
     other = dataclasses.replace(H100, name="MI300X")
     assert "MI300X" in uncertainty(load_planned("410m/transformer", []), other).why
