@@ -59,7 +59,7 @@ _RUN_COLUMNS = (
     *("intermediate", "vocab", "tied_embeddings", "pattern", "mixer_dims", "seq_len"),
     *("micro_batch", "global_batch_tokens", "precision", "tensor", "pipeline", "context"),
     *("expert", "sharding", "activation_checkpointing", "tokens_per_second_per_gpu"),
-    *("memory_gb", "notes"),
+    *("memory_gb", "specified", "notes"),
 )
 _KERNEL_COLUMNS = (
     *("id", "gpu", "op", "implementation", "pass", "batch", "seq_len", "heads_qk", "heads_v"),
@@ -76,7 +76,9 @@ class MeasuredRun:
         kind: ``transformer`` or ``recurrent``: any layer that is not softmax attention.
         tokens_per_second: Of each GPU.
         memory: Peak bytes of a GPU; None: not published.
-        assumed_batch: Whether the micro-batch is not known: the largest that fits is taken.
+        described: Whether the source says enough to judge a plan by it: of dense transformers
+            everything that matters (``specified`` is ``full``), of others the micro-batch.
+        assumed_batch: Whether the micro-batch is not known, and chosen (``planner_fit``).
     """
 
     id: str
@@ -90,6 +92,7 @@ class MeasuredRun:
     tokens_per_second: float
     memory: float | None
     assumed_batch: bool
+    described: bool
     devices_per_node: int = 8
 
 
@@ -214,6 +217,8 @@ def _run(row: Row) -> MeasuredRun:
         share = software.logits_bytes / parallel.tensor
         software = dataclasses.replace(software, logits_bytes=share)
     memory = row.number("memory_gb")
+    full = row.one_of("specified", "part", "full") == "full"
+    described = full if kind == "transformer" and not moe else micro > 0
     return MeasuredRun(
         row["id"],
         source,
@@ -226,6 +231,7 @@ def _run(row: Row) -> MeasuredRun:
         measured,
         None if memory is None else memory * 1e9,
         not micro,
+        described,
         _PER_NODE.get(source, 8),
     )
 

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks import planner_calibration as calibration
+from benchmarks.planner_fit import Calibration, Constants
 from benchmarks.planner_rows import DATA, read_kernels, read_runs
 from pretrain.common.errors import UserError
 from pretrain.model.counts import count_model
@@ -106,6 +106,13 @@ def test_models_that_this_project_does_not_have_are_left_out_with_the_reason(tmp
     assert not runs and "kind is 'geglu'" in left["mpt-013"]
 
 
+def test_runs_that_say_too_little_to_judge_a_plan_by_are_told_apart(tmp_path):
+    described = {run.id: run.described for run in read_runs()[0]}
+    assert described["mpt-013"] and described["fla-003"]  # in full; its micro-batch is known
+    assert not described["fla-005"] and not described["m2rnn-008"]
+    assert not read_runs(changed(tmp_path, specified="part"))[0][0].described
+
+
 def test_torchtitan_keeps_a_share_of_the_logits_on_each_tensor_parallel_gpu():
     logits = {run.id: run.software.logits_bytes for run in read_runs()[0]}
     assert logits["titan-020"] == logits["titan-002"] / 8
@@ -115,18 +122,18 @@ def test_constants_that_made_speeds_are_found_again():
     """Runs whose speeds the planner itself gave with other constants."""
     runs = [run for run in read_runs()[0] if run.id in ("mpt-013", "mpt-016", "mpt-041", "mpt-052")]
     assert len(runs) >= 3
-    true = calibration.Constants(
+    true = Constants(
         {
             ("h100", "matmul_efficiency"): 0.5,
             ("hopper", "flash1"): 0.3,
             ("all", "overlap_cost"): 0.4,
         }
     )
-    fitting = calibration.Calibration(runs, [])
+    fitting = Calibration(runs, [])
     made = [
         dataclasses.replace(run, tokens_per_second=run.tokens_per_second * float(np.exp(ratio)))
         for run, ratio in zip(runs, fitting.run_ratios(true, runs), strict=True)
     ]
-    found = calibration.Calibration(made, []).fit()
+    found = Calibration(made, []).fit()
     assert found.values["h100", "matmul_efficiency"] == pytest.approx(0.5, rel=0.02)
     assert found.values["hopper", "flash1"] == pytest.approx(0.3, rel=0.03)

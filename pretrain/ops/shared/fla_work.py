@@ -1,8 +1,8 @@
 """The work of flash-linear-attention's kernels, for plans, and what stands for them there.
 
 Bytes and FLOPs are counted from its chunked algorithms with chunks of 64 tokens, per token and
-head of K key and V value channels; benchmarks/planner_calibration.py holds their times against
-published ones.
+head of K key and V value channels; benchmarks/planner_fit.py holds their times against published
+ones.
 """
 
 from __future__ import annotations
