@@ -51,7 +51,7 @@ def _file(name: str) -> Hardware:
 
 @dataclass
 class Constants:
-    """What is fitted: values by (where, name), where ``where`` is hardware or a source."""
+    """Hold what is fitted: values by (where, name), where ``where`` is hardware or a source."""
 
     values: dict[tuple[str, str], float] = field(default_factory=dict)
 

@@ -62,7 +62,7 @@ Observer = Callable[[Work, float, torch.dtype], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a plan is made for.
+    """Say what a plan is made for.
 
     Attributes:
         device: Type of the device that tensors on the meta device stand for.
