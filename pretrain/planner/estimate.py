@@ -440,6 +440,9 @@ class Planner:
         )
         in_node = max(per_node // parallel.tensor, 1)
         if parallel.zero_stage == 3:
+            numbers = [s.parameters + s.expert_parameters for s in stages]
+            again = max(n * _gathered_again(n) for n in numbers) * (data - 1) / data
+            exchanged += micro_batches * width * again
             exposed = micro_batches * max(self._gather_waits(s, data, in_node) for s in stages)
         else:
             exposed = hardware.group_seconds(exchanged, 2 * (data > 1), data, in_node)
@@ -480,7 +483,7 @@ class Planner:
         number = stage.parameters + stage.expert_parameters
         width = DTYPES[self.config.train.precision].itemsize
         once = number * width * (data - 1) / data
-        again = max(1 - _LIVE_PARAMETERS / number, 0.0)
+        again = _gathered_again(number)
         calls = 2 * sum(len(blocks) for blocks in stage.blocks)
         times = [
             self.hardware.group_seconds(once * share, calls * n, data, in_node)
@@ -509,6 +512,11 @@ class Planner:
             return (8.0 if parallel.zero_stage == 0 else 4.0 + width), True
         times = {0: 2, 1: 3, 2: 2 * micro_batches + 1, 3: 2 * micro_batches}
         return float(width * times[parallel.zero_stage]), parallel.zero_stage > 1
+
+
+def _gathered_again(parameters: int) -> float:
+    """Return the share of the weights that ZeRO-3 gathers a second time, for the backward pass."""
+    return max(1 - _LIVE_PARAMETERS / parameters, 0.0)
 
 
 def _largest_share(states: Sequence[tuple[int, float]], shards: int) -> float:
