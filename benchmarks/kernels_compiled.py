@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import para_rnn_compiled
+from benchmarks import compiled_loops
 from pretrain.ops import m2rnn, para_gru, para_lstm, rnn
 from pretrain.ops.m2rnn import kernels as m2rnn_kernels
 from pretrain.ops.para_rnn import kernels as para_rnn_kernels
@@ -46,24 +46,26 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def calls() -> dict[str, Any]:
     """Return calls of the ops by name and shape."""
     wide, tokens = torch.float32, 4096
-    row = torch.tensor([0, tokens])  # lengths must be known
+    eight = torch.arange(9) * tokens  # lengths must be known
 
-    def matrix(key_dim: int, value_dim: int, heads: int) -> Tensor:
+    def matrix(key_dim: int, value_dim: int, heads: int, rows: int) -> Tensor:
+        total = rows * tokens
         return m2rnn(
-            empty(1, tokens, 1, key_dim),
-            empty(1, tokens, 1, key_dim),
-            empty(1, tokens, heads, value_dim),
+            empty(1, total, 1, key_dim),
+            empty(1, total, 1, key_dim),
+            empty(1, total, heads, value_dim),
             empty(heads, value_dim, value_dim),
-            empty(1, tokens, heads, dtype=wide),
-            cu_seqlens=row,
+            empty(1, total, heads, dtype=wide),
+            cu_seqlens=eight[: rows + 1],
             state_grad_clip=1.0,
         )[0]
 
     def classical(cell: str, dim: int) -> Tensor:
         kind, heads = CELLS[cell], 1024 // dim
-        x, weight = empty(1, tokens, kind.gates, heads, dim), empty(heads, dim, kind.gates, dim)
+        x = empty(1, 8 * tokens, kind.gates, heads, dim)
+        weight = empty(heads, dim, kind.gates, dim)
         bias = empty(kind.biases, heads, dim, dtype=wide)
-        return rnn(x, weight, bias, cell=cell, cu_seqlens=row, state_grad_clip=1.0)[0]
+        return rnn(x, weight, bias, cell=cell, cu_seqlens=eight, state_grad_clip=1.0)[0]
 
     a, c, bias = (empty(n, 1024, dtype=wide) for n in (3, 2, 3))
 
@@ -75,8 +77,8 @@ def calls() -> dict[str, Any]:
 
     return {
         **{
-            f"m2rnn K={k} V={v}": lambda k=k, v=v, h=h: matrix(k, v, h)
-            for k, v, h in ((64, 16, 84), (64, 64, 16), (128, 128, 8))
+            f"m2rnn {k}x{v}{', one row' * (n == 1)}": lambda k=k, v=v, h=h, n=n: matrix(k, v, h, n)
+            for k, v, h, n in ((64, 16, 84, 8), (64, 16, 84, 1), (64, 64, 16, 8), (128, 128, 8, 8))
         },
         **{
             f"{op} {kind}": lambda op=op, rows=rows, backend=backend: para(op, rows, backend)
@@ -176,7 +178,8 @@ def main() -> None:
     print(f"triton {triton.__version__}, torch {torch.__version__}, sm_{arguments.arch}, bfloat16")
     header = f"{'op':<20} {'pass':<9} {'warps':>5} {'registers':>9} {'spilled':>8} {'shared':>8}"
     print(f"{header} {'instructions':>12} {'tanh':>5} {'tensor':>6} {'seconds':>8}")
-    rows = []
+    rows: list[str] = []
+    para_rows: list[str] = []
     for name, call in calls().items():
         if arguments.only and not any(part in name for part in arguments.only):
             continue
@@ -186,16 +189,18 @@ def main() -> None:
             seconds = time.perf_counter() - start
             found, code = counted(kernel)
             if name.startswith("para"):
-                rows.append(para_rnn_compiled.row(name, which, code, launch[2]))
+                para_rows.append(compiled_loops.row(name, which, code, launch[2]))
+            else:
+                rows.append(compiled_loops.of_steps(name, which, code, launch[2]))
             print(
                 f"{name:<20} {which:<9} {launch[2]['num_warps']:>5} {found['registers']:>9} "
                 f"{found['spilled']:>8} {found['shared']:>8,} {found['instructions']:>12,} "
                 f"{found['tanh']:>5} {found['tensor']:>6} {seconds:>8.1f}",
                 flush=True,
             )
-    if rows:
-        print(f"\n{para_rnn_compiled.HEADER}")
-        print("\n".join(rows))
+    for title, lines in ((compiled_loops.STEPS_HEADER, rows), (compiled_loops.HEADER, para_rows)):
+        if lines:
+            print("\n".join(["", title, *lines]))
 
 
 if __name__ == "__main__":

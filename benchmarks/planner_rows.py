@@ -48,6 +48,7 @@ _SOURCES = {
         keeps_gathered=True,
         state_bytes=8.0,
     ),
+    "m2rnn": Software(shares_keys=True),  # Mamba-2 by the kernels of mamba_ssm
     "fms": Software(logits_bytes=10.0, recomputed_products=0.5),
 }
 _OTHERS = Software()

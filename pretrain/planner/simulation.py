@@ -79,7 +79,9 @@ class Simulation(TorchDispatchMode):
         self._base = 0
         self._known: dict[int, Any] = {}
         fused = software.elementwise == "fused"
-        self._planned = planned_device(device, self._kernel, fused=fused)
+        self._planned = planned_device(
+            device, self._kernel, fused=fused, shares_keys=software.shares_keys
+        )
 
     def __enter__(self) -> Simulation:
         self._planned.__enter__()

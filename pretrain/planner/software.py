@@ -28,6 +28,8 @@ class Software:
     """Time of the kernels of linear attention, relative to today's flash-linear-attention."""
     step_time: float = 1.0
     """Time of a step inside kernels of non-linear recurrences, relative to this project's."""
+    shares_keys: bool = False
+    """Whether kernels take one key for the heads that share it (Mamba-2), in place of copies."""
     overlaps_tensor: bool = True
     """Whether exchanges of tensor parallelism run beside the weights' gradients."""
     recomputed_products: float = 0.0

@@ -15,6 +15,7 @@ from pretrain.nn.mixers.base import Mixer, State, accumulation_dtype
 from pretrain.nn.parameters import Initializer, constant, replicated_parameter, sharded_parameter
 from pretrain.ops import short_convolution
 from pretrain.ops.elementwise.fusing import fused
+from pretrain.ops.shared.planning import plans_shared_keys, shared_stand_in
 from pretrain.ops.shared.recomputation import recomputed
 from pretrain.parallel.context import ParallelContext
 
@@ -78,6 +79,8 @@ def forget_gate(x: Tensor, rate_log: Tensor, bias: Tensor) -> Tensor:
 
 def repeat_heads(x: Tensor, times: int) -> Tensor:
     """Repeat every head of ``[B, T, H, dim]``, consecutively, for the heads that share it."""
+    if x.shape[2] == 1 and plans_shared_keys(x):
+        return shared_stand_in(x, times)
     found: Tensor = recomputed(Tensor.repeat_interleave, x, times, 2)
     return found
 

@@ -12,35 +12,57 @@ from typing_extensions import override
 
 from pretrain.data.sequences import Sequences, without_waiting
 from pretrain.ops.m2rnn.step_kernels import KERNELS
-from pretrain.ops.shared.launching import approximate, launch, power_of_two
+from pretrain.ops.shared.launching import approximate, launch, power_of_two, schedulers
 from pretrain.ops.shared.planning import Work
 
 CHUNK = 64  # tokens between stored states, unless asked otherwise
-PIECE = 4  # tokens of a chunk whose inner values are in registers at once
+PIECE = 4  # most tokens of a chunk whose inner values are in registers at once
 DW_SLOTS = 256  # most parts that the gradient of W is left in: programs may share sequences
 SEGMENTS = 8  # of a sequence's time whose gradients exist for every head at once
 PROGRAMS = 4096  # about as many as may run at once: more would only need more scratch
 
+# Instructions of a warp for a token by rows of its block (benchmarks/kernels_compiled.py, K = 64,
+# V = 16), without a branch that runs once in 64 tokens; and cycles in which it waits besides.
+INSTRUCTIONS = {False: {16: 140, 32: 201, 64: 305}, True: {16: 411, 32: 688}}
+WAITS = {False: 150, True: 600}
 
-def blocks(key_dim: int, value_dim: int, *, backward: bool) -> dict[str, int]:
+
+def blocks(key_dim: int, value_dim: int, heads: int, schedulers: int, *, backward: bool) -> Any:
     """Return rows and columns of a program's state, its warps, and (backward) tokens of a piece.
 
-    A warp holds up to 1024 numbers of the state, 32 in each thread, so that the sums over rows need
-    no other warp. Backward the states and tanhs of a piece's tokens stay in registers as well: 512
-    numbers at V = 16, where one warp has all columns, and 256 beyond. What larger ones spill is in
+    ``heads``: those of all sequences, which run side by side; ``schedulers``: of the device's
+    warps. A warp holds up to 1024 numbers of the state forward, 32 in each thread, so that the sums
+    over rows need no other warp, and half as many or fewer where so few programs would leave
+    schedulers idle. Backward the states and tanhs of a piece's tokens stay in registers as well:
+    512 numbers at V = 16, where one warp has all columns, and 256 beyond. There 168 registers let
+    12 warps, not 8, share a multiprocessor. What is spilled is in
     benchmarks/results/kernels_compiled.txt.
     """
     block_v = max(16, power_of_two(value_dim))
+    warps = min(8, block_v // 16)
     most = (32 if block_v == 16 else 16) if backward else 64
-    block_k = min(most, max(16, power_of_two(key_dim)))
+    sizes = [size for size in INSTRUCTIONS[backward] if size <= most and size < 2 * key_dim] or [16]
+
+    def cycles(size: int) -> float:
+        """Return the cycles that a token takes."""
+        instructions = INSTRUCTIONS[backward][size]
+        programs = heads * triton.cdiv(key_dim, size)
+        turns = triton.cdiv(programs * warps, schedulers)
+        return max(turns * instructions, instructions + WAITS[backward])
+
+    # Smaller blocks leave y, dv and df in more parts: they must be worth it.
+    bound = 1.1 * min(map(cycles, sizes))
     # Pipelined loads go through shared memory, which costs more instructions than it hides.
     found = {
-        "BLOCK_K": block_k,
+        "BLOCK_K": max(size for size in sizes if cycles(size) <= bound),
         "BLOCK_V": block_v,
-        "num_warps": min(8, block_v // 16),
+        "num_warps": warps,
         "num_stages": 1,
     }
-    return found | {"PIECE": PIECE} if backward else found
+    if not backward:
+        return found
+    registers = {"maxnreg": 168} if block_v == 16 else {}
+    return found | registers | {"PIECE": PIECE if 16 < block_v <= 64 else PIECE // 2}
 
 
 class M2RNN(torch.autograd.Function):
@@ -70,7 +92,8 @@ class M2RNN(torch.autograd.Function):
         initial_state = initial_state.contiguous()
         (total, num_heads, value_dim), key_dim = v.shape, q.shape[-1]
         num_sequences = sequences.count
-        sizes = blocks(key_dim, value_dim, backward=False)
+        heads = num_sequences * num_heads
+        sizes = blocks(key_dim, value_dim, heads, schedulers(v.device), backward=False)
         parts = triton.cdiv(key_dim, sizes["BLOCK_K"])
         wide = initial_state.dtype
         y = torch.empty(parts, *v.shape, dtype=v.dtype if parts == 1 else wide, device=v.device)
@@ -119,7 +142,8 @@ class M2RNN(torch.autograd.Function):
         sequences: Sequences = ctx.sequences
         chunk_starts = sequences.derive(_chunk_starts, ctx.chunk)
         (total, num_heads, value_dim), key_dim = v.shape, q.shape[-1]
-        sizes = blocks(key_dim, value_dim, backward=True)
+        heads = ctx.num_sequences * num_heads
+        sizes = blocks(key_dim, value_dim, heads, schedulers(v.device), backward=True)
         parts, wide = triton.cdiv(key_dim, sizes["BLOCK_K"]), like.dtype
         slots = max(1, min(ctx.num_sequences, DW_SLOTS, PROGRAMS // (num_heads * parts) + 1))
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
@@ -205,16 +229,13 @@ class M2RNN(torch.autograd.Function):
 
 
 def _work(v: Tensor, key_dim: int, sequences: Sequences, *, backward: bool) -> Work:
-    """Return the work by what the kernels compile to at K = 64, V = 16.
-
-    That is (benchmarks/kernels_compiled.py) some 315 instructions of a warp for a token's 1024
-    numbers forward, without a branch that runs once in 64 tokens; backward 790 for each 512.
-    """
+    """Return the work by what the kernels compile to at K = 64, V = 16, in their usual blocks."""
     numbers, value_dim = v.numel() * key_dim, v.shape[-1]
     # Backward two products with W's transpose and for its gradient, and nearly two to have states.
     flops = numbers * (8 * value_dim + 4 if backward else 2 * value_dim + 2)
-    instructions = numbers * (790 / 512 if backward else 315 / 1024)
-    return Work(flops, instructions, sequences.max_length * (1500 if backward else 450))
+    rows, of_token = max(INSTRUCTIONS[backward].items())
+    cycles = of_token + WAITS[backward]
+    return Work(flops, numbers * of_token / (16 * rows), sequences.max_length * cycles)
 
 
 @dataclass(frozen=True)

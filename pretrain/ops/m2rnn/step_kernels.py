@@ -107,7 +107,22 @@ def _forward_kernel(
     tl.store(final + of_sequence + in_state, h, mask=state_ok)
 
 
-@triton.jit(do_not_specialize=["segment_total", "done", "most"])
+@triton.jit
+def _store_by_rows(target, matrix, vector, ok, dtype: tl.constexpr):
+    """Store the product of ``matrix`` and ``vector`` (in a wide type) at ``target``."""
+    if matrix.shape[1] == 16:
+        # A tile of the tensor cores, all of whose columns are the same.
+        columns = tl.arange(0, 8)
+        tile = tl.broadcast_to(vector.to(dtype)[:, None], 16, 8)
+        found = tl.dot(matrix.to(dtype), tile, input_precision="ieee", out_dtype=vector.dtype)
+        there = ok[:, None] & (columns == 0)[None, :]
+        tl.store(target[:, None] + 0 * columns, found.to(target.dtype.element_ty), mask=there)
+    else:
+        found = tl.sum(matrix.to(vector.dtype) * vector[None, :], 1)
+        tl.store(target, found.to(target.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "segment_total", "done", "most"])
 def _backward_kernel(
     q,
     k,
@@ -246,16 +261,12 @@ def _backward_kernel(
                     d_weight += tl.dot(
                         tl.trans(before), dx_narrow, input_precision="ieee", out_dtype=wide
                     )
-                    dq_t = tl.sum(states[i + 1].to(wide) * dy_t[None, :], 1)
-                    dk_t = tl.sum(dx * v_t[None, :], 1)
+                    _store_by_rows(
+                        dq_c + t * num_heads * K, states[i + 1], dy_t, row_ok & here, dtype
+                    )
+                    _store_by_rows(dk_c + t * num_heads * K, dx, v_t, row_ok & here, dtype)
                     dv_t = tl.sum(dx * k_t[:, None], 0)
                     df_t = tl.sum(tl.sum(d * (before.to(wide) - z), 1), 0)
-                    tl.store(
-                        dq_c + t * num_heads * K, dq_t.to(dq.dtype.element_ty), mask=row_ok & here
-                    )
-                    tl.store(
-                        dk_c + t * num_heads * K, dk_t.to(dk.dtype.element_ty), mask=row_ok & here
-                    )
                     tl.store(
                         dv_c + t * num_heads * V,
                         dv_t.to(dv.dtype.element_ty),

@@ -24,7 +24,7 @@ from pretrain.ops.para_rnn.step_kernels import (
     gru_steps_kernel,
     lstm_steps_kernel,
 )
-from pretrain.ops.shared.launching import approximate, launch
+from pretrain.ops.shared.launching import SCHEDULERS, approximate, launch
 from pretrain.ops.shared.planning import Work
 
 STEPS = {"para_gru": gru_steps_kernel, "para_lstm": lstm_steps_kernel}
@@ -48,17 +48,16 @@ def segments(parts: int, dim: int) -> dict[str, int]:
 # Instructions of a warp for a token and channel, by what the kernels compile to
 # (benchmarks/kernels_compiled.py); shooting with three passes.
 INSTRUCTIONS = {
-    ("para_gru", "steps"): 2.4,
-    ("para_gru", "shooting"): 7.1,
-    ("para_gru", "backward"): 6.6,
-    ("para_lstm", "steps"): 2.7,
-    ("para_lstm", "shooting"): 8.8,
-    ("para_lstm", "backward"): 9.3,
+    ("para_gru", "steps"): 1.6,
+    ("para_gru", "shooting"): 5.2,
+    ("para_gru", "backward"): 5.0,
+    ("para_lstm", "steps"): 2.3,
+    ("para_lstm", "shooting"): 6.9,
+    ("para_lstm", "backward"): 7.2,
 }
 # Cycles of what waits for each other: a step of a cell, one backward, the scan after a pass.
 _STEP = {"para_gru": 150, "para_lstm": 160}
 _STEP_BACK, _SCAN = 60, 600
-SCHEDULERS = 528  # of warps, on the card that the choice below is made for
 
 
 def work(op: str, which: str, sequences: Sequences, dim: int) -> Work:
@@ -79,7 +78,7 @@ def steps_are_faster(op: str, sequences: Sequences, dim: int) -> bool:
     """Return whether plain steps take less time than shooting, by the instructions of both.
 
     Steps are a third of the work, but a chain as long as the longest sequence. With rows of equal
-    length they win from about 11,000 channels of all sequences together on (of ParaLSTM 9,500).
+    length they win from about 15,000 channels of all sequences together on (of ParaLSTM 12,000).
     """
     stepping, shooting = (work(op, which, sequences, dim) for which in ("steps", "shooting"))
     return max(stepping.instructions / SCHEDULERS, stepping.cycles) < max(

@@ -14,7 +14,7 @@ from pretrain.ops.rnn.step_kernels import KERNELS
 from pretrain.ops.shared.launching import approximate, launch, power_of_two
 from pretrain.ops.shared.planning import Work
 
-BATCH = 16  # sequences of a program
+BATCH = 8  # sequences of a program
 
 
 def blocks(dim: int) -> dict[str, int]:
@@ -31,17 +31,17 @@ def blocks(dim: int) -> dict[str, int]:
 def _work(x: Tensor, sequences: Sequences, *, backward: bool) -> Work:
     """Return the work by what the kernels compile to.
 
-    That is 170 instructions of a warp for a token and gate of 16 sequences forward, 300 backward;
-    products count a full tile of 16.
+    That is 70 instructions of a warp for a token and gate of a program's sequences forward, 150
+    backward, and some 300 and 400 cycles of waiting (benchmarks/kernels_compiled.py).
     """
     total, gates, num_heads, dim = x.shape
     longest, sizes = sequences.max_length, blocks(dim)
-    of_token = (300 if backward else 170) * gates * sizes["num_warps"]
+    of_token = (150 if backward else 70) * gates
     tiles = longest * triton.cdiv(sequences.count, BATCH) * num_heads
     return Work(
         2.0 * total * num_heads * gates * dim**2,
-        tiles * of_token,
-        longest * (1300 if backward else 900),
+        tiles * of_token * sizes["num_warps"],
+        longest * (of_token * max(sizes["num_warps"] / 4, 1) + (400 if backward else 300)),
     )
 
 

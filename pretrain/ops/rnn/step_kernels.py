@@ -1,6 +1,6 @@
 """The classical cells (:mod:`pretrain.ops.rnn`) with a head's recurrent matrices on chip.
 
-A program owns one head of 16 sequences, the rows of a tensor-core tile, and walks through time;
+A program owns one head of 8 sequences, the columns of a tensor-core tile, and walks through time;
 sequences are taken longest first, so that those of a program end at about the same time. Forward it
 writes every state. Backward what the recurrent matrices gave is computed again for all tokens at
 once, by one large product; the kernel then needs the transposed matrices alone, and the matrices'
@@ -13,12 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pretrain.ops.shared.elementary_kernels import sigmoid, tanh
+from pretrain.ops.shared.elementary_kernels import divide, exp, log, sigmoid, tanh
 
 
 @triton.jit
 def _log_sigmoid(x):
-    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+    return tl.minimum(x, 0.0) - log(1.0 + exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -27,8 +27,8 @@ def _clamp(x, limit):
 
 
 @triton.jit
-def _product(h, w, dtype: tl.constexpr, wide: tl.constexpr):
-    return tl.dot(h.to(dtype), w, input_precision="ieee", out_dtype=wide)
+def _product(w, h, dtype: tl.constexpr, wide: tl.constexpr):
+    return tl.dot(w, h.to(dtype), input_precision="ieee", out_dtype=wide)
 
 
 @triton.jit
@@ -61,25 +61,25 @@ def _forward_kernel(
     length = tl.where(which < num_sequences, length, 0)
     channels = tl.arange(0, BLOCK_D)
     ok = channels < D
-    there = (which < num_sequences)[:, None] & ok[None, :]
+    there = (which < num_sequences)[None, :] & ok[:, None]
     dtype: tl.constexpr = x.dtype.element_ty
     wide: tl.constexpr = final.dtype.element_ty
 
     # weight [H, from, gate, to], bias [gate, H, D], states [S, N, H, D]
-    matrix = weight + (head * D + channels[:, None]) * (GATES * D) + channels[None, :]
+    matrix = weight + (head * D + channels[None, :]) * (GATES * D) + channels[:, None]
     inside = ok[:, None] & ok[None, :]
     own_bias = bias + head * D + channels
     w0 = tl.load(matrix, mask=inside, other=0.0).to(dtype)
-    b0 = tl.load(own_bias, mask=ok, other=0.0).to(wide)[None, :]
+    b0 = tl.load(own_bias, mask=ok, other=0.0).to(wide)[:, None]
     if GATES > 1:
         w1 = tl.load(matrix + D, mask=inside, other=0.0).to(dtype)
-        b1 = tl.load(own_bias + H * D, mask=ok, other=0.0).to(wide)[None, :]
+        b1 = tl.load(own_bias + H * D, mask=ok, other=0.0).to(wide)[:, None]
         w2 = tl.load(matrix + 2 * D, mask=inside, other=0.0).to(dtype)
-        b2 = tl.load(own_bias + 2 * H * D, mask=ok, other=0.0).to(wide)[None, :]
-        b3 = tl.load(own_bias + 3 * H * D, mask=ok, other=0.0).to(wide)[None, :]
+        b2 = tl.load(own_bias + 2 * H * D, mask=ok, other=0.0).to(wide)[:, None]
+        b3 = tl.load(own_bias + 3 * H * D, mask=ok, other=0.0).to(wide)[:, None]
     if GATES > 3:
         w3 = tl.load(matrix + 3 * D, mask=inside, other=0.0).to(dtype)
-    in_states = (sequence[:, None] * H + head) * D + channels[None, :]
+    in_states = (sequence[None, :] * H + head) * D + channels[:, None]
     size = tl.cast(num_sequences, tl.int64) * H * D
     h = tl.load(initial + in_states, mask=there, other=0.0)
     if (CELL == "lstm") | (CELL == "slstm"):
@@ -89,23 +89,23 @@ def _forward_kernel(
         stabiliser = tl.load(initial + 3 * size + in_states, mask=there, other=0.0)
 
     for t in range(0, tl.max(length, 0)):
-        alive = (t < length)[:, None] & ok[None, :]
-        token = (start + t)[:, None]
-        address = x + (token * (GATES * H) + head) * D + channels[None, :]
-        g0 = tl.load(address, mask=alive, other=0.0).to(wide) + b0 + _product(h, w0, dtype, wide)
+        alive = (t < length)[None, :] & ok[:, None]
+        token = (start + t)[None, :]
+        address = x + (token * (GATES * H) + head) * D + channels[:, None]
+        g0 = tl.load(address, mask=alive, other=0.0).to(wide) + b0 + _product(w0, h, dtype, wide)
         if CELL == "elman":
             h = tl.where(alive, tanh(g0, APPROXIMATE), h)
         else:
             g1 = tl.load(address + H * D, mask=alive, other=0.0).to(wide) + b1
-            g1 += _product(h, w1, dtype, wide)
+            g1 += _product(w1, h, dtype, wide)
             g2 = tl.load(address + 2 * H * D, mask=alive, other=0.0).to(wide) + b2
-            r2 = _product(h, w2, dtype, wide)
+            r2 = _product(w2, h, dtype, wide)
         if CELL == "gru":
             new = tanh(g2 + sigmoid(g0) * (r2 + b3), APPROXIMATE)
             h = tl.where(alive, new + sigmoid(g1) * (h - new), h)
         if (CELL == "lstm") | (CELL == "slstm"):
             g3 = tl.load(address + 3 * H * D, mask=alive, other=0.0).to(wide) + b3
-            g3 += _product(h, w3, dtype, wide)
+            g3 += _product(w3, h, dtype, wide)
             z = tanh(g2 + r2, APPROXIMATE)
         if CELL == "lstm":
             kept = sigmoid(g1) * cell
@@ -114,12 +114,12 @@ def _forward_kernel(
         if CELL == "slstm":
             kept = _log_sigmoid(g1) + stabiliser
             m = tl.maximum(g0, kept)
-            write, keep = tl.exp(g0 - m), tl.exp(kept - m)
+            write, keep = exp(g0 - m), exp(kept - m)
             cell = tl.where(alive, keep * cell + write * z, cell)
             normaliser = tl.where(alive, keep * normaliser + write, normaliser)
             stabiliser = tl.where(alive, m, stabiliser)
-            h = tl.where(alive, sigmoid(g3) * cell / normaliser, h)
-        row = (token * H + head) * D + channels[None, :]
+            h = tl.where(alive, divide(sigmoid(g3) * cell, normaliser), h)
+        row = (token * H + head) * D + channels[:, None]
         tl.store(out + row, h.to(dtype), mask=alive)
         if SAVE:
             all_rows = tl.cast(total, tl.int64) * H * D
@@ -171,25 +171,25 @@ def _backward_kernel(
     length = tl.where(which < num_sequences, length, 0)
     channels = tl.arange(0, BLOCK_D)
     ok = channels < D
-    there = (which < num_sequences)[:, None] & ok[None, :]
+    there = (which < num_sequences)[None, :] & ok[:, None]
     dtype: tl.constexpr = x.dtype.element_ty
     wide: tl.constexpr = d_final.dtype.element_ty
 
-    # The matrices transposed: rows are what they lead to, columns what they come from.
-    matrix = weight + (head * D + channels[None, :]) * (GATES * D) + channels[:, None]
+    # The matrices as they are: rows are what they come from, columns what they lead to.
+    matrix = weight + (head * D + channels[:, None]) * (GATES * D) + channels[None, :]
     inside = ok[:, None] & ok[None, :]
     own_bias = bias + head * D + channels
     w0 = tl.load(matrix, mask=inside, other=0.0).to(dtype)
-    b0 = tl.load(own_bias, mask=ok, other=0.0).to(wide)[None, :]
+    b0 = tl.load(own_bias, mask=ok, other=0.0).to(wide)[:, None]
     if GATES > 1:
         w1 = tl.load(matrix + D, mask=inside, other=0.0).to(dtype)
-        b1 = tl.load(own_bias + H * D, mask=ok, other=0.0).to(wide)[None, :]
+        b1 = tl.load(own_bias + H * D, mask=ok, other=0.0).to(wide)[:, None]
         w2 = tl.load(matrix + 2 * D, mask=inside, other=0.0).to(dtype)
-        b2 = tl.load(own_bias + 2 * H * D, mask=ok, other=0.0).to(wide)[None, :]
-        b3 = tl.load(own_bias + 3 * H * D, mask=ok, other=0.0).to(wide)[None, :]
+        b2 = tl.load(own_bias + 2 * H * D, mask=ok, other=0.0).to(wide)[:, None]
+        b3 = tl.load(own_bias + 3 * H * D, mask=ok, other=0.0).to(wide)[:, None]
     if GATES > 3:
         w3 = tl.load(matrix + 3 * D, mask=inside, other=0.0).to(dtype)
-    in_states = (sequence[:, None] * H + head) * D + channels[None, :]
+    in_states = (sequence[None, :] * H + head) * D + channels[:, None]
     size = tl.cast(num_sequences, tl.int64) * H * D
     all_rows = tl.cast(total, tl.int64) * H * D
     limit = tl.cast(clip, wide)
@@ -203,14 +203,14 @@ def _backward_kernel(
     longest = tl.max(length, 0)
     for back in range(0, longest):
         t = longest - 1 - back
-        alive = (t < length)[:, None] & ok[None, :]
+        alive = (t < length)[None, :] & ok[:, None]
         first, inner = alive & (t == 0), alive & (t > 0)
-        token = (start + t)[:, None]
-        row = (token * H + head) * D + channels[None, :]
-        address = (token * (GATES * H) + head) * D + channels[None, :]
+        token = (start + t)[None, :]
+        row = (token * H + head) * D + channels[:, None]
+        address = (token * (GATES * H) + head) * D + channels[:, None]
         # products [H, T, gate, D]; overwritten by what is computed from them
         product = products + (tl.cast(head, tl.int64) * total + token) * (GATES * D)
-        product += channels[None, :]
+        product += channels[:, None]
         g0 = tl.load(x + address, mask=alive, other=0.0).to(wide) + b0
         g0 += tl.load(product, mask=alive, other=0.0).to(wide)
         if GATES > 1:
@@ -264,12 +264,13 @@ def _backward_kernel(
                 carried_n, carried_m = _clamp(dn, limit), _clamp(dm, limit)
             kept = _log_sigmoid(g1) + m
             new_m = tl.maximum(g0, kept)
-            write, keep = tl.exp(g0 - new_m), tl.exp(kept - new_m)
+            write, keep = exp(g0 - new_m), exp(kept - new_m)
             new_n = keep * n + write
-            ratio = (keep * cell + write * z) / new_n
+            inverse = divide(1.0, new_n)
+            ratio = (keep * cell + write * z) * inverse
             d3 = d * ratio * o * (1.0 - o)
-            d_cell = carried_c + d * o / new_n
-            d_n = carried_n - d * o * ratio / new_n
+            d_cell = carried_c + d * o * inverse
+            d_n = carried_n - d * o * ratio * inverse
             by_write = (d_cell * z + d_n) * write
             by_keep = (d_cell * cell + d_n * n) * keep
             by_m = carried_m - by_write - by_keep
@@ -286,7 +287,7 @@ def _backward_kernel(
         d0 = tl.where(alive, d0, 0.0)
         tl.store(d_x + address, d0.to(dtype), mask=alive)
         tl.store(product, d0.to(dtype), mask=alive)
-        before += _product(d0, w0, dtype, wide)
+        before += _product(w0, d0, dtype, wide)
         if GATES > 1:
             d1, d2 = tl.where(alive, d1, 0.0), tl.where(alive, d2, 0.0)
             tl.store(d_x + address + H * D, d1.to(dtype), mask=alive)
@@ -295,12 +296,12 @@ def _backward_kernel(
             if CELL == "gru":
                 d2 = d2 * s
             tl.store(product + 2 * D, d2.to(dtype), mask=alive)
-            before += _product(d1, w1, dtype, wide) + _product(d2, w2, dtype, wide)
+            before += _product(w1, d1, dtype, wide) + _product(w2, d2, dtype, wide)
         if GATES > 3:
             d3 = tl.where(alive, d3, 0.0)
             tl.store(d_x + address + 3 * H * D, d3.to(dtype), mask=alive)
             tl.store(product + 3 * D, d3.to(dtype), mask=alive)
-            before += _product(d3, w3, dtype, wide)
+            before += _product(w3, d3, dtype, wide)
         dh = tl.where(alive, before, dh)
     tl.store(d_initial + in_states, dh, mask=there)
     if (CELL == "lstm") | (CELL == "slstm"):

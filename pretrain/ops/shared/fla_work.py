@@ -34,16 +34,21 @@ def delta_rule_counts(key_dim: int, value_dim: int, *, per_channel: bool = False
     )
 
 
-def linear_attention_counts(key_dim: int, value_dim: int, *, per_channel: bool = False) -> Counts:
-    """Return the counts of linear attention (RetNet, Mamba-2); ``per_channel``: of GLA."""
+def linear_attention_counts(
+    key_dim: int, value_dim: int, *, per_channel: bool = False, sharing: int = 1
+) -> Counts:
+    """Return the counts of linear attention (RetNet, Mamba-2); ``per_channel``: of GLA.
+
+    ``sharing``: heads that read, and sum the gradients of, the same keys and queries.
+    """
     k, v, c = key_dim, value_dim, CHUNK
     flops = (4 * k * v + 2 * c * (k + v), 10 * k * v + 2 * c * (4 * k + 3 * v))
     if per_channel:
         moved = 28 * k + 8 * v + 8 * k * v / c + 8 * c
         return (moved, flops[0]), (3.3 * moved, flops[1])
     return (
-        (2 * (3 * k + 4 * v) + 8 * k * v / c, flops[0]),
-        (2 * (10 * k + 8 * v) + 16 * k * v / c, flops[1]),
+        (2 * (3 * k / sharing + 4 * v) + 8 * k * v / c, flops[0]),
+        (2 * (10 * k / sharing + 8 * v) + 16 * k * v / c, flops[1]),
     )
 
 
@@ -103,7 +108,10 @@ def planned_linear_attention(
     """Stand for fla's linear attention; it keeps its inputs."""
     tokens, heads = q.shape[0] * q.shape[1], q.shape[2]
     per_channel = log_decay is not None and log_decay.ndim == 4
-    counts = linear_attention_counts(q.shape[3], v.shape[3], per_channel=per_channel)
+    sharing = heads if k.stride(2) == 0 else 1
+    counts = linear_attention_counts(
+        q.shape[3], v.shape[3], per_channel=per_channel, sharing=sharing
+    )
     longest = q.shape[1] if sequences is None else sequences.max_length
     forward, backward = recurrence_work("linear_attention", counts, tokens * heads, longest)
     given = None if from_zeros else initial_state

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pretrain.ops.shared.planning import Work, observe
 
+SCHEDULERS = 528  # of an H100 or H200
+
 
 def launch(kernel: Any, grid: tuple[int, ...], work: Work, *arguments: Any, **options: Any) -> None:
     """Run ``kernel``, which does ``work``, unless there is nothing to do.
@@ -39,6 +41,13 @@ def interpreted() -> bool:
 def approximate(dtype: torch.dtype) -> bool:
     """Return whether a kernel on ``dtype`` may take the hardware's tanh."""
     return not interpreted() and dtype in (torch.bfloat16, torch.float16)
+
+
+def schedulers(device: torch.device) -> int:
+    """Return how many schedulers of warps a GPU has; of any other device an H200's."""
+    if device.type != "cuda":
+        return SCHEDULERS
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def power_of_two(n: int) -> int:

@@ -68,11 +68,13 @@ class Plan:
         device: Type of the device that tensors on the meta device stand for.
         observer: Called with every kernel that would run.
         fused: Whether chains of elementwise operations are one kernel.
+        shares_keys: Whether heads that share a key read the same one, in place of copies.
     """
 
     device: str = "cpu"
     observer: Observer | None = None
     fused: bool = True
+    shares_keys: bool = False
 
 
 _UNPLANNED = Plan()
@@ -81,13 +83,17 @@ _plan: ContextVar[Plan] = ContextVar("_plan", default=_UNPLANNED)
 
 @contextmanager
 def planned_device(
-    kind: str, observer: Observer | None = None, *, fused: bool = True
+    kind: str,
+    observer: Observer | None = None,
+    *,
+    fused: bool = True,
+    shares_keys: bool = False,
 ) -> Iterator[None]:
     """Let tensors on the meta device stand for ones on a device of type ``kind`` while open.
 
     ``observer`` is called with every kernel that would run.
     """
-    token = _plan.set(Plan(kind, observer, fused))
+    token = _plan.set(Plan(kind, observer, fused, shares_keys))
     try:
         yield
     finally:
@@ -116,6 +122,27 @@ def is_planned(*tensors: Any, device: str = "cuda") -> bool:
 def plans_fused(*tensors: Any) -> bool:
     """Return whether elementwise operations on the tensors are planned as one GPU kernel."""
     return is_planned(*tensors) and _plan.get().fused
+
+
+def plans_shared_keys(x: Tensor) -> bool:
+    """Return whether the planned kernels take one key for the heads that share it."""
+    return is_planned(x) and _plan.get().shares_keys
+
+
+def shared_stand_in(x: Tensor, times: int) -> Tensor:
+    """Stand for ``[B, T, 1, dim]`` read by ``times`` heads, whose kernel sums its gradient."""
+    found: Tensor = _Shared.apply(x, times)
+    return found
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, times: int) -> Tensor:
+        return x.expand(-1, -1, times, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return torch.empty_like(gradients[0][:, :, :1]), None
 
 
 def count_true(mask: Tensor, assumed: int) -> int:
