@@ -67,7 +67,7 @@ def start_processes(config: ParallelConfig | None = None) -> bool:
     if fresh:
         order_kernels(config)
         _connect(local_device(), timeout)
-    # NCCL has connected by now. From a world with a device torch splits off every new group, for
+    # NCCL has its device by now. From a world with a device torch splits off every new group, for
     # which all processes must be there: those outside of a group of gloo would wait for ever.
     world: Any = dist.group.WORLD
     world.bound_device_id = None
