@@ -1,11 +1,12 @@
 """Time the training step of full models on one GPU: tokens/s, MFU, memory, and time by kernel.
 
     python -m benchmarks.train_gpu [--sizes 410m 1b] [--only NAME ...] [--lengths 4096 16384]
-                                   [--profile FOLDER] [--smoke]
+                                   [--tokens 32768] [--profile FOLDER] [--smoke]
 
 Runs every model of configs/models in bfloat16 through the training engine: megatron-core's
-schedule, forward, backward, clipping, AdamW. Tokens are random, 32,768 in a micro-batch, two
-micro-batches in a step, rows of T as sequences. MFU: model FLOPs (matrix products, counting
+schedule, forward, backward, clipping, AdamW. Tokens are random, ``--tokens`` in a micro-batch (a
+multiple of every length; fewer need less memory), two micro-batches in a step, rows of T as
+sequences. MFU: model FLOPs (matrix products, counting
 attention's causal half) over the dense peak. ``ratio``: tokens/s over the transformer's of that
 size and length; the 7:1 hybrid with one M2RNN layer is also compared with the one without, which
 has as many parameters (its MLP is wider instead, and its attention is at other depths). ``waits``:
@@ -188,15 +189,21 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=["410m", "1b"])
     parser.add_argument("--only", nargs="*", help="models whose name contains one of these")
     parser.add_argument("--lengths", nargs="*", type=int, default=[4096])
+    parser.add_argument("--tokens", type=int, help="of a micro-batch; default: 32768")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", type=Path, help="folder for pictures of each model's step")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.smoke:
         raise SystemExit("there is no GPU here: --smoke runs a tiny model wherever it is")
-    start_processes()
-    tokens = 128 if arguments.smoke else 32768
+    tokens = arguments.tokens
+    if tokens is None:
+        tokens = 128 if arguments.smoke else 32768
     lengths = [64] if arguments.smoke else arguments.lengths
+    for length in lengths:
+        if tokens < 1 or tokens % length:
+            raise SystemExit(f"--tokens is {tokens}, expected a multiple of the length {length}")
+    start_processes()
     names = [m for m in MODELS if not arguments.only or any(part in m for part in arguments.only)]
     paths = [
         (size, name, Path(f"configs/models/{size}/{name}.yaml"))

@@ -43,8 +43,10 @@ def transformer_config(
         # Two messages between the same two processes in one batch get mixed up.
         batch_p2p_comm=parts is None,
         overlap_p2p_comm=parts is not None,
-        # gloo may still be sending an output that was freed.
-        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        # Else the host waits for the GPU after every exchange, for a fault of an older torch.
+        batch_p2p_sync=False,
+        # What has been sent; run_schedule keeps what is still being sent.
+        deallocate_pipeline_outputs=stages > 1,
         sequence_parallel=context.sequence_parallel,
         use_cpu_initialization=True,
         perform_initialization=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +115,7 @@ def _through(
     iterators = [iter(group) for _ in modules]
     with device_scope():
         found: list[Any] = get_forward_backward_func()(
-            forward_step_func=step,
+            forward_step_func=_sent_whole(step) if len(modules) > 1 else step,
             data_iterator=iterators if len(modules) > 1 else iterators[0],
             model=list(modules) if len(modules) > 1 else modules[0],
             num_microbatches=len(group),
@@ -123,6 +124,24 @@ def _through(
             forward_only=forward_only,
         )
     return found
+
+
+def _sent_whole(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``step`` so that the memory of an output stays until it has been sent.
+
+    The interleaved schedule frees an output when the next one begins, and only waits for it to be
+    sent when the next one is complete: the message could be overwritten. Two outputs are kept, of
+    which the older has been sent when a third comes.
+    """
+    sending: collections.deque[Tensor] = collections.deque(maxlen=2)
+
+    def keeping(*arguments: Any) -> tuple[Tensor, Any]:
+        output, collect = step(*arguments)
+        with model_scope():
+            sending.append(output.detach())  # the same memory, which freeing does not reach
+        return output, collect
+
+    return keeping
 
 
 def _full_rounds(batches: list[Batch]) -> list[Batch]:

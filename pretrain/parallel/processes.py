@@ -17,6 +17,7 @@ from pretrain.common.metrics import merge_metrics
 from pretrain.config.checks import check_world_size
 from pretrain.config.parallel import ParallelConfig
 from pretrain.parallel.cpu import importing_megatron
+from pretrain.parallel.gpu_environment import prepare_gpu
 from pretrain.parallel.launcher_watch import processes_met, watch_launcher
 
 T = TypeVar("T")
@@ -26,8 +27,9 @@ _host_groups: list[dist.ProcessGroup] = []  # of all processes, where those of N
 
 
 def local_device() -> torch.device:
-    """Return this process's device."""
+    """Return this process's device, a GPU with its environment prepared."""
     if torch.cuda.is_available():
+        prepare_gpu()
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
@@ -59,21 +61,18 @@ def start_processes(config: ParallelConfig | None = None) -> bool:
     watch_launcher()
     with importing_megatron():
         from megatron.core import parallel_state
-    if not dist.is_initialized():
+    fresh = not dist.is_initialized()
+    # Longer than the watchdog's, which can report more than "timed out".
+    timeout = datetime.timedelta(minutes=2 * config.timeout_minutes)
+    if fresh:
         order_kernels(config)
-        device = local_device()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # Longer than the watchdog's, which can report more than "timed out".
-        timeout = datetime.timedelta(minutes=2 * config.timeout_minutes)
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        if dist.get_backend() == "nccl" and dist.get_world_size() > 1:
-            _host_groups.append(dist.new_group(timeout=timeout, backend="gloo"))
+        _connect(local_device(), timeout)
+    # NCCL has its device by now. From a world with a device torch splits off every new group, for
+    # which all processes must be there: those outside of a group of gloo would wait for ever.
+    world: Any = dist.group.WORLD
+    world.bound_device_id = None
+    if fresh and dist.get_backend() == "nccl" and dist.get_world_size() > 1:
+        _host_groups.append(dist.new_group(timeout=timeout, backend="gloo"))
     parts = config.virtual_pipeline
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
@@ -85,6 +84,20 @@ def start_processes(config: ParallelConfig | None = None) -> bool:
     )
     processes_met()
     return True
+
+
+def _connect(device: torch.device, timeout: datetime.timedelta) -> None:
+    """Make the group of all processes: those of torchrun, or this one."""
+    options: dict[str, Any] = {"backend": "gloo", "timeout": timeout}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        options |= {"backend": "nccl", "device_id": device}
+    if "RANK" not in os.environ:
+        # Threads of NCCL's use the store too: they get the kind that torchrun would give them.
+        local = device.type == "cpu"
+        store = dist.HashStore() if local else dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        options |= {"store": store, "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)
 
 
 @contextlib.contextmanager

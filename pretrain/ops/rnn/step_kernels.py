@@ -31,7 +31,7 @@ def _product(w, h, dtype: tl.constexpr, wide: tl.constexpr):
     return tl.dot(w, h.to(dtype), input_precision="ieee", out_dtype=wide)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "num_sequences"])
 def _forward_kernel(
     x,
     weight,
@@ -136,7 +136,7 @@ def _forward_kernel(
         tl.store(final + 3 * size + in_states, stabiliser, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "num_sequences"])
 def _backward_kernel(
     x,
     weight,
