@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -32,7 +31,8 @@ from pretrain.checkpoint_folders import (
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_sha256, sync, write_bytes, write_failure, write_json
 from pretrain.config import RunConfig, to_yaml
-from pretrain.parallel.processes import local_device, on_every_process, on_main_process
+from pretrain.parallel.background import in_background
+from pretrain.parallel.processes import on_every_process, on_main_process
 from pretrain.run_directory import CONFIG_FILE
 
 
@@ -75,7 +75,9 @@ class CheckpointWriter:
             self.check()
             return
         copied = {name: boxes.copied() for name, boxes in local.items()}
-        self._pending, self._thread = _in_background(lambda: self._write(copied, state))
+        self._pending, self._thread = in_background(
+            lambda: self._write(copied, state), "checkpoint"
+        )
 
     def check(self) -> None:
         """Raise UserError if a save has failed since."""
@@ -169,23 +171,6 @@ def _local_state(engine: HoldsState) -> State:
         **engine.backend.weights_state(saving=True),
         **engine.backend.optimizer_state(saving=True),
     }
-
-
-def _in_background(function: Callable[[], Path]) -> tuple[Future[Path], threading.Thread]:
-    future: Future[Path] = Future()
-
-    def run() -> None:
-        try:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(local_device())  # a thread begins on the first GPU
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    # A daemon, so that a process that ends for another reason does not wait for its peers here.
-    thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-    thread.start()
-    return future, thread
 
 
 def _finished(function: Callable[[], Path]) -> Future[Path]:
