@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrain.checkpoint.sharded_state import HoldsState, State, StorageError, weights_state
+from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.storage import save_state, storage
 from pretrain.checkpoint_folders import (
@@ -52,7 +54,7 @@ class CheckpointWriter:
     ):
         """Create a writer; ``tokenizer``, a file, and ``extra``, a folder, come with every save."""
         self.directory, self.config, self._tokenizer = directory, config, tokenizer
-        self._extra = extra
+        self._extra, self._staging = extra, Staging()
         self._pending: Future[Path] | None = None
         self._thread: threading.Thread | None = None  # that writes it
         # A separate group: training communicates meanwhile. Not over NCCL, whose order matters.
@@ -74,10 +76,13 @@ class CheckpointWriter:
             self._pending = _finished(lambda: self._write(local, state))
             self.check()
             return
-        copied = {name: boxes.copied() for name, boxes in local.items()}
-        self._pending, self._thread = in_background(
-            lambda: self._write(copied, state), "checkpoint"
-        )
+        copies, wait_for_copies = self._staging.copy(local)
+
+        def write() -> Path:
+            wait_for_copies()
+            return self._write(copies, state)
+
+        self._pending, self._thread = in_background(write, "checkpoint")
 
     def check(self) -> None:
         """Raise UserError if a save has failed since."""
@@ -93,9 +98,16 @@ class CheckpointWriter:
             self._thread.join()
         return None if self._pending is None else self._pending.result()
 
+    def abandon(self) -> None:
+        """Wait for the save at hand, whatever becomes of it, and free the memory of its copy."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        self._staging.free()
+
     def close(self) -> None:
-        """Wait, and leave the process group that the writer made for itself."""
+        """Wait, free the memory, and leave the process group that the writer made for itself."""
         self.wait()
+        self._staging.free()
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None

@@ -303,8 +303,7 @@ class Trainer:
             # nothing of this run writes then. With several processes the writer may wait for one
             # that is gone.
             if world_size() == 1:
-                with contextlib.suppress(Exception):
-                    self.writer.wait()
+                self.writer.abandon()
             raise
         self.writer.close()
         loss = None if self.result is None else self.result.loss
