@@ -33,10 +33,6 @@ class Boxes:
         """Return the shape of the full tensor, which loading compares with the checkpoint."""
         return self.full_shape
 
-    def copied(self) -> Boxes:
-        """Return a copy whose values are in the CPU's memory."""
-        return Boxes(self.full_shape, ((o, t.to("cpu", copy=True)) for o, t in self.parts.items()))
-
 
 State = dict[str, Boxes]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -14,11 +15,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from pretrain.checkpoint.sharded_state import HoldsState, State, StorageError, weights_state
+from pretrain.checkpoint.staging import Staging
 from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.storage import save_state, storage
 from pretrain.checkpoint_folders import (
@@ -32,7 +33,8 @@ from pretrain.checkpoint_folders import (
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_sha256, sync, write_bytes, write_failure, write_json
 from pretrain.config import RunConfig, to_yaml
-from pretrain.parallel.processes import local_device, on_every_process, on_main_process
+from pretrain.parallel.background import in_background
+from pretrain.parallel.processes import on_every_process, on_main_process
 from pretrain.run_directory import CONFIG_FILE
 
 
@@ -52,7 +54,7 @@ class CheckpointWriter:
     ):
         """Create a writer; ``tokenizer``, a file, and ``extra``, a folder, come with every save."""
         self.directory, self.config, self._tokenizer = directory, config, tokenizer
-        self._extra = extra
+        self._extra, self._staging = extra, Staging()
         self._pending: Future[Path] | None = None
         self._thread: threading.Thread | None = None  # that writes it
         # A separate group: training communicates meanwhile. Not over NCCL, whose order matters.
@@ -74,8 +76,13 @@ class CheckpointWriter:
             self._pending = _finished(lambda: self._write(local, state))
             self.check()
             return
-        copied = {name: boxes.copied() for name, boxes in local.items()}
-        self._pending, self._thread = _in_background(lambda: self._write(copied, state))
+        copies, wait_for_copies = self._staging.copy(local)
+
+        def write() -> Path:
+            wait_for_copies()
+            return self._write(copies, state)
+
+        self._pending, self._thread = in_background(write, "checkpoint")
 
     def check(self) -> None:
         """Raise UserError if a save has failed since."""
@@ -91,9 +98,16 @@ class CheckpointWriter:
             self._thread.join()
         return None if self._pending is None else self._pending.result()
 
+    def abandon(self) -> None:
+        """Wait for the save at hand, whatever becomes of it, and free the memory of its copy."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        self._staging.free()
+
     def close(self) -> None:
-        """Wait, and leave the process group that the writer made for itself."""
+        """Wait, free the memory, and leave the process group that the writer made for itself."""
         self.wait()
+        self._staging.free()
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
@@ -169,23 +183,6 @@ def _local_state(engine: HoldsState) -> State:
         **engine.backend.weights_state(saving=True),
         **engine.backend.optimizer_state(saving=True),
     }
-
-
-def _in_background(function: Callable[[], Path]) -> tuple[Future[Path], threading.Thread]:
-    future: Future[Path] = Future()
-
-    def run() -> None:
-        try:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(local_device())  # a thread begins on the first GPU
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    # A daemon, so that a process that ends for another reason does not wait for its peers here.
-    thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-    thread.start()
-    return future, thread
 
 
 def _finished(function: Callable[[], Path]) -> Future[Path]:

@@ -117,7 +117,8 @@ class CheckpointConfig(Config):
     milestone_every: int = setting(0, minimum=0)
     """Checkpoints at multiples of so many steps are kept for good; 0: none are."""
     background: bool = True
-    """Whether they are written from a copy in host memory while training continues."""
+    """Whether they are written from a copy in host memory while training continues. That memory, as
+    large as what a process writes, is kept for the next save until the run ends."""
     verify: Literal["sha256", "size"] = setting("sha256")
     """What is checked of every file before loading: its hash, or only its size."""
     resume: str | None = None

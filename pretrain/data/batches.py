@@ -58,6 +58,13 @@ class Batch:
         )
         return Batch(tokens, targets, mask, self.sequences.to(device))
 
+    def pinned(self) -> Batch:
+        """Return the batch in pinned memory, from which :meth:`to` copies at once."""
+        tokens, targets, mask = (
+            x.pin_memory() for x in (self.tokens, self.targets, self.loss_mask)
+        )
+        return Batch(tokens, targets, mask, self.sequences.pinned())
+
 
 @dataclass
 class PreparedData:

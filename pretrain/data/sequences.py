@@ -182,6 +182,12 @@ class Sequences:
         moved._lengths = self.lengths
         return moved
 
+    def pinned(self) -> Sequences:
+        """Return the same sequences, which are on the CPU, in pinned memory; lengths are known."""
+        pinned = Sequences(self.cu_seqlens.pin_memory())
+        pinned._lengths = self.lengths
+        return pinned
+
 
 def given_sequences(
     what: str, sequences: Sequences | Tensor | None, cu_seqlens: Tensor | None

@@ -13,6 +13,7 @@ from pretrain.model.depth_lora import set_depth
 from pretrain.model.spec import BlockSpec
 from pretrain.nn.dropout import DropAt
 from pretrain.nn.mixers import LayerContext, State
+from pretrain.nn.mixers.base import without_states
 from pretrain.nn.mlp import MLP
 from pretrain.nn.moe import MoE
 from pretrain.nn.norm import RMSNorm
@@ -89,4 +90,5 @@ def run_block(
         with recomputing(swapped_parameters(block)):
             return run_block(block, x, sequences, depth, drop)
     set_depth(block, depth)
-    return cast(Tensor, block(x, sequences=sequences, drop=drop, depth=depth)[0])
+    with without_states():
+        return cast(Tensor, block(x, sequences=sequences, drop=drop, depth=depth)[0])

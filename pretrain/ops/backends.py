@@ -18,7 +18,7 @@ def describe_backends(dtype: torch.dtype = torch.bfloat16) -> str:
         return "kernels: plain torch, on the CPU"
     x = torch.empty(1, 128, dtype=dtype, device="cuda")
     attention = fast_attention(x)
-    named = {"varlen": "torch's varlen", "sdpa": "torch's sdpa"}
+    named = {"varlen": "torch's varlen (sdpa for rows of one length)", "sdpa": "torch's sdpa"}
     softmax = flash_attention_name(x.device) if attention == "flash" else named[attention]
     linear = _version("flash-linear-attention") if fla_fits(x) else "chunked torch"
     if fla_fits(x) and not fla_fits(x, decay_per_head=True):

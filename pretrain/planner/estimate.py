@@ -14,6 +14,7 @@ from pretrain.config import ParallelConfig, RunConfig
 from pretrain.config.optimizer import WHOLE_MATRICES
 from pretrain.model.counts import ModelCounts, count_model
 from pretrain.model.stages import Stage, split_into_stages
+from pretrain.optim import adamw
 from pretrain.optim.optimizer import GATHERED_AT_ONCE, rule
 from pretrain.planner.cost import Cost
 from pretrain.planner.figures import Estimate, StageEstimate
@@ -292,9 +293,10 @@ class Planner:
         stepped = Counter[bool]()
         for (_, decay, name), n in held.items():
             stepped[decay] += n * (name == "adamw")
-        # torch's fused loop over a group: a root of every element. Other rules go through their
-        # parameters one by one.
-        update = 4.0 * max(stepped.values()) / shards
+        # torch's passes over a group: a root of every element, unless one kernel does them all.
+        # Other rules go through their parameters one by one.
+        passes = adamw.implementation(self.hardware.device) != "fused"
+        update = passes * 4.0 * max(stepped.values()) / shards
         if self.software.state_bytes is not None:
             whole = 2.0 * total if self.software.keeps_gathered and data > 1 else 0.0
             share = self.software.state_bytes * total / shards

@@ -53,6 +53,7 @@ from pretrain.training.engine import Engine, StepResult
 from pretrain.training.log import RunLog
 from pretrain.training.metrics import LayerMetrics
 from pretrain.training.preflight import epochs_of_sources, planned_time, preflight
+from pretrain.training.read_ahead import ReadAhead
 from pretrain.training.result import COMPLETED, NON_FINITE, STOPPED, TrainResult
 from pretrain.training.resuming import checkpoint_to_resume, describe_changes
 from pretrain.training.run_control import (
@@ -259,7 +260,8 @@ class Trainer:
                 num_steps=self.num_steps,
                 step=self.state.step,
             )
-            with contextlib.closing(self.log), self.stop:
+            self._ahead = ReadAhead(self.batches, self.num_steps)
+            with contextlib.closing(self.log), self.stop, self._ahead:
                 return self._train(checkpoint)
         except OSError as error:
             self.run_directory.check_held()
@@ -301,8 +303,7 @@ class Trainer:
             # nothing of this run writes then. With several processes the writer may wait for one
             # that is gone.
             if world_size() == 1:
-                with contextlib.suppress(Exception):
-                    self.writer.wait()
+                self.writer.abandon()
             raise
         self.writer.close()
         loss = None if self.result is None else self.result.loss
@@ -378,7 +379,7 @@ class Trainer:
         self.engine.begin_step(config.seed, step, rank, size)
         self.lr = learning_rate(config.schedule, config.optimizer.lr, step, self.num_steps)
         self.announce(f"reading the data of step {step + 1}")
-        local_batches = self.batches.micro_batches(step, rank, size, offset=state.data_offset)
+        local_batches = self._ahead.micro_batches(step, rank, size, offset=state.data_offset)
         self.announce(f"step {step + 1}")
         result = self.engine.train_step(local_batches, self.lr, self._skip_if())
         tokens = config.train.batch_tokens(step)

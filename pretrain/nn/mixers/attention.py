@@ -24,6 +24,7 @@ from pretrain.nn.mixers.base import (
     State,
     heads,
     register,
+    states_wanted,
 )
 from pretrain.nn.mixers.sizes import attention_heads
 from pretrain.nn.parameters import constant, replicated_parameter
@@ -134,6 +135,8 @@ class Attention(Mixer):
             sequences_k=sequences_k,
         )
         y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
+        if not states_wanted():
+            return self.o_proj(y), {}
         seen = sequences.sizes + (0 if state is None else state["seen"])
         return self.o_proj(y), {**self._visible(k, v, sequences_k), "seen": seen}
 

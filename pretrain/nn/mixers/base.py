@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -17,6 +19,24 @@ from pretrain.parallel.context import ParallelContext
 
 State = dict[str, Tensor]
 SHAREABLE = ("num_kv_heads", "num_groups", "num_qk_heads", "num_qk_groups")
+
+
+_states_wanted: ContextVar[bool] = ContextVar("_states_wanted", default=True)
+
+
+@contextmanager
+def without_states() -> Iterator[None]:
+    """Let mixers leave out of the states that they return what takes work, while open."""
+    token = _states_wanted.set(False)
+    try:
+        yield
+    finally:
+        _states_wanted.reset(token)
+
+
+def states_wanted() -> bool:
+    """Return whether somebody reads the states that mixers return."""
+    return _states_wanted.get()
 
 
 @dataclass(frozen=True)

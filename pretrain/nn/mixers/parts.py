@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import head_shared
-from pretrain.nn.mixers.base import Mixer, State, accumulation_dtype
+from pretrain.nn.mixers.base import Mixer, State, accumulation_dtype, states_wanted
 from pretrain.nn.parameters import Initializer, constant, replicated_parameter, sharded_parameter
 from pretrain.ops import short_convolution
 from pretrain.ops.elementwise.fusing import fused
@@ -128,14 +128,17 @@ def convolve(
     x, key = x.transpose(0, 1), f"{name}_conv"
     weight = _conv_parameter(mixer, key)
     if weight is not None:
-        x, new_state[key] = short_convolution(
+        x, last_inputs = short_convolution(
             x,
             weight,
             _conv_parameter(mixer, f"{key}_bias"),
             activation="silu",
             sequences=sequences,
             initial_state=None if state is None else state[key],
+            final_state=states_wanted(),
         )
+        if last_inputs is not None:
+            new_state[key] = last_inputs
         return x
     return recomputed(F.silu, x)
 

@@ -45,10 +45,12 @@ def attention(
 
     backend: ``explicit`` is the definition, every weight written out; ``sdpa`` (torch) anywhere; on
     CUDA in bf16 or fp16 ``flash`` (flash-attn: version 3 on Hopper where it is installed, else 2)
-    and ``varlen`` (what torch itself has of it). ``auto`` takes the last that it can. Raises
-    ValueError for shapes that do not fit or a backend that this machine lacks.
+    and ``varlen`` (what torch itself has of it). ``auto`` takes the last that it can, but ``sdpa``
+    for ``varlen`` where sequences are of one length and without a past or a window: it need not
+    repeat the keys of grouped heads. Raises ValueError for shapes that do not fit or a backend that
+    this machine lacks.
     """
-    fast = fast_attention(q)
+    asked, fast = backend, fast_attention(q)
     backend = choose_backend("attention", backend, BACKENDS, "explicit", fast)
     if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[2] % k.shape[2]:
         raise ValueError(
@@ -63,6 +65,8 @@ def attention(
         raise ValueError(
             f"attention: cu_seqlens names {queries.count} sequences, cu_seqlens_k {keys.count}"
         )
+    if (asked, backend) == ("auto", "varlen") and _are_rows(queries, keys, window):
+        backend = "sdpa"
     forms = {"explicit": explicit_attention, "sdpa": _sdpa, "varlen": _varlen, "flash": _flash}
     forms["planned"] = _planned
     if backend == fast == "sdpa" and is_planned(q):
@@ -81,6 +85,17 @@ def fast_attention(q: Tensor) -> str:
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "sdpa"
     return "flash" if _flash_attention(q.device) else "varlen"
+
+
+def _are_rows(queries: Sequences, keys: Sequences, window: int | None) -> bool:
+    """Return whether the sequences are rows of one length that a causal mask alone describes."""
+    if window is not None and window < queries.max_length:
+        return False
+    return queries.derive(_have_one_length) and (keys is queries or keys.lengths == queries.lengths)
+
+
+def _have_one_length(sequences: Sequences) -> bool:
+    return len(set(sequences.lengths)) == 1
 
 
 @functools.cache

@@ -30,8 +30,9 @@ def short_convolution(
     initial_state: Tensor | None = None,
     sequences: Sequences | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    final_state: bool = True,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Convolve every channel of x over time, causally.
 
     x ``[B, T, D]``, weight ``[D, W]``, bias ``[D]``; ``activation`` of the result: None or
@@ -42,7 +43,8 @@ def short_convolution(
     (bfloat16 and float16), which ``auto`` takes on CUDA for more than one token a sequence.
 
     Returns y ``[B, T, D]`` in x's dtype and the final state, the last W - 1 inputs of each
-    sequence. Raises ValueError for shapes that do not fit and an unknown backend.
+    sequence, or None without ``final_state``: in training nobody reads it. Raises ValueError for
+    shapes that do not fit and an unknown backend.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"short_convolution: activation is '{activation}', expected silu or None")
@@ -72,10 +74,10 @@ def short_convolution(
         check_fla("short_convolution", x[..., :1])
         before = None if given is None else initial_state
         y = recomputed(fla_short_convolution, x, weight, bias, activation, before, packed)
-        return y, _last_inputs(x, initial_state, packed)
+        return y, _last_inputs(x, initial_state, packed) if final_state else None
     together = None if as_rows or num_sequences == 1 else sequences
-    found: tuple[Tensor, Tensor] = recomputed(
-        _taps, x, weight, bias, activation, initial_state, together
+    found: tuple[Tensor, Tensor | None] = recomputed(
+        _taps, x, weight, bias, activation, initial_state, together, final_state
     )
     return found
 
@@ -87,18 +89,20 @@ def _taps(
     activation: str | None,
     initial_state: Tensor,
     packed: Sequences | None,
-) -> tuple[Tensor, Tensor]:
-    """Return y and the final state; ``packed`` where several sequences share a row."""
+    final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return y and, if wanted, the final state; ``packed`` where several sequences share a row."""
     if packed is None:
         extended = torch.cat([initial_state, x], 1)  # each row after its own history
         y = _Taps.apply(extended, weight)
-        state = extended[:, x.shape[1] :].clone()  # not a view that holds the whole row
+        # Not a view that holds the whole row.
+        state = extended[:, x.shape[1] :].clone() if final_state else None
     else:
         flat = torch.cat([initial_state.flatten(0, 1), x[0]])
         gather, tokens, ends = packed.derive(_packed_index, initial_state.shape[1])
         extended = flat[gather][None]
         y = _Taps.apply(extended, weight)[:, tokens]
-        state = extended[0, ends]
+        state = extended[0, ends] if final_state else None
     y = y if bias is None else y + bias
     return (F.silu(y) if activation else y), state
 

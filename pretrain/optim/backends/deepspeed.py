@@ -23,6 +23,7 @@ from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data.batches import Batch
 from pretrain.model.language_model import LanguageModel
 from pretrain.nn.parameters import info_of
+from pretrain.optim import adamw
 from pretrain.optim.backends.deepspeed_state import DeepSpeedState
 from pretrain.optim.backends.offload_folder import make_offload_folder
 from pretrain.optim.gradient_norm import global_norm
@@ -133,6 +134,8 @@ class DeepSpeedBackend(DeepSpeedState):
             info = info_of(p)
             multiples = (float(info.weight_decay), lr_multiple(info, self.config.kind))
             groups.setdefault(multiples, []).append(p)
+        # Where the state is elsewhere, so is the update.
+        home = local_device().type if parallel.offload == "device" else "cpu"
         # Without a learning rate at first: ZeRO-3 begins with a step that only makes state.
         optimizer = torch.optim.AdamW(
             [
@@ -142,6 +145,7 @@ class DeepSpeedBackend(DeepSpeedState):
             lr=0.0,
             betas=(self.config.betas[0], self.config.betas[1]),
             eps=self.config.eps,
+            **{adamw.implementation(home): True},
         )
         total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         zero: dict[str, Any] = {

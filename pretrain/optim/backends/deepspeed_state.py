@@ -21,6 +21,7 @@ from pretrain.checkpoint.sharded_state import (
 )
 from pretrain.common.errors import UserError
 from pretrain.model.language_model import LanguageModel
+from pretrain.optim import adamw
 from pretrain.optim.backends.base import UpdateBackend
 from pretrain.parallel.processes import data_parallel_rank_and_size
 
@@ -88,7 +89,8 @@ class DeepSpeedState(UpdateBackend):
         for key in MOMENTS:
             if key not in moments:
                 moments[key] = torch.zeros_like(main)
-        moments.setdefault("step", torch.tensor(0.0))
+        fused = adamw.implementation(main.device.type) == "fused"  # whose kernel reads it there
+        moments.setdefault("step", torch.zeros((), device=main.device if fused else "cpu"))
         return moments
 
     def _mains(self) -> list[Any]:

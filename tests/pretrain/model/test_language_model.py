@@ -10,7 +10,9 @@ import torch
 from pretrain.inference.generate import generate
 from pretrain.model.build import build_model, padded_vocab_size
 from pretrain.model.counts import count_model
+from pretrain.nn.mixers import parts
 from pretrain.nn.parameters import info_of
+from pretrain.ops import short_convolution
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_model import VOCAB, make, settings
 
@@ -67,6 +69,25 @@ def test_states_carry_on():
         logits, states = model.forward_with_state(tokens[:, t : t + 1], states)
         rest.append(logits)
     assert relative_error(torch.cat([first, *rest], 1), whole) < 1e-10
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
+def test_training_computes_no_last_inputs_of_convolutions(checkpointing, monkeypatch):
+    wanted = []
+
+    def recorded(*arguments, **options):
+        wanted.append(options["final_state"])
+        return short_convolution(*arguments, **options)
+
+    monkeypatch.setattr(parts, "short_convolution", recorded)
+    model = make(checkpointing=checkpointing)
+    tokens, targets = torch.randint(VOCAB, (2, 1, 20))
+    model(tokens, targets).sum().backward()
+    per_pass = 2 * 3  # two blocks of Gated DeltaNet; q, k, v
+    assert wanted == [False] * per_pass * (2 if checkpointing == "block" else 1)
+    wanted.clear()
+    model.states(tokens)
+    assert wanted == [True] * per_pass
 
 
 def test_generation_takes_the_likeliest_and_stops():

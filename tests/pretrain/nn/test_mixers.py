@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.data.sequences import Sequences
 from pretrain.nn.mixers import LayerContext, registry
+from pretrain.nn.mixers.base import without_states
 from pretrain.nn.parameters import fill_parameters
 from pretrain.ops import definitions
 from pretrain.parallel.context import current_context
@@ -92,6 +93,27 @@ def test_one_pass_equals_two_halves_and_single_steps(name, settings, length):
         steps.append(y)
     assert relative_error(torch.stack(steps), whole) < 1e-10
     close(state, final)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+@pytest.mark.parametrize("lengths", [None, [5, 1, 19, 12]], ids=str)
+def test_an_output_whose_state_nobody_reads_is_the_same(name, settings, lengths):
+    """To the bit, with its gradients; the state may lack entries."""
+    layer = build(name, settings)
+    x = torch.randn(37, 1 if lengths else 2, HIDDEN, dtype=torch.float64, requires_grad=True)
+    sequences = None if lengths is None else Sequences.from_lengths(lengths)
+
+    def run():
+        y, state = layer(x, sequences=sequences)
+        return y, state, torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+
+    y, state, gradients = run()
+    with without_states():
+        found, rest, found_gradients = run()
+    assert torch.equal(found, y)
+    assert all(torch.equal(a, b) for a, b in zip(found_gradients, gradients, strict=True))
+    assert rest.keys() <= state.keys()
+    assert not any("conv" in key or key in "kv" for key in rest)
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain.ops import apply_rotary, attention, rotary_embedding, short_convolution
+from pretrain.ops.attention import dispatch
 from pretrain.ops.attention.dispatch import fast_attention
 from tests.helpers.relative_error import relative_error
 
@@ -24,13 +25,13 @@ def written_out(q, k, v, window):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels of a GPU")
+@pytest.mark.parametrize("lengths", [[1, 200, 63, 64, 130], [130, 130, 130]], ids=str)
 @pytest.mark.parametrize("backend", ["flash", "varlen", "sdpa"])
 @pytest.mark.parametrize(("past", "window"), [(0, None), (0, 33), (70, None), (70, 33)])
-def test_kernels_of_a_gpu(backend, past, window):
+def test_kernels_of_a_gpu(backend, past, window, lengths):
     """In bfloat16, against the definition in float64 on the same numbers."""
     if backend == "flash" and fast_attention(torch.empty(1, 64).bfloat16().cuda()) != "flash":
         pytest.skip("flash-attn is not installed")
-    lengths = [1, 200, 63, 64, 130]
     cu_q = torch.tensor([0, *lengths], device="cuda").cumsum(0)
     cu_k = torch.tensor([0, *(n + past for n in lengths)], device="cuda").cumsum(0)
     shapes = [(1, int(cu_q[-1]), 6, 64), *[(1, int(cu_k[-1]), 2, 64)] * 2]
@@ -80,6 +81,80 @@ def test_packed_equals_each_sequence_alone(lengths, past, groups, kv_heads, wind
     ):
         # absolute where a gradient is nothing but rounding (a sequence of one token)
         assert relative_error(a, b) < 1e-10 or (a - b).abs().max() < 1e-12
+
+
+@pytest.fixture
+def varlen_calls(monkeypatch):
+    """Let ``auto`` choose as on a GPU without flash-attn; each call of varlen leaves its lengths.
+
+    What it would compute is computed by its definition.
+    """
+    calls = []
+
+    def varlen(*arguments):
+        calls.append(arguments[3].lengths)
+        return dispatch.explicit_attention(*arguments)
+
+    monkeypatch.setattr(dispatch, "fast_attention", lambda q: "varlen")
+    monkeypatch.setattr(dispatch, "_varlen", varlen)
+    return calls
+
+
+@given(
+    count=st.integers(1, 4),
+    length=st.integers(1, 12),
+    groups=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    slack=st.none() | st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_of_one_length_need_no_varlen(
+    count, length, groups, kv_heads, slack, seed, varlen_calls
+):
+    """Also behind a window that hides nothing; keys are not repeated for grouped heads."""
+    torch.manual_seed(seed)
+    q, k, v = (
+        torch.randn(1, count * length, n, 4, dtype=torch.float64, requires_grad=True)
+        for n in (groups * kv_heads, kv_heads, kv_heads)
+    )
+    cu_seqlens = torch.arange(count + 1) * length
+    window = None if slack is None else length + slack
+    found = attention(q, k, v, window=window, cu_seqlens=cu_seqlens)
+    assert varlen_calls == []
+    parts = zip(q[0].split(length), k[0].split(length), v[0].split(length), strict=True)
+    expected = torch.cat([written_out(*part, None) for part in parts])[None]
+    assert relative_error(found, expected) < 1e-12
+    probe = torch.randn_like(found)
+    for a, b in zip(
+        torch.autograd.grad((found * probe).sum(), (q, k, v)),
+        torch.autograd.grad((expected * probe).sum(), (q, k, v)),
+        strict=True,
+    ):
+        # absolute where a gradient is nothing but rounding (a sequence of one token)
+        assert relative_error(a, b) < 1e-10 or (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("lengths", "key_lengths", "options"),
+    [
+        ([5, 6], [5, 6], {}),
+        ([5, 5], [7, 7], {}),
+        ([5, 5], [5, 9], {}),
+        ([5, 5], [5, 5], {"window": 4}),
+        ([5, 5], [5, 5], {"backend": "varlen"}),
+    ],
+)
+def test_all_other_sequences_stay_with_varlen(lengths, key_lengths, options, varlen_calls):
+    q, k = torch.randn(1, sum(lengths), 4, 8), torch.randn(1, sum(key_lengths), 2, 8)
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0) for n in (lengths, key_lengths))
+    found = attention(q, k, k, cu_seqlens=cu_q, cu_seqlens_k=cu_k, **options)
+    assert varlen_calls == [lengths]
+    window = options.get("window")
+    plain = attention(
+        q, k, k, cu_seqlens=cu_q, cu_seqlens_k=cu_k, window=window, backend="explicit"
+    )
+    assert torch.equal(found, plain)
 
 
 def test_rotary_scores_depend_on_distance_alone():

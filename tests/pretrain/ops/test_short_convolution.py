@@ -42,6 +42,7 @@ def test_packed_equals_each_alone(lengths):
         parts.append(torch_convolution(full[None], weight)[0, 3:])
         states.append(full[len(part) :])
     assert relative_error(y[0], torch.cat(parts)) < 1e-14
+    assert state is not None
     assert torch.equal(state, torch.stack(states))
     probe = torch.randn_like(y)
     for a, b in zip(
@@ -58,7 +59,17 @@ def test_state_hands_over():
     first, state = short_convolution(x[:, :2], weight, bias)
     second, last = short_convolution(x[:, 2:], weight, bias, initial_state=state)
     assert torch.allclose(torch.cat([first, second], 1), whole)
+    assert last is not None and final is not None
     assert torch.equal(last, final)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 4, 4, 10])], ids=["rows", "packed"])
+def test_the_final_state_can_be_left_out(cu_seqlens):
+    x, weight = torch.randn(1, 10, 3), torch.randn(3, 4)
+    expected, _ = short_convolution(x, weight, cu_seqlens=cu_seqlens)
+    y, state = short_convolution(x, weight, cu_seqlens=cu_seqlens, final_state=False)
+    assert torch.equal(y, expected)
+    assert state is None
 
 
 def test_wrong_shapes_are_named():

@@ -51,7 +51,7 @@ def test_shards_that_change_while_training(tmp_path, corpus, how, words):
     run = Run(tmp_path, data, "run")
     with pytest.raises(UserError, match=words):
         Trainer(run.config, overrides=QUICK, callbacks=Change(data, how)).fit()
-    assert run.losses[-1]["step"] == 2
+    assert run.losses[-1]["step"] in (2, 3)  # the data of step 3 may have been read ahead
 
 
 def test_hashes_are_checked_on_request(tmp_path, corpus):
