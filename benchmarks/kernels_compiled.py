@@ -78,7 +78,13 @@ def calls() -> dict[str, Any]:
     return {
         **{
             f"m2rnn {k}x{v}{', one row' * (n == 1)}": lambda k=k, v=v, h=h, n=n: matrix(k, v, h, n)
-            for k, v, h, n in ((64, 16, 84, 8), (64, 16, 84, 1), (64, 64, 16, 8), (128, 128, 8, 8))
+            for k, v, h, n in (
+                (64, 16, 84, 8),
+                (64, 16, 84, 1),
+                (64, 64, 16, 8),
+                (128, 128, 8, 8),
+                (64, 256, 4, 8),
+            )
         },
         **{
             f"{op} {kind}": lambda op=op, rows=rows, backend=backend: para(op, rows, backend)
@@ -92,7 +98,7 @@ def calls() -> dict[str, Any]:
         **{
             f"{cell} D={d}": lambda cell=cell, d=d: classical(cell, d)
             for cell in CELLS
-            for d in (64, 128)
+            for d in (64, 128, 256)
         },
     }
 
@@ -190,7 +196,7 @@ def main() -> None:
             found, code = counted(kernel)
             if name.startswith("para"):
                 para_rows.append(compiled_loops.row(name, which, code, launch[2]))
-            else:
+            elif not {"BLOCK_C", "BLOCK_FROM"} & set(launch[2]):  # loops over tiles in a token
                 rows.append(compiled_loops.of_steps(name, which, code, launch[2]))
             print(
                 f"{name:<20} {which:<9} {launch[2]['num_warps']:>5} {found['registers']:>9} "

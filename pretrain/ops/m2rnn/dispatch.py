@@ -57,12 +57,13 @@ def m2rnn(
     same loop with an explicit backward pass, which keeps only the state of every
     ``checkpoint_every``-th step; ``triton`` the same in one kernel each way, q, k, v of one
     dtype, ``checkpoint_every`` a multiple of 4 (64 by default). ``auto`` takes ``triton`` on CUDA
-    for V of at most 128 (float32: 64) and ``checkpointed`` elsewhere.
+    for V of at most 512 (float32: 256) and ``checkpointed`` elsewhere; on chip is W of up to 128
+    (float32: 64).
 
     Returns y ``[B, T, H, V]`` in v's dtype and the final state, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
-    widest = 256 // v.element_size()  # a head's W must fit a multiprocessor, several times
+    widest = 1024 // v.element_size()  # of wider heads products by all of the card are faster
     on_chip = triton_fits(v, 100 * 1024) and v.shape[-1] <= widest
     fast = "triton" if on_chip else "checkpointed"
     backend = choose_backend("m2rnn", backend, BACKENDS, "recurrent", fast)

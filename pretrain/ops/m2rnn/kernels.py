@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pretrain.data.sequences import Sequences, without_waiting
-from pretrain.ops.m2rnn.step_kernels import KERNELS
+from pretrain.ops.m2rnn import step_kernels, wide_kernels
 from pretrain.ops.shared.launching import approximate, launch, power_of_two, schedulers
 from pretrain.ops.shared.planning import Work
 
@@ -20,6 +20,9 @@ PIECE = 4  # most tokens of a chunk whose inner values are in registers at once
 DW_SLOTS = 256  # most parts that the gradient of W is left in: programs may share sequences
 SEGMENTS = 8  # of a sequence's time whose gradients exist for every head at once
 PROGRAMS = 4096  # about as many as may run at once: more would only need more scratch
+WIDE_PROGRAMS = 264  # of wide heads, which need a scratch of a chunk's states each
+# Value channels of a head whose W fits a multiprocessor, by the bytes of a number.
+WIDEST_ON_CHIP = {2: 128, 4: 64, 8: 32}
 
 # Instructions of a warp for a token by rows of its block (benchmarks/kernels_compiled.py, K = 64,
 # V = 16), without a branch that runs once in 64 tokens; and cycles in which it waits besides.
@@ -65,6 +68,16 @@ def blocks(key_dim: int, value_dim: int, heads: int, schedulers: int, *, backwar
     return found | registers | {"PIECE": PIECE if 16 < block_v <= 64 else PIECE // 2}
 
 
+def is_wide(v: Tensor) -> bool:
+    """Return whether W is too wide for a multiprocessor."""
+    return v.shape[-1] > WIDEST_ON_CHIP[v.element_size()]
+
+
+def wide_blocks() -> dict[str, int]:
+    """Return the rows of a wide head's program, its tiles of columns, and its warps."""
+    return {"BLOCK_K": 16, "BLOCK_V": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1}
+
+
 class M2RNN(torch.autograd.Function):
     """The kernels as one differentiable function.
 
@@ -94,7 +107,13 @@ class M2RNN(torch.autograd.Function):
         num_sequences = sequences.count
         heads = num_sequences * num_heads
         sizes = blocks(key_dim, value_dim, heads, schedulers(v.device), backward=False)
+        kernel: Any = step_kernels.KERNELS[0]
+        if is_wide(v):
+            kernel, sizes = wide_kernels.KERNELS[0], wide_blocks()
         parts = triton.cdiv(key_dim, sizes["BLOCK_K"])
+        scratch = {}
+        if is_wide(v):
+            scratch["narrow"] = q.new_empty(heads * parts, 2, sizes["BLOCK_K"], value_dim)
         wide = initial_state.dtype
         y = torch.empty(parts, *v.shape, dtype=v.dtype if parts == 1 else wide, device=v.device)
         final = torch.empty_like(initial_state)
@@ -103,7 +122,7 @@ class M2RNN(torch.autograd.Function):
         num_chunks = total // chunk + num_sequences if save else 0
         checkpoints = initial_state.new_empty(num_chunks, num_heads, key_dim, value_dim)
         launch(
-            KERNELS[0],
+            kernel,
             (num_sequences, num_heads, parts),
             _work(v, key_dim, sequences, backward=False),
             q,
@@ -126,6 +145,7 @@ class M2RNN(torch.autograd.Function):
             CHUNK=chunk,
             SAVE=save,
             APPROXIMATE=approximate(q.dtype),
+            **scratch,
             **sizes,
         )
         like = initial_state.new_empty(0)  # a view would keep the states
@@ -144,20 +164,25 @@ class M2RNN(torch.autograd.Function):
         (total, num_heads, value_dim), key_dim = v.shape, q.shape[-1]
         heads = ctx.num_sequences * num_heads
         sizes = blocks(key_dim, value_dim, heads, schedulers(v.device), backward=True)
+        kernel: Any = step_kernels.KERNELS[1]
+        if is_wide(v):
+            kernel, sizes = wide_kernels.KERNELS[1], wide_blocks()
         parts, wide = triton.cdiv(key_dim, sizes["BLOCK_K"]), like.dtype
-        slots = max(1, min(ctx.num_sequences, DW_SLOTS, PROGRAMS // (num_heads * parts) + 1))
+        programs = WIDE_PROGRAMS if is_wide(v) else PROGRAMS
+        slots = max(1, min(ctx.num_sequences, DW_SLOTS, programs // (num_heads * parts) + 1))
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         df = like.new_empty(parts, *forget.shape)
-        dw = like.new_empty(parts * slots, *weight.shape)
+        dw = like.new_zeros(parts * slots, *weight.shape)
         d_initial = like.new_empty(ctx.num_sequences, num_heads, key_dim, value_dim)
-        starts = q.new_empty(
-            slots
-            * num_heads
-            * parts
-            * (ctx.chunk // sizes["PIECE"])
-            * sizes["BLOCK_K"]
-            * sizes["BLOCK_V"]
-        )
+        block = (slots * num_heads * parts, sizes["BLOCK_K"])
+        scratch = {}
+        if is_wide(v):
+            starts = q.new_empty(block[0], ctx.chunk + 1, block[1], value_dim)
+            scratch["tanhs"] = like.new_empty(block[0], ctx.chunk, block[1], value_dim)
+            scratch["dxs"] = q.new_empty(block[0], ctx.chunk, block[1], value_dim)
+            scratch["running"] = like.new_empty(*block, value_dim)
+        else:
+            starts = q.new_empty(*block, sizes["BLOCK_V"], ctx.chunk // sizes["PIECE"])
         dy, d_after = dy.contiguous(), d_final.contiguous()
         full_work = _work(v, key_dim, sequences, backward=True).share(1 / max(total, 1))
         for segment in sequences.derive(_segments, ctx.chunk, SEGMENTS):
@@ -170,7 +195,7 @@ class M2RNN(torch.autograd.Function):
                 parts, segment.total, *v.shape[1:], dtype=v.dtype if parts == 1 else wide
             )
             launch(
-                KERNELS[1],
+                kernel,
                 (slots, num_heads, parts),
                 full_work.share(segment.total),
                 q,
@@ -205,6 +230,7 @@ class M2RNN(torch.autograd.Function):
                 CHUNK=ctx.chunk,
                 CLIP=ctx.clip is not None,
                 APPROXIMATE=approximate(q.dtype),
+                **scratch,
                 **sizes,
             )
             d_after = d_initial
@@ -235,6 +261,8 @@ def _work(v: Tensor, key_dim: int, sequences: Sequences, *, backward: bool) -> W
     flops = numbers * (8 * value_dim + 4 if backward else 2 * value_dim + 2)
     rows, of_token = max(INSTRUCTIONS[backward].items())
     cycles = of_token + WAITS[backward]
+    if is_wide(v):  # W comes from the L2 cache, 64 bytes a cycle, once forward and twice backward
+        cycles += value_dim**2 * v.element_size() / 64 * (2 if backward else 1)
     return Work(flops, numbers * of_token / (16 * rows), sequences.max_length * cycles)
 
 

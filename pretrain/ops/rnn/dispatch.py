@@ -27,8 +27,9 @@ from pretrain.ops.shared.checkpointed_recurrence import (
 )
 
 BACKENDS = ("auto", "recurrent", "checkpointed", "triton")
-# Channels of a head whose recurrent matrices fit a multiprocessor, by the bytes of a number.
-_WIDEST_ON_CHIP = {2: 128, 4: 64, 8: 32}
+# Channels of a head whose recurrent matrices can be read again for every token, by the bytes of a
+# number; of wider ones products by all of the card are faster.
+_WIDEST = {2: 512, 4: 256, 8: 256}
 
 
 @without_autocast
@@ -58,7 +59,8 @@ def rnn(
 
     backend: ``recurrent`` is the definition, a plain loop through autograd; ``checkpointed`` the
     same loop with a backward pass that keeps every ``checkpoint_every``-th step; ``triton`` one
-    kernel each way, for heads of up to 128 channels (float32: 64), which keeps every step's states.
+    kernel each way, for heads of up to 512 channels (float32: 256), which keeps every step's
+    states; on chip are the matrices of up to 128 channels (float32: 64).
     ``auto`` takes ``triton`` on CUDA where it can, ``checkpointed`` elsewhere.
 
     Returns h of all steps ``[B, T, H, D]`` in x's dtype and the final states, float32 or wider.
@@ -66,7 +68,7 @@ def rnn(
     """
     if cell not in CELLS:
         raise ValueError(f"rnn: cell is '{cell}', expected one of {tuple(CELLS)}")
-    on_chip = triton_fits(x, 160 * 1024) and x.shape[-1] <= _WIDEST_ON_CHIP[x.element_size()]
+    on_chip = triton_fits(x, 160 * 1024) and x.shape[-1] <= _WIDEST[x.element_size()]
     fast = "triton" if on_chip else "checkpointed"
     backend = choose_backend("rnn", backend, BACKENDS, "recurrent", fast)
     kind = CELLS[cell]
@@ -135,7 +137,7 @@ def _in_kernels(
     check_triton("rnn", x)
     from pretrain.ops.rnn.kernels import ClassicalRNN
 
-    most = _WIDEST_ON_CHIP[x.element_size()]
+    most = _WIDEST[x.element_size()]
     if x.shape[-1] > most:
         raise ValueError(
             f"rnn: heads have {x.shape[-1]} channels, expected at most {most} for triton "

@@ -10,22 +10,25 @@ from torch import Tensor
 from typing_extensions import override
 
 from pretrain.data.sequences import Sequences
-from pretrain.ops.rnn.step_kernels import KERNELS
+from pretrain.ops.rnn import step_kernels, wide_kernels
 from pretrain.ops.shared.launching import approximate, launch, power_of_two
 from pretrain.ops.shared.planning import Work
 
 BATCH = 8  # sequences of a program
+# Channels of a head whose recurrent matrices fit a multiprocessor, by the bytes of a number.
+WIDEST_ON_CHIP = {2: 128, 4: 64, 8: 32}
 
 
-def blocks(dim: int) -> dict[str, int]:
-    """Return the channels of a program's tile, and its warps."""
+def kernels(x: Tensor) -> tuple[tuple[Any, Any], dict[str, int]]:
+    """Return the kernels for ``[T, G, H, D]``, and a program's tile of channels and its warps."""
+    dim = x.shape[-1]
+    sizes = {"BLOCK_B": BATCH, "num_stages": 1}
+    if dim > WIDEST_ON_CHIP[x.element_size()]:
+        tile = {"BLOCK_D": 128, "BLOCK_FROM": 64, "num_warps": 8}
+        return wide_kernels.KERNELS, sizes | tile
     block_d = max(16, power_of_two(dim))
-    return {
-        "BLOCK_B": BATCH,
-        "BLOCK_D": block_d,
-        "num_warps": 4 if block_d <= 64 else 8,
-        "num_stages": 1,
-    }
+    warps = 4 if block_d <= 64 else 8
+    return step_kernels.KERNELS, sizes | {"BLOCK_D": block_d, "num_warps": warps}
 
 
 def _work(x: Tensor, sequences: Sequences, *, backward: bool) -> Work:
@@ -35,13 +38,17 @@ def _work(x: Tensor, sequences: Sequences, *, backward: bool) -> Work:
     backward, and some 300 and 400 cycles of waiting (benchmarks/kernels_compiled.py).
     """
     total, gates, num_heads, dim = x.shape
-    longest, sizes = sequences.max_length, blocks(dim)
+    longest, (_, sizes) = sequences.max_length, kernels(x)
     of_token = (150 if backward else 70) * gates
+    cycles = of_token * max(sizes["num_warps"] / 4, 1) + (400 if backward else 300)
+    if "BLOCK_FROM" in sizes:  # the matrices come from the L2 cache, 64 bytes a cycle
+        of_token *= triton.cdiv(dim, sizes["BLOCK_D"])
+        cycles += gates * dim**2 * x.element_size() / 64
     tiles = longest * triton.cdiv(sequences.count, BATCH) * num_heads
     return Work(
         2.0 * total * num_heads * gates * dim**2,
         tiles * of_token * sizes["num_warps"],
-        longest * (of_token * max(sizes["num_warps"] / 4, 1) + (400 if backward else 300)),
+        longest * cycles,
     )
 
 
@@ -73,10 +80,11 @@ class ClassicalRNN(torch.autograd.Function):
         x, weight, bias, initial = (t.contiguous() for t in (x, weight, bias, initial))
         total, gates, num_heads, dim = x.shape
         num_sequences = initial.shape[1]
-        out, final = x.new_empty(total, num_heads, dim), torch.empty_like(initial)
+        out, final = x.new_empty(total, num_heads, dim), initial.clone()
         saved = initial.new_empty(len(initial) - 1 if save else 0, total, num_heads, dim)
+        (kernel, _), sizes = kernels(x)
         launch(
-            KERNELS[0],
+            kernel,
             (triton.cdiv(num_sequences, BATCH), num_heads),
             _work(x, sequences, backward=False),
             x,
@@ -96,7 +104,7 @@ class ClassicalRNN(torch.autograd.Function):
             GATES=gates,
             SAVE=save,
             APPROXIMATE=approximate(x.dtype),
-            **blocks(dim),
+            **sizes,
         )
         ctx.save_for_backward(x, weight, bias, initial, out, saved)
         ctx.sequences = sequences
@@ -118,9 +126,10 @@ class ClassicalRNN(torch.autograd.Function):
         before = torch.where(first, initial[0].to(x.dtype)[ids], before)
         before = before.transpose(0, 1)
         products = torch.bmm(before, weight.flatten(2).to(x.dtype))  # [H, T, G D]
-        d_x, d_initial = torch.empty_like(x), torch.empty_like(initial)
+        (_, kernel), sizes = kernels(x)
+        d_x, d_initial = torch.empty_like(x), d_final.clone()
         launch(
-            KERNELS[1],
+            kernel,
             (triton.cdiv(initial.shape[1], BATCH), num_heads),
             _work(x, sequences, backward=True),
             x,
@@ -145,7 +154,7 @@ class ClassicalRNN(torch.autograd.Function):
             GATES=gates,
             CLIP=ctx.clip is not None,
             APPROXIMATE=approximate(x.dtype),
-            **blocks(dim),
+            **sizes,
         )
         d_weight = torch.bmm(before.mT, products).view_as(weight)
         d_bias = d_x.sum(0, dtype=wide)

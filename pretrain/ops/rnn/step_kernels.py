@@ -13,12 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pretrain.ops.shared.elementary_kernels import divide, exp, log, sigmoid, tanh
-
-
-@triton.jit
-def _log_sigmoid(x):
-    return tl.minimum(x, 0.0) - log(1.0 + exp(-tl.abs(x)))
+from pretrain.ops.rnn.cell_kernels import gradients, next_state
 
 
 @triton.jit
@@ -82,6 +77,7 @@ def _forward_kernel(
     in_states = (sequence[None, :] * H + head) * D + channels[:, None]
     size = tl.cast(num_sequences, tl.int64) * H * D
     h = tl.load(initial + in_states, mask=there, other=0.0)
+    cell, normaliser, stabiliser = h, h, h  # where the cell has none
     if (CELL == "lstm") | (CELL == "slstm"):
         cell = tl.load(initial + size + in_states, mask=there, other=0.0)
     if CELL == "slstm":
@@ -93,32 +89,26 @@ def _forward_kernel(
         token = (start + t)[None, :]
         address = x + (token * (GATES * H) + head) * D + channels[:, None]
         g0 = tl.load(address, mask=alive, other=0.0).to(wide) + b0 + _product(w0, h, dtype, wide)
-        if CELL == "elman":
-            h = tl.where(alive, tanh(g0, APPROXIMATE), h)
-        else:
+        g1, g2, r2, g3 = g0, g0, g0, g0
+        if GATES > 1:
             g1 = tl.load(address + H * D, mask=alive, other=0.0).to(wide) + b1
             g1 += _product(w1, h, dtype, wide)
             g2 = tl.load(address + 2 * H * D, mask=alive, other=0.0).to(wide) + b2
             r2 = _product(w2, h, dtype, wide)
         if CELL == "gru":
-            new = tanh(g2 + sigmoid(g0) * (r2 + b3), APPROXIMATE)
-            h = tl.where(alive, new + sigmoid(g1) * (h - new), h)
-        if (CELL == "lstm") | (CELL == "slstm"):
+            r2 += b3
+        if GATES > 3:
             g3 = tl.load(address + 3 * H * D, mask=alive, other=0.0).to(wide) + b3
             g3 += _product(w3, h, dtype, wide)
-            z = tanh(g2 + r2, APPROXIMATE)
-        if CELL == "lstm":
-            kept = sigmoid(g1) * cell
-            cell = tl.where(alive, kept + sigmoid(g0) * z, cell)
-            h = tl.where(alive, sigmoid(g3) * tanh(cell, APPROXIMATE), h)
+        new_h, new_cell, new_n, new_m = next_state(
+            g0, g1, g2, r2, g3, h, cell, normaliser, stabiliser, CELL, APPROXIMATE
+        )
+        h = tl.where(alive, new_h, h)
+        if (CELL == "lstm") | (CELL == "slstm"):
+            cell = tl.where(alive, new_cell, cell)
         if CELL == "slstm":
-            kept = _log_sigmoid(g1) + stabiliser
-            m = tl.maximum(g0, kept)
-            write, keep = exp(g0 - m), exp(kept - m)
-            cell = tl.where(alive, keep * cell + write * z, cell)
-            normaliser = tl.where(alive, keep * normaliser + write, normaliser)
-            stabiliser = tl.where(alive, m, stabiliser)
-            h = tl.where(alive, divide(sigmoid(g3) * cell, normaliser), h)
+            normaliser = tl.where(alive, new_n, normaliser)
+            stabiliser = tl.where(alive, new_m, stabiliser)
         row = (token * H + head) * D + channels[:, None]
         tl.store(out + row, h.to(dtype), mask=alive)
         if SAVE:
@@ -213,74 +203,39 @@ def _backward_kernel(
         product += channels[:, None]
         g0 = tl.load(x + address, mask=alive, other=0.0).to(wide) + b0
         g0 += tl.load(product, mask=alive, other=0.0).to(wide)
+        g1, g2, r2 = g0, g0, g0
         if GATES > 1:
             g1 = tl.load(x + address + H * D, mask=alive, other=0.0).to(wide) + b1
             g1 += tl.load(product + D, mask=alive, other=0.0).to(wide)
             g2 = tl.load(x + address + 2 * H * D, mask=alive, other=0.0).to(wide) + b2
             r2 = tl.load(product + 2 * D, mask=alive, other=0.0).to(wide)
-        carried = dh
-        if CLIP:
-            carried = _clamp(dh, limit)
+        carried = _clamp(dh, limit) if CLIP else dh
         d = carried + tl.load(d_out + row, mask=alive, other=0.0).to(wide)
-        if CELL == "elman":
-            value = tanh(g0, APPROXIMATE)
-            d0 = d * (1.0 - value * value)
-            before = d * 0.0
+        g3, h, cell, n, m, d_c, d_n, d_m = g0, g0, g0, g0, g0, d, d, d  # where there are none
         if CELL == "gru":
+            r2 += b3
             h = tl.load(out + row - H * D, mask=inner, other=0.0).to(wide)
             h += tl.load(initial + in_states, mask=first, other=0.0)
-            s, u = sigmoid(g0), sigmoid(g1)
-            new = tanh(g2 + s * (r2 + b3), APPROXIMATE)
-            d2 = d * (1.0 - u) * (1.0 - new * new)
-            d1 = d * (h - new) * u * (1.0 - u)
-            d0 = d2 * (r2 + b3) * s * (1.0 - s)
-            before = d * u
-        if (CELL == "lstm") | (CELL == "slstm"):
+        if GATES > 3:
             g3 = tl.load(x + address + 3 * H * D, mask=alive, other=0.0).to(wide) + b3
             g3 += tl.load(product + 3 * D, mask=alive, other=0.0).to(wide)
-            o, z = sigmoid(g3), tanh(g2 + r2, APPROXIMATE)
             cell = tl.load(saved + row - H * D, mask=inner, other=0.0)
             cell += tl.load(initial + size + in_states, mask=first, other=0.0)
-            carried_c = dc
-            if CLIP:
-                carried_c = _clamp(dc, limit)
-            before = d * 0.0
-        if CELL == "lstm":
-            i, f = sigmoid(g0), sigmoid(g1)
-            read = tanh(f * cell + i * z, APPROXIMATE)
-            d3 = d * read * o * (1.0 - o)
-            d_cell = carried_c + d * o * (1.0 - read * read)
-            d0 = d_cell * z * i * (1.0 - i)
-            d1 = d_cell * cell * f * (1.0 - f)
-            d2 = d_cell * i * (1.0 - z * z)
-            dc = tl.where(alive, d_cell * f, dc)
+            d_c = _clamp(dc, limit) if CLIP else dc
         if CELL == "slstm":
             n = tl.load(saved + all_rows + row - H * D, mask=inner, other=0.0)
             n += tl.load(initial + 2 * size + in_states, mask=first, other=0.0)
             m = tl.load(saved + 2 * all_rows + row - H * D, mask=inner, other=0.0)
             m += tl.load(initial + 3 * size + in_states, mask=first, other=0.0)
-            carried_n, carried_m = dn, dm
-            if CLIP:
-                carried_n, carried_m = _clamp(dn, limit), _clamp(dm, limit)
-            kept = _log_sigmoid(g1) + m
-            new_m = tl.maximum(g0, kept)
-            write, keep = exp(g0 - new_m), exp(kept - new_m)
-            new_n = keep * n + write
-            inverse = divide(1.0, new_n)
-            ratio = (keep * cell + write * z) * inverse
-            d3 = d * ratio * o * (1.0 - o)
-            d_cell = carried_c + d * o * inverse
-            d_n = carried_n - d * o * ratio * inverse
-            by_write = (d_cell * z + d_n) * write
-            by_keep = (d_cell * cell + d_n * n) * keep
-            by_m = carried_m - by_write - by_keep
-            newer = g0 > kept
-            d0 = by_write + tl.where(newer, by_m, 0.0)
-            d_m = by_keep + tl.where(newer, 0.0, by_m)
-            d1 = d_m * (1.0 - sigmoid(g1))
-            d2 = d_cell * write * (1.0 - z * z)
-            dc = tl.where(alive, d_cell * keep, dc)
-            dn = tl.where(alive, d_n * keep, dn)
+            d_n = _clamp(dn, limit) if CLIP else dn
+            d_m = _clamp(dm, limit) if CLIP else dm
+        d0, d1, d2, d_r2, d3, before, d_c, d_n, d_m = gradients(
+            g0, g1, g2, r2, g3, h, cell, n, m, d, d_c, d_n, d_m, CELL, APPROXIMATE
+        )
+        if GATES > 3:
+            dc = tl.where(alive, d_c, dc)
+        if CELL == "slstm":
+            dn = tl.where(alive, d_n, dn)
             dm = tl.where(alive, d_m, dm)
 
         tl.debug_barrier()  # all have read the products
@@ -290,13 +245,12 @@ def _backward_kernel(
         before += _product(w0, d0, dtype, wide)
         if GATES > 1:
             d1, d2 = tl.where(alive, d1, 0.0), tl.where(alive, d2, 0.0)
+            d_r2 = tl.where(alive, d_r2, 0.0)
             tl.store(d_x + address + H * D, d1.to(dtype), mask=alive)
             tl.store(product + D, d1.to(dtype), mask=alive)
             tl.store(d_x + address + 2 * H * D, d2.to(dtype), mask=alive)
-            if CELL == "gru":
-                d2 = d2 * s
-            tl.store(product + 2 * D, d2.to(dtype), mask=alive)
-            before += _product(w1, d1, dtype, wide) + _product(w2, d2, dtype, wide)
+            tl.store(product + 2 * D, d_r2.to(dtype), mask=alive)
+            before += _product(w1, d1, dtype, wide) + _product(w2, d_r2, dtype, wide)
         if GATES > 3:
             d3 = tl.where(alive, d3, 0.0)
             tl.store(d_x + address + 3 * H * D, d3.to(dtype), mask=alive)
