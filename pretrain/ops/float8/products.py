@@ -105,12 +105,12 @@ def cast_gradient(grad: Tensor, how: Float8) -> Operand:
 
 def input_gradient(rows: Operand, weight: Tensor, scale: Tensor) -> Tensor:
     """Return the gradient of the input's rows, given the output's and the weight's scale."""
-    return _product(rows, _cast(weight, scale, "WEIGHT"))
+    return _product(rows, _cast(weight, scale, "WEIGHT", by_columns=True))
 
 
 def weight_gradient(rows: Operand, x: Tensor, scale: Tensor) -> Tensor:
     """Return the gradient of the weight, given the output's, the input and its scale."""
-    return _product(rows.t(), _cast(x, scale, "INPUT"))
+    return _product(rows.t(), _cast(x, scale, "INPUT", by_columns=True))
 
 
 def _agree(largest: Tensor, how: Float8) -> None:
@@ -119,8 +119,14 @@ def _agree(largest: Tensor, how: Float8) -> None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=how.group)
 
 
-def _cast(x: Tensor, scale: Tensor, role: Role) -> Operand:
-    return Operand(_to_float8(x.flatten(0, -2), scale, _DTYPES[role]), scale, role, x.dtype)
+def _cast(x: Tensor, scale: Tensor, role: Role, *, by_columns: bool = False) -> Operand:
+    """Return x as a matrix, ``by_columns`` if a product wants it to lie in memory like that."""
+    rows = x.flatten(0, -2)
+    if by_columns:
+        data = _to_float8_by_columns(rows, scale, _DTYPES[role])
+    else:
+        data = _to_float8(rows, scale, _DTYPES[role])
+    return Operand(data, scale, role, x.dtype)
 
 
 @fused
@@ -138,6 +144,12 @@ def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
 def _to_float8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     most = torch.finfo(dtype).max
     return (x.float() * scale).clamp(-most, most).to(dtype)
+
+
+@fused
+def _to_float8_by_columns(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    most = torch.finfo(dtype).max
+    return (x.float() * scale).clamp(-most, most).to(dtype).t().contiguous().t()
 
 
 def _product(a: Operand, b: Operand) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pretrain.common.errors import UserError
 from pretrain.ops import float8
-from pretrain.ops.float8 import Float8, check_float8, float8_linear
+from pretrain.ops.float8 import Float8, check_float8, float8_linear, products
 from tests.helpers.relative_error import relative_error
 
 pytest.importorskip("torchao")
@@ -38,6 +41,90 @@ def test_it_equals_the_layer_of_torchao(sharded, scale):
     assert torch.equal(weight.grad, layer.weight.grad)
     exact = torch.nn.functional.linear(x, weight)
     assert 0 < relative_error(found, exact) < 0.05
+
+
+def seen_products(monkeypatch, d_in):
+    """Results and gradients of a layer, and the operands of its three products."""
+    plain, seen = products._product, []
+
+    def noted(a, b):
+        seen.append((a, b))
+        return plain(a, b)
+
+    torch.manual_seed(0)
+    x = torch.randn(7, 16, d_in).bfloat16().requires_grad_()
+    weight = torch.randn(48, d_in).bfloat16().requires_grad_()
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "_product", noted)
+        y = float8_linear(x, weight, Float8("outputs"))
+        y.backward(torch.randn(7, 16, 48).bfloat16())
+    assert x.grad is not None
+    assert weight.grad is not None
+    return seen, [y.flatten(0, -2), x.grad.flatten(0, -2), weight.grad]
+
+
+def test_torchs_own_product_equals_the_emulation(monkeypatch):
+    """The operation that runs on a GPU, which torch has on a CPU too."""
+    seen, expected = seen_products(monkeypatch, 32)
+    emulated = products._tensor
+
+    def real(operand):
+        tensor: Any = emulated(operand)
+        each = [part._replace(emulate=False) for part in tensor._linear_mm_config]
+        tensor._linear_mm_config = type(tensor._linear_mm_config)(*each)
+        return tensor
+
+    monkeypatch.setattr(products, "_tensor", real)
+    for operands, wanted in zip(seen, expected, strict=True):
+        assert relative_error(products._product(*operands), wanted) < 2.0**-8
+
+
+@pytest.mark.parametrize("d_in", [32, 40])
+def test_a_gpu_takes_the_products_of_multiples_of_16(monkeypatch, d_in):
+    """By torch's checks of shapes and layouts for CUDA tensors without memory."""
+    seen, expected = seen_products(monkeypatch, d_in)
+    for (a, b), wanted in zip(seen, expected, strict=True):
+        assert not b.data.is_contiguous()  # by columns already: no copy is made
+        a = a._replace(data=a.data.contiguous())  # as torchao makes it
+        with FakeTensorMode():
+            for_gpu = [
+                operand._replace(
+                    data=torch.empty_strided(
+                        operand.data.shape,
+                        operand.data.stride(),
+                        dtype=operand.data.dtype,
+                        device="cuda",
+                    ),
+                    scale=torch.ones((), device="cuda"),
+                )
+                for operand in (a, b)
+            ]
+            if any(width % 16 for width in b.data.shape):
+                with pytest.raises(RuntimeError, match="divisible by 16"):
+                    products._product(*for_gpu)
+                continue
+            found = products._product(*for_gpu)
+            assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["INPUT", "GRAD_OUTPUT"])
+def test_compiled_casts_have_the_same_bits(role):
+    """As GPUs run them; here by torch.compile's CPU compiler."""
+    x, dtype = torch.randn(48, 32).bfloat16(), products._DTYPES[role]
+    with torch.no_grad():
+        largest = products._largest(x)
+        scale = products._scale(largest[None], dtype)[0]
+        cases: list[tuple[Any, tuple[Any, ...]]] = [
+            (products._largest, (x,)),
+            (products._scale, (largest[None], dtype)),
+            (products._to_float8, (x, scale, dtype)),
+            (products._to_float8_by_columns, (x, scale, dtype)),
+        ]
+        for function, given in cases:
+            expected, found = function(*given), function.compiled(*given)
+            assert torch.equal(found.float(), expected.float())
+            assert found.stride() == expected.stride()
 
 
 def test_zeros_and_what_is_not_finite_stay():
