@@ -125,7 +125,9 @@ MODELS["muon-bf16"], MODELS["muon-experts"] = MODELS["muon"], MODELS["experts"]
 MODELS["selective"] = settings("gdn attn m2rnn hgrn2", block_norm="sandwich", dropout=0.2)
 # Of widths that are multiples of 16 on two processes, too.
 WIDE = {"gdn": {"head_dim": 32}, "attn": {"num_heads": 4}, "m2rnn": {"num_heads": 4}}
-MODELS["fp8"] = settings("gdn attn m2rnn gdn", hidden_size=64, mlp={"ratio": 2}, mixers=WIDE)
+MODELS["fp8"] = MODELS["fp8-selective"] = settings(
+    "gdn attn m2rnn gdn", hidden_size=64, mlp={"ratio": 2}, mixers=WIDE
+)
 LAYOUTS = {
     "tp2-pp2": ParallelConfig(tensor=2, pipeline=2),
     "tp2-pp2-sequence": ParallelConfig(tensor=2, pipeline=2, sequence=True),
@@ -213,7 +215,7 @@ CASES = {
     f"{model}-{layout}": (model, layout)
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
-    if model not in ("capacity", "lengths", "selective", "fp8")
+    if model not in ("capacity", "lengths", "selective", "fp8", "fp8-selective")
     and not model.endswith("experts")
     and not model.startswith("muon")
     and (
@@ -236,7 +238,8 @@ CASES.update(
 CASES.update({f"lengths-{layout}": ("lengths", layout) for layout in LENGTHS_LAYOUTS})
 CASES.update({f"muon-{layout}": ("muon", layout) for layout in MUON_LAYOUTS})
 CASES.update({f"fp8-{layout}": ("fp8", layout) for layout in FLOAT8_LAYOUTS})
-CASES.update({f"selective-{layout}": ("selective", layout) for layout in SELECTIVE_LAYOUTS})
+for _model in ("selective", "fp8-selective"):
+    CASES.update({f"{_model}-{layout}": (_model, layout) for layout in SELECTIVE_LAYOUTS})
 # Under ZeRO-1 whole matrices are dealt out, of two dtypes and of experts too.
 CASES.update(
     {
@@ -355,11 +358,11 @@ def make(model, parallel, rows, seed=0):
         seed=seed,
         seq_len=SEQ_LEN,
         sequence_parallel=parallel.sequence,
-        dtype=torch.bfloat16 if model.endswith(("bf16", "fp8")) else torch.float32,
+        dtype=torch.bfloat16 if model.endswith("bf16") or "fp8" in model else torch.float32,
         filled=shard_parameters if parallel.zero_stage == 3 else None,
-        activation_checkpointing="selective" if model == "selective" else "none",
+        activation_checkpointing="selective" if "selective" in model else "none",
     )
-    if model == "fp8":
+    if "fp8" in model:
         for stage in stages:
             multiply_in_float8(stage, stage.context)
     if model == "pieces" and dist.get_world_size() > 1:

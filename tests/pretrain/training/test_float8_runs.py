@@ -14,7 +14,8 @@ from pretrain.nn.mixers import registry
 from pretrain.parallel.context import ParallelContext
 from pretrain.run_directory import RunDirectory
 from pretrain.training.trainer import Trainer
-from tests.helpers.training_run import QUICK
+from tests.helpers import processes
+from tests.helpers.training_run import QUICK, Run
 
 pytest.importorskip("torchao")
 
@@ -36,6 +37,19 @@ def test_a_run_goes_on_in_bf16_and_back(run):
     assert "  train.precision: bf16 -> fp8\n" in said
     with pytest.raises(UserError, match=r"trained with train.precision fp8, the config says float"):
         fit("float32", 8)
+
+
+@pytest.mark.slow
+def test_the_command_on_two_tensor_parallel_processes_equals_one(tmp_path, corpus):
+    run = Run(tmp_path, corpus, "verified")
+    mixers = "model.mixers={gdn: {num_heads: 2, head_dim: 32}, attn: {num_heads: 4}}"
+    done = processes.run(
+        *("pretrain", "verify", run.config, "--processes", 2, "train.precision=fp8"),
+        *("model.hidden_size=64", "model.mlp.intermediate_size=128", mixers),
+        *("parallel.tensor=2", "parallel.sequence=true"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal in fp8" in done.stdout
 
 
 def settings(pattern, **changes):
