@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.planner_float8 import TORCHAO, planned_speed
+from benchmarks.planner_rows import read_runs
 from pretrain.common.config_loader import ConfigError
 from pretrain.planner.estimate import Planner
 from pretrain.planner.hardware import load_hardware
 from pretrain.planner.planned_run import load_planned
-from pretrain.planner.uncertainty import uncertainty
+from pretrain.planner.uncertainty import FLOAT8, uncertainty
 
 VOCAB = 32_000
 
@@ -45,14 +47,25 @@ def test_products_take_half_the_time_and_casts_more():
     assert passes[0].forward.kept <= passes[1].forward.kept < passes[0].forward.kept + 1000
 
 
-def test_a_plan_has_fewer_seconds_and_no_range():
+def test_a_plan_has_fewer_seconds():
     bf16, fp8 = (planner(p, "parallel.micro_batch_size=4") for p in ("bf16", "fp8"))
     one, other = (p.estimate(p.config.parallel, 8, "none") for p in (bf16, fp8))
     assert 0.5 * one.seconds["compute"] < other.seconds["compute"] < one.seconds["compute"]
     assert other.peak_flops == 1979e12
-    sure = uncertainty(fp8.config, fp8.hardware)
+
+
+def test_the_range_is_that_of_published_runs():
+    runs = [run for run in read_runs(precision="fp8")[0] if run.source in TORCHAO]
+    factor, number = FLOAT8
+    assert len(runs) == number
+    ratios = [planned_speed(run, "fp8") / run.tokens_per_second for run in runs]
+    assert factor / 1.05 < max(max(ratio, 1 / ratio) for ratio in ratios) < factor
+    fp8 = planner("fp8")
+    assert uncertainty(fp8.config, fp8.hardware).factor == factor
+    hybrid = load_planned("1b/gdn-hybrid-3to1", ["train.precision=fp8"])
+    sure = uncertainty(hybrid, fp8.hardware)
     assert sure.factor is None
-    assert "in fp8" in sure.why
+    assert "other models in fp8" in sure.why
 
 
 def test_tensor_parallel_processes_exchange_their_largest_elements():
