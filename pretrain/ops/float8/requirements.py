@@ -25,7 +25,7 @@ def check_float8() -> None:
     if not torch.cuda.is_available():
         return  # emulated
     found = torch.cuda.get_device_capability()
-    if torch.version.hip is None and found < LEAST_CAPABILITY:
+    if found < LEAST_CAPABILITY:
         major, minor = LEAST_CAPABILITY
         raise UserError(
             f"train.precision is fp8, but {torch.cuda.get_device_name()} of compute capability "

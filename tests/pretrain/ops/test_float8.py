@@ -16,6 +16,9 @@ from tests.helpers.relative_error import relative_error
 pytest.importorskip("torchao")
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.mark.parametrize("sharded", ["inputs", "outputs"])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e5])
 def test_it_equals_the_layer_of_torchao(sharded, scale):
@@ -23,12 +26,12 @@ def test_it_equals_the_layer_of_torchao(sharded, scale):
     from torchao.float8.float8_linear import Float8Linear
 
     torch.manual_seed(0)
-    x = (scale * torch.randn(5, 16, 32)).bfloat16().requires_grad_()
-    weight = torch.randn(48, 32).bfloat16().requires_grad_()
-    grad = torch.randn(5, 16, 48).bfloat16()
+    x = (scale * torch.randn(5, 16, 32)).bfloat16().to(DEVICE).requires_grad_()
+    weight = torch.randn(48, 32).bfloat16().to(DEVICE).requires_grad_()
+    grad = torch.randn(5, 16, 48).bfloat16().to(DEVICE)
     theirs = torch.nn.Linear(32, 48, bias=False, dtype=torch.bfloat16)
     theirs.weight = torch.nn.Parameter(weight.detach().clone())
-    layer = Float8Linear.from_float(theirs, Float8LinearConfig(emulate=True))
+    layer = Float8Linear.from_float(theirs, Float8LinearConfig(emulate=DEVICE == "cpu"))
     other = x.detach().clone().requires_grad_()
     expected = layer(other)
     expected.backward(grad)
