@@ -10,7 +10,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.planner_table import LeftOut, Row, table_rows
 from pretrain.common.errors import ConfigError, UserError
@@ -125,15 +125,18 @@ class MeasuredKernel:
     host: bool
 
 
-def read_runs(path: Path = DATA / "throughput.csv") -> tuple[list[MeasuredRun], dict[str, str]]:
+def read_runs(
+    path: Path = DATA / "throughput.csv", precision: Literal["bf16", "fp8"] = "bf16"
+) -> tuple[list[MeasuredRun], dict[str, str]]:
     """Return the runs of a table in the format of README.md, and why others are left out, by id.
 
-    Raises UserError naming the line and column of a value that cannot be read.
+    They are those of one precision. Raises UserError naming the line and column of a value that
+    cannot be read.
     """
     found, left = [], {}
     for row in table_rows(path, _RUN_COLUMNS):
         try:
-            found.append(_run(row))
+            found.append(_run(row, precision))
         except LeftOut as why:
             left[row["id"]] = str(why)
     return found, left
@@ -155,10 +158,10 @@ def read_kernels(
     return found, left
 
 
-def _run(row: Row) -> MeasuredRun:
+def _run(row: Row, precision: Literal["bf16", "fp8"]) -> MeasuredRun:
     source = row["id"].partition("-")[0]
-    if row["precision"] != "bf16":
-        raise LeftOut(f"precision is {row['precision'] or 'not known'}, which is not planned")
+    if row["precision"] != precision:
+        raise LeftOut(f"precision is {row['precision'] or 'not known'}, which is not compared")
     if row["gpu"] not in HARDWARE:
         raise LeftOut(f"no hardware file of {row['gpu'] or 'an unknown GPU'}")
     if row.whole("context", 1) > 1:
@@ -207,7 +210,7 @@ def _run(row: Row) -> MeasuredRun:
     train = TrainConfig(
         steps=1,
         seq_len=seq_len,
-        precision="bf16",
+        precision=precision,
         global_batch_tokens=max(row.whole("global_batch_tokens", tokens) // tokens, 1) * tokens,
         activation_checkpointing=checkpointing,  # type: ignore[arg-type]
     )

@@ -1,18 +1,18 @@
 """Time the training step of full models on one GPU: tokens/s, MFU, memory, and time by kernel.
 
     python -m benchmarks.train_gpu [--sizes 410m 1b] [--only NAME ...] [--lengths 4096 16384]
-                                   [--tokens 32768] [--profile FOLDER] [--smoke]
+                                   [--tokens 32768] [--precision fp8] [--profile FOLDER] [--smoke]
 
-Runs every model of configs/models in bfloat16 through the training engine: megatron-core's
-schedule, forward, backward, clipping, AdamW. Tokens are random, ``--tokens`` in a micro-batch (a
-multiple of every length; fewer need less memory), two micro-batches in a step, rows of T as
-sequences. MFU: model FLOPs (matrix products, counting
-attention's causal half) over the dense peak. ``ratio``: tokens/s over the transformer's of that
-size and length; the 7:1 hybrid with one M2RNN layer is also compared with the one without, which
-has as many parameters (its MLP is wider instead, and its attention is at other depths). ``waits``:
-how often a step made the host wait for the GPU, according to torch's sync debug mode (the loss and
-the gradient's norm are read once each). ``--profile`` saves a picture of one step by kernel.
-``--smoke`` runs one tiny model on any machine; its figures mean nothing.
+Runs every model of configs/models in bfloat16, or with its projections in float8, through the
+training engine: megatron-core's schedule, forward, backward, clipping, AdamW. Tokens are random,
+``--tokens`` in a micro-batch (a multiple of every length; fewer need less memory), two
+micro-batches in a step, rows of T as sequences. MFU: model FLOPs (matrix products, counting
+attention's causal half) over the dense bf16 peak, in fp8 too. ``ratio``: tokens/s over the
+transformer's of that size and length; the 7:1 hybrid with one M2RNN layer is also compared with
+the one without, which has as many parameters (its MLP is wider instead, and its attention is at
+other depths). ``waits``: how often a step made the host wait for the GPU, according to torch's sync
+debug mode (the loss and the gradient's norm are read once each). ``--profile`` saves a picture of
+one step by kernel. ``--smoke`` runs one tiny model on any machine; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from pretrain.data.batches import Batch
 from pretrain.data.sequences import Sequences
 from pretrain.model.build import build_model
 from pretrain.model.counts import count_model
+from pretrain.model.float8 import multiply_in_float8
 from pretrain.ops.backends import describe_backends
 from pretrain.parallel.processes import start_processes
 from pretrain.training.engine import Engine
@@ -53,7 +54,7 @@ MODELS = (
     "recursive-relaxed-2x",
 )
 MICRO_BATCHES = 2
-SETTINGS = ["name=benchmark", "data.path=none", "train.tokens=1000000", "train.precision=bf16"]
+SETTINGS = ["name=benchmark", "data.path=none", "train.tokens=1000000"]
 
 
 def synchronize() -> None:
@@ -70,11 +71,12 @@ def batches(vocab_size: int, length: int, tokens: int) -> list[Batch]:
     return made
 
 
-def loaded(path: Path, length: int, tokens: int) -> RunConfig:
+def loaded(path: Path, length: int, tokens: int, precision: str) -> RunConfig:
     return load_run_config(
         str(path),
         [
             *SETTINGS,
+            f"train.precision={precision}",
             f"train.seq_len={length}",
             f"train.global_batch_tokens={MICRO_BATCHES * tokens}",
             f"parallel.micro_batch_size={tokens // length}",
@@ -101,8 +103,11 @@ def measure(config: RunConfig, name: str, steps: int, tokens: int, profile: Path
     torch._dynamo.reset()  # what earlier models had compiled counts against a limit
     vocab_size, length = config.model.vocab_size or 32000, config.train.seq_len
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model = build_model(config.model, vocab_size, seed=0, dtype=dtype)
+    if config.train.precision == "fp8":
+        multiply_in_float8(model, model.context)
     engine = Engine(
-        build_model(config.model, vocab_size, seed=0, dtype=dtype),
+        model,
         config.optimizer,
         config.parallel,
         MICRO_BATCHES,
@@ -191,6 +196,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="*", type=int, default=[4096])
     parser.add_argument("--tokens", type=int, help="of a micro-batch; default: 32768")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--profile", type=Path, help="folder for pictures of each model's step")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
@@ -222,7 +228,7 @@ def main() -> None:
     for length in lengths:
         speeds: dict[tuple[str, str], float] = {}
         for size, name, path in paths:
-            config = loaded(path, length, tokens)
+            config = loaded(path, length, tokens, arguments.precision)
             try:
                 speed, mfu, memory, waited = measure(
                     config,

@@ -29,6 +29,7 @@ from pretrain.parallel.context import ParallelContext
 # torch's default device would overrule a context's home unless it is the CPU, on which weights are
 # drawn in any case.
 _HOME_DECIDES = torch.device("cpu")
+_NAMED = {name: dtype for name, dtype in DTYPES.items() if name != "fp8"}  # which trains alone
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -141,9 +142,9 @@ def load(
 def _dtype(where: str, dtype: torch.dtype | str) -> torch.dtype:
     found: Any = dtype
     if isinstance(dtype, str):
-        found = DTYPES.get(dtype, getattr(torch, dtype, None))
+        found = _NAMED.get(dtype, getattr(torch, dtype, None))
     if found not in _DTYPES:
-        expected = ", ".join([*map(str, _DTYPES), *map(repr, DTYPES)])
+        expected = ", ".join([*map(str, _DTYPES), *map(repr, _NAMED)])
         raise ConfigError(f"{where}: dtype is {dtype!r}, expected one of {expected}")
     return cast(torch.dtype, found)
 

@@ -1,7 +1,7 @@
-"""The dtypes of weights and activations by the names that settings give them."""
+"""The dtypes of weights and activations by the names that settings give precisions."""
 
 from __future__ import annotations
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}

@@ -74,6 +74,11 @@ def _check_run(config: RunConfig, where: str) -> None:
             f"{where}: train.global_batch_tokens is {train.global_batch_tokens}, expected a "
             f"multiple of seq_len x micro_batch_size = {micro_batch}"
         )
+    if train.precision == "fp8" and micro_batch % 16:
+        raise ConfigError(
+            f"{where}: train.precision is fp8 with seq_len x micro_batch_size = {micro_batch} "
+            "tokens, expected a multiple of 16, which float8 products of gradients need"
+        )
     _check_parallel(config, where)
     _check_experts(config, where)
     _check_optimizer(config, where)

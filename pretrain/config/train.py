@@ -51,8 +51,9 @@ class TrainConfig(Config):
     ``global_batch_tokens`` (arXiv 2505.23971); 0: off."""
     batch_warmup_start: int | None = setting(None, minimum=1)
     """Tokens of the first step, with ``batch_warmup_steps`` alone."""
-    precision: Literal["float32", "bf16"] = setting("float32")
-    """Type of activations and of the weights in use; the optimizer keeps float32."""
+    precision: Literal["float32", "bf16", "fp8"] = setting("float32")
+    """Type of activations and of the weights in use; the optimizer keeps float32. ``fp8`` is
+    ``bf16`` with the products of projections in float8, by torchao."""
     activation_checkpointing: Literal["none", "selective", "block"] = setting("none")
     """What the backward pass computes again, to the same bits: ``selective`` norms, activations,
     gates, rotary positions and short convolutions, but no matrix product, attention, recurrence or

@@ -101,7 +101,7 @@ class LanguageModel(DescribedModule):
         if stage.last:
             self.final_norm = RMSNorm(d, config.norm_eps, context)
             if not config.tie_embeddings:
-                self.head = column_linear(context, d, vocab_size, config.init_std)
+                self.head = column_linear(context, d, vocab_size, config.init_std, precise=True)
                 change_info(self.head.weight, matrix=False)
 
     def begin_step(self, seed: int, step: int, rank: int = 0, world_size: int = 1) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pretrain.config import ModelConfig, RunConfig, checks
 from pretrain.config.checks import ModelLimits
+from pretrain.model.float8 import check_float8_layout
 from pretrain.model.spec import block_specs, check_model
 from pretrain.model.stages import most_stages
 from pretrain.nn.mixers.base import SHAREABLE
@@ -33,6 +34,8 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
     """
     check_model(config.model, where)
     checks.check_layout(config, model_limits(config.model, where), count, where)
+    if config.train.precision == "fp8":
+        check_float8_layout(config.model, config.parallel.tensor, where)
 
 
 def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:

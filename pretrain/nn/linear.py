@@ -18,6 +18,7 @@ from pretrain.nn.parameters import (
     normal,
     tensor_shard,
 )
+from pretrain.ops.float8 import Float8, float8_linear
 from pretrain.parallel.collectives import (
     gather_sequence,
     reduce_from_tensor_parallel,
@@ -39,7 +40,14 @@ class ReadsSharedInput(nn.Module):
 
 
 class ColumnParallelLinear(ReadsSharedInput):
-    """Map ``[..., d_in]`` to this rank's outputs ``[..., d_out / size]``, without bias."""
+    """Map ``[..., d_in]`` to this rank's outputs ``[..., d_out / size]``, without bias.
+
+    ``precise``: whether it stays in the model's dtype where projections multiply in float8, as set
+    in ``float8``: what decides on decays and other gates is small, and errors in it add up.
+    ``d_in``, ``d_out``: widths of the full layer.
+    """
+
+    float8: Float8 | None = None
 
     def __init__(
         self,
@@ -49,15 +57,17 @@ class ColumnParallelLinear(ReadsSharedInput):
         std: float,
         *,
         role: Role = "hidden",
+        precise: bool = False,
     ):
         super().__init__()
+        self.d_in, self.d_out, self.precise = d_in, d_out, precise
         rows = context.local(d_out, "the number of outputs")
         self.weight = matrix_parameter(context, (rows, d_in), std, 0, role=role)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x ``[..., d_in]``, which comes from :func:`column_input`."""
-        shared = project(x, self.weight, id(self))
-        return F.linear(x, self.weight) if shared is None else shared
+        shared = project(x, self.weight, id(self), self.float8)
+        return _multiply(x, self.weight, self.float8) if shared is None else shared
 
 
 class ReplicatedLinear(ReadsSharedInput):
@@ -90,15 +100,19 @@ class RowParallelLinear(nn.Module):
     The sum over ranks is all-reduced, or with sequence parallelism reduce-scattered over tokens.
     """
 
+    float8: Float8 | None = None
+    precise = False
+
     def __init__(self, context: ParallelContext, d_in: int, d_out: int, std: float):
         super().__init__()
+        self.d_in, self.d_out = d_in, d_out
         columns = context.local(d_in, "the number of inputs")
         self.weight = matrix_parameter(context, (d_out, columns), std, 1)
         self._context = context
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply, and sum over the tensor-parallel ranks."""
-        return self.reduced(F.linear(x, self.weight))
+        return self.reduced(_multiply(x, self.weight, self.float8))
 
     def reduced(self, y: Tensor) -> Tensor:
         """Sum partial outputs ``[T, B, d_out]`` over the ranks."""
@@ -132,15 +146,26 @@ class VocabParallelEmbedding(nn.Module):
         return reduce_from_tensor_parallel(x, self._context.group)
 
 
+def _multiply(x: Tensor, weight: Tensor, how: Float8 | None) -> Tensor:
+    return F.linear(x, weight) if how is None else float8_linear(x, weight, how)
+
+
 def column_linear(
-    context: ParallelContext, d_in: int, d_out: int, std: float, *, role: Role = "hidden"
+    context: ParallelContext,
+    d_in: int,
+    d_out: int,
+    std: float,
+    *,
+    role: Role = "hidden",
+    precise: bool = False,
 ) -> ColumnParallelLinear:
     """Make a linear layer without bias whose outputs are sharded.
 
     Its input comes from :func:`column_input`. ``role``: which of d_in and d_out grow with the
-    model. Raises ValueError where the outputs do not divide.
+    model. ``precise``: whether it is never computed in float8, as gates' and decays' are not.
+    Raises ValueError where the outputs do not divide.
     """
-    return ColumnParallelLinear(context, d_in, d_out, std, role=role)
+    return ColumnParallelLinear(context, d_in, d_out, std, role=role, precise=precise)
 
 
 def group_linear(
@@ -155,12 +180,14 @@ def group_linear(
 ) -> ReadsSharedInput:
     """Make a linear layer to ``num_groups`` heads that several heads of a mixer share.
 
-    It is sharded where every rank has whole groups and replicated where there is one group.
+    It is sharded where every rank has whole groups and replicated where there is one group, which
+    is too narrow for float8 to gain much, and whose gradient each rank has a part of.
     ``role``: ``hidden`` where the groups become more with the model. Raises ValueError otherwise,
     naming ``what``.
     """
     if num_groups % context.tensor_size == 0:
-        return column_linear(context, d_in, num_groups * group_dim, std, role=role)
+        d_out, precise = num_groups * group_dim, num_groups == 1
+        return column_linear(context, d_in, d_out, std, role=role, precise=precise)
     if num_groups == 1:
         return ReplicatedLinear(context, d_in, group_dim, std, role=role)
     raise ValueError(

@@ -10,14 +10,17 @@ more while the projections' backward passes run. Megatron-LM does this for each 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from pretrain.ops import float8
 
 _ATTRIBUTE = "shared_input"
 
@@ -31,7 +34,7 @@ class _Gradients:
         sequence_parallel: whether they shard the input's tokens.
         summed: numbers of the weights whose gradients are summed over ranks.
         input: sum of the input's gradients so far.
-        outputs: gradients of the outputs, by the number of the weight.
+        weights: what gives the weights' gradients from the full input, by their numbers.
         gathered: the full input and the handle of its all-gather, if that was started.
     """
 
@@ -39,7 +42,7 @@ class _Gradients:
     sequence_parallel: bool
     summed: frozenset[int]
     input: Tensor | None = None
-    outputs: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     gathered: tuple[Tensor, dist.Work] | None = None
 
     def gather(self, x: Tensor) -> None:
@@ -97,17 +100,17 @@ def summed_gradient(parameter: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
-def project(x: Tensor, weight: Tensor, key: int) -> Tensor | None:
+def project(x: Tensor, weight: Tensor, key: int, how: float8.Float8 | None = None) -> Tensor | None:
     """Return ``x W^T`` ``[..., d_out]`` if x comes from :func:`share_input` and knows ``key``.
 
-    Otherwise return None.
+    Otherwise return None. ``how``: the sharding of a layer that multiplies in float8.
     """
     shared: _Shared | None = getattr(x, _ATTRIBUTE, None)
     if shared is None or key not in shared.numbers or not torch.is_grad_enabled():
         return None
     # The weight's gradient is the shared input's to give.
     result: Tensor = _Projection.apply(
-        x, weight.detach(), shared.local, shared.gradients, shared.numbers[key]
+        x, weight.detach(), shared.local, shared.gradients, shared.numbers[key], how
     )
     return result
 
@@ -115,25 +118,44 @@ def project(x: Tensor, weight: Tensor, key: int) -> Tensor | None:
 class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, local: Tensor, gradients: _Gradients, number: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        local: Tensor,
+        gradients: _Gradients,
+        number: int,
+        how: float8.Float8 | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight, local)
-        ctx.gradients, ctx.number = gradients, number
-        return x @ weight.t()
+        ctx.gradients, ctx.number, ctx.how = gradients, number, how
+        if how is None:
+            ctx.save_for_backward(weight, local)
+            return x @ weight.t()
+        y, *scales = float8.output(x, weight, how)
+        ctx.save_for_backward(weight, local, *scales)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        weight, local = ctx.saved_tensors
+        weight, local, *scales = ctx.saved_tensors
         gradients: _Gradients = ctx.gradients
+        if ctx.how is not None:
+            # The ranks agree on its scale before they wait for tokens.
+            float8_rows = float8.cast_gradient(grad, ctx.how)
         gradients.gather(local)
-        rows = grad.flatten(0, -2)
-        if gradients.input is None:
-            gradients.input = rows @ weight
-        else:
-            gradients.input.addmm_(rows, weight)
-        gradients.outputs[ctx.number] = rows
-        return None, None, None, None, None
+        if ctx.how is None:
+            rows = grad.flatten(0, -2)
+            if gradients.input is None:
+                gradients.input = rows @ weight
+            else:
+                gradients.input.addmm_(rows, weight)
+            gradients.weights[ctx.number] = partial(torch.mm, rows.t())
+            return None, None, None, None, None, None
+        x_scale, weight_scale = scales
+        d_x = float8.input_gradient(float8_rows, weight, weight_scale)
+        gradients.input = d_x if gradients.input is None else gradients.input.add_(d_x)
+        gradients.weights[ctx.number] = partial(float8.weight_gradient, float8_rows, scale=x_scale)
+        return None, None, None, None, None, None
 
 
 class _SharedInput(torch.autograd.Function):
@@ -152,7 +174,7 @@ class _SharedInput(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         gradients: _Gradients = ctx.gradients
-        outputs, gradients.outputs = gradients.outputs, {}
+        weights, gradients.weights = gradients.weights, {}
         total, gradients.input = gradients.input, None
         weight_grads: list[Tensor | None] = [None] * ctx.count
         if total is None and grad is None:
@@ -166,10 +188,10 @@ class _SharedInput(torch.autograd.Function):
         total = total.view(-1, *x.shape[1:])
         result, exchange = _exchange(total, gradients)
         sums = []
-        if outputs:
+        if weights:
             full = gradients.full_input(x).flatten(0, -2)
-            for number, rows in outputs.items():
-                weight_grads[number] = product = rows.t() @ full
+            for number, gradient in weights.items():
+                weight_grads[number] = product = gradient(full)
                 if number in gradients.summed:
                     sums.append(dist.all_reduce(product, group=gradients.group, async_op=True))
         for work in (exchange, *sums):

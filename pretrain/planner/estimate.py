@@ -77,7 +77,7 @@ class Planner:
                 self.hardware.device,
                 self.software,
                 seq_len=train.seq_len,
-                dtype=DTYPES[train.precision],
+                precision=train.precision,
                 activation_checkpointing=checkpointing,
                 optimizer=self.config.optimizer.kind,
                 simulate=simulate,

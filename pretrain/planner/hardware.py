@@ -14,7 +14,13 @@ from pretrain.common.shipped_configs import find_config
 from pretrain.planner.cost import Cost, KernelTable
 from pretrain.planner.software import Software
 
-_NAMES = {torch.bfloat16: "bf16", torch.float32: "float32", torch.float64: "float64"}
+_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float8_e4m3fn: "fp8",
+    torch.float8_e5m2: "fp8",
+}
 
 
 @dataclass
@@ -30,7 +36,8 @@ class Hardware(Config):
     memory_gb: float = setting(above=0)
     """Memory of a device in GB (1e9 bytes)."""
     peak_tflops: dict[str, float] = field(default_factory=dict)
-    """Peak TFLOP/s of matrix multiplication, by dtype (``bf16``, ``float32``)."""
+    """Peak TFLOP/s of matrix multiplication, by dtype (``fp8``, ``bf16``, ``float32``);
+    0: it has none."""
     memory_bandwidth_gbs: float = setting(1000, above=0)
     """GB/s between a device and its memory."""
     device: Literal["cuda", "cpu"] = setting("cuda")
@@ -90,10 +97,11 @@ class Hardware(Config):
 
         Raises ConfigError for a dtype that is not given.
         """
-        if precision not in self.peak_tflops:
+        if not self.peak_tflops.get(precision):
+            found = sorted(name for name, peak in self.peak_tflops.items() if peak)
             raise ConfigError(
-                f"hardware '{self.name}': peak_tflops has {sorted(self.peak_tflops)}, expected an "
-                f"entry for {precision}"
+                f"hardware '{self.name}': peak_tflops has {found}, expected an entry for "
+                f"{precision}"
             )
         return self.peak_tflops[precision] * 1e12
 

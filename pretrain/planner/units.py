@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.common.dtypes import DTYPES
 from pretrain.config import ModelConfig, ParallelConfig
 from pretrain.data.sequences import Sequences
+from pretrain.model.float8 import multiply_in_float8
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.dropout import EMBEDDING
@@ -113,7 +115,7 @@ def measure_units(
     software: Software,
     *,
     seq_len: int,
-    dtype: torch.dtype,
+    precision: str,
     activation_checkpointing: str,
     optimizer: str,
     simulate: bool = True,
@@ -123,11 +125,15 @@ def measure_units(
     The tensor and sequence parallelism and the micro-batch size are those of ``parallel``,
     ``device`` is the type of the device (``cuda``, ``cpu``).
     """
-    context = planned_context(dtype, parallel.tensor, sequence_parallel=parallel.sequence)
+    context = planned_context(
+        DTYPES[precision], parallel.tensor, sequence_parallel=parallel.sequence
+    )
     with torch.device("meta"):
         model = LanguageModel(
             config, vocab_size, context, activation_checkpointing=activation_checkpointing
         )
+    if precision == "fp8":
+        multiply_in_float8(model, context)
     if software.logits_bytes:
         model.logits_at_once = 2**62
     return _Measurement(model, parallel, device, software, seq_len, optimizer, simulate).all()

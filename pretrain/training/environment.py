@@ -21,6 +21,7 @@ _PACKAGES = (
     "megatron-core",
     "numpy",
     "sentencepiece",
+    "torchao",
     "triton",
     "flash-attn",
     "flash-linear-attention",

@@ -15,6 +15,7 @@ from pretrain.checkpoint.state import (
 )
 from pretrain.checkpoint_folders import checkpoint_step, list_checkpoints
 from pretrain.common.config_loader import flattened
+from pretrain.common.dtypes import DTYPES
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, learning_rate, load_saved_config
 from pretrain.data.batches import PreparedData
@@ -78,7 +79,12 @@ def checkpoint_to_resume(
             (before.train.batch_warmup_steps, before.train.batch_warmup_start),
             (config.train.batch_warmup_steps, config.train.batch_warmup_start),
         ),
-        ("train.precision", before.train.precision, config.train.precision),
+        # In fp8 a model has the weights of one in bf16.
+        *(
+            [("train.precision", before.train.precision, config.train.precision)]
+            if DTYPES[before.train.precision] != DTYPES[config.train.precision]
+            else []
+        ),
         ("data", ", ".join(state.data), ", ".join(data.identity)),
     ):
         if was != now:

@@ -19,6 +19,7 @@ from pretrain.data.batches import PreparedData
 from pretrain.data.manifest import Manifest
 from pretrain.model.build import build_stages, padded_vocab_size
 from pretrain.model.counts import ModelCounts
+from pretrain.model.float8 import multiply_in_float8
 from pretrain.parallel.processes import (
     data_parallel_rank_and_size,
     on_every_process,
@@ -90,6 +91,9 @@ def build_engine(
         sequence_parallel=config.parallel.sequence,
         filled=_shard_at_once(config, checkpoint),
     )
+    if train.precision == "fp8":
+        for stage in stages:
+            multiply_in_float8(stage, stage.context)
     if config.initialize is not None and checkpoint is None:
         initialize_from(stages, config.initialize, data.tokenizer.sha256)
     _, replicas = data_parallel_rank_and_size()

@@ -29,9 +29,11 @@ from pretrain.data.batches import (
 )
 from pretrain.data.manifest import check_outside_data
 from pretrain.model.counts import ModelCounts, count_model
+from pretrain.model.float8 import count_projections
 from pretrain.model.layout import check_layout
 from pretrain.model.spec import check_model, with_sizes
 from pretrain.ops.backends import describe_backends
+from pretrain.ops.float8 import check_float8
 from pretrain.parallel.processes import (
     any_process,
     data_parallel_rank_and_size,
@@ -158,6 +160,8 @@ class Trainer:
         this process goes on.
         """
         check_layout(self.config, world_size(), self._where)
+        if self.config.train.precision == "fp8":
+            check_float8()
         check_outside_data(self.run_directory.path, self._where)
         with only_run(str(self.run_directory)):
             self._start, self.result, self.stopping = time.monotonic(), None, False
@@ -330,7 +334,7 @@ class Trainer:
             f"{config.name}: {counts.describe()}, "
             f"{counts.training_flops() / 1e6:,.1f} MFLOP per token, "
             f"{self.num_steps:,} steps of {train.global_batch_tokens:,} tokens, "
-            f"{train.precision}, {config.parallel.describe(world_size())} on "
+            f"{self._describe_precision()}, {config.parallel.describe(world_size())} on "
             f"{'GPU' if torch.cuda.is_available() else 'CPU'}"
         )
         self.log.say(describe_backends(DTYPES[train.precision]))
@@ -350,6 +354,14 @@ class Trainer:
             changes = describe_changes(checkpoint, config) if self.log.active else None
             if changes is not None:
                 self.log.say(changes)
+
+    def _describe_precision(self) -> str:
+        precision = self.config.train.precision
+        if precision != "fp8":
+            return precision
+        chosen, every = count_projections(self.config.model)
+        emulated = "" if torch.cuda.is_available() else ", emulated"
+        return f"fp8 in {chosen} of {every} projections{emulated}, else bf16"
 
     def _loop(self) -> str:
         """Train up to the last step, unless something ends the run; return its status."""

@@ -54,6 +54,7 @@ class Limits:
 
 
 LIMITS = {"float32": Limits(1e-5, 1e-3, 0.05), "bf16": Limits(2e-2, 1e-1, 0.25)}
+LIMITS["fp8"] = LIMITS["bf16"]
 # What began at zero is as small as its steps, some of which rounding turns round: differences are
 # relative to no less than so many times the largest sum of steps.
 _STEPS_IN_SCALE = 5

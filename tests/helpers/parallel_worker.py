@@ -27,6 +27,7 @@ from pretrain.config import (
 )
 from pretrain.data.validation import share_of
 from pretrain.model.build import build_stages
+from pretrain.model.float8 import multiply_in_float8
 from pretrain.optim.backends.deepspeed import shard_parameters
 from pretrain.parallel.processes import (
     data_parallel_rank_and_size,
@@ -122,6 +123,11 @@ MODELS = {
 MODELS["muon-bf16"], MODELS["muon-experts"] = MODELS["muon"], MODELS["experts"]
 # With selective activation checkpointing.
 MODELS["selective"] = settings("gdn attn m2rnn hgrn2", block_norm="sandwich", dropout=0.2)
+# Of widths that are multiples of 16 on two processes, too.
+WIDE = {"gdn": {"head_dim": 32}, "attn": {"num_heads": 4}, "m2rnn": {"num_heads": 4}}
+MODELS["fp8"] = MODELS["fp8-selective"] = settings(
+    "gdn attn m2rnn gdn", hidden_size=64, mlp={"ratio": 2}, mixers=WIDE
+)
 LAYOUTS = {
     "tp2-pp2": ParallelConfig(tensor=2, pipeline=2),
     "tp2-pp2-sequence": ParallelConfig(tensor=2, pipeline=2, sequence=True),
@@ -182,6 +188,10 @@ LENGTHS_LAYOUTS = (
     "deepspeed-dp4-zero2",
     "deepspeed-tp2-pp2-sequence",
 )
+FLOAT8_LAYOUTS = (
+    *("tp2-pp2-sequence", "tp2-dp2-sequence", "pp2-vpp2-dp2", "dp4", "deepspeed-dp4-zero2"),
+    *("deepspeed-dp4-zero3", "deepspeed-tp2-dp2-zero3-sequence"),
+)
 SELECTIVE_LAYOUTS = ("tp2-pp2-sequence", "deepspeed-dp4-zero3")
 MUON_LAYOUTS = {
     "pp2-dp2-zero0": ParallelConfig(pipeline=2, zero_stage=0),
@@ -205,7 +215,7 @@ CASES = {
     f"{model}-{layout}": (model, layout)
     for model in MODELS
     for layout, parallel in LAYOUTS.items()
-    if model not in ("capacity", "lengths", "selective")
+    if model not in ("capacity", "lengths", "selective", "fp8", "fp8-selective")
     and not model.endswith("experts")
     and not model.startswith("muon")
     and (
@@ -227,7 +237,9 @@ CASES.update(
 )
 CASES.update({f"lengths-{layout}": ("lengths", layout) for layout in LENGTHS_LAYOUTS})
 CASES.update({f"muon-{layout}": ("muon", layout) for layout in MUON_LAYOUTS})
-CASES.update({f"selective-{layout}": ("selective", layout) for layout in SELECTIVE_LAYOUTS})
+CASES.update({f"fp8-{layout}": ("fp8", layout) for layout in FLOAT8_LAYOUTS})
+for _model in ("selective", "fp8-selective"):
+    CASES.update({f"{_model}-{layout}": (_model, layout) for layout in SELECTIVE_LAYOUTS})
 # Under ZeRO-1 whole matrices are dealt out, of two dtypes and of experts too.
 CASES.update(
     {
@@ -280,6 +292,7 @@ ACROSS = {
             "dp4-zero0",
         ],
     ),
+    "resharded-fp8": ("fp8", ["deepspeed-dp4-zero3", "tp2-pp2", "dp4"]),
     "resharded-experts": (
         "experts",
         ["ep2-dp4", "tp2-sequence-ep4", "dp4-zero0", "pp2-ep2", "ep4-zero0"],
@@ -345,10 +358,13 @@ def make(model, parallel, rows, seed=0):
         seed=seed,
         seq_len=SEQ_LEN,
         sequence_parallel=parallel.sequence,
-        dtype=torch.bfloat16 if model.endswith("bf16") else torch.float32,
+        dtype=torch.bfloat16 if model.endswith("bf16") or "fp8" in model else torch.float32,
         filled=shard_parameters if parallel.zero_stage == 3 else None,
-        activation_checkpointing="selective" if model == "selective" else "none",
+        activation_checkpointing="selective" if "selective" in model else "none",
     )
+    if "fp8" in model:
+        for stage in stages:
+            multiply_in_float8(stage, stage.context)
     if model == "pieces" and dist.get_world_size() > 1:
         for stage in stages:
             stage.logits_at_once = 7 * VOCAB

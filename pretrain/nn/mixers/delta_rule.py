@@ -59,10 +59,12 @@ class DeltaRuleMixer(Mixer):
         if self.output_gate:
             self.g_proj = column_linear(parallel, d, v_dim, context.std)
         if self.decays(config):
-            self.a_proj = column_linear(parallel, d, config.num_heads, context.std)
+            self.a_proj = column_linear(parallel, d, config.num_heads, context.std, precise=True)
             self.A_log = gate_parameter(parallel, (self.num_heads,), decay_rate_init())
             self.dt_bias = gate_parameter(parallel, (self.num_heads,), time_step_init)
-        self.b_proj = column_linear(parallel, d, self.substeps * config.num_heads, context.std)
+        self.b_proj = column_linear(
+            parallel, d, self.substeps * config.num_heads, context.std, precise=True
+        )
         self.o_proj = row_linear(parallel, v_dim, d, context.output_std)
         widths = {"q": k_dim, "k": k_steps, "v": v_steps}
         add_short_convolutions(

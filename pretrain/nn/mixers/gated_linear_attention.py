@@ -70,7 +70,9 @@ class GatedLinearAttention(LinearFamilyMixer):
         super().__init__(config, context)
         d, parallel, k_dim = context.hidden_size, self.parallel, config.num_heads * self.key_dim
         self.a_down = ReplicatedLinear(parallel, d, config.gate_rank, context.std)
-        self.a_up = column_linear(parallel, config.gate_rank, k_dim, context.std, role="input")
+        self.a_up = column_linear(
+            parallel, config.gate_rank, k_dim, context.std, role="input", precise=True
+        )
         self.a_bias = gate_parameter(parallel, (self.num_heads * self.key_dim,), constant(0.0))
 
     def log_decay(self, x: Tensor) -> Tensor:

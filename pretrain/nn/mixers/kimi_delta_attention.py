@@ -103,9 +103,11 @@ class KimiDeltaAttention(Mixer):
         for name in "ag":
             setattr(self, f"{name}_down", ReplicatedLinear(parallel, d, dim, context.std))
             setattr(
-                self, f"{name}_up", column_linear(parallel, dim, width, context.std, role="input")
+                self,
+                f"{name}_up",
+                column_linear(parallel, dim, width, context.std, role="input", precise=True),
             )
-        self.b_proj = column_linear(parallel, d, config.num_heads, context.std)
+        self.b_proj = column_linear(parallel, d, config.num_heads, context.std, precise=True)
         self.o_proj = row_linear(parallel, width, d, context.output_std)
         local = self.num_heads * dim
         add_short_convolutions(self, parallel, dict.fromkeys("qkv", local), config.conv_size)

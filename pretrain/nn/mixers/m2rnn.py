@@ -117,7 +117,7 @@ class M2RNN(Mixer):
         self.qk_heads = max(config.num_qk_heads // parallel.tensor_size, 1)
         self.v_proj = column_linear(parallel, d, v_dim, context.std)
         self.g_proj = column_linear(parallel, d, v_dim, context.std)
-        self.f_proj = column_linear(parallel, d, config.num_heads, context.std)
+        self.f_proj = column_linear(parallel, d, config.num_heads, context.std, precise=True)
         self.o_proj = row_linear(parallel, v_dim, d, context.output_std)
         size = self.qk_heads * config.head_dim
         widths = {"q": size, "k": size, "v": local}

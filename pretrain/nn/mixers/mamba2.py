@@ -118,7 +118,7 @@ class Mamba2(Mixer):
             )
             setattr(self, f"{name}_proj", projection)
         self.groups = max(config.num_groups // parallel.tensor_size, 1)
-        self.dt_proj = column_linear(parallel, d, num_heads, context.std)
+        self.dt_proj = column_linear(parallel, d, num_heads, context.std, precise=True)
         self.o_proj = row_linear(parallel, inner, d, context.output_std)
         local = self.num_heads * config.head_dim
         size = self.groups * config.state_size

@@ -74,7 +74,11 @@ def test_tokens_are_a_budget_too(base):
         ("model.hidden_size=abc", "model.hidden_size is 'abc', expected a whole number"),
         ("optimizer.lr=0", "optimizer.lr is 0.0, expected more than 0"),
         ("optimizer.betas=[0.9,1.0]", r"optimizer.betas is \[0.9, 1.0\], expected two numbers"),
-        ("train.precision=fp8", "train.precision is 'fp8', expected one of: float32, bf16"),
+        ("train.precision=fp4", "'fp4' .did you mean 'fp8'.., expected one of: float32, bf16, fp8"),
+        (
+            "train={precision: fp8, seq_len: 12, global_batch_tokens: 48}",
+            "fp8 with seq_len x micro_batch_size = 24 tokens, expected a multiple of 16",
+        ),
         ("train.tokens=5", "expected exactly one of them"),
         ("train.steps=null", "expected exactly one of them"),
         ("parallel.micro_batch_size=3", "expected a multiple of seq_len x micro_batch_size = 48"),

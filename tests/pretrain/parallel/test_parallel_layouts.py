@@ -17,7 +17,14 @@ from tests.helpers.processes import run_on
 pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.slow]
 
 # Relative; Muon orthogonalises in bf16.
-TOLERANCE = {"bf16": 2e-2, "muon": 2e-4, "muon-bf16": 2e-2, "muon-experts": 2e-4}
+TOLERANCE = {
+    "bf16": 2e-2,
+    "fp8": 2e-2,
+    "fp8-selective": 2e-2,
+    "muon": 2e-4,
+    "muon-bf16": 2e-2,
+    "muon-experts": 2e-4,
+}
 FLOAT32 = 1e-5
 
 
