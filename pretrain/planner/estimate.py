@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import add
-
-import torch
 
 from pretrain.common.dtypes import DTYPES
 from pretrain.config import ParallelConfig, RunConfig
-from pretrain.config.optimizer import WHOLE_MATRICES
 from pretrain.model.counts import ModelCounts, count_model
 from pretrain.model.stages import Stage, split_into_stages
-from pretrain.optim import adamw
-from pretrain.optim.optimizer import GATHERED_AT_ONCE, rule
 from pretrain.planner.cost import Cost
 from pretrain.planner.figures import Estimate, StageEstimate
 from pretrain.planner.hardware import Hardware
+from pretrain.planner.memory import LIVE_PARAMETERS, Memory
 from pretrain.planner.software import Software
 from pretrain.planner.units import ParameterKind, Unit, Units, count_kinds, measure_units
-
-_DEEPSPEED_BUCKET = 200_000_000  # elements
-_LIVE_PARAMETERS = 1_000_000_000  # that DeepSpeed's ZeRO-3 keeps gathered
 
 
 @dataclass
@@ -53,6 +44,10 @@ class Planner:
     software: Software = field(default_factory=Software)
     simulations: dict[object, Units] = field(default_factory=dict)
     _priced: dict[int, tuple[Cost, tuple[float, float]]] = field(default_factory=dict)
+
+    @property
+    def _memory(self) -> Memory:
+        return Memory(self.config, self.vocab_size, self.hardware, self.software)
 
     @property
     def counts(self) -> ModelCounts:
@@ -117,7 +112,7 @@ class Planner:
         units = self.units(parallel, "none", simulate=False)
         data, kinds = devices // parallel.model_size, ("weights", "gradients", "optimizer")
         states = [
-            self._held_memory(parallel, *self._held_tensors(parallel, local, units), data)
+            self._memory.held(parallel, *self._held_tensors(parallel, local, units), data)
             for local in self._local_stages(parallel)
         ]
         return [{kind: memory[kind] for kind in kinds} for memory in states]
@@ -140,20 +135,6 @@ class Planner:
         experts = [(kind, n // parallel.expert) for unit in held for kind, n in unit.expert_tensors]
         return tensors, experts
 
-    def _held_memory(
-        self,
-        parallel: ParallelConfig,
-        tensors: Sequence[tuple[ParameterKind, int]],
-        experts: Sequence[tuple[ParameterKind, int]],
-        data: int,
-    ) -> dict[str, float]:
-        memory = self._state_memory(parallel, tensors, data)
-        if experts:  # copies of an expert are fewer, so less of its optimizer is sharded
-            copies = data * parallel.tensor // parallel.expert
-            for kind, more in self._state_memory(parallel, experts, copies).items():
-                memory[kind] = (max if kind == "update" else add)(memory[kind], more)
-        return memory
-
     def _stages(
         self, parallel: ParallelConfig, units: Units, data: int, micro_batches: int
     ) -> list[StageEstimate]:
@@ -162,8 +143,8 @@ class Planner:
             chains = [list(self._chain(stage, units)) for stage in local]
             tensors, expert_tensors = self._held_tensors(parallel, local, units)
             held, experts = count_kinds(tensors), count_kinds(expert_tensors)
-            memory = self._held_memory(parallel, tensors, expert_tensors, data)
-            memory.update(self._activation_memory(parallel, chains, rank, micro_batches, memory))
+            memory = self._memory.held(parallel, tensors, expert_tensors, data)
+            memory.update(self._memory.activations(parallel, chains, rank, micro_batches, memory))
             units_passed = [pair for chain in chains for pair in chain]
             forward = self._pass([unit.forward for unit, _ in units_passed], parallel)
             trained_units = [unit for unit, trained in units_passed if trained]
@@ -281,129 +262,6 @@ class Planner:
         if any(s.last for s in stages):
             yield units.head
 
-    def _state_memory(
-        self, parallel: ParallelConfig, tensors: Sequence[tuple[ParameterKind, int]], data: int
-    ) -> dict[str, float]:
-        """Return the bytes of weights, gradients, optimizer state and of an update in progress."""
-        held = count_kinds(tensors)
-        low_precision = self.config.train.precision != "float32"
-        total = sum(held.values())
-        weights = float(sum(n * kind[0].itemsize for kind, n in held.items()))
-        shards = data if parallel.zero_stage else 1
-        stepped = Counter[bool]()
-        for (_, decay, name), n in held.items():
-            stepped[decay] += n * (name == "adamw")
-        # torch's passes over a group: a root of every element, unless one kernel does them all.
-        # Other rules go through their parameters one by one.
-        passes = adamw.implementation(self.hardware.device) != "fused"
-        update = passes * 4.0 * max(stepped.values()) / shards
-        if self.software.state_bytes is not None:
-            whole = 2.0 * total if self.software.keeps_gathered and data > 1 else 0.0
-            share = self.software.state_bytes * total / shards
-            return {"weights": share, "gradients": 0.0, "optimizer": 0.0, "update": 0.0} | {
-                "communication": whole
-            }
-        if parallel.zero_backend == "megatron":
-            states = [(n, n * self._state_bytes(kind)) for kind, n in tensors]
-            layer_wise = self._layer_wise(parallel) and shards > 1
-            if layer_wise:
-                # What others have updated comes in pieces.
-                update = max(update, min(weights, float(GATHERED_AT_ONCE)))
-            return {
-                "weights": weights,
-                "gradients": 4.0 * total,
-                "optimizer": _largest_share(states, shards)
-                if layer_wise
-                else sum(size for _, size in states) / shards,
-                "update": update,
-            }
-        width = 2 if low_precision else 4
-        bucket = 4.0 * min(_DEEPSPEED_BUCKET, total)
-        moments = (8.0 if parallel.zero_stage == 0 else 12.0) * total / shards
-        if parallel.offload == "nvme" or (
-            parallel.offload == "cpu" and self.hardware.device != "cpu"
-        ):
-            moments = 0.0  # not in this device's memory
-        memory = {
-            "weights": float(width * total),
-            "gradients": float(width * total),
-            "optimizer": moments,
-            "update": update,
-        }
-        if parallel.zero_stage >= 2:
-            memory["gradients"] = 4.0 * total / data
-            # A CPU's memory counts when it is written to: see _activation_memory.
-            memory["communication"] = 0.0 if self._fills_late(parallel) else bucket
-        if parallel.zero_stage == 3:
-            memory["weights"] = width * total / data
-            memory["communication"] += width * min(_LIVE_PARAMETERS, total)  # gathered
-        return memory
-
-    def _state_bytes(self, kind: ParameterKind) -> float:
-        """Return what is kept of an element: moments, average, float32 copy."""
-        dtype, _, name = kind
-        copies = len(rule(name).STATE_KEYS) + (self.config.optimizer.ema_decay > 0)
-        return 4.0 * (copies + (dtype != torch.float32))
-
-    def _layer_wise(self, parallel: ParallelConfig) -> bool:
-        """Return whether ZeRO deals out whole parameters."""
-        return parallel.zero_stage == 1 and self.config.optimizer.kind in WHOLE_MATRICES
-
-    def _activation_memory(
-        self,
-        parallel: ParallelConfig,
-        chains: list[list[tuple[Unit, bool]]],
-        rank: int,
-        micro_batches: int,
-        state: dict[str, float],
-    ) -> dict[str, float]:
-        """Return the bytes of activations at the worst moment of a step, head and loss apart.
-
-        An update comes when there are none, so only the larger of both counts.
-        """
-        worst, head, kept = 0.0, 0.0, 0.0
-        stages, parts = parallel.pipeline, parallel.virtual_pipeline
-        late = 4.0 * self._fills_late(parallel)
-        for chain in chains:
-            held = 0.0
-            for unit, trained in chain:
-                worst = max(worst, held + unit.forward.peak)
-                held += unit.forward.kept * trained
-            kept += held
-            filled = late * self.vocab_size * self.config.model.hidden_size / parallel.tensor
-            for unit, trained in reversed(chain):
-                if trained:
-                    held -= unit.forward.kept
-                    if unit.name == "head":
-                        head = max(unit.forward.peak, unit.backward.peak)
-                    worst = max(worst, held + unit.backward.peak + filled)
-                    filled += late * unit.parameters.total()
-        if self.software.logits_bytes and any(
-            u.name == "head" for chain in chains for u, _ in chain
-        ):
-            rows = self.config.train.seq_len * parallel.micro_batch_size
-            head = self.software.logits_bytes * rows * self.vocab_size
-            worst = max(worst, kept + head)
-        if parts > 1:
-            ahead = 2 * (stages - rank - 1) + (parts - 1) * stages + 1
-            waiting = (min(ahead, micro_batches * parts) - 1) / parts
-        else:
-            waiting = min(stages - rank, micro_batches) - 1
-        total = worst + waiting * kept
-        head = min(head, total)
-        update = state["update"]
-        if total <= update:
-            return {"activations": 0.0, "logits and loss": 0.0}
-        return {"activations": total - head, "logits and loss": head, "update": 0.0}
-
-    def _fills_late(self, parallel: ParallelConfig) -> bool:
-        """Return whether gradients fill the memory of DeepSpeed's bucket one by one.
-
-        They do on a CPU, as activations leave theirs, because the system gives memory to a process
-        when it first writes there.
-        """
-        return parallel.zero_stage == 2 and self.hardware.device == "cpu"
-
     def _time(
         self,
         parallel: ParallelConfig,
@@ -509,7 +367,7 @@ class Planner:
         if parallel.zero_backend == "megatron":
             # Gradients are float32; without ZeRO they are all-reduced, there and back, and so they
             # are where ZeRO deals out whole parameters, whose new values are sent then.
-            if self._layer_wise(parallel):
+            if self._memory.layer_wise(parallel):
                 return 8.0 + width, True
             return (8.0 if parallel.zero_stage == 0 else 4.0 + width), True
         times = {0: 2, 1: 3, 2: 2 * micro_batches + 1, 3: 2 * micro_batches}
@@ -518,16 +376,4 @@ class Planner:
 
 def _gathered_again(parameters: int) -> float:
     """Return the share of the weights that ZeRO-3 gathers a second time, for the backward pass."""
-    return max(1 - _LIVE_PARAMETERS / parameters, 0.0)
-
-
-def _largest_share(states: Sequence[tuple[int, float]], shards: int) -> float:
-    """Return the most bytes that a process is dealt of tensors, (elements, bytes of state) each.
-
-    As megatron-core's layer-wise optimizer deals: by size, forth and back over the processes.
-    """
-    shares = [0.0] * shards
-    order = [*range(shards), *reversed(range(shards))]
-    for number, (_, size) in enumerate(sorted(states, key=lambda state: state[0])):
-        shares[order[number % len(order)]] += size
-    return max(shares)
+    return max(1 - LIVE_PARAMETERS / parameters, 0.0)

@@ -19,9 +19,9 @@ from pretrain.nn.parameters import info_of
 from pretrain.optim.optimizer import rule_of
 from pretrain.parallel.cpu import importing_megatron
 from pretrain.planner import report
-from pretrain.planner.estimate import Planner, _largest_share
 from pretrain.planner.fake_group import planned_context
 from pretrain.planner.hardware import load_hardware
+from pretrain.planner.memory import _largest_share
 from pretrain.training.metrics import PEAK_FLOPS
 from tests.helpers.memory_worker import CASES, MORE_CASES, VOCAB, case
 from tests.helpers.planner_figures import measure, plan
@@ -137,13 +137,13 @@ def test_optimizer_state_is_what_the_rules_keep(kind, moments):
     """Muon one tensor for each matrix, AdamW two of everything else."""
     config = RunConfig("test", ModelConfig("2*attn", 64), optimizer=OptimizerConfig(kind))
     hardware = load_hardware(ROOT / "configs/hardware/cpu.yaml")
-    planner, parallel = Planner(config, 256, hardware), ParallelConfig(zero_stage=0)
+    memory, parallel = Memory(config, 256, hardware, Software()), ParallelConfig(zero_stage=0)
     with torch.device("meta"):
         model = LanguageModel(config.model, 256, planned_context(torch.float32, 1))
     infos = [(info_of(p), p.numel()) for p in model.parameters()]
     matrices = sum(n for info, n in infos if info.matrix)
     tensors = [((torch.float32, i.weight_decay, rule_of(i, kind)), n) for i, n in infos]
-    found = planner._state_memory(parallel, tensors, 1)["optimizer"]
+    found = memory.held(parallel, tensors, [], 1)["optimizer"]
     assert found == 4 * moments * matrices + 8 * (sum(n for _, n in infos) - matrices)
     assert matrices
 
