@@ -50,6 +50,8 @@ _FREE = {
     _aten.new_empty_strided.default,
 }
 _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
+# What torch's counter of FLOPs does not know, by what it does.
+_IN_PLACE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
 
 
 _limit: ContextVar[float] = ContextVar("_limit", default=float("inf"))
@@ -162,12 +164,13 @@ class Simulation(TorchDispatchMode):
             raise TooManyOperationsError
         if function.is_view or function in _FREE or not outputs:
             return
-        formula = flop_registry.get(function._overloadpacket)
+        packet = _IN_PLACE.get(function._overloadpacket, function._overloadpacket)
+        formula = flop_registry.get(packet)
         flops = formula(*args, **kwargs, out_val=result) if formula else 0
         moved = sum(map(_bytes, outputs))
         # A lookup reads no more than it returns.
         moved += moved if function in _LOOKUPS else sum(map(_bytes, inputs))
-        kind: WorkKind = "product" if function._overloadpacket in _PRODUCTS else "elementwise"
+        kind: WorkKind = "product" if packet in _PRODUCTS else "elementwise"
         dtype = inputs[0].dtype if kind == "product" else outputs[0].dtype
         self._cost.add(Kernel(Work(flops, kind=kind), moved, dtype))
 

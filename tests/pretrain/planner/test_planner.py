@@ -21,7 +21,8 @@ from pretrain.parallel.cpu import importing_megatron
 from pretrain.planner import report
 from pretrain.planner.fake_group import planned_context
 from pretrain.planner.hardware import load_hardware
-from pretrain.planner.memory import _largest_share
+from pretrain.planner.memory import Memory, _largest_share
+from pretrain.planner.software import Software
 from pretrain.training.metrics import PEAK_FLOPS
 from tests.helpers.memory_worker import CASES, MORE_CASES, VOCAB, case
 from tests.helpers.planner_figures import measure, plan
