@@ -160,8 +160,9 @@ class _Taps(torch.autograd.Function):
         length, width = dy.shape[1], weight.shape[1]
         taps = weight.to(dy.dtype).t()
         d_extended = torch.zeros_like(extended)
-        d_weight = []
+        d_weight, product = [], torch.empty_like(dy)
         for j in range(width):
             d_extended[:, j : j + length].addcmul_(dy, taps[j])
-            d_weight.append(torch.einsum("btd,btd->d", dy, extended[:, j : j + length]))
+            torch.mul(dy, extended[:, j : j + length], out=product)
+            d_weight.append(product.sum((0, 1)))
         return d_extended, torch.stack(d_weight, 1).to(weight.dtype)
