@@ -8,6 +8,7 @@ the first, each recomputed from its starting state.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -25,7 +26,8 @@ class Recurrence(Protocol):
     """A recurrence over a block of time steps, forward and backward.
 
     Rows are ``[R, ...]``; states ``[N, ...]``, of the sequences that run at the block's first step;
-    all steps share ``parameters``.
+    all steps share ``parameters``. Either pass calls a copy of the object, which may keep buffers
+    from one block to the next.
     """
 
     def forward(
@@ -114,6 +116,7 @@ class _CheckpointedRecurrence(torch.autograd.Function):
         rows, parameters = tensors[:num_rows], tensors[num_rows : num_rows + num_parameters]
         states = tuple(s.clone() for s in tensors[num_rows + num_parameters :])
         blocks, kept, output = _blocks(steps, block), [], None
+        ctx.recurrence, recurrence = recurrence, copy.copy(recurrence)
         for part, inner in blocks:
             count = inner[0][1]
             start = tuple(s[:count].clone() for s in states)
@@ -126,7 +129,7 @@ class _CheckpointedRecurrence(torch.autograd.Function):
                 state[:count] = new
         if output is None:
             output, _ = recurrence.forward(rows, parameters, tuple(s[:0] for s in states), [])
-        ctx.recurrence, ctx.blocks, ctx.counts = recurrence, blocks, (num_rows, num_parameters)
+        ctx.blocks, ctx.counts = blocks, (num_rows, num_parameters)
         ctx.num_states = len(states)
         ctx.save_for_backward(*rows, *parameters, *(s for start in kept for s in start))
         return output, *states
@@ -141,11 +144,12 @@ class _CheckpointedRecurrence(torch.autograd.Function):
         d_rows = [torch.zeros_like(x) for x in rows]
         d_parameters = [torch.zeros_like(p) for p in parameters]
         d_states = tuple(d.clone() for d in d_final)
+        recurrence = copy.copy(ctx.recurrence)
         for i in reversed(range(len(ctx.blocks))):
             part, inner = ctx.blocks[i]
             count = inner[0][1]
             start = kept[i * ctx.num_states : (i + 1) * ctx.num_states]
-            into_rows, into_parameters, into_states = ctx.recurrence.backward(
+            into_rows, into_parameters, into_states = recurrence.backward(
                 [x[part] for x in rows],
                 parameters,
                 start,
