@@ -24,6 +24,8 @@ class CheckpointedM2RNN(Recurrence):
     rows: q, k, v, forget; parameters: weight; state H transposed, ``[N, H, V, K]``.
     """
 
+    states_per_step = 2
+
     def __init__(self, state_grad_clip: float | None):
         self._clip = state_grad_clip
         self._memory: dict[str, Tensor] = {}
@@ -97,7 +99,8 @@ class CheckpointedM2RNN(Recurrence):
             _Step.of_all(previous, shared, counts),
             inner,
             *(x.split(counts) for x in (df, d_output.mT, q[:, :, None])),
-            *(x[..., None, None].split(counts) for x in (f, 1 - f)),
+            inputs.forget,
+            (1 - f)[..., None, None].split(counts),
             strict=True,
         )
         running = -1
@@ -167,7 +170,7 @@ class _Inputs:
         self._weights = {count: weights[: count * len(weight)] for count in counts}
         self._values, self._counts = _columns(v, shared).split(counts), counts
         self._keys = (2 * k)[:, :, None].split(counts)
-        self._forget = f[..., None, None].split(counts)
+        self.forget = f[..., None, None].split(counts)
         self._minus_one = k.new_tensor(-1.0)
 
     def advance(self, i: int, before: _Step, z: _Step, out: Tensor) -> None:
@@ -180,7 +183,7 @@ class _Inputs:
         weights = self._weights[self._counts[i]]
         torch.baddbmm(z.by_head, weights, before.by_head, out=z.by_head).sigmoid_()
         torch.add(self._minus_one, z.states, alpha=2, out=z.states)
-        torch.lerp(z.states, before.states, self._forget[i], out=out)
+        torch.lerp(z.states, before.states, self.forget[i], out=out)
 
 
 def _together(states: Tensor, heads: int) -> Tensor:

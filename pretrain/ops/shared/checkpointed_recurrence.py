@@ -28,7 +28,12 @@ class Recurrence(Protocol):
     Rows are ``[R, ...]``; states ``[N, ...]``, of the sequences that run at the block's first step;
     all steps share ``parameters``. Either pass calls a copy of the object, which may keep buffers
     from one block to the next.
+
+    Attributes:
+        states_per_step: States that the backward pass of a block stores for each of its steps.
     """
+
+    states_per_step: int
 
     def forward(
         self, rows: Sequence[Tensor], parameters: Sequence[Tensor], states: States, steps: Steps
@@ -58,15 +63,17 @@ def checkpointed_recurrence(
     """Run ``recurrence`` over rows ``[T, ...]`` of packed tokens in order, states ``[N, ...]``.
 
     Returns its outputs ``[T, ...]`` and the final states. ``checkpoint_every``: time steps per
-    block, by default about sqrt(T / 4), which keeps fewest states at once (a block needs about 4 a
-    step), but at most 32: larger blocks exceed a CPU's cache. Raises ValueError where it is less
+    block, by default about sqrt(T / n), n the states per step of a block, which keeps fewest states
+    at once, but at most 32: larger blocks exceed a CPU's cache. Raises ValueError where it is less
     than 1.
     """
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every is {checkpoint_every}, expected at least 1")
     layout = sequences.chunk_layout(1)
     order, index = layout.order, layout.token_index[:, 0]
-    block = checkpoint_every or min(32, max(8, math.isqrt(len(layout.steps) // 4)))
+    block = checkpoint_every or min(
+        32, max(8, math.isqrt(len(layout.steps) // recurrence.states_per_step))
+    )
     alone = len(order) == 1  # a single sequence is in order as it is
     output, *final = _CheckpointedRecurrence.apply(
         recurrence,
