@@ -81,14 +81,14 @@ def checkpointed_recurrence(
         block,
         len(rows),
         len(parameters),
-        *(rows if alone else (x[index] for x in rows)),
+        *(rows if alone else (x.index_select(0, index) for x in rows)),
         *parameters,
         *(states if alone else (s[order] for s in states)),
     )
     if alone:
         return output, tuple(final)
     back = torch.argsort(order)
-    return output[layout.token_slot], tuple(s[back] for s in final)
+    return output.index_select(0, layout.token_slot), tuple(s[back] for s in final)
 
 
 def previous_rows(buffer: Tensor, num_states: int, steps: Steps) -> Tensor:
