@@ -40,6 +40,13 @@ class CheckpointedM2RNN(Recurrence):
             self._memory = {**self._memory, name: made}  # not that of the object copied
         return self._memory[name][:rows]
 
+    def _of_all(self, name: str, weight: Tensor, num_states: int) -> Tensor:
+        """Return ``[N H, V, V]``, the weight of every sequence's heads, made once in a pass."""
+        rows = num_states * len(weight)
+        if name not in self._memory or len(self._memory[name]) < rows:
+            self._memory = {**self._memory, name: weight.repeat(num_states, 1, 1)}
+        return self._memory[name][:rows]
+
     @override
     def forward(
         self, rows: Sequence[Tensor], parameters: Sequence[Tensor], states: States, steps: Steps
@@ -47,7 +54,9 @@ class CheckpointedM2RNN(Recurrence):
         q, k, v, f = rows
         (weight,), state = parameters, states[0].clone()
         readers, counts = q.shape[1], [count for _, count in steps]
-        inputs = _Inputs(k, v, f, weight, counts)
+        # Twice W and k, as the sigmoid in advance() needs them.
+        doubled = self._of_all("doubled", 2 * weight.mT, len(state))
+        inputs = _Inputs(k, v, f, doubled, counts)
         output = v.new_empty(len(v) * readers, 1, v.shape[1] * v.shape[2] // readers)
         by_reader = [count * readers for count in counts]
         queries, outputs = q.flatten(0, 1)[:, None].split(by_reader), output.split(by_reader)
@@ -78,7 +87,8 @@ class CheckpointedM2RNN(Recurrence):
         history = self._buffer("history", num_states + len(k), state)
         z = self._buffer("z", len(k), state)
         history[:num_states] = state
-        inputs = _Inputs(k, v, f, weight, counts)
+        doubled = self._of_all("doubled", 2 * weight.mT, num_states)
+        inputs = _Inputs(k, v, f, doubled, counts)
         inner = _Step.of_all(z, shared, counts)
         after = _Step.of_all(history, shared, [num_states, *counts])
         for i, count in enumerate(counts):
@@ -93,7 +103,7 @@ class CheckpointedM2RNN(Recurrence):
         # Every step's Z becomes the gradient of what is inside its tanh.
         d_state = d_states[0].contiguous()
         buffers = [self._buffer(name, num_states, state) for name in ("total", "rest")]
-        weights = weight.repeat(num_states, 1, 1)
+        weights = self._of_all("weights", weight, num_states)
         d_weights, df = torch.zeros_like(weights), torch.empty_like(f)
         by_step = zip(
             _Step.of_all(previous, shared, counts),
@@ -163,11 +173,9 @@ class _Step(NamedTuple):
 class _Inputs:
     """What a block's steps read, cut by step."""
 
-    def __init__(self, k: Tensor, v: Tensor, f: Tensor, weight: Tensor, counts: list[int]):
+    def __init__(self, k: Tensor, v: Tensor, f: Tensor, doubled: Tensor, counts: list[int]):
         shared = k.shape[1]
-        # Twice W and k, as the sigmoid in advance() needs them.
-        weights = (2 * weight.mT).repeat(counts[0] if counts else 0, 1, 1)
-        self._weights = {count: weights[: count * len(weight)] for count in counts}
+        self._doubled = {count: doubled[: count * v.shape[1]] for count in counts}
         self._values, self._counts = _columns(v, shared).split(counts), counts
         self._keys = (2 * k)[:, :, None].split(counts)
         self.forget = f[..., None, None].split(counts)
@@ -180,7 +188,7 @@ class _Inputs:
         of that difference is a rounding of numbers up to 1.
         """
         torch.mul(self._values[i], self._keys[i], out=z.by_key)
-        weights = self._weights[self._counts[i]]
+        weights = self._doubled[self._counts[i]]
         torch.baddbmm(z.by_head, weights, before.by_head, out=z.by_head).sigmoid_()
         torch.add(self._minus_one, z.states, alpha=2, out=z.states)
         torch.lerp(z.states, before.states, self.forget[i], out=out)
