@@ -123,12 +123,13 @@ def m2rnn(
     if backend == "recurrent":
         output, state = recurrent_m2rnn(rows, weight, initial_state, sequences, state_grad_clip)
     else:
-        output, (state,) = checkpointed_recurrence(
+        output, (transposed,) = checkpointed_recurrence(
             CheckpointedM2RNN(state_grad_clip),
             rows,
             [weight],
-            [initial_state],
+            [initial_state.mT.contiguous()],
             sequences,
             checkpoint_every,
         )
+        state = transposed.mT.contiguous()
     return output.to(v.dtype).view(batch_size, length, num_heads, value_dim), state

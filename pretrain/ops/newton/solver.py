@@ -73,7 +73,7 @@ class Newton(torch.autograd.Function):
         final[ended] = flat[:, tiles.ends[ended]].transpose(0, 1)
         ctx.save_for_backward(inner, parameters, initial_state, states)
         ctx.cell, ctx.tiles = cell, tiles
-        return flat[:, tiles.slot].transpose(0, 1), final
+        return flat.index_select(1, tiles.slot).transpose(0, 1), final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -109,7 +109,7 @@ class Newton(torch.autograd.Function):
             d_parameters += d_p
         started = tiles.tiles[0][1][0] if tiles.tiles else 0
         d_initial[tiles.order[:started]] += incoming[:, :started].transpose(0, 1)
-        d_x = d_inner.flatten(1, 2)[:, tiles.slot].transpose(0, 1)
+        d_x = d_inner.flatten(1, 2).index_select(1, tiles.slot).transpose(0, 1)
         return d_x, d_parameters, d_initial, None, None, None
 
 

@@ -108,7 +108,7 @@ def arrange(x: Tensor, tiles: Tiles) -> Tensor:
     """Arrange tokens ``[T, G, D]`` in the layout of tiles, ``[G, m, n, D]``, zeros at padding."""
     if not len(x):
         return x.new_zeros(x.shape[1], tiles.positions, 0, x.shape[2])
-    inner = x.transpose(0, 1)[:, tiles.token]
+    inner = x.transpose(0, 1).index_select(1, tiles.token)
     if len(tiles.padding):
         inner[:, tiles.padding] = 0
     return inner.unflatten(1, (tiles.positions, tiles.chunks))

@@ -19,6 +19,8 @@ class CheckpointedRNN(Recurrence):
     Rows are x with its biases; the parameters are the recurrent weight ``[H, D, G D]``.
     """
 
+    states_per_step = 4
+
     def __init__(self, kind: Cell, state_grad_clip: float | None):
         self._kind, self._clip = kind, state_grad_clip
 

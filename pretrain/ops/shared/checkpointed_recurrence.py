@@ -8,6 +8,7 @@ the first, each recomputed from its starting state.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -25,8 +26,14 @@ class Recurrence(Protocol):
     """A recurrence over a block of time steps, forward and backward.
 
     Rows are ``[R, ...]``; states ``[N, ...]``, of the sequences that run at the block's first step;
-    all steps share ``parameters``.
+    all steps share ``parameters``. Either pass calls a copy of the object, which may keep buffers
+    from one block to the next.
+
+    Attributes:
+        states_per_step: States that the backward pass of a block stores for each of its steps.
     """
+
+    states_per_step: int
 
     def forward(
         self, rows: Sequence[Tensor], parameters: Sequence[Tensor], states: States, steps: Steps
@@ -56,15 +63,17 @@ def checkpointed_recurrence(
     """Run ``recurrence`` over rows ``[T, ...]`` of packed tokens in order, states ``[N, ...]``.
 
     Returns its outputs ``[T, ...]`` and the final states. ``checkpoint_every``: time steps per
-    block, by default about sqrt(T / 4), which keeps fewest states at once (a block needs about 4 a
-    step), but at most 32: larger blocks exceed a CPU's cache. Raises ValueError where it is less
+    block, by default about sqrt(T / n), n the states per step of a block, which keeps fewest states
+    at once, but at most 32: larger blocks exceed a CPU's cache. Raises ValueError where it is less
     than 1.
     """
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every is {checkpoint_every}, expected at least 1")
     layout = sequences.chunk_layout(1)
     order, index = layout.order, layout.token_index[:, 0]
-    block = checkpoint_every or min(32, max(8, math.isqrt(len(layout.steps) // 4)))
+    block = checkpoint_every or min(
+        32, max(8, math.isqrt(len(layout.steps) // recurrence.states_per_step))
+    )
     alone = len(order) == 1  # a single sequence is in order as it is
     output, *final = _CheckpointedRecurrence.apply(
         recurrence,
@@ -72,14 +81,14 @@ def checkpointed_recurrence(
         block,
         len(rows),
         len(parameters),
-        *(rows if alone else (x[index] for x in rows)),
+        *(rows if alone else (x.index_select(0, index) for x in rows)),
         *parameters,
         *(states if alone else (s[order] for s in states)),
     )
     if alone:
         return output, tuple(final)
     back = torch.argsort(order)
-    return output[layout.token_slot], tuple(s[back] for s in final)
+    return output.index_select(0, layout.token_slot), tuple(s[back] for s in final)
 
 
 def previous_rows(buffer: Tensor, num_states: int, steps: Steps) -> Tensor:
@@ -114,6 +123,7 @@ class _CheckpointedRecurrence(torch.autograd.Function):
         rows, parameters = tensors[:num_rows], tensors[num_rows : num_rows + num_parameters]
         states = tuple(s.clone() for s in tensors[num_rows + num_parameters :])
         blocks, kept, output = _blocks(steps, block), [], None
+        ctx.recurrence, recurrence = recurrence, copy.copy(recurrence)
         for part, inner in blocks:
             count = inner[0][1]
             start = tuple(s[:count].clone() for s in states)
@@ -126,7 +136,7 @@ class _CheckpointedRecurrence(torch.autograd.Function):
                 state[:count] = new
         if output is None:
             output, _ = recurrence.forward(rows, parameters, tuple(s[:0] for s in states), [])
-        ctx.recurrence, ctx.blocks, ctx.counts = recurrence, blocks, (num_rows, num_parameters)
+        ctx.blocks, ctx.counts = blocks, (num_rows, num_parameters)
         ctx.num_states = len(states)
         ctx.save_for_backward(*rows, *parameters, *(s for start in kept for s in start))
         return output, *states
@@ -141,11 +151,12 @@ class _CheckpointedRecurrence(torch.autograd.Function):
         d_rows = [torch.zeros_like(x) for x in rows]
         d_parameters = [torch.zeros_like(p) for p in parameters]
         d_states = tuple(d.clone() for d in d_final)
+        recurrence = copy.copy(ctx.recurrence)
         for i in reversed(range(len(ctx.blocks))):
             part, inner = ctx.blocks[i]
             count = inner[0][1]
             start = kept[i * ctx.num_states : (i + 1) * ctx.num_states]
-            into_rows, into_parameters, into_states = ctx.recurrence.backward(
+            into_rows, into_parameters, into_states = recurrence.backward(
                 [x[part] for x in rows],
                 parameters,
                 start,

@@ -24,13 +24,14 @@ def _gather(x: Tensor, layout: ChunkLayout) -> Tensor:
         return x.unflatten(0, layout.token_index.shape)
     if layout.padded:
         x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-    return x[layout.token_index]
+    # index_select, as everywhere here: x[index] takes a CPU four times as long.
+    return x.index_select(0, layout.token_index.flatten()).unflatten(0, layout.token_index.shape)
 
 
 def _tokens(x: Tensor, layout: ChunkLayout) -> Tensor:
     """Gather ``[chunks, tokens per chunk, ...]`` back to ``[T, ...]``."""
     flat = x.flatten(0, 1)
-    return flat if layout.in_order else flat[layout.token_slot]
+    return flat if layout.in_order else flat.index_select(0, layout.token_slot)
 
 
 class _ToChunks(torch.autograd.Function):

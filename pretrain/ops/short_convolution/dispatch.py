@@ -100,8 +100,8 @@ def _taps(
     else:
         flat = torch.cat([initial_state.flatten(0, 1), x[0]])
         gather, tokens, ends = packed.derive(_packed_index, initial_state.shape[1])
-        extended = flat[gather][None]
-        y = _Taps.apply(extended, weight)[:, tokens]
+        extended = flat.index_select(0, gather)[None]
+        y = _Taps.apply(extended, weight).index_select(1, tokens)
         state = extended[0, ends] if final_state else None
     y = y if bias is None else y + bias
     return (F.silu(y) if activation else y), state
@@ -150,7 +150,7 @@ class _Taps(torch.autograd.Function):
     def forward(ctx: Any, extended: Tensor, weight: Tensor) -> Tensor:
         width = weight.shape[1]
         length = extended.shape[1] - width + 1
-        taps = weight.to(extended.dtype).t()
+        taps = weight.to(extended.dtype).t().contiguous()  # strided, each pass takes 8x as long
         y = extended[:, :length] * taps[0]
         for j in range(1, width):
             y.addcmul_(extended[:, j : j + length], taps[j])
@@ -162,10 +162,11 @@ class _Taps(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         extended, weight = ctx.saved_tensors
         length, width = dy.shape[1], weight.shape[1]
-        taps = weight.to(dy.dtype).t()
+        taps = weight.to(dy.dtype).t().contiguous()
         d_extended = torch.zeros_like(extended)
-        d_weight = []
+        d_weight, product = [], torch.empty_like(dy)
         for j in range(width):
             d_extended[:, j : j + length].addcmul_(dy, taps[j])
-            d_weight.append(torch.einsum("btd,btd->d", dy, extended[:, j : j + length]))
+            torch.mul(dy, extended[:, j : j + length], out=product)
+            d_weight.append(product.sum((0, 1)))
         return d_extended, torch.stack(d_weight, 1).to(weight.dtype)

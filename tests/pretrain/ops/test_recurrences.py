@@ -63,6 +63,21 @@ def test_m2rnn_backward(lengths, value_dim, shared, clip, block):
     compare(run, [q, k, v, weight, forget, state])
 
 
+@pytest.mark.parametrize("size", [0.03, 1.0])
+def test_m2rnn_in_float32(size):
+    """tanh by the sigmoid costs small states few of their digits."""
+    q, k, v = (size * torch.randn(1, 64, heads, 8) for heads in (1, 1, 4))
+    weight, forget = torch.eye(8).expand(4, 8, 8), torch.rand(1, 64, 4)
+    inputs = [t.requires_grad_() for t in (q, k, v, weight.clone(), forget)]
+    results = []
+    for backend, dtype in (("recurrent", torch.float64), ("checkpointed", torch.float32)):
+        y, state = m2rnn(*(t.to(dtype) for t in inputs), backend=backend)
+        found = y, state, *torch.autograd.grad(y.sum() + state.sum(), inputs)
+        results.append([t.double() for t in found])
+    for expected, found in zip(*results, strict=True):
+        assert relative_error(found, expected) < (1e-4 if size < 1 else 1e-5)
+
+
 @given(st.sampled_from(list(CELLS)), lengths_of, clips, blocks, st.booleans())
 def test_classical_backward(cell, lengths, clip, block, biased):
     kind, total = CELLS[cell], sum(lengths)
