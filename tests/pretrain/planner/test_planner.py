@@ -10,7 +10,7 @@ import torch
 
 from pretrain.common.config_loader import ConfigError, build_config
 from pretrain.common.errors import UserError
-from pretrain.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from pretrain.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from pretrain.model.counts import block_flops, block_parameters, count_model
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
@@ -19,6 +19,7 @@ from pretrain.nn.parameters import info_of
 from pretrain.optim.optimizer import rule_of
 from pretrain.parallel.cpu import importing_megatron
 from pretrain.planner import report
+from pretrain.planner.estimate import Planner
 from pretrain.planner.fake_group import planned_context
 from pretrain.planner.hardware import load_hardware
 from pretrain.planner.memory import Memory, _largest_share
@@ -147,6 +148,18 @@ def test_optimizer_state_is_what_the_rules_keep(kind, moments):
     found = memory.held(parallel, tensors, [], 1)["optimizer"]
     assert found == 4 * moments * matrices + 8 * (sum(n for _, n in infos) - matrices)
     assert matrices
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_processes_of_a_tensor_group_share_the_products(sequence):
+    config = RunConfig("test", ModelConfig("2*attn", 64), train=TrainConfig(steps=1, seq_len=32))
+    planner = Planner(config, 256, load_hardware(ROOT / "configs/hardware/h100.yaml"))
+    alone = planner.units(ParallelConfig(), "none").blocks
+    shared = planner.units(ParallelConfig(tensor=2, sequence=sequence), "none").blocks
+    for kind, unit in alone.items():
+        assert unit.forward.flops == 2 * shared[kind].forward.flops
+        assert unit.backward.flops == 2 * shared[kind].backward.flops
+        assert unit.backward.flops > unit.forward.flops > 0
 
 
 @pytest.mark.parametrize("shards", [2, 3, 8])
