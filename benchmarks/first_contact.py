@@ -89,12 +89,14 @@ class Step:
 
 def training_steps(text: str) -> list[Step]:
     """Return the rows that benchmarks.train_gpu printed, those of models that failed left out."""
-    found, columns, tokens = [], [], TOKENS
+    found: list[Step] = []
+    columns: list[str] = []
+    tokens = TOKENS
     for line in text.splitlines():
         words = line.replace("peak GB", "peak_GB").split()
         if line.startswith("$ "):
             given = re.search(r"--tokens (\d+)", line)
-            tokens = int(given[1]) if given else TOKENS
+            tokens, columns = int(given[1]) if given else TOKENS, []
         elif words[:1] == ["size"]:
             columns = words
         elif columns and len(words) >= columns.index("waits"):

@@ -72,7 +72,7 @@ def test_every_stage_in_miniature(tmp_path):
     # What fails within a stage is a sentence; only fla's kernels need what a CPU has not.
     failed = re.findall(r"^(.*?) +not available", log, re.MULTILINE)
     assert all(name.startswith(("delta_rule", "linear_attention (")) for name in failed)
-    assert len(training_steps(log)) == 5
+    assert [step.size for step in training_steps(log)] == ["tiny"] * 5
     assert len(against_published(log)) == 1
     assert {cell for cell, _, _ in against_loop(log)} == {"para_gru"}
     assert list((tmp_path / "out").glob("step-*.png"))
