@@ -20,7 +20,7 @@ setup        15 wheels, versions, hardware
 parity       70 kernels, attention and cross entropy against their definitions; caches warmed
 ops          45 M2RNN and ParaRNN, forward and backward, against floors and the sequential loop
 transformer  35 training step of the 1B transformer
-m2rnn        35 training step of the 1B M2RNN hybrid
+m2rnn        40 training step of the 1B M2RNN hybrid
 gdn          40 training step of the 1B Gated DeltaNet hybrid
 tiles        60 M2RNN's backward pass and ParaRNN in other tiles
 other_ops    60 delta rule, linear attention, attention, classical cells, at 1B
@@ -28,7 +28,7 @@ fla          40 flash-linear-attention's kernels against our definitions
 published    30 M2RNN against the traffic of the published kernel
 counters     30 hardware counters of M2RNN's and ParaGRU's forward kernels
 small        60 training steps of the 410M transformer and M2RNN hybrid
-profile      30 a picture of one training step of the 1B transformer
+profile      40 a picture of one training step of the 1B transformer
 "
 # Not within the ten minutes: run when named.
 further="
@@ -100,10 +100,17 @@ train() { # seconds, arguments; the process group is named, so that NCCL needs n
     benchmarks.train_gpu ${smoke:+"$smoke"} "${@:2}"
 }
 
-gdn_tokens() { # at least; options: fewer tokens than usual where the fast kernels cannot train
+gdn_tokens() { # at least: of a micro-batch, fewer than usual where the fast kernels cannot train
   local tokens
   tokens=$(cat "$outputs/gdn-tokens" 2>/dev/null || echo 8192)
-  [[ -n $smoke ]] || echo "--tokens $((tokens > $1 ? tokens : $1))"
+  echo $((tokens > $1 ? tokens : $1))
+}
+
+gdn() { # seconds, steps, tokens, models, other arguments
+  local tokens=(--tokens "$3") models
+  [[ -z $smoke ]] || tokens=()
+  read -ra models <<<"$4"
+  train "$1" --steps "$2" --sizes 1b --only "${models[@]}" "${tokens[@]}" "${@:5}"
 }
 
 stage_setup() {
@@ -124,13 +131,11 @@ stage_parity() { # limit
     # Fills the caches of compiled kernels; its times are not those of a quiet card.
     train $(($1 - 5)) --steps 1 --sizes 1b --only transformer m2rnn-hybrid > >(as_warming) 2>&1 &
     warming+=($!)
-    # shellcheck disable=SC2046
-    train $(($1 - 5)) --steps 1 --sizes 1b --only gdn-hybrid-3to1 $(gdn_tokens 4096) \
-      > >(as_warming) 2>&1 &
+    gdn $(($1 - 5)) 1 "$(gdn_tokens 4096)" gdn-hybrid-3to1 > >(as_warming) 2>&1 &
     warming+=($!)
   fi
-  tests 8 'bf16 or bfloat16' tests/pretrain/ops/test_{kernels,para_rnn_kernels,newton}.py \
-    tests/pretrain/ops/test_{attention,linear_cross_entropy}.py
+  tests 8 'bf16 or bfloat16' tests/pretrain/ops/test_{kernels,kernel_variants,para_rnn_kernels,newton}.py \
+    tests/pretrain/ops/test_{attention,linear_cross_entropy,float8}.py
   status=$?
   ((${#warming[@]} == 0)) || wait "${warming[@]}"
   return "$status"
@@ -146,9 +151,11 @@ stage_transformer() { train "$1" --steps 5 --sizes 1b --only transformer; }
 stage_m2rnn() { train "$1" --steps 5 --sizes 1b --only m2rnn-hybrid; }
 
 stage_gdn() {
-  # With the transformer beside it: their speeds are compared at as many tokens.
-  # shellcheck disable=SC2046
-  train "$1" --steps 3 --sizes 1b --only transformer gdn-hybrid-3to1 $(gdn_tokens 4096)
+  local tokens beside=''
+  tokens=$(gdn_tokens 4096)
+  # Speeds are compared at as many tokens; the transformer's at 32,768 is known.
+  ((tokens == 32768)) || beside=transformer
+  gdn "$1" 3 "$tokens" "$beside gdn-hybrid-3to1"
 }
 
 stage_tiles() { ops --parts tiles --only m2rnn "$(either para 'para_gru, shooting')"; }
@@ -178,19 +185,17 @@ stage_small() { train "$1" --steps 5 --sizes 410m --only transformer m2rnn-hybri
 stage_profile() { train "$1" --steps 1 --sizes 1b --only transformer --profile "$out"; }
 
 stage_one_m2rnn() {
-  # shellcheck disable=SC2046
-  train "$1" --steps 5 --sizes 1b --only gdn-hybrid-7to1 gdn-hybrid-one-m2rnn $(gdn_tokens 4096)
+  gdn "$1" 5 "$(gdn_tokens 4096)" "gdn-hybrid-7to1 gdn-hybrid-one-m2rnn"
 }
 
 stage_long() {
-  # shellcheck disable=SC2046
-  train "$1" --steps 5 --sizes 1b --only transformer gdn-hybrid-3to1 --lengths 16384 $(gdn_tokens 16384)
+  gdn "$1" 5 "$(gdn_tokens 16384)" "transformer gdn-hybrid-3to1" --lengths 16384
 }
 
 as_warming() { sed --unbuffered 's/^/warming: /'; }
 
-export -f as_warming either tests ops train gdn_tokens
-while read -r name _; do [[ -z $name ]] || export -f "stage_$name"; done <<<"$table$further"
+mapfile -t functions < <(compgen -A function)
+export -f "${functions[@]}" # a stage is called in a shell of its own, which can be ended
 
 # Which stages run, and how long each may take.
 declare -A limits whats

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import train_gpu
 from benchmarks.first_contact import against_loop, against_published, targets, training_steps
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +102,29 @@ def test_a_stage_that_fails_or_passes_its_limit_does_not_stop_the_next(tmp_path)
     until_gone(int((tmp_path / "sleeper").read_text()))
 
 
+def test_counters_are_read_where_there_is_a_profiler(tmp_path):
+    profiler = tmp_path / "bin/ncu"
+    profiler.parent.mkdir()
+    profiler.write_text('#!/bin/sh\necho "profiling: $*"\n')
+    profiler.chmod(0o755)
+    path = f"{profiler.parent}:{os.environ['PATH']}"
+    done = run(tmp_path, PYTHON=stood_in(tmp_path), FIRST_CONTACT_ONLY="counters", PATH=path)
+    assert done.returncode == 0
+    assert re.search(r"profiling: --clock-control none .* -m benchmarks.profiled_k", done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_commands_of_the_session_itself_are_understood(tmp_path):
+    """Without a GPU, and not in miniature, they say that there is none."""
+    stages = [name for name in TEN_MINUTES if name not in ("setup", "parity", "fla", "counters")]
+    stages += ["one_m2rnn", "long"]
+    run(tmp_path, FIRST_CONTACT_ONLY=" ".join(stages), FIRST_CONTACT_LIMIT="600")
+    assert [row[::2] for row in rows(tmp_path)] == [("setup", 0), *((name, 1) for name in stages)]
+    log = (tmp_path / "out/log.txt").read_text()
+    assert log.count("there is no GPU here") == len(stages)
+
+
 def test_when_stopped_the_stage_at_hand_ends_too(tmp_path):
     variables = environment(
         tmp_path, PYTHON=stood_in(tmp_path), FIRST_CONTACT_ONLY="m2rnn", FIRST_CONTACT_LIMIT="500"
@@ -185,3 +210,12 @@ def test_speeds_are_compared_at_as_many_tokens(tmp_path):
     (tmp_path / "transformer.txt").write_text(alone.format(tokens="", speed="1"))
     compared = next(line for line in targets(tmp_path) if "3:1" in line)
     assert "not measured" in compared
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(4096, 8192), (4096, 32768), (16384, 16384)])
+def test_every_model_of_the_benchmark_is_a_run_that_is_accepted(length, tokens, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for size in ("410m", "1b"):
+        for model in train_gpu.MODELS:
+            config = train_gpu.loaded(Path(f"configs/models/{size}/{model}.yaml"), length, tokens, "bf16")
+            assert config.parallel.micro_batch_size * length == tokens
