@@ -16,7 +16,6 @@ import sys
 from typing import Any
 
 import pytest
-from triton.runtime.autotuner import Autotuner
 
 MOST = 2
 WARPS, STAGES = 4, 3  # a Triton kernel's where nothing is said
@@ -35,12 +34,15 @@ def ordinary(configurations: list[Any], most: int = MOST) -> list[Any]:
 
 def limit_autotuning() -> None:
     """Let every autotuner of this process, made before or after, try few configurations."""
+    # Here, for whether kernels are interpreted is settled when Triton is imported.
+    from triton.runtime.autotuner import Autotuner
+
     pruned = Autotuner.prune_configs
     if hasattr(pruned, "__wrapped__"):
         return
 
     @functools.wraps(pruned)
-    def prune_configs(self: Autotuner, kwargs: dict[str, Any]) -> list[Any]:
+    def prune_configs(self: Any, kwargs: dict[str, Any]) -> list[Any]:
         return ordinary(pruned(self, kwargs))
 
     Autotuner.prune_configs = prune_configs

@@ -230,7 +230,7 @@ trap interrupt INT TERM
 
 : >"$out/log.txt"
 say "$ $command"
-say "$(date --utc '+%Y-%m-%d %H:%M:%S') UTC, $(hostname), ${#order[@]} stages, at most $budget s"
+say "$(date --utc '+%Y-%m-%d %H:%M:%S') UTC, $(uname -n), ${#order[@]} stages, at most $budget s"
 summary=$(printf '%-12s %7s %9s %6s' stage 'limit s' 'seconds' 'status')
 failed=0
 for name in "${order[@]}"; do

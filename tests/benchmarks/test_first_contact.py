@@ -217,5 +217,7 @@ def test_every_model_of_the_benchmark_is_a_run_that_is_accepted(length, tokens, 
     monkeypatch.chdir(ROOT)
     for size in ("410m", "1b"):
         for model in train_gpu.MODELS:
-            config = train_gpu.loaded(Path(f"configs/models/{size}/{model}.yaml"), length, tokens, "bf16")
+            config = train_gpu.loaded(
+                Path(f"configs/models/{size}/{model}.yaml"), length, tokens, "bf16"
+            )
             assert config.parallel.micro_batch_size * length == tokens
