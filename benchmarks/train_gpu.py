@@ -54,7 +54,10 @@ MODELS = (
     "recursive-relaxed-2x",
 )
 MICRO_BATCHES = 2
-SETTINGS = ["name=benchmark", "data.path=none", "train.tokens=1000000"]
+SETTINGS = [
+    *("name=benchmark", "data.path=none", "train.tokens=1000000"),
+    "schedule.warmup_steps=0",  # the models' files have that of a long run
+]
 
 
 def synchronize() -> None:
