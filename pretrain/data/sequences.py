@@ -27,7 +27,10 @@ class Sequences:
     to be waited for.
     """
 
-    __slots__ = ("_cu_seqlens", "_derived", "_device", "_lengths", "_row_length")
+    __slots__ = ("_cu_seqlens", "_derived", "_device", "_lengths", "_row_length", "segment")
+
+    segment: Segment | None
+    """The row that these are a segment of; None: a whole row."""
 
     def __init__(self, cu_seqlens: Tensor):
         if not isinstance(cu_seqlens, Tensor):
@@ -46,6 +49,7 @@ class Sequences:
         self._lengths: list[int] | None = None
         self._row_length: int | None = None
         self._derived: dict[tuple[Any, ...], Any] = {}
+        self.segment = None
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> Sequences:
@@ -69,7 +73,7 @@ class Sequences:
     def _known(cls, lengths: list[int], device: torch.device) -> Sequences:
         made = cls.__new__(cls)
         made._cu_seqlens, made._device, made._lengths = None, device, lengths
-        made._row_length, made._derived = None, {}
+        made._row_length, made._derived, made.segment = None, {}, None
         return made
 
     def __repr__(self) -> str:
@@ -152,7 +156,10 @@ class Sequences:
 
     @property
     def positions(self) -> Tensor:
-        """Return ``[T]`` int64: each token's position within its sequence, from 0."""
+        """Return ``[T]`` int64: each token's position within its sequence, from 0.
+
+        In a segment of a row the first sequence may have begun before.
+        """
         return self.derive(_positions)
 
     def last_tokens(self, count: int) -> Tensor:
@@ -173,20 +180,71 @@ class Sequences:
             if device == self.device:
                 return self
             moved = Sequences._known(self.lengths, device)
-            moved._row_length = self._row_length
+            moved._row_length, moved.segment = self._row_length, self.segment
             return moved
         cu_seqlens = without_waiting(self._cu_seqlens, device)
         if cu_seqlens is self._cu_seqlens:
             return self
         moved = Sequences(cu_seqlens)
-        moved._lengths = self.lengths
+        moved._lengths, moved.segment = self.lengths, self.segment
         return moved
 
     def pinned(self) -> Sequences:
         """Return the same sequences, which are on the CPU, in pinned memory; lengths are known."""
         pinned = Sequences(self.cu_seqlens.pin_memory())
-        pinned._lengths = self.lengths
+        pinned._lengths, pinned.segment = self.lengths, self.segment
         return pinned
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One of ``size`` contiguous parts, of equally many tokens, of a packed row.
+
+    Its tokens hold pieces of the row's sequences. What is said of every segment is known to all
+    ranks alike, without communication.
+
+    Attributes:
+        row: The sequences of the whole row, on the host.
+        rank: This segment's number.
+        size: How many segments there are.
+        seen: Tokens of the first piece's sequence before this segment.
+        continues: For each segment, whether its first token is not the first of its sequence.
+        through: For each segment, whether no sequence begins in it, at its first token included.
+        group: The context-parallel ranks, of which each has one segment; None: they follow one
+            another on one process.
+    """
+
+    row: Sequences
+    rank: int
+    size: int
+    seen: int
+    continues: tuple[bool, ...]
+    through: tuple[bool, ...]
+    group: Any = None
+
+
+def segment_of(row: Sequences, rank: int, size: int, group: Any = None) -> Sequences:
+    """Return the pieces of ``row``'s sequences in its segment ``rank`` of ``size``.
+
+    Empty sequences are left out. Raises ValueError where ``size`` does not divide the tokens.
+    """
+    total = row.num_tokens
+    if total % size:
+        raise ValueError(
+            f"a row of {total} tokens cannot be cut into {size} segments of equal size"
+        )
+    length = total // size
+    ends = list(itertools.accumulate(row.lengths))
+    starts = {end - n for n, end in zip(row.lengths, ends, strict=True) if n}
+    borders = [number * length for number in range(size)]
+    continues = tuple(border not in starts for border in borders)
+    through = tuple(not any(b <= start < b + length for start in starts) for b in borders)
+    first, last = borders[rank], borders[rank] + length
+    cuts = [first, *sorted(s for s in starts if first < s < last), last]
+    pieces = Sequences.from_lengths((b - a for a, b in itertools.pairwise(cuts)), row.device)
+    seen = first - max((s for s in starts if s <= first), default=0)
+    pieces.segment = Segment(row.to("cpu"), rank, size, seen, continues, through, group)
+    return pieces
 
 
 def given_sequences(
@@ -242,7 +300,10 @@ def _ids(sequences: Sequences) -> Tensor:
 
 def _positions(sequences: Sequences) -> Tensor:
     ids = sequences.ids
-    return torch.arange(len(ids), device=ids.device) - sequences.cu_seqlens.long()[ids]
+    positions = torch.arange(len(ids), device=ids.device) - sequences.cu_seqlens.long()[ids]
+    if sequences.segment is not None and sequences.segment.seen:
+        positions[ids == 0] += sequences.segment.seen
+    return positions
 
 
 def _last_tokens(sequences: Sequences, count: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -159,6 +159,13 @@ class Mixer(DescribedModule, ABC):
         A sequence may be selected several times.
         """
         return {name: values[indices] for name, values in state.items()}
+
+    def join_states(self, states: Sequence[State]) -> State:
+        """Return the states of several groups of sequences as that of all of them, in order.
+
+        The counterpart of :meth:`select_state`; who overrides one overrides both.
+        """
+        return {name: torch.cat([state[name] for state in states]) for name in states[0]}
 
     def metrics(self) -> dict[str, float]:
         """Return and reset the metrics that the layer accumulated since the last call.

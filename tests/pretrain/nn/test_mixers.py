@@ -117,6 +117,20 @@ def test_an_output_whose_state_nobody_reads_is_the_same(name, settings, lengths)
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
+def test_states_are_joined_as_they_are_selected(name, settings):
+    layer = build(name, settings)
+    x = torch.randn(37, 1, HIDDEN, dtype=torch.float64)
+    _, state = layer(x, sequences=Sequences.from_lengths([5, 1, 19, 12]))
+    order = [2, 3, 0, 2]
+    alone = [layer.select_state(state, torch.tensor([number])) for number in order]
+    wanted = layer.select_state(state, torch.tensor(order))
+    joined = layer.join_states([layer.join_states(alone[:1]), layer.join_states(alone[1:])])
+    assert joined.keys() == wanted.keys()
+    for key, values in wanted.items():
+        assert torch.equal(joined[key], values), key
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
 def test_packed_sequences_equal_each_alone(name, settings):
     layer = build(name, settings)
     lengths = [5, 1, 19, 12]
