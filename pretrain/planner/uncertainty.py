@@ -16,7 +16,7 @@ from pretrain.nn.mixers import registry
 from pretrain.planner.hardware import Hardware
 
 # (factor, measured runs) by kind of model; see benchmarks/results/planner_calibration.txt.
-TRANSFORMER = (1.4, 154)
+TRANSFORMER = (1.23, 154)
 RECURRENT = (2.25, 26)
 # Runs by torchtitan, on which nothing was fitted: the largest factor of so few; see
 # benchmarks/results/planner_float8.txt.
