@@ -60,12 +60,13 @@ def calls() -> dict[str, Any]:
             state_grad_clip=1.0,
         )[0]
 
-    def classical(cell: str, dim: int) -> Tensor:
+    def classical(cell: str, dim: int, rows: int) -> Tensor:
         kind, heads = CELLS[cell], 1024 // dim
-        x = empty(1, 8 * tokens, kind.gates, heads, dim)
+        x = empty(1, rows * tokens, kind.gates, heads, dim)
         weight = empty(heads, dim, kind.gates, dim)
         bias = empty(kind.biases, heads, dim, dtype=wide)
-        return rnn(x, weight, bias, cell=cell, cu_seqlens=eight, state_grad_clip=1.0)[0]
+        starts = torch.arange(rows + 1) * tokens
+        return rnn(x, weight, bias, cell=cell, cu_seqlens=starts, state_grad_clip=1.0)[0]
 
     a, c, bias = (empty(n, 1024, dtype=wide) for n in (3, 2, 3))
 
@@ -96,9 +97,11 @@ def calls() -> dict[str, Any]:
             )
         },
         **{
-            f"{cell} D={d}": lambda cell=cell, d=d: classical(cell, d)
+            f"{cell} D={d}{', 64 rows' * (n == 64)}": lambda cell=cell, d=d, n=n: classical(
+                cell, d, n
+            )
             for cell in CELLS
-            for d in (64, 128, 256)
+            for d, n in ((64, 8), (64, 64), (128, 8), (256, 8))
         },
     }
 

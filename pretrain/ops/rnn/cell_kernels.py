@@ -14,6 +14,12 @@ from pretrain.ops.shared.elementary_kernels import divide, exp, log, sigmoid, ta
 
 
 @triton.jit
+def clamp(x, limit):
+    """Bound x by ``limit`` either way; what is no number stays none."""
+    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _log_sigmoid(x):
     return tl.minimum(x, 0.0) - log(1.0 + exp(-tl.abs(x)))
 

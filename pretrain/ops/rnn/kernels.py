@@ -10,8 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from pretrain.data.sequences import Sequences
-from pretrain.ops.rnn import step_kernels, wide_kernels
-from pretrain.ops.shared.launching import approximate, launch, power_of_two
+from pretrain.ops.rnn import row_kernels, step_kernels, wide_kernels
+from pretrain.ops.shared.launching import approximate, launch, power_of_two, schedulers
 from pretrain.ops.shared.planning import Work
 
 BATCH = 8  # sequences of a program
@@ -19,32 +19,35 @@ BATCH = 8  # sequences of a program
 WIDEST_ON_CHIP = {2: 128, 4: 64, 8: 32}
 
 
-def kernels(x: Tensor) -> tuple[tuple[Any, Any], dict[str, int]]:
-    """Return the kernels for ``[T, G, H, D]``, and a program's tile of channels and its warps."""
-    dim = x.shape[-1]
-    sizes = {"BLOCK_B": BATCH, "num_stages": 1}
+def kernels(x: Tensor, num_sequences: int) -> tuple[tuple[Any, Any], dict[str, int]]:
+    """Return the kernels for ``[T, G, H, D]``, and a program's sequences, channels and warps."""
+    num_heads, dim = x.shape[2:]
     if dim > WIDEST_ON_CHIP[x.element_size()]:
-        tile = {"BLOCK_D": 128, "BLOCK_FROM": 64, "num_warps": 8}
-        return wide_kernels.KERNELS, sizes | tile
+        sizes = {"BLOCK_B": BATCH, "BLOCK_D": 128, "BLOCK_FROM": 64, "num_warps": 8}
+        return wide_kernels.KERNELS, sizes | {"num_stages": 1}
     block_d = max(16, power_of_two(dim))
-    warps = 4 if block_d <= 64 else 8
-    return step_kernels.KERNELS, sizes | {"BLOCK_D": block_d, "num_warps": warps}
+    sizes = {"BLOCK_D": block_d, "num_warps": 4 if block_d <= 64 else 8, "num_stages": 1}
+    if block_d <= 64 and num_sequences * num_heads <= schedulers(x.device) // 4:
+        return row_kernels.KERNELS, sizes | {"BLOCK_B": 1}
+    return step_kernels.KERNELS, sizes | {"BLOCK_B": BATCH}
 
 
 def _work(x: Tensor, sequences: Sequences, *, backward: bool) -> Work:
-    """Return the work by what the kernels compile to.
+    """Return the work by what the kernels compile to (benchmarks/kernels_compiled.py).
 
-    That is 70 instructions of a warp for a token and gate of a program's sequences forward, 150
-    backward, and some 300 and 400 cycles of waiting (benchmarks/kernels_compiled.py).
+    Of a tile that is 70 instructions of a warp for a token and gate forward, 150 backward, and some
+    300 and 700 cycles of waiting, of a sequence by itself 105 and 175, 200 and 250.
     """
     total, gates, num_heads, dim = x.shape
-    longest, (_, sizes) = sequences.max_length, kernels(x)
-    of_token = (150 if backward else 70) * gates
-    cycles = of_token * max(sizes["num_warps"] / 4, 1) + (400 if backward else 300)
+    longest, (_, sizes) = sequences.max_length, kernels(x, sequences.count)
+    costs = ((105, 200), (175, 250)) if sizes["BLOCK_B"] == 1 else ((70, 300), (150, 700))
+    of_gate, waits = costs[backward]
+    of_token = of_gate * gates
+    cycles = of_token * max(sizes["num_warps"] / 4, 1) + waits
     if "BLOCK_FROM" in sizes:  # the matrices come from the L2 cache, 64 bytes a cycle
         of_token *= triton.cdiv(dim, sizes["BLOCK_D"])
         cycles += gates * dim**2 * x.element_size() / 64
-    tiles = longest * triton.cdiv(sequences.count, BATCH) * num_heads
+    tiles = longest * triton.cdiv(sequences.count, sizes["BLOCK_B"]) * num_heads
     return Work(
         2.0 * total * num_heads * gates * dim**2,
         tiles * of_token * sizes["num_warps"],
@@ -82,13 +85,14 @@ class ClassicalRNN(torch.autograd.Function):
         num_sequences = initial.shape[1]
         out, final = x.new_empty(total, num_heads, dim), initial.clone()
         saved = initial.new_empty(len(initial) - 1 if save else 0, total, num_heads, dim)
-        (kernel, _), sizes = kernels(x)
+        (kernel, _), sizes = kernels(x, num_sequences)
+        by_row = sizes["BLOCK_B"] == 1
         launch(
             kernel,
-            (triton.cdiv(num_sequences, BATCH), num_heads),
+            (triton.cdiv(num_sequences, sizes["BLOCK_B"]), num_heads),
             _work(x, sequences, backward=False),
             x,
-            weight,
+            weight.transpose(1, 3).contiguous() if by_row else weight,
             bias,
             initial,
             out,
@@ -126,11 +130,11 @@ class ClassicalRNN(torch.autograd.Function):
         before = torch.where(first, initial[0].to(x.dtype)[ids], before)
         before = before.transpose(0, 1)
         products = torch.bmm(before, weight.flatten(2).to(x.dtype))  # [H, T, G D]
-        (_, kernel), sizes = kernels(x)
+        (_, kernel), sizes = kernels(x, initial.shape[1])
         d_x, d_initial = torch.empty_like(x), d_final.clone()
         launch(
             kernel,
-            (triton.cdiv(initial.shape[1], BATCH), num_heads),
+            (triton.cdiv(initial.shape[1], sizes["BLOCK_B"]), num_heads),
             _work(x, sequences, backward=True),
             x,
             weight,

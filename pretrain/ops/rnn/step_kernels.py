@@ -13,12 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pretrain.ops.rnn.cell_kernels import gradients, next_state
-
-
-@triton.jit
-def _clamp(x, limit):
-    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+from pretrain.ops.rnn.cell_kernels import clamp, gradients, next_state
 
 
 @triton.jit
@@ -209,7 +204,7 @@ def _backward_kernel(
             g1 += tl.load(product + D, mask=alive, other=0.0).to(wide)
             g2 = tl.load(x + address + 2 * H * D, mask=alive, other=0.0).to(wide) + b2
             r2 = tl.load(product + 2 * D, mask=alive, other=0.0).to(wide)
-        carried = _clamp(dh, limit) if CLIP else dh
+        carried = clamp(dh, limit) if CLIP else dh
         d = carried + tl.load(d_out + row, mask=alive, other=0.0).to(wide)
         g3, h, cell, n, m, d_c, d_n, d_m = g0, g0, g0, g0, g0, d, d, d  # where there are none
         if CELL == "gru":
@@ -221,14 +216,14 @@ def _backward_kernel(
             g3 += tl.load(product + 3 * D, mask=alive, other=0.0).to(wide)
             cell = tl.load(saved + row - H * D, mask=inner, other=0.0)
             cell += tl.load(initial + size + in_states, mask=first, other=0.0)
-            d_c = _clamp(dc, limit) if CLIP else dc
+            d_c = clamp(dc, limit) if CLIP else dc
         if CELL == "slstm":
             n = tl.load(saved + all_rows + row - H * D, mask=inner, other=0.0)
             n += tl.load(initial + 2 * size + in_states, mask=first, other=0.0)
             m = tl.load(saved + 2 * all_rows + row - H * D, mask=inner, other=0.0)
             m += tl.load(initial + 3 * size + in_states, mask=first, other=0.0)
-            d_n = _clamp(dn, limit) if CLIP else dn
-            d_m = _clamp(dm, limit) if CLIP else dm
+            d_n = clamp(dn, limit) if CLIP else dn
+            d_m = clamp(dm, limit) if CLIP else dm
         d0, d1, d2, d_r2, d3, before, d_c, d_n, d_m = gradients(
             g0, g1, g2, r2, g3, h, cell, n, m, d, d_c, d_n, d_m, CELL, APPROXIMATE
         )

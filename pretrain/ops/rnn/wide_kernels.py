@@ -11,12 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pretrain.ops.rnn.cell_kernels import gradients, next_state
-
-
-@triton.jit
-def _clamp(x, limit):
-    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+from pretrain.ops.rnn.cell_kernels import clamp, gradients, next_state
 
 
 @triton.jit
@@ -197,7 +192,7 @@ def _backward_kernel(
                 g2 += _load(own_bias + 2 * bias_rows, ok, wide)[:, None]
                 r2 = _load(product + 2 * D, alive, wide)
             dh = _load(d_initial + in_states, alive, wide)
-            d = (_clamp(dh, limit) if CLIP else dh) + _load(d_out + row, alive, wide)
+            d = (clamp(dh, limit) if CLIP else dh) + _load(d_out + row, alive, wide)
             d_c, d_n, d_m = d, d, d
             if CELL == "gru":
                 r2 += _load(own_bias + 3 * bias_rows, ok, wide)[:, None]
@@ -209,16 +204,16 @@ def _backward_kernel(
                 cell = _load(saved + row - H * D, inner, wide)
                 cell += _load(initial + size + in_states, first, wide)
                 d_c = _load(d_initial + size + in_states, alive, wide)
-                d_c = _clamp(d_c, limit) if CLIP else d_c
+                d_c = clamp(d_c, limit) if CLIP else d_c
             if CELL == "slstm":
                 n = _load(saved + all_rows + row - H * D, inner, wide)
                 n += _load(initial + 2 * size + in_states, first, wide)
                 m = _load(saved + 2 * all_rows + row - H * D, inner, wide)
                 m += _load(initial + 3 * size + in_states, first, wide)
                 d_n = _load(d_initial + 2 * size + in_states, alive, wide)
-                d_n = _clamp(d_n, limit) if CLIP else d_n
+                d_n = clamp(d_n, limit) if CLIP else d_n
                 d_m = _load(d_initial + 3 * size + in_states, alive, wide)
-                d_m = _clamp(d_m, limit) if CLIP else d_m
+                d_m = clamp(d_m, limit) if CLIP else d_m
             d0, d1, d2, d_r2, d3, before, d_c, d_n, d_m = gradients(
                 g0, g1, g2, r2, g3, h, cell, n, m, d, d_c, d_n, d_m, CELL, APPROXIMATE
             )
