@@ -54,6 +54,9 @@ _SOURCES = {
 _OTHERS = Software()
 # Programs whose tensor parallelism computes the loss of each GPU's share of the vocabulary.
 _SPLIT_LOGITS = {"titan"}
+# Programs whose torch.compile takes the loss too: of logits they store those of bf16, and their
+# gradient.
+_COMPILED_LOSS = {"titan"}
 
 _RUN_COLUMNS = (
     *("id", "gpu", "num_gpus", "parameters", "hidden", "heads", "kv_heads", "mlp_kind"),
@@ -217,6 +220,8 @@ def _run(row: Row, precision: Literal["bf16", "fp8"]) -> MeasuredRun:
     software = _SOURCES.get(source, _OTHERS)
     if checkpointing != "selective":
         software = dataclasses.replace(software, recomputed_products=0.0)
+    if source in _COMPILED_LOSS and "torch.compile" in row["kernels"]:
+        software = dataclasses.replace(software, logits_bytes=4.0)
     if source in _SPLIT_LOGITS:
         share = software.logits_bytes / parallel.tensor
         software = dataclasses.replace(software, logits_bytes=share)
