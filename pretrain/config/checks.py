@@ -290,6 +290,7 @@ def _check_parallel(config: RunConfig, where: str) -> None:
             f"{where}: parallel.sequence shards the train.seq_len = {row} tokens of a sequence "
             f"over parallel.tensor processes, found {parallel.tensor}; expected a divisor above 1"
         )
+    _check_context(config, where)
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise ConfigError(
             f"{where}: parallel.virtual_pipeline is {parallel.virtual_pipeline}, which needs "
@@ -326,6 +327,38 @@ def _check_parallel(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: parallel.offload is {parallel.offload} and parallel.offload_path "
             f"{parallel.offload_path}, expected a folder on a local disk with offload=nvme alone"
+        )
+
+
+def _check_context(config: RunConfig, where: str) -> None:
+    """Check what goes with segments of rows."""
+    parallel = config.parallel
+    if parallel.context == 1:
+        return
+    row = config.train.seq_len * parallel.micro_batch_size
+    parts = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if row % parts:
+        sequence = " x parallel.tensor" if parallel.sequence else ""
+        raise ConfigError(
+            f"{where}: parallel.context is {parallel.context}, but parallel.context{sequence} = "
+            f"{parts} does not divide the seq_len x micro_batch_size = {row} tokens of a "
+            "micro-batch; expected a divisor"
+        )
+    if parallel.zero_backend != "megatron":
+        raise ConfigError(
+            f"{where}: parallel.context is {parallel.context}, which the {parallel.zero_backend} "
+            "backend does not have; expected 1, or parallel.zero_backend=megatron with zero_stage "
+            "0 or 1"
+        )
+    if config.model.moe is not None:
+        raise ConfigError(
+            f"{where}: parallel.context is {parallel.context} with model.moe, whose loads are "
+            "counted over whole micro-batches; expected parallel.context 1, or no experts"
+        )
+    if config.train.precision == "fp8":
+        raise ConfigError(
+            f"{where}: parallel.context is {parallel.context} with train.precision fp8, whose "
+            "scales are those of whole micro-batches; expected bf16 or float32"
         )
 
 
@@ -392,11 +425,14 @@ def check_stages(most: int, why: str, count: int, where: str) -> None:
 
 
 def check_world_size(config: ParallelConfig, count: int) -> None:
-    """Raise UserError unless ``count`` processes make full copies of the model."""
+    """Raise UserError unless ``count`` processes make whole groups of ``model_size``."""
     if count % config.model_size:
+        divided = config.context > 1
+        context, number = ("context x parallel.", f"{config.context} x ") if divided else ("", "")
         raise UserError(
-            f"parallel.tensor x parallel.pipeline is {config.tensor} x {config.pipeline} = "
-            f"{config.model_size}, but there are {count} processes; expected a multiple of it, as "
+            f"parallel.tensor x parallel.{context}pipeline is {config.tensor} x {number}"
+            f"{config.pipeline} = {config.model_size}, but there are {count} processes; expected a "
+            "multiple of it, as "
             f"of torchrun --nproc-per-node {config.model_size}"
         )
     if count // config.pipeline % config.expert:
