@@ -51,12 +51,17 @@ class ParallelConfig(Config):
     @property
     def model_size(self) -> int:
         """Return the number of processes that train on one micro-batch together."""
-        return self.tensor * self.context * self.pipeline
+        return self.weights_size * self.context
+
+    @property
+    def weights_size(self) -> int:
+        """Return the number of processes that hold one copy of the weights."""
+        return self.tensor * self.pipeline
 
     @property
     def one_has_all(self) -> bool:
         """Return whether a process can use the model without the others, as for a sample."""
-        return self.tensor * self.pipeline == self.expert == 1 and self.zero_stage < 3
+        return self.weights_size == self.expert == 1 and self.zero_stage < 3
 
     def describe(self, count: int, what: str = "process") -> str:
         """Return in words how ``count`` processes, or whatever they are called, work together."""

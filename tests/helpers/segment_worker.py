@@ -8,7 +8,9 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,20 @@ def compare(block: Block, lengths: list[int], groups: list[Any], modes: list[str
     return errors
 
 
+def add_example_layer() -> str:
+    """Register the layer that docs/add-a-layer.md writes; return its name."""
+    page = (Path(__file__).parents[2] / "docs/add-a-layer.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    module = types.ModuleType("example_layer")
+    sys.modules[module.__name__] = module  # where its annotations are looked up
+    before = set(registry())
+    exec(compile(code, "docs/add-a-layer.md", "exec"), module.__dict__)
+    (name,) = set(registry()) - before
+    return name
+
+
 def main(file: Path) -> None:
+    add_example_layer()
     start_processes(ParallelConfig(context=4))
     groups = [context_group(), dist.new_subgroups(2)[0]]
     open_chain(groups[1], datetime.timedelta(minutes=2))
