@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from pretrain.checkpoint.state import load_checkpoint
 from pretrain.checkpoint.writer import save_checkpoint
 from pretrain.config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig
 from pretrain.data.validation import share_of
 from pretrain.model.build import build_stages
-from pretrain.parallel.processes import data_parallel_rank_and_size, stop_processes
+from pretrain.parallel.processes import data_parallel_rank_and_size, groups, stop_processes
 from pretrain.run_directory import find_checkpoint
 from pretrain.training.engine import Engine
 from tests.helpers.parallel_worker import settings, start
@@ -86,30 +87,32 @@ def make(model: str, parallel: ParallelConfig, seed: int = 0) -> Engine:
     return Engine(stages, MUON if model == "muon" else OPTIMIZER, parallel)
 
 
-def step_of(engine: Engine, step: int, micro_batch_size: int = 1) -> tuple[float, float | None]:
+def step_of(engine: Engine, step: int) -> tuple[float, float]:
     rank, size = data_parallel_rank_and_size()
     engine.begin_step(0, step, rank, size)
-    parts = batches(step, rows=ROWS, micro_batch_size=micro_batch_size, length=SEQ_LEN)
+    parts = batches(step, rows=ROWS, micro_batch_size=1, length=SEQ_LEN)
     result = engine.train_step(parts[rank::size], 1e-3)
+    assert result.grad_norm is not None
     return result.loss, result.grad_norm
 
 
 def train(model: str, parallel: ParallelConfig) -> list[tuple[float, ...]]:
-    """Loss and gradient norm of a few steps, of micro-batches of one row and two, and validation's
-    loss, targets and bytes behind them."""
+    """Loss and gradient norm of a few steps; behind them validation's loss, targets and bytes, and
+    a sum of scores."""
     engine = make(model, parallel)
-    results: list[tuple[float, ...]] = []
-    for step in range(STEPS):
-        loss, norm = step_of(engine, step)
-        assert norm is not None
-        results.append((loss, norm))
+    results: list[tuple[float, ...]] = [step_of(engine, step) for step in range(STEPS)]
     rank, size = data_parallel_rank_and_size()
     held_out = share_of(batches(99, rows=5, micro_batch_size=1, length=SEQ_LEN), rank, size)
     results.append(engine.validate(held_out, torch.arange(VOCAB)))
+    # Whole rows of each process's own, as evaluations in the loop have.
+    scores = engine.score(batches(98, rows=2, micro_batch_size=1, length=SEQ_LEN), VOCAB)
+    total = torch.stack(scores)[:, 0].sum() if scores else torch.zeros(())
+    dist.all_reduce(total, group=groups().get_pipeline_model_parallel_group())
+    results.append((float(total),))
     return results
 
 
-def train_across(model: str, folder: Path) -> list[tuple[float, float | None]]:
+def train_across(model: str, folder: Path) -> list[tuple[float, float]]:
     results = []
     for step, name in enumerate(ACROSS[model]):
         if not start(ALL_LAYOUTS[name], FEWER.get(name)):

@@ -35,13 +35,14 @@ def one_process(model):
 @pytest.mark.parametrize("name", CASES)
 def test_every_layout_equals_one_process(name, four_processes):
     model, _ = CASES[name]
-    *steps, valid = four_processes[name]
-    *expected, expected_valid = one_process(model)
+    *steps, valid, score = four_processes[name]
+    *expected, expected_valid, expected_score = one_process(model)
     assert len(steps) == STEPS
     assert valid[1:] == list(expected_valid[1:])
     tolerance = MUON if model == "muon" else FLOAT32
     assert np.allclose(steps, expected, rtol=tolerance)
     assert np.isclose(valid[0], expected_valid[0], rtol=tolerance)
+    assert np.isclose(score, expected_score, rtol=tolerance)
 
 
 @pytest.mark.parametrize("model", ACROSS)
