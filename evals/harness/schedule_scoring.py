@@ -13,6 +13,7 @@ from pretrain.common.errors import UserError
 from pretrain.data.batches import Batch
 from pretrain.data.sequences import Sequences
 from pretrain.inference.score import Pair, Prompt, Scorer, merged
+from pretrain.parallel.processes import replica_rank_and_size
 from pretrain.training.engine import Engine
 
 
@@ -71,8 +72,7 @@ class ScheduleScorer(Scorer):
         sizes = [len(pair.context) + len(pair.continuation) - 1 for pair in pairs]
         length = -(-max(self.tokens_per_pass, *sizes) // self.multiple) * self.multiple
         groups = _fill(sizes, length)
-        rank = parallel_state.get_data_parallel_rank()
-        replicas = parallel_state.get_data_parallel_world_size()
+        rank, replicas = replica_rank_and_size()
         groups += [[]] * (-len(groups) % replicas)  # all ranks run the model equally often
         local = groups[rank::replicas]
         batches = [self._batch([pairs[i] for i in group], length) for group in local]

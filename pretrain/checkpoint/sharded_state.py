@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.nn.parameters import info_of
-from pretrain.parallel.processes import data_parallel_rank_and_size, tensor_parallel_rank
+from pretrain.parallel.processes import replica_rank_and_size, tensor_parallel_rank
 
 Shape = tuple[int, ...]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -127,8 +127,8 @@ def boxes_of_range(shape: Shape, start: int, count: int) -> Iterator[tuple[Shape
 def writes(name: str, parameter: Tensor, *, replicas: int) -> bool:
     """Return whether this rank writes its shard of a parameter's tensor.
 
-    All tensor-parallel ranks hold the same unless it is sharded; ``replicas`` data-parallel ranks
-    hold copies (1: each has a different shard), of which one writes, in turn. The second copy of a
+    All tensor-parallel ranks hold the same unless it is sharded; ``replicas`` other ranks hold
+    copies (1: each has a different shard), of which one writes, in turn. The second copy of a
     tied embedding is not written.
     """
     info = info_of(parameter)
@@ -144,7 +144,7 @@ def writes(name: str, parameter: Tensor, *, replicas: int) -> bool:
         return dist.get_rank(group) == turn % dist.get_world_size(group)
     if info.shard is None and tensor_parallel_rank():
         return False
-    return replicas == 1 or data_parallel_rank_and_size()[0] == turn % replicas
+    return replicas == 1 or replica_rank_and_size()[0] == turn % replicas
 
 
 def optimizer_key(key: str, name: str) -> str:
@@ -154,7 +154,7 @@ def optimizer_key(key: str, name: str) -> str:
 
 def weights_state(parts: Iterable[nn.Module], *, saving: bool) -> State:
     """Return every parameter's local boxes by name; when saving, those this rank writes."""
-    _, replicas = data_parallel_rank_and_size()
+    _, replicas = replica_rank_and_size()
     return {
         name: full_part(parameter, parameter)
         for part in parts

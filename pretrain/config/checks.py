@@ -20,6 +20,7 @@ from pretrain.common.text import control_character
 from pretrain.config.model import ModelConfig, MoEConfig, RecursionConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
+from pretrain.config.parallel_checks import check_parallel
 from pretrain.config.run import RunConfig
 from pretrain.config.schedule import SCHEDULES, ScheduleConfig, fraction_of_steps
 from pretrain.config.train import TrainConfig
@@ -79,7 +80,7 @@ def _check_run(config: RunConfig, where: str) -> None:
             f"{where}: train.precision is fp8 with seq_len x micro_batch_size = {micro_batch} "
             "tokens, expected a multiple of 16, which float8 products of gradients need"
         )
-    _check_parallel(config, where)
+    check_parallel(config, where)
     _check_experts(config, where)
     _check_optimizer(config, where)
     _check_batch_warmup(config, where)
@@ -281,54 +282,6 @@ def _check_experts(config: RunConfig, where: str) -> None:
         )
 
 
-def _check_parallel(config: RunConfig, where: str) -> None:
-    """Check the settings of ``parallel`` against each other."""
-    parallel = config.parallel
-    row = config.train.seq_len
-    if parallel.sequence and (parallel.tensor == 1 or row % parallel.tensor):
-        raise ConfigError(
-            f"{where}: parallel.sequence shards the train.seq_len = {row} tokens of a sequence "
-            f"over parallel.tensor processes, found {parallel.tensor}; expected a divisor above 1"
-        )
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        raise ConfigError(
-            f"{where}: parallel.virtual_pipeline is {parallel.virtual_pipeline}, which needs "
-            "parallel.pipeline above 1"
-        )
-    stage, backend = parallel.zero_stage, parallel.zero_backend
-    if stage > 1 and parallel.pipeline > 1:
-        raise ConfigError(
-            f"{where}: parallel.zero_stage is {stage} with parallel.pipeline {parallel.pipeline}: "
-            "gradients that are sharded as soon as they are made cannot add up over a pipeline's "
-            "micro-batches; expected zero_stage 0 or 1, or pipeline 1"
-        )
-    if stage > 1 and backend != "deepspeed":
-        raise ConfigError(
-            f"{where}: parallel.zero_stage is {stage}, which the {backend} backend does not have; "
-            "expected 0 or 1, or parallel.zero_backend=deepspeed"
-        )
-    if backend == "deepspeed" and stage == 0 and config.train.precision != "float32":
-        raise ConfigError(
-            f"{where}: parallel.zero_stage is 0 with DeepSpeed, which in {config.train.precision} "
-            "shards the optimizer's state anyway; expected zero_stage 1, or zero_backend=megatron"
-        )
-    if parallel.offload != "device" and (backend != "deepspeed" or stage == 0):
-        raise ConfigError(
-            f"{where}: parallel.offload is {parallel.offload}, expected device, or "
-            "parallel.zero_backend=deepspeed with parallel.zero_stage 1 to 3"
-        )
-    if parallel.offload == "nvme" and stage < 3:
-        raise ConfigError(
-            f"{where}: parallel.offload is nvme with parallel.zero_stage {stage}, expected 3: "
-            "DeepSpeed moves no other state to files; or offload=cpu"
-        )
-    if (parallel.offload == "nvme") != (parallel.offload_path is not None):
-        raise ConfigError(
-            f"{where}: parallel.offload is {parallel.offload} and parallel.offload_path "
-            f"{parallel.offload_path}, expected a folder on a local disk with offload=nvme alone"
-        )
-
-
 def check_layout(config: RunConfig, limits: ModelLimits, count: int, where: str) -> None:
     """Check whether a run fits ``count`` processes.
 
@@ -392,11 +345,14 @@ def check_stages(most: int, why: str, count: int, where: str) -> None:
 
 
 def check_world_size(config: ParallelConfig, count: int) -> None:
-    """Raise UserError unless ``count`` processes make full copies of the model."""
+    """Raise UserError unless ``count`` processes make whole groups of ``model_size``."""
     if count % config.model_size:
+        divided = config.context > 1
+        context, number = ("context x parallel.", f"{config.context} x ") if divided else ("", "")
         raise UserError(
-            f"parallel.tensor x parallel.pipeline is {config.tensor} x {config.pipeline} = "
-            f"{config.model_size}, but there are {count} processes; expected a multiple of it, as "
+            f"parallel.tensor x parallel.{context}pipeline is {config.tensor} x {number}"
+            f"{config.pipeline} = {config.model_size}, but there are {count} processes; expected a "
+            "multiple of it, as "
             f"of torchrun --nproc-per-node {config.model_size}"
         )
     if count // config.pipeline % config.expert:

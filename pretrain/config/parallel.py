@@ -13,12 +13,15 @@ ZERO_BACKENDS: tuple[ZeroBackend, ...] = get_args(ZeroBackend)
 
 @dataclass
 class ParallelConfig(Config):
-    """The layout of processes; those that tensor x pipeline does not use are data-parallel."""
+    """The layout of processes; those beyond tensor x context x pipeline are data-parallel."""
 
     tensor: int = setting(1, minimum=1)
     """Tensor-parallel size: processes that share every layer by its heads and channels."""
     sequence: bool = False
     """Sequence parallelism: the tensor-parallel processes also share the tokens between layers."""
+    context: int = setting(1, minimum=1)
+    """Context-parallel size: processes that share the tokens of a micro-batch, each a segment of
+    its row, and hand states, keys and values on to each other. For long sequences."""
     pipeline: int = setting(1, minimum=1)
     """Pipeline stages that the blocks are split into, balanced by their FLOPs."""
     virtual_pipeline: int = setting(1, minimum=1)
@@ -47,18 +50,24 @@ class ParallelConfig(Config):
 
     @property
     def model_size(self) -> int:
-        """Return the number of processes that hold one copy of the model."""
+        """Return the number of processes that train on one micro-batch together."""
+        return self.weights_size * self.context
+
+    @property
+    def weights_size(self) -> int:
+        """Return the number of processes that hold one copy of the weights."""
         return self.tensor * self.pipeline
 
     @property
     def one_has_all(self) -> bool:
         """Return whether a process can use the model without the others, as for a sample."""
-        return self.model_size == self.expert == 1 and self.zero_stage < 3
+        return self.weights_size == self.expert == 1 and self.zero_stage < 3
 
     def describe(self, count: int, what: str = "process") -> str:
         """Return in words how ``count`` processes, or whatever they are called, work together."""
         parts = {
             "tensor-parallel": self.tensor,
+            "context-parallel": self.context,
             "pipeline stages": self.pipeline,
             "data-parallel": count // self.model_size,
         }

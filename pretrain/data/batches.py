@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, TrainConfig
 from pretrain.data.manifest import Manifest
-from pretrain.data.sequences import Sequences, without_waiting
+from pretrain.data.sequences import Sequences, segment_of, without_waiting
 from pretrain.data.shards import Shard, TokenStream
 from pretrain.data.tokenizer import Tokenizer
 
@@ -57,6 +58,16 @@ class Batch:
             without_waiting(x, device) for x in (self.tokens, self.targets, self.loss_mask)
         )
         return Batch(tokens, targets, mask, self.sequences.to(device))
+
+    def segment(self, rank: int, size: int, group: Any = None) -> Batch:
+        """Return segment ``rank`` of ``size`` of the row; see :func:`.segment_of`."""
+        sequences = segment_of(self.sequences, rank, size, group)
+        length = sequences.num_tokens
+        tokens, targets, mask = (
+            x[:, rank * length : (rank + 1) * length]
+            for x in (self.tokens, self.targets, self.loss_mask)
+        )
+        return Batch(tokens, targets, mask, sequences)
 
     def pinned(self) -> Batch:
         """Return the batch in pinned memory, from which :meth:`to` copies at once."""

@@ -22,7 +22,7 @@ from pretrain.inference.prefix_tree import Node, prefix_tree
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs, passes
 from pretrain.nn.mixers.base import State
-from pretrain.parallel.processes import data_parallel_rank_and_size, gather, groups
+from pretrain.parallel.processes import gather, groups, replica_rank_and_size
 
 T = TypeVar("T")
 _STATE_BYTES = 2**31  # limit of the states of all sequences of a pass
@@ -134,7 +134,7 @@ class StateScorer(Scorer):
 
     def _local(self, sequences: Sequence[list[int]]) -> list[int]:
         """Return this replica's requests: neighbours in order, about as many tokens for each."""
-        rank, size = data_parallel_rank_and_size()
+        rank, size = replica_rank_and_size()
         order = sorted(range(len(sequences)), key=lambda i: sequences[i])
         if size == 1:
             return order
@@ -300,10 +300,10 @@ def _choose(
 
 
 def merged(found: dict[int, T], count: int) -> list[T]:
-    """Return the results of all data-parallel ranks, by number; every process must call."""
+    """Return the results of all replicas of the weights, by number; every process must call."""
     everyone: dict[int, T] = {}
     state = groups()
-    group = None if state is None else state.get_data_parallel_group()
+    group = None if state is None else state.get_data_parallel_group(with_context_parallel=True)
     for some in gather(found, group):
         everyone.update(some)
     return [everyone[number] for number in range(count)]

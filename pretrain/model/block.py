@@ -14,11 +14,13 @@ from pretrain.model.spec import BlockSpec
 from pretrain.nn.dropout import DropAt
 from pretrain.nn.mixers import LayerContext, State
 from pretrain.nn.mixers.base import without_states
+from pretrain.nn.mixers.over_segments import mix
 from pretrain.nn.mlp import MLP
 from pretrain.nn.moe import MoE
 from pretrain.nn.norm import RMSNorm
 from pretrain.nn.parameters import swapped_parameters
 from pretrain.ops.shared.recomputation import recomputing
+from pretrain.parallel.segments import Handover
 
 
 class Block(nn.Module):
@@ -54,12 +56,15 @@ class Block(nn.Module):
         state: State | None = None,
         drop: DropAt | None = None,
         depth: int = 0,
+        handover: Handover | None = None,
     ) -> tuple[Tensor, State]:
         """Run x ``[T, B, d]`` through the block; returns the same shape and the mixer's state.
 
         ``drop`` applies dropout to what mixer and MLP add, at pass ``depth`` of a loop.
+        ``handover``: what a segment of a row has received, where the block may run again.
         """
-        y, state = self.mixer(self.mixer_norm(x), sequences=sequences, state=state)
+        handover = handover or Handover()
+        y, state = mix(self.mixer, self.mixer_norm(x), sequences, state, handover)
         x = x + (y if drop is None else drop(y, (self.index, depth, 0)))
         if self.sandwich:
             x = self.mixer_post_norm(x)
@@ -78,17 +83,20 @@ def run_block(
     depth: int,
     drop: DropAt | None,
     activation_checkpointing: str = "none",
+    handover: Handover | None = None,
 ) -> Tensor:
     """Run x ``[T, B, d]`` through a block at pass ``depth`` of a loop, without a state.
 
     ``activation_checkpointing``: what the backward pass computes again, as in TrainConfig.
+    ``handover``: as for :class:`Block`.
     """
     if activation_checkpointing == "block":
-        arguments = (run_block, block, x, sequences, depth, drop)
+        arguments = (run_block, block, x, sequences, depth, drop, "none", Handover())
         return cast(Tensor, checkpoint(*arguments, use_reentrant=False))
     if activation_checkpointing == "selective":
         with recomputing(swapped_parameters(block)):
             return run_block(block, x, sequences, depth, drop)
     set_depth(block, depth)
     with without_states():
-        return cast(Tensor, block(x, sequences=sequences, drop=drop, depth=depth)[0])
+        y, _ = block(x, sequences=sequences, drop=drop, depth=depth, handover=handover)
+        return cast(Tensor, y)

@@ -40,11 +40,13 @@ def sequences_of(
     row is one.
     """
     tokens, rows, _ = x.shape
-    sharded = context.sequence_parallel
-    full = tokens * (context.tensor_size if sharded else 1)
+    parts, part = context.context_size, context.context_rank
+    if context.sequence_parallel:  # which shards each segment
+        parts, part = parts * context.tensor_size, part * context.tensor_size + context.tensor_rank
+    full = tokens * parts
     length = seq_len or full
     for row in range(rows):
-        start = (micro_batch * rows + row) * full + (tokens * context.tensor_rank if sharded else 0)
+        start = (micro_batch * rows + row) * full + tokens * part
         stop = start + tokens
         for number in range(start // length, -(-stop // length)):
             begins = number * length

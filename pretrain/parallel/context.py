@@ -23,6 +23,8 @@ class ParallelContext:
         tensor_rank: this process's number among them.
         group: of the tensor-parallel ranks; None where there is one.
         sequence_parallel: whether they also shard the tokens outside the layers.
+        context_size: number of context-parallel ranks, of which each trains on a segment of a row.
+        context_rank: this process's number among them.
         expert_size: number of ranks that shard experts.
         expert_rank: this process's number among them.
         home: device that weights and states are made on, None for torch's default device.
@@ -35,6 +37,8 @@ class ParallelContext:
     tensor_rank: int = 0
     group: dist.ProcessGroup | None = None
     sequence_parallel: bool = False
+    context_size: int = 1
+    context_rank: int = 0
     expert_size: int = 1
     expert_rank: int = 0
     home: torch.device | None = None
@@ -79,6 +83,8 @@ def current_context(
         tensor_rank=state.get_tensor_model_parallel_rank(),
         group=state.get_tensor_model_parallel_group() if size > 1 else None,
         sequence_parallel=sequence_parallel and size > 1,
+        context_size=state.get_context_parallel_world_size(),
+        context_rank=state.get_context_parallel_rank(),
         expert_size=state.get_expert_model_parallel_world_size(),
         expert_rank=state.get_expert_model_parallel_rank(),
         home=home,

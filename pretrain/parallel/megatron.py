@@ -38,6 +38,7 @@ def transformer_config(
         hidden_size=hidden_size or size,
         num_attention_heads=size,
         tensor_model_parallel_size=size,
+        context_parallel_size=context.context_size,
         pipeline_model_parallel_size=stages,
         virtual_pipeline_model_parallel_size=parts,
         # Two messages between the same two processes in one batch get mixed up.

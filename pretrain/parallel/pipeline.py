@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pretrain.data.batches import Batch
 from pretrain.parallel.cpu import device_scope, model_scope
-from pretrain.parallel.processes import groups, local_device
+from pretrain.parallel.processes import context_group, groups, local_device
 
 
 def run_schedule(
@@ -103,15 +103,35 @@ def score_schedule(
         return output, lambda scores: (scores.sum(), scores.new_ones((), dtype=torch.int32), scores)
 
     group = _full_rounds(list(batches))
-    return list(_through(step, modules, group, forward_only=True))[: len(batches)]
+    found = _through(step, modules, group, forward_only=True, in_segments=False)
+    return found[: len(batches)]
+
+
+def local_part(batch: Batch) -> Batch:
+    """Return this process's segment of a micro-batch, all of it without context parallelism."""
+    group = context_group()
+    if group is None:
+        return batch
+    return batch.segment(group.rank(), group.size(), group)
 
 
 def _through(
-    step: Callable[..., Any], modules: Sequence[nn.Module], group: list[Batch], forward_only: bool
+    step: Callable[..., Any],
+    modules: Sequence[nn.Module],
+    group: list[Batch],
+    forward_only: bool,
+    *,
+    in_segments: bool = True,
 ) -> list[Any]:
-    """Run micro-batches of one length through megatron-core's schedule; return what it collects."""
+    """Run micro-batches of one length through megatron-core's schedule; return what it collects.
+
+    ``in_segments``: whether context-parallel ranks share each of them, or have their own.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    length, context = group[0].tokens.shape[1], context_group()
+    if context is not None and not in_segments:
+        length *= context.size()  # by which the schedule divides it
     iterators = [iter(group) for _ in modules]
     with device_scope():
         found: list[Any] = get_forward_backward_func()(
@@ -119,7 +139,7 @@ def _through(
             data_iterator=iterators if len(modules) > 1 else iterators[0],
             model=list(modules) if len(modules) > 1 else modules[0],
             num_microbatches=len(group),
-            seq_length=group[0].tokens.shape[1],
+            seq_length=length,
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -159,7 +179,7 @@ def _full_rounds(batches: list[Batch]) -> list[Batch]:
 
 
 def _forward_step(batches: Iterator[Batch], module: nn.Module) -> tuple[Tensor, partial[Any]]:
-    batch = next(batches).to(local_device())
+    batch = local_part(next(batches)).to(local_device())
     with model_scope():
         output = module(batch.tokens, batch.targets, sequences=batch.sequences)
     return output, partial(_loss, mask=batch.loss_mask)

@@ -19,6 +19,7 @@ from pretrain.config.parallel import ParallelConfig
 from pretrain.parallel.cpu import importing_megatron
 from pretrain.parallel.gpu_environment import prepare_gpu
 from pretrain.parallel.launcher_watch import processes_met, watch_launcher
+from pretrain.parallel.segments import close_chains, open_chain
 
 T = TypeVar("T")
 
@@ -76,12 +77,15 @@ def start_processes(config: ParallelConfig | None = None) -> bool:
     parts = config.virtual_pipeline
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
+        context_parallel_size=config.context,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=parts if parts > 1 else None,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=2 * config.timeout_minutes,
     )
+    if config.context > 1:
+        open_chain(parallel_state.get_context_parallel_group(), timeout)
     processes_met()
     return True
 
@@ -123,6 +127,7 @@ def process_groups(config: ParallelConfig) -> Iterator[None]:
                 if getattr(sys.excepthook, "__name__", "") == "_distributed_excepthook":
                     sys.excepthook = hook  # torch's names the rank before every line
             elif started and state is not None:
+                close_chains()
                 state.destroy_model_parallel()
 
 
@@ -154,6 +159,7 @@ def stop_processes() -> None:
     state = groups()
     if state is not None:
         state.destroy_model_parallel()
+    close_chains()
     _host_groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -170,11 +176,37 @@ def rank() -> int:
 
 
 def data_parallel_rank_and_size() -> tuple[int, int]:
-    """Return (rank, size) of this process among the data-parallel ones; (0, 1) without groups."""
+    """Return (rank, size) of this process among the data-parallel ones; (0, 1) without groups.
+
+    Context-parallel ranks are one of them together: they read the same micro-batches.
+    """
     state = groups()
     if state is None:
         return 0, 1
     return state.get_data_parallel_rank(), state.get_data_parallel_world_size()
+
+
+def replica_rank_and_size() -> tuple[int, int]:
+    """Return (rank, size) of this process among those with the same weights; (0, 1) without groups.
+
+    These are the data-parallel ones and, of each, the context-parallel ones.
+    """
+    state = groups()
+    if state is None:
+        return 0, 1
+    return (
+        state.get_data_parallel_rank(with_context_parallel=True),
+        state.get_data_parallel_world_size(with_context_parallel=True),
+    )
+
+
+def context_group() -> dist.ProcessGroup | None:
+    """Return the context-parallel ranks, None where each process has whole rows."""
+    state = groups()
+    if state is None or state.get_context_parallel_world_size() == 1:
+        return None
+    group: dist.ProcessGroup = state.get_context_parallel_group()
+    return group
 
 
 def tensor_parallel_rank() -> int:
@@ -242,10 +274,10 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def sum_over_replicas(values: Tensor) -> None:
-    """Add up, in place, over data-parallel processes and the stages of a pipeline."""
+    """Add up, in place, over processes with the same weights and the stages of a pipeline."""
     state = groups()
     if state is not None:
-        dist.all_reduce(values, group=state.get_data_parallel_group())
+        dist.all_reduce(values, group=state.get_data_parallel_group(with_context_parallel=True))
         dist.all_reduce(values, group=state.get_pipeline_model_parallel_group())
 
 

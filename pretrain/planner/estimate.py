@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pretrain.common.dtypes import DTYPES
+from pretrain.common.errors import UserError
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.model.counts import ModelCounts, count_model
 from pretrain.model.stages import Stage, split_into_stages
@@ -82,7 +83,15 @@ class Planner:
     def estimate(
         self, parallel: ParallelConfig, devices: int, checkpointing: str | None = None
     ) -> Estimate:
-        """Estimate one step of the global batch; the layout must fit (see check_layout)."""
+        """Estimate one step of the global batch; the layout must fit (see check_layout).
+
+        Raises UserError for context parallelism, whose times nothing is known of.
+        """
+        if parallel.context > 1:
+            raise UserError(
+                f"parallel.context is {parallel.context}, whose times and memory cannot be "
+                "estimated; expected 1"
+            )
         train = self.config.train
         units = self.units(parallel, checkpointing or train.activation_checkpointing)
         data = devices // parallel.model_size
@@ -110,7 +119,7 @@ class Planner:
         They are there in every step, whatever the micro-batches; nothing is simulated.
         """
         units = self.units(parallel, "none", simulate=False)
-        data, kinds = devices // parallel.model_size, ("weights", "gradients", "optimizer")
+        data, kinds = devices // parallel.weights_size, ("weights", "gradients", "optimizer")
         states = [
             self._memory.held(parallel, *self._held_tensors(parallel, local, units), data)
             for local in self._local_stages(parallel)

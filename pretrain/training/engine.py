@@ -17,7 +17,7 @@ from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data.batches import Batch
 from pretrain.model.language_model import LanguageModel
 from pretrain.optim.backends.base import make_backend
-from pretrain.parallel.pipeline import run_schedule, score_schedule
+from pretrain.parallel.pipeline import local_part, run_schedule, score_schedule
 from pretrain.parallel.processes import local_device, sum_over_replicas
 
 
@@ -49,7 +49,7 @@ class Engine:
         """Wrap the stages; ``micro_batches`` per process and step are for DeepSpeed alone."""
         self.parts = [model] if isinstance(model, LanguageModel) else list(model)
         parallel = parallel or ParallelConfig()
-        if parallel.expert > 1:  # every pass of a loop exchanges tokens
+        if parallel.expert > 1 or parallel.context > 1:  # every pass of a loop exchanges something
             for part in self.parts:
                 if part.recursion is not None:
                     part.recursion.in_step = True
@@ -96,7 +96,7 @@ class Engine:
         total, count = run_schedule(self.backend.modules, batches, forward_only=True).tolist()
         text_bytes = 0.0
         if bytes_per_token is not None and self.parts[-1].stage.last:
-            for batch in batches:
+            for batch in map(local_part, batches):
                 text_bytes += float((bytes_per_token[batch.targets] * batch.loss_mask).sum())
         sums = torch.tensor([total, count, text_bytes], dtype=torch.float64, device=local_device())
         sum_over_replicas(sums)

@@ -76,7 +76,7 @@ def _count(number: float) -> str:
 
 def planned_time(config: RunConfig, vocab_size: int) -> str | None:
     """Return what the run is planned to take on GPUs of a known kind, or None."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or config.parallel.context > 1:
         return None
     from pretrain.planner.expectation import expected_time, known_hardware
 
@@ -120,7 +120,7 @@ def check_memory(config: RunConfig, vocab_size: int, parameters: int, count: int
             f"{config.name} does not fit: {what} a process take {state / 1e9:,.1f} GB, but "
             f"{there}; {_advice(planner, count, free)}; --force starts it as it is"
         )
-    shards = parallel.tensor if parallel.sequence else 1
+    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
     blocks = sum(passes(config.model)) / parallel.pipeline
     inputs = blocks * tokens * width / shards
     if state + inputs <= free:

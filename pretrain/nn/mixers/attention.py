@@ -30,6 +30,7 @@ from pretrain.nn.mixers.sizes import attention_heads
 from pretrain.nn.parameters import constant, replicated_parameter
 from pretrain.ops import apply_rotary, attention, rotary_embedding, rotary_of
 from pretrain.ops.elementwise.rms_norm import rms_norm
+from pretrain.parallel.segments import keys_so_far
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Attention(Mixer):
     """
 
     config_class = AttentionConfig
+    over_time = "ops"
     card = MixerCard(
         "softmax attention",
         "o_t = sum_j softmax_j(q_t k_j / sqrt D) v_j",
@@ -125,7 +127,10 @@ class Attention(Mixer):
                 seen = torch.repeat_interleave(state["seen"], sequences.sizes)
                 cos, sin = rotary_embedding(sequences.positions + seen, dim, theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        k, v, sequences_k = _append(state, k[0], v[0], sequences)
+        if state is None:
+            k, v, sequences_k = keys_so_far(k[0], v[0], sequences, self.config.window)
+        else:
+            k, v, sequences_k = _append(state, k[0], v[0], sequences)
         y = attention(
             q,
             k[None],
@@ -137,7 +142,10 @@ class Attention(Mixer):
         y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
         if not states_wanted():
             return self.o_proj(y), {}
-        seen = sequences.sizes + (0 if state is None else state["seen"])
+        seen = sequences.sizes if state is None else sequences.sizes + state["seen"]
+        if sequences.segment is not None:
+            seen = seen.clone()
+            seen[0] += sequences.segment.seen
         return self.o_proj(y), {**self._visible(k, v, sequences_k), "seen": seen}
 
     def _visible(self, k: Tensor, v: Tensor, sequences: Sequences) -> State:
@@ -209,11 +217,9 @@ def _shape(config: AttentionConfig) -> tuple[int, int, int]:
 
 
 def _append(
-    state: State | None, k: Tensor, v: Tensor, sequences: Sequences
+    state: State, k: Tensor, v: Tensor, sequences: Sequences
 ) -> tuple[Tensor, Tensor, Sequences]:
     """Return each sequence's new keys and values after its old ones, and where sequences lie."""
-    if state is None:
-        return k, v, sequences
     new, old = sequences.lengths, state["lengths"].tolist()
     parts = [
         torch.cat([torch.cat(pair) for pair in zip(a.split(old), b.split(new), strict=True)])

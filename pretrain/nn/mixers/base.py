@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,13 +25,18 @@ _states_wanted: ContextVar[bool] = ContextVar("_states_wanted", default=True)
 
 
 @contextmanager
-def without_states() -> Iterator[None]:
-    """Let mixers leave out of the states that they return what takes work, while open."""
-    token = _states_wanted.set(False)
+def states_if(wanted: bool) -> Iterator[None]:
+    """Let mixers leave out of the states that they return what takes work, unless ``wanted``."""
+    token = _states_wanted.set(wanted)
     try:
         yield
     finally:
         _states_wanted.reset(token)
+
+
+def without_states() -> AbstractContextManager[None]:
+    """Let mixers leave out of the states that they return what takes work, while open."""
+    return states_if(False)
 
 
 def states_wanted() -> bool:
@@ -122,10 +127,15 @@ class Mixer(DescribedModule, ABC):
     ``config_class`` is a frozen dataclass of the mixer's settings, which a mixer and its class
     methods only see resolved; ``card`` is its line in docs/layers.md. The class methods count
     without building anything; they count the full layer, not this process's shard.
+
+    ``over_time`` says who looks beyond a segment of a row (context parallelism): ``state``, the
+    model, which hands the state over from segment to segment, right for any mixer; or ``ops``, the
+    mixer itself, which then computes the segments side by side.
     """
 
     config_class: ClassVar[type[MixerConfig]]
     card: ClassVar[MixerCard]
+    over_time: ClassVar[Literal["state", "ops"]] = "state"
     speed_settings: ClassVar[tuple[str, ...]] = ("chunk_size",)  # that change nothing but speed
     parallel: ParallelContext
 
@@ -141,7 +151,8 @@ class Mixer(DescribedModule, ABC):
 
         With ``sequences`` B is 1 and N sequences are packed along T; without, each of the B rows is
         one. ``state`` is that of N sequences to continue from. Returns y of x's shape, and the
-        state after each sequence's last token.
+        state after each sequence's last token. The sequences are a segment of a row
+        (``sequences.segment``) only where ``over_time`` is ``ops``.
         """
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:

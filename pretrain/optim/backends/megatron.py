@@ -35,7 +35,7 @@ from pretrain.optim.optimizer import fill_state, lr_multiple, rule, state_keys, 
 from pretrain.parallel.cpu import device_scope, importing_megatron
 from pretrain.parallel.megatron import prepare
 from pretrain.parallel.pipeline import run_schedule
-from pretrain.parallel.processes import data_parallel_rank_and_size
+from pretrain.parallel.processes import replica_rank_and_size
 
 with importing_megatron():
     from megatron.core import parallel_state
@@ -108,7 +108,7 @@ class MegatronBackend(UpdateBackend):
         num_micro_batches: int = 1,
     ):
         self.parts, self.config = list(parts), config
-        self.replicas = data_parallel_rank_and_size()[1]
+        self.replicas = replica_rank_and_size()[1]
         whole = config.kind in WHOLE_MATRICES
         self.sharded = parallel.zero_stage == 1 and not whole
         self.layer_wise = parallel.zero_stage == 1 and whole and self.replicas > 1

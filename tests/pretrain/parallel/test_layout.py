@@ -15,6 +15,7 @@ from pretrain.common.config_loader import ConfigError, build_config
 from pretrain.common.errors import UserError
 from pretrain.config import (
     ModelConfig,
+    MoEConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
@@ -76,6 +77,16 @@ def run_config(pattern="4*gdn", recursion=None, batch=1024, **parallel):
         ),
         ({"offload_path": "x"}, "offload is device and parallel.offload_path x, expected"),
         ({"sequence": True}, "over parallel.tensor processes, found 1"),
+        ({"context": 3}, "context is 3, but parallel.context = 3 does not divide .* 32 tokens"),
+        (
+            {"context": 8, "tensor": 8, "sequence": True},
+            "parallel.context x parallel.tensor = 64 does not divide .* 32 tokens",
+        ),
+        (
+            {"context": 2, "zero_backend": "deepspeed"},
+            "context is 2, which the deepspeed backend does not have; expected 1, or",
+        ),
+        ({"context": 2, "zero_stage": 2}, "which the megatron backend does not have"),
     ],
 )
 def test_settings_that_exclude_each_other(parallel, message):
@@ -84,8 +95,29 @@ def test_settings_that_exclude_each_other(parallel, message):
 
 
 @pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("model", {"moe": {"num_experts": 4, "intermediate_size": 8}}, "with model.moe"),
+        ("train", {"precision": "fp8"}, "with train.precision fp8"),
+    ],
+)
+def test_what_depends_on_a_whole_micro_batch_is_not_shared_over_time(section, values, message):
+    config = run_config(context=2)
+    for name, value in values.items():
+        given = build_config(MoEConfig, value, "test") if name == "moe" else value
+        setattr(getattr(config, section), name, given)
+    with pytest.raises(ConfigError, match=f"context is 2 {message}"):
+        check_run_config(config, "test")
+
+
+@pytest.mark.parametrize(
     ("config", "processes", "message"),
     [
+        (
+            run_config(tensor=2, context=2),
+            6,
+            r"tensor x parallel.context x parallel.pipeline is 2 x 2 x 1 = 4, but there are 6",
+        ),
         (run_config(tensor=2, pipeline=2), 6, "2 x 2 = 4, but there are 6 processes; .* 4$"),
         (run_config(tensor=3), 3, "parallel.tensor is 3, which does not divide 4 .*fits 1, 2, 4"),
         (run_config(pipeline=8), 8, "8 stages, but the model has 4 blocks and a head; .*most 5"),
@@ -117,6 +149,9 @@ def test_a_layout_in_words():
         "16 processes (2 tensor-parallel x 4 pipeline stages x 2 data-parallel)"
     )
     assert ParallelConfig().describe(1) == "1 process"
+    assert ParallelConfig(context=4).describe(8) == (
+        "8 processes (4 context-parallel x 2 data-parallel)"
+    )
 
 
 @given(costs=st.lists(st.integers(1, 9), min_size=1, max_size=9), count=st.integers(1, 9))
@@ -256,6 +291,7 @@ def test_deepspeed_divides_in_bf16():
 def test_no_process_makes_a_sample_of_a_model_that_it_does_not_have():
     """Alone it would wait for the others for ever."""
     assert ParallelConfig().one_has_all
+    assert ParallelConfig(context=2).one_has_all
     for parallel in (
         ParallelConfig(tensor=2),
         ParallelConfig(pipeline=2),

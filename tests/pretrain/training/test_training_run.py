@@ -216,9 +216,12 @@ def test_a_recursive_model_from_a_trained_one(folder, corpus):
 
 
 @pytest.mark.slow
-def test_verify_compares_a_layout_with_one_process(folder, corpus):
+@pytest.mark.parametrize(
+    "layout", [("parallel.tensor=2", "parallel.sequence=true"), ("parallel.context=2",)]
+)
+def test_verify_compares_a_layout_with_one_process(folder, corpus, layout):
     run = Run(folder, corpus, "verified")
-    words = ("parallel.tensor=2", "parallel.sequence=true", "--processes", 2, "--steps", 2)
+    words = (*layout, "--processes", 2, "--steps", 2)
     done = processes.run("pretrain", "verify", run.config, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal ") >= 2

@@ -1,0 +1,45 @@
+"""Any mixer over the segments of a row, by the state that it keeps from call to call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pretrain.data.sequences import Sequences
+from pretrain.nn.mixers.base import Mixer, State, states_if, states_wanted
+from pretrain.parallel.segments import Handover, pieces_of
+
+
+def mix(
+    mixer: Mixer,
+    x: Tensor,
+    sequences: Sequences | None,
+    state: State | None,
+    handover: Handover,
+) -> tuple[Tensor, State]:
+    """Run a mixer on x ``[T, B, d]``; where that is a segment of a row, as on the whole row.
+
+    A mixer whose ops know segments gets them as they are. Any other goes on from the state of the
+    segment before and hands its own to the next one, one after another; layers take turns, so that
+    a rank is in one layer while the rank before is in the next.
+    """
+    segment = None if sequences is None else sequences.segment
+    if sequences is None or segment is None or segment.group is None or mixer.over_time == "ops":
+        return mixer(x, sequences=sequences, state=state)
+    if state is not None:
+        raise ValueError("a segment of a row takes its state from the segment before, found one")
+    pieces, following = pieces_of(sequences), segment.rank + 1
+    sends = following < segment.size and segment.continues[following]
+    if not sends and not segment.continues[segment.rank]:
+        return mixer(x, sequences=pieces)
+    empty = mixer.init_state(1)
+    if segment.continues[segment.rank]:
+        state = handover.receive(segment, empty)
+        if pieces.count > 1:
+            state = mixer.join_states([state, mixer.init_state(pieces.count - 1)])
+    with states_if(sends or states_wanted()):
+        y, new = mixer(x, sequences=pieces, state=state)
+    if sends:
+        last = torch.tensor([pieces.count - 1], device=y.device)
+        y = handover.send(segment, y, mixer.select_state(new, last), empty)
+    return y, new

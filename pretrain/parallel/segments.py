@@ -1,0 +1,209 @@
+"""What segments of one row hand to each other: context parallelism, over NCCL or gloo.
+
+Each context-parallel rank has one :class:`.Segment` of every row. A recurrence goes on in the next
+segment from the state that the one before has sent, and the gradient of that state comes back in
+the backward pass; attention gathers keys and values. What has to be sent is known from the row's
+sequences alone: where no sequence goes on, nothing is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.data.sequences import Segment, Sequences
+
+State = dict[str, Tensor]
+_Kind = tuple[Sequence[int], torch.dtype]  # a tensor's shape and dtype
+
+# The communicators of states, by context group. States wait for one another through all layers;
+# other messages between the same ranks would come in between.
+_chains: dict[Any, Any] = {}
+_sending: deque[tuple[Any, Tensor]] = deque()
+_MOST_SENDING = 16  # messages that nobody has waited for
+
+
+def open_chain(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
+    """Make the communicator that states go through; every rank of ``group`` must call."""
+    _chains[group] = dist.new_group(
+        dist.get_process_group_ranks(group), timeout=timeout, use_local_synchronization=True
+    )
+
+
+def close_chains() -> None:
+    """Forget all communicators, which end with torch's process groups."""
+    _chains.clear()
+    _sending.clear()
+
+
+def pieces_of(sequences: Sequences) -> Sequences:
+    """Return a segment's pieces of sequences as if each were a sequence by itself.
+
+    For what goes on from a state, which knows itself how many tokens came before.
+    """
+    return sequences.derive(_pieces_of)
+
+
+def _pieces_of(sequences: Sequences) -> Sequences:
+    return Sequences.from_lengths(sequences.lengths, sequences.device)
+
+
+class Handover:
+    """The state that one layer receives, and the one that it sends, in one forward pass.
+
+    A checkpointed block runs again in the backward pass, when its neighbours have moved on: it gets
+    what it has received once more, and sends nothing.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[Tensor] | None = None
+        self._sent = False
+
+    def receive(self, segment: Segment, empty: State) -> State:
+        """Return the state that the segment's first sequence goes on from.
+
+        ``empty`` is that of one sequence before any token.
+        """
+        names = sorted(empty)
+        if self._received is None:
+            kinds: list[_Kind] = [(empty[name].shape, empty[name].dtype) for name in names]
+            device = empty[names[0]].device
+            if _grows(empty):
+                (sizes,) = _receive(segment, -1, [((len(names),), torch.int64)], device)
+                kinds = [
+                    ((size, *shape[1:]), dtype)
+                    for size, (shape, dtype) in zip(sizes.tolist(), kinds, strict=True)
+                ]
+            self._received = _receive(segment, -1, kinds, device)
+        # In the graph wherever there is one, whatever else the state depends on: the rank before
+        # waits for the gradient.
+        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        found = _Received.apply(anchor, segment, *self._received)
+        return dict(zip(names, found, strict=True))
+
+    def send(self, segment: Segment, y: Tensor, state: State, empty: State) -> Tensor:
+        """Send the state of the segment's last sequence to the next rank.
+
+        Returns y, whose backward pass waits for the state's gradient.
+        """
+        tensors = [state[name] for name in sorted(empty)]
+        if not self._sent:
+            self._sent = True
+            if _grows(empty):
+                sizes = [len(tensor) for tensor in tensors]
+                _send(segment, +1, [torch.tensor(sizes, device=y.device)])
+            _send(segment, +1, tensors)
+        result: Tensor = _Sent.apply(y, segment, *tensors)
+        return result
+
+
+def _grows(empty: State) -> bool:
+    """Return whether a state of one sequence has tensors without an axis of sequences."""
+    return any(tensor.shape[:1] != (1,) for tensor in empty.values())
+
+
+class _Received(torch.autograd.Function):
+    """What was received; its gradient goes to the rank before."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, segment: Segment, *received: Tensor) -> tuple[Tensor, ...]:
+        ctx.segment = segment
+        found = tuple(tensor.view_as(tensor) for tensor in received)
+        ctx.mark_non_differentiable(*(x for x in found if not x.is_floating_point()))
+        ctx.floating = [x.is_floating_point() for x in found]
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        _send(ctx.segment, -1, [g for g, real in zip(gradients, ctx.floating, strict=True) if real])
+        return (None, None, *(None for _ in gradients))
+
+
+class _Sent(torch.autograd.Function):
+    """The identity on y; the gradient of the states that were sent comes from the next rank."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, segment: Segment, *state: Tensor) -> Tensor:
+        ctx.segment = segment
+        ctx.kinds = [(x.shape, x.dtype) for x in state]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        kinds = [(shape, dtype) for shape, dtype in ctx.kinds if dtype.is_floating_point]
+        received = iter(_receive(ctx.segment, +1, kinds, gradients[0].device))
+        of_states = [next(received) if dtype.is_floating_point else None for _, dtype in ctx.kinds]
+        return gradients[0], None, *of_states
+
+
+def _send(segment: Segment, by: int, tensors: Sequence[Tensor]) -> None:
+    """Start to send tensors, as one message, to the rank ``by`` further."""
+    message = torch.cat([x.detach().contiguous().view(-1).view(torch.uint8) for x in tensors])
+    chain = _chains[segment.group]
+    other = dist.get_global_rank(chain, segment.rank + by)
+    _sending.append((dist.isend(message, other, group=chain), message))
+    while len(_sending) > _MOST_SENDING:
+        _sending.popleft()[0].wait()
+
+
+def _receive(
+    segment: Segment, by: int, kinds: Sequence[_Kind], device: torch.device
+) -> list[Tensor]:
+    """Wait for a message from the rank ``by`` further, and return its tensors."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in kinds]
+    message = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    chain = _chains[segment.group]
+    dist.recv(message, dist.get_global_rank(chain, segment.rank + by), group=chain)
+    parts = zip(message.split(sizes), kinds, strict=True)
+    # Copies: in the message numbers do not lie where their size wants them.
+    return [part.clone().view(dtype).view(shape) for part, (shape, dtype) in parts]
+
+
+def keys_so_far(
+    k: Tensor, v: Tensor, sequences: Sequences, window: int | None
+) -> tuple[Tensor, Tensor, Sequences]:
+    """Return the keys and values ``[S, H, D]`` that a segment's queries see, and where they lie.
+
+    k and v ``[L, H, D]`` are those of its own tokens. The ones before of the sequence that goes on
+    here, or the last ``window - 1`` of them, come from the ranks before; their gradients go back.
+    """
+    segment = sequences.segment
+    if segment is None or not any(segment.continues):
+        return k, v, sequences
+    own = len(k)
+    both = _GatheredOverTime.apply(torch.cat([k, v], -1), segment.group)
+    begins = segment.rank * own
+    visible = segment.seen if window is None else min(segment.seen, window - 1)
+    k, v = both[begins - visible : begins + own].split([k.shape[-1], v.shape[-1]], -1)
+    return k, v, sequences.derive(_with_seen, visible)
+
+
+def _with_seen(sequences: Sequences, seen: int) -> Sequences:
+    first, *others = sequences.lengths
+    return Sequences.from_lengths([seen + first, *others], sequences.device)
+
+
+class _GatheredOverTime(torch.autograd.Function):
+    """All ranks' tokens ``[T, ...]``; gradients are summed in float32 or wider."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        full = x.new_empty(len(x) * group.size(), *x.shape[1:])
+        dist.all_gather_into_tensor(full, x.contiguous(), group=group)
+        return full
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).contiguous()
+        local = wide.new_empty(len(wide) // ctx.group.size(), *wide.shape[1:])
+        dist.reduce_scatter_tensor(local, wide, group=ctx.group)
+        return local.to(gradient.dtype), None

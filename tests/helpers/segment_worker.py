@@ -1,0 +1,156 @@
+"""Every mixer over the segments of a row, in real processes; see test_segments.py.
+
+``python -m tests.helpers.segment_worker FILE``, on four processes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.config import ParallelConfig
+from pretrain.data.sequences import Sequences, segment_of
+from pretrain.model.block import Block, run_block
+from pretrain.model.build import build_model
+from pretrain.nn.mixers import registry
+from pretrain.parallel.processes import (
+    context_group,
+    gather,
+    is_main_process,
+    start_processes,
+    stop_processes,
+)
+from pretrain.parallel.segments import open_chain
+from tests.helpers.small_mixers import SMALL
+from tests.helpers.tensor_parallel_worker import settings
+
+TOKENS = 48
+# One document; four, crossing; starting at borders; as short as one token; a long tail.
+LAYOUTS = {
+    "one": [48],
+    "crossing": [5, 22, 11, 10],
+    "at borders": [12, 3, 21, 12],
+    "short": [1, 2, 9, 1, 1, 10, 1, 11, 12],
+    "long tail": [5, 43],
+}
+Errors = dict[str, tuple[float, str]]  # by case: how large, and of what
+
+
+def block_of(name: str, values: dict[str, object]) -> Block:
+    model = build_model(settings(name, {name: values}), 16, seed=0, dtype=torch.float64)
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    return block
+
+
+def ended(sequences: Sequences) -> int:
+    """How many of a segment's sequences end in it, the first ones."""
+    segment = sequences.segment
+    if segment is None:
+        return sequences.count
+    following = segment.rank + 1
+    return sequences.count - (following < segment.size and segment.continues[following])
+
+
+def run(block, x, sequences, weights, with_states, checkpointing="none"):
+    """Output, final states, and the gradients of x and of all parameters."""
+    block.zero_grad()
+    x, states = x.clone().requires_grad_(), []
+    if with_states:
+        y, state = block(x, sequences=sequences)
+        chosen = [torch.tensor([number]) for number in range(ended(sequences))]
+        states = [block.mixer.select_state(state, number) for number in chosen]
+    else:
+        y = run_block(block, x, sequences, 0, None, checkpointing)
+    loss = (y * weights).sum()
+    for tensor in (tensor for state in states for tensor in state.values()):
+        if tensor.is_floating_point():
+            loss = loss + tensor.sin().sum()
+    loss.backward()
+    grads = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in block.named_parameters()
+    }
+    return y.detach(), states, x.grad, grads
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    if not b.numel():
+        return 0.0
+    return float((a - b).detach().abs().max() / b.detach().abs().max().clamp_min(1e-300))
+
+
+def compare(block: Block, lengths: list[int], groups: list[Any], modes: list[str]) -> Errors:
+    """The largest relative differences of this rank's segments from the whole row's."""
+    generator = torch.Generator().manual_seed(1)
+    x, weights = torch.randn(2, TOKENS, 1, 24, generator=generator, dtype=torch.float64)
+    row = Sequences.from_lengths(lengths)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    references = {with_states: run(block, x, row, weights, with_states) for with_states in (0, 1)}
+    errors: Errors = {}
+    for group, mode in itertools.product(groups, modes):
+        rank, size = group.rank(), group.size()
+        length = TOKENS // size
+        own = slice(rank * length, (rank + 1) * length)
+        pieces = segment_of(row, rank, size, group)
+        y, states, d_x, grads = references[mode == "states"]
+        found = run(block, x[own], pieces, weights[own], mode == "states", mode)
+        pairs = {"output": (found[0], y[own]), "input's gradient": (found[2], d_x[own])}
+        for name, gradient in found[3].items():
+            dist.all_reduce(gradient, group=group)
+            pairs[f"gradient of {name}"] = gradient, grads[name]
+        mine = [s for s, end in zip(states, ends, strict=False) if own.start < end <= own.stop]
+        for one, other in zip(found[1], mine, strict=True):
+            for name in one:
+                pairs[f"{name} after {len(pairs)}"] = one[name].double(), other[name].double()
+        differences = {what: difference(*pair) for what, pair in pairs.items()}
+        worst = max(differences, key=differences.__getitem__)
+        errors[f"{size}, {mode}"] = (differences[worst], f"{worst} on rank {rank}")
+    return errors
+
+
+def add_example_layer() -> str:
+    """Register the layer that docs/add-a-layer.md writes; return its name."""
+    page = (Path(__file__).parents[2] / "docs/add-a-layer.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    module = types.ModuleType("example_layer")
+    sys.modules[module.__name__] = module  # where its annotations are looked up
+    before = set(registry())
+    exec(compile(code, "docs/add-a-layer.md", "exec"), module.__dict__)
+    (name,) = set(registry()) - before
+    return name
+
+
+def main(file: Path) -> None:
+    add_example_layer()
+    start_processes(ParallelConfig(context=4))
+    groups = [context_group(), dist.new_subgroups(2)[0]]
+    open_chain(groups[1], datetime.timedelta(minutes=2))
+    found: dict[str, tuple[float, str]] = {}
+    for name in sorted(registry()):
+        for number, values in enumerate(SMALL.get(name, [{}])):
+            block = block_of(name, values)
+            modes = ["states", "block", "selective"] if number == 0 else ["states"]
+            for layout, lengths in LAYOUTS.items():
+                for key, error in compare(block, lengths, groups, modes).items():
+                    found[f"{name} {number}, {layout}, {key}"] = error
+    everyone = gather(found)
+    if is_main_process():
+        worst = {key: max(each[key] for each in everyone) for key in found}
+        file.write_text(json.dumps(worst))
+    stop_processes()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
