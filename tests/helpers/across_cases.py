@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.ops import delta_rule, linear_attention, short_convolution
+from pretrain.ops import attention, delta_rule, linear_attention, m2rnn, rat, rnn, short_convolution
+from pretrain.ops.rnn.cells import CELLS
 
 
 def normal(generator, *shape):
@@ -88,6 +89,95 @@ def convolution(width, bias, given):
     )
 
 
+def of_attention(heads, kv_heads, window=None, layouts=(), backend="auto"):
+    def run(tensors, parameters, states, sequences):
+        return attention(*tensors, window=window, sequences=sequences, backend=backend), []
+
+    def tensors(g, total):
+        return [normal(g, 1, total, n, 4) for n in (heads, kv_heads, kv_heads)]
+
+    return Case(f"attention {heads} {kv_heads} {window} {backend}", run, tensors, layouts=layouts)
+
+
+def of_cell(cell, heads=4, given=True, clip=None, layouts=()):
+    kind, dim = CELLS[cell], 3
+
+    def run(tensors, parameters, states, sequences):
+        y, ends = rnn(
+            *tensors,
+            *parameters,
+            cell=cell,
+            state_grad_clip=clip,
+            sequences=sequences,
+            initial_state=(*states, *([1 + 0 * states[0]] * (kind.states[-1] == "m")))
+            if states
+            else None,
+        )
+        return y, ends[: len(ends) if given else None]
+
+    def parameters(g):
+        weight = 0.4 * normal(g, heads, dim, kind.gates, dim)
+        return [weight, normal(g, kind.biases, heads, dim)]
+
+    def states(g, n):
+        count = len(kind.states) - (kind.states[-1] == "m")
+        found = [normal(g, n, heads, dim) for _ in range(count)]
+        return [*found[:2], *(x.abs() + 1 for x in found[2:])] if given else []
+
+    return Case(
+        f"{cell} {heads} {given} {clip}",
+        run,
+        lambda g, total: [normal(g, 1, total, kind.gates, heads, dim)],
+        parameters,
+        states,
+        layouts,
+    )
+
+
+def of_m2rnn(q_heads, k_heads, heads, given=True, clip=None):
+    def run(tensors, parameters, states, sequences):
+        q, k, v, forget = tensors
+        y, end = m2rnn(
+            q,
+            k,
+            v,
+            parameters[0],
+            forget.sigmoid(),
+            state_grad_clip=clip,
+            sequences=sequences,
+            initial_state=states[0] if given else None,
+        )
+        return y, [end]
+
+    def tensors(g, total):
+        q, k = normal(g, 1, total, q_heads, 3), normal(g, 1, total, k_heads, 3)
+        return [q, k, normal(g, 1, total, heads, 2), normal(g, 1, total, heads)]
+
+    return Case(
+        f"m2rnn {q_heads} {k_heads} {heads} {given} {clip}",
+        run,
+        tensors,
+        lambda g: [0.5 * normal(g, heads, 2, 2)],
+        lambda g, n: [normal(g, n, heads, 3, 2)] if given else [],
+        () if heads == 4 and not clip else ("four", "short"),
+    )
+
+
+def of_rat(heads, chunk_size, layouts=()):
+    def run(tensors, parameters, states, sequences):
+        q, k, v, gate = tensors
+        y, state = rat(q, k, v, gate.sigmoid(), chunk_size=chunk_size, sequences=sequences)
+        return y, [state.key, state.value]
+
+    return Case(
+        f"rat {heads} {chunk_size}",
+        run,
+        lambda g, total: [normal(g, 1, total, heads, 4) for _ in range(4)],
+        layouts=layouts,
+    )
+
+
+SOME = ("four", "short")
 CASES = [
     *(of_matrix_state(linear_attention, decay) for decay in (None, "head", "channel")),
     of_matrix_state(linear_attention, "channel", strength=60.0, layouts=("one", "short")),
@@ -102,4 +192,25 @@ CASES = [
     convolution(4, True, True),
     convolution(2, False, False),
     convolution(60, False, True),
+    *(of_attention(4, kv_heads) for kv_heads in (1, 2, 4)),
+    *(of_attention(*heads, layouts=SOME) for heads in ((6, 3), (6, 2), (6, 1), (5, 5), (8, 2))),
+    *(of_attention(4, 2, window) for window in (7, 60, 150)),
+    of_attention(4, 2, 2, SOME),
+    of_attention(4, 2, 60, SOME, "explicit"),
+    *(of_attention(3, kv_heads) for kv_heads in (1, 3)),  # on 4: more ranks than heads
+    of_attention(1, 1, layouts=SOME),
+    of_cell("slstm"),
+    *(of_cell(cell, layouts=SOME) for cell in ("elman", "gru", "lstm")),
+    of_cell("lstm", 3, layouts=SOME),  # on 4: a rank without heads
+    of_cell("gru", 5, False, layouts=SOME),
+    of_cell("slstm", 4, False, layouts=SOME),
+    of_cell("gru", clip=0.1, layouts=SOME),
+    of_m2rnn(1, 1, 4),
+    of_m2rnn(2, 4, 4, given=False),
+    of_m2rnn(1, 3, 3),
+    of_m2rnn(1, 5, 5, clip=0.1),
+    of_rat(4, 5),
+    of_rat(4, 16, SOME),
+    of_rat(3, 5, SOME),
+    of_rat(6, 16, SOME),
 ]
