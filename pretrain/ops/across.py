@@ -105,14 +105,14 @@ class _Carry(torch.autograd.Function):
             entered = torch.einsum("thk,thv->hkv", reads.to(wide), read.to(wide))
             entered += multiply(first.mT if first.shape[-1] > 1 else first, d_states[0])
         (all_entered,) = gather(segment, entered)
-        left = _left(segment, all_entered, transitions)
+        left = left_gradient(segment, all_entered, transitions)
         if left is not None:
             d_states = d_states.clone()
             d_states[-1] += left
         return d_output, d_states, None, None, None, None
 
 
-def _left(segment: Segment, entered: Tensor, transitions: Tensor) -> Tensor | None:
+def left_gradient(segment: Segment, entered: Tensor, transitions: Tensor) -> Tensor | None:
     """Return the gradient of what left this segment, None where nothing did.
 
     ``entered`` are those, by rank, of what entered each segment, seen from that segment alone.

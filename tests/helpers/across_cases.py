@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.ops import attention, delta_rule, linear_attention, m2rnn, rat, rnn, short_convolution
+from pretrain.ops import (
+    attention,
+    delta_rule,
+    linear_attention,
+    m2rnn,
+    newton_recurrence,
+    para_gru,
+    para_lstm,
+    rat,
+    rnn,
+    short_convolution,
+)
 from pretrain.ops.rnn.cells import CELLS
 
 
@@ -177,6 +188,64 @@ def of_rat(heads, chunk_size, layouts=()):
     )
 
 
+def of_para_rnn(op, given=True, gate=0.0, dim=5, layouts=(), **options):
+    """ParaGRU or ParaLSTM, its memory gate's inputs shifted so that it keeps more."""
+    rows, count = (3, 1) if op is para_gru else (5, 2)
+
+    def run(tensors, parameters, states, sequences):
+        shift = torch.zeros(3, 1, dtype=tensors[0].dtype)
+        shift[0] = gate if op is para_lstm else -gate
+        state = (states[0][:, 0] if op is para_gru else states[0]) if given else None
+        weights = parameters[0].split([3, rows - 3]) if rows > 3 else parameters[:1]
+        y, end = op(
+            tensors[0] + shift,
+            *weights,
+            parameters[1],
+            sequences=sequences,
+            initial_state=state,
+            tolerance=1e-13,
+            **options,
+        )
+        return y, [end]
+
+    return Case(
+        f"{op.__name__} {given} {gate} {options.get('backend', '')}".strip(),
+        run,
+        lambda g, total: [normal(g, 1, total, 3, dim)],
+        lambda g: [0.5 * normal(g, rows, dim).tanh(), normal(g, 3, dim)],
+        lambda g, n: [0.5 * normal(g, n, count, dim)] if given else [],
+        layouts,
+    )
+
+
+def of_newton():
+    """A cell of two states whose derivatives are found by torch.func, and unbounded states."""
+
+    def step(h, x, p):
+        kept = torch.sigmoid(x[0] + p[0] * h[1])
+        return torch.stack([kept * h[0] + x[1], torch.tanh(h[0] * p[1] + x[0])])
+
+    def run(tensors, parameters, states, sequences):
+        y, end = newton_recurrence(
+            step,
+            *tensors,
+            *parameters,
+            num_states=2,
+            initial_state=states[0],
+            sequences=sequences,
+            tolerance=1e-13,
+        )
+        return y, [end]
+
+    return Case(
+        "newton_recurrence",
+        run,
+        lambda g, total: [normal(g, 1, total, 2, 3)],
+        lambda g: [0.3 * normal(g, 2, 3)],
+        lambda g, n: [normal(g, n, 2, 3)],
+    )
+
+
 SOME = ("four", "short")
 CASES = [
     *(of_matrix_state(linear_attention, decay) for decay in (None, "head", "channel")),
@@ -213,4 +282,8 @@ CASES = [
     of_rat(4, 16, SOME),
     of_rat(3, 5, SOME),
     of_rat(6, 16, SOME),
+    *(of_para_rnn(op) for op in (para_gru, para_lstm)),
+    *(of_para_rnn(op, False, 6.0, layouts=("one", "short")) for op in (para_gru, para_lstm)),
+    of_para_rnn(para_lstm, backend="sequential", layouts=("four",)),
+    of_newton(),
 ]
