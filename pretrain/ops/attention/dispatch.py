@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences, given_sequences
+from pretrain.ops.across import crossing
 from pretrain.ops.attention.definition import explicit_attention
+from pretrain.ops.attention.segmented import segmented_attention
 from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
 from pretrain.ops.shared.planning import (
     is_planned,
@@ -64,6 +66,23 @@ def attention(
     if queries.count != keys.count:
         raise ValueError(
             f"attention: cu_seqlens names {queries.count} sequences, cu_seqlens_k {keys.count}"
+        )
+    segment = crossing(queries)
+    if segment is not None:
+        if keys is not queries:
+            raise ValueError(
+                "attention: sequences_k is given for a segment of a row, expected the keys of the "
+                "segment's own tokens"
+            )
+        run = functools.partial(attention, scale=scale, window=window, backend=asked)
+        return segmented_attention(
+            lambda q, k, v, queries, keys: run(q, k, v, sequences=queries, sequences_k=keys),
+            q,
+            k,
+            v,
+            window,
+            queries,
+            segment,
         )
     if (asked, backend) == ("auto", "varlen") and _are_rows(queries, keys, window):
         backend = "sdpa"

@@ -10,11 +10,15 @@ arXiv 2502.10297.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
+from pretrain.ops.across import crossing
 from pretrain.ops.delta_rule.chunked import chunked_delta_rule
 from pretrain.ops.delta_rule.definition import recurrent_delta_rule
+from pretrain.ops.delta_rule.segmented import segmented_delta_rule
 from pretrain.ops.shared.arguments import (
     check_heads,
     check_shapes,
@@ -80,6 +84,18 @@ def delta_rule(
     )
     dtype = initial_state.dtype
     scale = head_dim**-0.5 if scale is None else scale
+    segment = crossing(sequences)
+    if segment is not None:
+        run = partial(
+            delta_rule,
+            num_householder=num_householder,
+            scale=scale,
+            backend=backend,
+            chunk_size=chunk_size,
+        )
+        return segmented_delta_rule(
+            run, q, k, v, beta, log_decay, num_householder, initial_state, sequences, segment
+        )
     per_channel = log_decay is not None and log_decay.ndim == 4
     # fla's product of Householder steps always has a decay per head.
     per_head = num_householder > 1 or (log_decay is not None and not per_channel)

@@ -9,11 +9,15 @@ arXiv 2404.07904.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
+from pretrain.ops.across import crossing, pieces_alone
 from pretrain.ops.linear_attention.chunked import chunked_linear_attention
 from pretrain.ops.linear_attention.definition import recurrent_linear_attention
+from pretrain.ops.linear_attention.segmented import segmented_linear_attention
 from pretrain.ops.shared.arguments import (
     check_heads,
     check_shapes,
@@ -84,6 +88,30 @@ def linear_attention(
     )
     dtype = initial_state.dtype
     scale = head_dim**-0.5 if scale is None else scale
+    segment = crossing(sequences)
+    if segment is not None:
+        run = partial(
+            linear_attention,
+            q,
+            k,
+            v,
+            log_decay=log_decay,
+            scale=scale,
+            sequences=pieces_alone(sequences),
+            backend=backend,
+            chunk_size=chunk_size,
+        )
+        return segmented_linear_attention(
+            lambda state: run(initial_state=state),
+            q,
+            k,
+            v,
+            log_decay,
+            scale,
+            initial_state,
+            sequences,
+            segment,
+        )
     per_head = log_decay is not None and log_decay.ndim == 3
     fast = "fla" if fla_fits(q, decay_per_head=per_head) else "chunked"
     if sequences.max_length <= 1:

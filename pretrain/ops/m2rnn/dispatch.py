@@ -7,12 +7,17 @@ W multiplies on the right; the rows of H (key channels) never meet except in the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
+from pretrain.ops.across import crossing
 from pretrain.ops.m2rnn.checkpointed import CheckpointedM2RNN
 from pretrain.ops.m2rnn.definition import recurrent_m2rnn
+from pretrain.ops.over_heads import Ends, over_heads
 from pretrain.ops.shared.arguments import (
     check_heads,
     check_shapes,
@@ -95,6 +100,23 @@ def m2rnn(
         v,
         "sequences, heads, key dim, value dim",
     )
+    if crossing(sequences) is not None:
+        run = partial(
+            m2rnn,
+            state_grad_clip=state_grad_clip,
+            backend=backend,
+            checkpoint_every=checkpoint_every,
+        )
+
+        def whole(
+            tensors: Sequence[Tensor], begun: Sequence[Tensor], row: Sequences, heads: slice
+        ) -> tuple[Tensor, Ends]:
+            q, k, v, f = tensors
+            y, end = run(q, k, v, weight[heads], f, initial_state=begun[0], sequences=row)
+            return y, [(end, [1] * row.count)]
+
+        y, (end,) = over_heads(sequences, whole, (q, k, v, forget), num_heads, [initial_state])
+        return y, end
     if backend == "triton":
         check_triton("m2rnn", v)
         from pretrain.ops.m2rnn.kernels import CHUNK, M2RNN, PIECE

@@ -14,14 +14,17 @@ sequence that has not converged is computed again step by step, and counted.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from torch import Tensor
 
-from pretrain.data.sequences import Sequences, given_sequences
+from pretrain.data.sequences import Segment, Sequences, given_sequences
+from pretrain.ops.across import crossing, pieces_alone
 from pretrain.ops.newton.cell import ElementwiseCell
 from pretrain.ops.newton.definition import sequential_recurrence
 from pretrain.ops.newton.options import NewtonOptions, NewtonReport
+from pretrain.ops.newton.segmented import segmented_recurrence
 from pretrain.ops.newton.solver import Newton
 from pretrain.ops.shared.arguments import (
     check_shapes,
@@ -99,8 +102,43 @@ def elementwise_recurrence(
     rows, parameters = x.flatten(0, 1).to(dtype), parameters.to(dtype)
     fast = "newton" if sequences.max_length > 1 else "sequential"
     backend = choose_backend(op, backend, BACKENDS, "sequential", fast)
-    if backend == "sequential":
+    segment = crossing(sequences)
+    if segment is not None:
+        states, state = _on_segment(
+            backend, cell, rows, parameters, state, sequences, segment, options
+        )
+    elif backend == "sequential":
         states, state = sequential_recurrence(cell, rows, parameters, state, sequences)
     else:
         states, state = Newton.apply(rows, parameters, state, cell, sequences, options)
     return states.to(x.dtype).view(batch_size, length, cell.num_states, dim), state
+
+
+def _on_segment(
+    backend: str,
+    cell: ElementwiseCell,
+    rows: Tensor,
+    parameters: Tensor,
+    state: Tensor,
+    sequences: Sequences,
+    segment: Segment,
+    options: NewtonOptions,
+) -> tuple[Tensor, Tensor]:
+    """Run ``cell`` on a segment of a row; only the last round is reported."""
+    pieces, last = pieces_alone(sequences), NewtonReport()
+
+    def run(x: Tensor, parameters: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal last
+        if backend == "sequential":
+            return sequential_recurrence(cell, x, parameters, state, pieces)
+        last = NewtonReport()
+        reporting = dataclasses.replace(options, report=last)
+        found: tuple[Tensor, Tensor] = Newton.apply(x, parameters, state, cell, pieces, reporting)
+        return found
+
+    found = segmented_recurrence(
+        run, cell, rows, parameters, state, sequences, segment, options.tolerance_in(rows.dtype)
+    )
+    if options.report is not None:
+        options.report.add(last.residual, last.fallbacks, last.sequences, last.iterations)
+    return found

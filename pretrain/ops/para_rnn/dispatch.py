@@ -8,13 +8,17 @@ para_lstm   f = sigmoid(a_f h + c_f s + u_f), z = tanh(a_z h + u_z), s' = f s + 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences, given_sequences
+from pretrain.ops.across import crossing
 from pretrain.ops.newton.cell import ElementwiseCell
 from pretrain.ops.newton.dispatch import elementwise_recurrence
 from pretrain.ops.newton.options import NewtonOptions, NewtonReport
+from pretrain.ops.over_heads import Ends, over_heads
 from pretrain.ops.para_rnn.cells import ParaGRU, ParaLSTM
 from pretrain.ops.shared.arguments import (
     check_shapes,
@@ -170,6 +174,29 @@ def _para_rnn(
     initial_state = resolve_state(
         op, initial_state, (sequences.count, cell.num_states, dim), u, "sequences, states, channels"
     )
+    if crossing(sequences) is not None:
+
+        def whole(
+            tensors: Sequence[Tensor], begun: Sequence[Tensor], row: Sequences, channels: slice
+        ) -> tuple[Tensor, Ends]:
+            output, end = _para_rnn(
+                op,
+                cell,
+                tensors[0].transpose(2, 3),
+                {name: (tensor[:, channels], rows) for name, (tensor, rows) in weights.items()},
+                None if bias is None else bias[:, channels],
+                begun[0].transpose(1, 2),
+                row,
+                backend,
+                options,
+            )
+            return output, [(end.transpose(1, 2), [1] * row.count)]
+
+        # Kernels take whole sequences, and channels never meet: ranks have some of them.
+        output, (end,) = over_heads(
+            sequences, whole, [u.transpose(2, 3)], dim, [initial_state.transpose(1, 2)]
+        )
+        return output, end.transpose(1, 2)
     bias = parameters.new_zeros(3, dim) if bias is None else bias.to(wide)
     output, final, residuals, passes, failures = ParaRNN.apply(
         op,

@@ -8,10 +8,15 @@ positions count chunks, so a token and its k~ have the same position.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
+from pretrain.ops.across import crossing
+from pretrain.ops.over_heads import Ends, held_sequences, over_heads
 from pretrain.ops.rat.chunked import chunked_rat
 from pretrain.ops.rat.definition import recurrent_rat
 from pretrain.ops.rat.state import RATState
@@ -62,6 +67,14 @@ def rat(
         )
     sequences = resolve_sequences("rat", batch_size, length, v.device, sequences, cu_seqlens)
     dtype = torch.promote_types(v.dtype, torch.float32)
+    if crossing(sequences) is not None:
+        if initial_state is not None:
+            raise ValueError(
+                "rat: initial_state is given for a segment of a row, expected None: it is not "
+                "divided over ranks"
+            )
+        run = partial(rat, chunk_size=chunk_size, rope_theta=rope_theta, scale=scale)
+        return _over_heads(partial(run, backend=backend), (q, k, v, gate), sequences, chunk_size)
     state = initial_state
     if state is None:
         zeros = v.new_zeros(sequences.count, num_heads, dim, dtype=dtype)
@@ -84,6 +97,33 @@ def rat(
     )
     q, k, v_wide, gate = (x.flatten(0, 1).to(dtype) for x in (q, k, v, gate))
     q = q * (dim**-0.5 if scale is None else scale)
-    run = recurrent_rat if backend == "recurrent" else chunked_rat
-    output, state = run(q, k, v_wide, gate, state, sequences, chunk_size, rope_theta)
+    form = recurrent_rat if backend == "recurrent" else chunked_rat
+    output, state = form(q, k, v_wide, gate, state, sequences, chunk_size, rope_theta)
     return output.to(v.dtype).view(batch_size, length, num_heads, dim), state
+
+
+def _over_heads(
+    run: Callable[..., tuple[Tensor, RATState]],
+    tensors: Sequence[Tensor],
+    sequences: Sequences,
+    chunk_size: int,
+) -> tuple[Tensor, RATState]:
+    """Run RAT on a segment of a row, every rank on the whole row with some of the heads.
+
+    The state is that after the last token of each sequence that has a piece here.
+    """
+    lengths: list[int] = []
+
+    def whole(
+        inner: Sequence[Tensor], begun: Sequence[Tensor], row: Sequences, heads: slice
+    ) -> tuple[Tensor, Ends]:
+        output, state = run(*inner, sequences=row)
+        lengths.extend(row.lengths)
+        chunks, once = [n // chunk_size for n in row.lengths], [1] * row.count
+        ends = [(state.keys, chunks), (state.values, chunks), (state.key, once)]
+        return output, [*ends, (state.value, once)]
+
+    output, ended = over_heads(sequences, whole, tensors, tensors[0].shape[2])
+    seen = torch.tensor(lengths, device=sequences.device)[held_sequences(sequences)]
+    keys, values, key, value = ended
+    return output, RATState(keys, values, key, value, seen)

@@ -5,11 +5,16 @@ Their equations are in :mod:`pretrain.ops.rnn.cells`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
+from pretrain.ops.across import crossing
+from pretrain.ops.over_heads import Ends, over_heads
 from pretrain.ops.rnn.cells import CELLS
 from pretrain.ops.rnn.checkpointed import CheckpointedRNN
 from pretrain.ops.rnn.definition import recurrent_rnn
@@ -103,6 +108,29 @@ def rnn(
             },
         )
         states = tuple(s.to(dtype) for s in initial_state)
+    if crossing(sequences) is not None:
+
+        def whole(
+            tensors: Sequence[Tensor], begun: Sequence[Tensor], row: Sequences, heads: slice
+        ) -> tuple[Tensor, Ends]:
+            output, ends = rnn(
+                tensors[0].transpose(2, 3),
+                recurrent_weight[heads],
+                None if bias is None else bias[:, heads],
+                initial_state=tuple(begun),
+                sequences=row,
+                **settings,
+            )
+            return output, [(state, [1] * row.count) for state in ends]
+
+        settings: dict[str, Any] = {
+            "cell": cell,
+            "state_grad_clip": state_grad_clip,
+            "backend": backend,
+            "checkpoint_every": checkpoint_every,
+        }
+        output, ended = over_heads(sequences, whole, [x.transpose(2, 3)], num_heads, states)
+        return output, tuple(ended)
     if backend == "triton":
         return _in_kernels(x, recurrent_weight, bias, cell, states, sequences, state_grad_clip)
     rows = x.flatten(0, 1).to(dtype)

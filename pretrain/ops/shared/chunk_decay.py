@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 
-def _bounded(log_decay: Tensor) -> Tensor:
+def bounded(log_decay: Tensor) -> Tensor:
+    """Return log-decays none of which is less than one whose exponential is 0."""
     return log_decay.clamp_min(-800.0 if log_decay.dtype == torch.float64 else -110.0)
 
 
@@ -30,7 +31,7 @@ class ScalarDecay:
     """
 
     def __init__(self, log_decay: Tensor, substeps: int):
-        token = _bounded(log_decay).cumsum(-1)
+        token = bounded(log_decay).cumsum(-1)
         step = token.repeat_interleave(substeps, -1)
         size = step.shape[-1]
         later = torch.ones(size, size, dtype=torch.bool, device=step.device).triu(1)
@@ -74,7 +75,7 @@ class VectorDecay:
     """
 
     def __init__(self, log_decay: Tensor, substeps: int):
-        token = _bounded(log_decay).cumsum(-2)
+        token = bounded(log_decay).cumsum(-2)
         self._substeps, self._tokens = substeps, token.shape[-2]
         self.to_query = token.exp()
         self.to_step = self.to_query.repeat_interleave(substeps, -2)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
+from pretrain.ops.across import crossing, halo, pieces_alone
 from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
 from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.flash_linear_attention import check_fla, fla_fits, fla_short_convolution
@@ -70,10 +71,17 @@ def short_convolution(
             f"expected {(num_sequences, history, dim)}"
         )
     initial_state = initial_state.to(x.dtype)
+    segment = crossing(sequences)
+    if segment is not None and history:
+        before, tokens = halo(sequences, x[0], history, initial_state[-1])
+        x = tokens[None]
+        if segment.continues[segment.rank]:
+            given = initial_state = torch.cat([before[None], initial_state[1:]])
+        sequences = packed = pieces_alone(sequences)
     if backend == "fla":
         check_fla("short_convolution", x[..., :1])
-        before = None if given is None else initial_state
-        y = recomputed(fla_short_convolution, x, weight, bias, activation, before, packed)
+        past = None if given is None else initial_state
+        y = recomputed(fla_short_convolution, x, weight, bias, activation, past, packed)
         return y, _last_inputs(x, initial_state, packed) if final_state else None
     together = None if as_rows or num_sequences == 1 else sequences
     found: tuple[Tensor, Tensor | None] = recomputed(

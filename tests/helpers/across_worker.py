@@ -1,0 +1,120 @@
+"""Runs ops on segments of rows, on 2 and on 4 processes, against the whole row on one.
+
+``torchrun --nproc-per-node 4 -m tests.helpers.across_worker [NAME ...]`` writes one line of JSON:
+for each case the largest relative error of any rank, in its output, final states and gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+from pretrain.data.sequences import Sequences, segment_of
+from tests.helpers.across_cases import CASES
+
+TOKENS = 192
+LAYOUTS = {
+    "one": [192],
+    "four": [10, 90, 50, 42],
+    "at borders": [48, 12, 84, 48],
+    "short": [3, 6, 38, 2, 1, 45, 2, 46, 49],
+    "long tail": [5, 187],
+}
+
+
+def random_lengths(seed):
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.randperm(TOKENS - 1, generator=generator)[: 2 + seed % 5].sort().values + 1
+    return [b - a for a, b in itertools.pairwise([0, *cuts.tolist(), TOKENS])]
+
+
+LAYOUTS |= {f"random {seed}": random_lengths(seed) for seed in range(2)}
+
+
+def error(found, expected):
+    if not expected.numel():
+        return 0.0 if found.shape == expected.shape else float("inf")
+    worst = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+    return float(worst.detach().nan_to_num(nan=float("inf")))
+
+
+def compare(case, lengths, group, rank, size):
+    """Return the largest error of this rank's part of the row."""
+    generator = torch.Generator().manual_seed(sum(map(ord, case.name)) + len(lengths))
+    row = Sequences.from_lengths(lengths)
+    pieces = segment_of(row, rank, size, group)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    length = TOKENS // size
+    tensors = case.tensors(generator, TOKENS)
+    parameters = case.parameters(generator)
+    states = case.states(generator, len(lengths))
+    begins = [i for i in range(len(lengths)) if rank * length <= ends[i] < (rank + 1) * length]
+    stops = [i for i in range(len(lengths)) if rank * length < ends[i + 1] <= (rank + 1) * length]
+    assert pieces.segment is not None
+    entered = int(pieces.segment.continues[rank])
+    left = rank + 1 < size and pieces.segment.continues[rank + 1]
+
+    whole = [x.clone().requires_grad_() for x in (*tensors, *parameters, *states)]
+    n, m = len(tensors), len(tensors) + len(parameters)
+    y, finals = case.run(whole[:n], whole[n:m], whole[m:], row)
+    weight = torch.randn(y.shape, generator=generator, dtype=y.dtype)
+    weights = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in finals]
+    loss = (y * weight).sum() + sum((x * w).sum() for x, w in zip(finals, weights, strict=True))
+    expected = torch.autograd.grad(loss, whole)
+
+    def mine(x):
+        steps = x.shape[1] // TOKENS
+        return x[:, rank * length * steps : (rank + 1) * length * steps]
+
+    def of_pieces(x):  # rubbish where a piece does not begin here: it must not be read
+        return torch.cat([torch.full_like(x[:entered], 7.0), x[begins]])
+
+    local = [mine(x) for x in tensors] + list(parameters) + [of_pieces(x) for x in states]
+    local = [x.clone().requires_grad_() for x in local]
+    y_here, finals_here = case.run(local[:n], local[n:m], local[m:], pieces)
+    loss = (y_here * mine(weight)).sum()
+    errors = [error(y_here, mine(y))]
+    count = pieces.count - int(left)
+    for x, found, w in zip(finals, finals_here, weights, strict=True):
+        assert len(found) == pieces.count, "a final state for each piece"
+        loss = loss + (found[:count] * w[stops]).sum()
+        errors.append(error(found[:count], x[stops]))
+    found = list(torch.autograd.grad(loss, local, allow_unused=True, materialize_grads=True))
+    for x in found[n:m]:
+        dist.all_reduce(x, group=group)
+    errors += [error(a, mine(b)) for a, b in zip(found[:n], expected[:n], strict=True)]
+    errors += [error(a, b) for a, b in zip(found[n:m], expected[n:m], strict=True)]
+    errors += [error(a[entered:], b[begins]) for a, b in zip(found[m:], expected[m:], strict=True)]
+    return max(errors)
+
+
+def main():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    own, wanted = dist.get_rank(), sys.argv[1:]
+    found = {}
+    for case in CASES:
+        if wanted and not case.name.startswith(tuple(wanted)):
+            continue
+        for size, group, rank in ((2, pairs[own // 2], own % 2), (4, dist.group.WORLD, own)):
+            worst = torch.tensor(0.0, dtype=torch.float64)
+            names = case.layouts or LAYOUTS
+            for name in names:
+                here = compare(case, LAYOUTS[name], group, rank, size)
+                if here > 1e-9:
+                    print(own, case.name, size, name, here, file=sys.stderr, flush=True)
+                worst = worst.maximum(torch.tensor(here))
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            found[f"{case.name} on {size}"] = float(worst)
+    if own == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
