@@ -127,10 +127,9 @@ class Attention(Mixer):
                 seen = torch.repeat_interleave(state["seen"], sequences.sizes)
                 cos, sin = rotary_embedding(sequences.positions + seen, dim, theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        if state is None:
-            k, v, sequences_k = keys_so_far(k[0], v[0], sequences, self.config.window)
-        else:
-            k, v, sequences_k = _append(state, k[0], v[0], sequences)
+        k, v, sequences_k = k[0], v[0], sequences
+        if state is not None:
+            k, v, sequences_k = _append(state, k, v, sequences)
         y = attention(
             q,
             k[None],
@@ -144,6 +143,7 @@ class Attention(Mixer):
             return self.o_proj(y), {}
         seen = sequences.sizes if state is None else sequences.sizes + state["seen"]
         if sequences.segment is not None:
+            k, v, sequences_k = keys_so_far(k, v, sequences, self.config.window)
             seen = seen.clone()
             seen[0] += sequences.segment.seen
         return self.o_proj(y), {**self._visible(k, v, sequences_k), "seen": seen}
