@@ -28,7 +28,7 @@ class ParallelConfig(Config):
     """Parts of every stage that a process goes through in turn (interleaved schedule): less idle
     time, more messages."""
     expert: int = setting(1, minimum=1)
-    """Expert-parallel size: data-parallel processes that share a mixture's experts."""
+    """Expert-parallel size: data- or context-parallel processes that share a mixture's experts."""
     micro_batch_size: int = setting(8, minimum=1)
     """Sequences per forward pass of one process."""
     zero_stage: int = setting(1, minimum=0, maximum=3)

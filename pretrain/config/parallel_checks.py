@@ -75,10 +75,11 @@ def _check_context(config: RunConfig, where: str) -> None:
             "backend does not have; expected 1, or parallel.zero_backend=megatron with zero_stage "
             "0 or 1"
         )
-    if config.model.moe is not None:
+    if config.model.moe is not None and config.model.moe.capacity_factor is not None:
         raise ConfigError(
-            f"{where}: parallel.context is {parallel.context} with model.moe, whose loads are "
-            "counted over whole micro-batches; expected parallel.context 1, or no experts"
+            f"{where}: parallel.context is {parallel.context} with model.moe.capacity_factor "
+            f"{config.model.moe.capacity_factor}, which counts the tokens of full sequences; "
+            "expected null"
         )
     if config.train.precision == "fp8":
         raise ConfigError(

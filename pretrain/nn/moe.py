@@ -30,7 +30,7 @@ from pretrain.nn.parameters import (
 from pretrain.ops.elementwise.gating import swiglu
 from pretrain.ops.shared.recomputation import recomputed, recomputing
 from pretrain.parallel.megatron import token_dispatcher, transformer_config
-from pretrain.parallel.processes import groups
+from pretrain.parallel.processes import context_group, groups
 
 
 class MoE(nn.Module):
@@ -124,7 +124,7 @@ class MoE(nn.Module):
         """Compute the load-balancing loss and the router's z-loss, summed over tokens.
 
         The first is the number of experts x sum of (share of the choices x mean score), over all
-        tokens of a micro-batch, whichever tensor-parallel rank has them.
+        tokens of a micro-batch, whichever tensor-parallel or context-parallel rank has them.
         """
         config = self.config
         if config.balance_weight == 0 and config.z_loss_weight == 0:
@@ -134,6 +134,8 @@ class MoE(nn.Module):
             share = load.to(scores.dtype)
             if self.parallel.sequence_parallel:
                 dist.all_reduce(share, group=self.parallel.group)
+            if self.parallel.context_size > 1:
+                dist.all_reduce(share, group=context_group())
             share = share / share.sum()
             if config.score == "sigmoid":
                 scores = scores / scores.sum(-1, keepdim=True)
@@ -248,7 +250,8 @@ class MoE(nn.Module):
             return
         load, state = seen.to(torch.float32), groups()
         if state is not None:
-            dist.all_reduce(load, group=state.get_tensor_and_data_parallel_group())
+            everyone = state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            dist.all_reduce(load, group=everyone)
         elif dist.is_initialized():  # by the caller, for copies of the full model
             dist.all_reduce(load)
         self.bias.add_((load.mean() - load).sign(), alpha=self.config.bias_update_rate)

@@ -1,6 +1,6 @@
 """Trains under context parallelism in one launch of four processes; see test_context_parallel.py.
 
-``python -m tests.helpers.context_worker FOLDER``
+``python -m tests.helpers.context_worker FOLDER [NAME ...]``, on four processes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pretrain.model.build import build_stages
 from pretrain.parallel.processes import data_parallel_rank_and_size, groups, stop_processes
 from pretrain.run_directory import find_checkpoint
 from pretrain.training.engine import Engine
+from tests.helpers import parallel_worker
 from tests.helpers.parallel_worker import settings, start
 from tests.helpers.recursion_kinds import KINDS
 from tests.helpers.small_model import VOCAB
@@ -41,6 +42,7 @@ MODELS = {
     },
 }
 MODELS |= {"block": MODELS["hybrid"], "selective": MODELS["hybrid"]}
+MODELS |= dict.fromkeys(("experts", "experts-block"), parallel_worker.MODELS["experts"])
 LAYOUTS = {
     "cp4": ParallelConfig(context=4),
     "cp4-zero0": ParallelConfig(context=4, zero_stage=0),
@@ -49,15 +51,19 @@ LAYOUTS = {
     "cp2-tp2": ParallelConfig(context=2, tensor=2),
     "cp2-tp2-sequence": ParallelConfig(context=2, tensor=2, sequence=True),
     "cp2-pp2": ParallelConfig(context=2, pipeline=2),
+    "cp4-ep2": ParallelConfig(context=4, expert=2),
+    "cp2-ep4": ParallelConfig(context=2, expert=4),
     "cp2-pp2-vpp2": ParallelConfig(context=2, pipeline=2, virtual_pipeline=2),
 }
-CASES = {f"hybrid-{layout}": ("hybrid", layout) for layout in LAYOUTS} | {
+CASES = {f"hybrid-{n}": ("hybrid", n) for n, p in LAYOUTS.items() if p.expert == 1} | {
     f"{model}-{layout}": (model, layout)
     for model, layouts in {
         "recurrent": ("cp4", "cp2-tp2-sequence", "cp2-pp2"),
         "muon": ("cp4", "cp2-dp2-zero0"),
         "block": ("cp4", "cp2-pp2", "cp2-tp2-sequence"),
         "selective": ("cp4",),
+        "experts": ("cp4", "cp4-ep2", "cp2-ep4", "cp2-tp2-sequence", "cp2-pp2"),
+        "experts-block": ("cp2-ep4",),
         **{f"loop-{kind}": ("cp4", "cp2-tp2-sequence") for kind in KINDS},
     }.items()
     for layout in layouts
@@ -66,6 +72,7 @@ CASES = {f"hybrid-{layout}": ("hybrid", layout) for layout in LAYOUTS} | {
 ACROSS = {
     "hybrid": ["cp4", "tp2", "cp2-tp2-sequence", "cp2-pp2", "dp4", "cp2-dp2-zero0", "alone"],
     "muon": ["cp2-dp2-zero0", "tp2", "cp4", "alone"],
+    "experts": ["cp4-ep2", "dp4", "cp2-ep4", "cp2-tp2-sequence"],
 }
 ALL_LAYOUTS = LAYOUTS | {
     "tp2": ParallelConfig(tensor=2),
@@ -82,7 +89,7 @@ def make(model: str, parallel: ParallelConfig, seed: int = 0) -> Engine:
         seed=seed,
         seq_len=SEQ_LEN,
         sequence_parallel=parallel.sequence,
-        activation_checkpointing=model if model in ("block", "selective") else "none",
+        activation_checkpointing=next((k for k in ("block", "selective") if k in model), "none"),
     )
     return Engine(stages, MUON if model == "muon" else OPTIMIZER, parallel)
 
@@ -128,17 +135,19 @@ def train_across(model: str, folder: Path) -> list[tuple[float, float]]:
     return results
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, wanted: list[str]) -> None:
     found: dict[str, object] = {}
-    for layout, parallel in LAYOUTS.items():
+    cases = {name: case for name, case in CASES.items() if not wanted or name in wanted}
+    for layout in dict.fromkeys(layout for _, layout in cases.values()):
+        parallel = LAYOUTS[layout]
         start(parallel)
-        for name, (model, used) in CASES.items():
+        for name, (model, used) in cases.items():
             if used == layout:
                 try:
                     found[name] = train(model, parallel)
                 except Exception as error:
                     raise RuntimeError(name) from error
-    for model in ACROSS:
+    for model in [model for model in ACROSS if not wanted or model in wanted]:
         found[f"across-{model}"] = train_across(model, folder / model)
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(found))
@@ -146,4 +155,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

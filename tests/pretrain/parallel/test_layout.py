@@ -97,7 +97,11 @@ def test_settings_that_exclude_each_other(parallel, message):
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("model", {"moe": {"num_experts": 4, "intermediate_size": 8}}, "with model.moe"),
+        (
+            "model",
+            {"moe": {"num_experts": 4, "intermediate_size": 8, "capacity_factor": 1.25}},
+            "with model.moe.capacity_factor 1.25",
+        ),
         ("train", {"precision": "fp8"}, "with train.precision fp8"),
     ],
 )
