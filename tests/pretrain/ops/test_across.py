@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from pretrain.data.sequences import Sequences, segment_of
 from pretrain.nn.mixers import registry
+from pretrain.ops import RATState, attention, rat
 from tests.helpers.across_cases import CASES
 from tests.helpers.processes import run_on
 
@@ -63,6 +66,17 @@ def test_exchanges_alone(found, check, size):
 )
 def test_exchanges_are_few(found, name, count):
     assert found[f"{name}: sent on 4"] == count
+
+
+def test_states_that_are_not_divided_are_refused():
+    pieces = segment_of(Sequences.from_lengths([8]), 1, 2, group="never reached")
+    x, keys = torch.zeros(1, 4, 2, 2), torch.zeros(1, 6, 2, 2)
+    with pytest.raises(ValueError, match="attention: sequences_k is given for a segment"):
+        attention(x, keys, keys, sequences=pieces, sequences_k=Sequences.from_lengths([6]))
+    empty = torch.zeros(0, 2, 2)
+    state = RATState(empty, empty, x[0, :1], x[0, :1], torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="rat: initial_state is given for a segment"):
+        rat(x, x, x, x, sequences=pieces, initial_state=state)
 
 
 @pytest.mark.slow
