@@ -3,7 +3,9 @@
 Every function takes tensors laid out ``[B, T, H, D]``, keeps its recurrent state in float32 or
 wider, and resets that state where one of the packed ``sequences`` starts. They are a
 :class:`pretrain.data.sequences.Sequences`, or a tensor that one is made of; ``cu_seqlens=`` with
-that tensor means the same.
+that tensor means the same. Where they are a segment of a row that is divided over ranks, every op
+computes on all ranks together what it would on the whole row: ``initial_state`` then counts for the
+pieces that begin in the segment, and a final state for those that end there.
 """
 
 from pretrain.ops.attention.dispatch import attention

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pretrain.data.sequences import Segment, Sequences
+from pretrain.data.sequences import Segment, Sequences, without_waiting
 from pretrain.ops.across import swap
 
 # What of an op's states comes back: rows [R, h, ...], and how many each sequence of the row has.
@@ -126,7 +126,7 @@ def _select(x: Tensor, axis: int, parts: Sequence[range]) -> Tensor:
     index = list(itertools.chain.from_iterable(parts))
     if index == list(range(x.shape[axis])):
         return x
-    return x.index_select(axis, torch.tensor(index, dtype=torch.int64, device=x.device))
+    return x.index_select(axis, _indices(index, x.device))
 
 
 def _as_groups(x: Tensor, group: int, heads: range) -> Tensor:
@@ -136,7 +136,11 @@ def _as_groups(x: Tensor, group: int, heads: range) -> Tensor:
     evenly = [i * count // len(heads) for i in range(len(heads))]
     if not heads or (len(heads) % count == 0 and served == evenly):
         return x
-    return x.index_select(1, torch.tensor(served, dtype=torch.int64, device=x.device))
+    return x.index_select(1, _indices(served, x.device))
+
+
+def _indices(numbers: list[int], device: torch.device) -> Tensor:
+    return without_waiting(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
 
 
 class _Redivide(torch.autograd.Function):

@@ -15,6 +15,15 @@ import torch.distributed as dist
 
 from pretrain.data.sequences import Sequences, segment_of
 from tests.helpers.across_cases import CASES
+from tests.helpers.across_checks import (
+    check_halo,
+    check_heads,
+    check_long_sums,
+    check_scan,
+    number_sent,
+    touched_by_the_first,
+)
+from tests.helpers.across_mixers import MIXERS
 
 TOKENS = 192
 LAYOUTS = {
@@ -92,25 +101,42 @@ def compare(case, lengths, group, rank, size):
     return max(errors)
 
 
+# One sequence crosses several borders, and another begins where it ends.
+CROSSING, APART = [100, 60, 32], [48] * 4
+
+
 def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     own, wanted = dist.get_rank(), sys.argv[1:]
     found = {}
-    for case in CASES:
-        if wanted and not case.name.startswith(tuple(wanted)):
-            continue
-        for size, group, rank in ((2, pairs[own // 2], own % 2), (4, dist.group.WORLD, own)):
-            worst = torch.tensor(0.0, dtype=torch.float64)
-            names = case.layouts or LAYOUTS
-            for name in names:
-                here = compare(case, LAYOUTS[name], group, rank, size)
-                if here > 1e-9:
-                    print(own, case.name, size, name, here, file=sys.stderr, flush=True)
-                worst = worst.maximum(torch.tensor(here))
+    for size, group, rank in ((2, pairs[own // 2], own % 2), (4, dist.group.WORLD, own)):
+        place = group, rank, size
+
+        def largest(name, errors, size=size):
+            worst = torch.tensor(max(errors), dtype=torch.float64)
             dist.all_reduce(worst, dist.ReduceOp.MAX)
-            found[f"{case.name} on {size}"] = float(worst)
+            found[f"{name} on {size}"] = float(worst)
+
+        if wanted == ["long"]:
+            largest("long sums", [check_long_sums(*place)])
+            continue
+        if wanted == ["mixers"]:
+            for case in MIXERS:
+                errors = [compare(case, LAYOUTS[name], *place) for name in case.layouts]
+                largest(case.name, errors)
+            continue
+        for case in CASES:
+            if wanted and not case.name.startswith(tuple(wanted)):
+                continue
+            names = case.layouts or LAYOUTS
+            largest(case.name, [compare(case, LAYOUTS[name], *place) for name in names])
+            largest(f"{case.name}: touched", [touched_by_the_first(case, CROSSING, *place)])
+            for name, lengths in (("sent", CROSSING), ("sent apart", APART)):
+                largest(f"{case.name}: {name}", [float(number_sent(case, lengths, *place))])
+        for check in () if wanted else (check_halo, check_scan, check_heads):
+            largest(check.__name__, [check(lengths, *place) for lengths in LAYOUTS.values()])
     if own == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
