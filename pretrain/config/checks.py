@@ -22,6 +22,7 @@ from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
 from pretrain.config.run import RunConfig
 from pretrain.config.schedule import SCHEDULES, ScheduleConfig, fraction_of_steps
+from pretrain.config.segments import check_segments
 from pretrain.config.train import TrainConfig
 
 
@@ -81,6 +82,7 @@ def _check_run(config: RunConfig, where: str) -> None:
         )
     _check_parallel(config, where)
     _check_experts(config, where)
+    check_segments(config, where)
     _check_optimizer(config, where)
     _check_batch_warmup(config, where)
     if (config.data.path is None) == (not config.data.blend):

@@ -32,19 +32,25 @@ class Piece(NamedTuple):
 
 
 def sequences_of(
-    x: Tensor, micro_batch: int, seq_len: int | None, context: ParallelContext
+    x: Tensor,
+    micro_batch: int,
+    seq_len: int | None,
+    context: ParallelContext,
+    place: tuple[int, int] | None = None,
 ) -> Iterator[Piece]:
     """Yield the pieces of sequences that x ``[T, B, d]`` has, which are this process's tokens.
 
     ``micro_batch`` is x's number in the global batch, ``seq_len`` the tokens of a sequence; None: a
-    row is one.
+    row is one. ``place``: x's first token and the number of all tokens in its row, of which the
+    micro-batch has one; None: x has full rows.
     """
     tokens, rows, _ = x.shape
     sharded = context.sequence_parallel
-    full = tokens * (context.tensor_size if sharded else 1)
+    first, full = place or (0, tokens * (context.tensor_size if sharded else 1))
     length = seq_len or full
     for row in range(rows):
-        start = (micro_batch * rows + row) * full + (tokens * context.tensor_rank if sharded else 0)
+        start = (micro_batch * rows + row) * full + first
+        start += tokens * context.tensor_rank if sharded else 0
         stop = start + tokens
         for number in range(start // length, -(-stop // length)):
             begins = number * length

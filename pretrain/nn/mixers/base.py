@@ -127,6 +127,8 @@ class Mixer(DescribedModule, ABC):
     config_class: ClassVar[type[MixerConfig]]
     card: ClassVar[MixerCard]
     speed_settings: ClassVar[tuple[str, ...]] = ("chunk_size",)  # that change nothing but speed
+    # In the state, what only gets longer: of one sequence, an earlier state's is a prefix.
+    growing_states: tuple[str, ...] = ()
     parallel: ParallelContext
 
     @abstractmethod
