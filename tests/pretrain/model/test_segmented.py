@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pretrain.data.sequences import Sequences, segment_of
-from pretrain.model.segmented import segments
+from pretrain.model.segmented import _Row, segments
 from pretrain.nn.mixers import registry
+from tests.helpers.live_memory import LiveMemory
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_mixers import SMALL
 from tests.helpers.small_model import VOCAB, make
@@ -139,3 +140,39 @@ def test_segments_are_those_of_several_processes(lengths, count):
         continues = (*expected.segment.continues, False)
         assert segment.continues == continues[number]
         assert segment.goes_on == continues[number + 1]
+
+
+def peak(model, size, tokens):
+    """Return the most bytes that a step on one document takes beyond the parameters."""
+    model.segment_tokens = size
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveMemory() as memory:
+        model(*torch.randint(VOCAB, (2, 1, tokens))).sum().backward()
+    return memory.peak
+
+
+@pytest.mark.parametrize("pattern", ["gdn mamba2 gru", "swa kda para_gru", "m2rnn gla"])
+def test_memory_is_flat_where_states_are(pattern):
+    model = small(pattern, dtype=torch.float32)
+    short, long, whole = peak(model, 64, 512), peak(model, 64, 2048), peak(model, None, 512)
+    assert long < 1.3 * short
+    assert short < 0.5 * whole
+    assert peak(model, None, 2048) > 3 * whole  # the count counts
+
+
+@pytest.mark.parametrize("name", ["attn", "rat"])
+def test_what_is_kept_of_growing_states_is_linear(name):
+    model = small(name)
+
+    def kept(count):
+        tokens, targets = torch.randint(VOCAB, (2, 1, count))
+        row = _Row(model, tokens, targets, list(segments(Sequences.from_lengths([count]), 32)))
+        with torch.no_grad():
+            row.losses(keep=True)
+        states = [state for border in row.borders if border for state in border]
+        values = [value for state in states for value in state.values() if not value.is_meta]
+        storages = {v.untyped_storage().data_ptr(): v.untyped_storage() for v in values}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    assert kept(2048) < 4.5 * kept(512)
