@@ -66,13 +66,13 @@ class Segment(NamedTuple):
 
     Attributes:
         tokens: Where in the row they are.
-        pieces: What they have of the row's sequences, none of it empty.
+        lengths: Of what they have of the row's sequences, none of it empty.
         continues: Whether the first piece's sequence began before.
         goes_on: Whether the last piece's sequence goes on behind.
     """
 
     tokens: slice
-    pieces: Sequences
+    lengths: list[int]
     continues: bool
     goes_on: bool
 
@@ -89,8 +89,7 @@ def segments(row: Sequences, size: int) -> Iterator[Segment]:
         lengths.append(cut - first)
         first = cut
         if cut % size == 0 or cut == total:
-            pieces = Sequences.from_lengths(lengths, row.device)
-            yield Segment(slice(begin, cut), pieces, begin not in ends, cut not in ends)
+            yield Segment(slice(begin, cut), lengths, begin not in ends, cut not in ends)
             lengths, begin = [], cut
 
 
@@ -104,6 +103,7 @@ class _Row:
     segments: list[Segment]
     drop_from: Any = None
     borders: list[list[State] | None] = field(default_factory=list)
+    buffers: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     loads: dict[MoE, Tensor] = field(default_factory=dict)
 
     @property
@@ -112,16 +112,18 @@ class _Row:
 
     def losses(self, *, keep: bool = False) -> Tensor:
         """Return all losses ``[1, T]``; ``keep``: for :meth:`backward` to follow."""
-        states, found = None, []
+        states, result = None, None
         for segment in self.segments:
             if keep:
                 self._keep(states)
             losses, states = self._run(segment, states)
-            found.append(losses)
+            if result is None:
+                result = losses.new_empty(self.targets.shape)
+            result[:, segment.tokens] = losses
             for experts in self.model.experts() if keep else ():
                 load = cast(Tensor, experts.last_load)
                 self.loads[experts] = self.loads.get(experts, 0) + load
-        return torch.cat(found, 1)
+        return cast(Tensor, result)
 
     def backward(self, gradient: Tensor) -> None:
         """Add to the parameters' gradients what follows from that of the losses, ``[1, T]``."""
@@ -168,12 +170,14 @@ class _Row:
         self, segment: Segment, states: list[State] | None
     ) -> tuple[Tensor, list[State] | None]:
         """Return a segment's losses, and the states of what goes on behind it."""
-        model, pieces = self.model, segment.pieces
-        if states is not None and pieces.count > 1:
+        model, count = self.model, len(segment.lengths)
+        if states is not None and count > 1:
             states = [
-                mixer.join_states([state, mixer.init_state(pieces.count - 1)])
+                mixer.join_states([state, mixer.init_state(count - 1)])
                 for mixer, state in zip(self.mixers, states, strict=True)
             ]
+        # Made anew, because it holds what layers derive from it, such as masks.
+        pieces = Sequences.from_lengths(segment.lengths, self.tokens.device)
         drop = None if self.drop_from is None else self.drop_from(segment.tokens.start)
         with nullcontext() if segment.goes_on else without_states():
             x, after, _ = model._hidden(
@@ -182,8 +186,8 @@ class _Row:
         losses = model._losses(x, self.targets[:, segment.tokens].t().contiguous()).t()
         if not segment.goes_on:
             return losses, None
-        if pieces.count > 1:
-            last = torch.tensor([pieces.count - 1], device=x.device)
+        if count > 1:
+            last = torch.tensor([count - 1], device=x.device)
             after = [
                 mixer.select_state(state, last)
                 for mixer, state in zip(self.mixers, after, strict=True)
@@ -192,8 +196,15 @@ class _Row:
 
     def _keep(self, states: list[State] | None) -> None:
         """Keep the states at a border, once what they have in common with the one before it."""
-        self.borders.append(None if states is None else [_map_floats(_own, s) for s in states])
-        if len(self.borders) < 2 or self.segments[len(self.borders) - 2].pieces.count > 1:
+        number, before = len(self.borders), self.borders[-1] if self.borders else None
+        kept = None
+        if states is not None:
+            kept = [
+                {name: self._own(number, (i, name), value, before) for name, value in state.items()}
+                for i, state in enumerate(states)
+            ]
+        self.borders.append(kept)
+        if len(self.borders) < 2 or len(self.segments[len(self.borders) - 2].lengths) > 1:
             return
         earlier = self.borders[-2]
         if states is None or earlier is None:
@@ -201,6 +212,22 @@ class _Row:
         for mixer, state in zip(self.mixers, earlier, strict=True):
             for name in mixer.growing_states:
                 state[name] = state[name].to("meta")  # its length alone
+
+    def _own(
+        self, number: int, key: tuple[int, str], value: Tensor, before: list[State] | None
+    ) -> Tensor:
+        """Return a value of border ``number`` that holds no more memory than its own.
+
+        Those of one shape share a buffer: apart they would break up the memory in which activations
+        come and go.
+        """
+        buffer, (layer, name) = self.buffers.get(key), key
+        if buffer is None and before is not None and before[layer][name].shape == value.shape:
+            buffer = value.new_empty(len(self.segments), *value.shape)
+            self.buffers[key] = buffer
+        if buffer is not None and buffer.shape[1:] == value.shape:
+            return buffer[number].copy_(value)
+        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
     def _restored(
         self, states: list[State] | None, later: list[State] | None
@@ -240,8 +267,3 @@ def _map_floats(function: Any, state: State) -> State:
 
 def _leaf(value: Tensor) -> Tensor:
     return value.detach().requires_grad_()
-
-
-def _own(value: Tensor) -> Tensor:
-    """Return a value that holds no more memory than it needs, as a view of activations would."""
-    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value

@@ -135,7 +135,7 @@ def test_segments_are_those_of_several_processes(lengths, count):
     ]
     for number, segment in enumerate(found):
         expected = segment_of(row, number, count)
-        assert segment.pieces.lengths == expected.lengths
+        assert segment.lengths == expected.lengths
         assert expected.segment is not None
         continues = (*expected.segment.continues, False)
         assert segment.continues == continues[number]
