@@ -23,6 +23,7 @@ CHANGEABLE = (
     "train.tokens",
     "train.threads",
     "train.activation_checkpointing",
+    "train.segment_tokens",
     "train.nonfinite",
     "train.spikes.",
     "eval.",

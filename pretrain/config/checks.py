@@ -23,6 +23,7 @@ from pretrain.config.parallel import ParallelConfig
 from pretrain.config.parallel_checks import check_parallel
 from pretrain.config.run import RunConfig
 from pretrain.config.schedule import SCHEDULES, ScheduleConfig, fraction_of_steps
+from pretrain.config.segments import check_segments
 from pretrain.config.train import TrainConfig
 
 
@@ -82,6 +83,7 @@ def _check_run(config: RunConfig, where: str) -> None:
         )
     check_parallel(config, where)
     _check_experts(config, where)
+    check_segments(config, where)
     _check_optimizer(config, where)
     _check_batch_warmup(config, where)
     if (config.data.path is None) == (not config.data.blend):

@@ -58,6 +58,10 @@ class TrainConfig(Config):
     """What the backward pass computes again, to the same bits: ``selective`` norms, activations,
     gates, rotary positions and short convolutions, but no matrix product, attention, recurrence or
     exchange; ``block`` all of a block but its input."""
+    segment_tokens: int | None = setting(None, minimum=1)
+    """Tokens of a segment of a row of ``seq_len`` x ``parallel.micro_batch_size``; null: rows are
+    computed as a whole. By segments the memory of activations is one segment's, with the gradients
+    of the whole row; every product is computed twice forward, as with ``block``."""
     nonfinite: Literal["stop", "skip"] = setting("stop")
     """What a loss or gradient that is not finite does to the run: end it, or skip the step."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)

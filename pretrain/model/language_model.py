@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -14,15 +15,13 @@ from pretrain.data.sequences import Sequences, check_fits, given_sequences
 from pretrain.model.block import Block, run_block
 from pretrain.model.depth_lora import add_depth_lora, set_depth
 from pretrain.model.recursion import Recursion
+from pretrain.model.segmented import comes_in_segments, segmented_losses
 from pretrain.model.spec import block_specs, passes
 from pretrain.model.stages import Stage, whole_model
 from pretrain.nn.dropout import EMBEDDING, DropAt, Dropout
-from pretrain.nn.linear import (
-    VocabParallelEmbedding,
-    column_input,
-    column_linear,
-)
+from pretrain.nn.linear import VocabParallelEmbedding, column_input, column_linear
 from pretrain.nn.mixers import LayerContext, State
+from pretrain.nn.mixers.base import accumulation_dtype
 from pretrain.nn.moe import MoE
 from pretrain.nn.norm import RMSNorm
 from pretrain.nn.parameters import DescribedModule, change_info
@@ -50,6 +49,9 @@ class LanguageModel(DescribedModule):
     # Of one process, in the loss; beyond that they are computed piece by piece, and once more in
     # the backward pass. 1 GiB in float32.
     logits_at_once = 2**28
+    segment_tokens: int | None = None  # of a row's losses; see pretrain.model.segmented
+    # While open, gradients that add up are not reduced yet.
+    reduction_paused: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class LanguageModel(DescribedModule):
         for drawing in (self.dropout, self.recursion):
             if drawing is not None:
                 drawing.begin_step(seed, step, rank, world_size)
-        for experts in self._experts():
+        for experts in self.experts():
             experts.forget_load()
 
     def set_input_tensor(self, tensor: Sequence[Tensor | None]) -> None:
@@ -140,12 +142,14 @@ class LanguageModel(DescribedModule):
         With ``sequences`` (or their tensor ``cu_seqlens`` ``[N + 1]``) B is 1 and N sequences are
         packed along T.
 
-        Returns each target's cross entropy ``[B, T]`` in nats, float32; without targets,
+        Returns each target's cross entropy ``[B, T]`` in nats, float32 or wider; without targets,
         the logits ``[B, T, vocab]`` (this rank's shard of the vocabulary). A stage that is not
         the last returns the input of the next one, ``[T, B, d]``. With ``scored``, ``[M]``
         numbers of tokens of one row: :meth:`score` of their targets.
         """
         packed = given_sequences("the model", sequences, cu_seqlens)
+        if targets is not None and scored is None and comes_in_segments(self, tokens):
+            return segmented_losses(self, tokens, targets, packed)
         x, _, ponder = self._hidden(tokens, packed, None, with_states=False)
         if not self.stage.last:
             return viewless(x)
@@ -202,10 +206,7 @@ class LanguageModel(DescribedModule):
         sequences: Sequences | Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, list[State]]:
-        """Return logits ``[B, T, vocab]`` and the states to continue from where a call ended.
-
-        There is one state per block, and one per pass for the blocks of a loop.
-        """
+        """Return logits ``[B, T, vocab]`` and the states to continue from, see :meth:`states`."""
         packed = given_sequences("the model", sequences, cu_seqlens)
         x, states, _ = self._hidden(tokens, packed, states, with_states=True)
         return self._logits(x).transpose(0, 1), states
@@ -275,16 +276,19 @@ class LanguageModel(DescribedModule):
         states: list[State] | None,
         *,
         with_states: bool,
+        drop: DropAt | None = None,
     ) -> tuple[Tensor, list[State], Tensor | None]:
-        """Return the last block's output ``[T, B, d]``, the states, and a loop's ponder cost."""
+        """Return the last block's output ``[T, B, d]``, the states, and a loop's ponder cost.
+
+        ``drop`` is the dropout of a call with states, which without it has none.
+        """
         if sequences is not None and self.stage.first:
             check_fits("the model", sequences, *tokens.shape)
         x = self._embed(tokens)
         new_states: list[State] = []
-        drop = None
         if self.dropout is not None and self.training and not with_states:
             drop = self.dropout.next_micro_batch()
-            x = drop(x, EMBEDDING) if self.stage.first else x
+        x = drop(x, EMBEDDING) if drop is not None and self.stage.first else x
 
         def run(x: Tensor, indices: range, depth: int = 0) -> Tensor:
             if not with_states:
@@ -292,7 +296,9 @@ class LanguageModel(DescribedModule):
             for index in indices:
                 set_depth(self.blocks[index], depth)
                 old = None if states is None else states[len(new_states)]
-                x, state = self.blocks[index](x, sequences=sequences, state=old)
+                x, state = self.blocks[index](
+                    x, sequences=sequences, state=old, drop=drop, depth=depth
+                )
                 new_states.append(state)
             return x
 
@@ -359,7 +365,8 @@ class LanguageModel(DescribedModule):
         at_once = max(self.logits_at_once // rows, 1)
         z_loss = self.model_config.z_loss_weight if self.training else 0.0
         if targets.numel() <= at_once and z_loss == 0:
-            logits = self._logits(x).float()
+            logits = self._logits(x)
+            logits = logits.to(accumulation_dtype(logits.dtype))
             return sharded_cross_entropy(logits, targets, self.context.group)
         x = column_input(self._head_input(x), self.context)
         losses = linear_cross_entropy(
@@ -378,16 +385,16 @@ class LanguageModel(DescribedModule):
         found: dict[str, float] = {}
         for index in self.stage.blocks:
             merge_metrics(found, cast(Block, self.blocks[index]).mixer.metrics())
-        for experts in self._experts():
+        for experts in self.experts():
             merge_metrics(found, experts.metrics())
         return found
 
     def update_biases(self) -> None:
         """Update the biases of all MoE layers after an optimizer step, by its tokens."""
-        for experts in self._experts():
+        for experts in self.experts():
             experts.update_bias()
 
-    def _experts(self) -> list[MoE]:
+    def experts(self) -> list[MoE]:
         """Return the MoE layers of this stage."""
         mlps = (cast(Block, self.blocks[index]).mlp for index in self.stage.blocks)
         return [mlp for mlp in mlps if isinstance(mlp, MoE)]

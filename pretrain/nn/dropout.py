@@ -45,15 +45,39 @@ class Dropout:
 
     def next_micro_batch(self) -> DropAt:
         """Return the dropout of the forward pass that begins, also for its recomputation."""
+        return partial(self._apply, self._next_seeds())
+
+    def next_row(self, tokens: int) -> Callable[[int], DropAt]:
+        """Return the dropout of a row of ``tokens`` that comes in segments, by their first token.
+
+        Its masks are those of :meth:`next_micro_batch` for the row as a whole.
+        """
+        seeds = self._next_seeds()
+        return lambda first: partial(self._apply, seeds, place=(first, tokens))
+
+    def _next_seeds(self) -> tuple[int, int, int]:
         number = self._micro_batch * self._world_size + self._rank
         self._micro_batch += 1
-        return partial(self._apply, (*self._seeds, number))
+        return *self._seeds, number
 
-    def _apply(self, seeds: tuple[int, int, int], x: Tensor, site: tuple[int, int, int]) -> Tensor:
-        result: Tensor = _Masked.apply(x, self._mask(seeds, x, site), 1 / (1 - self.probability))
+    def _apply(
+        self,
+        seeds: tuple[int, int, int],
+        x: Tensor,
+        site: tuple[int, int, int],
+        place: tuple[int, int] | None = None,
+    ) -> Tensor:
+        mask = self._mask(seeds, x, site, place)
+        result: Tensor = _Masked.apply(x, mask, 1 / (1 - self.probability))
         return result
 
-    def _mask(self, seeds: tuple[int, int, int], x: Tensor, site: tuple[int, int, int]) -> Tensor:
+    def _mask(
+        self,
+        seeds: tuple[int, int, int],
+        x: Tensor,
+        site: tuple[int, int, int],
+        place: tuple[int, int] | None,
+    ) -> Tensor:
         """Draw the mask of x: bool, in x's shape, True where a channel is kept.
 
         Rows count as the tokens of one row laid one after another.
@@ -62,7 +86,7 @@ class Dropout:
         mask = torch.empty(rows, tokens, d, dtype=torch.bool, device=x.device)
         if not x.is_meta:
             seed, step, micro_batch = seeds
-            for piece in sequences_of(x, micro_batch, self.seq_len, self._context):
+            for piece in sequences_of(x, micro_batch, self.seq_len, self._context, place):
                 local = mask[piece.row, piece.places]
                 whole = len(local) == piece.length
                 full = local if whole else local.new_empty(piece.length, d)

@@ -32,21 +32,26 @@ class Piece(NamedTuple):
 
 
 def sequences_of(
-    x: Tensor, micro_batch: int, seq_len: int | None, context: ParallelContext
+    x: Tensor,
+    micro_batch: int,
+    seq_len: int | None,
+    context: ParallelContext,
+    place: tuple[int, int] | None = None,
 ) -> Iterator[Piece]:
     """Yield the pieces of sequences that x ``[T, B, d]`` has, which are this process's tokens.
 
     ``micro_batch`` is x's number in the global batch, ``seq_len`` the tokens of a sequence; None: a
-    row is one.
+    row is one. ``place``: x's first token and the number of all tokens in its row, of which the
+    micro-batch has one; None: x has full rows.
     """
     tokens, rows, _ = x.shape
     parts, part = context.context_size, context.context_rank
     if context.sequence_parallel:  # which shards each segment
         parts, part = parts * context.tensor_size, part * context.tensor_size + context.tensor_rank
-    full = tokens * parts
+    first, full = place or (0, tokens * parts)
     length = seq_len or full
     for row in range(rows):
-        start = (micro_batch * rows + row) * full + tokens * part
+        start = (micro_batch * rows + row) * full + first + tokens * part
         stop = start + tokens
         for number in range(start // length, -(-stop // length)):
             begins = number * length

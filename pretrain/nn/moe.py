@@ -61,6 +61,9 @@ class MoE(nn.Module):
         self._dispatcher: Any = None
         # Tokens of each expert since the last line of the log, and of the step for the bias.
         self._load: Tensor | None = None
+        # Of the last tokens; and of the row that they are a segment of, which balancing goes by.
+        self.last_load: Tensor | None = None
+        self.row_load: Tensor | None = None
         self._seen: Tensor | None = None
         self._dropped: Tensor | None = None
 
@@ -101,8 +104,10 @@ class MoE(nn.Module):
         weights = weights * config.weight_scale
         load = torch.bincount(chosen.flatten(), minlength=config.num_experts)
         self._count(load=load)
+        self.last_load = load
         if not (self.training and torch.is_grad_enabled()):
             return weights, chosen, None
+        load = load if self.row_load is None else self.row_load
         return weights, chosen, self._balance(logits, scores, load)
 
     def _within_capacity(self, chosen: Tensor, factor: float) -> Tensor:

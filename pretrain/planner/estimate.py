@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pretrain.common.dtypes import DTYPES
 from pretrain.common.errors import UserError
@@ -56,14 +56,22 @@ class Planner:
         return count_model(self.config.model, self.vocab_size, self.config.train.seq_len)
 
     def units(
-        self, parallel: ParallelConfig, checkpointing: str, *, simulate: bool = True
+        self,
+        parallel: ParallelConfig,
+        checkpointing: str,
+        *,
+        simulate: bool = True,
+        segment: int | None = None,
     ) -> Units:
         """Return the cost of each unit of the model on one process.
 
         Without ``simulate`` the parameters alone are counted, which takes a fraction of a second.
+        ``segment``: for so many tokens instead of a micro-batch's.
         """
+        if segment is not None:
+            parallel = replace(parallel, micro_batch_size=1)
         layout = (parallel.tensor, parallel.sequence, parallel.micro_batch_size)
-        key = (*layout, checkpointing, simulate)
+        key = (*layout, checkpointing, simulate, segment)
         if key not in self.simulations:
             train = self.config.train
             self.simulations[key] = measure_units(
@@ -72,7 +80,7 @@ class Planner:
                 parallel,
                 self.hardware.device,
                 self.software,
-                seq_len=train.seq_len,
+                seq_len=segment or train.seq_len,
                 precision=train.precision,
                 activation_checkpointing=checkpointing,
                 optimizer=self.config.optimizer.kind,
@@ -147,20 +155,23 @@ class Planner:
     def _stages(
         self, parallel: ParallelConfig, units: Units, data: int, micro_batches: int
     ) -> list[StageEstimate]:
-        stages = []
+        stages, segment = [], self.config.train.segment_tokens
+        held_at_once = units if segment is None else self.units(parallel, "none", segment=segment)
         for rank, local in enumerate(self._local_stages(parallel)):
+            at_once = [list(self._chain(stage, held_at_once)) for stage in local]
             chains = [list(self._chain(stage, units)) for stage in local]
             tensors, expert_tensors = self._held_tensors(parallel, local, units)
             held, experts = count_kinds(tensors), count_kinds(expert_tensors)
             memory = self._memory.held(parallel, tensors, expert_tensors, data)
-            memory.update(self._memory.activations(parallel, chains, rank, micro_batches, memory))
+            memory.update(self._memory.activations(parallel, at_once, rank, micro_batches, memory))
             units_passed = [pair for chain in chains for pair in chain]
             forward = self._pass([unit.forward for unit, _ in units_passed], parallel)
             trained_units = [unit for unit, trained in units_passed if trained]
             backward = self._pass([u.backward for u in trained_units], parallel, backward=True)
             again = sum(self._again_seconds(unit.forward) for unit in trained_units)
             gathered = sum(held.values()) + sum(experts.values())
-            travels = [(u.routed, 1 + trained) for u, trained in units_passed]
+            twice = segment is not None  # forward, all of it
+            travels = [(u.routed, 1 + trained + twice) for u, trained in units_passed]
             routed = self._routed_bytes(parallel, sum(n * ways for n, ways in travels))
             # There and back, in each direction.
             routing = self.hardware.group_seconds(
@@ -178,11 +189,12 @@ class Planner:
                     forward=forward.seconds + routing / 2,
                     backward=backward.seconds
                     + again
+                    + twice * forward.seconds
                     + self._added_seconds(parallel, gathered)
                     + routing / 2,
-                    hardware_flops=forward.flops + backward.flops,
-                    tensor_bytes=forward.sent + backward.sent,
-                    tensor_seconds=forward.waits + backward.waits,
+                    hardware_flops=(1 + twice) * forward.flops + backward.flops,
+                    tensor_bytes=(1 + twice) * forward.sent + backward.sent,
+                    tensor_seconds=(1 + twice) * forward.waits + backward.waits,
                     expert_bytes=routed,
                     expert_seconds=routing,
                 )

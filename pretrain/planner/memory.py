@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import add
 
 import torch
 
+from pretrain.common.dtypes import DTYPES
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.config.optimizer import WHOLE_MATRICES
+from pretrain.model.spec import block_specs
 from pretrain.optim import adamw
 from pretrain.optim.optimizer import GATHERED_AT_ONCE, rule
 from pretrain.planner.hardware import Hardware
@@ -18,6 +21,7 @@ from pretrain.planner.software import Software
 from pretrain.planner.units import ParameterKind, Unit, count_kinds
 
 _DEEPSPEED_BUCKET = 200_000_000  # elements
+_ENDLESS = 2**40  # tokens, more than any window
 LIVE_PARAMETERS = 1_000_000_000  # that DeepSpeed's ZeRO-3 keeps gathered
 
 
@@ -156,12 +160,33 @@ class Memory:
             waiting = (min(ahead, micro_batches * parts) - 1) / parts
         else:
             waiting = min(stages - rank, micro_batches) - 1
-        total = worst + waiting * kept
+        total = worst + waiting * kept + self.borders(parallel)
         head = min(head, total)
         update = state["update"]
         if total <= update:
             return {"activations": 0.0, "logits and loss": 0.0}
         return {"activations": total - head, "logits and loss": head, "update": 0.0}
+
+    def borders(self, parallel: ParallelConfig) -> float:
+        """Return the bytes of states between segments, where rows come in segments.
+
+        What grows with a sequence (keys and values of full attention) is kept once for a row; in
+        the backward pass a sequence's is also in its layer, and there are two gradients of it.
+        """
+        train, size = self.config.train, self.config.train.segment_tokens
+        if size is None:
+            return 0.0
+        length, width = train.seq_len, DTYPES[train.precision].itemsize
+        row = length * parallel.micro_batch_size
+        borders = [cut % length for cut in range(size, row, size) if cut % length]
+        total = 0.0
+        for spec in block_specs(self.config.model):
+            count = partial(spec.mixer.state_bytes, spec.config, self.config.model.hidden_size)
+            if count(2 * _ENDLESS) > count(_ENDLESS):
+                total += width / 2 * (count(length) * (parallel.micro_batch_size + 3))
+            else:
+                total += sum(map(count, borders))
+        return total / parallel.tensor
 
     def _fills_late(self, parallel: ParallelConfig) -> bool:
         """Return whether gradients fill the memory of DeepSpeed's bucket one by one.

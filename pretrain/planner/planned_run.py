@@ -75,7 +75,8 @@ def assumes_checkpointing(path: str, overrides: list[str]) -> bool:
 def choose_checkpointing(planner: Planner, devices: int) -> str:
     """Let the planned run checkpoint as little as fits in memory; return how."""
     config, limit = planner.config, planner.hardware.memory_bytes
-    for kind in CHECKPOINTING:
+    # Segments go with none.
+    for kind in CHECKPOINTING if config.train.segment_tokens is None else CHECKPOINTING[:1]:
         estimate = planner.estimate(config.parallel, devices, kind)
         if estimate.peak_memory <= limit:
             break

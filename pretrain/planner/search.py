@@ -95,6 +95,10 @@ def nothing_fits(config: RunConfig, found: list[Candidate], devices: int) -> str
 def _try(planner: Planner, parallel: ParallelConfig, devices: int, checkpointing: str) -> Candidate:
     config: RunConfig = copy.copy(planner.config)
     config.parallel = parallel
+    config.train = dataclasses.replace(
+        config.train,
+        activation_checkpointing=checkpointing,  # type: ignore[arg-type]
+    )
     try:
         check_run_config(config, "")
         check_layout(config, devices, "")

@@ -91,6 +91,8 @@ def build_engine(
         sequence_parallel=config.parallel.sequence,
         filled=_shard_at_once(config, checkpoint),
     )
+    for stage in stages:
+        stage.segment_tokens = train.segment_tokens
     if train.precision == "fp8":
         for stage in stages:
             multiply_in_float8(stage, stage.context)

@@ -38,6 +38,7 @@ def case(
     checkpointing="none",
     model=None,
     optimizer="adamw",
+    segment_tokens=None,
     **parallel,
 ):
     """A model of width 512 (one with what this test is about in it) under a layout."""
@@ -50,6 +51,7 @@ def case(
         "rows": rows,
         "precision": precision,
         "checkpointing": checkpointing,
+        "segment_tokens": segment_tokens,
         "optimizer": optimizer,
     }
 
@@ -62,6 +64,7 @@ CASES = {
         "2*(gdn attn)", zero_stage=0, checkpointing="block", seq_len=1024
     ),
     "dp2-bf16": case("2*(gdn attn)", precision="bf16", model={"hidden_size": 768}),
+    "dp2-segments": case("2*(gdn mamba2)", seq_len=4096, rows=2, segment_tokens=512),
     "dp2-muon": case("2*(gdn attn)", optimizer="muon"),
     "tp2-sequence": case("2*(attn mamba2)", tensor=2, sequence=True, seq_len=1024, rows=2),
     "pp2": case("2*(gdn attn)", pipeline=2, model={"tie_embeddings": False}),
@@ -75,6 +78,7 @@ MORE_CASES = {
     "dp2": case("2*(gdn attn)"),
     "newton": case("2*para_gru m2rnn", seq_len=2048, rows=2),
     "loop": case("attn 2*gdn attn", model=LOOP),
+    "segments-attention": case("2*(gdn attn)", seq_len=4096, rows=2, segment_tokens=512),
     "dropout": case("2*(gdn attn)", model={"dropout": 0.2}),
     "zero2-deepspeed": case("2*(gdn attn)", zero_stage=2, **DEEPSPEED),
 }
@@ -93,6 +97,8 @@ def train(settings, parallel):
         activation_checkpointing=settings["checkpointing"],
         filled=shard_parameters if parallel.zero_stage == 3 else None,
     )
+    for stage in stages:
+        stage.segment_tokens = settings["segment_tokens"]
     optimizer = OptimizerConfig(kind=settings["optimizer"])
     engine = Engine(stages, optimizer, parallel, rows // micro // size)
     generator = np.random.default_rng(0)

@@ -23,6 +23,7 @@ def run_config(settings):
         precision=settings["precision"],
         global_batch_tokens=settings["rows"] * settings["seq_len"],
         activation_checkpointing=settings["checkpointing"],
+        segment_tokens=settings.get("segment_tokens"),
     )
     optimizer = OptimizerConfig(kind=settings.get("optimizer", "adamw"))
     model = build_config(ModelConfig, settings["model"], "case")

@@ -89,6 +89,7 @@ class Attention(Mixer):
     def __init__(self, config: AttentionConfig, context: LayerContext):
         super().__init__(config, context)
         self.config, self.parallel = config, context.parallel
+        self.growing_states = ("k", "v") if config.window is None else ()
         d = context.hidden_size
         num_heads, num_kv_heads, self.head_dim = _shape(config)
         self.num_heads = self.parallel.local(num_heads, "num_heads")

@@ -137,6 +137,8 @@ class Mixer(DescribedModule, ABC):
     card: ClassVar[MixerCard]
     over_time: ClassVar[Literal["state", "ops"]] = "state"
     speed_settings: ClassVar[tuple[str, ...]] = ("chunk_size",)  # that change nothing but speed
+    # In the state, what only gets longer: of one sequence, an earlier state's is a prefix.
+    growing_states: tuple[str, ...] = ()
     parallel: ParallelContext
 
     @abstractmethod

@@ -70,6 +70,7 @@ class RAT(Mixer):
     config_class = RATConfig
     over_time = "ops"
     speed_settings = ()
+    growing_states = ("keys", "values")
     card = MixerCard(
         "RAT",
         "v~_t = g_t v~_{t-1} + (1 - g_t) v_t in chunks of L, k~ likewise; "

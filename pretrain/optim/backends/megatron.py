@@ -7,8 +7,10 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +74,17 @@ def _gather_before_use(wrapped: Any, part: LanguageModel) -> None:
         register(part.final_norm, [*part.final_norm.parameters(), *head.parameters()])
 
 
+@contextlib.contextmanager
+def _paused(wrapped: Any) -> Iterator[None]:
+    """Have gradients add up without being reduced, while open; unlike ``no_sync`` it nests."""
+    groups = wrapped.bucket_groups + wrapped.expert_parallel_bucket_groups
+    before = [group.is_last_microbatch for group in groups]
+    with wrapped.no_sync():
+        yield
+    for group, last in zip(groups, before, strict=True):
+        group.is_last_microbatch = last
+
+
 def _finalize_gradients(
     modules: Sequence[Any], num_targets: Tensor | None = None, **options: Any
 ) -> None:
@@ -133,6 +146,9 @@ class MegatronBackend(UpdateBackend):
                 for module, part in zip(self.modules, parts, strict=True):
                     _gather_before_use(module, part)
             self.optimizer = self._make_optimizer()
+        for module, part in zip(self.modules, parts, strict=True):
+            if part.segment_tokens is not None:
+                part.reduction_paused = partial(_paused, module)
         # Gradients are reduced once, after the last micro-batch's backward pass.
         pauses: list[Any] = [module.no_sync for module in self.modules]
         megatron.no_sync_func = pauses if len(pauses) > 1 else pauses[0]

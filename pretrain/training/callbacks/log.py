@@ -82,6 +82,8 @@ class LogSteps(Callback):
         flops_per_token = {"mfu": counts.training_flops(recurrences)}
         if train.activation_checkpointing == "block":
             flops_per_token["hfu"] = counts.hardware_flops(recurrences)
+        elif train.segment_tokens is not None:  # every product twice forward, and backward
+            flops_per_token["hfu"] = 4 / 3 * counts.training_flops(recurrences)
         if self._peak is None:
             return dict.fromkeys(flops_per_token)
         peak = self._peak * world_size()

@@ -109,6 +109,20 @@ def test_recomputation_is_what_checkpointing_does():
     assert memory == sorted(set(memory))
 
 
+def test_segments_are_made_twice_forward_in_the_memory_of_one():
+    base = case("2*gdn", seq_len=2048, rows=1)
+    settings = {"whole": base, "segments": {**base, "segment_tokens": 256}}
+    found = plan({name: {"settings": s, "devices": 1} for name, s in settings.items()})
+    whole, segments = found["whole"], found["segments"]
+    assert segments["model_flops"] == whole["model_flops"]
+    more = segments["hardware_flops"] - whole["hardware_flops"]
+    assert more == pytest.approx(whole["model_flops"] / 3, rel=0.05)
+    assert segments["seconds"]["compute"] > 1.2 * whole["seconds"]["compute"]
+    short = plan({"short": {"settings": case("2*gdn", seq_len=256, rows=1), "devices": 1}})["short"]
+    assert short["memory"][0] < segments["memory"][0] < 1.1 * short["memory"][0]
+    assert segments["memory"][0] < 0.6 * whole["memory"][0]
+
+
 def test_bytes_are_those_of_the_formulas():
     """docs/parallel.md; benchmarks/parallel_cpu.py measures the same formulas."""
     blocks, width, tokens = 4, 512, 1024
