@@ -27,6 +27,7 @@ def check_segments(config: RunConfig, where: str) -> None:
     for name, value, expected in (
         ("train.activation_checkpointing", train.activation_checkpointing, "none"),
         ("parallel.pipeline", parallel.pipeline, 1),
+        ("parallel.context", parallel.context, 1),
         ("parallel.zero_backend", parallel.zero_backend, "megatron"),
         ("model.moe.capacity_factor", capacity, None),
         ("model.recursion", None if model.recursion is None else "set", None),
