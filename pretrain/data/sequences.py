@@ -391,3 +391,15 @@ def _chunk_layout(sequences: Sequences, chunk_size: int) -> ChunkLayout:
         padded=index.numel() != total,
         in_order=index.numel() == total and len(lengths) == 1,
     )
+
+
+def pieces_alone(sequences: Sequences) -> Sequences:
+    """Return a segment's pieces of sequences as if each were a sequence by itself.
+
+    For what goes on from a state, which knows itself how many tokens came before.
+    """
+    return sequences.derive(_pieces_alone)
+
+
+def _pieces_alone(sequences: Sequences) -> Sequences:
+    return Sequences.from_lengths(sequences.lengths, sequences.device)

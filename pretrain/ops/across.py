@@ -31,15 +31,6 @@ def crossing(sequences: Sequences) -> Segment | None:
     return segment
 
 
-def pieces_alone(sequences: Sequences) -> Sequences:
-    """Return the pieces of a segment as sequences of their own, which begin where it does."""
-    return sequences.derive(_pieces_alone)
-
-
-def _pieces_alone(sequences: Sequences) -> Sequences:
-    return Sequences.from_lengths(sequences.lengths, sequences.device)
-
-
 def scan(segment: Segment, transition: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """Return the state that enters this segment, without a gradient, and all ranks' transitions.
 

@@ -43,18 +43,6 @@ def close_chains() -> None:
     _sending.clear()
 
 
-def pieces_of(sequences: Sequences) -> Sequences:
-    """Return a segment's pieces of sequences as if each were a sequence by itself.
-
-    For what goes on from a state, which knows itself how many tokens came before.
-    """
-    return sequences.derive(_pieces_of)
-
-
-def _pieces_of(sequences: Sequences) -> Sequences:
-    return Sequences.from_lengths(sequences.lengths, sequences.device)
-
-
 class Handover:
     """The state that one layer receives, and the one that it sends, in one forward pass.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pretrain.data.sequences import Sequences
+from pretrain.data.sequences import Sequences, pieces_alone
 from pretrain.nn.mixers.base import Mixer, State, states_if, states_wanted
-from pretrain.parallel.segments import Handover, pieces_of
+from pretrain.parallel.segments import Handover
 
 
 def mix(
@@ -28,7 +28,7 @@ def mix(
         return mixer(x, sequences=sequences, state=state)
     if state is not None:
         raise ValueError("a segment of a row takes its state from the segment before, found one")
-    pieces, following = pieces_of(sequences), segment.rank + 1
+    pieces, following = pieces_alone(sequences), segment.rank + 1
     sends = following < segment.size and segment.continues[following]
     if not sends and not segment.continues[segment.rank]:
         return mixer(x, sequences=pieces)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pretrain.data.sequences import Segment, Sequences
-from pretrain.ops.across import gather, halo, pieces_alone, swap
+from pretrain.data.sequences import Segment, Sequences, pieces_alone
+from pretrain.ops.across import gather, halo, swap
 from pretrain.ops.over_heads import Ends, over_heads
 
 Run = Callable[[Tensor, Tensor, Tensor, Sequences, Sequences], Tensor]

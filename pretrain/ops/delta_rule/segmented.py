@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pretrain.data.sequences import Segment, Sequences
-from pretrain.ops.across import carry, pieces_alone, scan
+from pretrain.data.sequences import Segment, Sequences, pieces_alone
+from pretrain.ops.across import carry, scan
 
 Run = Callable[..., tuple[Tensor, Tensor]]
 

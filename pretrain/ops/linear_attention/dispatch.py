@@ -13,8 +13,8 @@ from functools import partial
 
 from torch import Tensor
 
-from pretrain.data.sequences import Sequences
-from pretrain.ops.across import crossing, pieces_alone
+from pretrain.data.sequences import Sequences, pieces_alone
+from pretrain.ops.across import crossing
 from pretrain.ops.linear_attention.chunked import chunked_linear_attention
 from pretrain.ops.linear_attention.definition import recurrent_linear_attention
 from pretrain.ops.linear_attention.segmented import segmented_linear_attention

@@ -19,8 +19,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pretrain.data.sequences import Segment, Sequences, given_sequences
-from pretrain.ops.across import crossing, pieces_alone
+from pretrain.data.sequences import Segment, Sequences, given_sequences, pieces_alone
+from pretrain.ops.across import crossing
 from pretrain.ops.newton.cell import ElementwiseCell
 from pretrain.ops.newton.definition import sequential_recurrence
 from pretrain.ops.newton.options import NewtonOptions, NewtonReport

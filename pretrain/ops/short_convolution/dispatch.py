@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.data.sequences import Sequences
-from pretrain.ops.across import crossing, halo, pieces_alone
+from pretrain.data.sequences import Sequences, pieces_alone
+from pretrain.ops.across import crossing, halo
 from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
 from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.flash_linear_attention import check_fla, fla_fits, fla_short_convolution

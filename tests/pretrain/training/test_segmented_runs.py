@@ -34,6 +34,7 @@ def test_a_resumed_run_is_bit_for_bit_that_of_an_uninterrupted_one(tmp_path, cor
             "16 and train.activation_checkpointing block, expected .* none with segments",
         ),
         (["parallel.pipeline=2"], "16 and parallel.pipeline 2, expected parallel.pipeline 1 "),
+        (["parallel.context=2"], "16 and parallel.context 2, expected parallel.context 1 "),
         (
             ["parallel.zero_backend=deepspeed"],
             "16 and parallel.zero_backend deepspeed, expected parallel.zero_backend megatron",
