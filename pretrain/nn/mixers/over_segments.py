@@ -24,10 +24,12 @@ def mix(
     a rank is in one layer while the rank before is in the next.
     """
     segment = None if sequences is None else sequences.segment
-    if sequences is None or segment is None or segment.group is None or mixer.over_time == "ops":
+    if sequences is None or segment is None or segment.group is None:
         return mixer(x, sequences=sequences, state=state)
     if state is not None:
         raise ValueError("a segment of a row takes its state from the segment before, found one")
+    if mixer.over_time == "ops":
+        return mixer(x, sequences=sequences)
     pieces, following = pieces_alone(sequences), segment.rank + 1
     sends = following < segment.size and segment.continues[following]
     if not sends and not segment.continues[segment.rank]:

@@ -47,7 +47,7 @@ ZEROS = ["blocks.0.mixer.a_bias", "blocks.0.mixer.a_up.lora_b"]
 
 
 @pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_rounding_is_no_difference(precision):
     """Also of what began at zero, where it is large beside the values."""
     found = largest_difference(train(precision, 2), train(precision, 8), LR * STEPS)
