@@ -39,9 +39,9 @@ def test_every_kernel_compiles_for_hopper_and_fits():
     for row in steps.splitlines()[1:]:
         way, _, block, found = row[20:].split()
         if row.startswith("m2rnn 64x16"):
-            counted = m2rnn.INSTRUCTIONS[way == "backward"][int(block.split("x")[0])]
-            assert float(found) == pytest.approx(counted, rel=0.05), (
-                f"pretrain/ops/m2rnn/kernels.py: INSTRUCTIONS says {counted}, compiled: {row}"
+            known = m2rnn.INSTRUCTIONS[way == "backward"][int(block.split("x")[0])]
+            assert float(found) == pytest.approx(known, rel=0.05), (
+                f"pretrain/ops/m2rnn/kernels.py: INSTRUCTIONS says {known}, compiled: {row}"
             )
     for row in para_rnn.splitlines()[1:]:
         op, which, way, *_ = row.split()
