@@ -1,4 +1,4 @@
-"""What benchmarks/first_contact.sh has Python say: what runs, and what was reached.
+"""Say for benchmarks/first_contact.sh what runs, and what was reached.
 
     python -m benchmarks.first_contact versions FOLDER
     python -m benchmarks.first_contact targets FOLDER

@@ -1,4 +1,4 @@
-"""What benchmarks/ops_gpu.py sets M2RNN's and ParaRNN's kernels against."""
+"""Provide what benchmarks/ops_gpu.py sets M2RNN's and ParaRNN's kernels against."""
 
 from __future__ import annotations
 

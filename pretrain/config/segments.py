@@ -1,4 +1,4 @@
-"""Which runs can compute their rows segment by segment."""
+"""Check which runs can compute their rows segment by segment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is exchanged where one row of tokens is divided over several ranks, segment by segment.
+"""Exchange what crosses borders where a row is divided over ranks, segment by segment.
 
 An op whose sequences are a segment of a row (:class:`pretrain.data.sequences.Segment`) computes on
 its tokens what it would on the whole row. Every function here is entered by all ranks of the

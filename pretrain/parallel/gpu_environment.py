@@ -1,4 +1,4 @@
-"""What a process that uses a GPU reads from its environment, set before CUDA starts."""
+"""Set what a process that uses a GPU reads from its environment, before CUDA starts."""
 
 from __future__ import annotations
 

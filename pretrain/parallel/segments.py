@@ -1,4 +1,4 @@
-"""What segments of one row hand to each other: context parallelism, over NCCL or gloo.
+"""Hand states and keys from segment to segment of a row: context parallelism, NCCL or gloo.
 
 Each context-parallel rank has one :class:`.Segment` of every row. A recurrence goes on in the next
 segment from the state that the one before has sent, and the gradient of that state comes back in
