@@ -12,7 +12,6 @@ from typing_extensions import override
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import (
     Sequences,
-    pieces_alone,
     select_packed,
 )
 from pretrain.nn.linear import column_input, column_linear, group_linear, head_shared, row_linear
@@ -129,24 +128,23 @@ class Attention(Mixer):
                 seen = torch.repeat_interleave(state["seen"], sequences.sizes)
                 cos, sin = rotary_embedding(sequences.positions + seen, dim, theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        if state is None:
-            k, v, sequences_k = keys_so_far(k[0], v[0], sequences, self.config.window)
-        else:
-            k, v, sequences_k = _append(state, k[0], v[0], sequences)
-        alone = sequences if sequences.segment is None else pieces_alone(sequences)
+        k, v, sequences_k = k[0], v[0], sequences
+        if state is not None:
+            k, v, sequences_k = _append(state, k, v, sequences)
         y = attention(
             q,
             k[None],
             v[None],
             window=self.config.window,
-            sequences=alone,
-            sequences_k=alone if sequences_k is sequences else sequences_k,
+            sequences=sequences,
+            sequences_k=sequences_k,
         )
         y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
         if not states_wanted():
             return self.o_proj(y), {}
         seen = sequences.sizes if state is None else sequences.sizes + state["seen"]
         if sequences.segment is not None:
+            k, v, sequences_k = keys_so_far(k, v, sequences, self.config.window)
             seen = seen.clone()
             seen[0] += sequences.segment.seen
         return self.o_proj(y), {**self._visible(k, v, sequences_k), "seen": seen}

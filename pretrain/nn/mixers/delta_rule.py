@@ -42,6 +42,8 @@ class DeltaRuleMixer(Mixer):
     family it is.
     """
 
+    over_time = "ops"
+
     output_gate: ClassVar[bool] = True
 
     def __init__(self, config: Any, context: LayerContext):

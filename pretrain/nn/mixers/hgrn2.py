@@ -83,6 +83,7 @@ class HGRN2(Mixer):
     """
 
     config_class = HGRN2Config
+    over_time = "ops"
     card = MixerCard(
         "HGRN2",
         "S_t = Diag(f_t) S_{t-1} + (1 - f_t)^T v_t;  o_t = q_t S_t",

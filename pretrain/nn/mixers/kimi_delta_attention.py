@@ -82,6 +82,7 @@ class KimiDeltaAttention(Mixer):
     """
 
     config_class = KimiDeltaAttentionConfig
+    over_time = "ops"
     card = MixerCard(
         "Kimi delta attention",
         "S_t = (I - b_t k_t^T k_t) Diag(a_t) S_{t-1} + b_t k_t^T v_t;  o_t = q_t S_t",

@@ -60,6 +60,8 @@ class LinearFamilyMixer(Mixer):
     Its state is S ``[N, H, K, V]`` in float32.
     """
 
+    over_time = "ops"
+
     output_gate: ClassVar[bool] = True
     per_channel: ClassVar[bool] = False  # whether there is a decay for each key channel
 

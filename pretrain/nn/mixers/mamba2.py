@@ -95,6 +95,7 @@ class Mamba2(Mixer):
     """
 
     config_class = Mamba2Config
+    over_time = "ops"
     card = MixerCard(
         "Mamba-2",
         "S_t = a_t S_{t-1} + B_t^T (D_t x_t);  y_t = C_t S_t + D x_t",

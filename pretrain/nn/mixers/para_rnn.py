@@ -68,6 +68,7 @@ class ParaRNNMixer(Mixer):
     """
 
     config_class = ParaRNNConfig
+    over_time = "ops"
     num_states: ClassVar[int]
     recurrent_rows: ClassVar[int]
     memory_gate_bias: ClassVar[float]  # the first gate's bias goes from 0 to this over channels

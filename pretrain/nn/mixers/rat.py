@@ -68,6 +68,7 @@ class RAT(Mixer):
     """RAT, as a mixer; its state is a :class:`pretrain.ops.RATState`."""
 
     config_class = RATConfig
+    over_time = "ops"
     speed_settings = ()
     growing_states = ("keys", "values")
     card = MixerCard(
