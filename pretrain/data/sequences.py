@@ -140,6 +140,11 @@ class Sequences:
         return self.derive(_sizes)
 
     @property
+    def sizes_so_far(self) -> Tensor:
+        """Return ``[N]``: the lengths, of a segment's first piece with what lies before it."""
+        return self.derive(_sizes_so_far)
+
+    @property
     def num_tokens(self) -> int:
         """Return the number T of tokens of all sequences."""
         return self.derive(_num_tokens)
@@ -284,6 +289,14 @@ def _on_host(sequences: Sequences) -> Tensor:
 
 def _sizes(sequences: Sequences) -> Tensor:
     return sequences.cu_seqlens.diff()
+
+
+def _sizes_so_far(sequences: Sequences) -> Tensor:
+    sizes = sequences.sizes
+    if sequences.segment is not None and sequences.segment.seen:
+        sizes = sizes.clone()
+        sizes[0] += sequences.segment.seen
+    return sizes
 
 
 def _num_tokens(sequences: Sequences) -> int:

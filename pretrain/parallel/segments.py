@@ -173,6 +173,26 @@ def keys_so_far(
     return k, v, sequences.derive(_with_seen, visible)
 
 
+def together(y: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors unchanged; the backward pass of the others runs wherever that of y does.
+
+    A rank on which nothing depends on what was gathered must enter the backward pass of the
+    gathering all the same: the other ranks wait for it there.
+    """
+    result: tuple[Tensor, ...] = _Together.apply(y, *others)
+    return result
+
+
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients  # zeros where there was none
+
+
 def _with_seen(sequences: Sequences, seen: int) -> Sequences:
     first, *others = sequences.lengths
     return Sequences.from_lengths([seen + first, *others], sequences.device)

@@ -30,7 +30,7 @@ from pretrain.nn.mixers.sizes import attention_heads
 from pretrain.nn.parameters import constant, replicated_parameter
 from pretrain.ops import apply_rotary, attention, rotary_embedding, rotary_of
 from pretrain.ops.elementwise.rms_norm import rms_norm
-from pretrain.parallel.segments import keys_so_far
+from pretrain.parallel.segments import keys_so_far, together
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,10 @@ class Attention(Mixer):
         y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
         if not states_wanted():
             return self.o_proj(y), {}
-        seen = sequences.sizes if state is None else sequences.sizes + state["seen"]
+        seen = sequences.sizes_so_far if state is None else sequences.sizes + state["seen"]
         if sequences.segment is not None:
             k, v, sequences_k = keys_so_far(k, v, sequences, self.config.window)
-            seen = seen.clone()
-            seen[0] += sequences.segment.seen
+            y, k, v = together(y, k, v)
         return self.o_proj(y), {**self._visible(k, v, sequences_k), "seen": seen}
 
     def _visible(self, k: Tensor, v: Tensor, sequences: Sequences) -> State:

@@ -76,7 +76,7 @@ class RetNet(LinearFamilyMixer):
             lengths = torch.full((batch_size,), length, device=q.device)
         else:
             positions, lengths = sequences.positions[None], sequences.sizes
-        new_state["seen"] = lengths
+        new_state["seen"] = lengths if sequences is None else sequences.sizes_so_far
         if state is not None:
             positions = positions + torch.repeat_interleave(state["seen"], lengths).view(
                 positions.shape
