@@ -23,7 +23,6 @@ from tests.helpers.across_checks import (
     number_sent,
     touched_by_the_first,
 )
-from tests.helpers.across_mixers import MIXERS
 
 TOKENS = 192
 LAYOUTS = {
@@ -121,11 +120,6 @@ def main():
 
         if wanted == ["long"]:
             largest("long sums", [check_long_sums(*place)])
-            continue
-        if wanted == ["mixers"]:
-            for case in MIXERS:
-                errors = [compare(case, LAYOUTS[name], *place) for name in case.layouts]
-                largest(case.name, errors)
             continue
         for case in CASES:
             if wanted and not case.name.startswith(tuple(wanted)):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -91,6 +92,16 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).detach().abs().max() / b.detach().abs().max().clamp_min(1e-300))
 
 
+@contextlib.contextmanager
+def by_its_state(mixer):
+    """Hand a mixer's state from segment to segment, though its ops know segments."""
+    mixer.over_time = "state"
+    try:
+        yield
+    finally:
+        del mixer.over_time
+
+
 def compare(block: Block, lengths: list[int], groups: list[Any], modes: list[str]) -> Errors:
     """The largest relative differences of this rank's segments from the whole row's."""
     generator = torch.Generator().manual_seed(1)
@@ -104,8 +115,10 @@ def compare(block: Block, lengths: list[int], groups: list[Any], modes: list[str
         length = TOKENS // size
         own = slice(rank * length, (rank + 1) * length)
         pieces = segment_of(row, rank, size, group)
-        y, states, d_x, grads = references[mode == "states"]
-        found = run(block, x[own], pieces, weights[own], mode == "states", mode)
+        with_states = mode in ("states", "by state")
+        y, states, d_x, grads = references[with_states]
+        with by_its_state(block.mixer) if mode == "by state" else contextlib.nullcontext():
+            found = run(block, x[own], pieces, weights[own], with_states, mode)
         pairs = {"output": (found[0], y[own]), "input's gradient": (found[2], d_x[own])}
         for name, gradient in found[3].items():
             dist.all_reduce(gradient, group=group)
@@ -142,6 +155,8 @@ def main(file: Path) -> None:
         for number, values in enumerate(SMALL.get(name, [{}])):
             block = block_of(name, values)
             modes = ["states", "block", "selective"] if number == 0 else ["states"]
+            if block.mixer.over_time == "ops" and number == 0:
+                modes.append("by state")
             for layout, lengths in LAYOUTS.items():
                 for key, error in compare(block, lengths, groups, modes).items():
                     found[f"{name} {number}, {layout}, {key}"] = error
