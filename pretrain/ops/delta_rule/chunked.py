@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
+from pretrain.ops.delta_rule.crossing_chunks import CrossingChunks, crossing_chunks
 from pretrain.ops.shared.chunk_decay import chunk_decay, chunk_tokens
 from pretrain.ops.shared.chunking import from_chunks, to_chunks
 
@@ -37,7 +38,8 @@ def chunked_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Compute the delta rule parallel over chunks of about ``chunk_size`` sub-steps.
 
-    Shapes are those of :func:`pretrain.ops.delta_rule.definition.recurrent_delta_rule`.
+    Shapes are those of :func:`pretrain.ops.delta_rule.definition.recurrent_delta_rule`. The first
+    sequence of a segment of a row goes on from the segment before.
     """
     per_channel = log_decay is not None and log_decay.ndim == 3
     tokens = chunk_tokens(chunk_size, k.shape[1], sequences.max_length, per_channel)
@@ -48,8 +50,9 @@ def chunked_delta_rule(
         log_decay = q.new_zeros(q.shape[:-1])
     else:
         log_decay = to_chunks(log_decay, layout, head_axis=2)
+    crossing = sequences.derive(crossing_chunks, tokens)
     output, state = _ChunkedDeltaRule.apply(
-        q, k, v, beta, log_decay, initial_state[layout.order], layout.steps
+        q, k, v, beta, log_decay, initial_state[layout.order], layout.steps, crossing
     )
     output = from_chunks(output, layout)
     return output, state[torch.argsort(layout.order)]
@@ -73,6 +76,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         log_decay: Tensor,
         initial_state: Tensor,
         steps: list[tuple[int, int]],
+        crossing: CrossingChunks | None,
     ) -> tuple[Tensor, Tensor]:
         decay = chunk_decay(log_decay, k.shape[2] // max(q.shape[2], 1))
         # Rows and columns are scaled in the C x C matrices, which are smaller than k and v.
@@ -86,6 +90,9 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         k_end = decay.to_end * k
 
         state = initial_state.clone()
+        passing = []
+        if crossing is not None:
+            passing = [crossing.enter(decay, w, written, k_end, state)]
         states = k.new_empty(k.shape[0], *state.shape[1:])
         for first, count in steps:
             chunk = slice(first, first + count)
@@ -96,14 +103,15 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         pairs = decay.pairs(q, k)
         output = (decay.to_query * q) @ states + pairs @ written
 
-        ctx.save_for_backward(q, k, v, beta, log_decay, t, w, written, states, pairs)
-        ctx.steps = steps
+        ctx.save_for_backward(q, k, v, beta, log_decay, t, w, written, states, pairs, *passing)
+        ctx.steps, ctx.crossing = steps, crossing
         return output, state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_output: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, log_decay, t, w, written, states, pairs = ctx.saved_tensors
+        q, k, v, beta, log_decay, t, w, written, states, pairs, *passing = ctx.saved_tensors
+        crossing: CrossingChunks | None = ctx.crossing
         decay = chunk_decay(log_decay, k.shape[2] // max(q.shape[2], 1))
         beta = beta[..., None]
         k_end = decay.to_end * k
@@ -111,6 +119,8 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         d_written = pairs.mT @ d_output
         d_read = (decay.to_query * q).mT @ d_output
         d_state = d_state.clone()
+        if crossing is not None:
+            crossing.leave(decay, w, k_end, d_read, d_written, d_state, *passing)
         d_next = torch.empty_like(states)  # gradient of the state at each chunk's end
         for first, count in reversed(ctx.steps):
             chunk = slice(first, first + count)
@@ -118,6 +128,9 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             d_written[chunk] += k_end[chunk] @ d_next[chunk]
             d_state[:count] *= decay.over_chunk[chunk]
             d_state[:count] += d_read[chunk] - w[chunk].mT @ d_written[chunk]
+
+        if crossing is not None and crossing.enters:
+            d_state[crossing.first_row] = 0  # the segment before has been told
 
         x = t.mT @ d_written
         d_a = (x @ written.mT).tril_(-1).neg_()
@@ -141,4 +154,4 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             d_total[:, :, -1] += at_end
             d_total = d_total.unflatten(2, (q.shape[2], -1)).sum(3) + decay.reduce(q * dq)
             d_log_decay = d_total.flip(2).cumsum(2).flip(2)
-        return dq, dk, dv, d_beta, d_log_decay, d_state, None
+        return dq, dk, dv, d_beta, d_log_decay, d_state, None, None

@@ -85,7 +85,15 @@ def delta_rule(
     dtype = initial_state.dtype
     scale = head_dim**-0.5 if scale is None else scale
     segment = crossing(sequences)
-    if segment is not None:
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    # fla's product of Householder steps always has a decay per head.
+    per_head = num_householder > 1 or (log_decay is not None and not per_channel)
+    fits = fla_fits(q, decay_per_head=per_head) and not (per_channel and num_householder > 1)
+    fast = "fla" if fits else "chunked"
+    if sequences.max_length <= 1 and segment is None:
+        fast = "recurrent"
+    backend = choose_backend("delta_rule", backend, BACKENDS, "recurrent", fast)
+    if segment is not None and backend != "chunked":
         run = partial(
             delta_rule,
             num_householder=num_householder,
@@ -96,14 +104,6 @@ def delta_rule(
         return segmented_delta_rule(
             run, q, k, v, beta, log_decay, num_householder, initial_state, sequences, segment
         )
-    per_channel = log_decay is not None and log_decay.ndim == 4
-    # fla's product of Householder steps always has a decay per head.
-    per_head = num_householder > 1 or (log_decay is not None and not per_channel)
-    fits = fla_fits(q, decay_per_head=per_head) and not (per_channel and num_householder > 1)
-    fast = "fla" if fits else "chunked"
-    if sequences.max_length <= 1:
-        fast = "recurrent"
-    backend = choose_backend("delta_rule", backend, BACKENDS, "recurrent", fast)
     if backend == "fla":
         check_fla("delta_rule", q)
         if per_channel and num_householder > 1:

@@ -1,0 +1,126 @@
+"""The chunked delta rule over a row that is divided over ranks, its UT transform used twice.
+
+What a segment makes of the state that enters it is ``S -> E + M S``. E and M follow chunk by chunk
+from the W and U of the chunked form (chunked.py), which do not depend on any state, so that only
+the loop over chunk-start states runs twice, as does the one over their gradients. M is needed where
+a sequence goes through the whole segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.data.sequences import Segment, Sequences
+from pretrain.ops.across import crossing, gather, left_gradient, scan
+from pretrain.ops.shared.chunk_decay import ScalarDecay, VectorDecay
+
+
+@dataclass
+class CrossingChunks:
+    """Where the pieces at a segment's borders lie among its chunks.
+
+    Attributes:
+        segment: The segment.
+        first: Indices of the first piece's chunks, in the order of time.
+        last: Those of the last piece's.
+        first_row: Index of the first piece's state, in the layout's order.
+        last_row: That of the last piece's.
+    """
+
+    segment: Segment
+    first: list[int]
+    last: list[int]
+    first_row: int
+    last_row: int
+
+    @property
+    def enters(self) -> bool:
+        """Whether the first piece goes on from the segment before."""
+        return self.segment.continues[self.segment.rank]
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the last piece goes on in the next segment."""
+        following = self.segment.rank + 1
+        return following < self.segment.size and self.segment.continues[following]
+
+    def enter(
+        self,
+        decay: ScalarDecay | VectorDecay,
+        w: Tensor,
+        values: Tensor,
+        k_end: Tensor,
+        state: Tensor,
+    ) -> Tensor:
+        """Put the state that enters into ``state`` ``[N, H, K, V]``, of the layout's pieces.
+
+        ``w`` ``[n, H, C, K]``, ``values`` (U) and ``k_end`` are those of the n chunks. Returns the
+        transitions over all ranks' segments, for :meth:`leave`.
+        """
+        key_dim, value_dim = state.shape[-2:]
+        end = torch.zeros_like(state[0])
+        transition = end.new_zeros(len(end), key_dim, key_dim)
+        if self.leaves:
+            if self.segment.through[self.segment.rank]:
+                transition = transition + torch.eye(key_dim, dtype=end.dtype, device=end.device)
+            else:
+                end, transition = state[self.last_row], transition[..., :0]
+            both = torch.cat([end, transition], -1)
+            for chunk in self.last:
+                written = (w[chunk] @ both).neg_()
+                written[..., :value_dim] += values[chunk]
+                both = (decay.over_chunk[chunk] * both).add_(k_end[chunk].mT @ written)
+            end = both[..., :value_dim]
+            if transition.shape[-1]:
+                transition = both[..., value_dim:]
+            else:
+                transition = end.new_zeros(len(end), key_dim, key_dim)
+        entering, transitions = scan(self.segment, transition, end)
+        if self.enters:
+            state[self.first_row] = entering
+        return transitions
+
+    def leave(
+        self,
+        decay: ScalarDecay | VectorDecay,
+        w: Tensor,
+        k_end: Tensor,
+        d_read: Tensor,
+        d_written: Tensor,
+        d_state: Tensor,
+        transitions: Tensor,
+    ) -> None:
+        """Add to the gradient of the final states ``d_state`` what later segments pass back.
+
+        ``d_read`` ``[n, H, K, V]`` and ``d_written`` ``[n, H, C, V]`` are what outputs pass to
+        their chunk's start and to what is written in it.
+        """
+        entered = torch.zeros_like(d_state[0])
+        if self.enters:
+            entered = d_state[self.first_row]
+            for chunk in reversed(self.first):
+                d_new = d_written[chunk] + k_end[chunk] @ entered
+                entered = decay.over_chunk[chunk] * entered + d_read[chunk]
+                entered -= w[chunk].mT @ d_new
+        (all_entered,) = gather(self.segment, entered)
+        left = left_gradient(self.segment, all_entered, transitions)
+        if left is not None:
+            d_state[self.last_row] += left
+
+
+def crossing_chunks(sequences: Sequences, chunk_size: int) -> CrossingChunks | None:
+    """Return where a segment's outer pieces lie among its chunks, None where no sequence crosses.
+
+    ``sequences.derive`` is to call it, with the size that the chunks' layout is made for.
+    """
+    segment = crossing(sequences)
+    if segment is None:
+        return None
+    layout = sequences.chunk_layout(chunk_size)
+    order = layout.order.tolist()
+    rows = order.index(0), order.index(len(order) - 1)
+    first, last = ([start + row for start, count in layout.steps if row < count] for row in rows)
+    return CrossingChunks(segment, first, last, *rows)
