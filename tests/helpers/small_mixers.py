@@ -42,6 +42,10 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     ],
     "para_gru": [{"num_heads": 2}, {"num_heads": 3, "head_dim": 4, "conv_size": 0}],
     "para_lstm": [{"num_heads": 2}],
+    "mlstm": [
+        {"num_heads": 2, "chunk_size": 8},
+        {"num_heads": 3, "head_dim": 4, "qk_ratio": 1.5, "gate_cap": None},
+    ],
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
     "slstm": [{"num_heads": 2}],

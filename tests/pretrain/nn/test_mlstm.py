@@ -1,0 +1,99 @@
+"""mLSTM against its equations without a stabilizer, step by step in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.data.sequences import Sequences
+from pretrain.nn.mixers import LayerContext, registry
+from pretrain.nn.parameters import fill_parameters
+from pretrain.parallel.context import current_context
+from tests.helpers.relative_error import relative_error
+
+HIDDEN, LENGTHS = 24, [5, 1, 17, 9]
+pytestmark = pytest.mark.usefixtures("processes")
+
+
+def build(**settings):
+    kind = registry()["mlstm"]
+    config = kind.config_class(**settings).resolve(HIDDEN)
+    context = LayerContext(HIDDEN, 0.3, 0.3, current_context(torch.float64))
+    layer: Any = kind(config, context)
+    fill_parameters(layer, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():  # gates that differ from token to token
+        for gate in (layer.i_proj, layer.f_proj):
+            gate.weight.copy_(torch.randn(gate.weight.shape, generator=generator))
+    return layer
+
+
+def definition(layer, x, lengths):
+    """The layer of xLSTM-7B over sequences, each from a state of zeros."""
+    config, heads = layer.config, layer.num_heads
+    q, k, v = ((x @ getattr(layer, f"{n}_proj").weight.T).unflatten(-1, (heads, -1)) for n in "qkv")
+    i, f = (
+        x @ gate.weight.T + bias
+        for gate, bias in ((layer.i_proj, layer.i_bias), (layer.f_proj, layer.f_bias))
+    )
+    if config.gate_cap is not None:
+        i, f = (config.gate_cap * torch.tanh(gate / config.gate_cap) for gate in (i, f))
+    outputs, token = [], 0
+    for length in lengths:
+        c = x.new_zeros(heads, config.key_dim, config.head_dim)
+        n = x.new_zeros(heads, config.key_dim)
+        for t in range(token, token + length):
+            forget, write = torch.sigmoid(f[t])[:, None], i[t].exp()[:, None] * k[t]
+            c = forget[..., None] * c + write[..., None] * v[t][:, None]
+            n = forget * n + write
+            read = q[t] * config.key_dim**-0.5
+            divisor = (read * n).sum(-1).abs().clamp_min(1.0)[:, None]
+            outputs.append(torch.einsum("hk,hkv->hv", read, c) / divisor)
+        token += length
+    y = F.layer_norm(torch.stack(outputs), (config.head_dim,), eps=config.norm_eps).flatten(1)
+    return (torch.sigmoid(x @ layer.g_proj.weight.T) * y * layer.norm) @ layer.o_proj.weight.T
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_heads": 3, "gate_cap": None, "chunk_size": 4}])
+def test_outputs_and_gradients_are_those_of_the_equations(settings):
+    layer = build(**settings)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(sum(LENGTHS), HIDDEN, generator=generator, dtype=torch.float64)
+    x.requires_grad_()
+    found, _ = layer(x[:, None], sequences=Sequences.from_lengths(LENGTHS))
+    expected = definition(layer, x, LENGTHS)
+    # The 1e-6 beside the divisor stands for 1e-6 e^m of it, which the equations do not have.
+    assert relative_error(found[:, 0], expected) < 2e-5
+    leaves = [x, *layer.parameters()]
+    weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad((found[:, 0] * weights).sum(), leaves),
+        torch.autograd.grad((expected * weights).sum(), leaves),
+        strict=True,
+    ):
+        assert relative_error(one, other) < 2e-4
+
+
+def test_gates_of_any_size_are_finite_in_float32():
+    layer = build(gate_cap=None).float()
+    x = torch.randn(40, 1, HIDDEN, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    with torch.no_grad():
+        layer.i_proj.weight.mul_(40)
+        layer.f_proj.weight.mul_(40)
+    y, state = layer(x)
+    y.square().sum().backward()
+    values = [y, x.grad, *state.values(), *(p.grad for p in layer.parameters())]
+    assert float(state["max"].abs().max()) > 100
+    assert all(bool(value.isfinite().all()) for value in values)
+
+
+def test_many_tokens_in_float32_are_those_in_float64():
+    layer = build(num_heads=2)
+    x = torch.randn(2048, 1, HIDDEN, generator=torch.Generator().manual_seed(5)).double()
+    expected, _ = layer(x)
+    found, _ = layer.float()(x.float())
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < 1e-4
