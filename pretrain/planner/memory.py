@@ -13,6 +13,7 @@ import torch
 from pretrain.common.dtypes import DTYPES
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.config.optimizer import WHOLE_MATRICES
+from pretrain.model.layout import ENDLESS
 from pretrain.model.spec import block_specs
 from pretrain.optim import adamw
 from pretrain.optim.optimizer import GATHERED_AT_ONCE, rule
@@ -21,7 +22,6 @@ from pretrain.planner.software import Software
 from pretrain.planner.units import ParameterKind, Unit, count_kinds
 
 _DEEPSPEED_BUCKET = 200_000_000  # elements
-_ENDLESS = 2**40  # tokens, more than any window
 LIVE_PARAMETERS = 1_000_000_000  # that DeepSpeed's ZeRO-3 keeps gathered
 
 
@@ -182,7 +182,7 @@ class Memory:
         total = 0.0
         for spec in block_specs(self.config.model):
             count = partial(spec.mixer.state_bytes, spec.config, self.config.model.hidden_size)
-            if count(2 * _ENDLESS) > count(_ENDLESS):
+            if count(2 * ENDLESS) > count(ENDLESS):
                 total += width / 2 * (count(length) * (parallel.micro_batch_size + 3))
             else:
                 total += sum(map(count, borders))
