@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from pretrain.data.batches import pack_rows
 from pretrain.model.carried import CarriedStates
 from pretrain.nn.mixers import registry
+from tests.helpers.recursion_kinds import KINDS
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_mixers import SMALL
 from tests.helpers.small_model import VOCAB, make
@@ -99,3 +100,67 @@ def test_hybrids_with_gradient_accumulation_and_checkpointing(pattern, checkpoin
     model = small(pattern)
     model.activation_checkpointing = checkpointing
     check(model, text(micro_batches=3))
+
+
+@pytest.mark.parametrize("kind", ["looped", "lora", "halting"])
+def test_loops_carry_a_state_for_every_pass(kind):
+    check(small("gdn gru swa", recursion={**KINDS[kind], "ponder_weight": 0}), text())
+
+
+def test_other_micro_batches_are_refused():
+    model = small("gdn")
+    model.carried = CarriedStates(model, 1, ROWS + 1)
+    with pytest.raises(ValueError, match=r"1 micro-batches of 3 rows that read on, found \[2\]"):
+        model.carried.expect(batches_of(text(), 0))
+
+
+def test_evaluation_leaves_states_alone():
+    model, tokens = small("gdn swa"), text()
+    expected = [x for x, _ in carried_losses(model, tokens)]
+    found = []
+    for losses, _ in carried_losses(model, tokens):
+        found.append(losses)
+        (batch,) = batches_of(tokens, 1)
+        with torch.no_grad():
+            model.eval()(batch.tokens, batch.targets, sequences=batch.sequences)
+        model.train()
+    assert all(map(torch.equal, found, expected))
+
+
+def noisy(noise, seed=0, micro_batches=1):
+    model = small("gdn swa slstm retnet")
+    tokens = np.concatenate([text(), text()[::-1]])
+    if micro_batches == 1:
+        tokens = tokens[:2]
+    return [x for x, _ in carried_losses(model, tokens, noise, seed)]
+
+
+def test_noise_depends_on_seed_step_and_row_alone():
+    one, again, two, other = noisy(0.2), noisy(0.2), noisy(0.2, 0, 2), noisy(0.2, 1)
+    without = noisy(0.0)
+    assert all(map(torch.equal, one, again))
+    for step in range(STEPS):
+        assert relative_error(two[step][:ROWS], one[step]) < 1e-12
+    assert torch.equal(one[0], without[0]), "nothing is carried into the first step"
+    for step in (1, 2):
+        assert 1e-4 < relative_error(one[step], without[step]) < 1
+        assert relative_error(one[step], other[step]) > 1e-4
+    # A document that begins with a row has no state to disturb.
+    assert torch.equal(one[1][1], without[1][1])
+
+
+def test_noise_has_the_size_that_was_asked_for():
+    model = small("slstm swa")
+    model.carried = states = CarriedStates(model, 1, ROWS, noise=0.5)
+    slstm, swa = states._layers
+    clean = {n: torch.ones_like(v) * (1 + i) for i, (n, v) in enumerate(slstm.values.items())}
+    states.begin_step(0, 0, 0, 1)
+    disturbed = states._noisy(slstm, clean, 0)
+    for name in ("n", "m"):
+        assert torch.equal(disturbed[name], clean[name])
+    for name in ("h", "c"):
+        assert float((disturbed[name] - clean[name]).std() / clean[name].mean()) == pytest.approx(
+            0.5, rel=0.3
+        )
+    keys = swa.state_of(slice(0, ROWS))
+    assert all(states._noisy(swa, keys, 0)[name] is keys[name] for name in keys)
