@@ -1,6 +1,8 @@
-"""Rows that carry states from step to step: losses and gradients are those of states handed over."""
+"""Rows that carry states: losses and gradients are those of states that are handed over."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
@@ -68,7 +70,7 @@ def handed_over_losses(model, tokens):
         for row, ids in enumerate(torch.from_numpy(tokens)):
             begin, end = step * LENGTH, (step + 1) * LENGTH
             cuts = sorted({begin, end, *(i for i in range(begin, end) if ids[i] == EOD)})
-            for first, last in zip(cuts, cuts[1:], strict=False):
+            for first, last in itertools.pairwise(cuts):
                 state = None if ids[first] == EOD else states[row]
                 logits, after = model.forward_with_state(ids[None, first:last], state)
                 found.append(cross_entropy(logits[0], ids[first + 1 : last + 1], reduction="none"))
