@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import carried_worker
 from tests.helpers.processes import run_on
 
-pytestmark = pytest.mark.usefixtures("processes")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("processes")]
 
 
 @pytest.fixture(scope="module")

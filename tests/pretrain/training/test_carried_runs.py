@@ -49,14 +49,17 @@ def test_a_run_resumed_at_any_step_is_bit_for_bit_the_uninterrupted_one(
     whole, tmp_path, corpus, step
 ):
     parts = Run(tmp_path, corpus, "parts", steps=STEPS)
-    saved = [RunDirectory(run.directory).checkpoints for run in (whole, parts)]
-    shutil.copytree(*(folder / checkpoint_name(step) for folder in saved))
+    saved, copied = (
+        RunDirectory(run.directory).checkpoints / checkpoint_name(step) for run in (whole, parts)
+    )
+    shutil.copytree(saved, copied)
     Trainer(parts.config, overrides=CARRIED).fit()
     expected, found = ([x for x in run.losses if x["step"] > step] for run in (whole, parts))
     assert expected
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, corpus):
     run = Run(tmp_path, corpus, "killed", steps=STEPS)
     process = run.start(*CARRIED)
@@ -118,7 +121,9 @@ def test_after_a_rollback_rows_begin_again(tmp_path, corpus):
         train = dataclasses.replace(trainer.config.train, spikes=spikes)
         config = dataclasses.replace(trainer.config, train=train)
         directory = trainer.writer.directory
-        assert roll_back(config, trainer.engine, directory, trainer.state).name == "step-00000001"
+        found = roll_back(config, trainer.engine, directory, trainer.state)
+        assert found is not None
+        assert found.name == "step-00000001"
         trainer.stop.request("the test")
 
     _, carried = watched(tmp_path, corpus, 4, back)
