@@ -64,9 +64,8 @@ class TrainConfig(Config):
     of the whole row; every product is computed twice forward, as with ``block``."""
     carry_state: bool = False
     """Whether layers go on, at the beginning of a row, from the state at the end of the same row of
-    the step before, without gradients through it (truncated back-propagation through time,
-    arXiv 2410.07145). Rows then read on from step to step; a new document begins without a state
-    as ever."""
+    the step before, without gradients through it (truncated back-propagation through time). Rows
+    then read on from step to step; a new document begins without a state as ever."""
     carry_steps: int = setting(64, minimum=1)
     """With ``carry_state``, the steps for which a row reads on before it goes to another place."""
     carry_state_noise: float = setting(0.0, minimum=0)

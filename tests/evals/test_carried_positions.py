@@ -1,4 +1,4 @@
-"""A model whose rows carried states uses what lies beyond the length of a row, as positions show."""
+"""A model whose rows carried states uses what lies beyond a row's length, as positions show."""
 
 from __future__ import annotations
 

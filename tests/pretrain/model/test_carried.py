@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from pretrain.data.batches import pack_rows
 from pretrain.model.carried import CarriedStates
-from pretrain.nn.mixers import registry
+from pretrain.nn.mixers import State, registry
 from tests.helpers.recursion_kinds import KINDS
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_mixers import SMALL
@@ -63,7 +63,7 @@ def carried_losses(model, tokens, noise=0.0, seed=0):
 
 def handed_over_losses(model, tokens):
     """The same, of one document at a time, from the state behind what came of it before."""
-    states = [None] * len(tokens)
+    states: list[list[State] | None] = [None] * len(tokens)
     for step in range(STEPS):
         model.zero_grad()
         found = []
