@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.common.config_loader import ConfigError
 from pretrain.data.batches import Batch
 from pretrain.data.sequences import Sequences, without_waiting
 from pretrain.nn.mixers.base import Mixer, State, accumulation_dtype
@@ -197,13 +198,22 @@ class CarriedStates:
 
 
 def _initial(mixer: Mixer, rows: int) -> State:
-    """Return the states of rows before any token, each tensor with memory of its own."""
+    """Return the states of rows before any token, each tensor with memory of its own.
+
+    Raises ConfigError where they are not of one size.
+    """
     state = {}
     for name, value in mixer.init_state(rows).items():
         if name in mixer.windowed_states:
             state[name] = value.new_zeros(rows, mixer.state_window, *value.shape[1:])
-        else:
+        elif len(value) == rows:
             state[name] = value.clone()
+        else:
+            raise ConfigError(
+                f"train.carry_state is true, but '{name}' in the state of {type(mixer).__name__} "
+                f"is {tuple(value.shape)} for {rows} sequences; expected one entry for each, or "
+                "windowed_states that name it (docs/add-a-layer.md)"
+            )
     return state
 
 

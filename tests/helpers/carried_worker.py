@@ -96,9 +96,9 @@ def save(engine, step, folder):
     save_checkpoint(folder, engine, RunConfig("test", config), state)
 
 
-def resume(folder, step, parallel):
+def resume(folder, step, parallel, noise=0.3):
     """(loss, gradient norm) of a step from the checkpoint in a folder."""
-    engine = make("hybrid", parallel, 0.3, seed=step)  # what is not loaded shows
+    engine = make("hybrid", parallel, noise, seed=step)  # what is not loaded shows
     if step > 0:
         load_checkpoint(find_checkpoint(folder), engine)
     return engine, step_of(engine, step, parallel)
@@ -111,6 +111,12 @@ def main(folder):
         for model, used in CASES:
             if used == layout:
                 found[f"{model}-{layout}"] = train(model, parallel, NOISE.get(layout, 0.0))
+    start(LAYOUTS["tp2"])
+    found["resumed-tp2"] = []
+    for step in range(STEPS):
+        engine, result = resume(folder / "tp2", step, LAYOUTS["tp2"], noise=0.0)
+        found["resumed-tp2"].append(result)
+        save(engine, step, folder / "tp2")
     across = []
     for step, layout in enumerate(ACROSS):
         start(LAYOUTS[layout])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from pretrain.common.config_loader import ConfigError
 from pretrain.data.batches import pack_rows
 from pretrain.model.carried import CarriedStates
 from pretrain.nn.mixers import State, registry
@@ -166,3 +167,10 @@ def test_noise_has_the_size_that_was_asked_for():
         )
     keys = swa.state_of(slice(0, ROWS))
     assert all(states._noisy(swa, keys, 0)[name] is keys[name] for name in keys)
+
+
+def test_a_state_that_is_packed_without_saying_so_is_refused():
+    model = small("swa")
+    model.blocks[0].mixer.windowed_states = ()
+    with pytest.raises(ConfigError, match=r"'k' in the state of SlidingWindowAttention is \(0, "):
+        CarriedStates(model, 1, ROWS)

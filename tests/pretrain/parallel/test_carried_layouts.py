@@ -37,6 +37,10 @@ def test_two_processes_equal_one(model, layout, two_processes):
     assert np.allclose(two_processes[f"{model}-{layout}"], expected, rtol=1e-5)
 
 
+def test_tensor_parallel_processes_resume(two_processes):
+    assert np.allclose(two_processes["resumed-tp2"], train("hybrid", 0.0), rtol=1e-5)
+
+
 def test_states_cross_from_layout_to_layout(folder, two_processes):
     engine = carried_worker.make("hybrid", carried_worker.ALONE, 0.3)
     steps = range(len(carried_worker.ACROSS) + 1)
