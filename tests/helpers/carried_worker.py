@@ -31,11 +31,15 @@ ROWS, LENGTH, STEPS, EOD = 4, 24, 3, 7
 MODELS = {
     "hybrid": settings("gdn swa slstm mamba2", dropout=0.2),
     "block": settings("kda swa gru retnet"),
+    "experts": settings(
+        "gdn swa", moe={"num_experts": 4, "top_k": 2, "intermediate_size": 16, "balance_weight": 0}
+    ),
     "loop": settings("gru gdn swa", recursion=KINDS["lora"]),
 }
 LAYOUTS = {
     "dp2": ParallelConfig(micro_batch_size=1),
     "dp2-zero0": ParallelConfig(micro_batch_size=2, zero_stage=0),
+    "ep2": ParallelConfig(micro_batch_size=1, expert=2),
     "tp2": ParallelConfig(micro_batch_size=2, tensor=2),
     "tp2-sequence": ParallelConfig(micro_batch_size=1, tensor=2, sequence=True),
     "pp2": ParallelConfig(micro_batch_size=2, pipeline=2),
@@ -44,7 +48,8 @@ LAYOUTS = {
 ALONE = ParallelConfig(micro_batch_size=2, zero_stage=0)
 NOISE = {"dp2": 0.3, "dp2-zero0": 0.3, "pp2": 0.3}
 CASES = [
-    *(("hybrid", layout) for layout in LAYOUTS),
+    *(("hybrid", layout) for layout in LAYOUTS if layout != "ep2"),
+    *(("experts", layout) for layout in ("dp2", "ep2")),
     *(("block", layout) for layout in ("dp2", "tp2", "pp2")),
     *(("loop", layout) for layout in ("dp2", "tp2-sequence", "pp2")),
 ]
