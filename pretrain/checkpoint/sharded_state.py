@@ -61,6 +61,9 @@ class HoldsState(Protocol):
     def backend(self) -> StateOfTraining:
         """Return what holds the weights and the optimizer state."""
 
+    def carried_state(self) -> State:
+        """Return what this process's rows carry from step to step, if anything."""
+
 
 def global_shape(parameter: Tensor, shape: Shape) -> tuple[Shape, Shape]:
     """Return (global shape, offsets of this rank's part, which has ``shape``)."""

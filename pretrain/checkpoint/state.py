@@ -194,6 +194,9 @@ def load_checkpoint(checkpoint: Path, engine: HoldsState) -> None:
     state = read_state(checkpoint)
     _load(engine.backend.weights_state(saving=False), checkpoint)
     _load(engine.backend.optimizer_state(saving=False), checkpoint)
+    carried = engine.carried_state()
+    if carried:
+        _load(carried, checkpoint)
     engine.backend.loaded(state.step - state.skipped)
 
 

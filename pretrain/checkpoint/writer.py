@@ -182,6 +182,7 @@ def _local_state(engine: HoldsState) -> State:
     return {
         **engine.backend.weights_state(saving=True),
         **engine.backend.optimizer_state(saving=True),
+        **engine.carried_state(),
     }
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from pretrain.common.config_loader import ConfigError, check_of, load_config, validate
 from pretrain.common.errors import UserError
 from pretrain.common.text import control_character
+from pretrain.config.carried import check_carried
 from pretrain.config.model import ModelConfig, MoEConfig, RecursionConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
@@ -84,6 +85,7 @@ def _check_run(config: RunConfig, where: str) -> None:
     check_parallel(config, where)
     _check_experts(config, where)
     check_segments(config, where)
+    check_carried(config, where)
     _check_optimizer(config, where)
     _check_batch_warmup(config, where)
     if (config.data.path is None) == (not config.data.blend):

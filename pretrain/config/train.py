@@ -62,6 +62,16 @@ class TrainConfig(Config):
     """Tokens of a segment of a row of ``seq_len`` x ``parallel.micro_batch_size``; null: rows are
     computed as a whole. By segments the memory of activations is one segment's, with the gradients
     of the whole row; every product is computed twice forward, as with ``block``."""
+    carry_state: bool = False
+    """Whether layers go on, at the beginning of a row, from the state at the end of the same row of
+    the step before, without gradients through it (truncated back-propagation through time). Rows
+    then read on from step to step; a new document begins without a state as ever."""
+    carry_steps: int = setting(64, minimum=1)
+    """With ``carry_state``, the steps for which a row reads on before it goes to another place."""
+    carry_state_noise: float = setting(0.0, minimum=0)
+    """Standard deviation of normal noise on carried states, as a multiple of the root mean square
+    of a layer's state of one row; not on keys and values of a window, normalisers, and
+    stabilisers (arXiv 2507.02782)."""
     nonfinite: Literal["stop", "skip"] = setting("stop")
     """What a loss or gradient that is not finite does to the run: end it, or skip the step."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)

@@ -6,6 +6,10 @@ number of samples every source has its share to within as many samples as there 
 a source the samples come in a pseudorandom order that is a new one every epoch. Nothing is stored:
 the loader's state is the number of the step.
 
+With ``train.carry_state`` rows read on instead: row r of a step continues row r of the step before,
+through a span of ``train.carry_steps`` samples of one source, and then goes to another span. Spans
+are dealt as samples are else, and rows reach the end of theirs in turn, not all at one step.
+
 The end-of-document token opens the next document: it is the first input of every document, so each
 token of a document is predicted once, from that document alone.
 """
@@ -40,12 +44,15 @@ class Batch:
         targets: ``[1, T]`` int64, the token after each.
         loss_mask: ``[1, T]`` float32, 1 where the target counts.
         sequences: The documents, or pieces of documents, that the row is packed of.
+        continues: Where rows read on from step to step: of each, whether its first document is that
+            in which the same row of the step before ended.
     """
 
     tokens: Tensor
     targets: Tensor
     loss_mask: Tensor
     sequences: Sequences
+    continues: tuple[bool, ...] | None = None
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -57,7 +64,7 @@ class Batch:
         tokens, targets, mask = (
             without_waiting(x, device) for x in (self.tokens, self.targets, self.loss_mask)
         )
-        return Batch(tokens, targets, mask, self.sequences.to(device))
+        return Batch(tokens, targets, mask, self.sequences.to(device), self.continues)
 
     def segment(self, rank: int, size: int, group: Any = None) -> Batch:
         """Return segment ``rank`` of ``size`` of the row; see :func:`.segment_of`."""
@@ -74,7 +81,7 @@ class Batch:
         tokens, targets, mask = (
             x.pin_memory() for x in (self.tokens, self.targets, self.loss_mask)
         )
-        return Batch(tokens, targets, mask, self.sequences.pinned())
+        return Batch(tokens, targets, mask, self.sequences.pinned(), self.continues)
 
 
 @dataclass
@@ -195,6 +202,11 @@ class TrainingBatches:
                     f"{name}: its training split has {len(stream)} tokens, fewer than one sample "
                     f"of train.seq_len + 1 = {config.seq_len + 1}"
                 )
+            if config.carry_state and count < config.carry_steps:
+                raise UserError(
+                    f"{name}: its training split has {count} samples of train.seq_len, too few for "
+                    f"train.carry_steps = {config.carry_steps}; expected at most {count}"
+                )
 
     def micro_batches(
         self, step: int, rank: int = 0, size: int = 1, *, offset: int = 0
@@ -217,14 +229,35 @@ class TrainingBatches:
         for index in indices:
             source, number = self.locate(index)
             rows.append(self.streams[source].read(number * length, length + 1))
-        return pack_rows(np.stack(rows), self.eod_id)
+        if not self.config.carry_state:
+            return pack_rows(np.stack(rows), self.eod_id)
+        goes_on = [self._span(index)[1] > 0 for index in indices]
+        return pack_rows(np.stack(rows), self.eod_id, goes_on)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return (source, sample of that source's stream) of the run's sample ``index``."""
+        size, place = 1, 0
+        if self.config.carry_state:
+            size = self.config.carry_steps
+            index, place = self._span(index)
         source, position = blend(index, self.weights)
-        epoch, position = divmod(position, self.samples[source])
+        count, rest = divmod(self.samples[source], size)
+        epoch, position = divmod(position, count)
         key = hashlib.sha256(f"{self.seed}:{self.names[source]}:{epoch}".encode()).digest()
-        return source, permute(position, self.samples[source], key)
+        # What spans leave over is not always the same.
+        shift = int.from_bytes(key[:8], "little") % (rest + 1)
+        return source, shift + permute(position, count, key) * size + place
+
+    def _span(self, index: int) -> tuple[int, int]:
+        """Return the number of the span that sample ``index`` is of, and its place in there.
+
+        Rows begin their spans in the order of the rows, at equal distances in steps.
+        """
+        rows = self.config.global_batch_tokens // self.config.seq_len
+        step, row = divmod(index, rows)
+        size = self.config.carry_steps
+        turn, place = divmod(step + (rows - 1 - row) * size // rows, size)
+        return turn * rows + row, place
 
     def epochs(self, step: int, *, offset: int = 0) -> list[float]:
         """Return how often each source has been seen when ``step`` steps are done."""
@@ -268,13 +301,17 @@ def permute(position: int, count: int, key: bytes) -> int:
             return position
 
 
-def pack_rows(rows: np.ndarray, eod_id: int) -> Batch:
+def pack_rows(rows: np.ndarray, eod_id: int, goes_on: Sequence[bool] | None = None) -> Batch:
     """Pack rows ``[B, T + 1]`` of a token stream as one packed micro-batch.
 
     Every end-of-document token among the inputs opens a sequence, and so does every row.
+    ``goes_on``: of each row, whether it reads on where that of the step before ended.
     """
     inputs, targets = rows[:, :-1], rows[:, 1:]
     starts = inputs == eod_id
+    continues = None
+    if goes_on is not None:
+        continues = tuple((np.array(goes_on) & ~starts[:, 0]).tolist())
     starts[:, 0] = True
     ends = np.append(np.flatnonzero(starts.reshape(-1)), inputs.size)
     return Batch(
@@ -282,4 +319,5 @@ def pack_rows(rows: np.ndarray, eod_id: int) -> Batch:
         targets=torch.from_numpy(targets.reshape(1, -1).copy()),
         loss_mask=torch.ones(1, inputs.size),
         sequences=Sequences(torch.from_numpy(ends.astype(np.int64))),
+        continues=continues,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 from torch import Tensor, nn
@@ -83,20 +84,26 @@ def run_block(
     depth: int,
     drop: DropAt | None,
     activation_checkpointing: str = "none",
+    state: State | None = None,
+    with_state: bool = False,
     handover: Handover | None = None,
-) -> Tensor:
-    """Run x ``[T, B, d]`` through a block at pass ``depth`` of a loop, without a state.
+) -> tuple[Tensor, State | None]:
+    """Run x ``[T, B, d]`` through a block at pass ``depth`` of a loop, from ``state`` if any.
 
     ``activation_checkpointing``: what the backward pass computes again, as in TrainConfig.
-    ``handover``: as for :class:`Block`.
+    ``handover``: as for :class:`Block`. Returns the same shape, and the state behind it where
+    ``with_state`` asks for it.
     """
+    arguments = (block, x, sequences, depth, drop, "none", state, with_state)
     if activation_checkpointing == "block":
-        arguments = (run_block, block, x, sequences, depth, drop, "none", Handover())
-        return cast(Tensor, checkpoint(*arguments, use_reentrant=False))
+        found = checkpoint(run_block, *arguments, Handover(), use_reentrant=False)
+        return cast(tuple[Tensor, State | None], found)
     if activation_checkpointing == "selective":
         with recomputing(swapped_parameters(block)):
-            return run_block(block, x, sequences, depth, drop)
+            return run_block(*arguments)
     set_depth(block, depth)
-    with without_states():
-        y, _ = block(x, sequences=sequences, drop=drop, depth=depth, handover=handover)
-        return cast(Tensor, y)
+    with nullcontext() if with_state else without_states():
+        y, new = block(
+            x, sequences=sequences, state=state, drop=drop, depth=depth, handover=handover
+        )
+    return y, new if with_state else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -13,7 +14,8 @@ from pretrain.common.metrics import merge_metrics
 from pretrain.config import ModelConfig
 from pretrain.data.sequences import Sequences, check_fits, given_sequences
 from pretrain.model.block import Block, run_block
-from pretrain.model.depth_lora import add_depth_lora, set_depth
+from pretrain.model.carried import CarriedStates
+from pretrain.model.depth_lora import add_depth_lora
 from pretrain.model.recursion import Recursion
 from pretrain.model.segmented import comes_in_segments, segmented_losses
 from pretrain.model.spec import block_specs, passes
@@ -28,7 +30,7 @@ from pretrain.nn.parameters import DescribedModule, change_info
 from pretrain.ops.cross_entropy.linear_cross_entropy import linear_cross_entropy
 from pretrain.ops.cross_entropy.sharded_cross_entropy import sharded_cross_entropy
 from pretrain.ops.cross_entropy.target_scores import target_scores
-from pretrain.parallel.collectives import gather_last_axis, gather_sequence
+from pretrain.parallel.collectives import gather_last_axis
 from pretrain.parallel.context import ParallelContext
 from pretrain.parallel.megatron import viewless
 
@@ -50,6 +52,7 @@ class LanguageModel(DescribedModule):
     # the backward pass. 1 GiB in float32.
     logits_at_once = 2**28
     segment_tokens: int | None = None  # of a row's losses; see pretrain.model.segmented
+    carried: CarriedStates | None = None  # of rows from step to step, in training
     # While open, gradients that add up are not reduced yet.
     reduction_paused: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -113,7 +116,7 @@ class LanguageModel(DescribedModule):
         process is number ``rank`` of ``world_size``, take them in turn. What :meth:`update_biases`
         would go by is forgotten: a step that was left out leaves no trace.
         """
-        for drawing in (self.dropout, self.recursion):
+        for drawing in (self.dropout, self.recursion, self.carried):
             if drawing is not None:
                 drawing.begin_step(seed, step, rank, world_size)
         for experts in self.experts():
@@ -160,12 +163,7 @@ class LanguageModel(DescribedModule):
             return self._score(x[scored], targets[0, scored], candidates)
         losses = self._losses(x, targets.t().contiguous()).t()
         if ponder is not None and self.training:
-            # In the gradient, not in the value: the loss stays a cross entropy.
-            assert self.recursion is not None
-            if self.context.sequence_parallel:
-                ponder = gather_sequence(ponder, self.context.group, reduce_gradient=False)
-            cost = self.recursion.config.ponder_weight * ponder.t()
-            losses = losses + (cost - cost.detach())
+            losses = cast(Recursion, self.recursion).with_cost(losses, ponder)
         return losses
 
     def hidden_states(
@@ -244,16 +242,17 @@ class LanguageModel(DescribedModule):
     def select_states(self, states: list[State], indices: Tensor) -> list[State]:
         """Return the states of some of the sequences, in the order of ``indices``."""
         return [
-            cast(Block, block).mixer.select_state(state, indices)
-            for block, state in zip(self._blocks_by_state(), states, strict=True)
+            cast(Block, self.blocks[index]).mixer.select_state(state, indices)
+            for index, state in zip(self.blocks_by_state(), states, strict=True)
         ]
 
-    def _blocks_by_state(self) -> list[nn.Module]:
-        loop = self._loop
-        times = 1 if self.recursion is None else self.recursion.num_passes()
-        local = self.stage.blocks
-        order = [*range(local.start, loop.start), *[*loop] * times, *range(loop.stop, local.stop)]
-        return [self.blocks[index] for index in (order if loop else local)]
+    def blocks_by_state(self, times: int | None = None) -> list[int]:
+        """Return the number of the block that each state is of, with ``times`` passes of a loop."""
+        loop, local = self._loop, self.stage.blocks
+        if self.recursion is None:
+            return [*local]
+        times = times or self.recursion.num_passes()
+        return [*range(local.start, loop.start), *[*loop] * times, *range(loop.stop, local.stop)]
 
     def _head_rows(self, x: Tensor) -> Tensor:
         return column_input(self._head_input(x[:, None]), self.context)[:, 0]
@@ -289,31 +288,24 @@ class LanguageModel(DescribedModule):
         if self.dropout is not None and self.training and not with_states:
             drop = self.dropout.next_micro_batch()
         x = drop(x, EMBEDDING) if drop is not None and self.stage.first else x
-
-        def run(x: Tensor, indices: range, depth: int = 0) -> Tensor:
-            if not with_states:
-                return self.run_blocks(x, indices, sequences, depth, drop)
-            for index in indices:
-                set_depth(self.blocks[index], depth)
-                old = None if states is None else states[len(new_states)]
-                x, state = self.blocks[index](
-                    x, sequences=sequences, state=old, drop=drop, depth=depth
-                )
-                new_states.append(state)
-            return x
-
-        ponder = None
-        local = self.stage.blocks
+        carried = self.carried if self.training and not with_states else None
+        if carried is not None and sequences is not None:
+            states, with_states = carried.enter(sequences), True
+        after = new_states if with_states else None
+        run = partial(self.run_blocks, sequences=sequences, drop=drop, states=states, after=after)
+        ponder, local = None, self.stage.blocks
         if self.recursion is None:
             x = run(x, local)
         else:
             x = run(x, range(local.start, self._loop.start))
             x, ponder = self.recursion(
-                x, lambda state, index: run(state, self._loop, index), all_passes=with_states
+                x, lambda state, index: run(state, self._loop, depth=index), all_passes=with_states
             )
             if self.recursion.config.normalize_state:
                 x = self.final_norm(x)
             x = run(x, range(self._loop.stop, local.stop))
+        if carried is not None:
+            carried.leave(new_states)
         return x, new_states, ponder
 
     def run_blocks(
@@ -323,12 +315,20 @@ class LanguageModel(DescribedModule):
         sequences: Sequences | None,
         depth: int = 0,
         drop: DropAt | None = None,
+        states: list[State] | None = None,
+        after: list[State] | None = None,
     ) -> Tensor:
-        """Run x ``[T, B, d]`` through some blocks, at pass ``depth`` of a loop, without states."""
+        """Run x ``[T, B, d]`` through some blocks, at pass ``depth`` of a loop.
+
+        ``after``: takes the state behind each block; those before are ``states``, from as many on.
+        """
+        kept = self.activation_checkpointing if self.training else "none"
         for index in indices:
             block = cast(Block, self.blocks[index])
-            kept = self.activation_checkpointing if self.training else "none"
-            x = run_block(block, x, sequences, depth, drop, kept)
+            old = None if states is None or after is None else states[len(after)]
+            x, state = run_block(block, x, sequences, depth, drop, kept, old, after is not None)
+            if after is not None:
+                after.append(cast(State, state))
         return x
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pretrain.common.config_loader import ConfigError
 from pretrain.config import ModelConfig, RunConfig, checks
 from pretrain.config.checks import ModelLimits
 from pretrain.model.float8 import check_float8_layout
 from pretrain.model.spec import block_specs, check_model
 from pretrain.model.stages import most_stages
 from pretrain.nn.mixers.base import SHAREABLE
+
+ENDLESS = 2**40  # tokens, more than any window
 
 
 def model_limits(config: ModelConfig, where: str) -> ModelLimits:
@@ -33,9 +36,25 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
     Raises ConfigError, or UserError for the number of processes, with what would work.
     """
     check_model(config.model, where)
+    if config.train.carry_state:
+        _check_states(config.model, where)
     checks.check_layout(config, model_limits(config.model, where), count, where)
     if config.train.precision == "fp8":
         check_float8_layout(config.model, config.parallel.tensor, where)
+
+
+def _check_states(config: ModelConfig, where: str) -> None:
+    """Raise ConfigError where a layer's state grows, which rows cannot carry on for ever."""
+    for spec in block_specs(config, where):
+        short, long = (
+            spec.mixer.state_bytes(spec.config, config.hidden_size, n)
+            for n in (ENDLESS, 2 * ENDLESS)
+        )
+        if short != long:
+            raise ConfigError(
+                f"{where}: train.carry_state is true, but the state of mixer '{spec.name}' grows "
+                "with the text; expected layers with a state of one size, such as swa"
+            )
 
 
 def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:

@@ -24,6 +24,7 @@ from pretrain.nn.parameters import (
     replicated_parameter,
     used_on_local_tokens,
 )
+from pretrain.parallel.collectives import gather_sequence
 from pretrain.parallel.context import ParallelContext
 
 _EVALUATION = 2**32 - 1  # stands for "no step" among the seeds
@@ -162,6 +163,16 @@ class Recursion(nn.Module):
         if self.training:
             self._ponder.append(halting.cost.detach().mean())
         return halting.output, halting.cost
+
+    def with_cost(self, losses: Tensor, ponder: Tensor) -> Tensor:
+        """Return losses ``[B, T]`` with the gradient of the tokens' ponder cost ``[T, B]`` as well.
+
+        In the gradient, not in the value: the loss stays a cross entropy.
+        """
+        if self._context.sequence_parallel:
+            ponder = gather_sequence(ponder, self._context.group, reduce_gradient=False)
+        cost = self.config.ponder_weight * ponder.t()
+        return losses + (cost - cost.detach())
 
     def _initial(self, x: Tensor) -> Tensor:
         config = self.config

@@ -13,7 +13,8 @@ import torch
 from pretrain.common.dtypes import DTYPES
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.config.optimizer import WHOLE_MATRICES
-from pretrain.model.spec import block_specs
+from pretrain.model.layout import ENDLESS
+from pretrain.model.spec import block_specs, passes
 from pretrain.optim import adamw
 from pretrain.optim.optimizer import GATHERED_AT_ONCE, rule
 from pretrain.planner.hardware import Hardware
@@ -21,7 +22,6 @@ from pretrain.planner.software import Software
 from pretrain.planner.units import ParameterKind, Unit, count_kinds
 
 _DEEPSPEED_BUCKET = 200_000_000  # elements
-_ENDLESS = 2**40  # tokens, more than any window
 LIVE_PARAMETERS = 1_000_000_000  # that DeepSpeed's ZeRO-3 keeps gathered
 
 
@@ -163,9 +163,11 @@ class Memory:
         total = worst + waiting * kept + self.borders(parallel)
         head = min(head, total)
         update = state["update"]
+        carried = self.carried(parallel, micro_batches * parallel.micro_batch_size)
+        found = {"carried states": carried} if carried else {}
         if total <= update:
-            return {"activations": 0.0, "logits and loss": 0.0}
-        return {"activations": total - head, "logits and loss": head, "update": 0.0}
+            return {"activations": 0.0, "logits and loss": 0.0, **found}
+        return {"activations": total - head, "logits and loss": head, "update": 0.0, **found}
 
     def borders(self, parallel: ParallelConfig) -> float:
         """Return the bytes of states between segments, where rows come in segments.
@@ -182,11 +184,22 @@ class Memory:
         total = 0.0
         for spec in block_specs(self.config.model):
             count = partial(spec.mixer.state_bytes, spec.config, self.config.model.hidden_size)
-            if count(2 * _ENDLESS) > count(_ENDLESS):
+            if count(2 * ENDLESS) > count(ENDLESS):
                 total += width / 2 * (count(length) * (parallel.micro_batch_size + 3))
             else:
                 total += sum(map(count, borders))
         return total / parallel.tensor
+
+    def carried(self, parallel: ParallelConfig, rows: int) -> float:
+        """Return the bytes of states that a process's rows carry from step to step, if they do."""
+        model = self.config.model
+        if not self.config.train.carry_state:
+            return 0.0
+        states = sum(
+            times * spec.mixer.state_bytes(spec.config, model.hidden_size, ENDLESS)
+            for spec, times in zip(block_specs(model), passes(model), strict=True)
+        )
+        return rows * states / (parallel.tensor * parallel.pipeline)
 
     def _fills_late(self, parallel: ParallelConfig) -> bool:
         """Return whether gradients fill the memory of DeepSpeed's bucket one by one.

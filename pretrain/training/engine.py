@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint.sharded_state import Boxes, State
 from pretrain.common.metrics import merge_metrics
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data.batches import Batch
+from pretrain.model.carried import CarriedStates
 from pretrain.model.language_model import LanguageModel
 from pretrain.optim.backends.base import make_backend
 from pretrain.parallel.pipeline import local_part, run_schedule, score_schedule
@@ -70,18 +72,38 @@ class Engine:
         """Run forward, backward and update over this process's micro-batches of the global batch.
 
         A loss or gradient norm that is not finite leaves parameters and optimizer untouched, and so
-        does a loss for which ``skip_if`` (not with DeepSpeed) says so, on every process.
+        does a loss for which ``skip_if`` (not with DeepSpeed) says so, on every process. After such
+        a step rows that carry states begin again without one.
         """
+        for states in self._carried():
+            states.expect(batches)
         sums = self.backend.forward_backward(batches)
         sum_over_replicas(sums)
         loss = float(sums[0] / sums[1].clamp_min(1))
         if skip_if is not None and skip_if(loss):
+            self.forget_carried()
             return StepResult(loss=loss, grad_norm=None, applied=False)
         norm, applied = self.backend.optimizer_step(lr, loss)
         if applied:
             for part in self.parts:
                 part.update_biases()
+        else:
+            self.forget_carried()
         return StepResult(loss=loss, grad_norm=norm, applied=applied)
+
+    def carried_state(self) -> State:
+        """Return what this process's rows carry from step to step, if anything; its own tensors."""
+        return {
+            name: Boxes(*boxes) for each in self._carried() for name, boxes in each.parts().items()
+        }
+
+    def forget_carried(self) -> None:
+        """Have rows that carry states begin again without one."""
+        for states in self._carried():
+            states.forget()
+
+    def _carried(self) -> list[CarriedStates]:
+        return [part.carried for part in self.parts if part.carried is not None]
 
     @torch.no_grad()
     def validate(

@@ -79,6 +79,11 @@ def checkpoint_to_resume(
             (before.train.batch_warmup_steps, before.train.batch_warmup_start),
             (config.train.batch_warmup_steps, config.train.batch_warmup_start),
         ),
+        (
+            "train.carry_state, carry_steps",
+            (before.train.carry_state, before.train.carry_steps),
+            (config.train.carry_state, config.train.carry_steps),
+        ),
         # In fp8 a model has the weights of one in bf16.
         *(
             [("train.precision", before.train.precision, config.train.precision)]
@@ -92,6 +97,13 @@ def checkpoint_to_resume(
                 f"{directory} was trained with {name} {was}, the config says {now}: resuming would "
                 "repeat or skip data; choose another name for a new run"
             )
+    shards, now_shards = before.parallel.tensor, config.parallel.tensor
+    if config.train.carry_state and shards != now_shards:
+        raise UserError(
+            f"{found}: the states that rows carry (train.carry_state) are those of parallel.tensor "
+            f"{shards}, the config says {now_shards}; expected the same to resume, or a new run "
+            f"with initialize.checkpoint={found}"
+        )
     rise = _rise(found, config)
     if rise is not None and not force:
         raise UserError(_refuse_rise(found, config, *rise))

@@ -18,6 +18,7 @@ from pretrain.config.checks import check_vocab_size
 from pretrain.data.batches import PreparedData
 from pretrain.data.manifest import Manifest
 from pretrain.model.build import build_stages, padded_vocab_size
+from pretrain.model.carried import CarriedStates
 from pretrain.model.counts import ModelCounts
 from pretrain.model.float8 import multiply_in_float8
 from pretrain.parallel.processes import (
@@ -99,10 +100,12 @@ def build_engine(
     if config.initialize is not None and checkpoint is None:
         initialize_from(stages, config.initialize, data.tokenizer.sha256)
     _, replicas = data_parallel_rank_and_size()
-    tokens_at_once = train.seq_len * config.parallel.micro_batch_size * replicas
-    engine = Engine(
-        stages, config.optimizer, config.parallel, train.global_batch_tokens // tokens_at_once
-    )
+    rows = config.parallel.micro_batch_size
+    micro_batches = train.global_batch_tokens // (train.seq_len * rows * replicas)
+    if train.carry_state:
+        for stage in stages:
+            stage.carried = CarriedStates(stage, micro_batches, rows, train.carry_state_noise)
+    engine = Engine(stages, config.optimizer, config.parallel, micro_batches)
     if checkpoint is not None:
         load_checkpoint(checkpoint, engine)
     return engine

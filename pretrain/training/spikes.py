@@ -70,6 +70,7 @@ def roll_back(
     if target is None:
         return None
     load_checkpoint(target, engine)
+    engine.forget_carried()  # rows go on elsewhere
     saved = read_state(target)
     missed = train.tokens_before(state.step) - train.tokens_before(saved.step)
     offset = state.data_offset + missed + spikes.skip_steps * train.global_batch_tokens

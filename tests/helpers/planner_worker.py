@@ -24,6 +24,7 @@ def run_config(settings):
         global_batch_tokens=settings["rows"] * settings["seq_len"],
         activation_checkpointing=settings["checkpointing"],
         segment_tokens=settings.get("segment_tokens"),
+        carry_state=settings.get("carry_state", False),
     )
     optimizer = OptimizerConfig(kind=settings.get("optimizer", "adamw"))
     model = build_config(ModelConfig, settings["model"], "case")

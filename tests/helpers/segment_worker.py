@@ -71,7 +71,7 @@ def run(block, x, sequences, weights, with_states, checkpointing="none"):
         chosen = [torch.tensor([number]) for number in range(ended(sequences))]
         states = [block.mixer.select_state(state, number) for number in chosen]
     else:
-        y = run_block(block, x, sequences, 0, None, checkpointing)
+        y, _ = run_block(block, x, sequences, 0, None, checkpointing)
     loss = (y * weights).sum()
     for tensor in (tensor for state in states for tensor in state.values()):
         if tensor.is_floating_point():

@@ -89,7 +89,10 @@ class Attention(Mixer):
     def __init__(self, config: AttentionConfig, context: LayerContext):
         super().__init__(config, context)
         self.config, self.parallel = config, context.parallel
-        self.growing_states = ("k", "v") if config.window is None else ()
+        if config.window is None:
+            self.growing_states = ("k", "v")
+        else:
+            self.windowed_states, self.state_window = ("k", "v"), config.window
         d = context.hidden_size
         num_heads, num_kv_heads, self.head_dim = _shape(config)
         self.num_heads = self.parallel.local(num_heads, "num_heads")

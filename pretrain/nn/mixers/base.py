@@ -139,6 +139,10 @@ class Mixer(DescribedModule, ABC):
     speed_settings: ClassVar[tuple[str, ...]] = ("chunk_size",)  # that change nothing but speed
     # In the state, what only gets longer: of one sequence, an earlier state's is a prefix.
     growing_states: tuple[str, ...] = ()
+    # What is packed: of each sequence its last tokens, as many as the state's ``lengths`` says.
+    windowed_states: tuple[str, ...] = ()
+    state_window: int = 0  # the most of them
+    exact_states: tuple[str, ...] = ()  # that noise would make meaningless
     parallel: ParallelContext
 
     @abstractmethod

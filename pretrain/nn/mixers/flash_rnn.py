@@ -177,6 +177,7 @@ class SLSTM(ClassicalRNN):
     """sLSTM whose forget gate's bias starts at 3 to 6 over the channels of a head."""
 
     cell = "slstm"
+    exact_states = ("n", "m")
     forget_bias = (1, 3.0, 6.0)
     card = MixerCard(
         "sLSTM",

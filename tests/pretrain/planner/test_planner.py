@@ -11,6 +11,8 @@ import torch
 from pretrain.common.config_loader import ConfigError, build_config
 from pretrain.common.errors import UserError
 from pretrain.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from pretrain.model.build import build_model
+from pretrain.model.carried import CarriedStates
 from pretrain.model.counts import block_flops, block_parameters, count_model
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
@@ -107,6 +109,18 @@ def test_recomputation_is_what_checkpointing_does():
     assert found["selective"]["hardware_flops"] == found["none"]["hardware_flops"]
     memory = [max(found[kind]["memory"]) for kind in ("block", "selective", "none")]
     assert memory == sorted(set(memory))
+
+
+@pytest.mark.usefixtures("processes")
+def test_states_that_rows_carry_are_counted():
+    base = case("gdn swa slstm", seq_len=256, rows=4) | {"precision": "bf16"}
+    settings = {"without": base, "carried": {**base, "carry_state": True}}
+    found = plan({name: {"settings": s, "devices": 1} for name, s in settings.items()})
+    config = build_config(ModelConfig, base["model"], "case")
+    model = build_model(config, VOCAB, seed=0, dtype=torch.bfloat16)
+    parts = [part for _, parts in CarriedStates(model, 2, 2).parts().values() for part in parts]
+    more = found["carried"]["memory"][0] - found["without"]["memory"][0]
+    assert more == pytest.approx(sum(values.nbytes for _, values in parts), rel=0.01)
 
 
 def test_segments_are_made_twice_forward_in_the_memory_of_one():

@@ -1,0 +1,137 @@
+"""Trains models whose rows carry states on two processes; see test_carried_layouts.py.
+
+``torchrun --nproc-per-node 2 -m tests.helpers.carried_worker FOLDER``
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from pretrain.checkpoint.state import load_checkpoint
+from pretrain.checkpoint.writer import save_checkpoint
+from pretrain.config import ParallelConfig, RunConfig
+from pretrain.data.batches import pack_rows
+from pretrain.model.build import build_stages
+from pretrain.model.carried import CarriedStates
+from pretrain.parallel.processes import data_parallel_rank_and_size, stop_processes
+from pretrain.run_directory import find_checkpoint
+from pretrain.training.engine import Engine
+from tests.helpers.parallel_worker import OPTIMIZER, settings, start
+from tests.helpers.recursion_kinds import KINDS
+from tests.helpers.small_model import VOCAB
+from tests.helpers.small_training import STATE
+
+ROWS, LENGTH, STEPS, EOD = 4, 24, 3, 7
+MODELS = {
+    "hybrid": settings("gdn swa slstm mamba2", dropout=0.2),
+    "block": settings("kda swa gru retnet"),
+    "experts": settings(
+        "gdn swa", moe={"num_experts": 4, "top_k": 2, "intermediate_size": 16, "balance_weight": 0}
+    ),
+    "loop": settings("gru gdn swa", recursion=KINDS["lora"]),
+}
+LAYOUTS = {
+    "dp2": ParallelConfig(micro_batch_size=1),
+    "dp2-zero0": ParallelConfig(micro_batch_size=2, zero_stage=0),
+    "ep2": ParallelConfig(micro_batch_size=1, expert=2),
+    "tp2": ParallelConfig(micro_batch_size=2, tensor=2),
+    "tp2-sequence": ParallelConfig(micro_batch_size=1, tensor=2, sequence=True),
+    "pp2": ParallelConfig(micro_batch_size=2, pipeline=2),
+    "pp2-vpp2": ParallelConfig(micro_batch_size=1, pipeline=2, virtual_pipeline=2),
+}
+ALONE = ParallelConfig(micro_batch_size=2, zero_stage=0)
+NOISE = {"dp2": 0.3, "dp2-zero0": 0.3, "pp2": 0.3}
+CASES = [
+    *(("hybrid", layout) for layout in LAYOUTS if layout != "ep2"),
+    *(("experts", layout) for layout in ("dp2", "ep2")),
+    *(("block", layout) for layout in ("dp2", "tp2", "pp2")),
+    *(("loop", layout) for layout in ("dp2", "tp2-sequence", "pp2")),
+]
+# One step under each, from the checkpoint of the one before, the last on one process.
+ACROSS = ["dp2", "pp2", "dp2-zero0", "pp2-vpp2"]
+
+
+def batches(step, parallel):
+    """This process's micro-batches of rows that read on."""
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH * (len(ACROSS) + 2)))
+    rows = tokens[:, step * LENGTH : (step + 1) * LENGTH + 1]
+    rank, size = data_parallel_rank_and_size()
+    count = parallel.micro_batch_size
+    parts = np.split(rows, ROWS // count)[rank::size]
+    return [pack_rows(part, EOD, [step > 0] * count) for part in parts]
+
+
+def make(model, parallel, noise, seed=0):
+    stages = build_stages(
+        MODELS[model],
+        VOCAB,
+        seed=seed,
+        seq_len=LENGTH,
+        sequence_parallel=parallel.sequence,
+        activation_checkpointing="block" if model == "block" else "none",
+    )
+    _, size = data_parallel_rank_and_size()
+    count = parallel.micro_batch_size
+    for stage in stages:
+        stage.carried = CarriedStates(stage, ROWS // count // size, count, noise)
+    return Engine(stages, OPTIMIZER, parallel)
+
+
+def step_of(engine, step, parallel):
+    engine.begin_step(0, step, *data_parallel_rank_and_size())
+    result = engine.train_step(batches(step, parallel), 1e-3)
+    return result.loss, result.grad_norm
+
+
+def train(model, parallel, noise=0.0):
+    """(loss, gradient norm) of a few steps."""
+    engine = make(model, parallel, noise)
+    return [step_of(engine, step, parallel) for step in range(STEPS)]
+
+
+def save(engine, step, folder):
+    config = MODELS["hybrid"]
+    state = dataclasses.replace(STATE, step=step + 1, model=dataclasses.asdict(config))
+    save_checkpoint(folder, engine, RunConfig("test", config), state)
+
+
+def resume(folder, step, parallel, noise=0.3):
+    """(loss, gradient norm) of a step from the checkpoint in a folder."""
+    engine = make("hybrid", parallel, noise, seed=step)  # what is not loaded shows
+    if step > 0:
+        load_checkpoint(find_checkpoint(folder), engine)
+    return engine, step_of(engine, step, parallel)
+
+
+def main(folder):
+    found = {}
+    for layout, parallel in LAYOUTS.items():
+        start(parallel)
+        for model, used in CASES:
+            if used == layout:
+                found[f"{model}-{layout}"] = train(model, parallel, NOISE.get(layout, 0.0))
+    start(LAYOUTS["tp2"])
+    found["resumed-tp2"] = []
+    for step in range(STEPS):
+        engine, result = resume(folder / "tp2", step, LAYOUTS["tp2"], noise=0.0)
+        found["resumed-tp2"].append(result)
+        save(engine, step, folder / "tp2")
+    across = []
+    for step, layout in enumerate(ACROSS):
+        start(LAYOUTS[layout])
+        engine, result = resume(folder, step, LAYOUTS[layout])
+        across.append(result)
+        save(engine, step, folder)
+    if dist.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps({**found, "across": across}))
+    stop_processes()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
