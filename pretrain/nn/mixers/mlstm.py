@@ -81,6 +81,7 @@ class MLSTM(Mixer):
     """
 
     config_class = MLSTMConfig
+    exact_states = ("max",)
     card = MixerCard(
         "mLSTM (xLSTM)",
         "C_t = f_t C_{t-1} + e^{i_t} k_t^T v_t;  o_t = q_t C_t / max(|q_t n_t|, 1)",
