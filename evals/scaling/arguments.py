@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar, cast, get_args
 
+from evals.scaling.columns import OF_CURVES, OF_RUNS
 from evals.scaling.fitting import HUBER, Options, Residual
 from evals.scaling.laws import LAWS
-from evals.scaling.readers import Reading
+from evals.scaling.reading import Reading, Unit
 from evals.scaling.schedules import MOST_STEPS
 from pretrain.common.errors import UserError
 from pretrain.common.yaml_text import read_file
 
+T = TypeVar("T")
 SCHEDULE = '"kind=wsd lr=3e-4 steps=24000 warmup_steps=2000 decay_fraction=0.2"'
 
 
@@ -24,6 +27,7 @@ _COUNTS = {
     "steps": (1, MOST_STEPS),
     "warmup_steps": (0, MOST_STEPS),
     "from_step": (0, MOST_STEPS),
+    "points": (0, 1_000_000),
 }
 _POSITIVE = ("parameters", "tokens_per_step", "flops", "at", "huber", "tolerance")
 
@@ -33,8 +37,11 @@ def check_numbers(given: argparse.Namespace) -> None:
     for name, value in vars(given).items():
         option = f"--{name.replace('_', '-')}"
         low, high = _COUNTS.get(name, (-math.inf, math.inf))
-        if value is not None and name in _COUNTS and not low <= value <= high:
+        number = isinstance(value, int | float)
+        if number and name in _COUNTS and not low <= value <= high:
             raise UserError(f"{option} is {value}, expected {low:,} to {high:,}")
+        if isinstance(value, list):  # NAME=NUMBER, see by_name
+            continue
         if value is not None and name in _POSITIVE and not 0 < value < math.inf:
             raise UserError(f"{option} is {value}, expected a number above 0")
 
@@ -44,22 +51,41 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        help="run directories, grids, folders or globs of them, .csv, .parquet, TensorBoard events",
+        help="run directories, grids, folders or globs of them, .csv, .parquet, .jsonl, "
+        "TensorBoard events, trainer_state.json, Megatron-LM's logs, or a curves.yaml that lists "
+        "some",
     )
     parser.add_argument(
         "--columns",
         nargs="+",
         metavar="WHAT=NAME",
         default=[],
-        help="names of columns, such as loss=train/ce step=it",
+        help="names of columns, such as loss=train/ce step=it; also lr, tokens, samples, and of a "
+        "table with a row per run parameters, unique_tokens, flops, name",
     )
     parser.add_argument(
         "--schedule",
         help=f"schedule of all sources, such as {SCHEDULE}, or a YAML file of CURVE: SETTINGS",
     )
-    parser.add_argument("--warmup-steps", type=int)
-    parser.add_argument("--parameters", type=float, help="N of all sources")
-    parser.add_argument("--tokens-per-step", type=float)
+    for option, what, text in (
+        ("--warmup-steps", "STEPS", "where neither schedule nor log has the steps of warm-up"),
+        ("--parameters", "N", "N of all curves, or of those with a name or pattern"),
+        ("--tokens-per-step", "TOKENS", "the same of the batch size"),
+        ("--unit", "nats|bits", "unit of the losses, per token (nats)"),
+    ):
+        parser.add_argument(option, nargs="+", metavar=f"[CURVE=]{what}", help=text)
+    parser.add_argument(
+        "--branch-of",
+        nargs="+",
+        metavar="CURVE=TRUNK",
+        help="the curve whose learning rates a branch has before it begins; TRUNK@STEP says where",
+    )
+    parser.add_argument(
+        "--points",
+        type=int,
+        default=Reading.points,
+        help=f"losses of a curve at most, longer logs become means ({Reading.points}; 0: all)",
+    )
     parser.add_argument("--from-step", type=int, help="skip earlier losses (those of the warm-up)")
     parser.add_argument(
         "--smooth",
@@ -202,17 +228,63 @@ def reading_of(given: argparse.Namespace) -> Reading:
     """Convert the options of reading; raises UserError for values that do not fit."""
     if not 0 <= given.smooth < 1:
         raise UserError(f"--smooth is {given.smooth}, expected 0 or more and below 1")
+    columns = columns_of(given.columns)
+    for what in columns:
+        if what not in (*OF_CURVES, *OF_RUNS):
+            known = ", ".join(dict.fromkeys((*OF_CURVES, *OF_RUNS)))
+            raise UserError(f"--columns names '{what}', expected one of {known}")
     return Reading(
-        columns_of(given.columns),
+        columns,
         schedules_of(given.schedule),
-        given.warmup_steps,
-        given.parameters,
-        given.tokens_per_step,
+        by_name("--warmup-steps", given.warmup_steps, _whole),
+        by_name("--parameters", given.parameters, _positive),
+        by_name("--tokens-per-step", given.tokens_per_step, _positive),
         given.from_step,
         given.smooth,
         not given.no_embeddings,
         given.keep_diverged,
+        by_name("--unit", given.unit, _unit) or "nats",
+        by_name("--branch-of", given.branch_of, lambda option, text: text),
+        given.points,
     )
+
+
+def by_name(
+    option: str, given: Sequence[str] | None, convert: Callable[[str, str], T]
+) -> T | dict[str, T] | None:
+    """Convert one value for all curves, or CURVE=VALUE words; raises UserError for a mixture."""
+    if given is None:
+        return None
+    words = [word.rpartition("=") for word in given]
+    if len(words) == 1 and not words[0][1]:
+        return convert(option, given[0])
+    for word, (name, _, value) in zip(given, words, strict=True):
+        if not name or not value:
+            raise UserError(f"{option} holds '{word}', expected CURVE=VALUE, or one value for all")
+    return {name: convert(option, value) for name, _, value in words}
+
+
+def _positive(option: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise UserError(f"{option} is '{text}', expected a number above 0") from None
+    if not 0 < value < math.inf:
+        raise UserError(f"{option} is {value}, expected a number above 0")
+    return value
+
+
+def _whole(option: str, text: str) -> int:
+    low, high = _COUNTS["warmup_steps"]
+    if not (text.lstrip("-").isdigit() and low <= int(text) <= high):
+        raise UserError(f"{option} is {text}, expected {low:,} to {high:,}")
+    return int(text)
+
+
+def _unit(option: str, text: str) -> Unit:
+    if text not in get_args(Unit):
+        raise UserError(f"{option} is '{text}', expected {' or '.join(get_args(Unit))}")
+    return cast(Unit, text)
 
 
 def schedules_of(given: str | None) -> str | dict[str, str] | None:

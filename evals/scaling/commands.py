@@ -87,7 +87,7 @@ def _fit(given: argparse.Namespace) -> int:
             f"--law is '{given.law}'{nearest(given.law, list(LAWS))}, expected auto or one of "
             f"{', '.join(LAWS)}"
         )
-    if len(sources) == 1 and is_points_table(sources[0]):
+    if len(sources) == 1 and is_points_table(sources[0], columns_of(given.columns)):
         return _fit_points(given, read_points(sources[0], columns_of(given.columns)), console)
     reading = reading_of(given)
     curves, skipped = read_curves(sources, reading)
@@ -95,7 +95,8 @@ def _fit(given: argparse.Namespace) -> int:
         console.print(sentence, style="yellow")
     if given.law in SIZE_LAWS:
         return _fit_points(given, points_of(curves), console)
-    tests = read_curves(given.test, reading)[0] if given.test else []
+    tests = read_curves(given.test, reading, curves)[0] if given.test else []
+    reading.check_names()
     options = options_of(given, points=False)
     sizes = (given.sized, given.size_in_annealing, given.size_in_progress)
     name = given.law or next(iter(CURVE_LAWS))
@@ -373,7 +374,7 @@ def _by_name(words: Sequence[str], columns: dict[str, str], console: Console) ->
             raise UserError(f"found '{word}', expected NAME=SOURCE")
         sources.setdefault(name, []).extend(expand_paths([pattern]))
     for name, paths in sources.items():
-        if len(paths) == 1 and is_points_table(paths[0]):
+        if len(paths) == 1 and is_points_table(paths[0], columns):
             families[name] = read_points(paths[0], columns)
             continue
         curves, skipped = read_curves(paths, Reading(columns))

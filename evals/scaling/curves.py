@@ -21,7 +21,8 @@ class Curve:
     token; lr: (T,) learning rate of each optimizer step, T at least the last logged step; warmup:
     steps until the learning rate first stops rising; parameters: N, or None where not known;
     tokens_per_step, flops_per_token: None where not known; labels: the run's settings; warnings:
-    what a reader of a fit should know. Raises UserError where no loss or not every rate is known.
+    what a reader of a fit should know; averaged: logged losses that each of ``loss`` is the mean
+    of, on average. Raises UserError where no loss or not every rate is known.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Curve:
     flops_per_token: float | None = None
     labels: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    averaged: float = 1.0
 
     def __post_init__(self) -> None:
         if not len(self.step):
@@ -115,6 +117,8 @@ def end_of_warmup(lr: Array) -> int:
 def points_of(curves: Sequence[Curve], last: int = 5) -> Points:
     """Reduce each curve to a point, whose loss is the mean of its ``last`` logged losses.
 
+    The last loss of a thinned curve is such a mean already.
+
     Raises UserError where a curve's size or tokens are not known.
     """
     for curve in curves:
@@ -128,7 +132,7 @@ def points_of(curves: Sequence[Curve], last: int = 5) -> Points:
     return Points(
         sizes,
         tokens,
-        np.array([c.loss[-last:].mean() for c in curves]),
+        np.array([c.loss[-(last if c.averaged < last else 1) :].mean() for c in curves]),
         flops=tokens * per_token,
         names=[c.name for c in curves],
     )

@@ -15,6 +15,9 @@ from pretrain.config import ScheduleConfig
 from pretrain.config.schedule import learning_rate
 
 MOST_STEPS = 10_000_000  # of a run; the learning rate of each is computed
+SPARSE, UNSURE = 0.02, 0.003  # shares of a run between two logged rates that are worth a note
+STRAIGHT, BEND = 0.002, 0.01  # changes over one gap, as shares of the peak, of lines and of corners
+ASSUMED = "assumed to be a warm-up from 0"
 JUMP = 0.2  # relative change between two logged steps that counts as abrupt
 
 
@@ -65,23 +68,25 @@ def interpolated_lr(
 ) -> tuple[Array, list[str]]:
     """Return the learning rate of every step from logged values, and sentences on assumptions.
 
-    It is linear between logged steps; a change by more than 20 % between two of them, with a
-    constant learning rate before or after it, is abrupt and placed in the middle. Before the first
-    logged step it rises from 0 over ``warmup_steps`` (None: all of them), then has the first value.
+    It is linear between logged steps; where two straight parts meet between two of them, so do
+    their lines. A change by more than 20 % between two of them, with a constant learning rate
+    before or after it, is abrupt and placed in the middle. Before the first logged step it rises
+    from 0 over ``warmup_steps`` (None: all of them), then has the first value.
     """
-    lr = np.interp(np.arange(step[-1] + 1), step, logged)
+    knots, values = _with_bends(step, logged)
+    lr = np.interp(np.arange(step[-1] + 1), knots, values)
     notes = []
     gaps = np.diff(step)
-    if len(gaps) and gaps.max() > 1:
+    if len(gaps) and gaps.max() > max(1, SPARSE * step[-1]):
         notes.append(
-            f"the learning rate was logged every {int(np.median(gaps))} steps and interpolated"
+            f"the learning rate was logged every {int(np.median(gaps)):,} steps and interpolated"
         )
     flat = np.abs(np.diff(logged)) <= 1e-6 * logged.max()
     for i in np.flatnonzero(np.abs(np.diff(logged)) > JUMP * np.maximum(logged[1:], logged[:-1])):
         if (i > 0 and flat[i - 1]) or (i + 1 < len(flat) and flat[i + 1]):
             middle = (step[i] + step[i + 1] + 1) // 2
             lr[step[i] : middle], lr[middle : step[i + 1] + 1] = logged[i], logged[i + 1]
-            if step[i + 1] - step[i] > 1:
+            if step[i + 1] - step[i] > max(1, UNSURE * step[-1]):
                 notes.append(
                     f"the learning rate jumps between steps {step[i]:,} and {step[i + 1]:,}; "
                     f"assumed to jump at {middle:,}"
@@ -95,10 +100,40 @@ def interpolated_lr(
         lr[:first] = logged[0] * np.arange(first) / first
         if not rising:
             notes.append(
-                "the steps before the first logged one are assumed to be a warm-up from 0 (change "
-                "this with --warmup-steps)"
+                f"the steps before {first:,}, the first logged one, are {ASSUMED} (change this "
+                "with --warmup-steps, or --branch-of, if it is a branch)"
             )
     return lr, notes
+
+
+def _with_bends(step: NDArray[np.int64], logged: Array) -> tuple[Array, Array]:
+    """Add the ends of ramps that lie between logged steps: where the lines to both sides meet."""
+    knots, values = step.astype(float), logged
+    if len(step) < 5:
+        return knots, values
+    slope = np.diff(values) / np.diff(knots)
+    near = STRAIGHT * float(logged.max())
+    inside = np.arange(1, len(slope) - 1)
+    before, after = slope[inside - 1], slope[inside + 1]
+    width = np.diff(knots)[inside]
+    turn = before - after
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rise = values[inside + 1] - values[inside] - after * width
+        at = np.where(turn != 0, rise / turn, -1.0)  # steps after the logged one
+    # Straight on both sides as far as that is known, and it must be known of one.
+    bend_before = np.full(len(inside), np.nan)
+    bend_before[1:] = np.abs(slope[inside[1:] - 2] - before[1:]) * width[1:]
+    bend_after = np.full(len(inside), np.nan)
+    bend_after[:-1] = np.abs(slope[inside[:-1] + 2] - after[:-1]) * width[:-1]
+    straight = ~(bend_before > near) & ~(bend_after > near)
+    straight &= ~(np.isnan(bend_before) & np.isnan(bend_after))
+    found = (
+        straight & (at > 0.5) & (at < width - 0.5) & (np.abs(turn) * width > BEND * logged.max())
+    )
+    places = np.round(knots[inside[found]] + at[found])
+    new = values[inside[found]] + before[found] * (places - knots[inside[found]])
+    order = np.argsort(np.concatenate([knots, places]), kind="stable")
+    return np.concatenate([knots, places])[order], np.concatenate([values, new])[order]
 
 
 def largest_difference(lr: Array, step: NDArray[np.int64], logged: Array) -> tuple[float, int]:

@@ -1,0 +1,280 @@
+"""Make a loss curve of what a program logged: order, axis, learning rate of every step, means."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.scaling.curves import Curve, end_of_warmup
+from evals.scaling.logs import Log, Series
+from evals.scaling.parameters import Array
+from evals.scaling.reading import OneReading
+from evals.scaling.schedules import (
+    MOST_STEPS,
+    interpolated_lr,
+    largest_difference,
+    parse_schedule,
+    schedule_lr,
+)
+from evals.scaling.thinning import means, smoothness, thin
+from pretrain.common.errors import UserError
+
+MISMATCH = 1e-3
+MOST_TOKENS = 10**16
+LONGEST = 50_000  # units of an axis that counts tokens, where nothing says how many a step has
+VARIES = 0.02  # share of all tokens by which the batch size must change the axis
+GAPS = 5  # medians between logged steps that count as a gap, or as a beginning in the middle
+
+
+@dataclass
+class Built:
+    """A curve, and what its completion as a branch needs.
+
+    begins: its first step of a known rate where the log begins in the middle, or None; apart:
+    steps between logged losses; warmup_given: whether the steps of its warm-up are given.
+    """
+
+    curve: Curve
+    begins: int | None
+    apart: int
+    warmup_given: bool
+
+
+def counts_tokens(log: Log) -> bool:
+    """Return whether a log's axis is one of tokens: by its name, or as no run has so many steps."""
+    assert log.loss is not None
+    largest = float(np.max(log.loss.step, initial=0))
+    return log.in_tokens or MOST_STEPS < largest <= MOST_TOKENS
+
+
+def token_unit(logs: list[Log]) -> float:
+    """Return the tokens that count as a step for logs of tokens: 1, 2 or 5 times a power of 10."""
+    last = [float(np.max(log.loss.step)) for log in logs if log.loss is not None]
+    least = max(1.0, max(last) / LONGEST)
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(unit * power for unit in (1, 2, 5, 10) if unit * power >= least * (1 - 1e-9))
+
+
+def build(log: Log, reading: OneReading, unit: float = 1.0, lr: Array | None = None) -> Built:
+    """Clean a log and add a learning rate for every step.
+
+    unit: tokens of a step, where the log counts tokens; lr: that of every step where it is known.
+    Raises UserError where there is nothing to fit.
+    """
+    assert log.loss is not None
+    warnings = list(log.notes)
+    _check(log)
+    series = _ordered(log.loss, warnings)
+    finite = np.isfinite(series.value)
+    ends_bad = len(finite) > 0 and not finite[-max(1, len(finite) // 20) :].any()
+    step, loss = series.step[finite], series.value[finite]
+    if not finite.all():
+        bad = series.step[~finite]
+        warnings.append(
+            f"{len(bad)} losses that are not finite (the first at step {bad[0]:,.0f}) were skipped"
+        )
+    if not len(step):
+        raise UserError(f"{log.where} has no finite loss")
+    if reading.unit == "bits":
+        loss = loss * math.log(2)
+    rates = log.lr.ordered() if log.lr is not None else None
+    per_step = reading.tokens_per_step
+    if counts_tokens(log):
+        unit = per_step or unit
+        step, loss = means(np.round(step / unit), loss, np.round(step / unit))
+        if rates is not None:
+            rates = Series(np.round(rates.step / unit), rates.value).ordered()
+        if per_step is None:
+            warnings.append(
+                f"its axis counts tokens; {unit:,.0f} of them count as a step (change this with "
+                "--tokens-per-step)"
+            )
+        per_step = unit
+    whole = step.astype(np.int64)
+    gaps = np.diff(whole)
+    if len(gaps) > 2 and gaps.max() > GAPS * np.median(gaps):
+        at = int(np.argmax(gaps))
+        warnings.append(f"nothing is logged between steps {whole[at]:,} and {whole[at + 1]:,}")
+    begins = None
+    if reading.schedule is not None:
+        config, peak, steps = parse_schedule(reading.schedule)
+        lr = schedule_lr(config, peak, max(steps, int(whole[-1])))
+    if lr is not None:
+        _compare(log, rates, lr, int(whole[-1]), warnings)
+    else:
+        lr, begins = _logged_rates(log, rates, whole, reading.warmup_steps, warnings)
+    if lr.max() <= 0:
+        raise UserError(f"{log.where}: the learning rate is never above 0")
+    warmup = end_of_warmup(lr) if reading.warmup_steps is None else reading.warmup_steps
+    begin = reading.from_step if reading.from_step is not None else max(warmup, 1)
+    kept = whole >= max(begin, 1)
+    if not kept.any():
+        raise UserError(
+            f"{log.where}: no loss is logged from step {begin:,} on, the last is at "
+            f"{whole[-1]:,}; choose an earlier --from-step"
+        )
+    whole, loss = whole[kept], loss[kept]
+    clock = log.clock.ordered() if log.clock is not None else None
+    if clock is not None and not counts_tokens(log):
+        per_step, axis = _tokens_per_step(clock, log.clock_is, per_step, warnings)
+        if axis is not None:
+            whole, loss, lr, warmup = _onto_tokens(axis, whole, loss, lr, warmup)
+    if reading.smooth:
+        loss = _smoothed(loss, reading.smooth)
+        warnings.append(f"the loss is an exponential mean with factor {reading.smooth}")
+    elif (found := smoothness(loss)) is not None:
+        warnings.append(
+            f"its losses look smoothed (neighboring changes have a correlation of {found:.2f}, "
+            "those of raw losses one of -0.5), which bends laws: log or export them as they are"
+        )
+    apart = int(np.median(np.diff(whole))) if len(whole) > 1 else 1
+    kept_step, kept_loss = thin(whole.astype(float), loss, reading.points)
+    curve = Curve(
+        log.name,
+        kept_step.astype(np.int64),
+        kept_loss,
+        lr,
+        warmup,
+        reading.parameters,
+        per_step,
+        warnings=warnings,
+        averaged=len(whole) / len(kept_step),
+    )
+    if ends_bad:
+        curve.labels["diverged"] = "its last losses are not finite"
+    return Built(curve, begins, apart, reading.warmup_steps is not None)
+
+
+def _check(log: Log) -> None:
+    assert log.loss is not None
+    for series in (log.loss, log.lr, log.clock):
+        if series is None:
+            continue
+        step = series.step
+        wrong = ~((step >= 0) & (step <= MOST_TOKENS) & (step == np.floor(step)))
+        if wrong.any():
+            raise UserError(
+                f"{log.where}: a step is {step[wrong][0]:.16g}, expected whole numbers from 0 to "
+                f"{MOST_STEPS:,}, or of tokens to {MOST_TOKENS:,}"
+            )
+
+
+def _ordered(series: Series, warnings: list[str]) -> Series:
+    # After a resume steps are logged again: the last time counts.
+    last = {s: i for i, s in enumerate(series.step.tolist())}
+    if len(last) < len(series.step):
+        again = len(series.step) - len(last)
+        warnings.append(f"{again} steps were logged more than once, the last time counts")
+    order = np.array([last[s] for s in sorted(last)], dtype=np.int64)
+    return Series(series.step[order], series.value[order])
+
+
+def _compare(log: Log, rates: Series | None, lr: Array, last: int, warnings: list[str]) -> None:
+    """Note where logged rates differ from those of the schedule."""
+    if rates is None or not len(rates.step):
+        return
+    if len(lr) < last:  # the run was continued with other settings
+        raise UserError(
+            f"{log.where}: the loss is logged up to step {last:,}, but the schedule ends at "
+            f"{len(lr):,}"
+        )
+    within = rates.step <= last
+    steps = rates.step[within].astype(np.int64)
+    difference, at = largest_difference(lr, steps, rates.value[within])
+    if difference > MISMATCH:
+        warnings.append(
+            f"the logged learning rate differs from the schedule's by up to "
+            f"{100 * difference:.2g} % of the peak, at step {at:,}"
+        )
+
+
+def _logged_rates(
+    log: Log,
+    rates: Series | None,
+    step: NDArray[np.int64],
+    warmup_steps: int | None,
+    warnings: list[str],
+) -> tuple[Array, int | None]:
+    """Return the rate of every step up to the last, and where the log begins if in the middle."""
+    if rates is None or not len(rates.step):
+        raise UserError(
+            f"{log.where}: no learning rate is logged; give the schedule, such as --schedule "
+            '"kind=cosine lr=3e-4 steps=24000 warmup_steps=2000"'
+        )
+    known = rates.step.astype(np.int64)
+    lr, notes = interpolated_lr(known, rates.value, warmup_steps)
+    warnings += notes
+    if len(lr) <= step[-1]:
+        missing = int(step[-1]) + 1 - len(lr)
+        if missing > GAPS * max(1, int(np.median(np.diff(known))) if len(known) > 1 else 1):
+            warnings.append(
+                f"no learning rate is logged after step {known[-1]:,}; it is taken to stay "
+                f"{rates.value[-1]:.3g}"
+            )
+        lr = np.append(lr, np.full(missing, lr[-1]))
+    # A schedule rises before it falls: a log that begins with its highest rate may be a branch.
+    apart = float(np.median(np.diff(step))) if len(step) > 1 else 1.0
+    falling = len(known) < 2 or rates.value[1] <= rates.value[0]
+    middle = falling and min(step[0], known[0]) > GAPS * apart
+    return lr, int(known[0]) if middle else None
+
+
+def _tokens_per_step(
+    clock: Series, what: str, given: float | None, warnings: list[str]
+) -> tuple[float | None, Series | None]:
+    """Return the tokens of a step, and the clock where their number changes during the run."""
+    step, seen = clock.step, clock.value
+    if len(step) < 2 or not np.isfinite(seen).all() or step[-1] <= 0:
+        return given, None
+    if np.ptp(seen) == 0:  # the column holds the tokens of each step
+        return (given or float(seen[0]) if what == "tokens" else given), None
+    if (np.diff(seen) < 0).any() or seen[0] < 0:
+        warnings.append(f"its {what} do not grow with the step, so they are not used")
+        return given, None
+    late = min(int(0.9 * len(step)), len(step) - 2)
+    rate = float((seen[-1] - seen[late]) / (step[-1] - step[late]))
+    counted = seen[0] > 0.05 * rate * step[0] - rate  # not from the beginning of a branch
+    if counted and np.max(np.abs(seen - rate * step)) > VARIES * seen[-1] + rate and rate > 0:
+        unit = f"{rate:,.0f} {what}"
+        warnings.append(f"its batch size changes; steps of {unit}, as at the end, are counted")
+        return (given or rate if what == "tokens" else given), clock
+    whole = rate if not counted else float(seen[-1] / step[-1])
+    if what == "tokens" and given is not None and abs(given / whole - 1) > VARIES:
+        warnings.append(f"it logs {whole:,.0f} tokens per step, not the given {given:,.0f}")
+    return (given or whole if what == "tokens" else given), None
+
+
+def _onto_tokens(
+    clock: Series, step: NDArray[np.int64], loss: Array, lr: Array, warmup: int
+) -> tuple[NDArray[np.int64], Array, Array, int]:
+    """Count steps of as many tokens as the last ones have."""
+    late = min(int(0.9 * len(clock.step)), len(clock.step) - 2)
+    rate = (clock.value[-1] - clock.value[late]) / (clock.step[-1] - clock.step[late])
+    ends = max(len(lr), clock.step[-1]) + 1
+    known = np.concatenate([[0.0], clock.step, [ends]])
+    tokens = np.concatenate(
+        [[0.0], clock.value, [clock.value[-1] + rate * (ends - clock.step[-1])]]
+    )
+    seen = np.interp(np.arange(len(lr) + 1), known, tokens) / rate
+    count = max(math.ceil(seen[-1]), 1)
+    at = np.searchsorted(seen, np.arange(count), side="right") - 1
+    new = np.round(seen[step])
+    # A step of the new axis may hold several of the old.
+    middle, mean = means(new, loss, new)
+    return (
+        middle.astype(np.int64),
+        mean,
+        lr[np.clip(at, 0, len(lr) - 1)],
+        round(seen[min(warmup, len(lr))]),
+    )
+
+
+def _smoothed(loss: Array, factor: float) -> Array:
+    result, mean = np.empty_like(loss), loss[0]
+    for i, value in enumerate(loss):
+        mean = factor * mean + (1 - factor) * value
+        result[i] = mean
+    return result
