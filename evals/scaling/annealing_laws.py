@@ -20,6 +20,8 @@ from evals.scaling.parameters import Array, Law, Parameter
 from pretrain.common.errors import UserError
 
 SUDDEN = 0.2  # share of the peak by which the rate must fall within the memory to determine it
+# The multi-power law's memory and time are those of every change at every loss.
+MOST_DROPS, MOST_BLOCKS = 24_000, 512
 
 _SIZE_PARAMETERS = {
     "beta": Parameter("beta", "", "exponent of the size", 0.01, 2.0, (0.2, 0.5)),
@@ -282,7 +284,7 @@ class MultiPowerLaw(_CurveLaw):
     where S is the sum of the learning rates so far, including warm-up, and S_k(s) that from step k
     on. Without bounds C tends to 0 and beta to infinity. The clock counts 1,000 steps of the
     reference learning rate, which :meth:`derived` converts to the published units. Changes of the
-    learning rate are summed in blocks of up to 16 steps.
+    learning rate are summed in blocks of up to 16 steps, in long decays of more.
     Source: Luo et al., "A Multi-Power Law for Loss Curve Prediction", arXiv 2503.12811.
     """
 
@@ -321,7 +323,8 @@ class MultiPowerLaw(_CurveLaw):
         start = np.zeros(len(drops), dtype=np.int64)
         start[new] = new
         within = np.arange(len(drops)) - np.maximum.accumulate(start)
-        edge = (within % self.block == 0) | (np.diff(found.owner, prepend=-1) > 0)
+        block = self.block if len(drops) <= MOST_DROPS else math.ceil(len(drops) / MOST_BLOCKS)
+        edge = (within % block == 0) | (np.diff(found.owner, prepend=-1) > 0)
         edges = np.flatnonzero(edge)
         if len(edges):
             counts = np.diff(np.append(edges, len(drops)))

@@ -84,7 +84,8 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
         "--points",
         type=int,
         default=Reading.points,
-        help=f"losses of a curve at most, longer logs become means ({Reading.points}; 0: all)",
+        help=f"means to which logs of more than twice as many losses are reduced ({Reading.points}; "
+        "0: none)",
     )
     parser.add_argument("--from-step", type=int, help="skip earlier losses (those of the warm-up)")
     parser.add_argument(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.scaling.curves import Curve, end_of_warmup
+from evals.scaling.curves import Curve, end_of_logged_warmup, end_of_warmup
 from evals.scaling.logs import Log, Series
 from evals.scaling.parameters import Array
 from evals.scaling.reading import OneReading
@@ -102,13 +102,16 @@ def build(log: Log, reading: OneReading, unit: float = 1.0, lr: Array | None = N
     if reading.schedule is not None:
         config, peak, steps = parse_schedule(reading.schedule)
         lr = schedule_lr(config, peak, max(steps, int(whole[-1])))
+    exact = lr is not None
     if lr is not None:
         _compare(log, rates, lr, int(whole[-1]), warnings)
     else:
         lr, begins = _logged_rates(log, rates, whole, reading.warmup_steps, warnings)
     if lr.max() <= 0:
         raise UserError(f"{log.where}: the learning rate is never above 0")
-    warmup = end_of_warmup(lr) if reading.warmup_steps is None else reading.warmup_steps
+    warmup = reading.warmup_steps
+    if warmup is None:
+        warmup = end_of_warmup(lr) if exact else end_of_logged_warmup(lr)
     begin = reading.from_step if reading.from_step is not None else max(warmup, 1)
     kept = whole >= max(begin, 1)
     if not kept.any():

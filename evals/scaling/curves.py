@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import maximum_filter1d
 
 from evals.scaling.parameters import Array
 from pretrain.common.errors import UserError
@@ -112,6 +113,19 @@ def end_of_warmup(lr: Array) -> int:
     """Return the first step, from 0, after which the learning rate does not rise."""
     falls = np.flatnonzero(np.diff(lr) <= 0)
     return int(falls[0]) if len(falls) else len(lr) - 1
+
+
+def end_of_logged_warmup(lr: Array) -> int:
+    """Return the same of rates that were logged, which rounding may hold for some steps.
+
+    The warm-up has ended where no rate of the next hundredth of the steps is 0.1 % higher.
+    """
+    window = max(1, len(lr) // 100) + 1
+    highest = maximum_filter1d(lr, window, mode="nearest", origin=-(window // 2))
+    step = int(np.flatnonzero(highest <= lr * 1.001)[0])
+    while step + 1 < len(lr) and lr[step + 1] > lr[step]:
+        step += 1
+    return step
 
 
 def points_of(curves: Sequence[Curve], last: int = 5) -> Points:

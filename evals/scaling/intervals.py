@@ -18,6 +18,7 @@ from scipy.stats import t as student_t
 from evals.scaling.curves import Curve, Points
 from evals.scaling.fitting import Fit, Options, Problem, correlation_length, fit
 from evals.scaling.parameters import Array, Law
+from evals.scaling.progress import counted
 from pretrain.common.errors import UserError
 
 LEVEL = 0.95
@@ -52,9 +53,10 @@ def bootstrap(
     workers = min(processes or os.cpu_count() or 1, samples)
     if workers > 1 and samples >= 8:
         with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-            rows = list(pool.map(_refit, tasks, chunksize=max(1, samples // (4 * workers))))
+            done = pool.map(_refit, tasks, chunksize=max(1, samples // (16 * workers)))
+            rows = list(counted(done, samples, "bootstrap samples"))
     else:
-        rows = [_refit(task) for task in tasks]
+        rows = list(counted(map(_refit, tasks), samples, "bootstrap samples"))
     found.samples = np.stack(rows)
     low, high = ends_around(np.concatenate([found.theta, found.beta]), found.samples)
     for i, parameter in enumerate(law.parameters):

@@ -30,8 +30,8 @@ class Reading:
     warmup_steps; parameters; tokens_per_step; from_step: earlier losses are skipped (None: those
     of the warm-up); smooth: factor of an exponential mean, 0 = off; embeddings: whether N counts
     them; unit: of the losses, per token; branch_of: the name of the curve whose learning rates a
-    curve has before its first step; points: losses of a curve that are kept at most, as means of
-    neighbors (0: all). What only one curve has is a mapping of its name, or of a pattern such as
+    curve has before its first step; points: means of neighboring losses to which longer curves are
+    reduced, from twice as many on (0: none). What only one curve has is a mapping of its name, or of a pattern such as
     ``*100M*``.
     """
 
@@ -46,7 +46,7 @@ class Reading:
     keep_diverged: bool = False
     unit: Unit | Mapping[str, Unit] = "nats"
     branch_of: str | Mapping[str, str] | None = None
-    points: int = 600
+    points: int = 300
     used: set[tuple[str, str]] = field(default_factory=set, repr=False, compare=False)
     seen: set[str] = field(default_factory=set, repr=False, compare=False)
 
@@ -107,7 +107,7 @@ class OneReading:
     embeddings: bool = True
     unit: Unit = "nats"
     branch_of: str | None = None
-    points: int = 600
+    points: int = 300
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:

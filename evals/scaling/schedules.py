@@ -96,7 +96,7 @@ def interpolated_lr(
     if warmup_steps is not None and warmup_steps <= first:
         lr[:warmup_steps] = logged[0] * np.arange(1, warmup_steps + 1) / max(warmup_steps, 1)
         lr[warmup_steps:first] = logged[0]
-    elif first > 1:
+    elif first > 1 or (first == 1 and rising):
         lr[:first] = logged[0] * np.arange(first) / first
         if not rising:
             notes.append(

@@ -13,12 +13,12 @@ WINDOW = 20  # increments to either side whose median is the trend
 
 
 def thin(step: Array, loss: Array, most: int) -> tuple[Array, Array]:
-    """Return at most ``most`` + 1 means of neighboring losses, at the means of their steps.
+    """Return about ``most`` means of neighboring losses of more than twice as many.
 
-    At first the groups grow with the step, so that a loss that falls by a power law bends little
-    within them; later they have equal widths.
+    Each is at the mean of its steps. At first the groups grow with the step, so that a loss that
+    falls by a power law bends little within them; later they have equal widths.
     """
-    if not most or len(step) <= most:
+    if not most or len(step) <= 2 * most:
         return step, loss
     first, last = max(float(step[0]), 1.0), max(float(step[-1]), 2.0)
     at = np.maximum(step, first)
