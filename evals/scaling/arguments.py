@@ -84,8 +84,8 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
         "--points",
         type=int,
         default=Reading.points,
-        help=f"means to which logs of more than twice as many losses are reduced ({Reading.points}; "
-        "0: none)",
+        help="means to which logs of more than twice as many losses are reduced "
+        f"({Reading.points}; 0: none)",
     )
     parser.add_argument("--from-step", type=int, help="skip earlier losses (those of the warm-up)")
     parser.add_argument(
@@ -245,7 +245,7 @@ def reading_of(given: argparse.Namespace) -> Reading:
         not given.no_embeddings,
         given.keep_diverged,
         by_name("--unit", given.unit, _unit) or "nats",
-        by_name("--branch-of", given.branch_of, lambda option, text: text),
+        by_name("--branch-of", given.branch_of, lambda _, text: text),
         given.points,
     )
 
@@ -257,10 +257,12 @@ def by_name(
     if given is None:
         return None
     words = [word.rpartition("=") for word in given]
-    if len(words) == 1 and not words[0][1]:
+    if len(words) == 1 and not words[0][1] and option != "--branch-of":
         return convert(option, given[0])
     for word, (name, _, value) in zip(given, words, strict=True):
         if not name or not value:
+            if option == "--branch-of":
+                raise UserError(f"{option} is '{word}', expected CURVE=TRUNK")
             raise UserError(f"{option} holds '{word}', expected CURVE=VALUE, or one value for all")
     return {name: convert(option, value) for name, _, value in words}
 

@@ -65,7 +65,7 @@ def build(log: Log, reading: OneReading, unit: float = 1.0, lr: Array | None = N
     Raises UserError where there is nothing to fit.
     """
     assert log.loss is not None
-    warnings = list(log.notes)
+    warnings = list[str]()
     _check(log)
     series = _ordered(log.loss, warnings)
     finite = np.isfinite(series.value)
@@ -141,7 +141,7 @@ def build(log: Log, reading: OneReading, unit: float = 1.0, lr: Array | None = N
         kept_loss,
         lr,
         warmup,
-        reading.parameters,
+        reading.parameters or log.parameters,
         per_step,
         warnings=warnings,
         averaged=len(whole) / len(kept_step),

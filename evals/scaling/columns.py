@@ -40,6 +40,9 @@ KNOWN: dict[str, tuple[str, ...]] = {
         *("consumed samples", "consumed_samples", "consumed_train_samples", "samples"),
         *("time/sample",),
     ),
+    # Of a table that holds several runs below each other, and the size of each.
+    "name": ("name", "run", "run_name", "run name", "run_id"),
+    "parameters": ("parameters", "params", "n_params", "num_parameters"),
 }
 # What --columns may name, in curves and in tables with a row per run.
 OF_CURVES = tuple(KNOWN)

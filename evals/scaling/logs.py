@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Log:
     clock: Series | None = None
     clock_is: str = "tokens"
     in_tokens: bool = False
-    notes: list[str] = field(default_factory=list)
+    parameters: float | None = None
 
 
 def read_logs(path: Path, columns: Mapping[str, str] | None = None) -> list[Log]:
@@ -183,6 +183,12 @@ def _of_frame(path: Path, frame: Any, columns: Mapping[str, str] | None) -> list
             raise missing_column(path, what, names, name)
     if found["loss"] is None:
         raise missing_column(path, "loss", names, None)
+    names_column = find_column("name", names, given)
+    if names_column is not None and frame[names[names_column]].nunique() > 1:
+        return [
+            _log(_Numbers(path, rows, names, step), str(run), path / str(run), found, in_tokens)
+            for run, rows in frame.groupby(names[names_column], sort=False)
+        ]
     name = path.stem
     if path.name == TRAINER_STATE:
         folder = path.absolute().parent
@@ -236,7 +242,9 @@ def _log(
     clock_is = "tokens" if found.get("tokens") else "samples"
     clock = None if in_tokens else numbers.series(found.get(clock_is))
     loss, lr = numbers.series(found.get("loss")), numbers.series(found.get("lr"))
-    return Log(name, str(numbers.path), path, loss, lr, clock, clock_is, in_tokens)
+    sizes = numbers.series(find_column("parameters", numbers.names, None))
+    size = float(sizes.value[0]) if sizes is not None and len(set(sizes.value)) == 1 else None
+    return Log(name, str(numbers.path), path, loss, lr, clock, clock_is, in_tokens, size)
 
 
 def _tensorboard_file(numbers: _Numbers, path: Path, run: str, tag: str) -> Log:

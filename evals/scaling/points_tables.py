@@ -21,6 +21,7 @@ KNOWN = {
     "flops": ("flops", "FLOPs", "C", "Training FLOP"),
     "name": ("name", "run"),
 }
+_SIZES = ("parameters", "tokens", "flops")
 
 
 def read_points(path: Path, columns: Mapping[str, str] | None = None) -> Points:
@@ -79,8 +80,8 @@ def is_points_table(path: Path, columns: Mapping[str, str] | None = None) -> boo
     """Return whether a table has a row per run, rather than one per step.
 
     The columns that are named decide: a step or a learning rate belongs to a curve, parameters,
-    FLOPs or unique tokens to runs. Otherwise a table without steps and rates, with two of
-    parameters, tokens and FLOPs, has a row per run.
+    FLOPs or unique tokens to runs. Otherwise a table with two of parameters, tokens and FLOPs has
+    a row per run, and one with steps only where each row has a name or a size of its own.
     """
     if path.suffix not in TABLES or not path.exists():
         return False
@@ -90,10 +91,16 @@ def is_points_table(path: Path, columns: Mapping[str, str] | None = None) -> boo
     if any(what in given for what in ("parameters", "flops", "unique_tokens")):
         return True
     try:
-        names = [str(name) for name in read_frame(path).columns]
+        frame = read_frame(path)
     except UserError:
         return False
-    if any(find_column(what, names, None) is not None for what in ("step", "lr")):
+    names = [str(name) for name in frame.columns]
+    sizes = [next((n for n in KNOWN[w] if n in names), None) for w in _SIZES]
+    if sum(size is not None for size in sizes) < 2 or find_column("lr", names, None) is not None:
         return False
-    sizes = [any(n in names for n in KNOWN[w]) for w in ("parameters", "tokens", "flops")]
-    return sum(sizes) >= 2
+    if find_column("step", names, None) is None:
+        return True
+    name = find_column("name", names, given)
+    if name is not None:
+        return bool(frame[name].is_unique)
+    return sizes[0] is not None and frame[sizes[0]].nunique() > 1

@@ -15,6 +15,7 @@ from evals.scaling.building import Built, build, counts_tokens, token_unit
 from evals.scaling.curves import Curve
 from evals.scaling.logs import Log, Series, joined, read_logs
 from evals.scaling.manifest import Source, sources_of
+from evals.scaling.parameters import Array
 from evals.scaling.points_tables import is_points_table, read_points
 from evals.scaling.reading import Reading
 from evals.scaling.schedules import schedule_lr
@@ -23,6 +24,7 @@ from pretrain.common.errors import UserError
 from pretrain.run_arguments import distinct_names, expand_paths, runs_of
 from pretrain.run_directory import RunDirectory
 
+MANY = 5000
 __all__ = ["Reading", "is_points_table", "read_curves", "read_points"]
 
 
@@ -163,9 +165,18 @@ def diverged(curve: Curve) -> str | None:
     window = max(3, len(curve.loss) // 20)
     if len(curve.loss) < 3 * window:
         return None
-    shape = np.lib.stride_tricks.sliding_window_view(curve.loss, window)
-    medians = np.median(shape, axis=1)
+    medians = _medians(curve.loss, window)
     rise = medians[-1] - medians.min()
     if rise > max(0.25, 0.05 * medians.min()):
         return f"it diverged: its loss ends {rise:.2f} nats above its lowest, {medians.min():.3f}"
     return None
+
+
+def _medians(loss: Array, window: int) -> Array:
+    """Return the median of every ``window`` neighbors."""
+    if len(loss) > MANY:  # all windows at once would need memory quadratic in the losses
+        import pandas
+
+        return pandas.Series(loss).rolling(window).median().to_numpy()[window - 1 :]
+    medians: Array = np.median(np.lib.stride_tricks.sliding_window_view(loss, window), axis=1)
+    return medians

@@ -31,8 +31,8 @@ class Reading:
     of the warm-up); smooth: factor of an exponential mean, 0 = off; embeddings: whether N counts
     them; unit: of the losses, per token; branch_of: the name of the curve whose learning rates a
     curve has before its first step; points: means of neighboring losses to which longer curves are
-    reduced, from twice as many on (0: none). What only one curve has is a mapping of its name, or of a pattern such as
-    ``*100M*``.
+    reduced, from twice as many on (0: none). What only one curve has is a mapping of its name, or
+    of a pattern such as ``*100M*``.
     """
 
     columns: dict[str, str] | None = None
