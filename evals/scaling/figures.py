@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from evals.scaling.comparing import Comparison, budgets
@@ -14,11 +17,13 @@ from evals.scaling.curves import Curve, Points
 from evals.scaling.fitting import Fit
 from evals.scaling.intervals import interval
 from evals.scaling.planning import Choice, SizeChoice
-from evals.scaling.size_laws import ChinchillaLaw
+from evals.scaling.size_laws import ChinchillaLaw, isoflop_profiles
 from pretrain.common.files import write_figure
 from pretrain.common.plots import plot_text
 
 COLORS = [f"tab:{c}" for c in ("blue", "orange", "green", "red", "purple", "brown", "pink", "cyan")]
+IN_AXES, MOST_SIZES = 10, 10  # lines that a legend inside the axes names, sizes with a name each
+LONG = 8  # times the shortest curve: from there on steps have a logarithmic axis
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -30,91 +35,203 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def colors_of(count: int) -> list[Any]:
+    """Return ``count`` colors that differ: well-known ones, or many along a map."""
+    if count <= len(COLORS):
+        return COLORS[:count]
+    return [colormaps["turbo"](x) for x in np.linspace(0.03, 0.97, count)]
+
+
+def add_legend(part: Any, axes: Any, width: float, title: str | None = None) -> float:
+    """Name what is drawn: inside the axes, or if that is much in columns below ``part``.
+
+    ``part`` is a figure ``width`` inches wide, or a part of one. Returns the inches that the legend
+    adds below.
+    """
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) <= IN_AXES:
+        axes.legend(handles, labels, fontsize=8, title=title, title_fontsize=8)
+        return 0.0
+    columns = max(1, min(5, int(17 * width) // (max(map(len, labels)) + 8)))
+    part.legend(
+        *(handles, labels),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=6.5,
+        title=title,
+        title_fontsize=7,
+    )
+    return 0.14 * -(-len(labels) // columns) + 0.3
+
+
 def draw_curves(
     found: Fit, curves: Sequence[Curve], path: Path, others: Sequence[Curve] = ()
 ) -> Path:
-    """Draw data and fit above, residuals below; ``others``, which were not fitted, are dashed."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    low = []
-    for i, curve in enumerate([*curves, *others]):
-        color, fitted = COLORS[i % len(COLORS)], i < len(curves)
-        predicted = found.predict(curve)
-        top.plot(curve.step, curve.loss, ".", color=color, markersize=2.5, alpha=0.5)
-        error = 100 * np.abs(predicted / curve.loss - 1).mean()
-        label = plot_text(f"{curve.name}: {error:.3f} %{'' if fitted else ', not fitted'}")
-        top.plot(
-            curve.step, predicted, "-" if fitted else "--", color=color, linewidth=1.3, label=label
+    """Draw data and fit above, residuals below; ``others``, which were not fitted, to the right."""
+    sets = [("fitted", list(curves)), *([("held out", list(others))] if others else [])]
+    width = 10 if len(sets) == 1 else 14
+    figure = Figure(figsize=(width, 7), layout="constrained")
+    parts: Any = figure.subfigures(1, len(sets), squeeze=False)[0]
+    every, tops, bottoms, added = [*curves, *others], list[Any](), list[Any](), 0.0
+    for part, (what, shown) in zip(parts, sets, strict=True):
+        top, bottom = part.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        tops.append(top)
+        bottoms.append(bottom)
+        many = len(shown) > IN_AXES
+        errors = []
+        for curve, color in zip(shown, colors_of(len(shown)), strict=True):
+            predicted = found.predict(curve)
+            residual = 100 * (predicted / curve.loss - 1)
+            errors.append(float(np.abs(residual).mean()))
+            size = {"markersize": 1.5, "alpha": 0.3} if many else {"markersize": 2.5, "alpha": 0.5}
+            top.plot(curve.step, curve.loss, ".", color=color, **size)
+            label = plot_text(f"{curve.name}: {errors[-1]:.3f} %", 60)
+            line = 0.8 if many else 1.3
+            top.plot(curve.step, predicted, color=color, linewidth=line, label=label)
+            if what == "held out" and found.samples is not None:
+                low, high = interval(found, curve)
+                top.fill_between(curve.step, low, high, color=color, alpha=0.15, linewidth=0)
+            bottom.plot(curve.step, residual, color=color, linewidth=0.7 * line)
+        shaded = " with 95 % intervals" if what == "held out" and found.samples is not None else ""
+        top.set_title(
+            f"{what}{shaded}: {len(shown)} curve{'s' if len(shown) > 1 else ''}, "
+            f"mean error {np.mean(errors):.3f} %",
+            fontsize=10,
         )
-        bottom.plot(curve.step, 100 * (predicted / curve.loss - 1), color=color, linewidth=0.9)
-        low.append(np.quantile(curve.loss, 0.97))
-    top.set(ylabel="loss (nats per token)", title=f"{found.law.title}: {found.law.formula}")
-    lowest = min(c.loss.min() for c in [*curves, *others])
-    top.set_ylim(lowest - 0.05 * (max(low) - lowest), max(low) + 0.1 * (max(low) - lowest))
-    top.legend(fontsize=8, title="data, fit, mean absolute error", title_fontsize=8)
-    bottom.axhline(0, color="black", linewidth=0.6)
-    bottom.set(xlabel="optimizer step", ylabel="predicted / logged - 1 (%)")
+        last = [int(c.step[-1]) for c in shown]
+        if max(last) > LONG * min(last):
+            top.set_xscale("log")
+        room = width / len(sets)
+        added = max(added, add_legend(part, top, room, "data, fit, mean absolute error"))
+        bottom.axhline(0, color="black", linewidth=0.6)
+        bottom.set(xlabel="optimizer step")
+    tops[0].set(ylabel="loss (nats per token)")
+    bottoms[0].set(ylabel="predicted / logged - 1 (%)")
+    lowest = min(c.loss.min() for c in every)
+    highest = max(np.quantile(c.loss, 0.97) for c in every)
+    ends = [axes.get_ylim() for axes in bottoms]
+    for top, bottom in zip(tops, bottoms, strict=True):
+        top.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.1 * (highest - lowest))
+        bottom.set_ylim(min(e[0] for e in ends), max(e[1] for e in ends))
+    figure.set_figheight(7 + added)
+    figure.suptitle(f"{found.law.title}: {found.law.formula}", fontsize=11)
     return save(figure, path)
 
 
 def draw_points(found: Fit, points: Points, path: Path) -> Path:
-    """Draw loss by compute with the law at each size, residuals, and Chinchilla's frontier."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    """Draw loss by compute with the law at each size, residuals, and Chinchilla's frontier.
+
+    Runs of equal budgets are drawn by size to the right, with a parabola for each budget.
+    """
+    profiles = isoflop_profiles(points)
+    profiles = profiles if len(profiles) >= 2 else []
+    figure = Figure(figsize=(15 if profiles else 10, 7), layout="constrained")
+    parts: list[Any] = [figure]
+    if profiles:
+        parts = list(figure.subfigures(1, 2, squeeze=False, width_ratios=(3, 2))[0])
+    left = parts[0]
+    top, bottom = left.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     flops, predicted = np.asarray(points.flops), found.predict(points)
     sizes = np.unique(points.parameters)
-    for i, size in enumerate(sizes):
+    few = len(sizes) <= MOST_SIZES
+    shades = (
+        colors_of(len(sizes)) if few else colormaps["viridis"](np.linspace(0, 0.95, len(sizes)))
+    )
+    for size, color in zip(sizes, shades, strict=True):
         at = points.parameters == size
-        color = f"C{i % 10}" if len(sizes) <= 10 else "tab:blue"
-        label = f"{size:.3g} parameters" if len(sizes) <= 10 else None
+        label = f"{size:.3g} parameters" if few else None
         top.plot(flops[at], points.loss[at], "o", color=color, markersize=4, label=label)
         order = np.argsort(flops[at])
         top.plot(flops[at][order], predicted[at][order], "-", color=color, linewidth=1)
-        bottom.plot(
-            flops[at], 100 * (predicted[at] / points.loss[at] - 1), "o", color=color, markersize=4
-        )
+        residual = 100 * (predicted[at] / points.loss[at] - 1)
+        bottom.plot(flops[at], residual, "o", color=color, markersize=4)
+    if not few:
+        norm = LogNorm(sizes[0], sizes[-1])
+        shown = ScalarMappable(norm, colormaps["viridis"])
+        left.colorbar(shown, ax=[top, bottom], label="parameters", pad=0.01)
     if isinstance(found.law, ChinchillaLaw):
         grid = np.geomspace(flops.min(), flops.max() * 10, 100)
         n, d = found.law.optimum(found.values, grid)
-        frontier = found.predict(Points(n, d, np.ones(100)))
-        top.plot(grid, frontier, "k--", linewidth=1, label="compute-optimal")
-    top.set(
-        xscale="log",
-        ylabel="loss (nats per token)",
-        title=f"{found.law.title}: {found.law.formula}",
-    )
+        frontier, inside = found.predict(Points(n, d, np.ones(100))), grid <= flops.max()
+        top.plot(grid[inside], frontier[inside], "k--", linewidth=1, label="compute-optimal")
+        top.plot(
+            *(grid[~inside], frontier[~inside]),
+            "k:",
+            linewidth=1,
+            label="the same, beyond the fitted runs",
+        )
+    top.set(xscale="log", ylabel="loss (nats per token)")
+    top.set_title(f"{found.law.title}: {found.law.formula}", fontsize=10)
     if top.get_legend_handles_labels()[0]:
         top.legend(fontsize=8)
     bottom.axhline(0, color="black", linewidth=0.6)
     bottom.set(xlabel="training FLOPs", ylabel="predicted / logged - 1 (%)")
+    if profiles:
+        _draw_profiles(parts[1].subplots(), points, profiles)
     return save(figure, path)
 
 
+def _draw_profiles(axes: Any, points: Points, profiles: Sequence[dict[str, Any]]) -> None:
+    """Draw the losses of each budget by size, their parabola, and its minimum."""
+    places = {name: i for i, name in enumerate(points.names)}
+    every = colormaps["viridis"](np.linspace(0, 0.9, len(profiles)))
+    for profile, color in zip(profiles, every, strict=True):
+        runs = [places[name] for name in profile["runs"]]
+        size, (curvature, slope, level, middle) = points.parameters[runs], profile["parabola"]
+        ends = np.log([*size, profile["parameters"]] if profile["inside"] else size)
+        logs = np.linspace(ends.min(), ends.max(), 100) - middle
+        label = f"{profile['flops']:.2g} FLOPs" if len(profiles) <= MOST_SIZES else None
+        axes.plot(size, points.loss[runs], "o", color=color, markersize=4, label=label)
+        parabola = level + slope * logs + curvature * logs**2
+        axes.plot(np.exp(logs + middle), parabola, color=color, linewidth=1)
+        if profile["inside"]:
+            axes.plot(profile["parameters"], profile["loss"], "*", color=color, markersize=11)
+    axes.plot([], [], "k*", markersize=9, linestyle="none", label="minima within the runs")
+    axes.set(xscale="log", xlabel="parameters", ylabel="loss (nats per token)")
+    axes.set_title("isoFLOP profiles: parabolas in the logarithm of the size", fontsize=10)
+    axes.legend(fontsize=8)
+
+
 def draw_prediction(found: Fit, curves: Sequence[Curve], seen: Sequence[bool], path: Path) -> Path:
-    """Draw predicted curves with intervals and any logged losses, and the learning rates below."""
+    """Draw predicted curves with intervals and any logged losses, and the learning rates below.
+
+    Steps beyond the longest fitted run are dotted.
+    """
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     highest = []
-    for i, (curve, has_loss) in enumerate(zip(curves, seen, strict=True)):
-        color, predicted = COLORS[i % len(COLORS)], found.predict(curve)
-        top.plot(
-            curve.step,
-            predicted,
-            color=color,
-            linewidth=1.3,
-            label=plot_text(f"{curve.name}: ends at {predicted[-1]:.4f}"),
-        )
+    longest = found.domain.get("steps", [0, np.inf])[1]
+    many = len(curves) > IN_AXES
+    shown = zip(curves, seen, colors_of(len(curves)), strict=True)
+    for curve, has_loss, color in shown:
+        predicted = found.predict(curve)
+        inside = curve.step <= longest
+        label = plot_text(f"{curve.name}: ends at {predicted[-1]:.4f}", 60)
+        style: dict[str, Any] = {"color": color, "linewidth": 0.8 if many else 1.3}
+        top.plot(curve.step[inside], predicted[inside], label=label, **style)
+        if not inside.all():
+            beyond = np.flatnonzero(~inside)
+            beyond = np.append(beyond[0] - 1, beyond) if beyond[0] else beyond
+            top.plot(curve.step[beyond], predicted[beyond], linestyle=":", **style)
         if found.samples is not None:
             low, high = interval(found, curve)
-            top.fill_between(curve.step, low, high, color=color, alpha=0.2, linewidth=0)
+            shade = 0.1 if many else 0.2
+            top.fill_between(curve.step, low, high, color=color, alpha=shade, linewidth=0)
         if has_loss:
             top.plot(curve.step, curve.loss, ".", color=color, markersize=2.5, alpha=0.5)
         bottom.plot(np.arange(len(curve.lr)), curve.lr, color=color, linewidth=1)
         highest.append(predicted[len(predicted) // 20])
-    top.set(ylabel="loss (nats per token)", title=f"{found.law.title}, 95 % intervals")
+    if max(c.step[-1] for c in curves) > longest:
+        top.plot([], [], "k:", linewidth=1.3, label="longer than any fitted run")
+    title = found.law.title
+    if found.samples is not None:
+        title += ", 95 % intervals"
+    if any(seen):
+        title += ", dots: logged"
+    top.set(ylabel="loss (nats per token)", title=title)
     bottom_loss = min(found.predict(c).min() for c in curves)
     top.set_ylim(bottom_loss - 0.05 * (max(highest) - bottom_loss), max(highest))
-    top.legend(fontsize=8)
+    figure.set_figheight(7 + add_legend(figure, top, 10))
     bottom.set(xlabel="optimizer step", ylabel="learning rate")
     return save(figure, path)
 
@@ -166,7 +283,7 @@ def draw_sizes(found: Fit, choice: SizeChoice, path: Path) -> Path:
         xscale="log",
         xlabel="parameters",
         ylabel="loss (nats per token)",
-        title=f"{choice.flops:.3g} FLOPs",
+        title=f"{choice.flops:.3g} FLOPs" + ("" if found.samples is None else ", 95 % interval"),
     )
     axes.legend(fontsize=8)
     return save(figure, path)
@@ -187,7 +304,9 @@ def draw_comparison(
         axes.plot(
             np.asarray(families[name].flops), families[name].loss, "o", color=color, markersize=4
         )
-        axes.plot(grid, found.predict(at), color=color, label=plot_text(name))
+        predicted, inside = found.predict(at), grid <= np.asarray(families[name].flops).max()
+        axes.plot(grid[inside], predicted[inside], color=color, label=plot_text(name))
+        axes.plot(grid[~inside], predicted[~inside], color=color, linestyle="--")
         low, high = interval(found, at)
         axes.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
     for comparison in comparisons:
@@ -197,7 +316,7 @@ def draw_comparison(
         xscale="log",
         xlabel="training FLOPs",
         ylabel="loss (nats per token)",
-        title="laws with 95 % intervals, crossings dotted",
+        title="laws with 95 % intervals, dashed beyond the runs; crossings dotted",
     )
     axes.legend(fontsize=8)
     return save(figure, path)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from evals.scaling.comparing import Comparison
 from evals.scaling.fitting import Fit
+from evals.scaling.notes import grouped
 from pretrain.common.screen import readable, show_table, titled_table
 
 
@@ -85,9 +86,5 @@ def show_fit(found: Fit, console: Console, name: str = "") -> None:
         f"objective {1e6 * found.objective:.4f}e-6, reached from {equal} of {len(objectives)} "
         "starts"
     )
-    by_sentence: dict[str, list[str]] = {}
-    for warning in found.warnings:
-        curve, _, sentence = warning.partition(": ")
-        by_sentence.setdefault(sentence, []).append(curve)
-    for sentence, named_curves in by_sentence.items():
-        console.print(f"{', '.join(named_curves)}: {sentence}", style="yellow")
+    for note in grouped(found.warnings):
+        console.print(note, style="yellow")
