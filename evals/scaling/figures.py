@@ -193,26 +193,20 @@ def _draw_profiles(axes: Any, points: Points, profiles: Sequence[dict[str, Any]]
 
 
 def draw_prediction(found: Fit, curves: Sequence[Curve], seen: Sequence[bool], path: Path) -> Path:
-    """Draw predicted curves with intervals and any logged losses, and the learning rates below.
-
-    Steps beyond the longest fitted run are dotted.
-    """
+    """Draw predicted curves with intervals and any logged losses, and the learning rates below."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     highest = []
-    longest = found.domain.get("steps", [0, np.inf])[1]
-    many = len(curves) > IN_AXES
-    shown = zip(curves, seen, colors_of(len(curves)), strict=True)
-    for curve, has_loss, color in shown:
+    many, colors = len(curves) > IN_AXES, colors_of(len(curves))
+    for curve, has_loss, color in zip(curves, seen, colors, strict=True):
         predicted = found.predict(curve)
-        inside = curve.step <= longest
-        label = plot_text(f"{curve.name}: ends at {predicted[-1]:.4f}", 60)
-        style: dict[str, Any] = {"color": color, "linewidth": 0.8 if many else 1.3}
-        top.plot(curve.step[inside], predicted[inside], label=label, **style)
-        if not inside.all():
-            beyond = np.flatnonzero(~inside)
-            beyond = np.append(beyond[0] - 1, beyond) if beyond[0] else beyond
-            top.plot(curve.step[beyond], predicted[beyond], linestyle=":", **style)
+        top.plot(
+            curve.step,
+            predicted,
+            color=color,
+            linewidth=0.8 if many else 1.3,
+            label=plot_text(f"{curve.name}: ends at {predicted[-1]:.4f}", 60),
+        )
         if found.samples is not None:
             low, high = interval(found, curve)
             shade = 0.1 if many else 0.2
@@ -221,14 +215,13 @@ def draw_prediction(found: Fit, curves: Sequence[Curve], seen: Sequence[bool], p
             top.plot(curve.step, curve.loss, ".", color=color, markersize=2.5, alpha=0.5)
         bottom.plot(np.arange(len(curve.lr)), curve.lr, color=color, linewidth=1)
         highest.append(predicted[len(predicted) // 20])
-    if max(c.step[-1] for c in curves) > longest:
-        top.plot([], [], "k:", linewidth=1.3, label="longer than any fitted run")
-    title = found.law.title
-    if found.samples is not None:
-        title += ", 95 % intervals"
-    if any(seen):
-        title += ", dots: logged"
-    top.set(ylabel="loss (nats per token)", title=title)
+    steps = found.domain.get("steps")
+    furthest = max(int(curve.step[-1]) for curve in curves)
+    if steps and furthest > 1.001 * steps[1]:
+        label = f"beyond the fitted steps, up to {furthest / steps[1]:.1f} x"
+        top.axvspan(steps[1], furthest, color="gray", alpha=0.12, linewidth=0, label=label)
+    kind = "95 % intervals" if found.samples is not None else "without intervals"
+    top.set(ylabel="loss (nats per token)", title=f"{found.law.title}, {kind}")
     bottom_loss = min(found.predict(c).min() for c in curves)
     top.set_ylim(bottom_loss - 0.05 * (max(highest) - bottom_loss), max(highest))
     figure.set_figheight(7 + add_legend(figure, top, 10))
@@ -283,7 +276,7 @@ def draw_sizes(found: Fit, choice: SizeChoice, path: Path) -> Path:
         xscale="log",
         xlabel="parameters",
         ylabel="loss (nats per token)",
-        title=f"{choice.flops:.3g} FLOPs" + ("" if found.samples is None else ", 95 % interval"),
+        title=f"{choice.flops:.3g} FLOPs",
     )
     axes.legend(fontsize=8)
     return save(figure, path)
@@ -304,11 +297,12 @@ def draw_comparison(
         axes.plot(
             np.asarray(families[name].flops), families[name].loss, "o", color=color, markersize=4
         )
-        predicted, inside = found.predict(at), grid <= np.asarray(families[name].flops).max()
-        axes.plot(grid[inside], predicted[inside], color=color, label=plot_text(name))
-        axes.plot(grid[~inside], predicted[~inside], color=color, linestyle="--")
+        axes.plot(grid, found.predict(at), color=color, label=plot_text(name))
         low, high = interval(found, at)
         axes.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
+    if grid[-1] > 1.001 * every.max():
+        label = f"beyond the runs, up to {grid[-1] / every.max():.3g} x"
+        axes.axvspan(every.max(), grid[-1], color="gray", alpha=0.12, linewidth=0, label=label)
     for comparison in comparisons:
         if comparison.crossing is not None:
             axes.axvline(comparison.crossing, color="gray", linestyle=":", linewidth=1)
@@ -316,7 +310,7 @@ def draw_comparison(
         xscale="log",
         xlabel="training FLOPs",
         ylabel="loss (nats per token)",
-        title="laws with 95 % intervals, dashed beyond the runs; crossings dotted",
+        title="laws with 95 % intervals, crossings dotted",
     )
     axes.legend(fontsize=8)
     return save(figure, path)
