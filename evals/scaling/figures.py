@@ -124,7 +124,8 @@ def draw_points(found: Fit, points: Points, path: Path) -> Path:
     Runs of equal budgets are drawn by size to the right, with a parabola for each budget.
     """
     profiles = isoflop_profiles(points)
-    profiles = profiles if len(profiles) >= 2 else []
+    if sum(profile["inside"] for profile in profiles) < 2:  # sizes that are alike by chance
+        profiles = []
     figure = Figure(figsize=(15 if profiles else 10, 7), layout="constrained")
     parts: list[Any] = [figure]
     if profiles:

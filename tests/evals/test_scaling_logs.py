@@ -9,7 +9,7 @@ import numpy as np
 import pandas
 import pytest
 
-from benchmarks.scaling_laws import CURVES
+from benchmarks.scaling_laws import CURVES, FITTED, read
 from evals.scaling import Reading, read_curves, read_points
 from evals.scaling.points_tables import is_points_table
 from evals.scaling.schedules import parse_schedule, schedule_lr
@@ -252,6 +252,16 @@ def test_a_branch_without_a_trunk_is_told(tmp_path):
     short = write(tmp_path / "short.csv", pandas.read_csv(trunk).head(20))
     with pytest.raises(UserError, match="its trunk short is known up to step 4,609 only"):
         read_curves([branch, short], Reading(branch_of={"branch": "short"}))
+
+
+def test_the_manifest_of_the_published_curves():
+    exact = read(CURVES / "csv_25")
+    curves, _ = read_curves([CURVES / "curves.yaml"])
+    assert [c.name for c in curves] == ["cosine_24000", "constant_24000", "drop"]
+    for curve, name in zip(curves, FITTED, strict=True):
+        assert np.array_equal(curve.lr, exact[name].lr)
+        assert np.array_equal(curve.loss, exact[name].loss)
+        assert (curve.parameters, curve.warnings) == (25e6, [])
 
 
 def test_a_manifest_lists_curves(tmp_path):
