@@ -78,12 +78,20 @@ def build(log: Log, reading: OneReading, unit: float = 1.0, lr: Array | None = N
         )
     if not len(step):
         raise UserError(f"{log.where} has no finite loss")
+    rates = log.lr.ordered() if log.lr is not None else None
+    _positive(log.where, "loss", loss, zero=False)
+    if rates is not None:
+        _positive(log.where, "learning rate", rates.value, zero=True)
     if reading.unit == "bits":
         loss = loss * math.log(2)
-    rates = log.lr.ordered() if log.lr is not None else None
     per_step = reading.tokens_per_step
     if counts_tokens(log):
         unit = per_step or unit
+        if step[-1] / unit > MOST_STEPS:
+            raise UserError(
+                f"{log.where}: its axis counts {step[-1]:,.0f} tokens, which are more than "
+                f"{MOST_STEPS:,} steps of {unit:g} tokens; expected more --tokens-per-step"
+            )
         step, loss = means(np.round(step / unit), loss, np.round(step / unit))
         if rates is not None:
             rates = Series(np.round(rates.step / unit), rates.value).ordered()
@@ -163,6 +171,13 @@ def _check(log: Log) -> None:
                 f"{log.where}: a step is {step[wrong][0]:.16g}, expected whole numbers from 0 to "
                 f"{MOST_STEPS:,}, or of tokens to {MOST_TOKENS:,}"
             )
+
+
+def _positive(where: str, what: str, values: Array, zero: bool) -> None:
+    wrong = values < 0 if zero else values <= 0
+    if wrong.any():
+        expected = "0 or more" if zero else "above 0"
+        raise UserError(f"{where}: a {what} is {values[wrong][0]:g}, expected {expected}")
 
 
 def _ordered(series: Series, warnings: list[str]) -> Series:

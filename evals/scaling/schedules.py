@@ -82,15 +82,16 @@ def interpolated_lr(
             f"the learning rate was logged every {int(np.median(gaps)):,} steps and interpolated"
         )
     flat = np.abs(np.diff(logged)) <= 1e-6 * logged.max()
+    jumps = []
     for i in np.flatnonzero(np.abs(np.diff(logged)) > JUMP * np.maximum(logged[1:], logged[:-1])):
         if (i > 0 and flat[i - 1]) or (i + 1 < len(flat) and flat[i + 1]):
             middle = (step[i] + step[i + 1] + 1) // 2
             lr[step[i] : middle], lr[middle : step[i + 1] + 1] = logged[i], logged[i + 1]
             if step[i + 1] - step[i] > max(1, UNSURE * step[-1]):
-                notes.append(
-                    f"the learning rate jumps between steps {step[i]:,} and {step[i + 1]:,}; "
-                    f"assumed to jump at {middle:,}"
-                )
+                jumps.append(f"{step[i]:,} and {step[i + 1]:,}; assumed to jump at {middle:,}")
+    if jumps:
+        more = f", and likewise {len(jumps) - 1} more times" if len(jumps) > 1 else ""
+        notes.append(f"the learning rate jumps between steps {jumps[0]}{more}")
     first = int(step[0])
     rising = len(logged) > 1 and logged[1] > logged[0]
     if warmup_steps is not None and warmup_steps <= first:

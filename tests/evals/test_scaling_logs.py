@@ -358,3 +358,20 @@ def test_tokens_follow_from_compute_and_size(tmp_path):
     assert points.warnings == ["tokens are computed as C / (6 N)"]
     path = write(tmp_path / "b.csv", {"C": [6e14, 2.4e15], "D": [1e8, 2e8], "loss": [4, 3.0]})
     assert list(read_points(path).parameters) == [1e6, 2e6]
+
+
+@pytest.mark.parametrize(
+    ("columns", "reading", "message"),
+    [
+        ({"loss": -losses()}, {}, "a loss is -3.6.*, expected above 0"),
+        ({"lr": -rates()}, {}, "a learning rate is -.*, expected 0 or more"),
+        ({"step": STEPS * 1e8}, {"tokens_per_step": 1.0}, "more than 10,000,000 steps of 1 tokens"),
+        ({"step": STEPS * 1e8}, {"tokens_per_step": 1e20}, "no loss is logged from step 1 on"),
+        ({"lr": np.nan}, {}, "no learning rate is logged; give the schedule"),
+        ({}, {"columns": {"tokens": "seen"}}, "has no column 'seen', found: step, loss, lr"),
+    ],
+)
+def test_logs_that_cannot_be_meant(columns, reading, message, tmp_path):
+    path = write(tmp_path / "a.csv", {"step": STEPS, "loss": losses(), "lr": rates()} | columns)
+    with pytest.raises(UserError, match=message):
+        one(path, **reading)
