@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from evals.scaling.building import GAPS, Built
+from evals.scaling.building import Built
 from evals.scaling.curves import Curve
-from evals.scaling.schedules import ASSUMED
+from evals.scaling.schedules import ASSUMED, GAPS
 from pretrain.common.errors import UserError
 
 ALIKE_LR, ALIKE_LOSS, SAME = 0.02, 0.02, 0.01  # shares of the peak, of the loss, of the peak
@@ -86,7 +86,7 @@ def _find_trunk(one: Built, curves: Mapping[str, Curve]) -> None:
     curve, begins = one.curve, one.begins
     assert begins is not None
     at = max(begins - one.apart // 2, 1)
-    same_rate, lower_rate = list[Curve](), list[Curve]()
+    alike, constant = list[Curve](), list[Curve]()
     for trunk in curves.values():
         sizes = {trunk.parameters, curve.parameters} - {None}
         early = trunk.step[0] < begins - GAPS * one.apart
@@ -96,10 +96,10 @@ def _find_trunk(one: Built, curves: Mapping[str, Curve]) -> None:
         if abs(loss / curve.loss[0] - 1) > ALIKE_LOSS:
             continue
         if abs(trunk.lr[begins] - curve.lr[begins]) <= ALIKE_LR * trunk.peak:
-            same_rate.append(trunk)
-        elif trunk.lr[begins] > curve.lr[begins]:
-            lower_rate.append(trunk)
-    alike = same_rate or lower_rate
+            alike.append(trunk)
+        elif np.ptp(trunk.lr[trunk.warmup : begins]) <= SAME * trunk.peak:
+            constant.append(trunk)  # that a branch with another rate leaves
+    alike = alike or constant
     pasts = [trunk.lr[:at] for trunk in alike]
     if alike and all(np.abs(p - pasts[0]).max() <= SAME * alike[0].peak for p in pasts):
         _take(one, alike[0], at, begins)

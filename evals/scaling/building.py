@@ -13,10 +13,12 @@ from evals.scaling.logs import Log, Series
 from evals.scaling.parameters import Array
 from evals.scaling.reading import OneReading
 from evals.scaling.schedules import (
+    GAPS,
     MOST_STEPS,
     interpolated_lr,
     largest_difference,
     parse_schedule,
+    rises_from_0,
     schedule_lr,
 )
 from evals.scaling.thinning import means, smoothness, thin
@@ -26,7 +28,6 @@ MISMATCH = 1e-3
 MOST_TOKENS = 10**16
 LONGEST = 50_000  # units of an axis that counts tokens, where nothing says how many a step has
 VARIES = 0.02  # share of all tokens by which the batch size must change the axis
-GAPS = 5  # medians between logged steps that count as a gap, or as a beginning in the middle
 
 
 @dataclass
@@ -233,10 +234,9 @@ def _logged_rates(
                 f"{rates.value[-1]:.3g}"
             )
         lr = np.append(lr, np.full(missing, lr[-1]))
-    # A schedule rises before it falls: a log that begins with its highest rate may be a branch.
     apart = float(np.median(np.diff(step))) if len(step) > 1 else 1.0
-    falling = len(known) < 2 or rates.value[1] <= rates.value[0]
-    middle = falling and min(step[0], known[0]) > GAPS * apart
+    late = min(step[0], known[0]) > GAPS * apart
+    middle = late and not rises_from_0(known, rates.value)
     return lr, int(known[0]) if middle else None
 
 

@@ -17,6 +17,7 @@ from pretrain.config.schedule import learning_rate
 MOST_STEPS = 10_000_000  # of a run; the learning rate of each is computed
 SPARSE, UNSURE = 0.02, 0.003  # shares of a run between two logged rates that are worth a note
 STRAIGHT, BEND = 0.002, 0.01  # changes over one gap, as shares of the peak, of lines and of corners
+GAPS = 5  # medians between logged steps that count as a gap, or as a beginning in the middle
 ASSUMED = "assumed to be a warm-up from 0"
 JUMP = 0.2  # relative change between two logged steps that counts as abrupt
 
@@ -93,7 +94,7 @@ def interpolated_lr(
         more = f", and likewise {len(jumps) - 1} more times" if len(jumps) > 1 else ""
         notes.append(f"the learning rate jumps between steps {jumps[0]}{more}")
     first = int(step[0])
-    rising = len(logged) > 1 and logged[1] > logged[0]
+    rising = rises_from_0(step, logged)
     if warmup_steps is not None and warmup_steps <= first:
         lr[:warmup_steps] = logged[0] * np.arange(1, warmup_steps + 1) / max(warmup_steps, 1)
         lr[warmup_steps:first] = logged[0]
@@ -105,6 +106,15 @@ def interpolated_lr(
                 "with --warmup-steps, or --branch-of, if it is a branch)"
             )
     return lr, notes
+
+
+def rises_from_0(step: NDArray[np.int64], logged: Array) -> bool:
+    """Return whether a log begins in a warm-up: rising, and if late on a line from 0."""
+    if len(logged) < 2 or logged[1] <= logged[0]:
+        return False
+    apart = step[1] - step[0]
+    begun = logged[0] - step[0] * (logged[1] - logged[0]) / apart
+    return bool(step[0] <= GAPS * apart or abs(begun) <= JUMP * logged[0])
 
 
 def _with_bends(step: NDArray[np.int64], logged: Array) -> tuple[Array, Array]:

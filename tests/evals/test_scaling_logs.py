@@ -231,6 +231,23 @@ def test_a_branch_has_the_history_of_its_trunk(tmp_path):
     assert np.array_equal(later[0].lr, found.lr), "a trunk may have been read before"
 
 
+def test_a_branch_with_another_rate_leaves_a_constant_run(tmp_path):
+    whole = pandas.read_csv(CURVES / "csv_25/wsdcon_9.csv")
+    branch = write(tmp_path / "branch.csv", whole[whole.step > 8000])
+    trunks = [CURVES / f"csv_25/{kind}_24000.csv" for kind in ("cosine", "constant")]
+    found = read_curves([branch, *trunks], Reading(warmup_steps=2160))[0][0]
+    assert "learning rates of constant_24000 before" in found.warnings[0]
+    assert set(found.lr[2160:8064]) == {3e-4}
+    assert set(found.lr[8064:]) == {9e-5}
+    again = pandas.read_csv(branch).assign(lr=lambda f: 1e-4 + (f.step - 8000) * 1e-8)
+    rising = write(tmp_path / "rising.csv", again)
+    assert "before 8,128, the first logged one, are assumed" in one(rising).warnings[0]
+    found = read_curves([rising, trunks[1]], Reading())[0][0]
+    assert set(found.lr[2176:8064]) == {3e-4}, "a branch may warm up again"
+    alone = read_curves([branch, trunks[0]], Reading(warmup_steps=2160))[0][0]
+    assert "assumed to have its first learning rate" in alone.warnings[0]
+
+
 def test_a_branch_without_a_trunk_is_told(tmp_path):
     trunk, branch = trunk_and_branch(tmp_path)
     (warning,) = one(branch).warnings
