@@ -239,7 +239,7 @@ def test_a_branch_with_another_rate_leaves_a_constant_run(tmp_path):
     assert "learning rates of constant_24000 before" in found.warnings[0]
     assert set(found.lr[2160:8064]) == {3e-4}
     assert set(found.lr[8064:]) == {9e-5}
-    again = pandas.read_csv(branch).assign(lr=lambda f: 1e-4 + (f.step - 8000) * 1e-8)
+    again = pandas.read_csv(branch).assign(lr=lambda f: 1e-4 + (f.step - 8000) * 5e-8)
     rising = write(tmp_path / "rising.csv", again)
     assert "before 8,128, the first logged one, are assumed" in one(rising).warnings[0]
     found = read_curves([rising, trunks[1]], Reading())[0][0]
