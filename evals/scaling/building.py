@@ -98,8 +98,8 @@ def build(log: Log, reading: OneReading, unit: float = 1.0, lr: Array | None = N
             rates = Series(np.round(rates.step / unit), rates.value).ordered()
         if per_step is None:
             warnings.append(
-                f"its axis counts tokens; {unit:,.0f} of them count as a step (change this with "
-                "--tokens-per-step)"
+                f"its axis counts tokens; {unit:,.0f} of them count as a step, as long as "
+                "--tokens-per-step is not given"
             )
         per_step = unit
     whole = step.astype(np.int64)

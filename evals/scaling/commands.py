@@ -30,6 +30,7 @@ from evals.scaling.curves import Curve, Points, points_of
 from evals.scaling.fitting import Fit, Options, fit, load_fit
 from evals.scaling.intervals import bootstrap, hold_out_schedules, hold_out_sizes, interval, mape
 from evals.scaling.laws import CURVE_LAWS, LAWS, curve_law
+from evals.scaling.notes import grouped
 from evals.scaling.parameters import Law
 from evals.scaling.planning import (
     best_schedules,
@@ -202,10 +203,13 @@ def _predict(given: argparse.Namespace) -> int:
         )
         seen.append(False)
     if given.run:
-        reading = Reading(parameters=given.parameters)
-        for curve in read_curves(given.run, reading)[0]:
-            curves.append(curve)
-            seen.append(True)
+        unit = found.domain.get("tokens_per_step")
+        reading = Reading(parameters=given.parameters, axis_unit=unit)
+        logged, skipped = read_curves(given.run, reading)
+        curves += logged
+        seen += [True] * len(logged)
+        for note in skipped + grouped(f"{c.name}: {w}" for c in logged for w in c.warnings):
+            console.print(note, style="yellow")
     table = titled_table(
         f"{found.law.title}: predicted",
         *("curve", "steps", "final loss", "95 % interval", "logged", "mean error"),

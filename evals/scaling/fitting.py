@@ -418,10 +418,12 @@ def _domain(data: Sequence[Any]) -> dict[str, Any]:
     curves = [c for c in data if hasattr(c, "lr")]
     if curves:
         sizes = [c.parameters for c in curves if c.parameters is not None]
+        batches = {c.tokens_per_step for c in curves}
         return {
             "steps": [int(min(c.step[0] for c in curves)), int(max(c.step[-1] for c in curves))],
             "peak_lr": [min(c.peak for c in curves), max(c.peak for c in curves)],
             "parameters": [min(sizes), max(sizes)] if sizes else None,
+            "tokens_per_step": batches.pop() if len(batches) == 1 else None,
             "curves": [c.name for c in curves],
         }
     points = data[0]

@@ -54,8 +54,8 @@ def read_curves(
         for one, own in zip(found, readings, strict=True)
         if own.tokens_per_step is None and counts_tokens(one.log)
     ]
-    unit = 1.0
-    if unsized:
+    unit = reading.axis_unit or 1.0
+    if unsized and reading.axis_unit is None:
         units = [c.tokens_per_step for c in known if c.tokens_per_step is not None]
         unit = units[0] if units else token_unit(unsized)
     built = list[Built]()

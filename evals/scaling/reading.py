@@ -31,8 +31,9 @@ class Reading:
     of the warm-up); smooth: factor of an exponential mean, 0 = off; embeddings: whether N counts
     them; unit: of the losses, per token; branch_of: the name of the curve whose learning rates a
     curve has before its first step; points: means of neighboring losses to which longer curves are
-    reduced, from twice as many on (0: none). What only one curve has is a mapping of its name, or
-    of a pattern such as ``*100M*``.
+    reduced, from twice as many on (0: none); axis_unit: tokens that count as a step on axes of
+    tokens, where ``tokens_per_step`` is not known either (None: a round number). What
+    only one curve has is a mapping of its name, or of a pattern such as ``*100M*``.
     """
 
     columns: dict[str, str] | None = None
@@ -47,6 +48,7 @@ class Reading:
     unit: Unit | Mapping[str, Unit] = "nats"
     branch_of: str | Mapping[str, str] | None = None
     points: int = 300
+    axis_unit: float | None = None
     used: set[tuple[str, str]] = field(default_factory=set, repr=False, compare=False)
     seen: set[str] = field(default_factory=set, repr=False, compare=False)
 

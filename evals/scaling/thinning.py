@@ -13,7 +13,7 @@ WINDOW = 20  # increments to either side whose median is the trend
 
 
 def thin(step: Array, loss: Array, most: int) -> tuple[Array, Array]:
-    """Return about ``most`` means of neighboring losses of more than twice as many.
+    """Return at most ``most`` means of neighboring losses of more than twice as many.
 
     Each is at the mean of its steps. At first the groups grow with the step, so that a loss that
     falls by a power law bends little within them; later they have equal widths.
@@ -23,7 +23,8 @@ def thin(step: Array, loss: Array, most: int) -> tuple[Array, Array]:
     first, last = max(float(step[0]), 1.0), max(float(step[-1]), 2.0)
     at = np.maximum(step, first)
     share = 0.3 * np.log(at / first) / np.log(last / first) + 0.7 * (at - first) / (last - first)
-    return means(step, loss, np.floor(share * most))
+    # The last loss belongs to the last group, so that no mean is of one loss alone.
+    return means(step, loss, np.minimum(np.floor(share * most), most - 1))
 
 
 def means(step: Array, loss: Array, group: Array) -> tuple[Array, Array]:
