@@ -65,75 +65,58 @@ def build(log: Log, reading: OneReading, unit: float = 1.0, lr: Array | None = N
     unit: tokens of a step, where the log counts tokens; lr: that of every step where it is known.
     Raises UserError where there is nothing to fit.
     """
-    assert log.loss is not None
     warnings = list[str]()
     _check(log)
-    series = _ordered(log.loss, warnings)
-    finite = np.isfinite(series.value)
-    ends_bad = len(finite) > 0 and not finite[-max(1, len(finite) // 20) :].any()
-    step, loss = series.step[finite], series.value[finite]
-    if not finite.all():
-        bad = series.step[~finite]
-        warnings.append(
-            f"{len(bad)} losses that are not finite (the first at step {bad[0]:,.0f}) were skipped"
-        )
-    if not len(step):
-        raise UserError(f"{log.where} has no finite loss")
+    series, ends_bad = _finite(log, warnings)
     rates = log.lr.ordered() if log.lr is not None else None
-    _positive(log.where, "loss", loss, zero=False)
+    _positive(log.where, "loss", series.value, zero=False)
     if rates is not None:
         _positive(log.where, "learning rate", rates.value, zero=True)
-    if reading.unit == "bits":
-        loss = loss * math.log(2)
     per_step = reading.tokens_per_step
     if counts_tokens(log):
-        unit = per_step or unit
-        if step[-1] / unit > MOST_STEPS:
-            raise UserError(
-                f"{log.where}: its axis counts {step[-1]:,.0f} tokens, which are more than "
-                f"{MOST_STEPS:,} steps of {unit:g} tokens; expected more --tokens-per-step"
-            )
-        step, loss = means(np.round(step / unit), loss, np.round(step / unit))
-        if rates is not None:
-            rates = Series(np.round(rates.step / unit), rates.value).ordered()
+        series, rates = _in_steps(log, series, rates, per_step or unit)
         if per_step is None:
+            per_step = unit
             warnings.append(
                 f"its axis counts tokens; {unit:,.0f} of them count as a step, as long as "
                 "--tokens-per-step is not given"
             )
-        per_step = unit
-    whole = step.astype(np.int64)
-    gaps = np.diff(whole)
+    step = series.step.astype(np.int64)
+    loss = series.value * (math.log(2) if reading.unit == "bits" else 1.0)
+    gaps = np.diff(step)
     if len(gaps) > 2 and gaps.max() > GAPS * np.median(gaps):
         at = int(np.argmax(gaps))
-        warnings.append(f"nothing is logged between steps {whole[at]:,} and {whole[at + 1]:,}")
+        warnings.append(f"nothing is logged between steps {step[at]:,} and {step[at + 1]:,}")
     begins = None
     if reading.schedule is not None:
         config, peak, steps = parse_schedule(reading.schedule)
-        lr = schedule_lr(config, peak, max(steps, int(whole[-1])))
+        lr = schedule_lr(config, peak, max(steps, int(step[-1])))
     exact = lr is not None
     if lr is not None:
-        _compare(log, rates, lr, int(whole[-1]), warnings)
+        _compare(log, rates, lr, int(step[-1]), warnings)
     else:
-        lr, begins = _logged_rates(log, rates, whole, reading.warmup_steps, warnings)
+        lr, begins = _logged_rates(log, rates, step, reading.warmup_steps, warnings)
     if lr.max() <= 0:
         raise UserError(f"{log.where}: the learning rate is never above 0")
     warmup = reading.warmup_steps
     if warmup is None:
         warmup = end_of_warmup(lr) if exact else end_of_logged_warmup(lr)
     begin = reading.from_step if reading.from_step is not None else max(warmup, 1)
-    kept = whole >= max(begin, 1)
+    kept = step >= max(begin, 1)
     if not kept.any():
         raise UserError(
             f"{log.where}: no loss is logged from step {begin:,} on, the last is at "
-            f"{whole[-1]:,}; choose an earlier --from-step"
+            f"{step[-1]:,}; choose an earlier --from-step"
         )
-    whole, loss = whole[kept], loss[kept]
+    step, loss = step[kept], loss[kept]
     clock = log.clock.ordered() if log.clock is not None else None
     if clock is not None and not counts_tokens(log):
-        per_step, axis = _tokens_per_step(clock, log.clock_is, per_step, warnings)
-        if axis is not None:
-            whole, loss, lr, warmup = _onto_tokens(axis, whole, loss, lr, warmup)
+        per_step, varying = _tokens_per_step(clock, log.clock_is, per_step, warnings)
+        if varying:
+            seen = _seen(clock, len(lr))
+            step, loss, lr = _onto_tokens(seen, step, loss, lr)
+            warmup = round(seen[min(warmup, len(seen) - 1)])
+            begins = None if begins is None else round(seen[begins])
     if reading.smooth:
         loss = _smoothed(loss, reading.smooth)
         warnings.append(f"the loss is an exponential mean with factor {reading.smooth}")
@@ -142,8 +125,8 @@ def build(log: Log, reading: OneReading, unit: float = 1.0, lr: Array | None = N
             f"its losses look smoothed (neighboring changes have a correlation of {found:.2f}, "
             "those of raw losses one of -0.5), which bends laws: log or export them as they are"
         )
-    apart = int(np.median(np.diff(whole))) if len(whole) > 1 else 1
-    kept_step, kept_loss = thin(whole.astype(float), loss, reading.points)
+    apart = int(np.median(np.diff(step))) if len(step) > 1 else 1
+    kept_step, kept_loss = thin(step.astype(float), loss, reading.points)
     curve = Curve(
         log.name,
         kept_step.astype(np.int64),
@@ -153,11 +136,42 @@ def build(log: Log, reading: OneReading, unit: float = 1.0, lr: Array | None = N
         reading.parameters or log.parameters,
         per_step,
         warnings=warnings,
-        averaged=len(whole) / len(kept_step),
+        averaged=len(step) / len(kept_step),
     )
     if ends_bad:
         curve.labels["diverged"] = "its last losses are not finite"
     return Built(curve, begins, apart, reading.warmup_steps is not None)
+
+
+def _finite(log: Log, warnings: list[str]) -> tuple[Series, bool]:
+    """Return the losses by ascending step, without those that are none, and whether it ends so."""
+    assert log.loss is not None
+    series = _ordered(log.loss, warnings)
+    finite = np.isfinite(series.value)
+    if not finite.all():
+        bad = series.step[~finite]
+        warnings.append(
+            f"{len(bad)} losses that are not finite (the first at step {bad[0]:,.0f}) were skipped"
+        )
+    if not finite.any():
+        raise UserError(f"{log.where} has no finite loss")
+    ends_bad = not finite[-max(1, len(finite) // 20) :].any()
+    return Series(series.step[finite], series.value[finite]), ends_bad
+
+
+def _in_steps(
+    log: Log, series: Series, rates: Series | None, unit: float
+) -> tuple[Series, Series | None]:
+    """Count ``unit`` tokens as a step; losses of one step become their mean."""
+    if series.step[-1] / unit > MOST_STEPS:
+        raise UserError(
+            f"{log.where}: its axis counts {series.step[-1]:,.0f} tokens, which are more than "
+            f"{MOST_STEPS:,} steps of {unit:g} tokens; expected more --tokens-per-step"
+        )
+    step = np.round(series.step / unit)
+    if rates is not None:
+        rates = Series(np.round(rates.step / unit), rates.value).ordered()
+    return Series(*means(step, series.value, step)), rates
 
 
 def _check(log: Log) -> None:
@@ -242,52 +256,53 @@ def _logged_rates(
 
 def _tokens_per_step(
     clock: Series, what: str, given: float | None, warnings: list[str]
-) -> tuple[float | None, Series | None]:
-    """Return the tokens of a step, and the clock where their number changes during the run."""
+) -> tuple[float | None, bool]:
+    """Return the tokens of a step, and whether their number changes during the run."""
     step, seen = clock.step, clock.value
-    if len(step) < 2 or not np.isfinite(seen).all() or step[-1] <= 0:
-        return given, None
+    tokens = what == "tokens"
+    if len(step) < 2 or step[-1] <= 0:
+        return given, False
     if np.ptp(seen) == 0:  # the column holds the tokens of each step
-        return (given or float(seen[0]) if what == "tokens" else given), None
-    if (np.diff(seen) < 0).any() or seen[0] < 0:
+        return (given or float(seen[0]) or None if tokens else given), False
+    rate = _last_rate(clock)
+    if (np.diff(seen) < 0).any() or seen[0] < 0 or rate <= 0:
         warnings.append(f"its {what} do not grow with the step, so they are not used")
-        return given, None
-    late = min(int(0.9 * len(step)), len(step) - 2)
-    rate = float((seen[-1] - seen[late]) / (step[-1] - step[late]))
+        return given, False
     counted = seen[0] > 0.05 * rate * step[0] - rate  # not from the beginning of a branch
-    if counted and np.max(np.abs(seen - rate * step)) > VARIES * seen[-1] + rate and rate > 0:
-        unit = f"{rate:,.0f} {what}"
-        warnings.append(f"its batch size changes; steps of {unit}, as at the end, are counted")
-        return (given or rate if what == "tokens" else given), clock
+    if counted and np.max(np.abs(seen - rate * step)) > VARIES * seen[-1] + rate:
+        warnings.append(
+            f"its batch size changes; steps of {rate:,.0f} {what}, as at the end, are counted"
+        )
+        return (given or rate if tokens else given), True
     whole = rate if not counted else float(seen[-1] / step[-1])
-    if what == "tokens" and given is not None and abs(given / whole - 1) > VARIES:
+    if tokens and given is not None and abs(given / whole - 1) > VARIES:
         warnings.append(f"it logs {whole:,.0f} tokens per step, not the given {given:,.0f}")
-    return (given or whole if what == "tokens" else given), None
+    return (given or whole if tokens else given), False
+
+
+def _last_rate(clock: Series) -> float:
+    late = min(int(0.9 * len(clock.step)), len(clock.step) - 2)
+    return float((clock.value[-1] - clock.value[late]) / (clock.step[-1] - clock.step[late]))
+
+
+def _seen(clock: Series, count: int) -> Array:
+    """Return what was seen before each of ``count`` steps and after, in steps like the last."""
+    rate, last = _last_rate(clock), clock.step[-1]
+    ends = max(count, last) + 1
+    known = np.concatenate([[0.0], clock.step, [ends]])
+    values = np.concatenate([[0.0], clock.value, [clock.value[-1] + rate * (ends - last)]])
+    seen: Array = np.interp(np.arange(count + 1), known, values) / rate
+    return seen
 
 
 def _onto_tokens(
-    clock: Series, step: NDArray[np.int64], loss: Array, lr: Array, warmup: int
-) -> tuple[NDArray[np.int64], Array, Array, int]:
-    """Count steps of as many tokens as the last ones have."""
-    late = min(int(0.9 * len(clock.step)), len(clock.step) - 2)
-    rate = (clock.value[-1] - clock.value[late]) / (clock.step[-1] - clock.step[late])
-    ends = max(len(lr), clock.step[-1]) + 1
-    known = np.concatenate([[0.0], clock.step, [ends]])
-    tokens = np.concatenate(
-        [[0.0], clock.value, [clock.value[-1] + rate * (ends - clock.step[-1])]]
-    )
-    seen = np.interp(np.arange(len(lr) + 1), known, tokens) / rate
-    count = max(math.ceil(seen[-1]), 1)
-    at = np.searchsorted(seen, np.arange(count), side="right") - 1
+    seen: Array, step: NDArray[np.int64], loss: Array, lr: Array
+) -> tuple[NDArray[np.int64], Array, Array]:
+    """Count steps of equal size, see :func:`_seen`, of which one may hold several of the old."""
+    at = np.searchsorted(seen, np.arange(max(math.ceil(seen[-1]), 1)), side="right") - 1
     new = np.round(seen[step])
-    # A step of the new axis may hold several of the old.
     middle, mean = means(new, loss, new)
-    return (
-        middle.astype(np.int64),
-        mean,
-        lr[np.clip(at, 0, len(lr) - 1)],
-        round(seen[min(warmup, len(lr))]),
-    )
+    return middle.astype(np.int64), mean, lr[np.clip(at, 0, len(lr) - 1)]
 
 
 def _smoothed(loss: Array, factor: float) -> Array:

@@ -187,6 +187,11 @@ def test_a_batch_warmup_is_counted_in_tokens(tmp_path):
         assert curve.lr[849] == pytest.approx(1e-3)
         assert curve.lr[1050] == pytest.approx(0.55e-3, rel=0.01)
         assert any("batch size changes; steps of 400 tokens" in w for w in curve.warnings)
+    late = STEPS >= 1500
+    part = {name: value[late] for name, value in (columns | {"lr": rates(text=text)}).items()}
+    branch = write(tmp_path / "branch.csv", part)
+    curves, _ = read_curves([path, branch], Reading(branch_of={"branch": "a"}))
+    assert np.abs(curves[1].lr[:1250] - curves[0].lr[:1250]).max() < 1e-6, "on the same axis"
     falling = write(tmp_path / "b.csv", columns | {"tokens": tokens[::-1], "lr": rates()})
     assert any("tokens do not grow with the step" in w for w in one(falling).warnings)
 
