@@ -40,9 +40,7 @@ def check_numbers(given: argparse.Namespace) -> None:
         number = isinstance(value, int | float)
         if number and name in _COUNTS and not low <= value <= high:
             raise UserError(f"{option} is {value}, expected {low:,} to {high:,}")
-        if isinstance(value, list):  # NAME=NUMBER, see by_name
-            continue
-        if value is not None and name in _POSITIVE and not 0 < value < math.inf:
+        if isinstance(value, int | float) and name in _POSITIVE and not 0 < value < math.inf:
             raise UserError(f"{option} is {value}, expected a number above 0")
 
 
