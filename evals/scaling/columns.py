@@ -46,7 +46,10 @@ KNOWN: dict[str, tuple[str, ...]] = {
 }
 # What --columns may name, in curves and in tables with a row per run.
 OF_CURVES = tuple(KNOWN)
-OF_RUNS = ("parameters", "tokens", "loss", "unique_tokens", "flops", "name")
+OF_RUNS = (
+    *("parameters", "tokens", "loss", "unique_tokens"),
+    *("total_parameters", "flops", "name"),
+)
 
 
 def is_known(what: str, name: str) -> bool:
