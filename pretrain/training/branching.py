@@ -54,13 +54,18 @@ def find_trunk_checkpoint(config: RunConfig) -> Path:
     )
 
 
+def describe_beginning(config: RunConfig) -> str:
+    """Return where a branch begins, as its settings say."""
+    branch, step = config.branch, branch_step(config)
+    assert branch is not None
+    if branch.tokens is not None:
+        return f"branch.tokens is {branch.tokens}, step {step}"
+    return f"branch.step is {step}"
+
+
 def describe_missing(config: RunConfig) -> str:
     """Return a clause of what a branch's trunk lacks, and which checkpoints it has."""
-    branch, trunk, step = config.branch, trunk_of(config), branch_step(config)
-    assert branch is not None
-    asked = f"branch.step is {step}"
-    if branch.tokens is not None:
-        asked = f"branch.tokens is {branch.tokens}, step {step}"
+    trunk, asked = trunk_of(config), describe_beginning(config)
     if not trunk.path.is_dir():
         return f"{asked}, but there is no run at {trunk}"
     steps = sorted(checkpoint_step(path) for path in list_checkpoints(trunk.checkpoints))
