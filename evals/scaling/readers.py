@@ -19,11 +19,11 @@ from evals.scaling.schedules import (
     interpolated_lr,
     largest_difference,
     parse_schedule,
+    run_lr,
     schedule_lr,
 )
-from pretrain.common.config_loader import build_config, flattened
+from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
-from pretrain.config import ScheduleConfig
 from pretrain.run_arguments import distinct_names, expand_paths, runs_of
 from pretrain.run_directory import METRICS_FILE, RunDirectory
 
@@ -141,12 +141,7 @@ def _run(run: RunDirectory, name: str, reading: Reading) -> Curve | None:
         np.array([float(r.get("lr") or math.nan) for r in rows]),
     )
     config = run.read_config()
-    lr = schedule_lr(config.schedule, config.optimizer.lr, config.train.num_steps)
-    parent = run.read_parent()
-    if parent:  # its first steps are its trunk's
-        schedule = build_config(ScheduleConfig, parent["schedule"], str(run.parent_file))
-        trunk = schedule_lr(schedule, parent["lr"], parent["num_steps"])
-        lr[: parent["step"]] = trunk[: parent["step"]]
+    lr = run_lr(config, run)
     curve = _curve(name, table, reading, lr)
     found = run.read_model()
     if found:

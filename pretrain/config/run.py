@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pretrain.common.config_loader import LATER, Config, build_config, setting
 from pretrain.common.errors import ConfigError, UnknownSettingError
 from pretrain.config import legacy
-from pretrain.config.branch import BranchConfig
+from pretrain.config.branch import BranchConfig, branch_step
 from pretrain.config.data import DataConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.optimizer import OptimizerConfig
@@ -85,6 +85,11 @@ class RunConfig(Config):
     def run_directory(self) -> Path:
         """Return the directory of the run's files."""
         return Path(self.directory or Path("runs") / self.name)
+
+    @property
+    def first_step(self) -> int:
+        """Return the number of steps that are another run's: those before a branch begins."""
+        return 0 if self.branch is None else branch_step(self)
 
     @property
     def kept_steps(self) -> set[int]:

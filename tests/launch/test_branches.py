@@ -10,6 +10,7 @@ from launch.__main__ import main
 from launch.branches import Waiting, check_trunks, coming_of
 from launch.claims import claim
 from launch.expansion import load_grid
+from launch.members import MemberState
 from pretrain.checkpoint_folders import checkpoint_name
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
@@ -76,6 +77,8 @@ def test_decays_of_members_begin_where_they_do(grid):
     early, late = grid.members
     assert early.config.schedule.decay_fraction == pytest.approx(2 / 4)
     assert late.config.schedule.decay_fraction == pytest.approx(2 / 6)
+    assert [m.config.first_step for m in grid.members] == [2, 4]
+    assert MemberState("waiting", tokens_per_second=64).seconds_left(late.config) == 2, "its own"
 
 
 def test_branches_begin_when_their_trunk_has_come_that_far(grid, tmp_path, monkeypatch):
