@@ -185,9 +185,9 @@ def states_of(grid: Grid) -> dict[str, MemberState]:
             states[name].state = QUEUED if state == "PENDING" else RUNNING
             states[name].reason = reason if state == "PENDING" else ""
     for member in grid.members:
-        state = states[member.name]
-        if state.state in (WAITING, QUEUED) and not can_begin(member.config):
-            state.reason = describe_wait(member.config)
+        found = states[member.name]
+        if found.state in (WAITING, QUEUED) and not can_begin(member.config):
+            found.reason = describe_wait(member.config)
     return states
 
 

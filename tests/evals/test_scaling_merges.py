@@ -32,8 +32,13 @@ def curve(name, lr, every=5):
 def merged(folder, steps, weights, name="merge", **validation):
     """The directory of a merge of the run ``folder/run``, at a constant rate."""
     directory = run_directory(folder, [], name, schedule=TRUNK)
-    noted = {"run": str(folder / "run"), "steps": list(steps), "weights": list(weights)}
-    noted |= {"tokens": 25600, "validation": validation or None}
+    noted = {
+        "run": str(folder / "run"),
+        "steps": list(steps),
+        "weights": list(weights),
+        "tokens": 25600,
+        "validation": validation or None,
+    }
     (directory / "merge.json").write_text(json.dumps(noted))
     return directory
 
@@ -52,7 +57,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("decay", ["linear", "sqrt"])
 def test_weights_are_turned_back_into_their_decay(decay):
     lr = np.full(40, 3.0)
-    weights = weights_of("inverse-decay", range(20, 41), decay, 0.1)
+    weights = weights_of("inverse-decay", range(20, 41), decay, 0.1).tolist()
     found = decay_of(lr, range(20, 41), weights)
     assert found[:20] == pytest.approx(3.0)
     assert found[20:] == pytest.approx(3 * decay_shares(20, decay, 0.1))

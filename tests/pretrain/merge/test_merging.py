@@ -77,25 +77,29 @@ def test_a_merge_is_a_checkpoint(trunk, tmp_path, corpus, capsys):
         Trainer(again.config, overrides=[*QUICK, *KEPT[:1]]).fit()
 
 
-def test_each_rule_and_shape(trunk, tmp_path):
-    start_processes()
-    for number, (options, steps, weights) in enumerate(
+@pytest.mark.parametrize(
+    ("options", "steps", "weights"),
+    [
+        ({"rule": "linear"}, (2, 4, 6, 8), [0.1, 0.2, 0.3, 0.4]),
         (
-            ({"rule": "linear"}, (2, 4, 6, 8), [0.1, 0.2, 0.3, 0.4]),
-            (
-                {"rule": "inverse-decay", "steps": [8, 2, 4], "final_ratio": 0.0},
-                (2, 4, 8),
-                # Shares of the six steps: 1, 5/6; 4/6, 3/6, 2/6, 1/6.
-                [1 - 11 / 12, 11 / 12 - 10 / 24, 10 / 24],
-            ),
-        )
-    ):
-        planned = plan_merge(trunk.directory, **options)
-        assert planned.weights == pytest.approx(weights)
-        _, model = merge(planned, tmp_path / str(number))
-        check(model, expected(trunk, steps, planned.weights))
+            {"rule": "inverse-decay", "steps": [8, 2, 4], "final_ratio": 0.0},
+            (2, 4, 8),
+            # Shares of the six steps: 1, 5/6; 4/6, 3/6, 2/6, 1/6.
+            [1 - 11 / 12, 11 / 12 - 10 / 24, 10 / 24],
+        ),
+    ],
+)
+def test_each_rule(trunk, tmp_path, options, steps, weights):
+    start_processes()
+    planned = plan_merge(trunk.directory, **options)
+    assert planned.weights == pytest.approx(weights)
+    _, model = merge(planned, tmp_path / "merged")
+    check(model, expected(trunk, steps, planned.weights))
+
+
+def test_the_shape_is_that_of_the_run(trunk):
     shaped = plan_merge(trunk.directory, rule="inverse-decay")
-    assert (shaped.decay, shaped.final_ratio) == ("linear", 0.1), "those of the run"
+    assert (shaped.decay, shaped.final_ratio) == ("linear", 0.1)
     assert shaped.name == "inverse-decay-linear-0.1-4-of-2-8"
 
 
