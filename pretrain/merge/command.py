@@ -240,8 +240,8 @@ def main(arguments: Sequence[str]) -> int:
 def _say_losses(noted: dict[str, Any], planned: Merge, model: LanguageModel) -> None:
     try:
         found = compare(planned, model)
-    except UserError as error:
-        print(f"no validation losses: {error}")
+    except UserError as refused:
+        print(f"no validation losses: {refused}")
         return
     noted["validation"] = found
     (merged, error), (last, _) = found["merged"], found["last"]
