@@ -29,7 +29,7 @@ from pretrain.merge.weights import RULES, check_constant, weights_of
 from pretrain.model.build import build_model
 from pretrain.model.language_model import LanguageModel
 from pretrain.parallel.processes import start_processes, stop_processes
-from pretrain.run_directory import CONFIG_FILE, RunDirectory
+from pretrain.run_directory import CONFIG_FILE, RunDirectory, find_checkpoint
 
 MERGE_FILE = "merge.json"  # of a merge's directory
 _STEPS = "expected at least two of the run's"
@@ -141,22 +141,35 @@ def validation_losses(model: LanguageModel, config: RunConfig, data: PreparedDat
     return np.array(losses)
 
 
-def compare(planned: Merge, model: LanguageModel) -> dict[str, Any]:
+def compare(
+    planned: Merge, model: LanguageModel, against: Sequence[str | Path] = ()
+) -> dict[str, Any]:
     """Return the validation losses of the merge and of its last checkpoint, with standard errors.
 
-    The errors are those of drawing the windows; that of the difference is of both on the same ones.
+    Also those of the runs or checkpoints ``against``. The errors are those of drawing the windows;
+    that of a difference is of both on the same ones.
     """
     config = load_saved_config(planned.checkpoints[-1] / CONFIG_FILE)
     data = open_data(config.data)
     merged = validation_losses(model, config, data)
-    last = validation_losses(load_model(planned.checkpoints[-1]).model, config, data)
     if len(merged) < 2:
         raise UserError("the data has fewer than two windows of validation text")
+
+    def beside(path: str | Path) -> tuple[list[float], list[float]]:
+        found = load_model(path)
+        if found.state.tokenizer_sha256 != data.tokenizer.sha256:
+            raise UserError(f"--against is {path}, which has another tokenizer than {planned.run}")
+        losses = validation_losses(found.model, config, data)
+        return _mean_and_error(losses), _mean_and_error(merged - losses)
+
+    last, difference = beside(planned.checkpoints[-1])
+    others = {str(path): beside(path) for path in against}
     return {
         "merged": _mean_and_error(merged),
-        "last": _mean_and_error(last),
-        "difference": _mean_and_error(merged - last),
+        "last": last,
+        "difference": difference,
         "windows": len(merged),
+        "against": {n: {"loss": loss, "difference": d} for n, (loss, d) in others.items()},
     }
 
 
@@ -192,7 +205,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--no-validation", action="store_true", help="do not compare validation losses"
     )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="compare with these runs or checkpoints too, such as real decays",
+    )
     given = parser.parse_args(arguments)
+    for path in given.against:  # before the work
+        find_checkpoint(Path(path))
     if given.weights != "inverse-decay":
         for option, value in (("--decay", given.decay), ("--final-ratio", given.final_ratio)):
             if value is not None:
@@ -229,7 +251,7 @@ def main(arguments: Sequence[str]) -> int:
         }
         write_json(out / MERGE_FILE, noted)
         if not given.no_validation:
-            _say_losses(noted, planned, model)
+            _say_losses(noted, planned, model, given.against)
             write_json(out / MERGE_FILE, noted)
     finally:
         stop_processes()
@@ -237,17 +259,21 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _say_losses(noted: dict[str, Any], planned: Merge, model: LanguageModel) -> None:
+def _say_losses(
+    noted: dict[str, Any], planned: Merge, model: LanguageModel, against: Sequence[str]
+) -> None:
     try:
-        found = compare(planned, model)
+        found = compare(planned, model, against)
     except UserError as refused:
         print(f"no validation losses: {refused}")
         return
     noted["validation"] = found
-    (merged, error), (last, _) = found["merged"], found["last"]
-    difference, apart = found["difference"]
-    print(
-        f"validation   {merged:.4f} \u00b1 {error:.4f} nats per token; {last:.4f} of "
-        f"{checkpoint_name(planned.steps[-1])}, difference {difference:+.4f} \u00b1 {apart:.4f} "
-        f"({found['windows']} windows)"
-    )
+    (merged, error), windows = found["merged"], found["windows"]
+    print(f"validation   {merged:.4f} \u00b1 {error:.4f} nats per token of {windows} windows")
+    last = {"loss": found["last"], "difference": found["difference"]}
+    for name, other in {checkpoint_name(planned.steps[-1]): last, **found["against"]}.items():
+        difference, apart = other["difference"]
+        print(
+            f"             {other['loss'][0]:.4f} of {name}, difference {difference:+.4f} \u00b1 "
+            f"{apart:.4f}"
+        )

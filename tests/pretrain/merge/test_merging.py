@@ -51,7 +51,9 @@ def check(found, wanted):
 def test_a_merge_is_a_checkpoint(trunk, tmp_path, corpus, capsys):
     before = sorted(path for path in trunk.directory.rglob("*") if path.is_file())
     out = tmp_path / "merged"
-    assert main([str(trunk.directory), "--last", "3", "--out", str(out)]) == 0
+    early = str(trunk.directory / "checkpoints/step-00000004")
+    options = ["--last", "3", "--out", str(out), "--against", early]
+    assert main([str(trunk.directory), *options]) == 0
     shown = capsys.readouterr().out
     assert sorted(path for path in trunk.directory.rglob("*") if path.is_file()) == before
     merged = load_model(out)
@@ -67,6 +69,11 @@ def test_a_merge_is_a_checkpoint(trunk, tmp_path, corpus, capsys):
     assert found["difference"][0] == pytest.approx(found["merged"][0] - found["last"][0])
     assert found["windows"] == 128 // 32 and found["merged"][1] > 0
     assert f"validation   {found['merged'][0]:.4f} ± {found['merged'][1]:.4f} nats" in shown
+    beside = found["against"][early]
+    measured = {row["step"]: row["valid_loss"] for row in trunk.metrics if "valid_loss" in row}
+    assert beside["loss"][0] == pytest.approx(measured[4], rel=1e-5)
+    assert beside["difference"][0] == pytest.approx(found["merged"][0] - beside["loss"][0])
+    assert f"{beside['loss'][0]:.4f} of {early}, difference" in shown
 
     other = Run(tmp_path, corpus, "other", steps=2)
     stop_processes()
@@ -137,6 +144,7 @@ def test_low_precision_is_merged_by_its_float32_copies(tmp_path, corpus):
             ["--weights", "inverse-decay", "--decay", "exponential", "--final-ratio", "0"],
             r"--final-ratio is 0, expected above 0 and below 1",
         ),
+        (["--against", "nothing"], r"no checkpoint at nothing: expected a run directory"),
         (["--out", "."], r"--out is \., which already exists; expected a new folder"),
     ],
 )
