@@ -174,3 +174,5 @@ def test_a_grid_of_a_trunk_and_its_branches(tmp_path, corpus, capsys):
         rows = RunDirectory(tmp_path / "tree" / name).read_metrics()
         steps[name] = [row["step"] for row in rows if "loss" in row]
     assert list(steps.values()) == [[3, 4], [5, 6], list(range(1, 41))]
+    assert main([str(path)]) == 0
+    assert "nothing to start" in capsys.readouterr().out

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+import torch.distributed as dist
 
 from pretrain import Callback
 from pretrain.checkpoint_folders import checkpoint_step, list_checkpoints
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
 from pretrain.config import learning_rate, load_run_config
+from pretrain.parallel.processes import start_processes, stop_processes
 from pretrain.run_directory import RunDirectory
 from pretrain.training.trainer import Trainer
 from tests.helpers.training_run import QUICK, Run
@@ -36,17 +38,16 @@ def saved(run):
     return sorted(map(checkpoint_step, list_checkpoints(RunDirectory(run.directory).checkpoints)))
 
 
-@pytest.fixture
-def trunk(run):
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory, corpus):
     """Six steps at a constant rate, with averaged weights; a line of the log every third step."""
-    fit(
-        run,
-        "train.steps=6",
-        "checkpoint.keep_last=9",
-        "optimizer.ema_decay=0.9",
-        "logging.every=3",
-    )
-    return run
+    had_groups = dist.is_initialized()
+    stop_processes()
+    trunk = Run(tmp_path_factory.mktemp("trunk"), corpus, "run", steps=6)
+    fit(trunk, "checkpoint.keep_last=9", "optimizer.ema_decay=0.9", "logging.every=3")
+    if had_groups:
+        start_processes()
+    return trunk
 
 
 def other(trunk, tmp_path, corpus, name="branch", steps=6):
