@@ -56,8 +56,8 @@ def why_never(config: RunConfig, coming: Collection[Path] = ()) -> str | None:
     if can_begin(config):  # it ended between the two looks
         return None
     if not trunk.path.is_dir():
-        return f"{describe_missing(config)}; expected one that is trained, or about to be"
-    return f"{describe_missing(config)}, and nothing trains it; start it first"
+        return f"{describe_missing(config)}; expected a run in training, or about to be"
+    return f"{describe_missing(config)}, and nothing trains it; expected a run in training there"
 
 
 def check_trunks(members: Sequence[Member], where: str) -> None:

@@ -135,7 +135,7 @@ def test_two_that_wait_for_each_other_are_not_coming(grid):
         str(one.config.run_directory),
     )
     assert coming_of(grid.members) == set()
-    with pytest.raises(UserError, match=r"but there is no run at .*; expected one that is trained"):
+    with pytest.raises(UserError, match=r"but there is no run at .*; expected a run in training"):
         check_trunks(grid.members, "grid")
 
 
