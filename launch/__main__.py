@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _start(arguments: argparse.Namespace) -> int:
+    from launch.branches import check_trunks, jobs_of_trunks
     from launch.cluster import ClusterConfig, load_cluster
     from launch.commands import console_of, load, table
     from launch.directories import note_grid
@@ -118,6 +119,7 @@ def _start(arguments: argparse.Namespace) -> int:
             console.print(script, soft_wrap=True)
             check_script(script)
         return 0
+    check_trunks(members, str(grid.path))
     if len(grid.members) > 1:
         note_grid(grid)
     if not members:
@@ -134,7 +136,14 @@ def _start(arguments: argparse.Namespace) -> int:
                 + "; python -m pretrain plan CONFIG --search shows what fits, --force submits it "
                 "as it is"
             )
-        job, path = submit(cluster, grid, members, arguments.at_once, force=arguments.force)
+        job, path = submit(
+            cluster,
+            grid,
+            members,
+            arguments.at_once,
+            force=arguments.force,
+            after=jobs_of_trunks(members),
+        )
         again = shlex.join(["python", "-m", "launch", "status", str(grid.path)])
         console.print(f"submitted job {job}, {path}\nstatus  {again}")
         return 0
@@ -143,12 +152,13 @@ def _start(arguments: argparse.Namespace) -> int:
 
 def _run_here(arguments: Any, grid: Any, members: Any, failed: bool) -> int:
     from launch.commands import console_of, states_of, table
-    from launch.local import PASSED_OVER, run_queue
+    from launch.local import BEFORE_A_START, PASSED_OVER, run_queue
 
     console = console_of()
 
     def show(member: Any, what: str) -> None:
-        if len(members) > 1 or what in PASSED_OVER:  # one run says the rest itself
+        # One run says itself that it starts and ends.
+        if len(members) > 1 or what in PASSED_OVER or what.startswith(BEFORE_A_START):
             # The members go on where the screen, or what reads it, is gone.
             with contextlib.suppress(OSError, SystemExit):
                 console.print(f"{member.name or grid.name}: {what}")

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 
 from launch import throughput
+from launch.branches import can_begin, describe_wait
 from launch.directories import load_targets
 from launch.expansion import load_grid
 from launch.grid import Grid
@@ -27,6 +28,7 @@ from launch.members import (
     QUEUED,
     RUNNING,
     STOPPED,
+    WAITING,
     MemberState,
     member_state,
 )
@@ -182,6 +184,10 @@ def states_of(grid: Grid) -> dict[str, MemberState]:
         if states[name].state != DONE:
             states[name].state = QUEUED if state == "PENDING" else RUNNING
             states[name].reason = reason if state == "PENDING" else ""
+    for member in grid.members:
+        found = states[member.name]
+        if found.state in (WAITING, QUEUED) and not can_begin(member.config):
+            found.reason = describe_wait(member.config)
     return states
 
 
@@ -211,6 +217,7 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
         state, config = states[member.name], member.config
         row = [member.name or grid.name, state.state, f"{state.step:,}/{config.train.num_steps:,}"]
         tokens = config.train.tokens_before(config.train.num_steps)
+        tokens -= config.train.tokens_before(config.first_step)
         if plan:
             model = counts_of(config)
             flops = model.training_flops() * tokens

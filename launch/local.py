@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from launch.branches import Waiting
 from launch.claims import Claim, claim
 from launch.grid import Member
 from launch.members import DONE, FAILED, member_state
@@ -28,6 +29,7 @@ PASSED_OVER = {
     "done already": 0,
     "failed under another launcher": EXIT_FAILED,
 }
+BEFORE_A_START = ("waits for ", "not started: ")  # what is said of branches
 
 
 @dataclass
@@ -80,9 +82,10 @@ def run_queue(
     A single member writes to the screen. An interrupt is forwarded to the running members, which
     save and exit, and ends the queue. ``show`` is called when a member starts and ends. One that
     another launcher has come to meanwhile is passed over, with the status of :data:`PASSED_OVER`.
+    A branch waits until its trunk has come that far, and is not started where it never will.
     """
     begun = time.time()
-    waiting, statuses = list(members), dict[str, int]()
+    waiting, statuses = Waiting(members, show), dict[str, int]()
     running: list[Running] = []
     alone = len(members) == 1
     stopped: list[int] = []
@@ -96,7 +99,13 @@ def run_queue(
     try:
         while running or (waiting and not stopped):
             while waiting and len(running) < at_once and not stopped:
-                member = waiting.pop(0)
+                member, never = waiting.next([run.member for run in running])
+                if member is None:
+                    break
+                if never:
+                    statuses[member.name] = EXIT_FAILED
+                    show(member, f"not started: {never}")
+                    continue
                 found = _claim(member, begun)
                 if isinstance(found, str):
                     statuses[member.name] = PASSED_OVER[found]

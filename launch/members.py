@@ -62,7 +62,8 @@ class MemberState:
         if not self.tokens_per_second:
             return None
         train = config.train
-        left = train.tokens_before(train.num_steps) - train.tokens_before(self.step)
+        done = train.tokens_before(max(self.step, config.first_step))
+        left = train.tokens_before(train.num_steps) - done
         return max(left, 0) / self.tokens_per_second
 
 

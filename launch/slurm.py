@@ -30,12 +30,14 @@ def render(
     at_once: int | None,
     *,
     force: bool = False,
+    after: Sequence[str] = (),
 ) -> str:
     """Return the batch script for ``members`` of a grid.
 
-    ``at_once`` limits how many run at a time; ``force`` starts them with ``--force``. Raises
-    UserError where the members need different numbers of processes per node, or a name cannot be
-    written in a script.
+    A branch looks at its trunk first, and queues again until that has come far enough; none starts
+    before the jobs ``after`` have. ``at_once`` limits how many run at a time; ``force`` starts them
+    with ``--force``. Raises UserError where the members need different numbers of processes per
+    node, or a name cannot be written in a script.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -56,7 +58,10 @@ def render(
         cluster=cluster,
         directories=directories,
         command=shlex.join(command),
-        options=[_directive(x) for x in _sbatch_options(cluster, grid, len(members), at_once)],
+        options=[
+            _directive(x) for x in _sbatch_options(cluster, grid, len(members), at_once, after)
+        ],
+        branches=any(m.config.branch is not None for m in members),
         srun=shlex.join(_srun_options(cluster)),
         processes=processes_per_node(cluster, members),
         force=force,
@@ -84,7 +89,7 @@ def processes_per_node(cluster: ClusterConfig, members: Sequence[Member]) -> int
 
 
 def _sbatch_options(
-    cluster: ClusterConfig, grid: Grid, count: int, at_once: int | None
+    cluster: ClusterConfig, grid: Grid, count: int, at_once: int | None, after: Sequence[str]
 ) -> list[str]:
     given = {
         "job-name": grid.name,
@@ -103,6 +108,8 @@ def _sbatch_options(
     if "\\" in folder:  # Slurm would write to another file
         raise UserError(f"{folder} has a backslash, which Slurm reads as no part of a file's name")
     options.append(f"--output={folder.replace('%', '%%')}/slurm-%j.txt")
+    if after:
+        options.append(f"--dependency=after:{':'.join(after)}")
     if count > 1:
         throttle = f"%{at_once}" if at_once is not None else ""
         options.append(f"--array=0-{count - 1}{throttle}")
@@ -157,6 +164,7 @@ def submit(
     at_once: int | None,
     *,
     force: bool = False,
+    after: Sequence[str] = (),
 ) -> tuple[str, Path]:
     """Submit members of a grid to Slurm, as :func:`render` says; return job id and script.
 
@@ -167,7 +175,7 @@ def submit(
             "there is no sbatch on PATH, so this machine is not part of a Slurm cluster: log in to "
             "one that is, or omit --cluster to run here"
         )
-    script = render(cluster, grid, members, at_once, force=force)
+    script = render(cluster, grid, members, at_once, force=force, after=after)
     grid.directory.mkdir(parents=True, exist_ok=True)
     path = grid.directory / "job.sh"
     write_bytes(path, script.encode())

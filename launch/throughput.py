@@ -52,7 +52,7 @@ def measure(config: RunConfig, steps: int, processes: int | None) -> float:
     config.schedule.warmup_steps, config.schedule.kind = 0, "constant"
     config.validation.every, config.validation.tokens, config.sample.tokens = 0, 1, 0
     config.checkpoint.every, config.logging.every = 10**9, 1
-    config.checkpoint.resume = None
+    config.checkpoint.resume, config.checkpoint.keep, config.branch = None, [], None
     with tempfile.TemporaryDirectory(prefix="measure-") as folder:
         config.directory = str(Path(folder) / "run")
         path = Path(folder) / "run.yaml"

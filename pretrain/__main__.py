@@ -1,9 +1,10 @@
-"""The command ``python -m pretrain``: train, or check, plan, export or import a run.
+"""The command ``python -m pretrain``: train, or check, plan, merge, export or import a run.
 
 ``python -m pretrain CONFIG [key=value ...]`` trains, or resumes where the run stopped; ``python -m
 pretrain verify CONFIG`` checks that a layout of processes trains the same model; ``python -m
 pretrain plan CONFIG`` says what a run will need and cost; ``python -m pretrain coordinates CONFIG``
-checks that sizes do not follow the model's width; ``python -m pretrain export CHECKPOINT FOLDER``
+checks that sizes do not follow the model's width; ``python -m pretrain merge RUN`` averages the
+weights of its checkpoints; ``python -m pretrain export CHECKPOINT FOLDER``
 and ``import NAME RUN`` convert to and from Hugging Face; ``python -m pretrain layers`` prints the
 table of all layers.
 """
@@ -27,6 +28,7 @@ _COMMANDS = {
     "export": "pretrain.export.hugging_face.export_command",
     "import": "pretrain.export.hugging_face.import_command",
     "layers": "pretrain.nn.mixers.__main__.main",
+    "merge": "pretrain.merge.command.main",
     "plan": "pretrain.planner.report.main",
     "verify": "pretrain.training.verify.main",
 }
@@ -48,6 +50,7 @@ def main() -> int:
         "CONFIG' checks that a layout of processes trains the same model as one, 'python -m "
         "pretrain plan CONFIG' estimates what a run will need and cost, 'python -m pretrain "
         "coordinates CONFIG' checks that activations and updates do not follow the model's width, "
+        "'python -m pretrain merge RUN' averages the weights of its checkpoints, "
         "'python -m pretrain export CHECKPOINT FOLDER' writes a Hugging Face model, 'python -m "
         "pretrain import NAME RUN' makes a run of one, 'python -m pretrain layers' prints the "
         "table of all layers.",

@@ -75,6 +75,11 @@ class RunDirectory:
         return self.path / "model.json"
 
     @property
+    def parent_file(self) -> Path:
+        """Return the file of the run, and its step, that this run is a branch of."""
+        return self.path / "parent.json"
+
+    @property
     def metrics_file(self) -> Path:
         """Return the file of what was measured at a step, a JSON object per line."""
         return self.path / METRICS_FILE
@@ -213,6 +218,18 @@ class RunDirectory:
     def write_model(self, values: dict[str, Any]) -> None:
         """Write the sizes of the model."""
         write_json(self.model_file, values)
+
+    def read_parent(self) -> dict[str, Any]:
+        """Return what a branch noted of its trunk; an empty dict for a run that is no branch."""
+        try:
+            values = json.loads(self.parent_file.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def write_parent(self, values: dict[str, Any]) -> None:
+        """Write what a branch begins from."""
+        write_json(self.parent_file, values)
 
     def write_environment(self, values: dict[str, Any]) -> None:
         """Write what the run was started with."""

@@ -22,6 +22,7 @@ PAGES = [
     "docs/training.md",
     "docs/long-context.md",
     "docs/planner.md",
+    "docs/phases.md",
     "docs/launching.md",
     "docs/evaluation.md",
     "docs/scaling.md",

@@ -21,6 +21,7 @@ from pretrain.model.spec import block_specs, with_sizes
 from pretrain.run_arguments import distinct_names, expand_paths, read_grid, runs_of
 from pretrain.run_directory import METRICS_FILE, RunDirectory, overall_speed
 from pretrain.run_time import count_starts, total_seconds
+from pretrain.training.branching import describe_parent
 
 LAST = 5  # logged losses whose mean is the final loss
 # Settings that do not change what is trained.
@@ -50,7 +51,7 @@ class Run:
     and ``seconds``, of all starts, are those of the n logged losses; ``valid`` holds (tokens, nats
     per token, bits per byte or None) of every validation; ``scores`` the results of evaluations.
     ``resolved`` are the settings by which runs are compared, ``settings`` the same as they are
-    shown.
+    shown; ``parent`` is what a branch goes on from.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Run:
     scores: list[Score] = field(default_factory=list)
     starts: int = 1
     validation_tokens: int = 0
+    parent: dict[str, Any] = field(default_factory=dict)
 
     @property
     def final(self) -> float:
@@ -152,6 +154,12 @@ def _remarks(runs: Sequence[Run]) -> list[str]:
             "last step that each has logged (what one did after it, before it was killed, is not "
             "known)"
         )
+    for run in runs:
+        if run.parent:
+            sentences.append(
+                f"{run.name} is a branch of {describe_parent(run.parent)}; its tokens and FLOPs "
+                "are those of both, its hours its own"
+            )
     validated = {run.validation_tokens for run in runs if run.valid}
     if len(validated) > 1:
         sizes = ", ".join(f"{tokens:,}" for tokens in sorted(validated))
@@ -205,6 +213,7 @@ def read_run(directory: RunDirectory) -> Run | None:
         read_scores(directory),
         count_starts(directory),
         config.validation.tokens,
+        directory.read_parent(),
     )
 
 
@@ -231,6 +240,7 @@ def _settings(
         "model.moe": config.model.moe,
         "model.recursion": config.model.recursion,
         "initialize": config.initialize,
+        "branch": config.branch,
     }
     shown |= {name: "no" if section is None else "yes" for name, section in sections.items()}
     return shown, {**shown, "model.pattern": " ".join(names)}

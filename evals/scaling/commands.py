@@ -1,4 +1,4 @@
-"""The commands ``python -m evals scaling fit | predict | plan | compare``."""
+"""The commands ``python -m evals scaling fit | predict | plan | compare | merges``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from evals.scaling.curves import Curve, Points, points_of
 from evals.scaling.fitting import Fit, Options, fit, load_fit
 from evals.scaling.intervals import bootstrap, hold_out_schedules, hold_out_sizes, interval, mape
 from evals.scaling.laws import CURVE_LAWS, LAWS, curve_law
+from evals.scaling.merges import merge_options, show_merges
 from evals.scaling.notes import grouped
 from evals.scaling.parameters import Law
 from evals.scaling.planning import (
@@ -69,12 +70,14 @@ def main(arguments: Sequence[str]) -> int:
     predict_options(commands.add_parser("predict", help="predict the loss curve of a future run"))
     plan_options(commands.add_parser("plan", help="choose schedule, size, tokens and runs to fit"))
     compare_options(commands.add_parser("compare", help="find where families of runs cross"))
+    merge_options(commands.add_parser("merges", help="compare merged checkpoints with a law"))
     given = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = {
         "fit": _fit,
         "predict": _predict,
         "plan": _plan,
         "compare": _compare,
+        "merges": show_merges,
     }[given.command]
     check_numbers(given)
     check_folder(given.out, "--out")

@@ -18,7 +18,7 @@ from evals.scaling.manifest import Source, sources_of
 from evals.scaling.parameters import Array
 from evals.scaling.points_tables import is_points_table, read_points
 from evals.scaling.reading import Reading
-from evals.scaling.schedules import schedule_lr
+from evals.scaling.schedules import run_lr
 from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
 from pretrain.run_arguments import distinct_names, expand_paths, runs_of
@@ -64,7 +64,7 @@ def read_curves(
             built.append(build(one.log, own, unit))
             continue
         config = one.run.read_config()
-        lr = schedule_lr(config.schedule, config.optimizer.lr, config.train.num_steps)
+        lr = run_lr(config, one.run)
         built.append(build(one.log, own, unit, lr))
         _describe(built[-1].curve, one.run, own.embeddings)
     trunks = {b.curve.name: own.branch_of for b, own in zip(built, readings, strict=True)}

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from evals.scaling.parameters import Array
 from pretrain.common.config_loader import build_config
 from pretrain.common.errors import UserError
-from pretrain.config import ScheduleConfig
+from pretrain.config import RunConfig, ScheduleConfig
 from pretrain.config.schedule import learning_rate
+from pretrain.run_directory import RunDirectory
 
 MOST_STEPS = 10_000_000  # of a run; the learning rate of each is computed
 SPARSE, UNSURE = 0.02, 0.003  # shares of a run between two logged rates that are worth a note
@@ -25,6 +26,20 @@ JUMP = 0.2  # relative change between two logged steps that counts as abrupt
 def schedule_lr(config: ScheduleConfig, peak: float, num_steps: int) -> Array:
     """Return the learning rate (num_steps,) of every step, as training computes it."""
     return np.array([learning_rate(config, peak, step, num_steps) for step in range(num_steps)])
+
+
+def run_lr(config: RunConfig, run: RunDirectory) -> Array:
+    """Return the learning rate of every step of a run; the first ones of a branch are its trunk's.
+
+    Raises ConfigError where a schedule is not known.
+    """
+    lr = schedule_lr(config.schedule, config.optimizer.lr, config.train.num_steps)
+    parent = run.read_parent()
+    if parent:
+        schedule = build_config(ScheduleConfig, parent["schedule"], str(run.parent_file))
+        trunk = schedule_lr(schedule, parent["lr"], parent["num_steps"])
+        lr[: parent["step"]] = trunk[: parent["step"]]
+    return lr
 
 
 def parse_schedule(text: str) -> tuple[ScheduleConfig, float, int]:

@@ -261,10 +261,11 @@ def _remove_old(newest: Path, config: RunConfig) -> None:
     Later steps than ``newest``, left from before a resume from an earlier one, do not count.
     """
     milestone = config.checkpoint.milestone_every
+    kept = config.kept_steps
     done = [p for p in list_checkpoints(newest.parent) if p.name <= newest.name]
     for path in done[config.checkpoint.keep_last :]:
         step = checkpoint_step(path)
-        if not (milestone and step % milestone == 0):
+        if step not in kept and not (milestone and step % milestone == 0):
             hidden = path.with_name(f".writing-removed-{path.name}")
             path.rename(hidden)  # hidden first, so that no half-removed one is ever seen
             shutil.rmtree(hidden, ignore_errors=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from pretrain.common.config_loader import ConfigError, check_of, load_config, validate
 from pretrain.common.errors import UserError
 from pretrain.common.text import control_character
+from pretrain.config.branch import settle_branch
 from pretrain.config.carried import check_carried
 from pretrain.config.model import ModelConfig, MoEConfig, RecursionConfig
 from pretrain.config.optimizer import OptimizerConfig
@@ -43,6 +44,7 @@ class ModelLimits:
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, extend, override and check a run's settings. Raises ConfigError."""
     config = load_config(RunConfig, path, overrides)
+    settle_branch(config, str(path))
     _check_run(config, str(path))
     return config
 
@@ -50,9 +52,10 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 def check_run_config(config: RunConfig, where: str) -> None:
     """Check every setting once more, whatever was assigned since, and how sections go together.
 
-    Raises ConfigError naming ``where`` and the field.
+    Settles where the decay of a branch begins. Raises ConfigError naming ``where`` and the field.
     """
     validate(config, where)
+    settle_branch(config, where)
     _check_run(config, where)
 
 
@@ -96,6 +99,7 @@ def _check_run(config: RunConfig, where: str) -> None:
             "in its entries"
         )
     _check_schedule(config.schedule, train.num_steps, where)
+    _check_kept(config, where)
 
 
 @check_of(OptimizerConfig)
@@ -199,6 +203,16 @@ def _check_schedule(schedule: ScheduleConfig, num_steps: int, where: str) -> Non
             f"{where}: schedule.warmup_steps is {schedule.warmup_steps}, more than the "
             f"{num_steps} steps of the run; expected at most {num_steps}"
         )
+
+
+def _check_kept(config: RunConfig, where: str) -> None:
+    total = config.train.tokens_before(config.train.num_steps)
+    for tokens in config.checkpoint.keep:
+        if tokens > total:
+            raise ConfigError(
+                f"{where}: checkpoint.keep has {tokens}, which the run never comes to; expected at "
+                f"most its {total} tokens"
+            )
 
 
 def _check_optimizer(config: RunConfig, where: str) -> None:

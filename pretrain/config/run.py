@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from pretrain.common.config_loader import LATER, Config, build_config, setting
 from pretrain.common.errors import ConfigError, UnknownSettingError
 from pretrain.config import legacy
+from pretrain.config.branch import BranchConfig, branch_step
 from pretrain.config.data import DataConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.optimizer import OptimizerConfig
@@ -73,6 +74,8 @@ class RunConfig(Config):
     """Classes of yours that act beside the steps of the run, as ``my_module.MyCallback``."""
     initialize: InitializeConfig | None = None
     """Another run's weights to start from; null: random ones."""
+    branch: BranchConfig | None = None
+    """Another run's step to go on from; null: the run begins anew."""
     directory: str | None = None
     """The run directory; null: ``runs/NAME``."""
     seed: int = setting(0, minimum=0)
@@ -82,6 +85,16 @@ class RunConfig(Config):
     def run_directory(self) -> Path:
         """Return the directory of the run's files."""
         return Path(self.directory or Path("runs") / self.name)
+
+    @property
+    def first_step(self) -> int:
+        """Return the number of steps that are another run's: those before a branch begins."""
+        return 0 if self.branch is None else branch_step(self)
+
+    @property
+    def kept_steps(self) -> set[int]:
+        """Return the steps whose checkpoints ``checkpoint.keep`` asks for."""
+        return {self.train.step_at(tokens) for tokens in self.checkpoint.keep}
 
 
 def load_saved_config(path: str | Path) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -103,6 +104,10 @@ class TrainConfig(Config):
         doublings = (self.global_batch_tokens // self.batch_warmup_start).bit_length() - 1
         return self.batch_warmup_start << (step * doublings // self.batch_warmup_steps)
 
+    def step_at(self, tokens: int) -> int:
+        """Return the number of steps after which ``tokens`` tokens are done for the first time."""
+        return bisect.bisect_left(range(tokens + 1), tokens, key=self.tokens_before)
+
     def tokens_before(self, step: int) -> int:
         """Return the number of tokens of all steps before ``step``."""
         warm = min(step, self._warmup_steps)
@@ -131,6 +136,9 @@ class CheckpointConfig(Config):
     """Checkpoints that are kept, the newest; older ones are removed unless they are milestones."""
     milestone_every: int = setting(0, minimum=0)
     """Checkpoints at multiples of so many steps are kept for good; 0: none are."""
+    keep: list[int] = setting(factory=list, minimum=1)
+    """Tokens, rounded up to whole steps, at which a checkpoint is saved and kept for good: those
+    that branches are to begin from."""
     background: bool = True
     """Whether they are written from a copy in host memory while training continues. That memory, as
     large as what a process writes, is kept for the next save until the run ends."""

@@ -8,8 +8,11 @@ from pretrain.planner.hardware import Hardware
 
 
 def run_cost(estimate: Estimate, config: RunConfig, hardware: Hardware) -> dict[str, float]:
-    """Return ``hours``, ``device_hours``, ``kilowatt_hours`` and ``dollars`` of all steps."""
-    hours = estimate.step_seconds * config.train.num_steps / 3600
+    """Return ``hours``, ``device_hours``, ``kilowatt_hours`` and ``dollars`` of all steps.
+
+    The trunk's steps of a branch are not counted.
+    """
+    hours = estimate.step_seconds * (config.train.num_steps - config.first_step) / 3600
     device_hours = hours * estimate.devices
     return {
         "hours": hours,

@@ -20,9 +20,10 @@ from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, learning_rate, load_saved_config
 from pretrain.data.batches import PreparedData
 from pretrain.run_directory import CONFIG_FILE, RunDirectory, find_checkpoint
+from pretrain.training.branching import begins_from_trunk, find_trunk_checkpoint, trunk_of
 
 # Where a run is, and how it is resumed, are no part of its result.
-_OF_NO_EFFECT = {"directory", "checkpoint.resume"}
+_OF_NO_EFFECT = ("name", "directory", "checkpoint.resume", "branch")
 _LOOKED_AT = 1000  # steps at which two schedules are compared
 
 
@@ -47,11 +48,15 @@ def checkpoint_to_resume(
     directory = config.run_directory
     checkpoints = RunDirectory(directory).checkpoints
     recover_replaced(checkpoints)
-    if config.checkpoint.resume is None and not list_checkpoints(checkpoints):
+    branches_off = config.checkpoint.resume is None and begins_from_trunk(config)
+    if config.checkpoint.resume is None and not list_checkpoints(checkpoints) and not branches_off:
         return None
-    found = find_checkpoint(
-        checkpoints / config.checkpoint.resume if config.checkpoint.resume else directory
-    )
+    if branches_off:
+        directory, found = trunk_of(config).path, find_trunk_checkpoint(config)
+    else:
+        found = find_checkpoint(
+            checkpoints / config.checkpoint.resume if config.checkpoint.resume else directory
+        )
     if config.checkpoint.resume:
         # The same command again resumes from its latest checkpoint, not from that step once more.
         latest = find_checkpoint(directory)
@@ -94,8 +99,10 @@ def checkpoint_to_resume(
     ):
         if was != now:
             raise UserError(
-                f"{directory} was trained with {name} {was}, the config says {now}: resuming would "
-                "repeat or skip data; choose another name for a new run"
+                f"{directory} was trained with {name} {was}, the config says {now}: "
+                + ("a branch" if branches_off else "resuming")
+                + " would repeat or skip data; "
+                + ("expected its trunk's" if branches_off else "choose another name for a new run")
             )
     shards, now_shards = before.parallel.tensor, config.parallel.tensor
     if config.train.carry_state and shards != now_shards:
@@ -148,7 +155,7 @@ def _changes(before: RunConfig, config: RunConfig) -> list[tuple[str, Any, Any]]
     return [
         (name, was.get(name), now.get(name))
         for name in sorted({*was, *now})
-        if was.get(name) != now.get(name) and name not in _OF_NO_EFFECT
+        if was.get(name) != now.get(name) and not name.startswith(_OF_NO_EFFECT)
     ]
 
 

@@ -44,6 +44,12 @@ from pretrain.parallel.processes import (
 )
 from pretrain.run_directory import RunDirectory
 from pretrain.training.arguments import check_arguments
+from pretrain.training.branching import (
+    begins_from_trunk,
+    describe_parent,
+    note_parent,
+    trunk_of,
+)
 from pretrain.training.callbacks import (
     Callback,
     Decision,
@@ -134,7 +140,8 @@ class Trainer:
         else:
             self.config, self._where = load_run_config(config, overrides), str(config)
         self.run_directory = RunDirectory(self.config.run_directory)
-        self.run_directory.keep_saved_sizes(self.config)
+        begun = trunk_of(self.config) if begins_from_trunk(self.config) else self.run_directory
+        begun.keep_saved_sizes(self.config)
         self.config.model = with_sizes(self.config.model, self._where)
         check_run_config(self.config, self._where)
         check_model(self.config.model, self._where)
@@ -294,6 +301,8 @@ class Trainer:
         self.interval, self.layer_metrics = Interval(), LayerMetrics()
         if is_main_process():
             describe_run(self.run_directory, config, self.counts, vocab_size)
+            if checkpoint is not None and begins_from_trunk(config):
+                note_parent(self.run_directory, config, checkpoint)
         return checkpoint
 
     def _train(self, checkpoint: Path | None) -> TrainResult:
@@ -346,6 +355,9 @@ class Trainer:
             self.log.say(planned)
         for warning in self._warnings:
             self.log.say(f"warning: {warning}")
+        parent = self.run_directory.read_parent() if self.log.active else {}
+        if parent:
+            self.log.say(f"branch of {describe_parent(parent)}")
         if checkpoint is not None:
             damage = self.run_directory.damage_of_latest()
             if damage is not None and config.checkpoint.resume is None:

@@ -126,6 +126,7 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
     config.logging.every, config.sample.tokens, config.validation.every = 1, 0, 0
     config.validation.tokens, config.checkpoint.resume = 1, None
     config.checkpoint.every, config.checkpoint.keep_last = steps // 2, 2
+    config.checkpoint.keep, config.branch = [], None
     check_layout(config, processes, path)
     wanted = config.parallel
     config.parallel = ParallelConfig(

@@ -94,6 +94,17 @@ def test_a_resumed_run_counts_each_step_once_and_its_time_on(tmp_path):
     assert (np.diff(run.seconds) >= 0).all()
 
 
+def test_a_branch_says_what_it_goes_on_from(tmp_path):
+    run_directory(tmp_path, rows(3.0), "trunk")
+    section = {"run": "runs/trunk", "step": 100}
+    branch = run_directory(tmp_path, rows(2.9), "decayed", branch=section)
+    parent = {"run": "runs/trunk", "step": 100, "tokens": 12800}
+    (branch / "parent.json").write_text(json.dumps(parent))
+    found, notes = find_runs([tmp_path])
+    assert len(grouped(found)) == 2
+    assert any("decayed is a branch of runs/trunk, step 100 (12,800 tokens)" in n for n in notes)
+
+
 def test_losses_are_means_over_steps_and_speeds_of_the_run(tmp_path):
     lines = rows(3.0)
     for row in lines[:-1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -67,6 +68,18 @@ def test_a_run_directory_has_the_schedule_of_its_config(tmp_path):
     assert points.tokens[0] == 200 * 128
     assert points.flops is not None
     assert points.flops[0] == 200 * 128 * 31000.0
+
+
+def test_the_first_steps_of_a_branch_have_the_rates_of_its_trunk(tmp_path):
+    """A trunk with another warm-up and peak, of which the branch has the first 100 steps."""
+    decay = {"kind": "wsd", "warmup_steps": 20, "decay_fraction": 0.5, "final_ratio": 0.0}
+    trunk = {"kind": "constant", "warmup_steps": 40}
+    branch = run_directory(tmp_path, rows(np.arange(105, 201, 5)), schedule=decay)
+    parent = {"step": 100, "schedule": trunk, "lr": 2e-3, "num_steps": 150}
+    (branch / "parent.json").write_text(json.dumps(parent))
+    lr = one(branch).lr
+    assert np.allclose(lr[[0, 39, 40, 99]], [5e-5, 2e-3, 2e-3, 2e-3])
+    assert np.allclose(lr[[100, 150, 199]], [1e-3, 5e-4, 1e-5])
 
 
 def test_a_folder_of_runs_and_a_folder_of_tables(tmp_path):

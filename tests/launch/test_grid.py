@@ -308,14 +308,25 @@ def test_members_made_alike_in_time(tmp_path):
     assert [m.config.train.num_steps for m in found.members] == [1000, 2500]
 
 
+def check_trunk(branches):
+    (trunk,) = load_grid(ROOT / "configs/runs/trunk.yaml").members
+    kept, count = trunk.config.kept_steps, trunk.config.train.num_steps
+    assert kept == {m.config.first_step for m in branches.members}
+    for member in branches.members:
+        assert Path(member.config.branch.run) == trunk.config.run_directory
+        assert member.config.train.num_steps == count, "to the same end"
+
+
 @pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.stem)
 def test_grids_that_come_with_the_project(path):
     found = load_grid(path)
-    assert len(found.members) >= 5
+    assert len(found.members) >= (3 if path.stem == "decays" else 5)
     assert found.name == path.stem
     for member in found.members:
         block_specs(member.config.model, member.name)
-    if path.stem == "loss-curves-tiny":  # for fits, after no paper
+    if path.stem == "decays":  # of configs/runs/trunk.yaml, which keeps what they need
+        check_trunk(found)
+    elif path.stem == "loss-curves-tiny":  # for fits, after no paper
         assert {m.config.schedule.kind for m in found.members} == {"cosine", "wsd", "two_stage"}
     elif path.stem.endswith("-tiny"):
         steps = sum(m.config.train.num_steps for m in found.members)

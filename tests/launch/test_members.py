@@ -17,6 +17,7 @@ from pretrain.run_directory import RunDirectory
 LEARNED = (
     *("model.", "data.path", "data.blend", "optimizer.", "schedule.", "seed", "initialize"),
     *("train.seq_len", "train.global_batch_tokens", "train.batch_warmup_", "train.precision"),
+    *("train.carry_", "branch"),
 )
 
 

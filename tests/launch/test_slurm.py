@@ -91,8 +91,8 @@ class Job:
 
     @property
     def id(self):
-        values = json.loads((self.directory / "launch.json").read_text())
-        return values["job"].split("_")[0]
+        found = sorted(self.directory.glob("**/launch.json"))  # its own, or its members'
+        return json.loads(found[0].read_text())["job"].split("_")[0]
 
     def steps(self, directory=None):
         path = (directory or self.directory) / "metrics.jsonl"
@@ -310,6 +310,57 @@ def test_a_bad_config_never_reaches_the_queue(slurm, tmp_path, corpus):
     with pytest.raises(UserError, match=r"sbatch refused .*invalid partition"):
         job.launch()
     assert slurm.command("squeue", "-h", "--states=all", "-o", "%i") == before
+
+
+BRANCHES = """
+grid:
+  zip: {{branch.tokens: [128, 256, 64000000], train.steps: [4, 6, 1000001]}}
+branch: {{run: {trunk}}}
+"""
+
+
+@pytest.mark.slow
+def test_branches_wait_for_a_running_trunk(slurm, tmp_path, corpus, capsys):
+    """Two begin while it goes on; it is cancelled before the third one's step."""
+    one = {"tensor: 2": "tensor: 1", "every: 1000": "every: 1000000, keep: [128, 256]"}
+    trunk = Job(
+        tmp_path / "trunk",
+        corpus,
+        steps=1000000,
+        nodes=1,
+        grid="\ncallbacks: [tests.helpers.slow_steps.SlowSteps]\n",
+        **one,
+    )
+    trunk.launch()
+    branches = Job(
+        tmp_path / "branches",
+        corpus,
+        nodes=1,
+        grid=BRANCHES.format(trunk=trunk.directory),
+        **{"tensor: 2": "tensor: 1", "kind: constant": "kind: wsd"},
+    )
+    branches.launch("--at-once", 1)
+    assert f"--dependency=after:{trunk.id}" in (branches.directory / "job.sh").read_text()
+    capsys.readouterr()
+    main(["status", str(branches.config)])
+    shown = capsys.readouterr().out
+    assert "3 queued" in shown and "waits for step" in shown
+    names = [member.name for member in load_grid(branches.config).members]
+    early, late, never = (branches.directory / name for name in names)
+    for branch in (early, late):  # whichever of them looks first
+        slurm.wait_for(lambda found=branch: len(branches.steps(found)) == 2, 600)
+    assert [step for step, *_ in branches.steps(early)] == [3, 4]
+    assert [step for step, *_ in branches.steps(late)] == [5, 6]
+    assert "RUNNING" in slurm.job_state(trunk.id), "they did not wait for its end"
+    slurm.wait_for(lambda: "== waits for step 1,000,000 of" in branches.output(never), 200)
+    assert "== queued again" in branches.output(never)
+    main(["cancel", str(trunk.config)])
+    slurm.wait_for(lambda: "and nothing trains it" in branches.output(never), 300)
+    slurm.wait_for(lambda: slurm.job_state(branches.id).count("FAILED") == 1, 100)
+    capsys.readouterr()
+    main(["status", str(branches.config)])
+    shown = capsys.readouterr().out
+    assert "1 failed" in shown and "2 done" in shown
 
 
 # Without a Slurm

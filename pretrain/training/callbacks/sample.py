@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 
+from pretrain.config.branch import settle_branch
 from pretrain.inference.generate import generate
 from pretrain.parallel.processes import is_main_process
 from pretrain.training.callbacks.base import Callback
@@ -58,6 +59,7 @@ class Summary(Callback):
         else:
             longer.train.tokens = 2 * (config.train.tokens or 0)
             twice = f"train.tokens={longer.train.tokens}"
+        settle_branch(longer, config.name)
         needed = "" if checkpoint is None else how_to_extend(checkpoint, longer)
         log.say(f"resume       run the same command again; {twice}{needed} doubles the run")
         commands = [

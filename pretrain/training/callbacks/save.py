@@ -7,7 +7,14 @@ from pretrain.training.callbacks.base import Callback
 
 
 class Save(Callback):
-    """Save every ``checkpoint.every`` steps, after the last one, and before the run stops."""
+    """Save every ``checkpoint.every`` steps, where ``checkpoint.keep`` says, and at the end.
+
+    Also before the run stops.
+    """
+
+    def on_train_start(self) -> None:
+        """Look up the steps to keep."""
+        self._kept = self.trainer.config.kept_steps
 
     def between_steps(self) -> None:
         """Begin a checkpoint if one is due, and raise UserError where the last one failed.
@@ -15,7 +22,7 @@ class Save(Callback):
         Also where the run directory has been removed meanwhile.
         """
         trainer, step = self.trainer, self.trainer.state.step
-        due = step % trainer.config.checkpoint.every == 0
+        due = step % trainer.config.checkpoint.every == 0 or step in self._kept
         if due or trainer.stopping or step == trainer.num_steps:
             if is_main_process():
                 trainer.run_directory.check_held()

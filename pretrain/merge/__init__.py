@@ -1,0 +1,1 @@
+"""Merge checkpoints of a run into one of averaged weights."""
