@@ -67,7 +67,8 @@ class Unit:
     backward: Cost
     """The cost of the same micro-batch's backward pass."""
     unchained: tuple[Cost, Cost] | None = None
-    """Where a segment's mixer waits for the state of the one before: both costs without it."""
+    """Where a segment's mixer waits for the state of the one before: both costs of all that does
+    not."""
 
     @property
     def parameters(self) -> Counter[ParameterKind]:
@@ -209,7 +210,7 @@ class _Measurement:
                     _check_states(kind, unit.mixer, self.segments)
                 blocks[kind] = self._unit(kind, [unit], partial(self._block, index=index))
                 if self.simulate and chained:
-                    blocks[kind].unchained = self._unchained(unit, index)
+                    blocks[kind].unchained = self._unchained(blocks[kind], unit, index)
         loop = None
         if model.recursion is not None:
             recursion = model.recursion.config
@@ -228,12 +229,17 @@ class _Measurement:
             head=self._unit("head", head, self._head),
         )
 
-    def _unchained(self, block: Any, index: int) -> tuple[Cost, Cost]:
+    def _unchained(self, unit: Unit, block: Any, index: int) -> tuple[Cost, Cost]:
         mixer, block.mixer = block.mixer, _Unmixed()
         try:
-            return self._over_time(partial(self._block, index=index))
+            forward, backward = self._over_time(partial(self._block, index=index))
         finally:
             block.mixer = mixer
+        if self.model.activation_checkpointing == "block":  # before the gradient is waited for
+            again = unit.forward.plus(forward, -1)
+            again.context_bytes = again.context_messages = 0.0
+            backward = backward.plus(again, 1)
+        return forward, backward
 
     def _unit(
         self, name: str, modules: list[nn.Module], measure: Callable[[int], tuple[Cost, Cost]]

@@ -63,6 +63,14 @@ def test_layers_that_hand_states_on_wait_for_the_segments_before_once():
     assert 3 * 0.5 * alone < one < 3.3 * alone
 
 
+def test_what_is_computed_again_does_not_wait():
+    layout = ParallelConfig(context=4, micro_batch_size=1, context_cells="chain")
+    found = [planner("2*m2rnn").estimate(layout, 4, kind).seconds for kind in ("none", "block")]
+    plain, again = (seconds["waiting for states"] for seconds in found)
+    assert again == pytest.approx(plain, rel=0.05)
+    assert found[1]["compute"] > 1.2 * found[0]["compute"]
+
+
 def test_nobody_waits_where_no_sequence_goes_on():
     found = estimate("2*(m2rnn attn)", 2, rows=2, context_cells="chain")
     assert found.seconds["waiting for states"] == found.seconds["context parallel"] == 0
@@ -101,7 +109,7 @@ def test_cells_are_computed_in_the_way_that_is_faster(pattern, rows, wanted):
 
 
 def test_cells_go_over_heads_on_a_cpu_where_there_are_enough():
-    small = {"hardware": "cpu", "seq_len": 64, "mixers": {"gru": {"num_heads": 2}}}
+    small = {"hardware": "cpu", "seq_len": 32, "mixers": {"gru": {"num_heads": 2}}}
     for context, method in ((2, "heads"), (4, "chain")):
         found = estimate("gru", context, hidden_size=32, **small)
         other = estimate("gru", context, hidden_size=32, context_cells=method, **small)
