@@ -62,10 +62,10 @@ def bytes_by_the_table(name, mixer, config, size, over_heads):
     """docs/parallel.md, for a document that fills the row, in float32; None where there is none."""
     tokens, states = TOKENS / size, mixer.init_state(1)
     both = 2 if size > 2 else 1  # the ranks at the ends of a row send to one side
-    convolved = sum(4 * x.numel() for key, x in states.items() if key.endswith("conv"))
+    convolved = sum(x.nbytes for key, x in states.items() if key.endswith("conv"))
     matrices = [x for x in states.values() if x.ndim == 4]
-    floating = sum(4 * x.numel() for x in states.values() if x.is_floating_point())
-    if mixer.over_time == "cells" and not over_heads:
+    floating = sum(x.nbytes for x in states.values() if x.is_floating_point())
+    if mixer.over_time != "ops" and not over_heads:
         return both * floating
     if name in CELLS_OF_OPS:
         moved = 4 * tokens * 24 * (CELLS_OF_OPS[name].gates + 1) + floating
@@ -101,7 +101,7 @@ def test_bytes_are_those_of_the_plan_and_of_the_table(name, size, four_processes
         return
     assert planned == pytest.approx(sent, rel=0.002)
     mixer = segment_worker.block_of(name, values, torch.float32).mixer
-    assert (unit.unchained is not None) == (mixer.over_time == "cells" and not over_heads)
+    assert (unit.unchained is not None) == (mixer.over_time != "ops" and not over_heads)
     (spec,) = block_specs(settings(name, {name: values}))
     table = bytes_by_the_table(name, mixer, spec.config, size, over_heads)
     if (name == "m2rnn" and over_heads) or name == "rat":
