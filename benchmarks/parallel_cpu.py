@@ -30,6 +30,7 @@ from pretrain.config import ModelConfig, OptimizerConfig, ParallelConfig
 from pretrain.data.batches import pack_rows
 from pretrain.model.build import build_stages
 from pretrain.parallel.processes import data_parallel_rank_and_size, gather, is_main_process
+from pretrain.planner.messages import bytes_sent, group_of
 from pretrain.training.engine import Engine
 from tests.helpers.parallel_worker import start
 
@@ -40,6 +41,8 @@ LAYOUTS = [
     ParallelConfig(),
     ParallelConfig(tensor=2),
     ParallelConfig(tensor=2, sequence=True),
+    ParallelConfig(context=2),
+    ParallelConfig(context=4),
     ParallelConfig(pipeline=2),
     ParallelConfig(pipeline=2, virtual_pipeline=2),
     ParallelConfig(pipeline=4),
@@ -67,6 +70,7 @@ class SentBytes(TorchDispatchMode):
         state = parallel_state
         groups = {
             "tensor": [state.get_tensor_model_parallel_group()],
+            "context": [state.get_context_parallel_group()],
             "pipeline": [state.get_pipeline_model_parallel_group()],
             "data": [
                 state.get_data_parallel_group(with_context_parallel=cp, partial_data_parallel=part)
@@ -79,44 +83,11 @@ class SentBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function.namespace == "c10d":
-            self._count(function.__name__.split(".")[0], args)
+        group = group_of(args) if function.namespace == "c10d" else None
+        if group is not None:
+            kind = self._kinds.get(group.group_name, "other")
+            self.by_kind[kind] += round(bytes_sent(function.__name__, args, group))
         return function(*args, **(kwargs or {}))
-
-    def _count(self, name: str, args: Any) -> None:
-        boxed = next(
-            (
-                a
-                for a in args
-                if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
-            ),
-            None,
-        )
-        if boxed is None:
-            return
-        group: dist.ProcessGroup = dist.ProcessGroup.unbox(boxed)
-        size = group.size()
-        total = max(_bytes(a) for a in args)
-        if "recv" in name or "barrier" in name:
-            return
-        share = (size - 1) / size
-        if "allreduce" in name:
-            sent = 2 * share * total
-        elif name.startswith("send"):
-            sent = float(total)
-        elif "broadcast" in name:
-            sent = share * total
-        else:  # all-gather, reduce-scatter: the larger side is the full tensor
-            sent = share * total
-        self.by_kind[self._kinds.get(group.group_name, "other")] += round(sent)
-
-
-def _bytes(argument: Any) -> int:
-    if isinstance(argument, torch.Tensor):
-        return argument.numel() * argument.element_size()
-    if isinstance(argument, (list, tuple)):
-        return sum(_bytes(a) for a in argument)
-    return 0
 
 
 def data_parallel_passes(parallel: ParallelConfig, micro_batches: int) -> int:
@@ -138,7 +109,9 @@ def expected_bytes(parallel: ParallelConfig, engine: Engine, local: int) -> Coun
     micro_batches = MICRO_BATCHES // data
     expected: Counter[str] = Counter()
     passes = data_parallel_passes(parallel, micro_batches)
-    expected["data"] = round(4 * local * (data - 1) / data * passes)
+    replicas = data * parallel.context
+    expected["data"] = round(4 * local * (replicas - 1) / replicas * passes)
+    expected["context"] = round(micro_batches * context_bytes(engine, parallel.context))
     activation = 4 * SEQ_LEN * HIDDEN
     # One all-reduce of activations per mixer and MLP forward and one backward, one each for the
     # embedding and the head; or their two halves, where the tokens are sharded, and the inputs
@@ -162,6 +135,19 @@ def expected_bytes(parallel: ParallelConfig, engine: Engine, local: int) -> Coun
     return expected
 
 
+def context_bytes(engine: Engine, size: int) -> float:
+    """Return the bytes that a rank inside a row sends for a micro-batch of one sequence."""
+    if size == 1:
+        return 0.0
+    heads, dim, tokens = 4, HIDDEN // 8, SEQ_LEN / size
+    both = 2 if size > 2 else 1  # halos: at the ends of a row they go to one side
+    convolved = both * 4 * 3 * heads * 4 * dim  # queries, keys and values twice as wide
+    of_delta_rule = (size - 1) * 4 * heads * (2 * dim * 2 * dim + dim**2) + convolved
+    of_attention = 4 * tokens * HIDDEN / heads * (size - 1) / size * 4 * (2 * heads)
+    half = len(engine.parts[0].stage.blocks) // 2
+    return half * (of_delta_rule + of_attention)
+
+
 def held_bytes() -> int:
     """Return the bytes of all live float tensors: weights, gradients and optimizer state."""
     gc.collect()
@@ -179,7 +165,7 @@ def expected_held(parallel: ParallelConfig, local: int) -> float:
     In float32 a parameter takes 4 bytes for the weight, 4 for the gradient and 8 for the moments.
     DeepSpeed updates a second copy of the weights and frees gradients, except at stage 3.
     """
-    data = data_parallel_rank_and_size()[1]
+    data = data_parallel_rank_and_size()[1] * parallel.context
     if parallel.zero_backend == "deepspeed":
         return local * {1: 4 + 12 / data, 2: 4 + 12 / data, 3: 20 / data}[parallel.zero_stage]
     return local * (4 + 4 + 8 / (1 if parallel.zero_stage == 0 else data))
@@ -223,7 +209,7 @@ def costs() -> None:
         held = gather((held_bytes() - before, expected_held(parallel, parameters)))
         everyone = gather((sent.by_kind, formula))
         name = layout_name(parallel)
-        for kind in ("data", "tensor", "pipeline", "embedding"):
+        for kind in ("data", "tensor", "context", "pipeline", "embedding"):
             measured = max(found[kind] for found, _ in everyone)
             wanted = max(found[kind] for _, found in everyone)
             if max(measured, wanted) > 1000:
@@ -242,6 +228,8 @@ def _columns(measured: float, wanted: float) -> tuple[str, str, str]:
 
 def layout_name(parallel: ParallelConfig) -> str:
     parts = [f"TP{parallel.tensor}" + "+SP" * parallel.sequence] if parallel.tensor > 1 else []
+    if parallel.context > 1:
+        parts.append(f"CP{parallel.context}")
     if parallel.pipeline > 1:
         parts.append(f"PP{parallel.pipeline}")
     if parallel.virtual_pipeline > 1:
@@ -351,16 +339,19 @@ def bubble() -> None:
 
 
 def memory() -> None:
-    """Print measured and planned peak memory of models of width 512 and more on two processes."""
-    from tests.helpers.memory_worker import CASES, MORE_CASES
+    """Print measured and planned peak memory of models of width 512 and more."""
+    from tests.helpers.memory_worker import CASES, FOUR_CASES, MORE_CASES
     from tests.helpers.planner_figures import measure, plan
 
-    cases = {**CASES, **MORE_CASES}
-    planned = plan({n: {"settings": settings, "devices": 2} for n, settings in cases.items()})
+    cases = {**CASES, **MORE_CASES, **FOUR_CASES}
+    devices = {name: 4 if name in FOUR_CASES else 2 for name in cases}
+    planned = plan({n: {"settings": cases[n], "devices": devices[n]} for n in cases})
+    measured = measure([name for name in cases if devices[name] == 2])
+    measured |= measure(list(FOUR_CASES), 4)
     table = Table(title="most memory of a process for training steps", title_justify="left")
     for column in ("case", "process", "measured MB", "planned MB", "planned / measured"):
         table.add_column(column)
-    for name, found in measure(cases).items():
+    for name, found in measured.items():
         stages = planned[name]["memory"]
         for rank, got in enumerate(found):
             wanted = stages[rank % len(stages)]

@@ -22,6 +22,11 @@ class ParallelConfig(Config):
     context: int = setting(1, minimum=1)
     """Context-parallel size: processes that share the tokens of a micro-batch, each a segment of
     its row, and hand states, keys and values on to each other. For long sequences."""
+    context_cells: Literal["auto", "heads", "chain"] = setting("auto")
+    """How context-parallel processes compute sequential cells (``lstm``, ``gru``, ``slstm``,
+    ``elman``, ``m2rnn``): ``heads``, each some of the heads over the whole row, or ``chain``, one
+    after another from the state of the one before. ``auto``: as is planned to be faster on GPUs of
+    a known kind, ``chain`` on others, and on CPUs ``heads`` where there are enough."""
     pipeline: int = setting(1, minimum=1)
     """Pipeline stages that the blocks are split into, balanced by their FLOPs."""
     virtual_pipeline: int = setting(1, minimum=1)

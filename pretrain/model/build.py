@@ -12,7 +12,7 @@ from pretrain.config import ModelConfig
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.stages import split_into_stages
 from pretrain.nn.parameters import fill_parameters
-from pretrain.parallel.context import ParallelContext, current_context
+from pretrain.parallel.context import CellsOverSegments, ParallelContext, current_context
 from pretrain.parallel.processes import groups
 
 
@@ -79,6 +79,7 @@ def build_stages(
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: str = "none",
     sequence_parallel: bool = False,
+    context_cells: CellsOverSegments = "chain",
     filled: Callable[[nn.Module], None] | None = None,
 ) -> list[LanguageModel]:
     """Build this process's stages of an initialised model, as :func:`build_model` makes it.
@@ -96,6 +97,7 @@ def build_stages(
         dtype=dtype,
         activation_checkpointing=activation_checkpointing,
         sequence_parallel=sequence_parallel,
+        context_cells=context_cells,
     )
     for model in models:
         for unit in fill_units(model, seed):
@@ -112,13 +114,16 @@ def empty_stages(
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: str = "none",
     sequence_parallel: bool = False,
+    context_cells: CellsOverSegments = "chain",
 ) -> list[LanguageModel]:
     """Make the stages of :func:`build_stages` on the meta device: shapes without memory."""
     state = groups()
     count = 1 if state is None else state.get_pipeline_model_parallel_world_size()
     rank = 0 if state is None else state.get_pipeline_model_parallel_rank()
     parts = None if state is None else state.get_virtual_pipeline_model_parallel_world_size()
-    context = current_context(dtype, sequence_parallel=sequence_parallel)
+    context = current_context(
+        dtype, sequence_parallel=sequence_parallel, context_cells=context_cells
+    )
     stages = split_into_stages(config, vocab_size, seq_len, count * (parts or 1), "config")
     models = []
     for part, stage in enumerate(stages[rank::count]):

@@ -38,6 +38,7 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
     check_model(config.model, where)
     if config.train.carry_state:
         _check_states(config.model, where)
+    _check_cells(config, where)
     checks.check_layout(config, model_limits(config.model, where), count, where)
     if config.train.precision == "fp8":
         check_float8_layout(config.model, config.parallel.tensor, where)
@@ -60,3 +61,19 @@ def _check_states(config: ModelConfig, where: str) -> None:
 def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:
     """Raise ConfigError unless ``size`` tensor-parallel processes can share the model."""
     checks.check_tensor_parallel(model_limits(config, where), size, where)
+
+
+def _check_cells(config: RunConfig, where: str) -> None:
+    """Raise ConfigError where context-parallel processes cannot share cells by their heads."""
+    parallel = config.parallel
+    if parallel.context == 1 or parallel.context_cells != "heads":
+        return
+    for spec in block_specs(config.model, where):
+        if spec.mixer.over_time == "cells":
+            heads = spec.config.num_heads // parallel.tensor
+            if heads < parallel.context:
+                raise ConfigError(
+                    f"{where}: parallel.context_cells is heads, but {spec.name} has {heads} heads "
+                    f"on a process, fewer than parallel.context = {parallel.context}; expected "
+                    "chain or auto"
+                )

@@ -30,7 +30,7 @@ from pretrain.nn.parameters import (
 from pretrain.ops.elementwise.gating import swiglu
 from pretrain.ops.shared.recomputation import recomputed, recomputing
 from pretrain.parallel.megatron import token_dispatcher, transformer_config
-from pretrain.parallel.processes import context_group, groups
+from pretrain.parallel.processes import groups
 
 
 class MoE(nn.Module):
@@ -140,7 +140,7 @@ class MoE(nn.Module):
             if self.parallel.sequence_parallel:
                 dist.all_reduce(share, group=self.parallel.group)
             if self.parallel.context_size > 1:
-                dist.all_reduce(share, group=context_group())
+                dist.all_reduce(share, group=self.parallel.context_group)
             share = share / share.sum()
             if config.score == "sigmoid":
                 scores = scores / scores.sum(-1, keepdim=True)

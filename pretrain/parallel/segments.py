@@ -11,7 +11,8 @@ from __future__ import annotations
 import datetime
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,19 @@ def open_chain(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
     _chains[group] = dist.new_group(
         dist.get_process_group_ranks(group), timeout=timeout, use_local_synchronization=True
     )
+
+
+@contextmanager
+def planned_chain(group: dist.ProcessGroup) -> Iterator[None]:
+    """Let states go through ``group`` itself, which only counts them, while open."""
+    _chains[group] = group
+    try:
+        yield
+    finally:
+        del _chains[group]
+        kept = [(sending, message) for sending, message in _sending if not message.is_meta]
+        _sending.clear()
+        _sending.extend(kept)
 
 
 def close_chains() -> None:
@@ -135,8 +149,7 @@ def _send(segment: Segment, by: int, tensors: Sequence[Tensor]) -> None:
     """Start to send tensors, as one message, to the rank ``by`` further."""
     message = torch.cat([x.detach().contiguous().view(-1).view(torch.uint8) for x in tensors])
     chain = _chains[segment.group]
-    other = dist.get_global_rank(chain, segment.rank + by)
-    _sending.append((dist.isend(message, other, group=chain), message))
+    _sending.append((chain.send([message], segment.rank + by, 0), message))
     while len(_sending) > _MOST_SENDING:
         _sending.popleft()[0].wait()
 
@@ -148,7 +161,7 @@ def _receive(
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in kinds]
     message = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     chain = _chains[segment.group]
-    dist.recv(message, dist.get_global_rank(chain, segment.rank + by), group=chain)
+    chain.recv([message], segment.rank + by, 0).wait()
     parts = zip(message.split(sizes), kinds, strict=True)
     # Copies: in the message numbers do not lie where their size wants them.
     return [part.clone().view(dtype).view(shape) for part, (shape, dtype) in parts]

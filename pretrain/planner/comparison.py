@@ -79,7 +79,7 @@ def plan_architectures(
                 choose_checkpointing(planner, count)
             estimate = planner.estimate(config.parallel, count)
             checkpointing = config.train.activation_checkpointing
-        sure = uncertainty(config, hardware)
+        sure = uncertainty(config, hardware, estimate.parallel.context)
         found.append(Architecture(config.name, planner, estimate, checkpointing, sure))
     return found
 

@@ -55,6 +55,8 @@ class Cost:
         operations: Number of operations, views included.
         bytes_sent: Bytes sent between tensor-parallel processes.
         collectives: Collectives between them.
+        context_bytes: Bytes sent between context-parallel processes.
+        context_messages: Collectives and messages between them.
         kernels: How often each kernel runs; not whole where costs were extrapolated.
     """
 
@@ -64,6 +66,8 @@ class Cost:
     operations: float = 0.0
     bytes_sent: float = 0.0
     collectives: float = 0.0
+    context_bytes: float = 0.0
+    context_messages: float = 0.0
     kernels: dict[Kernel, float] = field(default_factory=dict)
     _table: KernelTable | None = field(default=None, repr=False, compare=False)
 
@@ -90,5 +94,7 @@ class Cost:
             self.operations + times * other.operations,
             self.bytes_sent + times * other.bytes_sent,
             self.collectives + times * other.collectives,
+            self.context_bytes + times * other.context_bytes,
+            self.context_messages + times * other.context_messages,
             {kernel: number for kernel, number in kernels.items() if number},
         )

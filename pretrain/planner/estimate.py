@@ -6,15 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from pretrain.common.dtypes import DTYPES
-from pretrain.common.errors import UserError
-from pretrain.config import ParallelConfig, RunConfig
+from pretrain.config import ModelConfig, ParallelConfig, RunConfig
 from pretrain.model.counts import ModelCounts, count_model
+from pretrain.model.spec import block_specs
 from pretrain.model.stages import Stage, split_into_stages
 from pretrain.planner.cost import Cost
 from pretrain.planner.figures import Estimate, StageEstimate
 from pretrain.planner.hardware import Hardware
-from pretrain.planner.memory import LIVE_PARAMETERS, Memory
+from pretrain.planner.memory import Memory
+from pretrain.planner.over_context import OverContext
 from pretrain.planner.software import Software
+from pretrain.planner.step_time import StepTime
 from pretrain.planner.units import ParameterKind, Unit, Units, count_kinds, measure_units
 
 
@@ -70,8 +72,9 @@ class Planner:
         """
         if segment is not None:
             parallel = replace(parallel, micro_batch_size=1)
-        layout = (parallel.tensor, parallel.sequence, parallel.micro_batch_size)
-        key = (*layout, checkpointing, simulate, segment)
+        chain = parallel.context > 1 and parallel.context_cells == "chain"
+        layout = (parallel.tensor, parallel.sequence, parallel.micro_batch_size, parallel.context)
+        key = (*layout, chain, checkpointing, simulate, segment)
         if key not in self.simulations:
             train = self.config.train
             self.simulations[key] = measure_units(
@@ -93,21 +96,21 @@ class Planner:
     ) -> Estimate:
         """Estimate one step of the global batch; the layout must fit (see check_layout).
 
-        Raises UserError for context parallelism, whose times nothing is known of.
+        The estimate's layout says how sequential cells are computed under context parallelism: the
+        faster way where ``parallel`` leaves it open. Raises UserError for layers whose messages
+        are not known.
         """
-        if parallel.context > 1:
-            raise UserError(
-                f"parallel.context is {parallel.context}, whose times and memory cannot be "
-                "estimated; expected 1"
-            )
+        if parallel.context > 1 and parallel.context_cells == "auto":
+            return self._with_cells(parallel, devices, checkpointing)
         train = self.config.train
         units = self.units(parallel, checkpointing or train.activation_checkpointing)
         data = devices // parallel.model_size
         tokens_at_once = train.seq_len * parallel.micro_batch_size
         micro_batches = train.global_batch_tokens // (tokens_at_once * data)
         stages = self._stages(parallel, units, data, micro_batches)
-        seconds, sent = self._time(parallel, stages, data, micro_batches)
-        factor = micro_batches * data * parallel.tensor
+        step_time = StepTime(self.config, self.hardware, self._memory)
+        seconds, sent = step_time(parallel, stages, data, micro_batches)
+        factor = micro_batches * data * parallel.tensor * parallel.context
         return Estimate(
             parallel=parallel,
             devices=devices,
@@ -120,6 +123,19 @@ class Planner:
             hardware_flops=factor * sum(s.hardware_flops for s in stages),
             peak_flops=self.hardware.peak_flops(train.precision),
         )
+
+    def _with_cells(
+        self, parallel: ParallelConfig, devices: int, checkpointing: str | None
+    ) -> Estimate:
+        """Return the estimate with the faster way to compute cells; on a CPU over heads."""
+        heads, chain = (replace(parallel, context_cells=way) for way in ("heads", "chain"))
+        estimate = self.estimate(heads, devices, checkpointing)
+        if not has_cells(self.config.model):
+            return replace(estimate, parallel=parallel)
+        if self.hardware.device == "cpu":
+            return estimate
+        other = self.estimate(chain, devices, checkpointing)
+        return other if other.step_seconds < estimate.step_seconds else estimate
 
     def state_memory(self, parallel: ParallelConfig, devices: int) -> list[dict[str, float]]:
         """Return the bytes of ``weights``, ``gradients`` and ``optimizer`` by pipeline stage.
@@ -156,18 +172,21 @@ class Planner:
         self, parallel: ParallelConfig, units: Units, data: int, micro_batches: int
     ) -> list[StageEstimate]:
         stages, segment = [], self.config.train.segment_tokens
+        over_context = OverContext(self.hardware, parallel, self._seconds)
         held_at_once = units if segment is None else self.units(parallel, "none", segment=segment)
         for rank, local in enumerate(self._local_stages(parallel)):
             at_once = [list(self._chain(stage, held_at_once)) for stage in local]
             chains = [list(self._chain(stage, units)) for stage in local]
             tensors, expert_tensors = self._held_tensors(parallel, local, units)
             held, experts = count_kinds(tensors), count_kinds(expert_tensors)
-            memory = self._memory.held(parallel, tensors, expert_tensors, data)
+            memory = self._memory.held(parallel, tensors, expert_tensors, data * parallel.context)
             memory.update(self._memory.activations(parallel, at_once, rank, micro_batches, memory))
             units_passed = [pair for chain in chains for pair in chain]
             forward = self._pass([unit.forward for unit, _ in units_passed], parallel)
             trained_units = [unit for unit, trained in units_passed if trained]
             backward = self._pass([u.backward for u in trained_units], parallel, backward=True)
+            exchanged = over_context.exchanges(units_passed)
+            idle = over_context.chain_waits(units_passed)
             again = sum(self._again_seconds(unit.forward) for unit in trained_units)
             gathered = sum(held.values()) + sum(experts.values())
             twice = segment is not None  # forward, all of it
@@ -186,17 +205,22 @@ class Planner:
                     parameters=sum(held.values()),
                     expert_parameters=sum(experts.values()),
                     memory=memory,
-                    forward=forward.seconds + routing / 2,
+                    forward=forward.seconds + routing / 2 + exchanged.forward + idle.forward,
                     backward=backward.seconds
                     + again
                     + twice * forward.seconds
                     + self._added_seconds(parallel, gathered)
-                    + routing / 2,
+                    + routing / 2
+                    + exchanged.backward
+                    + idle.backward,
                     hardware_flops=(1 + twice) * forward.flops + backward.flops,
                     tensor_bytes=(1 + twice) * forward.sent + backward.sent,
                     tensor_seconds=(1 + twice) * forward.waits + backward.waits,
                     expert_bytes=routed,
                     expert_seconds=routing,
+                    context_bytes=exchanged.sent,
+                    context_seconds=exchanged.forward + exchanged.backward,
+                    chain_seconds=idle.forward + idle.backward,
                 )
             )
         return stages
@@ -220,7 +244,7 @@ class Planner:
             # The input's gradient travels while the weights' are computed, about a quarter of the
             # pass; with sequence parallelism the gather behind each layer's output is waited for.
             beside = waits * (2 / 3 if parallel.sequence else 1.0)
-            waits += self._waited(beside, busy / 4) - beside
+            waits += hardware.waited(beside, busy / 4) - beside
         return _Pass(busy + waits, waits, sent, sum(cost.flops for cost in costs))
 
     def _seconds(self, cost: Cost) -> tuple[float, float]:
@@ -283,118 +307,7 @@ class Planner:
         if any(s.last for s in stages):
             yield units.head
 
-    def _time(
-        self,
-        parallel: ParallelConfig,
-        stages: list[StageEstimate],
-        data: int,
-        micro_batches: int,
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        hardware, train = self.hardware, self.config.train
-        width = DTYPES[train.precision].itemsize
-        count, parts = parallel.pipeline, parallel.virtual_pipeline
-        both = [s.forward + s.backward for s in stages]
-        slowest = max(both)
-        fill = (sum(both) - slowest) / parts
-        tensor = micro_batches * max(s.tensor_seconds for s in stages)
-        expert = micro_batches * max(s.expert_seconds for s in stages)
-        # Megatron's order of ranks: tensor, data, pipeline.
-        per_node = hardware.devices_per_node
-        across = data * parallel.model_size > per_node
-        rows = train.seq_len * parallel.micro_batch_size
-        activation = (
-            self.config.model.hidden_size
-            * rows
-            * width
-            / (parallel.tensor if parallel.sequence else 1)
-        )
-        borders = 0 if count == 1 else 2 * parts
-        message = hardware.link_seconds(activation, 1, spans_nodes=across)
-        # Interleaved messages overlap with the work; others are waited for, there and back.
-        waits = micro_batches if parts == 1 else 0
-        pipeline = (waits + count - 1) * 2 * message if count > 1 else 0.0
-        copies = data * parallel.tensor // parallel.expert  # of an expert
-        times, gradients_late = self._exchanges(parallel, data, micro_batches, width)
-        exchanged = times * max(
-            s.parameters * (data - 1) / data + s.expert_parameters * (copies - 1) / copies
-            for s in stages
-        )
-        in_node = max(per_node // parallel.tensor, 1)
-        if parallel.zero_stage == 3:
-            numbers = [s.parameters + s.expert_parameters for s in stages]
-            again = max(n * _gathered_again(n) for n in numbers) * (data - 1) / data
-            exchanged += micro_batches * width * again
-            exposed = micro_batches * max(self._gather_waits(s, data, in_node) for s in stages)
-        else:
-            exposed = hardware.group_seconds(exchanged, 2 * (data > 1), data, in_node)
-            if parallel.overlap and gradients_late:
-                exposed = self._waited(exposed, min(s.backward for s in stages) / parts)
-        dense_shards, expert_shards = (data, copies) if parallel.zero_stage else (1, 1)
-        whole = 2.0 / data if parallel.zero_stage == 3 else 8.0
-        moved = max(
-            s.parameters * (28.0 / dense_shards + whole)
-            + s.expert_parameters * (28.0 / expert_shards + whole)
-            for s in stages
-        )
-        seconds = {
-            "compute": micro_batches * slowest - tensor - expert,
-            "tensor parallel": tensor,
-            "expert parallel": expert,
-            "pipeline bubble": fill,
-            "pipeline messages": pipeline,
-            "data parallel": exposed,
-            "optimizer": hardware.memory_seconds(moved),
-        }
-        sent = {
-            "tensor parallel": micro_batches * max(s.tensor_bytes for s in stages),
-            "expert parallel": micro_batches * max(s.expert_bytes for s in stages),
-            "pipeline": micro_batches * borders * activation,
-            "data parallel": exchanged,
-        }
-        return seconds, sent
 
-    def _gather_waits(self, stage: StageEstimate, data: int, in_node: int) -> float:
-        """Return the seconds of a micro-batch that ZeRO-3's exchanges take beyond the work.
-
-        Weights are gathered block by block ahead of both passes, and gradients reduced behind the
-        backward pass.
-        """
-        if data == 1:
-            return 0.0
-        number = stage.parameters + stage.expert_parameters
-        width = DTYPES[self.config.train.precision].itemsize
-        once = number * width * (data - 1) / data
-        again = _gathered_again(number)
-        calls = 2 * sum(len(blocks) for blocks in stage.blocks)
-        times = [
-            self.hardware.group_seconds(once * share, calls * n, data, in_node)
-            for share, n in ((1.0, 1), (1.0 + again, 2))
-        ]
-        works = (stage.forward, stage.backward)
-        return sum(self._waited(time, work) for time, work in zip(times, works, strict=True))
-
-    def _waited(self, exchange: float, beside: float) -> float:
-        """Return the seconds that an exchange beside work of so many seconds costs."""
-        hidden = min(exchange, beside)
-        return exchange - hidden + self.hardware.overlap_cost * hidden
-
-    def _exchanges(
-        self, parallel: ParallelConfig, data: int, micro_batches: int, width: int
-    ) -> tuple[float, bool]:
-        """Return (bytes per parameter that data-parallel ranks exchange in a step, whether late).
-
-        Late means during the last backward pass.
-        """
-        if parallel.zero_backend == "megatron":
-            # Gradients are float32; without ZeRO they are all-reduced, there and back, and so they
-            # are where ZeRO deals out whole parameters, whose new values are sent then.
-            if self._memory.layer_wise(parallel):
-                return 8.0 + width, True
-            return (8.0 if parallel.zero_stage == 0 else 4.0 + width), True
-        times = {0: 2, 1: 3, 2: 2 * micro_batches + 1, 3: 2 * micro_batches}
-        return float(width * times[parallel.zero_stage]), parallel.zero_stage > 1
-
-
-def _gathered_again(parameters: int) -> float:
-    """Return the share of the weights that ZeRO-3 gathers a second time, for the backward pass."""
-    return max(1 - LIVE_PARAMETERS / parameters, 0.0)
+def has_cells(config: ModelConfig) -> bool:
+    """Return whether a model has sequential cells that can also be computed over heads."""
+    return any(spec.mixer.over_time == "cells" for spec in block_specs(config))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pretrain.config import RunConfig
+from pretrain.parallel.context import CellsOverSegments
 from pretrain.planner.cost_of_run import run_cost
-from pretrain.planner.estimate import Planner
+from pretrain.planner.estimate import Planner, has_cells
 from pretrain.planner.hardware import load_hardware
 from pretrain.planner.uncertainty import uncertainty, with_range
 
@@ -34,3 +35,14 @@ def expected_time(config: RunConfig, vocab_size: int, hardware: str, devices: in
         f"{with_range(estimate.tokens_per_second, sure)} tokens/s on {devices} x "
         f"{planner.hardware.name}, {estimate.peak_memory / 1e9:,.0f} GB each{range_}"
     )
+
+
+def planned_cells(
+    config: RunConfig, vocab_size: int, hardware: str, devices: int
+) -> CellsOverSegments:
+    """Return how sequential cells are planned to be faster under context parallelism."""
+    if not has_cells(config.model):
+        return "chain"
+    planner = Planner(config, vocab_size, load_hardware(hardware))
+    found = planner.estimate(config.parallel, devices).parallel.context_cells
+    return "heads" if found == "heads" else "chain"

@@ -23,6 +23,9 @@ class StageEstimate:
         tensor_seconds: Seconds of that.
         expert_bytes: Bytes sent between expert-parallel processes per micro-batch.
         expert_seconds: Seconds of that.
+        context_bytes: Bytes sent between context-parallel processes per micro-batch.
+        context_seconds: Seconds of that.
+        chain_seconds: Seconds per micro-batch that they wait for one another's states.
     """
 
     blocks: list[range]
@@ -36,6 +39,9 @@ class StageEstimate:
     tensor_seconds: float
     expert_bytes: float
     expert_seconds: float
+    context_bytes: float
+    context_seconds: float
+    chain_seconds: float
 
     @property
     def peak(self) -> float:

@@ -184,6 +184,11 @@ class Hardware(Config):
         latency = self.latency_us + size  # a microsecond for each step of a ring
         return sent / (speed * 1e9 * self.link_efficiency) + collectives * latency * 1e-6
 
+    def waited(self, exchange: float, beside: float) -> float:
+        """Return the seconds that an exchange beside work of so many seconds costs."""
+        hidden = min(exchange, beside)
+        return exchange - hidden + self.overlap_cost * hidden
+
 
 def load_hardware(path: str | Path) -> Hardware:
     """Read a hardware file, or the one of that name in configs/hardware. Raises ConfigError."""

@@ -28,7 +28,7 @@ from pretrain.planner.comparison import (
     print_architectures,
 )
 from pretrain.planner.cost_of_run import run_cost
-from pretrain.planner.estimate import Planner
+from pretrain.planner.estimate import Planner, has_cells
 from pretrain.planner.figures import Estimate
 from pretrain.planner.hardware import Hardware, load_hardware
 from pretrain.planner.parts import model_parts
@@ -39,7 +39,7 @@ from pretrain.planner.planned_run import (
     planned_vocab_size,
 )
 from pretrain.planner.search import Candidate, nothing_fits, search
-from pretrain.planner.uncertainty import uncertainty, with_range
+from pretrain.planner.uncertainty import Uncertainty, uncertainty, with_range
 from pretrain.planner.units import Units
 
 
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
             if assumes_checkpointing(options.config, options.overrides):
                 choose_checkpointing(planner, devices)
             estimate = planner.estimate(config.parallel, devices)
-            units = planner.units(config.parallel, config.train.activation_checkpointing)
+            units = planner.units(estimate.parallel, config.train.activation_checkpointing)
         _print_plan(console, planner, estimate, units)
         figures = estimate_figures(estimate, planner)
     if options.json:
@@ -152,9 +152,13 @@ def estimate_figures(estimate: Estimate, planner: Planner) -> dict[str, Any]:
         "mfu": estimate.mfu,
         "hfu": estimate.hfu,
         **run_cost(estimate, planner.config, planner.hardware),
-        "range_factor": (sure := uncertainty(planner.config, planner.hardware)).factor,
+        "range_factor": (sure := _uncertainty(planner, estimate)).factor,
         "range_why": sure.why,
     }
+
+
+def _uncertainty(planner: Planner, estimate: Estimate) -> Uncertainty:
+    return uncertainty(planner.config, planner.hardware, estimate.parallel.context)
 
 
 def _candidate_figures(candidate: Candidate, planner: Planner) -> dict[str, Any]:
@@ -188,7 +192,7 @@ def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: U
     show_table(_parts_table(planner, estimate, units), console)
     show_table(_memory_table(estimate, hardware), console)
     show_table(_time_table(estimate), console)
-    cost, sure = run_cost(estimate, config, hardware), uncertainty(config, hardware)
+    cost, sure = run_cost(estimate, config, hardware), _uncertainty(planner, estimate)
     unit, hours = ("days", 24.0) if cost["hours"] >= 48 else ("hours", 1.0)
     console.print(
         f"{with_range(estimate.tokens_per_second, sure)} tokens/s, {estimate.mfu:.1%} of the dense "
@@ -213,7 +217,14 @@ def _remarks(planner: Planner, estimate: Estimate) -> list[str]:
             f"does not fit: {estimate.peak_memory / 1e9:,.1f} GB per device of {limit / 1e9:,.1f} "
             "GB; --search shows what does"
         )
-    sure = uncertainty(planner.config, planner.hardware)
+    parallel = estimate.parallel
+    if parallel.context > 1 and has_cells(planner.config.model):
+        remarks.append(
+            "sequential cells are computed "
+            + ("over heads" if parallel.context_cells == "heads" else "one segment after another")
+            + f" (parallel.context_cells={parallel.context_cells})"
+        )
+    sure = _uncertainty(planner, estimate)
     remarks.append(sure.why if sure.factor else f"speed, days and cost have no range: {sure.why}")
     return remarks
 
@@ -232,11 +243,12 @@ def _parts_table(planner: Planner, estimate: Estimate, units: Units) -> Table:
     )
     config, seq_len = planner.config.model, planner.config.train.seq_len
     tokens = seq_len * estimate.parallel.micro_batch_size
+    sharing = estimate.parallel.tensor * estimate.parallel.context
     parts = model_parts(config, planner.vocab_size, seq_len)
     for part, unit in zip(parts, units.each(), strict=True):
         number = part.number
         through = f"{number}" if part.used == number else f"{number} x {part.used / number:g}"
-        backward = unit.backward.flops * estimate.parallel.tensor / tokens
+        backward = unit.backward.flops * sharing / tokens
         table.add_row(
             part.name,
             through,
@@ -314,7 +326,7 @@ def _print_candidates(
         assert estimate is not None
         days = run_cost(estimate, planner.config, planner.hardware)["hours"] / 24
         table.add_row(
-            _short(candidate.parallel, devices),
+            candidate.describe(devices),
             str(candidate.parallel.micro_batch_size),
             candidate.checkpointing,
             f"{estimate.peak_memory / 1e9:,.1f}",
@@ -327,8 +339,9 @@ def _print_candidates(
     show_table(table, console)
     if fits:
         best = fits[0]
-        console.print(f"fastest: {_settings(best)}\n")
-        sure = uncertainty(planner.config, planner.hardware)
+        console.print(f"fastest: {best.settings()}\n")
+        assert best.estimate is not None
+        sure = _uncertainty(planner, best.estimate)
         if sure.factor is None:
             console.print(f"note: speeds and days have no range: {sure.why}\n")
         else:
@@ -343,7 +356,7 @@ def _print_candidates(
         nearest = sorted(too_large, key=lambda c: c.estimate.peak_memory if c.estimate else 0.0)
         for candidate in nearest[:5]:
             console.print(
-                f"  {_short(candidate.parallel, devices)}, micro batch "
+                f"  {candidate.describe(devices)}, micro batch "
                 f"{candidate.parallel.micro_batch_size}, ckpt {candidate.checkpointing}: "
                 f"{candidate.why}"
             )
@@ -352,33 +365,3 @@ def _print_candidates(
         console.print(f"{sum(impossible.values())} are not possible:")
         for why, number in impossible.most_common(6):
             console.print(f"  {number} x {why}")
-
-
-def _short(parallel: Any, devices: int) -> str:
-    data = devices // parallel.model_size
-    parts = [
-        f"TP{parallel.tensor}" * (parallel.tensor > 1),
-        f"EP{parallel.expert}" * (parallel.expert > 1),
-        f"PP{parallel.pipeline}" * (parallel.pipeline > 1),
-        f"VPP{parallel.virtual_pipeline}" * (parallel.virtual_pipeline > 1),
-        f"DP{data}" * (data > 1),
-        f"ZeRO-{parallel.zero_stage}" * (data > 1),
-    ]
-    return " ".join(p for p in parts if p) or "one device"
-
-
-def _settings(candidate: Candidate) -> str:
-    """Return a candidate as overrides of the command line."""
-    parallel = candidate.parallel
-    chosen = {
-        "tensor": parallel.tensor,
-        "sequence": str(parallel.sequence).lower(),
-        "expert": parallel.expert,
-        "pipeline": parallel.pipeline,
-        "virtual_pipeline": parallel.virtual_pipeline,
-        "micro_batch_size": parallel.micro_batch_size,
-        "zero_stage": parallel.zero_stage,
-        "zero_backend": parallel.zero_backend,
-    }
-    words = [f"parallel.{name}={value}" for name, value in chosen.items()]
-    return " ".join([*words, f"train.activation_checkpointing={candidate.checkpointing}"])

@@ -15,6 +15,7 @@ from pretrain.planner.estimate import Planner
 from pretrain.planner.figures import Estimate
 
 CHECKPOINTING = ("none", "selective", "block")
+SHORTEST_SEGMENT = 8192  # tokens; of shorter ones rows for each process are faster
 
 
 @dataclass
@@ -31,20 +32,56 @@ class Candidate:
     estimate: Estimate | None
     why: str = ""
 
+    def describe(self, devices: int) -> str:
+        """Return the layout in a few letters."""
+        parallel = self.parallel
+        data = devices // parallel.model_size
+        parts = [
+            f"TP{parallel.tensor}" * (parallel.tensor > 1),
+            f"CP{parallel.context}" * (parallel.context > 1),
+            f"EP{parallel.expert}" * (parallel.expert > 1),
+            f"PP{parallel.pipeline}" * (parallel.pipeline > 1),
+            f"VPP{parallel.virtual_pipeline}" * (parallel.virtual_pipeline > 1),
+            f"DP{data}" * (data > 1),
+            f"ZeRO-{parallel.zero_stage}" * (data * parallel.context > 1),
+        ]
+        return " ".join(p for p in parts if p) or "one device"
 
-def candidates(devices: int, per_node: int, experts: int = 1) -> Iterator[ParallelConfig]:
+    def settings(self) -> str:
+        """Return the candidate as overrides of the command line."""
+        parallel = self.parallel if self.estimate is None else self.estimate.parallel
+        chosen = {
+            "tensor": parallel.tensor,
+            "sequence": str(parallel.sequence).lower(),
+            "context": parallel.context,
+            "context_cells": parallel.context_cells,
+            "expert": parallel.expert,
+            "pipeline": parallel.pipeline,
+            "virtual_pipeline": parallel.virtual_pipeline,
+            "micro_batch_size": parallel.micro_batch_size,
+            "zero_stage": parallel.zero_stage,
+            "zero_backend": parallel.zero_backend,
+        }
+        words = [f"parallel.{name}={value}" for name, value in chosen.items()]
+        return " ".join([*words, f"train.activation_checkpointing={self.checkpointing}"])
+
+
+def candidates(
+    devices: int, per_node: int, experts: int = 1, seq_len: int = 0
+) -> Iterator[ParallelConfig]:
     """Yield layouts: tensor parallelism within a node, pipelines, and ZeRO over the rest.
 
-    ``experts``, where there are any, are sharded over as many devices as possible.
+    ``experts``, where there are any, are sharded over as many devices as possible. Sequences of
+    ``seq_len`` tokens, where they are long, are also cut into segments.
     """
-    for layout in _dense(devices, per_node):
+    for layout in _dense(devices, per_node, seq_len):
         yield layout
         if layout.zero_backend == "megatron":
             for expert in _powers(min(experts, devices // layout.pipeline))[1:]:
                 yield dataclasses.replace(layout, expert=expert)
 
 
-def _dense(devices: int, per_node: int) -> Iterator[ParallelConfig]:
+def _dense(devices: int, per_node: int, seq_len: int) -> Iterator[ParallelConfig]:
     for tensor in _powers(min(devices, per_node)):
         for pipeline in _powers(min(devices // tensor, 16)):
             for parts in (1, 2, 4) if pipeline > 1 else (1,):
@@ -57,6 +94,10 @@ def _dense(devices: int, per_node: int) -> Iterator[ParallelConfig]:
                         micro_batch_size=rows,
                     )
                     yield layout
+                    if rows == parts == 1:  # several rows gain nothing from segments
+                        most = min(devices // (tensor * pipeline), seq_len // SHORTEST_SEGMENT)
+                        for context in _powers(most)[1:]:
+                            yield dataclasses.replace(layout, context=context)
                     if pipeline == 1 and devices > tensor:
                         yield dataclasses.replace(layout, zero_stage=3, zero_backend="deepspeed")
 
@@ -66,7 +107,8 @@ def search(planner: Planner, devices: int) -> list[Candidate]:
     found = []
     moe = planner.config.model.moe
     experts = moe.num_experts if moe is not None else 1
-    for parallel in candidates(devices, planner.hardware.devices_per_node, experts):
+    per_node, seq_len = planner.hardware.devices_per_node, planner.config.train.seq_len
+    for parallel in candidates(devices, per_node, experts, seq_len):
         for checkpointing in CHECKPOINTING:
             found.append(_try(planner, parallel, devices, checkpointing))
     fits = [c for c in found if not c.why]

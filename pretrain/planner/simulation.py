@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -23,6 +22,8 @@ from torch.utils.flop_counter import flop_registry
 
 from pretrain.ops.shared.planning import Work, WorkKind, planned_device
 from pretrain.planner.cost import Cost, Kernel
+from pretrain.planner.fake_group import CONTEXT
+from pretrain.planner.messages import bytes_sent, group_of
 from pretrain.planner.software import Software
 
 _aten: Any = torch.ops.aten
@@ -181,18 +182,18 @@ class Simulation(TorchDispatchMode):
 
     def _communicate(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Count a collective without sending: the fake group must not see meta tensors."""
-        tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-        boxed = next(
-            x
-            for x in args
-            if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type())
-        )
-        size = dist.ProcessGroup.unbox(boxed).size()
-        name = function.__name__
-        sent = (size - 1) / size * max(map(_bytes, tensors), default=0)
-        self._cost.bytes_sent += sent * (2 if "allreduce" in name else 1)
-        self._cost.collectives += size > 1
+        group = group_of(args)
+        assert group is not None
+        sent = bytes_sent(function.__name__, args, group)
+        if group.group_desc == CONTEXT:
+            self._cost.context_bytes += sent
+            self._cost.context_messages += "recv" not in function.__name__
+        else:
+            self._cost.bytes_sent += sent
+            self._cost.collectives += group.size() > 1
         args, kwargs = tree_map_only(Tensor, lambda _: torch.empty(0), (args, kwargs))
+        if "alltoall" in function.__name__:  # whose sizes would not be those of nothing
+            args = [[] if isinstance(x, list) else x for x in args]
         return function(*args, **kwargs)
 
 

@@ -51,8 +51,8 @@ class Uncertainty:
         return None if self.factor is None else value * self.factor
 
 
-def uncertainty(config: RunConfig, hardware: Hardware) -> Uncertainty:
-    """Return how sure a plan of the run on the hardware is."""
+def uncertainty(config: RunConfig, hardware: Hardware, context: int | None = None) -> Uncertainty:
+    """Return how sure a plan of the run on the hardware is, of ``context`` segments if given."""
     if hardware.device == "cpu":
         return Uncertainty(None, "no published run on such a CPU was compared with its plan")
     if hardware.name.startswith("B200"):
@@ -65,6 +65,10 @@ def uncertainty(config: RunConfig, hardware: Hardware) -> Uncertainty:
             None,
             f"no published run on {hardware.name} was compared with its plan; benchmarks are "
             f"of {', '.join(_GPUS)}",
+        )
+    if (context or config.parallel.context) > 1:
+        return Uncertainty(
+            None, "no published run under context parallelism was compared with its plan"
         )
     called = {mixer: name for name, mixer in registry().items()}
     names = {called[spec.mixer] for spec in block_specs(config.model)}

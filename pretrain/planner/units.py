@@ -1,4 +1,4 @@
-"""The cost of each unit of a model on one tensor-parallel process.
+"""The cost of each unit of a model on one tensor- and context-parallel process.
 
 Units are the embedding, one block of each kind, what a loop has besides its blocks, and the head
 with the loss.
@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,15 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.common.dtypes import DTYPES
+from pretrain.common.errors import UserError
 from pretrain.config import ModelConfig, ParallelConfig
-from pretrain.data.sequences import Sequences
+from pretrain.data.sequences import Sequences, segment_of
 from pretrain.model.float8 import multiply_in_float8
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.dropout import EMBEDDING
+from pretrain.nn.mixers import Mixer
+from pretrain.nn.mixers.over_segments import beyond_segments
 from pretrain.nn.moe import MoE
 from pretrain.nn.parameters import info_of
 from pretrain.optim.optimizer import rule_of
+from pretrain.parallel.segments import planned_chain
 from pretrain.planner.cost import Cost
 from pretrain.planner.fake_group import planned_context
 from pretrain.planner.simulation import (
@@ -61,6 +66,9 @@ class Unit:
     """The cost of a micro-batch's forward pass; ``kept`` waits for the backward pass."""
     backward: Cost
     """The cost of the same micro-batch's backward pass."""
+    unchained: tuple[Cost, Cost] | None = None
+    """Where a segment's mixer waits for the state of the one before: both costs of all that does
+    not."""
 
     @property
     def parameters(self) -> Counter[ParameterKind]:
@@ -122,11 +130,17 @@ def measure_units(
 ) -> Units:
     """Simulate every kind of unit; without ``simulate`` only count what each holds.
 
-    The tensor and sequence parallelism and the micro-batch size are those of ``parallel``,
-    ``device`` is the type of the device (``cuda``, ``cpu``).
+    The tensor, sequence and context parallelism and the micro-batch size are those of ``parallel``,
+    ``device`` is the type of the device (``cuda``, ``cpu``). Raises UserError for layers whose
+    messages between segments depend on what they have seen.
     """
     context = planned_context(
-        DTYPES[precision], parallel.tensor, sequence_parallel=parallel.sequence
+        DTYPES[precision],
+        parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        context_size=parallel.context,
+        context_rank=busiest_segment(parallel.micro_batch_size, parallel.context),
+        context_cells="chain" if parallel.context_cells == "chain" else "heads",
     )
     with torch.device("meta"):
         model = LanguageModel(
@@ -137,6 +151,35 @@ def measure_units(
     if software.logits_bytes:
         model.logits_at_once = 2**62
     return _Measurement(model, parallel, device, software, seq_len, optimizer, simulate).all()
+
+
+def busiest_segment(rows: int, segments: int) -> int:
+    """Return the segment of a micro-batch's row whose rank receives and sends most states."""
+
+    def messages(rank: int) -> tuple[int, int]:
+        crossed = [rank > 0 and rank * rows % segments, rank + 1 < segments]
+        crossed[1] = crossed[1] and (rank + 1) * rows % segments
+        return sum(map(bool, crossed)), rank * rows % segments
+
+    return max(range(segments), key=messages)
+
+
+class _Unmixed(nn.Module):
+    """A mixer that does nothing."""
+
+    over_time = "ops"
+
+    def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return x, {}
+
+
+def _check_states(kind: str, mixer: Mixer, segments: int) -> None:
+    state = mixer.init_state(1)
+    if any(tensor.shape[:1] != (1,) for tensor in state.values()):
+        raise UserError(
+            f"parallel.context is {segments}, but the states that {kind} layers hand on grow with "
+            "what they have seen, which is not planned; expected 1"
+        )
 
 
 class _Measurement:
@@ -153,7 +196,7 @@ class _Measurement:
         self.optimizer, self.simulate = optimizer, simulate
         self.model, self.seq_len = model, seq_len
         self.device, self.software = device, software
-        self.rows = parallel.micro_batch_size
+        self.rows, self.segments = parallel.micro_batch_size, parallel.context
         self.token_shards = parallel.tensor if parallel.sequence else 1
 
     def all(self) -> Units:
@@ -162,7 +205,12 @@ class _Measurement:
         for index, kind in enumerate(kinds):
             if kind not in blocks:
                 unit: Any = model.blocks[index]
+                chained = self.segments > 1 and not beyond_segments(unit.mixer)
+                if self.simulate and chained:
+                    _check_states(kind, unit.mixer, self.segments)
                 blocks[kind] = self._unit(kind, [unit], partial(self._block, index=index))
+                if self.simulate and chained:
+                    blocks[kind].unchained = self._unchained(blocks[kind], unit, index)
         loop = None
         if model.recursion is not None:
             recursion = model.recursion.config
@@ -181,12 +229,24 @@ class _Measurement:
             head=self._unit("head", head, self._head),
         )
 
+    def _unchained(self, unit: Unit, block: Any, index: int) -> tuple[Cost, Cost]:
+        mixer, block.mixer = block.mixer, _Unmixed()
+        try:
+            forward, backward = self._over_time(partial(self._block, index=index))
+        finally:
+            block.mixer = mixer
+        if self.model.activation_checkpointing == "block":  # before the gradient is waited for
+            again = unit.forward.plus(forward, -1)
+            again.context_bytes = again.context_messages = 0.0
+            backward = backward.plus(again, 1)
+        return forward, backward
+
     def _unit(
         self, name: str, modules: list[nn.Module], measure: Callable[[int], tuple[Cost, Cost]]
     ) -> Unit:
         tensors: list[tuple[ParameterKind, int]] = []
         expert_tensors: list[tuple[ParameterKind, int]] = []
-        routed, tokens = 0, self.rows * self.seq_len // self.token_shards
+        routed, tokens = 0, self.rows * self.seq_len // self.segments // self.token_shards
         for module in modules:
             for p in module.parameters():
                 info = info_of(p)
@@ -204,7 +264,7 @@ class _Measurement:
         if not self.simulate:
             return Cost(), Cost()
         length = self.seq_len
-        short = max(2 ** (math.ceil(math.log2(length)) - 4), 64)
+        short = max(2 ** (math.ceil(math.log2(length)) - 4), 64) * self.segments
         if length < 8 * short:
             return measure(length)
         try:
@@ -223,6 +283,10 @@ class _Measurement:
         forward, backward = (y.plus(y.plus(x, -1), factor) for x, y in zip(a, b, strict=True))
         return forward, backward
 
+    def _tokens(self, length: int) -> int:
+        """Return the tokens of this process of a micro-batch whose sequences have so many."""
+        return self.rows * length // self.segments
+
     def _hidden(self, tokens: int) -> Tensor:
         context = self.model.context
         shape = (tokens // self.token_shards, 1, self.model.model_config.hidden_size)
@@ -240,7 +304,11 @@ class _Measurement:
             for p in self.model.parameters()
         ]
         try:
-            with Simulation(self.device, self.software) as simulation:
+            group = self.model.context.context_group
+            with (
+                nullcontext() if group is None else planned_chain(group),
+                Simulation(self.device, self.software) as simulation,
+            ):
                 simulation.exclude([*self.model.parameters(), *inputs])
                 output, ahead = simulation.measure(forward)
                 _, back = simulation.measure(lambda: output.backward(torch.empty_like(output)))
@@ -253,18 +321,23 @@ class _Measurement:
 
     def _block(self, length: int, index: int) -> tuple[Cost, Cost]:
         sequences = Sequences.of_rows(self.rows, length, "cpu")
+        if self.segments > 1:
+            context = self.model.context
+            sequences = segment_of(
+                sequences, context.context_rank, self.segments, context.context_group
+            )
         x = self._hidden(sequences.num_tokens)
         drop = None if self.model.dropout is None else self.model.dropout.next_micro_batch()
         blocks = range(index, index + 1)
         return self._run([x], lambda: self.model.run_blocks(x, blocks, sequences, drop=drop))
 
     def _loop(self, length: int) -> tuple[Cost, Cost]:
-        x, recursion = self._hidden(self.rows * length), self.model.recursion
+        x, recursion = self._hidden(self._tokens(length)), self.model.recursion
         assert recursion is not None
         return self._run([x], lambda: recursion(x, lambda s, _: s, all_passes=True)[0])
 
     def _embedding(self, length: int) -> tuple[Cost, Cost]:
-        tokens = torch.zeros(1, self.rows * length, dtype=torch.int64)
+        tokens = torch.zeros(1, self._tokens(length), dtype=torch.int64)
         drop = None if self.model.dropout is None else self.model.dropout.next_micro_batch()
 
         def embed() -> Tensor:
@@ -274,6 +347,6 @@ class _Measurement:
         return self._run([], embed)
 
     def _head(self, length: int) -> tuple[Cost, Cost]:
-        tokens = self.rows * length
+        tokens = self._tokens(length)
         x, targets = self._hidden(tokens), torch.zeros(tokens, 1, dtype=torch.int64)
         return self._run([x], lambda: self.model._losses(x, targets).sum())

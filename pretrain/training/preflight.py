@@ -18,6 +18,7 @@ from pretrain.config import ParallelConfig, RunConfig, check_run_config
 from pretrain.config.checks import check_vocab_size
 from pretrain.data.batches import TrainingBatches
 from pretrain.model.layout import check_layout
+from pretrain.parallel.context import CellsOverSegments
 from pretrain.parallel.processes import on_every_process, world_size
 from pretrain.training.free_memory import free_memory
 
@@ -76,15 +77,37 @@ def _count(number: float) -> str:
 
 def planned_time(config: RunConfig, vocab_size: int) -> str | None:
     """Return what the run is planned to take on GPUs of a known kind, or None."""
-    if not torch.cuda.is_available() or config.parallel.context > 1:
-        return None
-    from pretrain.planner.expectation import expected_time, known_hardware
-
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    hardware = known_hardware(properties.name, properties.total_memory)
+    hardware = _known_hardware()
     if hardware is None:
         return None
+    from pretrain.planner.expectation import expected_time
+
     return expected_time(config, vocab_size, hardware, world_size())
+
+
+def cells_over_segments(config: RunConfig, vocab_size: int) -> CellsOverSegments:
+    """Return how context-parallel processes compute sequential cells."""
+    parallel = config.parallel
+    if parallel.context_cells != "auto":
+        return parallel.context_cells
+    if parallel.context == 1 or not torch.cuda.is_available():
+        return "heads"
+    hardware = _known_hardware()
+    if hardware is None:
+        return "chain"
+    from pretrain.planner.expectation import planned_cells
+
+    return planned_cells(config, vocab_size, hardware, world_size())
+
+
+def _known_hardware() -> str | None:
+    """Return the hardware file of this process's GPU, None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    from pretrain.planner.expectation import known_hardware
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return known_hardware(properties.name, properties.total_memory)
 
 
 def check_memory(config: RunConfig, vocab_size: int, parameters: int, count: int) -> str | None:
@@ -165,6 +188,7 @@ def _layouts(planner: Planner, count: int) -> Iterator[tuple[int, ParallelConfig
     backends = ["megatron", *(["deepspeed"] if find_spec("deepspeed") else [])]
     while devices <= _MOST_DEVICES:
         experts = 1 if moe is None else moe.num_experts
+        # Without segments: they shard no weights.
         found = list(candidates(devices, planner.hardware.devices_per_node, experts))
         for backend, layout in itertools.product(backends, found):
             if layout.zero_backend != backend or layout.micro_batch_size != 1:

@@ -24,12 +24,14 @@ from pretrain.model.float8 import multiply_in_float8
 from pretrain.parallel.processes import (
     data_parallel_rank_and_size,
     on_every_process,
+    on_main_process,
     world_size,
 )
 from pretrain.run_directory import RunDirectory
 from pretrain.training.engine import Engine
 from pretrain.training.environment import describe_environment
 from pretrain.training.initialization import initialize_from
+from pretrain.training.preflight import cells_over_segments
 
 
 def vocabulary_of(config: RunConfig, data: PreparedData, where: str) -> int:
@@ -90,6 +92,7 @@ def build_engine(
         dtype=DTYPES[train.precision],
         activation_checkpointing=train.activation_checkpointing,
         sequence_parallel=config.parallel.sequence,
+        context_cells=on_main_process(lambda: cells_over_segments(config, vocab_size)),
         filled=_shard_at_once(config, checkpoint),
     )
     for stage in stages:

@@ -19,6 +19,8 @@ from pretrain.checkpoint.writer import save_checkpoint
 from pretrain.config import CheckpointConfig, OptimizerConfig, ParallelConfig, RunConfig
 from pretrain.data.validation import share_of
 from pretrain.model.build import build_stages
+from pretrain.nn.mixers import Mixer
+from pretrain.nn.mixers.over_segments import beyond_segments
 from pretrain.parallel.processes import data_parallel_rank_and_size, groups, stop_processes
 from pretrain.run_directory import find_checkpoint
 from pretrain.training.engine import Engine
@@ -55,19 +57,29 @@ LAYOUTS = {
     "cp2-ep4": ParallelConfig(context=2, expert=4),
     "cp2-pp2-vpp2": ParallelConfig(context=2, pipeline=2, virtual_pipeline=2),
 }
-CASES = {f"hybrid-{n}": ("hybrid", n) for n, p in LAYOUTS.items() if p.expert == 1} | {
-    f"{model}-{layout}": (model, layout)
-    for model, layouts in {
-        "recurrent": ("cp4", "cp2-tp2-sequence", "cp2-pp2"),
-        "muon": ("cp4", "cp2-dp2-zero0"),
-        "block": ("cp4", "cp2-pp2", "cp2-tp2-sequence"),
-        "selective": ("cp4",),
-        "experts": ("cp4", "cp4-ep2", "cp2-ep4", "cp2-tp2-sequence", "cp2-pp2"),
-        "experts-block": ("cp2-ep4",),
-        **{f"loop-{kind}": ("cp4", "cp2-tp2-sequence") for kind in KINDS},
-    }.items()
-    for layout in layouts
-}
+# The same groups of processes again, whose models compute cells over heads.
+HEADS = ("cp4", "cp2-tp2-sequence", "cp2-dp2")
+LAYOUTS |= {f"{n}-heads": dataclasses.replace(LAYOUTS[n], context_cells="heads") for n in HEADS}
+CASES = (
+    {f"hybrid-{n}": ("hybrid", n) for n, p in LAYOUTS.items() if p.expert == 1}
+    | {
+        "block-cp4-heads": ("block", "cp4-heads"),
+        f"loop-{next(iter(KINDS))}-cp2-dp2-heads": (f"loop-{next(iter(KINDS))}", "cp2-dp2-heads"),
+    }
+    | {
+        f"{model}-{layout}": (model, layout)
+        for model, layouts in {
+            "recurrent": ("cp4", "cp2-tp2-sequence", "cp2-pp2"),
+            "muon": ("cp4", "cp2-dp2-zero0"),
+            "block": ("cp4", "cp2-pp2", "cp2-tp2-sequence"),
+            "selective": ("cp4",),
+            "experts": ("cp4", "cp4-ep2", "cp2-ep4", "cp2-tp2-sequence", "cp2-pp2"),
+            "experts-block": ("cp2-ep4",),
+            **{f"loop-{kind}": ("cp4", "cp2-tp2-sequence") for kind in KINDS},
+        }.items()
+        for layout in layouts
+    }
+)
 # One step under each layout, each from the checkpoint of the one before.
 ACROSS = {
     "hybrid": ["cp4", "tp2", "cp2-tp2-sequence", "cp2-pp2", "dp4", "cp2-dp2-zero0", "alone"],
@@ -90,7 +102,11 @@ def make(model: str, parallel: ParallelConfig, seed: int = 0) -> Engine:
         seq_len=SEQ_LEN,
         sequence_parallel=parallel.sequence,
         activation_checkpointing=next((k for k in ("block", "selective") if k in model), "none"),
+        context_cells="heads" if parallel.context_cells == "heads" else "chain",
     )
+    modules = [module for stage in stages for module in stage.modules()]
+    cells = [x for x in modules if isinstance(x, Mixer) and x.over_time == "cells"]
+    assert all(beyond_segments(x) == (parallel.context_cells == "heads") for x in cells)
     return Engine(stages, MUON if model == "muon" else OPTIMIZER, parallel)
 
 

@@ -70,6 +70,11 @@ CASES = {
     "pp2": case("2*(gdn attn)", pipeline=2, model={"tie_embeddings": False}),
     "ep2": case("2*(gdn attn)", expert=2, model=EXPERTS, seq_len=1024, rows=2),
     "zero3-deepspeed": case("2*(gdn attn)", zero_stage=3, rows=2, **DEEPSPEED),
+    "cp2": case("2*(gdn attn)", context=2, seq_len=2048, rows=2),
+}
+# On four processes.
+FOUR_CASES = {
+    "cp4": case("2*(gdn attn)", context=4, seq_len=4096, rows=2),
 }
 
 
@@ -80,6 +85,7 @@ MORE_CASES = {
     "loop": case("attn 2*gdn attn", model=LOOP),
     "segments-attention": case("2*(gdn attn)", seq_len=4096, rows=2, segment_tokens=512),
     "dropout": case("2*(gdn attn)", model={"dropout": 0.2}),
+    "cp2-heads": case("2*gru", context=2, seq_len=512, rows=2, context_cells="heads"),
     "zero2-deepspeed": case("2*(gdn attn)", zero_stage=2, **DEEPSPEED),
 }
 
@@ -95,6 +101,7 @@ def train(settings, parallel):
         dtype=DTYPES[settings["precision"]],
         sequence_parallel=parallel.sequence,
         activation_checkpointing=settings["checkpointing"],
+        context_cells="heads" if parallel.context_cells == "heads" else "chain",
         filled=shard_parameters if parallel.zero_stage == 3 else None,
     )
     for stage in stages:
@@ -125,7 +132,7 @@ def give_back():
 def main(names):
     found = {}
     for name in names:
-        settings = (CASES | MORE_CASES)[name]
+        settings = (CASES | FOUR_CASES | MORE_CASES)[name]
         parallel = ParallelConfig(**settings["parallel"])
         start(parallel)
         # A small model first: libraries allocate when they are first used.

@@ -16,8 +16,8 @@ def plan(cases):
     return json.loads(line.removeprefix("planned "))
 
 
-def measure(names):
-    """Bytes of each of two processes, by case."""
+def measure(names, processes=2):
+    """Bytes of each of the processes, by case."""
     # Memory that is let go goes back to the system at once, so that its count is of what is used.
     environment = {
         **os.environ,
@@ -27,7 +27,7 @@ def measure(names):
         "MALLOC_TRIM_THRESHOLD_": "65536",
     }
     done = subprocess.run(
-        [*TORCHRUN, "2", "-m", "tests.helpers.memory_worker", *names],
+        [*TORCHRUN, str(processes), "-m", "tests.helpers.memory_worker", *names],
         capture_output=True,
         text=True,
         check=False,

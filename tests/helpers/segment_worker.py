@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import json
@@ -17,12 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.config import ParallelConfig
 from pretrain.data.sequences import Sequences, segment_of
 from pretrain.model.block import Block, run_block
 from pretrain.model.build import build_model
 from pretrain.nn.mixers import registry
+from pretrain.nn.mixers.over_segments import beyond_segments
 from pretrain.parallel.processes import (
     context_group,
     gather,
@@ -31,6 +34,8 @@ from pretrain.parallel.processes import (
     stop_processes,
 )
 from pretrain.parallel.segments import open_chain
+from pretrain.planner.messages import bytes_sent, group_of
+from pretrain.planner.units import busiest_segment
 from tests.helpers.small_mixers import SMALL
 from tests.helpers.tensor_parallel_worker import settings
 
@@ -46,10 +51,18 @@ LAYOUTS = {
 Errors = dict[str, tuple[float, str]]  # by case: how large, and of what
 
 
-def block_of(name: str, values: dict[str, object]) -> Block:
-    model = build_model(settings(name, {name: values}), 16, seed=0, dtype=torch.float64)
+def block_of(name: str, values: dict[str, object], dtype: torch.dtype = torch.float64) -> Block:
+    model = build_model(settings(name, {name: values}), 16, seed=0, dtype=dtype)
     block = model.blocks[0]
     assert isinstance(block, Block)
+    return block
+
+
+def over_heads(block: Block) -> Block:
+    """Let a block's cell be computed with some of the heads on each process."""
+    parallel = dataclasses.replace(block.mixer.parallel, context_cells="heads")
+    block.mixer.parallel = parallel
+    assert beyond_segments(block.mixer)
     return block
 
 
@@ -133,6 +146,33 @@ def compare(block: Block, lengths: list[int], groups: list[Any], modes: list[str
     return errors
 
 
+class _Sent(TorchDispatchMode):
+    """Count the bytes that this process sends."""
+
+    total = 0.0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        group = group_of(args) if function.namespace == "c10d" else None
+        if group is not None:
+            self.total += bytes_sent(function.__name__, args, group)
+        return function(*args, **(kwargs or {}))
+
+
+def sent_bytes(block: Block, groups: list[Any]) -> dict[str, float]:
+    """The bytes that this rank sends in float32, both ways, by the number of processes."""
+    row, found = Sequences.from_lengths([TOKENS]), {}
+    for group in groups:
+        pieces = segment_of(row, group.rank(), group.size(), group)
+        x = torch.ones(pieces.num_tokens, 1, 24, requires_grad=True)
+        with _Sent() as sent:
+            y, _ = run_block(block, x, pieces, 0, None)
+            y.sum().backward()
+        found[str(group.size())] = sent.total
+    return found
+
+
 def add_example_layer() -> str:
     """Register the layer that docs/add-a-layer.md writes; return its name."""
     page = (Path(__file__).parents[2] / "docs/add-a-layer.md").read_text()
@@ -151,8 +191,11 @@ def main(file: Path) -> None:
     groups = [context_group(), dist.new_subgroups(2)[0]]
     open_chain(groups[1], datetime.timedelta(minutes=2))
     found: dict[str, tuple[float, str]] = {}
+    sent: dict[str, dict[str, float]] = {}
     for name in sorted(registry()):
         for number, values in enumerate(SMALL.get(name, [{}])):
+            if number == 0:
+                sent[name] = sent_bytes(block_of(name, values, torch.float32), groups)
             block = block_of(name, values)
             modes = ["states", "block", "selective"] if number == 0 else ["states"]
             if block.mixer.over_time == "ops" and number == 0:
@@ -160,10 +203,24 @@ def main(file: Path) -> None:
             for layout, lengths in LAYOUTS.items():
                 for key, error in compare(block, lengths, groups, modes).items():
                     found[f"{name} {number}, {layout}, {key}"] = error
-    everyone = gather(found)
+        if registry()[name].over_time == "cells":
+            single, block = (
+                over_heads(block_of(name, {"num_heads": 4}, dtype))
+                for dtype in (torch.float32, torch.float64)
+            )
+            sent[f"{name} over heads"] = sent_bytes(single, groups)
+            for layout, lengths in LAYOUTS.items():
+                modes = ["states", "block", "selective"]
+                for key, error in compare(block, lengths, groups, modes).items():
+                    found[f"{name} over heads, {layout}, {key}"] = error
+    everyone = gather((found, sent))
     if is_main_process():
-        worst = {key: max(each[key] for each in everyone) for key in found}
-        file.write_text(json.dumps(worst))
+        worst = {key: max(each[key] for each, _ in everyone) for key in found}
+        own = {str(size): busiest_segment(1, size) for size in (2, 4)}
+        planned = {
+            key: {size: everyone[rank][1][key][size] for size, rank in own.items()} for key in sent
+        }
+        file.write_text(json.dumps({"errors": worst, "sent": planned}))
     stop_processes()
 
 

@@ -130,12 +130,13 @@ class Mixer(DescribedModule, ABC):
 
     ``over_time`` says who looks beyond a segment of a row (context parallelism): ``state``, the
     model, which hands the state over from segment to segment, right for any mixer; or ``ops``, the
-    mixer itself, which then computes the segments side by side.
+    mixer itself, which then computes the segments side by side; or ``cells``, either, as
+    ``parallel.context_cells`` says: ops that ranks share by the mixer's ``num_heads``.
     """
 
     config_class: ClassVar[type[MixerConfig]]
     card: ClassVar[MixerCard]
-    over_time: ClassVar[Literal["state", "ops"]] = "state"
+    over_time: ClassVar[Literal["state", "ops", "cells"]] = "state"
     speed_settings: ClassVar[tuple[str, ...]] = ("chunk_size",)  # that change nothing but speed
     # In the state, what only gets longer: of one sequence, an earlier state's is a prefix.
     growing_states: tuple[str, ...] = ()
@@ -144,6 +145,7 @@ class Mixer(DescribedModule, ABC):
     state_window: int = 0  # the most of them
     exact_states: tuple[str, ...] = ()  # that noise would make meaningless
     parallel: ParallelContext
+    num_heads: int  # of this process, where it has heads
 
     @abstractmethod
     def __init__(self, config: Any, context: LayerContext):
@@ -158,7 +160,7 @@ class Mixer(DescribedModule, ABC):
         With ``sequences`` B is 1 and N sequences are packed along T; without, each of the B rows is
         one. ``state`` is that of N sequences to continue from. Returns y of x's shape, and the
         state after each sequence's last token. The sequences are a segment of a row
-        (``sequences.segment``) only where ``over_time`` is ``ops``.
+        (``sequences.segment``) only where ``over_time`` is not ``state``.
         """
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:

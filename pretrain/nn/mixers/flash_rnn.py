@@ -60,6 +60,7 @@ class ClassicalRNN(Mixer):
     """
 
     config_class = ClassicalRNNConfig
+    over_time = "cells"
     cell: ClassVar[str]
     forget_bias: ClassVar[tuple[int, float, float] | None] = None  # gate, from, to over channels
 

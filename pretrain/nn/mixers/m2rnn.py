@@ -95,6 +95,7 @@ class M2RNN(Mixer):
     """
 
     config_class = M2RNNConfig
+    over_time = "cells"
     card = MixerCard(
         "M2RNN",
         "H_t = f_t H_{t-1} + (1 - f_t) tanh(H_{t-1} W + k_t^T v_t);  y_t = q_t H_t",

@@ -10,6 +10,13 @@ from pretrain.nn.mixers.base import Mixer, State, states_if, states_wanted
 from pretrain.parallel.segments import Handover
 
 
+def beyond_segments(mixer: Mixer) -> bool:
+    """Return whether a mixer itself looks beyond a segment of a row, by its ops."""
+    if mixer.over_time == "cells":
+        return mixer.parallel.cells_over_heads(mixer.num_heads)
+    return mixer.over_time == "ops"
+
+
 def mix(
     mixer: Mixer,
     x: Tensor,
@@ -28,7 +35,7 @@ def mix(
         return mixer(x, sequences=sequences, state=state)
     if state is not None:
         raise ValueError("a segment of a row takes its state from the segment before, found one")
-    if mixer.over_time == "ops":
+    if beyond_segments(mixer):
         return mixer(x, sequences=sequences)
     pieces, following = pieces_alone(sequences), segment.rank + 1
     sends = following < segment.size and segment.continues[following]

@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.config import ParallelConfig, RunConfig, TrainConfig
 from pretrain.data.sequences import Sequences, segment_of
+from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import registry
+from pretrain.ops.rnn.cells import CELLS as CELLS_OF_OPS
+from pretrain.planner.estimate import Planner
+from pretrain.planner.hardware import load_hardware
 from tests.helpers import segment_worker
-from tests.helpers.processes import run_on
+from tests.helpers.processes import ROOT, run_on
+from tests.helpers.segment_worker import TOKENS
 from tests.helpers.small_mixers import SMALL
+from tests.helpers.tensor_parallel_worker import settings
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -30,10 +37,77 @@ def four_processes(tmp_path_factory) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*sorted(registry()), "leaky_average"])
 def test_outputs_states_and_gradients_are_those_of_the_whole_row(name, four_processes):
-    cases = {key: error for key, error in four_processes.items() if key.split()[0] == name}
+    found = four_processes["errors"]
+    cases = {key: error for key, error in found.items() if key.split()[0] == name}
     assert len(cases) >= 2 * len(segment_worker.LAYOUTS)
     limit = 1e-9 if name in NEWTON else 1e-10
     assert {key: error for key, error in cases.items() if not error[0] <= limit} == {}
+
+
+CELLS = [name for name, mixer in sorted(registry().items()) if mixer.over_time == "cells"]
+
+
+def planned_unit(name, values, size, cells):
+    config = RunConfig(
+        "test",
+        settings(name, {name: values}),
+        train=TrainConfig(steps=1, seq_len=TOKENS, precision="float32"),
+    )
+    planner = Planner(config, 16, load_hardware(ROOT / "configs/hardware/cpu.yaml"))
+    layout = ParallelConfig(context=size, micro_batch_size=1, context_cells=cells)
+    return planner.units(layout, "none").blocks[name]
+
+
+def bytes_by_the_table(name, mixer, config, size, over_heads):
+    """docs/parallel.md, for a document that fills the row, in float32; None where there is none."""
+    tokens, states = TOKENS / size, mixer.init_state(1)
+    both = 2 if size > 2 else 1  # the ranks at the ends of a row send to one side
+    convolved = sum(x.nbytes for key, x in states.items() if key.endswith("conv"))
+    matrices = [x for x in states.values() if x.ndim == 4]
+    floating = sum(x.nbytes for x in states.values() if x.is_floating_point())
+    if mixer.over_time != "ops" and not over_heads:
+        return both * floating
+    if name in CELLS_OF_OPS:
+        moved = 4 * tokens * 24 * (CELLS_OF_OPS[name].gates + 1) + floating
+        return 2 * (size - 1) / size * moved + floating / size
+    if name == "attn":
+        heads, kv_heads = config.num_heads, max(config.num_kv_heads, size)
+        return 4 * tokens * mixer.head_dim * (size - 1) / size * 4 * (heads + kv_heads)
+    if name == "swa":
+        return both * 4 * 2 * 24 * (config.window - 1)
+    if not matrices:
+        return None
+    _, heads, key_dim, value_dim = matrices[0].shape
+    if name == "m2rnn":  # every rank needs the keys and queries that its heads share
+        state = 4 * matrices[0].numel()
+        moved = 4 * tokens * (heads * (2 * value_dim + 1) + 2 * size * key_dim) + state
+        return both * convolved + 2 * (size - 1) / size * moved + state / size
+    transition = {"linear_attn": 1, "retnet": 1, "mamba2": 1, "gla": key_dim, "hgrn2": key_dim}
+    maps = transition.get(name, key_dim**2) + 2 * key_dim * value_dim
+    return both * convolved + (size - 1) * 4 * heads * maps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", [*sorted(registry()), *(f"{name} over heads" for name in CELLS)])
+def test_bytes_are_those_of_the_plan_and_of_the_table(name, size, four_processes):
+    name, _, over_heads = name.partition(" over ")
+    values: dict[str, Any] = {"num_heads": 4} if over_heads else SMALL.get(name, [{}])[0]
+    sent = four_processes["sent"][f"{name} over heads" if over_heads else name][str(size)]
+    unit = planned_unit(name, values, size, "heads" if over_heads else "chain")
+    planned = unit.forward.context_bytes + unit.backward.context_bytes
+    if name in NEWTON:  # so few tokens take fewer steps than usual
+        assert sent / 2 < planned and sent <= planned
+        return
+    assert planned == pytest.approx(sent, rel=0.002)
+    mixer = segment_worker.block_of(name, values, torch.float32).mixer
+    assert (unit.unchained is not None) == (mixer.over_time != "ops" and not over_heads)
+    (spec,) = block_specs(settings(name, {name: values}))
+    table = bytes_by_the_table(name, mixer, spec.config, size, over_heads)
+    if (name == "m2rnn" and over_heads) or name == "rat":
+        assert sent > 0  # final states too, which are as large as all else of so few tokens
+    else:
+        assert sent == pytest.approx(table, rel=0.002)
 
 
 @pytest.mark.parametrize("name", ["attn", "gdn", "rat"])

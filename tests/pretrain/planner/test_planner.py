@@ -27,7 +27,7 @@ from pretrain.planner.hardware import load_hardware
 from pretrain.planner.memory import Memory, _largest_share
 from pretrain.planner.software import Software
 from pretrain.training.metrics import PEAK_FLOPS
-from tests.helpers.memory_worker import CASES, MORE_CASES, VOCAB, case
+from tests.helpers.memory_worker import CASES, FOUR_CASES, MORE_CASES, VOCAB, case
 from tests.helpers.planner_figures import measure, plan
 from tests.helpers.processes import ENVIRONMENT, ROOT, run
 from tests.helpers.small_mixers import SMALL
@@ -54,6 +54,14 @@ def test_memory_is_what_processes_allocate(planned, measured, name):
     expected = stages if len(stages) > 1 else stages * 2
     for wanted, got in zip(expected, found, strict=True):
         assert wanted == pytest.approx(got, rel=0.1), f"planned / measured {wanted / got:.3f}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUR_CASES)
+def test_memory_is_what_four_processes_allocate(name):
+    (planned,) = plan({name: {"settings": FOUR_CASES[name], "devices": 4}})[name]["memory"]
+    for got in measure([name], 4)[name]:
+        assert planned == pytest.approx(got, rel=0.1), f"planned / measured {planned / got:.3f}"
 
 
 @pytest.fixture(scope="module")
