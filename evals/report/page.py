@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from evals.report.figures import draw_losses, draw_speeds
 from evals.report.runs import Group, find_runs, grouped, matches_of
 from evals.report.scores import score_names
-from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
 from pretrain.common.outputs import check_folder
 from pretrain.common.screen import readable
@@ -144,62 +142,10 @@ def _cell(value: Any) -> dict[str, Any]:
 
 
 def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:
-    """Fit laws to the loss curves: one with N for at least three sizes, otherwise one per size.
+    from evals.report.laws import scaling_sections
 
-    Without N a size needs several schedules. A sentence reports what cannot be fitted.
-    """
-    from evals.scaling import Reading, curve_law, fit, read_curves
-    from evals.scaling.figures import draw_curves
-
-    try:
-        curves, skipped = read_curves(paths, Reading())
-    except UserError as error:
-        return [{"heading": "Scaling fit", "sentences": [str(error)]}]
-    sizes = sorted({c.parameters for c in curves if c.parameters is not None})
-    if len(sizes) >= 3:
-        sets = [("of all sizes", curves, True)]
-    else:
-        sets = [
-            (f"of {n:,.0f} parameters", [c for c in curves if c.parameters == n], False)
-            for n in sizes
-        ]
-        sets = [
-            s
-            for s in sets
-            if len({(np.round(c.lr / c.peak, 6).tobytes(), c.peak) for c in s[1]}) > 1
-        ]
-    found = []
-    for number, (what, chosen, sized) in enumerate(sets):
-        section: dict[str, Any] = {"heading": f"Loss curves {what}", "sentences": list(skipped)}
-        found.append(section)
-        try:
-            law = curve_law("intrinsic", chosen, sized)
-            result = fit(law, chosen)
-        except UserError as error:
-            section["sentences"].append(str(error))
-            continue
-        path = draw_curves(result, chosen, out / f"scaling-{number}.png")
-        section["picture"] = _picture(law.title, path)
-        section["law"] = f"{law.title}: {law.formula}{' + B N^-beta' if sized else ''}"
-        section["parameters"] = [
-            {
-                "name": p.name,
-                "value": readable(result.values[p.name], 5),
-                "unit": p.unit,
-                "meaning": p.meaning,
-                "note": result.undetermined.get(p.name, ""),
-            }
-            for p in law.parameters
-        ]
-        errors = list(result.mape().values())
-        section["sentences"].append(f"mean error of the fitted curves {np.mean(errors):.3f} %")
-    if not sets:
-        found.append(
-            {
-                "heading": "Scaling fit",
-                "sentences": [
-                    "No size was trained with several schedules, so no loss-curve law is fitted."
-                ],
-            }
-        )
-    return found
+    sections = scaling_sections(paths, out)
+    for section in sections:
+        if "file" in section:
+            section["picture"] = _picture(section["title"], section["file"])
+    return sections

@@ -258,7 +258,7 @@ class IntrinsicTimeLaw(_CurveLaw):
                 log=True,
                 prior=(math.log(middle), math.log(10) / 2),
             ),
-            Parameter("q", "", "the clock runs with lr^q", 0.5, 1.0, (0.75,), prior=(0.75, 0.125)),
+            Parameter("q", "", "the clock runs with lr^q", 0.5, 1.0, (0.6,), prior=(0.6, 0.06)),
         )
 
     def terms(self, theta: Array, curve: PreparedCurve) -> tuple[Array, Array, Array, Array]:

@@ -129,7 +129,7 @@ def fit_options(parser: argparse.ArgumentParser) -> None:
         "--law",
         default=None,
         metavar="LAW",
-        help=f"{', '.join(LAWS)}; 'auto' chooses a curve law by held-out schedules (or sizes)",
+        help=f"{', '.join(LAWS)} (for curves: auto, by held-out schedules or sizes, says why)",
     )
     parser.add_argument("--sized", action="store_true", help="curve laws: add B N^-beta")
     parser.add_argument(

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,20 @@ from evals.scaling.arguments import (
     predict_options,
     reading_of,
 )
+from evals.scaling.choosing import choose_law, end_error
 from evals.scaling.comparing import compare, fit_families
 from evals.scaling.curves import Curve, Points, points_of
-from evals.scaling.fitting import Fit, Options, fit, load_fit
-from evals.scaling.intervals import bootstrap, hold_out_schedules, hold_out_sizes, interval, mape
+from evals.scaling.designing import cheapest_design
+from evals.scaling.extrapolating import outside_of, refuse_undetermined
+from evals.scaling.fitting import fit, load_fit
+from evals.scaling.intervals import bootstrap, interval, mape
 from evals.scaling.laws import CURVE_LAWS, LAWS, curve_law
 from evals.scaling.merges import merge_options, show_merges
 from evals.scaling.notes import grouped
-from evals.scaling.parameters import Law
 from evals.scaling.planning import (
     best_schedules,
     best_size,
     best_size_and_schedule,
-    cheapest_design,
     planned_curve,
 )
 from evals.scaling.readers import Reading, is_points_table, read_curves, read_points
@@ -49,7 +49,15 @@ from evals.scaling.size_laws import (
     isoflop_profiles,
     size_law,
 )
-from evals.scaling.tables import sentences, show_fit, show_size
+from evals.scaling.tables import (
+    errors_sentence,
+    sentences,
+    show_choice,
+    show_fit,
+    show_schedules,
+    show_size,
+    with_interval,
+)
 from pretrain.common.config_loader import nearest
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
@@ -103,10 +111,10 @@ def _fit(given: argparse.Namespace) -> int:
     reading.check_names()
     options = options_of(given, points=False)
     sizes = (given.sized, given.size_in_annealing, given.size_in_progress)
-    name = given.law or next(iter(CURVE_LAWS))
-    choice = None
+    name, choice = given.law or "auto", None
     if name == "auto":
-        name, choice = _choose(curves, sizes, options, console)
+        choice = choose_law(curves, sizes, options)
+        name = choice.law
     law = curve_law(name, curves, *sizes)
     begun = time.perf_counter()
     found = fit(law, curves, options)
@@ -115,36 +123,23 @@ def _fit(given: argparse.Namespace) -> int:
         bootstrap(found, curves, given.bootstrap, given.seed)
     saved = found.to_json()
     saved["seconds"] = seconds
-    saved["held_out"] = choice
+    saved["choice"] = None if choice is None else dataclasses.asdict(choice)
     saved["test_mape"] = {c.name: mape(found, c) for c in tests}
+    saved["test_end_error"] = {c.name: end_error(found, c) for c in tests}
+    if choice is not None:
+        show_choice(choice, console)
     show_fit(found, console)
-    for label, errors in (("fitted", found.mape()), ("predicted", saved["test_mape"])):
-        if errors:
-            each = ", ".join(f"{n} {e:.3f}" for n, e in errors.items())
-            console.print(f"{label}: mean error {np.mean(list(errors.values())):.4f} % ({each})")
+    console.print(errors_sentence("fitted", found.mape(), found.end_errors()))
+    if tests:
+        console.print(errors_sentence("predicted", saved["test_mape"], saved["test_end_error"]))
+    if found.error is not None:
+        console.print(
+            f"the law's own error: {100 * float(np.median(found.error.scales)):.2f} % where runs "
+            f"were not fitted, after {found.error.held_out} held-out losses; intervals include it"
+        )
     from evals.scaling.figures import draw_curves
 
     return _written(given.out, "fit", saved, lambda to: draw_curves(found, curves, to, tests))
-
-
-def _choose(
-    curves: Sequence[Curve], sizes: tuple[bool, bool, bool], options: Options, console: Console
-) -> tuple[str, dict[str, Any]]:
-    hold_out = hold_out_sizes if any(sizes) else hold_out_schedules
-    results = [hold_out(partial(_law_of, name, sizes), curves, options) for name in CURVE_LAWS]
-    laws = [result.law for result in results]
-    table = titled_table("error on held-out curves (%)", "held out", *laws)
-    for name in results[0].errors:
-        table.add_row(name, *(f"{r.errors[name]:.3f}" for r in results))
-    table.add_section()
-    table.add_row("mean", *(f"{r.mean:.4f}" for r in results), style="bold")
-    show_table(table, console)
-    best = min(results, key=lambda r: r.mean)
-    return best.law, {r.law: r.errors | {"mean": r.mean} for r in results}
-
-
-def _law_of(name: str, sizes: tuple[bool, bool, bool], curves: Sequence[Curve]) -> Law:
-    return curve_law(name, curves, *sizes)
 
 
 def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> int:
@@ -215,19 +210,23 @@ def _predict(given: argparse.Namespace) -> int:
             console.print(note, style="yellow")
     table = titled_table(
         f"{found.law.title}: predicted",
-        *("curve", "steps", "final loss", "95 % interval", "logged", "mean error"),
+        *("curve", "steps", "final loss (95 %)", "logged", "error: mean / end", "note"),
+        left=("note",),
     )
     saved = []
     for curve, has_loss in zip(curves, seen, strict=True):
+        refuse_undetermined(found, curve, curve.name)
         predicted = found.predict(curve)
         low, high = interval(found, curve) if found.samples is not None else (None, None)
+        ends = None if low is None or high is None else (float(low[-1]), float(high[-1]))
+        outside = outside_of(found, curve)
         table.add_row(
             curve.name,
             f"{curve.step[-1]:,}",
-            f"{predicted[-1]:.4f}",
-            f"{low[-1]:.4f} to {high[-1]:.4f}" if low is not None and high is not None else "",
+            with_interval(float(predicted[-1]), ends),
             f"{curve.loss[-1]:.4f}" if has_loss else "",
-            f"{mape(found, curve):.3f} %" if has_loss else "",
+            f"{mape(found, curve):.3f} / {end_error(found, curve):+.3f} %" if has_loss else "",
+            outside,
         )
         saved.append(
             {
@@ -237,10 +236,12 @@ def _predict(given: argparse.Namespace) -> int:
                 "low": None if low is None else low.tolist(),
                 "high": None if high is None else high.tolist(),
                 "seen": curve.loss.tolist() if has_loss else None,
+                "extrapolates": outside,
             }
         )
     show_table(table, console)
-    _warn_of_extrapolation(found, curves, console)
+    if found.samples is None:
+        console.print("no intervals: the law was fitted with --bootstrap 0", style="yellow")
     from evals.scaling.figures import draw_prediction
 
     return _written(
@@ -249,17 +250,6 @@ def _predict(given: argparse.Namespace) -> int:
         {"fit": str(given.fit), "curves": saved},
         lambda to: draw_prediction(found, curves, seen, to),
     )
-
-
-def _warn_of_extrapolation(found: Fit, curves: Sequence[Curve], console: Console) -> None:
-    from evals.scaling.planning import outside_of
-
-    for curve in curves:
-        outside = outside_of(found, curve)
-        if outside:
-            console.print(
-                f"{curve.name}: extrapolates from the fitted runs: {outside}", style="yellow"
-            )
 
 
 def _plan(given: argparse.Namespace) -> int:
@@ -300,17 +290,7 @@ def _plan(given: argparse.Namespace) -> int:
     if steps < 2 * warmup + 10:
         raise UserError(f"--steps is {steps}, expected at least {2 * warmup + 10}")
     choices = best_schedules(found, steps, peaks, warmup, parameters)
-    table = titled_table(
-        f"schedules of {steps:,} steps, best first",
-        *("schedule", "final loss", "behind the best", "note"),
-        left=("note",),
-    )
-    for choice in choices[:15]:
-        behind = f"{choice.loss - choices[0].loss:.4f}"
-        if choice.behind is not None and choice is not choices[0]:
-            behind += f" ({choice.behind[0]:.4f} to {choice.behind[1]:.4f})"
-        table.add_row(choice.name, f"{choice.loss:.4f}", behind, choice.extrapolates)
-    show_table(table, console)
+    show_schedules(choices, steps, console)
     if len(peaks) == 1:
         console.print(
             "The law does not model instability, so it prefers the highest peak. It was "

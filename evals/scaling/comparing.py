@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from evals.scaling.curves import Points
-from evals.scaling.fitting import Fit, fit, jacobian
-from evals.scaling.intervals import bootstrap, ends_of
+from evals.scaling.determined import jacobian
+from evals.scaling.extrapolating import unknown_parameters
+from evals.scaling.fitting import Fit, fit
+from evals.scaling.intervals import bootstrap, ends_around, ends_of, interval
 from evals.scaling.parameters import Array
 from evals.scaling.size_laws import size_law
 
+LOOSE = 0.1  # half of an interval of log loss, beyond which a law says nothing of its own runs
 FURTHEST = 1e4  # times the largest budget: crossings are searched up to there
 
 
@@ -24,7 +27,8 @@ class Comparison:
     ``difference`` nats with its 95 % interval; crossing: FLOPs at which the laws cross, with the
     interval over the bootstrap samples that cross, and the share that does; cost: total FLOPs of
     two additional runs, one of each family, that would make the difference at ``target`` FLOPs
-    significant at 95 %, 0 where it already is, None where no runs up to the target suffice.
+    significant at 95 %, 0 where it already is, None where no runs up to the target suffice;
+    largest: FLOPs of the largest run of the two; refused: why nothing determines the answer, or "".
     """
 
     families: tuple[str, str]
@@ -38,6 +42,8 @@ class Comparison:
     target_difference: float
     target_interval: tuple[float, float]
     cost: float | None
+    largest: float
+    refused: str = ""
 
 
 def fit_families(families: dict[str, Points], samples: int = 200, seed: int = 0) -> dict[str, Fit]:
@@ -66,9 +72,10 @@ def _pair(
     names: tuple[str, str], fits: dict[str, Fit], families: dict[str, Points], target: float | None
 ) -> Comparison:
     flops = [np.asarray(families[n].flops) for n in names]
+    furthest = max(float(f.max()) for f in flops)
     largest = min(float(f.max()) for f in flops)
     lowest = max(float(f.min()) for f in flops)
-    target = target or 100 * max(float(f.max()) for f in flops)
+    target = target or 100 * furthest
     grid = np.geomspace(lowest, max(target, FURTHEST * largest), 600)
     first, second = (fits[n] for n in names)
     at = budgets(grid)
@@ -82,7 +89,7 @@ def _pair(
         ends = float(low), float(high)
     now, later = int(np.searchsorted(grid, largest)), int(np.searchsorted(grid, target))
     now, later = min(now, len(grid) - 1), min(later, len(grid) - 1)
-    here, there = _ends(samples[:, now]), _ends(samples[:, later])
+    here, there = (_ends(apart[at], samples[:, at]) for at in (now, later))
     return Comparison(
         names,
         names[0] if apart[now] < 0 else names[1],
@@ -95,7 +102,29 @@ def _pair(
         float(apart[later]),
         there,
         _cost(first, second, families, names, target),
+        furthest,
+        _refused(fits, names, target, furthest),
     )
+
+
+def _refused(fits: dict[str, Fit], names: tuple[str, str], target: float, furthest: float) -> str:
+    """Return why the families cannot be compared, or ""."""
+    for name in names:
+        unknown = {k: v for k, v in unknown_parameters(fits[name]).items() if k in ("K", "kappa")}
+        for parameter, shown in unknown.items():
+            return (
+                f"{names[0]} and {names[1]} are not compared: nothing determines the law of "
+                f"{name}, whose {parameter} is {shown}; fit more budgets, further apart"
+            )
+        at = budgets(np.array([min(target, furthest)]))
+        low, high = interval(fits[name], at)
+        if float(np.log(high[0] / low[0])) / 2 > LOOSE:
+            return (
+                f"{names[0]} and {names[1]} are not compared: the law of {name} is known to "
+                f"{low[0]:.3g} to {high[0]:.3g} nats only, at {float(np.asarray(at.flops)[0]):.3g} "
+                "FLOPs, where it was fitted; fit more budgets, further apart"
+            )
+    return ""
 
 
 def budgets(flops: Array) -> Points:
@@ -114,9 +143,9 @@ def _crossing(grid: Array, apart: Array) -> float | None:
     return float(np.exp(np.log(grid[i]) + share * np.log(grid[i + 1] / grid[i])))
 
 
-def _ends(values: Array) -> tuple[float, float]:
-    low, high = ends_of(values)
-    return float(low), float(high)
+def _ends(estimate: float, values: Array) -> tuple[float, float]:
+    low, high = ends_around(np.array([estimate]), values[:, None])
+    return float(low[0]), float(high[0])
 
 
 def _sign(ends: tuple[float, float], apart: float) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,11 @@ class Curve:
     def peak(self) -> float:
         """The highest learning rate."""
         return float(self.lr.max())
+
+    @property
+    def schedule_key(self) -> str:
+        """The same for all curves of one schedule, whatever the peak learning rate."""
+        return hashlib.sha256(np.round(self.lr / self.peak, 6).tobytes()).hexdigest()
 
     @property
     def tokens(self) -> Array | None:

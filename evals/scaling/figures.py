@@ -250,8 +250,11 @@ def draw_schedules(choices: Sequence[Choice], path: Path, most: int = 15) -> Pat
             linewidth=1,
             capsize=2,
         )
-    axes.set_yticks(range(len(shown)), [plot_text(c.name) for c in shown], fontsize=8)
-    axes.set(xlabel=f"predicted final loss above the best, {best:.4f} (thousandths of a nat)")
+    names = [f"{c.name} ({c.extrapolates})" if c.extrapolates else c.name for c in shown]
+    axes.set_yticks(range(len(shown)), [plot_text(name) for name in names], fontsize=8)
+    around = choices[0].interval
+    of_best = f"{best:.4f}" + (f" ({around[0]:.4f} to {around[1]:.4f})" if around else "")
+    axes.set(xlabel=f"predicted final loss above the best, {of_best} (thousandths of a nat)")
     return save(figure, path)
 
 
@@ -265,6 +268,11 @@ def draw_sizes(found: Fit, choice: SizeChoice, path: Path) -> Path:
     if found.samples is not None:
         low, high = interval(found, points)
         axes.fill_between(sizes, low, high, color="tab:blue", alpha=0.2, linewidth=0)
+    fitted = found.domain.get("parameters") or ()
+    for i, end in enumerate(fitted):
+        if sizes[0] <= end <= sizes[-1]:
+            label = None if i else "ends of the fitted sizes"
+            axes.axvline(end, color="gray", linestyle=":", linewidth=1, label=label)
     axes.axvspan(*choice.alike, color="tab:green", alpha=0.15, label="within 0.5 % of the best")
     axes.plot(
         [choice.parameters],
@@ -277,7 +285,8 @@ def draw_sizes(found: Fit, choice: SizeChoice, path: Path) -> Path:
         xscale="log",
         xlabel="parameters",
         ylabel="loss (nats per token)",
-        title=f"{choice.flops:.3g} FLOPs",
+        title=f"{choice.flops:.3g} FLOPs"
+        + (f", extrapolated: {choice.extrapolates}" if choice.extrapolates else ""),
     )
     axes.legend(fontsize=8)
     return save(figure, path)

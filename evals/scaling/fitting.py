@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +11,18 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import minimize, nnls
 
+from evals.scaling.determined import undetermined
+from evals.scaling.model_error import ModelError, model_error_from_json
 from evals.scaling.parameters import Array, Law, named
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
-from pretrain.common.screen import readable
 
 Residual = Literal["relative", "log"]
 HUBER = 1e-3
 # Logged losses of a run are not independent: where priors are weighed against them, this many count
 # as one.
 CORRELATED = 20
-_SAME = 1.01  # objectives within 1 % count as equal
+LAST = 3  # logged losses that make up a curve's end
 
 
 @dataclass
@@ -57,7 +57,8 @@ class Fit:
     Huber loss and priors; residuals: of the predicted loss, one array per curve; intervals:
     parameter -> (low, high), once bootstrapped; samples: (number, parameters) of the bootstrap,
     theta and beta concatenated; undetermined: parameter -> reason; domain: ranges of the fitted
-    data.
+    data; weights: (n,) of all losses; standard_errors: parameter -> standard error, in the space of
+    the search, to first order and without priors; error: of the law itself, once bootstrapped.
     """
 
     law: Law
@@ -73,6 +74,9 @@ class Fit:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     samples: Array | None = None
     domain: dict[str, Any] = field(default_factory=dict)
+    weights: Array = field(default_factory=lambda: np.ones(1))
+    standard_errors: dict[str, float] = field(default_factory=dict)
+    error: ModelError | None = None
 
     @property
     def values(self) -> dict[str, float]:
@@ -85,19 +89,25 @@ class Fit:
         return self.law.loss(self.theta, self.beta, self.law.prepared(data))
 
     def predict_samples(self, data: Any) -> Array:
-        """Return a prediction (samples, n) per sample of the bootstrap.
+        """Return a prediction (samples, n) per sample of the bootstrap, with the law's own error.
 
         Raises UserError where there are none.
         """
         if self.samples is None:
             raise UserError("the fit has no intervals: fit with --bootstrap")
         prepared, k = self.law.prepared(data), len(self.theta)
-        return np.stack([self.law.loss(row[:k], row[k:], prepared) for row in self.samples])
+        rows = np.stack([self.law.loss(row[:k], row[k:], prepared) for row in self.samples])
+        return rows if self.error is None else rows * np.exp(-self.error.draw(data))
 
     def mape(self) -> dict[str, float]:
         """Return the mean absolute percentage error of every fitted curve."""
         pairs = zip(self.names, self.residuals, strict=True)
         return {name: 100 * float(np.abs(r).mean()) for name, r in pairs}
+
+    def end_errors(self) -> dict[str, float]:
+        """Return the error in percent of every fitted curve's last losses, with its sign."""
+        pairs = zip(self.names, self.residuals, strict=True)
+        return {name: 100 * float(r[-LAST:].mean()) for name, r in pairs}
 
     def to_json(self) -> dict[str, Any]:
         """Return the fit as it is written to a file, without residuals."""
@@ -115,6 +125,7 @@ class Fit:
                     "meaning": p.meaning,
                     "interval_95": self.intervals.get(p.name),
                     "undetermined": self.undetermined.get(p.name),
+                    "standard_error": self.standard_errors.get(p.name),
                 }
                 for p in law.parameters
             },
@@ -123,10 +134,12 @@ class Fit:
             "residual": self.options.residual,
             "huber": self.options.huber,
             "mape_of_fitted": self.mape(),
+            "end_error_of_fitted": self.end_errors(),
             "starts": [vars(s) for s in self.starts],
             "warnings": self.warnings,
             "domain": self.domain,
             "samples": None if self.samples is None else self.samples.tolist(),
+            "model_error": None if self.error is None else self.error.to_json(),
         }
 
     def save(self, path: Path) -> None:
@@ -158,6 +171,8 @@ def load_fit(path: Path) -> Fit:
             {n: tuple(e["interval_95"]) for n, e in entries if e["interval_95"]},
             None if samples is None else np.array(samples, dtype=float),
             saved.get("domain", {}),
+            standard_errors={n: e["standard_error"] for n, e in entries if "standard_error" in e},
+            error=model_error_from_json(saved.get("model_error")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a fit that this command wrote ({error})") from None
@@ -169,6 +184,7 @@ class Problem:
     def __init__(self, law: Law, prepared: Sequence[Any], options: Options) -> None:
         self.law, self.prepared, self.options = law, prepared, options
         self.loss = np.concatenate([p.loss for p in prepared])
+        self.weights = weights_of(prepared)
         self.beta: Array | None = None
         priors = [p.prior if options.priors else None for p in law.nonlinear]
         self.center = np.array([p[0] if p else 0.0 for p in priors])
@@ -196,8 +212,9 @@ class Problem:
         predicted = columns @ beta
         residual = self.residuals(predicted)
         delta, size = self.options.huber, np.abs(residual)
-        value = np.where(size < delta, residual**2 / 2, delta * (size - delta / 2)).mean()
-        slope = np.clip(residual, -delta, delta) / len(residual)
+        huber = np.where(size < delta, residual**2 / 2, delta * (size - delta / 2))
+        value = (self.weights * huber).mean()
+        slope = self.weights * np.clip(residual, -delta, delta) / len(residual)
         slope = slope / (self.loss if self.options.residual == "relative" else predicted)
         gradient = np.einsum("n,pnk,k->p", slope, derivatives, beta)
         apart = theta - self.center
@@ -209,13 +226,13 @@ class Problem:
         """Find the best non-negative linear parameters by iteratively reweighted least squares."""
         beta = self.beta
         delta = self.options.huber
-        weights = np.ones(len(self.loss))
+        weights = self.weights
         logs = self.options.residual == "log"
         for _ in range(100):
             if beta is not None:
                 predicted = columns @ beta
                 residual = self.residuals(predicted)
-                weights = 1 / np.maximum(1.0, np.abs(residual) / delta)
+                weights = self.weights / np.maximum(1.0, np.abs(residual) / delta)
             if logs and beta is not None:
                 # residual(new) ~ residual + columns (new - beta) / predicted
                 scaled = columns / predicted[:, None]
@@ -232,6 +249,25 @@ class Problem:
         assert beta is not None
         self.beta = beta
         return beta
+
+
+def weights_of(prepared: Sequence[Any]) -> Array:
+    """Return the weight (n,) of every loss, 1 on average.
+
+    Every curve weighs the same, however often its loss was logged: what separates it from a law is
+    the law's error, which more losses do not average out. Within a curve a step's weight grows with
+    its number, because laws serve to predict where runs end. Points weigh the same.
+    """
+    weights = [np.ones(len(p.loss)) for p in prepared]
+    for i, item in enumerate(prepared):
+        step = getattr(item, "step", None)
+        if step is not None and len(step) > 1:
+            steps = np.asarray(step, dtype=float)
+            weights[i] = steps * np.gradient(steps)
+        weights[i] = weights[i] / weights[i].sum()
+    every = np.concatenate(weights)
+    result: Array = every / every.mean()
+    return result
 
 
 def _least_squares(columns: Array, target: Array, weights: Array) -> Array:
@@ -295,10 +331,11 @@ def fit(law: Law, data: Sequence[Any], options: Options | None = None) -> Fit:
         options,
         warnings=[],
         domain=_domain(data),
+        weights=problem.weights,
     )
     for item in data:
         result.warnings += [f"{item.name}: {w}" for w in getattr(item, "warnings", [])]
-    result.undetermined = _undetermined(result, problem)
+    result.undetermined = undetermined(result, problem)
     return result
 
 
@@ -319,100 +356,6 @@ def search(problem: Problem, begun: Array) -> Any:
     )
 
 
-def jacobian(fit_: Fit, prepared: Sequence[Any]) -> Array:
-    """Return the derivatives (n, parameters) of the log loss by theta and beta, concatenated."""
-    rows = []
-    for item in prepared:
-        columns, derivatives = fit_.law.design(fit_.theta, item)
-        predicted = columns @ fit_.beta
-        by_theta = np.einsum("pnk,k->np", derivatives, fit_.beta)
-        rows.append(np.concatenate([by_theta, columns], axis=1) / predicted[:, None])
-    return np.concatenate(rows)
-
-
-def correlation_length(residuals: Sequence[Array]) -> float:
-    """Return the integrated autocorrelation of the residuals along the curves, at least 1 point."""
-    total, power = 1.0, sum(float(r @ r) for r in residuals)
-    if power == 0:
-        return 1.0
-    for lag in range(1, max(len(r) for r in residuals) // 2):
-        shared = sum(float(r[lag:] @ r[:-lag]) for r in residuals if len(r) > lag) / power
-        if shared < 0.05:
-            break
-        total += 2 * shared
-    return total
-
-
-def covariance(
-    fit_: Fit, prepared: Sequence[Any], *, priors: bool = True, least: float = 0.0
-) -> Array:
-    """Return the covariance of theta and beta, to first order.
-
-    Correlated residuals count as fewer points; ``least`` is the least relative error of one point.
-    """
-    matrix = jacobian(fit_, prepared)
-    residual = np.concatenate(fit_.residuals)
-    # Robust, like the fit: from the median of the residuals.
-    spread = max(1.4826 * float(np.median(np.abs(residual))), 1e-9, least)
-    information = matrix.T @ matrix / (spread**2 * correlation_length(fit_.residuals))
-    if priors and fit_.options.priors:
-        for i, parameter in enumerate(fit_.law.nonlinear):
-            if parameter.prior:
-                information[i, i] += parameter.prior[1] ** -2
-    scale = np.sqrt(np.maximum(np.diag(information), 1e-300))
-    values, vectors = np.linalg.eigh(information / np.outer(scale, scale))
-    # Directions without information have a large variance, not none.
-    vectors = vectors / np.maximum(scale, 1e-100)[:, None]
-    result: Array = (vectors / np.maximum(values, 1e-12)) @ vectors.T
-    return result
-
-
-def _undetermined(found: Fit, problem: Problem) -> dict[str, str]:
-    """Return the parameters that the data do not determine, each with a reason.
-
-    Residuals count as at least as large as the Huber width: no law is more accurate than that, and
-    a single smooth curve is often fitted better, by many values.
-    """
-    law = found.law
-    reasons = law.doubts(found.values, problem.prepared)
-    spread = covariance(found, problem.prepared, priors=False, least=found.options.huber)
-    errors = np.sqrt(np.diag(spread))
-    bounds = law.bounds()
-    equal = [s.found for s in found.starts if s.objective <= found.objective * _SAME]
-    for i, parameter in enumerate(law.parameters):
-        if parameter.name in reasons:
-            continue
-        value = found.values[parameter.name]
-        error = float(errors[i])
-        if i < len(found.theta):
-            low, high = bounds[i]
-            width = (found.theta[i] - low, high - found.theta[i])
-            if min(width) < 1e-6 * max(high - low, 1):
-                reasons[parameter.name] = f"at its bound of {readable(value, 4)}"
-                continue
-            if parameter.prior and found.options.priors and error > parameter.prior[1]:
-                reasons[parameter.name] = "the data say less about it than its prior"
-                continue
-            others = [other[parameter.name] for other in equal]
-            if others and max(others) - min(others) > 0.5 * abs(value):
-                reasons[parameter.name] = (
-                    f"different starts end at {readable(min(others), 4)} to "
-                    f"{readable(max(others), 4)}, which fit "
-                    "equally well"
-                )
-                continue
-        relative = error if parameter.log else error / max(abs(value), 1e-12)
-        if value == 0:
-            reasons[parameter.name] = "at its bound of 0"
-        elif relative > 0.5:
-            reasons[parameter.name] = (
-                f"standard error {readable(error)}"
-                if not parameter.log
-                else f"known only to a factor of {math.exp(min(error, 99)):.3g}"
-            )
-    return reasons
-
-
 def _domain(data: Sequence[Any]) -> dict[str, Any]:
     """Return the ranges of the fitted data, by which extrapolation is recognized."""
     curves = [c for c in data if hasattr(c, "lr")]
@@ -430,5 +373,6 @@ def _domain(data: Sequence[Any]) -> dict[str, Any]:
     return {
         "parameters": [float(points.parameters.min()), float(points.parameters.max())],
         "tokens": [float(points.tokens.min()), float(points.tokens.max())],
+        "flops": [float(points.flops.min()), float(points.flops.max())],
         "runs": list(points.names),
     }

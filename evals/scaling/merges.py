@@ -21,10 +21,10 @@ import numpy as np
 
 from evals.scaling.annealing_laws import CURVE_LAWS
 from evals.scaling.curves import Curve, end_of_warmup
+from evals.scaling.extrapolating import outside_of
 from evals.scaling.fitting import Fit, load_fit
 from evals.scaling.intervals import ends_of
 from evals.scaling.parameters import Array
-from evals.scaling.planning import outside_of
 from evals.scaling.schedules import run_lr
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json

@@ -7,14 +7,17 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from evals.report.laws import scaling_sets
 from evals.report.page import main
 from evals.report.runs import find_runs, grouped, matches_of
 from evals.report.scores import score_names
+from evals.scaling import Curve
 from pretrain.common.errors import UserError
 from tests.helpers.nasty_names import random_names
 from tests.helpers.scaling_runs import run_directory
@@ -258,8 +261,26 @@ def test_schedules_of_one_size_get_a_law(tmp_path):
         run_directory(tmp_path, rows(3.0), name, schedule={"kind": kind, "warmup_steps": 20})
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out/report.html").read_text()
-    assert "Intrinsic-time law" in page
+    assert "nothing determines the memory of the intrinsic law" in page
+    assert "95 % interval" in page
     assert "Loss curves of 5,000 parameters" in page
+
+
+def test_no_law_spans_architectures():
+    steps, lr = np.arange(1, 50), np.full(50, 1e-3)
+
+    def curve(pattern: str, hidden: int) -> Curve:
+        labels = {"model.pattern": pattern, "model.hidden_size": hidden}
+        loss = np.ones(49)
+        return Curve(f"{pattern} {hidden}", steps, loss, lr, 1, float(hidden), labels=labels)
+
+    sizes = [curve(f"{n}*(gdn attn)", 64 * n) for n in (1, 2, 3)]
+    others = [curve("2*(gru attn)", 128)]
+    falling = replace(others[0], lr=np.linspace(1e-3, 0, 50))
+    ((what, chosen, sized),) = scaling_sets([*sizes, *others])
+    assert (what, chosen, sized) == ("of 1*(gdn attn), all sizes", sizes, True)
+    (_, (what, chosen, sized)) = scaling_sets([*sizes, *others, falling])
+    assert (what, chosen, sized) == ("of 2*(gru attn), 128 parameters", [*others, falling], False)
 
 
 # What a reader does: sort by the last numeric column, twice; then say what is seen.

@@ -13,7 +13,9 @@ from benchmarks.scaling_laws import CURVES, FITTED, grid_of_runs, true_fit
 from evals.scaling import Points, fit, points_of
 from evals.scaling.commands import main
 from evals.scaling.comparing import compare, fit_families
-from evals.scaling.planning import best_schedules, best_size, cheapest_design, planned_curve
+from evals.scaling.designing import cheapest_design
+from evals.scaling.planning import best_schedules, best_size, planned_curve
+from evals.scaling.tables import sentences
 from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
 from tests.helpers.scaling_runs import run_directory
@@ -70,7 +72,9 @@ def test_predict_draws_runs_not_run_yet(fitted, tmp_path, capsys):
     assert saved[0]["low"][-1] < saved[0]["loss"][-1] < saved[0]["high"][-1]
     assert saved[0]["loss"][-1] < saved[1]["loss"][-1]
     assert is_picture(tmp_path / "prediction.png")
-    assert "2.0 x the longest fitted run" in capsys.readouterr().out
+    assert saved[0]["extrapolates"] == "2.0 x the longest fitted run"
+    assert saved[1]["extrapolates"] == ""
+    assert "±" in capsys.readouterr().out
 
 
 def test_plan_lists_schedules_and_runs(fitted, tmp_path, capsys):
@@ -93,6 +97,9 @@ def test_plan_lists_schedules_and_runs(fitted, tmp_path, capsys):
     losses = [c["loss"] for c in saved["schedules"]]
     assert losses == sorted(losses)
     assert saved["schedules"][0]["schedule"]["kind"] == "wsd"
+    for choice in saved["schedules"]:
+        low, high = choice["interval"]
+        assert low < choice["loss"] < high
     assert saved["schedules"][-1]["schedule"]["kind"] == "constant"
     assert saved["cheapest_design"]["error"] <= 0.01
     assert is_picture(tmp_path / "plan.png")
@@ -118,10 +125,37 @@ def test_laws_are_chosen_by_what_is_held_out(tmp_path, capsys):
         == 0
     )
     saved = json.loads((tmp_path / "fit.json").read_text())
-    means = {law: errors["mean"] for law, errors in saved["held_out"].items()}
-    assert saved["law"] == min(means, key=lambda law: means[law])
-    assert len(means) == 3
-    assert "error on held-out curves" in capsys.readouterr().out
+    assert saved["law"] == saved["choice"]["law"] == "intrinsic"
+    ends = {r["law"]: r["ends"] for r in saved["choice"]["held_out"]}
+    assert len(ends) == 3
+    means = {law: np.mean(np.abs(list(errors.values()))) for law, errors in ends.items()}
+    assert means["intrinsic"] == min(means.values())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "error on held-out curves" in told
+    assert f"with {means['intrinsic']:.3f} % mean error" in told
+
+
+def test_a_law_is_chosen_by_what_smooth_curves_determine(tmp_path, capsys):
+    words = ["--bootstrap", "0", "--warmup-steps", "2160", "--out", str(tmp_path)]
+    assert main(["fit", *SOURCES[:2], *words]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "law: annealing: there are too few schedules to hold some out, and nothing" in told
+    assert "% at the ends" in told
+    assert main(["fit", SOURCES[0], SOURCES[2], *words]) == 0
+    assert "the curves determine its memory" in " ".join(capsys.readouterr().out.split())
+
+
+def test_nothing_is_told_that_nothing_determines(tmp_path):
+    """A constant learning rate tells nothing of what a falling one gains."""
+    words = ["--warmup-steps", "2160", "--bootstrap", "8", "--out", str(tmp_path)]
+    assert main(["fit", SOURCES[1], *words]) == 0
+    fitted = str(tmp_path / "fit.json")
+    with pytest.raises(UserError, match=r"nothing determines which schedule is best: .* on C"):
+        main(["plan", fitted, "--steps", "24000", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match=r"cosine: nothing determines its loss: it depends on C"):
+        main(["predict", fitted, "--schedule", ONE, "--out", str(tmp_path)])
+    constant = "kind=constant lr=3e-4 steps=24000 warmup_steps=2160"
+    assert main(["predict", fitted, "--schedule", constant, "--out", str(tmp_path)]) == 0
 
 
 def test_sizes_and_tokens(tmp_path):
@@ -142,6 +176,13 @@ def test_sizes_and_tokens(tmp_path):
     assert size["parameters"] * size["tokens"] * 6 == pytest.approx(1e21, rel=1e-6)
     low, high = size["parameters_interval"]
     assert low <= size["parameters"] <= high
+    low, high = size["loss_interval"]
+    assert low < size["loss"] < high
+    assert size["extrapolates"] == ""
+    assert main(["plan", str(tmp_path / "fit.json"), "--flops", "1e27", *out]) == 0
+    far = json.loads((tmp_path / "plan.json").read_text())["size"]
+    assert "x the largest fitted N; " in far["extrapolates"]
+    assert np.diff(np.log(far["loss_interval"])) > np.diff(np.log(size["loss_interval"]))
     assert size["alike"][0] < size["parameters"] < size["alike"][1]
 
 
@@ -203,6 +244,14 @@ def test_where_families_cross_and_what_it_costs_to_know():
     (unsure,) = compare(fit_families(noisy, 40), noisy, 1e21)
     assert unsure.target_interval[0] < 0 < unsure.target_interval[1]
     assert unsure.cost is None or unsure.cost > 2e19
+    assert unsure.refused == ""
+    assert "1e+21 FLOPs, 100 x the largest run," in " ".join(sentences(unsure))
+    few = {n: p.only([0, 1, 2]) for n, p in noisy.items()}
+    for points, spoiled in zip(few.values(), (1.05, 0.9), strict=True):
+        points.loss[1] *= spoiled
+    (refused,) = compare(fit_families(few, 20), few, 1e21)
+    assert len(sentences(refused)) == 1
+    assert "are not compared: " in refused.refused
     far = {"a": family(0.1, 1.0, 0, 0.0005), "b": family(0.1, 1.3, 1, 0.0005)}
     (apart,) = compare(fit_families(far, 40), far, 1e20)
     assert apart.better == "a"
@@ -257,7 +306,6 @@ def test_runs_of_this_project_by_size(tmp_path):
         (["fit", SOURCES[0], "--law", "chinchilla"], "parameters are not known"),
         (["fit", *SOURCES, "--sized"], "number of parameters is not known; give --parameters"),
         (["fit", *SOURCES, "--sized", "--parameters", "1e6"], "1 model sizes do not determine"),
-        (["fit", *SOURCES[:2], "--law", "auto"], "expected at least 3 to choose a law"),
         (["fit", *SOURCES, "--seed", "-1"], "--seed is -1, expected 0 to"),
         (["fit", *SOURCES, "--seed", "9" * 30], "expected 0 to"),
         (["fit", *SOURCES, "--bootstrap", "-1"], "--bootstrap is -1, expected 0 to 1,000,000"),

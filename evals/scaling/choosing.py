@@ -1,0 +1,168 @@
+"""Choose a curve law: by held-out curves where there are enough, else by what is determined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from evals.scaling.annealing_laws import CURVE_LAWS
+from evals.scaling.curves import Curve
+from evals.scaling.fitting import LAST, Fit, Options, fit
+from evals.scaling.intervals import mape
+from evals.scaling.laws import curve_law
+from evals.scaling.parameters import Law
+from pretrain.common.errors import UserError
+
+ENOUGH = 600  # losses of all curves together, to choose a law by
+FOLDS = 6  # at most so many fits of each law hold something out
+Sizes = tuple[bool, bool, bool]  # sized, size in annealing, size in progress
+
+
+@dataclass
+class HeldOut:
+    """A law's errors on held-out curves in percent, by the curve's name.
+
+    errors: mean absolute errors; ends: those of the last losses, with their sign.
+    """
+
+    law: str
+    errors: dict[str, float]
+    ends: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean of the mean errors."""
+        return float(np.mean(list(self.errors.values())))
+
+    @property
+    def end(self) -> float:
+        """The mean size of the errors at the curves' ends."""
+        return float(np.mean(np.abs(list(self.ends.values()))))
+
+
+def hold_out_schedules(
+    make: Callable[[Sequence[Curve]], Law], curves: Sequence[Curve], options: Options | None = None
+) -> HeldOut:
+    """Predict each curve from the others, holding out curves of one schedule together.
+
+    Raises UserError for fewer than 3 schedules.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, curve in enumerate(curves):
+        groups.setdefault(curve.schedule_key, []).append(i)
+    if len(groups) < 3:
+        raise UserError(
+            f"there are {len(groups)} different schedules: expected at least 3 to choose a law by "
+            "held-out schedules"
+        )
+    return _hold_out(make, curves, list(groups.values()), options)
+
+
+def hold_out_sizes(
+    make: Callable[[Sequence[Curve]], Law], curves: Sequence[Curve], options: Options | None = None
+) -> HeldOut:
+    """Predict each size from the others; raises UserError for fewer than 4 sizes."""
+    groups: dict[float, list[int]] = {}
+    for i, curve in enumerate(curves):
+        groups.setdefault(curve.parameters or 0.0, []).append(i)
+    if len(groups) < 4:
+        raise UserError(
+            f"there are {len(groups)} sizes: expected at least 4 to choose a law by held-out sizes"
+        )
+    return _hold_out(make, curves, list(groups.values()), options)
+
+
+def _hold_out(
+    make: Callable[[Sequence[Curve]], Law],
+    curves: Sequence[Curve],
+    groups: list[list[int]],
+    options: Options | None,
+) -> HeldOut:
+    errors, ends, name = dict[str, float](), dict[str, float](), ""
+    for fold in range(min(FOLDS, len(groups))):
+        group = [i for members in groups[fold::FOLDS] for i in members]
+        rest = [c for i, c in enumerate(curves) if i not in group]
+        law = make(rest)
+        name, found = law.name, fit(law, rest, options)
+        for i in group:
+            errors[curves[i].name] = mape(found, curves[i])
+            ends[curves[i].name] = end_error(found, curves[i])
+    return HeldOut(name, errors, ends)
+
+
+def end_error(found: Fit, curve: Curve) -> float:
+    """Return the error in percent of the predicted loss at a curve's end, with its sign."""
+    return 100 * float((found.predict(curve)[-LAST:] / curve.loss[-LAST:] - 1).mean())
+
+
+@dataclass
+class LawChoice:
+    """A chosen law, a sentence that says why, and what each law's held-out errors are."""
+
+    law: str
+    why: str
+    held_out: list[HeldOut]
+
+
+def choose_law(
+    curves: Sequence[Curve], sizes: Sizes = (False, False, False), options: Options | None = None
+) -> LawChoice:
+    """Choose among the curve laws.
+
+    With at least three schedules (or four sizes, for laws with N), each is predicted from the
+    others, and a law replaces the default only where it is better at the curves' ends by more than
+    a standard error. With fewer, the default is kept unless its memory is undetermined.
+    """
+    default = next(iter(CURVE_LAWS))
+
+    def make(name: str) -> Callable[[Sequence[Curve]], Law]:
+        return lambda chosen: curve_law(name, chosen, *sizes)
+
+    hold_out = hold_out_sizes if any(sizes) else hold_out_schedules
+    few = [_thinned(curve, max(20, ENOUGH // len(curves))) for curve in curves]
+    try:
+        results = [hold_out(make(name), few, options) for name in CURVE_LAWS]
+    except UserError:
+        chosen = by_identifiability(curves, sizes, options)
+        chosen.why = f"there are too few schedules to hold some out, and {chosen.why}"
+        return chosen
+    what = "sizes" if any(sizes) else "schedules"
+    first, best = results[0], min(results, key=lambda r: r.end)
+    gain = np.abs([first.ends[n] for n in first.ends]) - np.abs([best.ends[n] for n in first.ends])
+    error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
+    if best is not first and float(gain.mean()) > error:
+        why = (
+            f"the ends of held-out {what} are predicted with {best.end:.3f} % mean error, by the "
+            f"{first.law} law with {first.end:.3f} %"
+        )
+        return LawChoice(best.law, why, results)
+    others = ", ".join(f"{r.law} {r.end:.3f} %" for r in results[1:])
+    why = (
+        f"it predicts the ends of held-out {what} with {first.end:.3f} % mean error, and no other "
+        f"law is better by more than a standard error ({others})"
+    )
+    return LawChoice(default, why, results)
+
+
+def _thinned(curve: Curve, most: int) -> Curve:
+    """Return the curve with at most so many of its losses, the last one among them."""
+    kept = np.unique(np.linspace(0, len(curve.step) - 1, most).round().astype(int))
+    return replace(curve, step=curve.step[kept], loss=curve.loss[kept])
+
+
+def by_identifiability(
+    curves: Sequence[Curve], sizes: Sizes = (False, False, False), options: Options | None = None
+) -> LawChoice:
+    """Choose the default law, or the annealing law where nothing determines the default's memory.
+
+    From smooth schedules alone the annealing law predicts others better.
+    """
+    default = next(iter(CURVE_LAWS))
+    law = curve_law(default, curves, *sizes)
+    found = fit(law, curves, options)
+    if "memory" in law.doubts(found.values, [law.prepared(c) for c in curves]):
+        why = f"nothing determines the memory of the {default} law, as no learning rate falls fast"
+        return LawChoice("annealing", why, [])
+    return LawChoice(default, "the curves determine its memory", [])
