@@ -54,7 +54,7 @@ class SourceConfig(Config):
     """Whether rows are read as they arrive, not after a download, for kind ``huggingface``."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of this kind alone, which its module in data_prep/source_kinds declares: for kind
-    ``files``, ``separator``."""
+    ``files``, ``separator``; for ``stdlib``, ``files``, globs within it."""
 
 
 @dataclass

@@ -215,9 +215,8 @@ def table(grid: Grid, states: dict[str, MemberState], *, plan: bool = False) -> 
     total = 0.0
     for member in grid.members:
         state, config = states[member.name], member.config
-        row = [member.name or grid.name, state.state, f"{state.step:,}/{config.train.num_steps:,}"]
-        tokens = config.train.tokens_before(config.train.num_steps)
-        tokens -= config.train.tokens_before(config.first_step)
+        row = [member.name or grid.name, state.state, f"{state.step:,}/{config.plan.num_steps:,}"]
+        tokens = config.plan.tokens - config.plan.tokens_before(config.first_step)
         if plan:
             model = counts_of(config)
             flops = model.training_flops() * tokens

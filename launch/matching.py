@@ -112,15 +112,15 @@ def _match_tokens(
     config: RunConfig, reference: RunConfig, ratio: float, how: str, where: str
 ) -> None:
     """Give a run the number of whole batches nearest to ``ratio`` x the reference's tokens."""
-    train, first = config.train, reference.train
-    total = first.tokens_before(first.num_steps)
+    train = config.train
+    total = reference.plan.tokens
     exact = ratio * total
     train.steps, train.tokens = None, max(round(exact), 1)
-    steps = train.num_steps
-    near = (train.tokens_before(s) for s in (steps - 1, steps) if s > 0)
+    plan = config.plan
+    near = (plan.tokens_before(s) for s in (plan.num_steps - 1, plan.num_steps) if s > 0)
     train.tokens = min(near, key=lambda tokens: abs(tokens - exact))
     if abs(train.tokens / exact - 1) > _CLOSE:
-        batch = train.global_batch_tokens
+        batch = plan.batch_tokens(plan.num_steps - 1)
         allowed = "as many tokens" if ratio == 1 else f"{exact:,.0f} tokens, {ratio:.4g} x as many"
         # A batch of two hundredths is at most one hundredth from a whole number of them.
         raise ConfigError(

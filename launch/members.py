@@ -34,6 +34,7 @@ CHANGEABLE = (
     "sample.",
     "callbacks",
     "parallel.",
+    "phases",  # the trainer refuses those of the past
     "directory",
     "name",
 )
@@ -61,9 +62,8 @@ class MemberState:
         """Estimate the seconds until the run ends; None where no speed is known."""
         if not self.tokens_per_second:
             return None
-        train = config.train
-        done = train.tokens_before(max(self.step, config.first_step))
-        left = train.tokens_before(train.num_steps) - done
+        plan = config.plan
+        left = plan.tokens - plan.tokens_before(max(self.step, config.first_step))
         return max(left, 0) / self.tokens_per_second
 
 
@@ -130,7 +130,7 @@ def _is_complete(directory: RunDirectory, config: RunConfig, status: int | None)
     that a signal stopped after its last step.
     """
     saved = _steps_saved(directory)
-    if saved < config.train.num_steps:
+    if saved < config.plan.num_steps:
         return False
     if status == 0:  # it has looked itself
         return True

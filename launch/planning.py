@@ -34,12 +34,9 @@ def print_plans(
     whys: list[str] = []
     too_large: list[str] = []
     for member in members:
-        key = json.dumps(
-            [
-                dataclasses.asdict(x)
-                for x in (member.config.model, member.config.train, member.config.parallel)
-            ]
-        )
+        config = member.config
+        sections: list[Any] = [config.model, config.train, config.parallel, *config.phases]
+        key = json.dumps([dataclasses.asdict(section) for section in sections])
         if key not in plans:
             plans[key] = plan(member.config, hardware, devices)
         found = plans[key]
@@ -49,7 +46,11 @@ def print_plans(
             remarks.append(f"{name}: no plan: {found}")
             continue
         sure = Uncertainty(found["range_factor"], found["range_why"])
-        peak = max(stage["total"] for stage in found["memory"])
+        peak = max(
+            *(stage["total"] for stage in found["memory"]),
+            *(phase["peak_memory"] for phase in found.get("phases", [])),
+            0.0,
+        )
         total += found["device_hours"]
         if peak > found["memory_limit"]:
             too_large.append(

@@ -49,6 +49,7 @@ def measure(config: RunConfig, steps: int, processes: int | None) -> float:
     config = copy.deepcopy(config)
     train = config.train
     train.steps, train.tokens = steps + _WARMUP_STEPS, None
+    config.phases = []  # the speed of the run's own settings
     config.schedule.warmup_steps, config.schedule.kind = 0, "constant"
     config.validation.every, config.validation.tokens, config.sample.tokens = 0, 1, 0
     config.checkpoint.every, config.logging.every = 10**9, 1

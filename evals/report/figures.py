@@ -39,6 +39,10 @@ def draw_losses(groups: Sequence[Group], over: str, path: Path) -> Path | None:
                 linewidth=1,
                 label=plot_text(group.label, 60) if number == 0 else None,
             )
+            for border in run.borders:
+                axes.axvline(
+                    np.interp(border[1], run.tokens, x), color=color, linewidth=0.6, linestyle=":"
+                )
             late += [run.loss[len(run.loss) // 10], run.loss.min()]
             drawn += 1
     if not drawn:

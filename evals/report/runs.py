@@ -49,7 +49,8 @@ class Run:
 
     ``steps``, ``tokens``, ``loss`` (nats per token, the mean over the steps since the line before)
     and ``seconds``, of all starts, are those of the n logged losses; ``valid`` holds (tokens, nats
-    per token, bits per byte or None) of every validation; ``scores`` the results of evaluations.
+    per token, bits per byte or None) of every validation; ``borders`` (step, tokens, name) of every
+    phase after the first; ``scores`` the results of evaluations.
     ``resolved`` are the settings by which runs are compared, ``settings`` the same as they are
     shown; ``parent`` is what a branch goes on from.
     """
@@ -73,6 +74,7 @@ class Run:
     starts: int = 1
     validation_tokens: int = 0
     parent: dict[str, Any] = field(default_factory=dict)
+    borders: list[tuple[float, float, str]] = field(default_factory=list)
 
     @property
     def final(self) -> float:
@@ -160,6 +162,9 @@ def _remarks(runs: Sequence[Run]) -> list[str]:
                 f"{run.name} is a branch of {describe_parent(run.parent)}; its tokens and FLOPs "
                 "are those of both, its hours its own"
             )
+        if run.borders:
+            begun = [f"{name} after {int(tokens):,} tokens" for _, tokens, name in run.borders]
+            sentences.append(f"phases of {run.name} (dotted in the curves): {', '.join(begun)}")
     validated = {run.validation_tokens for run in runs if run.valid}
     if len(validated) > 1:
         sizes = ", ".join(f"{tokens:,}" for tokens in sorted(validated))
@@ -200,7 +205,7 @@ def read_run(directory: RunDirectory) -> Run | None:
         # Runs of earlier versions logged single steps' losses alone.
         np.array([float(r.get("loss_mean", r["loss"])) for r in rows]),
         np.array([s or 0.0 for _, s in known]),
-        config.train.num_steps,
+        config.plan.num_steps,
         [
             (float(r["tokens"]), float(r["valid_loss"]), r.get("valid_bits_per_byte"))
             for r in every
@@ -214,6 +219,11 @@ def read_run(directory: RunDirectory) -> Run | None:
         count_starts(directory),
         config.validation.tokens,
         directory.read_parent(),
+        [
+            (float(r["step"]), float(r["tokens"]), str(r["phase_name"]))
+            for r in every
+            if r.get("phase_begins", 1) > 1
+        ],
     )
 
 
@@ -230,7 +240,7 @@ def _settings(
     names = [spec.name for spec in block_specs(config.model, where)]
     config.model.mixers = {k: v for k, v in config.model.mixers.items() if k in names}
     config.model.vocab_size = config.model.vocab_size or model.get("vocab_size")
-    config.train.steps, config.train.tokens = config.train.num_steps, None
+    config.train.steps, config.train.tokens = config.plan.num_steps, None
     shown = {
         k: v
         for k, v in flattened(dataclasses.asdict(config)).items()

@@ -18,7 +18,7 @@ from evals.scaling.manifest import Source, sources_of
 from evals.scaling.parameters import Array
 from evals.scaling.points_tables import is_points_table, read_points
 from evals.scaling.reading import Reading
-from evals.scaling.schedules import run_lr
+from evals.scaling.schedules import run_lr, tokens_per_step
 from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
 from pretrain.run_arguments import distinct_names, expand_paths, runs_of
@@ -154,7 +154,7 @@ def _describe(curve: Curve, run: RunDirectory, embeddings: bool) -> None:
         apart = 0 if embeddings else found["embedding_parameters"]
         curve.parameters = curve.parameters or float(found["parameters"] - apart)
         curve.flops_per_token = float(found["training_flops_per_token"])
-    curve.tokens_per_step = curve.tokens_per_step or float(config.train.global_batch_tokens)
+    curve.tokens_per_step = curve.tokens_per_step or tokens_per_step(config.plan, str(run))
     curve.labels |= flattened(dataclasses.asdict(config))
 
 

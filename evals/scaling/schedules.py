@@ -12,6 +12,7 @@ from evals.scaling.parameters import Array
 from pretrain.common.config_loader import build_config
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig, ScheduleConfig
+from pretrain.config.plan import RunPlan
 from pretrain.config.schedule import learning_rate
 from pretrain.run_directory import RunDirectory
 
@@ -33,13 +34,25 @@ def run_lr(config: RunConfig, run: RunDirectory) -> Array:
 
     Raises ConfigError where a schedule is not known.
     """
-    lr = schedule_lr(config.schedule, config.optimizer.lr, config.train.num_steps)
+    plan = config.plan
+    lr = np.array([plan.learning_rate(step) for step in range(plan.num_steps)])
     parent = run.read_parent()
     if parent:
         schedule = build_config(ScheduleConfig, parent["schedule"], str(run.parent_file))
         trunk = schedule_lr(schedule, parent["lr"], parent["num_steps"])
         lr[: parent["step"]] = trunk[: parent["step"]]
     return lr
+
+
+def tokens_per_step(plan: RunPlan, where: str) -> float:
+    """Return the tokens of every step. Raises UserError where phases have batches of their own."""
+    sizes = sorted({phase.config.train.global_batch_tokens for phase in plan.phases})
+    if len(sizes) > 1:
+        raise UserError(
+            f"{where}: its phases have batches of {', '.join(f'{size:,}' for size in sizes)} "
+            "tokens, but laws count steps of one size; expected one global_batch_tokens"
+        )
+    return float(sizes[0])
 
 
 def parse_schedule(text: str) -> tuple[ScheduleConfig, float, int]:

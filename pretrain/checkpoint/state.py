@@ -47,6 +47,10 @@ class CheckpointState:
         step: Optimizer steps done.
         skipped: Steps skipped for a loss or gradient that was not finite, or for a spike.
         data_offset: Tokens of data that rollbacks skipped.
+        skipped_data: The same by the step from which they were skipped; earlier versions have
+            none.
+        phases: What the order of the data of each phase depends on, see
+            :func:`pretrain.training.phases.history_of`; earlier versions have none.
         recent_losses: See :class:`pretrain.training.spikes.SpikeDetector`.
         save: Number of this save among those of the run, given when it is written; 0 in earlier
             versions, which gave none.
@@ -70,7 +74,15 @@ class CheckpointState:
     save: int = 0
     unlogged_loss: float = 0.0
     unlogged_steps: float = 0.0
+    skipped_data: list[list[int]] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)
     format: int = legacy.FORMAT  # of ``model``, see pretrain/config/legacy.py
+
+    @property
+    def offset(self) -> tuple[tuple[int, int], ...]:
+        """Return the data that rollbacks skipped, for the batches of the next step."""
+        skipped = self.skipped_data or [[0, self.data_offset]] * (self.data_offset > 0)
+        return tuple((step, tokens) for step, tokens in skipped)
 
     @property
     def model_config(self) -> ModelConfig:

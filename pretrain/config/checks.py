@@ -23,6 +23,8 @@ from pretrain.config.model import ModelConfig, MoEConfig, RecursionConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
 from pretrain.config.parallel_checks import check_parallel
+from pretrain.config.phase_checks import check_batch_warmup, check_phases
+from pretrain.config.plan import RunPlan, phase_settings
 from pretrain.config.run import RunConfig
 from pretrain.config.schedule import SCHEDULES, ScheduleConfig, fraction_of_steps
 from pretrain.config.segments import check_segments
@@ -74,6 +76,18 @@ def _check_run(config: RunConfig, where: str) -> None:
             f"{where}: train.steps is {train.steps} and train.tokens {train.tokens}, "
             "expected exactly one of them to be set"
         )
+    _check_settings(config, where)
+    for number in range(len(config.phases)):
+        _check_settings(phase_settings(config, number), f"{where}, phases[{number}]")
+    check_phases(config, where)
+    _check_kept(config, where)
+    for name, schedule, steps in RunPlan(config, where).schedules():
+        _check_schedule(schedule, steps, where, name)
+
+
+def _check_settings(config: RunConfig, where: str) -> None:
+    """Check how the sections of a run, or of one of its phases, go together."""
+    train = config.train
     micro_batch = train.seq_len * config.parallel.micro_batch_size
     if train.global_batch_tokens % micro_batch:
         raise ConfigError(
@@ -90,7 +104,7 @@ def _check_run(config: RunConfig, where: str) -> None:
     check_segments(config, where)
     check_carried(config, where)
     _check_optimizer(config, where)
-    _check_batch_warmup(config, where)
+    check_batch_warmup(config, where)
     if (config.data.path is None) == (not config.data.blend):
         raise ConfigError(f"{where}: expected either data.path or data.blend to be set")
     if config.data.blend and config.data.weights:
@@ -98,8 +112,6 @@ def _check_run(config: RunConfig, where: str) -> None:
             f"{where}: data.weights is for the sources of data.path; with data.blend, set weights "
             "in its entries"
         )
-    _check_schedule(config.schedule, train.num_steps, where)
-    _check_kept(config, where)
 
 
 @check_of(OptimizerConfig)
@@ -185,22 +197,22 @@ def check_loop(recursion: RecursionConfig, num_blocks: int, where: str, section:
         )
 
 
-def _check_schedule(schedule: ScheduleConfig, num_steps: int, where: str) -> None:
+def _check_schedule(schedule: ScheduleConfig, num_steps: int, where: str, name: str) -> None:
     if schedule.decay == "exponential" and schedule.final_ratio == 0:
         raise ConfigError(
-            f"{where}: schedule.final_ratio is 0, which an exponential decay never reaches; "
+            f"{where}: {name}.final_ratio is 0, which an exponential decay never reaches; "
             "expected more than 0"
         )
     flat = num_steps - fraction_of_steps(schedule.decay_fraction, num_steps)
     if SCHEDULES[schedule.kind].decays_at_end and schedule.warmup_steps > flat:
         raise ConfigError(
-            f"{where}: schedule.warmup_steps is {schedule.warmup_steps}, but the decay "
+            f"{where}: {name}.warmup_steps is {schedule.warmup_steps}, but the decay "
             f"begins after {flat:.10g} of the {num_steps} steps; expected at most {int(flat)}, or "
-            "a smaller schedule.decay_fraction"
+            f"a smaller {name}.decay_fraction"
         )
     if schedule.warmup_steps > num_steps:
         raise ConfigError(
-            f"{where}: schedule.warmup_steps is {schedule.warmup_steps}, more than the "
+            f"{where}: {name}.warmup_steps is {schedule.warmup_steps}, more than the "
             f"{num_steps} steps of the run; expected at most {num_steps}"
         )
 
@@ -250,24 +262,6 @@ def _check_optimizer(config: RunConfig, where: str) -> None:
             )
 
 
-def _check_batch_warmup(config: RunConfig, where: str) -> None:
-    train, parallel = config.train, config.parallel
-    start, steps = train.batch_warmup_start, train.batch_warmup_steps
-    if start is None:
-        return
-    micro_batch = train.seq_len * parallel.micro_batch_size
-    if start % micro_batch:
-        raise ConfigError(
-            f"{where}: train.batch_warmup_start is {start}, expected a multiple of seq_len x "
-            f"micro_batch_size = {micro_batch}"
-        )
-    if parallel.zero_backend != "megatron":
-        raise ConfigError(
-            f"{where}: train.batch_warmup_steps is {steps}, but DeepSpeed is set up for one number "
-            "of micro-batches; expected 0, or parallel.zero_backend=megatron"
-        )
-
-
 def _check_experts(config: RunConfig, where: str) -> None:
     """Check a mixture of experts, and how it is sharded."""
     moe, parallel = config.model.moe, config.parallel
@@ -305,7 +299,7 @@ def check_layout(config: RunConfig, limits: ModelLimits, count: int, where: str)
 
     Raises ConfigError, or UserError for the number of processes, with what would work.
     """
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     check_tensor_parallel(limits, parallel.tensor, where)
     if config.model.vocab_size is None and 128 % parallel.tensor:
         raise ConfigError(
@@ -316,6 +310,14 @@ def check_layout(config: RunConfig, limits: ModelLimits, count: int, where: str)
     stages = parallel.pipeline * parallel.virtual_pipeline
     check_stages(limits.most_stages, limits.units, stages, where)
     check_world_size(parallel, count)
+    _check_batches(config, count, where)
+    for number in range(len(config.phases)):
+        _check_batches(phase_settings(config, number), count, f"{where}, phases[{number}]")
+
+
+def _check_batches(config: RunConfig, count: int, where: str) -> None:
+    """Check whether the batches of a run, or of one of its phases, divide over the processes."""
+    parallel, train = config.parallel, config.train
     data = count // parallel.model_size
     tokens = train.seq_len * parallel.micro_batch_size * data
     if train.global_batch_tokens % tokens:

@@ -33,6 +33,15 @@ class DataConfig(Config):
     blend: list[DataSource] = field(default_factory=list)
     """Several such directories, with weights of their own; one that is named twice counts once,
     with both weights."""
+    packing: Literal["concatenate", "best_fit"] = setting("concatenate")
+    """How documents fill sequences: ``concatenate`` cuts the stream of all of them every
+    ``train.seq_len`` tokens; ``best_fit`` puts each into the fullest sequence that has room for it
+    and cuts only those that are longer (arXiv 2404.10830), so that ends of sequences may be
+    empty."""
+    window: int | None = setting(None, minimum=2)
+    """Tokens of the windows of text whose order is drawn, a multiple of every ``seq_len``; null:
+    the longest ``seq_len`` of all phases. Shorter sequences are the pieces of a window, in their
+    order."""
     verify: Literal["size", "sha256"] = setting("size")
     """What is checked of every file before training: its size, or its hash, for which all of the
     data is read."""

@@ -14,6 +14,8 @@ from pretrain.config.data import DataConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
+from pretrain.config.phases import PhaseConfig
+from pretrain.config.plan import RunPlan
 from pretrain.config.schedule import ScheduleConfig
 from pretrain.config.train import (
     CheckpointConfig,
@@ -60,6 +62,8 @@ class RunConfig(Config):
     """Budget, batch and numerics."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How processes share the work."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """Parts of the run, one after another, with other data, lengths, batches or schedules."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The loss on held-out text."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -87,6 +91,11 @@ class RunConfig(Config):
         return Path(self.directory or Path("runs") / self.name)
 
     @property
+    def plan(self) -> RunPlan:
+        """Return the steps of all phases, with their sizes and learning rates."""
+        return RunPlan(self)
+
+    @property
     def first_step(self) -> int:
         """Return the number of steps that are another run's: those before a branch begins."""
         return 0 if self.branch is None else branch_step(self)
@@ -94,7 +103,8 @@ class RunConfig(Config):
     @property
     def kept_steps(self) -> set[int]:
         """Return the steps whose checkpoints ``checkpoint.keep`` asks for."""
-        return {self.train.step_at(tokens) for tokens in self.checkpoint.keep}
+        plan = self.plan
+        return {plan.step_at(tokens) for tokens in self.checkpoint.keep}
 
 
 def load_saved_config(path: str | Path) -> RunConfig:

@@ -3,8 +3,8 @@
 The shards of one source form one stream of tokens, cut into samples of ``seq_len`` tokens (and the
 one after, as the last target). Sample i of the run belongs to one source, chosen so that after any
 number of samples every source has its share to within as many samples as there are sources; within
-a source the samples come in a pseudorandom order that is a new one every epoch. Nothing is stored:
-the loader's state is the number of the step.
+a source the samples come in a pseudorandom order that is a new one every epoch, see order.py.
+Nothing is stored: the loader's state is the number of the step.
 
 With ``train.carry_state`` rows read on instead: row r of a step continues row r of the step before,
 through a span of ``train.carry_steps`` samples of one source, and then goes to another span. Spans
@@ -16,12 +16,11 @@ token of a document is predicted once, from that document alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +28,11 @@ from torch import Tensor
 
 from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, TrainConfig
+from pretrain.config.plan import RunPlan
 from pretrain.data.manifest import Manifest
+from pretrain.data.order import Mix, Offset, Order, Progress
+from pretrain.data.packing import PackedRows, describe_cuts, packed
+from pretrain.data.reading_on import ReadingOn
 from pretrain.data.sequences import Sequences, segment_of, without_waiting
 from pretrain.data.shards import Shard, TokenStream
 from pretrain.data.tokenizer import Tokenizer
@@ -103,6 +106,10 @@ class PreparedData:
     def identity(self) -> list[str]:
         """Return what the order of samples depends on besides the seed."""
         return [f"{n} x {w:.6g}" for n, w in zip(self.sources, self.weights, strict=True)]
+
+    def has_the_mix_of(self, other: PreparedData) -> bool:
+        """Return whether ``other`` has the same sources in the same shares."""
+        return (self.sources, self.weights) == (other.sources, other.weights)
 
     @property
     def labels(self) -> list[str]:
@@ -186,119 +193,187 @@ def _source_weights(manifest: Manifest, chosen: dict[str, float], path: str) -> 
     return weights
 
 
+class _Sizes(Protocol):
+    """How many tokens steps have."""
+
+    def batch_tokens(self, step: int) -> int: ...
+
+    def tokens_before(self, step: int) -> int: ...
+
+
+class _Part(NamedTuple):
+    """Steps with the same data, in samples of one length."""
+
+    first: int
+    last: int | None
+    seq_len: int
+    window: int
+    data: PreparedData
+
+    def goes_on_in(self, other: _Part) -> bool:
+        """Return whether ``other`` reads the same mix in the same pieces."""
+        sizes = (self.seq_len, self.window) == (other.seq_len, other.window)
+        return sizes and self.data.has_the_mix_of(other.data)
+
+
 class TrainingBatches:
-    """The micro-batches of every step, a function of (seed, step, rank, world size) alone."""
+    """The micro-batches of every step, a function of (seed, step, rank, world size) alone.
+
+    Those of a run without phases, with documents one after another; :meth:`of_run` has those of
+    any run.
+    """
 
     def __init__(self, data: PreparedData, config: TrainConfig, micro_batch_size: int, seed: int):
-        self.config, self.micro_batch_size, self.seed = config, micro_batch_size, seed
-        self.eod_id = data.tokenizer.eod_id
-        self.streams, self.names = data.train, data.sources
-        total = sum(Fraction(w) for w in data.weights)
-        self.weights = [Fraction(w) / total for w in data.weights]
-        self.samples = [(len(stream) - 1) // config.seq_len for stream in data.train]
-        for name, stream, count in zip(data.sources, data.train, self.samples, strict=True):
-            if count < 1:
-                raise UserError(
-                    f"{name}: its training split has {len(stream)} tokens, fewer than one sample "
-                    f"of train.seq_len + 1 = {config.seq_len + 1}"
-                )
-            if config.carry_state and count < config.carry_steps:
-                raise UserError(
-                    f"{name}: its training split has {count} samples of train.seq_len, too few for "
-                    f"train.carry_steps = {config.carry_steps}; expected at most {count}"
-                )
+        self._set_up([_Part(0, None, config.seq_len, config.seq_len, data)], config, config, seed)
+        self._micro_batch_sizes: list[tuple[int | None, int]] = [(None, micro_batch_size)]
+
+    @classmethod
+    def of_run(
+        cls, plan: RunPlan, phases: Sequence[PreparedData], windows: Sequence[int], seed: int
+    ) -> TrainingBatches:
+        """Return the batches of a run, from the data of each of its phases and its windows."""
+        parts: list[_Part] = []
+        for phase, data, window in zip(plan.phases, phases, windows, strict=True):
+            part = _Part(phase.first, phase.last, phase.config.train.seq_len, window, data)
+            if parts and parts[-1].goes_on_in(part):
+                # One mix: its shares stay exact over the border.
+                part = part._replace(first=parts.pop().first)
+            parts.append(part)
+        parts[-1] = parts[-1]._replace(last=None)
+        batches = cls.__new__(cls)
+        config = plan.phases[0].config
+        batches._set_up(parts, plan, config.train, seed, config.data.packing)
+        sizes = [(p.last, p.config.parallel.micro_batch_size) for p in plan.phases]
+        batches._micro_batch_sizes = [*sizes[:-1], (None, sizes[-1][1])]
+        return batches
+
+    def _set_up(
+        self,
+        parts: Sequence[_Part],
+        sizes: _Sizes,
+        config: TrainConfig,
+        seed: int,
+        packing: str = "concatenate",
+    ) -> None:
+        self._sizes, self.seed = sizes, seed
+        self._before: dict[tuple[int, Offset], list[Progress]] = {}
+        self.eod_id = parts[0].data.tokenizer.eod_id
+        self.streams: dict[str, TokenStream] = {}
+        self.packed: dict[str, PackedRows] = {}
+        found = []
+        for first, last, length, window, data in parts:
+            for name, stream in zip(data.sources, data.train, strict=True):
+                if name not in self.streams:
+                    self.streams[name] = stream
+                    if packing == "best_fit":
+                        self.packed[name] = PackedRows(stream, length, self.eod_id)
+            total = sum(Fraction(w) for w in data.weights)
+            weights = [Fraction(w) / total for w in data.weights]
+            windows = [self._windows(name, length, window) for name in data.sources]
+            found.append(Mix(first, last, length, window, data.sources, weights, windows))
+        self.order = Order(found, seed)
+        if config.carry_state:  # with one mix, see the checks of settings
+            rows = config.global_batch_tokens // config.seq_len
+            self.order = ReadingOn(found[0], seed, rows, config.carry_steps)
+
+    def _windows(self, name: str, seq_len: int, window: int) -> int:
+        """Return the number of windows of a source, at least one."""
+        if name in self.packed:
+            count = len(self.packed[name])
+        else:
+            count = (len(self.streams[name]) - 1) // window
+        if count < 1:
+            sample = "sample of train.seq_len" if window == seq_len else "window"
+            raise UserError(
+                f"{name}: its training split has {len(self.streams[name])} tokens, fewer than one "
+                f"{sample} + 1 = {window + 1}"
+            )
+        return count
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of all sources, in the order in which the run comes to them."""
+        return list(self.streams)
+
+    @property
+    def samples(self) -> list[int]:
+        """Return the number of windows of each of :attr:`names`."""
+        known: dict[str, int] = {}
+        for mix in self.order.mixes:
+            known |= dict(zip(mix.names, mix.windows, strict=True))
+        return [known[name] for name in self.names]
 
     def micro_batches(
-        self, step: int, rank: int = 0, size: int = 1, *, offset: int = 0
+        self, step: int, rank: int = 0, size: int = 1, *, offset: Offset = 0
     ) -> list[Batch]:
         """Return the micro-batches of one step for data-parallel rank ``rank`` of ``size``.
 
-        ``offset``: tokens of data skipped before the step.
+        ``offset``: data that rollbacks skipped.
         """
-        length, micro = self.config.seq_len, self.micro_batch_size
-        first = (self.config.tokens_before(step) + offset) // length
-        per_step = self.config.batch_tokens(step) // length
+        mix = self._mix_at(step)
+        sizes = self._micro_batch_sizes
+        micro = next(rows for last, rows in sizes if last is None or step < last)
+        first = (self._tokens_of(mix, step) + mix.skipped(offset)) // mix.seq_len
+        per_step = self._sizes.batch_tokens(step) // mix.seq_len
         batches = []
         for start in range(first + rank * micro, first + per_step, size * micro):
-            batches.append(self._batch(range(start, start + micro)))
+            batches.append(self._batch(mix, range(start, start + micro), offset))
         return batches
 
-    def _batch(self, indices: range) -> Batch:
-        length = self.config.seq_len
-        rows = []
+    def _batch(self, mix: Mix, indices: range, offset: Offset) -> Batch:
+        before = self._read_before(mix, offset)
+        rows: list[Any] = []
         for index in indices:
-            source, number = self.locate(index)
-            rows.append(self.streams[source].read(number * length, length + 1))
-        if not self.config.carry_state:
-            return pack_rows(np.stack(rows), self.eod_id)
-        goes_on = [self._span(index)[1] > 0 for index in indices]
+            source, number, token = self.order.locate(mix, index, before)
+            name = mix.names[source]
+            if name in self.packed:
+                rows.append(self.packed[name].read(number))
+            else:
+                start = number * mix.window + token
+                rows.append(self.streams[name].read(start, mix.seq_len + 1))
+        if self.packed:
+            return Batch(*packed(rows))
+        goes_on = [self.order.span(i)[1] > 0 for i in indices] if self.order.reads_on else None
         return pack_rows(np.stack(rows), self.eod_id, goes_on)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return (source, sample of that source's stream) of the run's sample ``index``."""
-        size, place = 1, 0
-        if self.config.carry_state:
-            size = self.config.carry_steps
-            index, place = self._span(index)
-        source, position = blend(index, self.weights)
-        count, rest = divmod(self.samples[source], size)
-        epoch, position = divmod(position, count)
-        key = hashlib.sha256(f"{self.seed}:{self.names[source]}:{epoch}".encode()).digest()
-        # What spans leave over is not always the same.
-        shift = int.from_bytes(key[:8], "little") % (rest + 1)
-        return source, shift + permute(position, count, key) * size + place
+        """Return (source, window of it) of sample ``index`` of the run's first mix."""
+        mix = self.order.mixes[0]
+        return self.order.locate(mix, index, self._read_before(mix, 0))[:2]
 
-    def _span(self, index: int) -> tuple[int, int]:
-        """Return the number of the span that sample ``index`` is of, and its place in there.
+    def epochs(self, step: int, *, offset: Offset = 0) -> list[float]:
+        """Return how often each of :attr:`names` has been seen when ``step`` steps are done."""
+        seen = dict.fromkeys(self.names, Fraction(0))
+        for mix in self.order.mixes:
+            if step < mix.first:
+                break
+            samples = (self._tokens_of(mix, step) + mix.skipped(offset)) // mix.seq_len
+            for name, weight, windows in zip(mix.names, mix.weights, mix.windows, strict=True):
+                seen[name] += samples * weight * mix.seq_len / (windows * mix.window)
+        return [float(times) for times in seen.values()]
 
-        Rows begin their spans in the order of the rows, at equal distances in steps.
-        """
-        rows = self.config.global_batch_tokens // self.config.seq_len
-        step, row = divmod(index, rows)
-        size = self.config.carry_steps
-        turn, place = divmod(step + (rows - 1 - row) * size // rows, size)
-        return turn * rows + row, place
+    def describe_packing(self) -> str:
+        """Return in words how many documents are cut by ends of sequences, by their length."""
+        return describe_cuts(self.order.mixes, self.streams, self.packed)
 
-    def epochs(self, step: int, *, offset: int = 0) -> list[float]:
-        """Return how often each source has been seen when ``step`` steps are done."""
-        seen = (self.config.tokens_before(step) + offset) // self.config.seq_len
-        return [float(seen * w / n) for w, n in zip(self.weights, self.samples, strict=True)]
+    def _mix_at(self, step: int) -> Mix:
+        return next(mix for mix in self.order.mixes if mix.has(step))
 
+    def _tokens_of(self, mix: Mix, step: int) -> int:
+        """Return the tokens of the steps of a mix before ``step``."""
+        end = step if mix.last is None else min(step, mix.last)
+        return self._sizes.tokens_before(end) - self._sizes.tokens_before(mix.first)
 
-def blend(index: int, weights: Sequence[Fraction]) -> tuple[int, int]:
-    """Return (source, position within it) of sample ``index``; ``weights`` sum to 1.
-
-    The first source takes sample i whenever floor(w (i + 1)) > floor(w i), the others share the
-    rest in the same way: for any prefix, every share is exact to within len(weights) samples.
-    """
-    rest = Fraction(1)
-    for source, weight in enumerate(weights[:-1]):
-        share = weight / rest
-        before, after = index * share, (index + 1) * share
-        taken = before.numerator // before.denominator
-        if after.numerator // after.denominator > taken:
-            return source, taken
-        index, rest = index - taken, rest - weight
-    return len(weights) - 1, index
-
-
-def permute(position: int, count: int, key: bytes) -> int:
-    """Return the image of ``position`` under a pseudorandom permutation of ``range(count)``.
-
-    A Feistel network of four rounds on the next power of four, walked along its cycle until the
-    value falls below ``count``.
-    """
-    half = max((count - 1).bit_length() + 1, 2) // 2
-    mask = (1 << half) - 1
-    while True:
-        left, right = position >> half, position & mask
-        for r in range(4):
-            text = key + bytes([r]) + right.to_bytes(8, "little")
-            digest = hashlib.blake2b(text, digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
-        position = left << half | right
-        if position < count:
-            return position
+    def _read_before(self, mix: Mix, offset: Offset) -> list[Progress]:
+        """Return what was read of each source of a mix before it."""
+        key = (mix.first, offset)
+        if key not in self._before:
+            tokens = [
+                0 if m.last is None else self._tokens_of(m, m.last) + m.skipped(offset)
+                for m in self.order.mixes
+            ]
+            self._before[key] = self.order.before(mix, tokens)
+        return self._before[key]
 
 
 def pack_rows(rows: np.ndarray, eod_id: int, goes_on: Sequence[bool] | None = None) -> Batch:

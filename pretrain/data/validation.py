@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,33 @@ def share_of(batches: list[Batch], rank: int, size: int) -> list[Batch]:
     last = batches[-1]
     empty = Batch(last.tokens, last.targets, torch.zeros_like(last.loss_mask), last.sequences)
     return [*batches, *[empty] * (-len(batches) % size)][rank::size]
+
+
+def validation_of_phases(
+    data: PreparedData,
+    phases: Sequence[PreparedData],
+    config: TrainConfig,
+    micro_batch_size: int,
+    tokens: int,
+) -> tuple[dict[str, list[Batch]], list[dict[str, float]]]:
+    """Return :func:`validation_batches` of the run's and all phases' sources, and phases' shares.
+
+    What a phase adds to the run's sources has its share of ``tokens`` there; the shares of each
+    phase are by label. A source of the same name as another has its hash in its label.
+    """
+    labels = dict(zip(data.sources, data.labels, strict=True))
+    batches = validation_batches(data, config, micro_batch_size, tokens)
+    shares = []
+    for phase in phases:
+        own = validation_batches(phase, config, micro_batch_size, tokens)
+        for source, label in zip(phase.sources, phase.labels, strict=True):
+            if source not in labels:
+                labels[source] = source if label in labels.values() else label
+                if label in own:
+                    batches[labels[source]] = own[label]
+        weights = zip(phase.sources, phase.weights, strict=True)
+        shares.append({labels[source]: weight for source, weight in weights})
+    return batches, shares
 
 
 def validation_batches(

@@ -63,7 +63,7 @@ def plan_architectures(
         budget: list[str] = [] if tokens is None else [f"train.tokens={tokens}", "train.steps=null"]
         config = load_planned(path, [*overrides, *budget])
         if tokens is None:
-            tokens = config.train.tokens_before(config.train.num_steps)
+            tokens = config.plan.tokens
         hardware.peak_flops(config.train.precision)
         planner = Planner(config, planned_vocab_size(config, path), hardware)
         count = devices or config.parallel.model_size
@@ -88,7 +88,7 @@ def print_architectures(console: Console, found: Sequence[Architecture]) -> None
     """Print one row for each architecture."""
     first = found[0]
     train, hardware = first.planner.config.train, first.planner.hardware
-    tokens = train.tokens_before(train.num_steps)
+    tokens = first.planner.config.plan.tokens
     table = titled_table(
         f"{readable(tokens / 1e9)}B tokens in sequences of {train.seq_len:,} on "
         f"{first.estimate.devices} x {hardware.name}",

@@ -32,6 +32,7 @@ from pretrain.planner.estimate import Planner, has_cells
 from pretrain.planner.figures import Estimate
 from pretrain.planner.hardware import Hardware, load_hardware
 from pretrain.planner.parts import model_parts
+from pretrain.planner.phases import PlannedPhase, phase_figures, phases_table, planned_phases
 from pretrain.planner.planned_run import (
     assumes_checkpointing,
     choose_checkpointing,
@@ -139,6 +140,7 @@ def plan_run(config: RunConfig, hardware: str, devices: int, where: str) -> dict
 
 def estimate_figures(estimate: Estimate, planner: Planner) -> dict[str, Any]:
     """Return everything that is printed, as numbers: bytes, seconds, FLOPs."""
+    phases = planned_phases(planner, estimate)
     return {
         "parallel": dataclasses.asdict(estimate.parallel),
         "devices": estimate.devices,
@@ -151,7 +153,8 @@ def estimate_figures(estimate: Estimate, planner: Planner) -> dict[str, Any]:
         "tokens_per_second": estimate.tokens_per_second,
         "mfu": estimate.mfu,
         "hfu": estimate.hfu,
-        **run_cost(estimate, planner.config, planner.hardware),
+        **({"phases": phase_figures(phases)} if phases else {}),
+        **run_cost(estimate, planner.config, planner.hardware, phases),
         "range_factor": (sure := _uncertainty(planner, estimate)).factor,
         "range_why": sure.why,
     }
@@ -180,19 +183,25 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: Units) -> None:
     config, hardware, parallel = planner.config, planner.hardware, estimate.parallel
-    train, counts = config.train, planner.counts
+    train, counts, plan = config.train, planner.counts, config.plan
+    total, phases = _short_count(plan.tokens), planned_phases(planner, estimate)
+    sizes = (
+        f" ({total} tokens) in {len(phases)} phases; what follows is of the run's own settings"
+        if phases
+        else f" of {train.global_batch_tokens:,} tokens ({total}) in sequences of {train.seq_len:,}"
+    )
     console.print(
         f"{config.name}: {counts.describe()}, "
-        f"{train.num_steps:,} steps of {train.global_batch_tokens:,} tokens "
-        f"({_short_count(train.tokens_before(train.num_steps))}) in sequences of "
-        f"{train.seq_len:,}, {train.precision}, "
+        f"{plan.num_steps:,} steps{sizes}, {train.precision}, "
         f"{parallel.describe(estimate.devices, 'device')} of "
         f"{hardware.name}\n"
     )
     show_table(_parts_table(planner, estimate, units), console)
     show_table(_memory_table(estimate, hardware), console)
     show_table(_time_table(estimate), console)
-    cost, sure = run_cost(estimate, config, hardware), _uncertainty(planner, estimate)
+    if phases:
+        show_table(phases_table(phases), console)
+    cost, sure = run_cost(estimate, config, hardware, phases), _uncertainty(planner, estimate)
     unit, hours = ("days", 24.0) if cost["hours"] >= 48 else ("hours", 1.0)
     console.print(
         f"{with_range(estimate.tokens_per_second, sure)} tokens/s, {estimate.mfu:.1%} of the dense "
@@ -202,7 +211,7 @@ def _print_plan(console: Console, planner: Planner, estimate: Estimate, units: U
         f"{with_range(cost['device_hours'], sure)} device-hours, "
         f"{with_range(cost['kilowatt_hours'], sure)} kWh, ${with_range(cost['dollars'], sure)}"
     )
-    for line in _remarks(planner, estimate):
+    for line in _remarks(planner, estimate, phases):
         console.print(f"note: {line}")
 
 
@@ -210,8 +219,14 @@ def _short_count(number: float) -> str:
     return f"{number / 1e9:,.1f}B" if number >= 1e8 else f"{number / 1e6:,.2f}M"
 
 
-def _remarks(planner: Planner, estimate: Estimate) -> list[str]:
+def _remarks(planner: Planner, estimate: Estimate, phases: list[PlannedPhase]) -> list[str]:
     limit, remarks = planner.hardware.memory_bytes, []
+    remarks += [
+        f"{phase.name} does not fit: {step.peak_memory / 1e9:,.1f} GB per device of "
+        f"{limit / 1e9:,.1f} GB; expected a smaller phases[{phase.number - 1}].micro_batch_size"
+        for phase, step, _ in phases
+        if step.peak_memory > limit
+    ]
     if estimate.peak_memory > limit:
         remarks.append(
             f"does not fit: {estimate.peak_memory / 1e9:,.1f} GB per device of {limit / 1e9:,.1f} "

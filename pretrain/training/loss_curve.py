@@ -14,9 +14,9 @@ def plot_loss_curve(
 ) -> Path | None:
     """Draw the training and validation loss, and bits per byte, into the run directory.
 
-    The training loss is that of the logged steps, and its mean over the steps between them.
-    ``bigram_entropy``, in bits per byte, is drawn beside the bits per byte. Returns the plot's
-    path, or None where no loss is logged.
+    Dotted lines are where phases begin. The training loss is that of the logged steps, and its mean
+    over the steps between them. ``bigram_entropy``, in bits per byte, is drawn beside the bits per
+    byte. Returns the plot's path, or None where no loss is logged.
     """
     from matplotlib.figure import Figure
 
@@ -66,7 +66,19 @@ def plot_loss_curve(
         )
     right.set(xlabel="tokens", ylabel="bits per byte", title="held-out text")
     right.legend()
+    borders = [(r["tokens"], r["phase_name"]) for r in rows if r.get("phase_begins", 1) > 1]
     for axes in (left, right):
+        for at, name in borders:
+            axes.axvline(at, color="gray", linewidth=0.8, linestyle=":")
+            axes.annotate(
+                plot_text(name),
+                (at, 1),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                xytext=(2, -8),
+                fontsize=7,
+                color="gray",
+            )
         axes.grid(alpha=0.3)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     path = directory.loss_plot

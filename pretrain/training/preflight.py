@@ -59,7 +59,7 @@ def preflight(
         if not force:
             raise
         found = [str(error)]
-    found.append(repeated_data(batches, config.train.num_steps))
+    found.append(repeated_data(batches, config.plan.num_steps))
     return list(dict.fromkeys(warning for warning in found if warning is not None))
 
 

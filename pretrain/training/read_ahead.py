@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 
 from pretrain.data.batches import Batch, TrainingBatches
+from pretrain.data.order import Offset
 from pretrain.parallel.background import in_background
 
 _SECONDS_TO_END = 10.0  # for a read at the end; a file system that hangs shall not hold the process
@@ -25,12 +26,12 @@ class ReadAhead:
 
     def __init__(self, batches: TrainingBatches, num_steps: int):
         self._batches, self._num_steps = batches, num_steps
-        self._key: tuple[int, int, int, int] | None = None  # of what is being read
+        self._key: tuple[int, int, int, Offset] | None = None  # of what is being read
         self._read: Future[list[Batch]] | None = None
         self._thread: threading.Thread | None = None
 
     def micro_batches(
-        self, step: int, rank: int = 0, size: int = 1, *, offset: int = 0
+        self, step: int, rank: int = 0, size: int = 1, *, offset: Offset = 0
     ) -> list[Batch]:
         """Return :meth:`TrainingBatches.micro_batches`, and begin to read those of the next step.
 
@@ -45,7 +46,7 @@ class ReadAhead:
             self._begin(step + 1, rank, size, offset)
         return found
 
-    def _begin(self, step: int, rank: int, size: int, offset: int) -> None:
+    def _begin(self, step: int, rank: int, size: int, offset: Offset) -> None:
         if self._thread is not None:
             self._thread.join()  # one read at a time
 

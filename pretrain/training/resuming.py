@@ -17,10 +17,12 @@ from pretrain.checkpoint_folders import checkpoint_step, list_checkpoints
 from pretrain.common.config_loader import flattened
 from pretrain.common.dtypes import DTYPES
 from pretrain.common.errors import UserError
-from pretrain.config import RunConfig, learning_rate, load_saved_config
+from pretrain.config import RunConfig, load_saved_config
+from pretrain.config.plan import RunPlan
 from pretrain.data.batches import PreparedData
 from pretrain.run_directory import CONFIG_FILE, RunDirectory, find_checkpoint
 from pretrain.training.branching import begins_from_trunk, find_trunk_checkpoint, trunk_of
+from pretrain.training.phases import difference, history_in
 
 # Where a run is, and how it is resumed, are no part of its result.
 _OF_NO_EFFECT = ("name", "directory", "checkpoint.resume", "branch")
@@ -36,15 +38,17 @@ def _resumed_from(checkpoint: Path) -> str | None:
     return load_saved_config(checkpoint / CONFIG_FILE).checkpoint.resume
 
 
-def checkpoint_to_resume(
-    config: RunConfig, data: PreparedData, vocab_size: int, *, force: bool = False
-) -> Path | None:
-    """Return the checkpoint to continue from, or None for a new run.
+def past_of(config: RunConfig) -> tuple[int, list[dict[str, Any]]] | None:
+    """Return the step that a run resumes from, and its history there; None for a new run."""
+    found = _checkpoint_of(config)
+    if found is None:
+        return None
+    state = read_state(found)
+    return state.step, history_in(state, load_saved_config(found / CONFIG_FILE))
 
-    Everything but the hashes of its tensors is checked. Raises UserError where it is damaged or of
-    another model, tokenizer, data or order of the data than the settings say; and, unless
-    ``force``, where the learning rate would rise above that of the settings it was trained with.
-    """
+
+def _checkpoint_of(config: RunConfig) -> Path | None:
+    """Return the checkpoint that the settings mean, or None. Raises UserError for a damaged one."""
     directory = config.run_directory
     checkpoints = RunDirectory(directory).checkpoints
     recover_replaced(checkpoints)
@@ -63,6 +67,30 @@ def checkpoint_to_resume(
         if _resumed_from(latest) == found.name:
             found = latest
     check_files(found, "size")
+    return found
+
+
+def checkpoint_to_resume(
+    config: RunConfig,
+    data: PreparedData,
+    phases: list[dict[str, Any]],
+    vocab_size: int,
+    *,
+    force: bool = False,
+) -> Path | None:
+    """Return the checkpoint to continue from, or None for a new run.
+
+    ``phases``: see :func:`pretrain.training.phases.history_of`; those before the checkpoint must be
+    the same. Everything but the hashes of its tensors is checked. Raises UserError where it is
+    damaged or of another model, tokenizer, data or order of the data than the settings say; and,
+    unless ``force``, where the learning rate would rise above that of the settings it was trained
+    with.
+    """
+    found = _checkpoint_of(config)
+    if found is None:
+        return None
+    branches_off = config.checkpoint.resume is None and begins_from_trunk(config)
+    directory = trunk_of(config).path if branches_off else config.run_directory
     state = read_state(found)
     check_same_model(state, config.model, vocab_size, found)
     if state.tokenizer_sha256 != data.tokenizer.sha256:
@@ -73,12 +101,6 @@ def checkpoint_to_resume(
     before = load_saved_config(found / CONFIG_FILE)
     for name, was, now in (
         ("seed", before.seed, config.seed),
-        ("train.seq_len", before.train.seq_len, config.train.seq_len),
-        (
-            "train.global_batch_tokens",
-            before.train.global_batch_tokens,
-            config.train.global_batch_tokens,
-        ),
         (
             "train.batch_warmup_steps, batch_warmup_start",
             (before.train.batch_warmup_steps, before.train.batch_warmup_start),
@@ -95,7 +117,7 @@ def checkpoint_to_resume(
             if DTYPES[before.train.precision] != DTYPES[config.train.precision]
             else []
         ),
-        ("data", ", ".join(state.data), ", ".join(data.identity)),
+        difference(history_in(state, before), phases, state.step) or ("", None, None),
     ):
         if was != now:
             raise UserError(
@@ -151,12 +173,21 @@ def _other_rules(state: CheckpointState, config: RunConfig) -> list[str]:
 
 
 def _changes(before: RunConfig, config: RunConfig) -> list[tuple[str, Any, Any]]:
-    was, now = (flattened(dataclasses.asdict(c)) for c in (before, config))
+    was, now = (_settings(c) for c in (before, config))
     return [
         (name, was.get(name), now.get(name))
         for name in sorted({*was, *now})
         if was.get(name) != now.get(name) and not name.startswith(_OF_NO_EFFECT)
     ]
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings by their dotted names, those of each phase too."""
+    values = dataclasses.asdict(config)
+    phases = values.pop("phases")
+    for number, phase in enumerate(phases):
+        values[f"phases[{number}]"] = phase
+    return flattened(values)
 
 
 def _rise(checkpoint: Path, config: RunConfig) -> tuple[float, float] | None:
@@ -167,19 +198,19 @@ def _rise(checkpoint: Path, config: RunConfig) -> tuple[float, float] | None:
     rises.
     """
     before, step = load_saved_config(checkpoint / CONFIG_FILE), read_state(checkpoint).step
-    if step == 0 or step >= config.train.num_steps:
+    if step == 0 or step >= config.plan.num_steps:
         return None
 
-    def highest(settings: RunConfig, steps: range) -> float:
+    def highest(plan: RunPlan, steps: range) -> float:
         """Return the highest rate of ``steps``, of which those beyond the last are the last."""
-        count, peak = settings.train.num_steps, settings.optimizer.lr
-        return max(learning_rate(settings.schedule, peak, min(s, count - 1), count) for s in steps)
+        return max(plan.learning_rate(min(s, plan.num_steps - 1)) for s in steps)
 
-    ends = (step + 1, max(before.train.num_steps, config.train.num_steps))
+    was, now = before.plan, config.plan
+    ends = (step + 1, max(was.num_steps, now.num_steps))
     for end in ends:
         apart = max(1, (end - step) // _LOOKED_AT)
-        planned = highest(before, range(step - 1, end, apart))
-        wanted = highest(config, range(step, end, apart))
+        planned = highest(was, range(step - 1, end, apart))
+        wanted = highest(now, range(step, end, apart))
         if wanted > planned * (1 + 1e-3):
             return planned, wanted
     return None
@@ -190,7 +221,7 @@ def _refuse_rise(checkpoint: Path, config: RunConfig, before: float, wanted: flo
     changes = "; ".join(
         f"{name} {was} -> {now}"
         for name, was, now in _changes(saved, config)
-        if name.startswith(("schedule.", "optimizer.lr", "train.steps", "train.tokens"))
+        if name.startswith(("schedule.", "optimizer.lr", "train.steps", "train.tokens", "phases"))
     )
     return (
         f"{checkpoint}: the learning rate would rise to {wanted:.3g} after step "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -54,7 +55,7 @@ def check_hashes(checkpoint: Path) -> None:
     on_every_process(lambda: check_files(checkpoint, "sha256", rank, size))
 
 
-def check_data_hashes(config: DataConfig, alive: Callable[[], None]) -> None:
+def check_data_hashes(data: Sequence[DataConfig], alive: Callable[[], None]) -> None:
     """Check the sha256 of every file of the data, shared out over the processes of each node.
 
     Nodes may have copies of their own. ``alive`` is called after each file. Raises UserError on
@@ -64,7 +65,7 @@ def check_data_hashes(config: DataConfig, alive: Callable[[], None]) -> None:
     part = int(os.environ.get("LOCAL_RANK", "0")) % parts
 
     def check() -> None:
-        for directory in dict.fromkeys(part.path for part in config.directories):
+        for directory in dict.fromkeys(part.path for one in data for part in one.directories):
             damaged = Manifest.load(directory).damaged_files(directory, part, parts, alive)
             if damaged:
                 more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
@@ -129,9 +130,16 @@ def _shard_at_once(
 
 
 def state_of(
-    config: RunConfig, data: PreparedData, vocab_size: int, checkpoint: Path | None
+    config: RunConfig,
+    data: PreparedData,
+    phases: list[dict[str, Any]],
+    vocab_size: int,
+    checkpoint: Path | None,
 ) -> CheckpointState:
-    """Return the state of a new run, or of one that continues from ``checkpoint``."""
+    """Return the state of a new run, or of one that continues from ``checkpoint``.
+
+    ``phases``: see :func:`pretrain.training.phases.history_of`.
+    """
     state = CheckpointState(
         step=0,
         tokens=0,
@@ -142,6 +150,7 @@ def state_of(
         tokenizer_sha256=data.tokenizer.sha256,
         data=data.identity,
         model=dataclasses.asdict(config.model),
+        phases=phases,
     )
     if checkpoint is None:
         return state
@@ -151,6 +160,7 @@ def state_of(
         step=saved.step,
         tokens=saved.tokens,
         skipped=saved.skipped,
+        skipped_data=saved.skipped_data,
         data_offset=saved.data_offset,
         rollbacks=saved.rollbacks,
         recent_losses=saved.recent_losses,

@@ -53,7 +53,7 @@ def roll_back(
     ``state`` is changed to continue from there with data that has not been seen. Returns the
     checkpoint; None, and nothing is changed, where there is no such one. Every process must call.
     """
-    spikes, train, last = config.train.spikes, config.train, state.step - 1
+    spikes, plan, last = config.train.spikes, config.plan, state.step - 1
 
     def newest() -> Path | None:
         old = (
@@ -72,10 +72,17 @@ def roll_back(
     load_checkpoint(target, engine)
     engine.forget_carried()  # rows go on elsewhere
     saved = read_state(target)
-    missed = train.tokens_before(state.step) - train.tokens_before(saved.step)
-    offset = state.data_offset + missed + spikes.skip_steps * train.global_batch_tokens
+    skips = [list(skip) for skip in state.offset]
+    for phase in plan.phases:  # each goes on with its own data
+        first, end = max(phase.first, saved.step), min(phase.last, state.step)
+        tokens = plan.tokens_before(end) - plan.tokens_before(first)
+        if first <= last < phase.last:
+            tokens += spikes.skip_steps * phase.config.train.global_batch_tokens
+        if first < end:
+            skips.append([first, tokens])
     state.step, state.tokens, state.skipped = saved.step, saved.tokens, saved.skipped
     state.recent_losses[:] = saved.recent_losses
     state.unlogged_loss, state.unlogged_steps = saved.unlogged_loss, saved.unlogged_steps
-    state.data_offset, state.rollbacks = offset, state.rollbacks + 1
+    state.data_offset, state.skipped_data = sum(tokens for _, tokens in skips), skips
+    state.rollbacks += 1
     return target

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from pretrain.common.files import explain_write_error, is_refused_write
 from pretrain.common.quiet import ignore_warnings
 from pretrain.config import RunConfig, check_run_config, load_run_config
 from pretrain.config.checks import check_callbacks
-from pretrain.config.schedule import learning_rate
+from pretrain.config.plan import RunPlan
 from pretrain.data.batches import (
     PreparedData,
     TrainingBatches,
@@ -60,10 +61,11 @@ from pretrain.training.callbacks import (
 from pretrain.training.engine import Engine, StepResult
 from pretrain.training.log import RunLog
 from pretrain.training.metrics import LayerMetrics
+from pretrain.training.phases import history_of, open_phases, windows_of
 from pretrain.training.preflight import epochs_of_sources, planned_time, preflight
 from pretrain.training.read_ahead import ReadAhead
 from pretrain.training.result import COMPLETED, NON_FINITE, STOPPED, TrainResult
-from pretrain.training.resuming import checkpoint_to_resume, describe_changes
+from pretrain.training.resuming import checkpoint_to_resume, describe_changes, past_of
 from pretrain.training.run_control import (
     Interval,
     StopSignals,
@@ -98,11 +100,14 @@ class Trainer:
     run_directory: RunDirectory
     callbacks: list[Callback]
     force: bool
+    plan: RunPlan
+    """The phases of the run, and what each step is."""
     num_steps: int
     """Optimizer steps of the whole run."""
 
     # Set from on_train_start on:
     data: PreparedData
+    phase_data: list[PreparedData]
     batches: TrainingBatches
     counts: ModelCounts
     engine: Engine
@@ -145,7 +150,8 @@ class Trainer:
         self.config.model = with_sizes(self.config.model, self._where)
         check_run_config(self.config, self._where)
         check_model(self.config.model, self._where)
-        self.num_steps = self.config.train.num_steps
+        self.plan = self.config.plan
+        self.num_steps = self.plan.num_steps
         self.lr = 0.0
         self.stop = StopSignals()
         named = [load_callback(name, f"{self._where}: callbacks") for name in self.config.callbacks]
@@ -248,13 +254,13 @@ class Trainer:
         """Hold the run directory, prepare, and train."""
         config = self.config
         self.data = open_data(config.data)
+        self.phase_data = open_phases(self.plan, config.data, self.data)
         if config.data.verify == "sha256":
             self.announce("checking the data")
-            check_data_hashes(config.data, self.report_progress)
+            settings = [config.data, *(phase.config.data for phase in self.plan.phases)]
+            check_data_hashes(settings, self.report_progress)
             self.announce("starting")
-        self.batches = TrainingBatches(
-            self.data, config.train, config.parallel.micro_batch_size, config.seed
-        )
+        self._order_data(None)
         vocab_size = vocabulary_of(config, self.data, self._where)
         config.model.vocab_size = vocab_size  # saved with the other sizes
         self.counts = count_model(config.model, vocab_size, config.train.seq_len)
@@ -286,18 +292,27 @@ class Trainer:
         finally:
             self.run_directory.release_lock()
 
+    def _order_data(self, past: tuple[int, list[dict[str, Any]]] | None) -> None:
+        """Set the order of the data, which goes on from a checkpoint's ``past``."""
+        windows = windows_of(self.plan, past)
+        self.batches = TrainingBatches.of_run(self.plan, self.phase_data, windows, self.config.seed)
+        self._history = history_of(self.plan, self.phase_data, windows)
+
     def _prepare(self, vocab_size: int) -> Path | None:
         """Build what trains, and return the checkpoint that it continues from."""
         config = self.config
+        self._order_data(on_main_process(lambda: past_of(config)))
         checkpoint = on_main_process(
-            lambda: checkpoint_to_resume(config, self.data, vocab_size, force=self.force)
+            lambda: checkpoint_to_resume(
+                config, self.data, self._history, vocab_size, force=self.force
+            )
         )
         if checkpoint is not None and config.checkpoint.verify == "sha256":
             self.announce("checking the checkpoint")
             check_hashes(checkpoint)
             self.announce("starting")
         self.engine = build_engine(config, self.data, vocab_size, checkpoint)
-        self.state = state_of(config, self.data, vocab_size, checkpoint)
+        self.state = state_of(config, self.data, self._history, vocab_size, checkpoint)
         self.interval, self.layer_metrics = Interval(), LayerMetrics()
         if is_main_process():
             describe_run(self.run_directory, config, self.counts, vocab_size)
@@ -339,15 +354,19 @@ class Trainer:
 
     def _say_what_trains(self, checkpoint: Path | None) -> None:
         config, counts, train = self.config, self.counts, self.config.train
+        sizes = {phase.config.train.global_batch_tokens: None for phase in self.plan.phases}
+        batches = ", then ".join(f"{size:,}" for size in sizes)
         self.log.say(
             f"{config.name}: {counts.describe()}, "
             f"{counts.training_flops() / 1e6:,.1f} MFLOP per token, "
-            f"{self.num_steps:,} steps of {train.global_batch_tokens:,} tokens, "
+            f"{self.num_steps:,} steps of {batches} tokens, "
             f"{self._describe_precision()}, {config.parallel.describe(world_size())} on "
             f"{'GPU' if torch.cuda.is_available() else 'CPU'}"
         )
         self.log.say(describe_backends(DTYPES[train.precision]))
         self.log.say(epochs_of_sources(self.batches, self.num_steps))
+        if self.log.active:
+            self.log.say(self.batches.describe_packing())
         planned = None
         if self.log.active and config.model.vocab_size is not None:
             planned = planned_time(config, config.model.vocab_size)
@@ -401,12 +420,12 @@ class Trainer:
         rank, size = data_parallel_rank_and_size()
         seed_step(config.seed, step)
         self.engine.begin_step(config.seed, step, rank, size)
-        self.lr = learning_rate(config.schedule, config.optimizer.lr, step, self.num_steps)
+        self.lr = self.plan.learning_rate(step)
         self.announce(f"reading the data of step {step + 1}")
-        local_batches = self._ahead.micro_batches(step, rank, size, offset=state.data_offset)
+        local_batches = self._ahead.micro_batches(step, rank, size, offset=state.offset)
         self.announce(f"step {step + 1}")
         result = self.engine.train_step(local_batches, self.lr, self._skip_if())
-        tokens = config.train.batch_tokens(step)
+        tokens = self.plan.batch_tokens(step)
         state.step += 1
         state.tokens += tokens
         state.skipped += not result.applied

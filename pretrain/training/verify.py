@@ -116,7 +116,7 @@ def _default_processes(config: RunConfig) -> int:
 
 
 def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: int) -> int:
-    config.train.steps, config.train.tokens = steps, None
+    config.train.steps, config.train.tokens, config.phases = steps, None, []
     # Settings that fit a run of so few steps and its few checkpoints.
     flat = int(steps - fraction_of_steps(config.schedule.decay_fraction, steps))
     config.schedule.warmup_steps = min(config.schedule.warmup_steps, steps // 2, flat)

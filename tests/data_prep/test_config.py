@@ -34,8 +34,12 @@ def test_overrides_reach_into_lists(tmp_path):
         ([{"name": "a", "kind": "stdlib", "paths": ["x"]}], "paths is only for kind files"),
         ([{**FILES, "options": {"x": 1}}], r"options: unknown setting 'x'; known: separator"),
         (
-            [{"name": "s", "kind": "stdlib", "options": {"x": 1}}],
-            r"options is \{'x': 1\}, but stdlib has none",
+            [{"name": "s", "kind": "huggingface", "dataset": "d", "options": {"x": 1}}],
+            r"options is \{'x': 1\}, but huggingface has none",
+        ),
+        (
+            [{"name": "s", "kind": "stdlib", "options": {"file": []}}],
+            r"options: unknown setting 'file' \(did you mean 'files'\?\)",
         ),
         ([{**FILES, "weight": 0}], "weight is 0.0, expected more than 0"),
         ([{**FILES, "wieght": 1}], r"unknown setting 'sources\[0\]\.wieght'.*'weight'"),

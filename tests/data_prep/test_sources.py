@@ -220,3 +220,23 @@ def test_the_standard_library_is_its_sources_without_tests():
     assert not [n for n in names if "site-packages/" in n or "tests/" in n or n.startswith("test/")]
     assert sum(source.sizes) > 8e6
     assert open_source(source.config).fingerprint == source.fingerprint
+
+
+def test_parts_of_the_standard_library_are_named_by_globs():
+    def part(*files):
+        options = {"files": list(files)}
+        return StandardLibrary(SourceConfig(name="part", kind="stdlib", options=options))
+
+    everything = set(StandardLibrary(SourceConfig(name="stdlib", kind="stdlib")).paths)
+    modules, packages = part("*.py"), part("*/**/*.py")
+    assert {p.parent for p in modules.paths} == {modules.root}
+    assert set(modules.paths) | set(packages.paths) == everything
+    assert not set(modules.paths) & set(packages.paths)
+    assert part("json/*.py", "json/decoder.py").fingerprint == part("json/*.py").fingerprint
+    for glob, message in (
+        ("json", "options.files has 'json', expected globs of Python files within the library"),
+        ("/json/*.py", "options.files has '/json/"),
+        ("nothing/*.py", "no Python sources in .* match nothing/"),
+    ):
+        with pytest.raises(UserError, match=message):
+            part(glob)

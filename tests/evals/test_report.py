@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evals.report.figures import draw_losses
 from evals.report.laws import scaling_sets
 from evals.report.page import main
 from evals.report.runs import find_runs, grouped, matches_of
@@ -106,6 +107,18 @@ def test_a_branch_says_what_it_goes_on_from(tmp_path):
     found, notes = find_runs([tmp_path])
     assert len(grouped(found)) == 2
     assert any("decayed is a branch of runs/trunk, step 100 (12,800 tokens)" in n for n in notes)
+
+
+def test_borders_of_phases_are_noted(tmp_path):
+    marks = [
+        {"step": 0, "tokens": 0, "phase_begins": 1, "phase_name": "short"},
+        {"step": 120, "tokens": 120 * 128, "phase_begins": 2, "phase_name": "decay"},
+    ]
+    directory = run_directory(tmp_path, sorted([*rows(3.0), *marks], key=lambda r: r["step"]))
+    found, told = find_runs([directory])
+    assert found[0].borders == [(120.0, 120 * 128.0, "decay")]
+    assert told == ["phases of run (dotted in the curves): decay after 15,360 tokens"]
+    assert draw_losses(grouped(found), "tokens", tmp_path / "losses.png")
 
 
 def test_losses_are_means_over_steps_and_speeds_of_the_run(tmp_path):

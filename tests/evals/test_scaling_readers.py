@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pandas
@@ -14,6 +15,7 @@ from evals.scaling import Reading, curve_law, fit, points_of, read_curves, read_
 from evals.scaling.intervals import mape
 from evals.scaling.schedules import parse_schedule, schedule_lr
 from pretrain.common.errors import UserError
+from pretrain.config import load_saved_config
 from tests.helpers.scaling_runs import run_directory
 
 SCHEDULE = "kind=cosine lr=1e-3 steps=200 warmup_steps=20"
@@ -342,3 +344,17 @@ def test_runs_of_sizes_that_are_none_are_refused(tmp_path, column, value):
     path.write_text(",".join(rows) + "\n" + ",".join(map(str, rows.values())) + "\n")
     with pytest.raises(UserError, match=f"{column} holds .*, expected positive numbers"):
         read_points(path)
+
+
+def test_a_run_in_phases_has_the_learning_rates_of_all_of_them(tmp_path):
+    steps = np.arange(5, 201, 5)
+    first: dict[str, Any] = {"until": 0.5}
+    phases = [first, {"schedule": {"kind": "linear", "final_ratio": 0.5}}]
+    folder = run_directory(tmp_path, rows(steps), phases=phases)
+    curve, config = one(folder), load_saved_config(folder / "config.yaml")
+    assert np.array_equal(curve.lr, [config.plan.learning_rate(step) for step in range(200)])
+    assert curve.tokens_per_step == 128
+    first["global_batch_tokens"] = 256
+    folder = run_directory(tmp_path, rows(steps), "grown", phases=phases)
+    with pytest.raises(UserError, match="its phases have batches of 128, 256 tokens, but laws"):
+        one(folder)

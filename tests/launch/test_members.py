@@ -15,7 +15,17 @@ from pretrain.run_directory import RunDirectory
 
 # What a run learns, and from what: another one needs another name.
 LEARNED = (
-    *("model.", "data.path", "data.blend", "optimizer.", "schedule.", "seed", "initialize"),
+    *(
+        "model.",
+        "data.path",
+        "data.blend",
+        "data.packing",
+        "data.window",
+        "optimizer.",
+        "schedule.",
+        "seed",
+        "initialize",
+    ),
     *("train.seq_len", "train.global_batch_tokens", "train.batch_warmup_", "train.precision"),
     *("train.carry_", "branch"),
 )

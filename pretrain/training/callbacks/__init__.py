@@ -8,6 +8,7 @@ from pretrain.training.callbacks.base import Callback, Decision
 from pretrain.training.callbacks.loading import as_callbacks, load_callback
 from pretrain.training.callbacks.log import LogSteps
 from pretrain.training.callbacks.non_finite import StopNonFinite
+from pretrain.training.callbacks.phases import MarkPhases
 from pretrain.training.callbacks.profiler import Profiler
 from pretrain.training.callbacks.sample import Sample, Summary
 from pretrain.training.callbacks.save import Save
@@ -23,6 +24,7 @@ __all__ = [
     "Callback",
     "Decision",
     "LogSteps",
+    "MarkPhases",
     "Profiler",
     "RollBackSpikes",
     "Sample",
@@ -56,6 +58,8 @@ def default_callbacks(config: RunConfig) -> list[Callback]:
         callbacks.append(policy())
     # Giving up a run comes before logging the step.
     callbacks += [StopNonFinite(), TellTimeLeft(), LogSteps()]
+    if config.phases:
+        callbacks.append(MarkPhases())
     # Validation before the save, so that a run killed after it does not validate again; evaluation
     # after it: one that fails, or is stopped, costs no training.
     callbacks += [Validate(), Save()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pretrain.model.counts import count_model
 from pretrain.parallel.processes import all_reduce_metrics, first_of_pipeline, world_size
 from pretrain.training.callbacks.base import Callback, Decision
 from pretrain.training.engine import StepResult
@@ -19,13 +20,14 @@ class LogSteps(Callback):
         """Look up the device's peak."""
         self._peak = peak_flops(self.trainer.config.train.precision)
         self._metrics: dict[str, float | None] | None = None
+        self._counts = {self.trainer.config.train.seq_len: self.trainer.counts}
 
     def after_step(self, result: StepResult) -> Decision | None:
         """Measure the step if it is due; never decide."""
         trainer, state, step = self.trainer, self.trainer.state, self.trainer.state.step
         if result.applied:
-            train = trainer.config.train
-            weight = train.batch_tokens(step - 1) / train.global_batch_tokens
+            batch = trainer.plan.batch_tokens(step - 1)
+            weight = batch / trainer.config.train.global_batch_tokens
             state.unlogged_loss += result.loss * weight
             state.unlogged_steps += weight
         due = step % trainer.config.logging.every == 0 or step == trainer.num_steps
@@ -39,7 +41,7 @@ class LogSteps(Callback):
             return
         for callback in trainer.callbacks:
             callback.on_log(metrics)
-        tokens_left = trainer.config.train.tokens_before(trainer.num_steps) - trainer.state.tokens
+        tokens_left = trainer.plan.tokens - trainer.state.tokens
         trainer.log.step(metrics, seconds_left=tokens_left / self._speed)
 
     def _measure(self, result: StepResult) -> dict[str, float | None]:
@@ -57,7 +59,7 @@ class LogSteps(Callback):
             )
         mean = state.unlogged_loss / state.unlogged_steps
         state.unlogged_loss = state.unlogged_steps = 0.0
-        epochs = trainer.batches.epochs(state.step, offset=state.data_offset)
+        epochs = trainer.batches.epochs(state.step, offset=state.offset)
         return {
             "step": state.step,
             "tokens": state.tokens,
@@ -78,7 +80,11 @@ class LogSteps(Callback):
 
     def _utilization(self, recurrences: float | None) -> dict[str, float | None]:
         """Return the shares of the peak that the model's FLOPs, and the hardware's, are."""
-        counts, train = self.trainer.counts, self.trainer.config.train
+        train = self.trainer.plan.phase_at(self.trainer.state.step - 1).config.train
+        if train.seq_len not in self._counts:
+            model, rows = self.trainer.config.model, self.trainer.state.vocab_size
+            self._counts[train.seq_len] = count_model(model, rows, train.seq_len)
+        counts = self._counts[train.seq_len]
         flops_per_token = {"mfu": counts.training_flops(recurrences)}
         if train.activation_checkpointing == "block":
             flops_per_token["hfu"] = counts.hardware_flops(recurrences)

@@ -28,13 +28,13 @@ class TellTimeLeft(Callback):
         return None
 
     def _tell(self) -> None:
-        trainer, train = self.trainer, self.trainer.config.train
-        done = train.tokens_before(trainer.state.step)
-        left = train.tokens_before(trainer.num_steps) - done
+        trainer, plan = self.trainer, self.trainer.plan
+        done = plan.tokens_before(trainer.state.step)
+        left = plan.tokens - done
         if left <= 0:
             return
         seconds = max(time.monotonic() - self._first_step, 1e-9)
-        speed = (done - train.tokens_before(self._start + 1)) / seconds
+        speed = (done - plan.tokens_before(self._start + 1)) / seconds
         trainer.log.say(
             f"about {duration(left / speed)} left, at the {speed:,.0f} tokens/s of the first steps"
         )

@@ -9,7 +9,7 @@ from pretrain.data.validation import (
     ValidationScore,
     mean_score,
     share_of,
-    validation_batches,
+    validation_of_phases,
 )
 from pretrain.parallel.processes import data_parallel_rank_and_size
 from pretrain.training.callbacks.base import Callback
@@ -21,12 +21,19 @@ class Validate(Callback):
     def on_train_start(self) -> None:
         """Read this rank's validation batches."""
         trainer, config = self.trainer, self.trainer.config
-        batches = validation_batches(
+        batches, shares = validation_of_phases(
             trainer.data,
+            trainer.phase_data,
             config.train,
             config.parallel.micro_batch_size,
             config.validation.tokens,
         )
+        # The loss of the run is always that of its own data, whatever phases add.
+        self._own = [label for label in trainer.data.labels if label in batches] or list(batches)
+        self._shares = {}
+        for phase, weights in zip(trainer.plan.phases, shares, strict=True):
+            if config.phases and any(share != shares[0] for share in shares):
+                self._shares[phase.name] = {k: w for k, w in weights.items() if k in batches}
         if not batches:
             trainer.log.say(
                 f"no validation: no source has {config.train.seq_len + 1} tokens of validation text"
@@ -61,7 +68,7 @@ class Validate(Callback):
                 source: ValidationScore(*trainer.engine.validate(batches, self._bytes_per_token))
                 for source, batches in self._batches.items()
             }
-        total = mean_score(found.values())
+        total = mean_score(found[label] for label in self._own)
         values = {
             "step": state.step,
             "tokens": state.tokens,
@@ -76,6 +83,10 @@ class Validate(Callback):
                 values[f"valid_tokens/{source}"] = score.tokens
                 values[f"valid_bits_per_byte/{source}"] = score.bits_per_byte
             by_source = f" ({', '.join(f'{s} {score.loss:.4f}' for s, score in found.items())})"
+        for phase, shares in self._shares.items():
+            if shares:  # of the phase's sources, in its shares
+                nats = sum(found[label].loss * share for label, share in shares.items())
+                values[f"valid_loss@{phase}"] = nats / sum(shares.values())
         trainer.log.record(values)
         bits = "" if total.bits_per_byte is None else f", {total.bits_per_byte:.4f} bits per byte"
         trainer.log.say(

@@ -7,7 +7,6 @@ import yaml
 
 from pretrain.common.config_loader import build_config
 from pretrain.config import ModelConfig, load_run_config
-from pretrain.config.schedule import learning_rate
 from pretrain.model.counts import count_model
 from pretrain.model.layout import check_tensor_parallel
 from pretrain.model.spec import block_specs
@@ -32,7 +31,10 @@ FAMILIES = {
     "rat",
 }
 # Parameters that a published name promises.
-PUBLISHED = {"410m": 410e6, "805m": 805e6, "1b": 1e9, "1.3b": 1.3e9, "3.5b": 3.5649e9, "7b": 7e9}
+PUBLISHED = {
+    **{"410m": 410e6, "805m": 805e6, "1b": 1e9, "1.3b": 1.3e9, "1.7b": 1.7e9},
+    **{"3.5b": 3.5649e9, "7b": 7e9},
+}
 
 
 def counted(path):
@@ -83,7 +85,7 @@ def test_published_runs(path):
     )
     # Papers name their models loosely, some by one of two embeddings.
     assert min(abs(counts.parameters / size - 1), abs(without / size - 1)) < 0.1
-    steps = config.train.num_steps
-    rates = [learning_rate(config.schedule, config.optimizer.lr, s, steps) for s in (0, steps - 1)]
+    plan = config.plan
+    rates = [plan.learning_rate(step) for step in (0, plan.num_steps - 1)]
     assert rates[0] < config.optimizer.lr and rates[1] <= config.optimizer.lr
     assert "Reported" in path.read_text()

@@ -20,14 +20,9 @@ from data_prep.prepare import prepare
 from pretrain.common.config_loader import build_config
 from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, DataSource, TrainConfig
-from pretrain.data.batches import (
-    TrainingBatches,
-    blend,
-    open_data,
-    pack_rows,
-    permute,
-)
+from pretrain.data.batches import TrainingBatches, open_data, pack_rows
 from pretrain.data.manifest import Manifest
+from pretrain.data.order import blend, permute
 
 CONFIG = TrainConfig(steps=1, seq_len=16, global_batch_tokens=64)
 
@@ -167,7 +162,7 @@ def test_the_same_text_named_twice_is_gone_through_once(corpus, other_corpus, tm
     others = DataSource(str(other_corpus), float(sum(weights)))
     data = open_data(DataConfig(blend=[named[0], others, *named[1:]]))
     batches = TrainingBatches(data, CONFIG, 2, 0)
-    assert [float(w) for w in batches.weights] == [0.5, 0.5]
+    assert [float(w) for w in batches.order.mixes[0].weights] == [0.5, 0.5]
     count = once.samples[0]
     seen = [n for s, n in map(batches.locate, range(2 * count)) if s == 0]
     assert len(seen) == len(set(seen)) == count

@@ -9,7 +9,13 @@ import pytest
 
 from pretrain.config import DataConfig, DataSource, TrainConfig
 from pretrain.data.batches import open_data
-from pretrain.data.validation import ValidationScore, mean_score, share_of, validation_batches
+from pretrain.data.validation import (
+    ValidationScore,
+    mean_score,
+    share_of,
+    validation_batches,
+    validation_of_phases,
+)
 
 CONFIG = TrainConfig(steps=1, seq_len=16, global_batch_tokens=64)
 
@@ -39,6 +45,18 @@ def test_every_source_has_its_share_in_windows_spread_over_its_text(corpus, othe
         text = stream.read(0, 16 * available).reshape(-1, 16)
         at = [i * available // len(rows) for i in range(len(rows))]
         assert np.array_equal(rows, text[at])
+
+
+def test_sources_of_phases_are_scored_beside_those_of_the_run(corpus, other_corpus):
+    data, other = (open_data(DataConfig(path=str(p))) for p in (corpus, other_corpus))
+    both = open_data(DataConfig(blend=[DataSource(str(corpus)), DataSource(str(other_corpus), 3)]))
+    alone = validation_batches(data, CONFIG, 2, 100)
+    found, shares = validation_of_phases(data, [data, both, other], CONFIG, 2, 100)
+    label = other.sources[0]  # of the same name as the run's
+    assert list(found) == ["code", label]
+    assert np.array_equal(tokens_of(found["code"]), tokens_of(alone["code"]))
+    assert len(tokens_of(found[label])) == 80  # three quarters of 100, in windows of 16
+    assert shares == [{"code": 1.0}, {"code": 1.0, label: 3.0}, {label: 1.0}]
 
 
 def test_ranks_have_as_many_batches_each_and_count_every_token_once(corpus):

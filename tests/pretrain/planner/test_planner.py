@@ -332,6 +332,24 @@ def test_plan_of_a_run_reads_well(tmp_path):
     assert 0 < found["mfu"] < 1 and found["hours"] > 0
 
 
+def test_a_plan_has_the_steps_tokens_and_hours_of_each_phase(tmp_path, capsys):
+    config = ["configs/runs/three-phases.yaml", "model.vocab_size=512", "train.tokens=100000"]
+    path = tmp_path / "plan.json"
+    assert report.main([*config, "--hardware", "cpu", "--json", str(path)]) == 0
+    printed, found = capsys.readouterr().out, json.loads(path.read_text())
+    short, stable, decay = found["phases"]
+    assert [(p["steps"], p["tokens"]) for p in found["phases"]] == [
+        (20, 20 * 1024),
+        (25, 25 * 2048),
+        (14, 14 * 2048),
+    ]
+    assert "59 steps (0.10M tokens) in 3 phases" in printed
+    assert short["seq_len"] == 128 and stable["peak_memory"] > short["peak_memory"]
+    assert stable["tokens_per_second"] == decay["tokens_per_second"] == found["tokens_per_second"]
+    assert found["hours"] * 3600 == pytest.approx(sum(p["seconds"] for p in found["phases"]))
+    assert decay["learning_rates"][0] == 4e-3 > decay["learning_rates"][1] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -16,7 +16,8 @@ from pretrain.data.batches import open_data
 from pretrain.model.spec import with_sizes
 from pretrain.run_directory import RunDirectory
 from pretrain.training.callbacks import Callback
-from pretrain.training.resuming import checkpoint_to_resume
+from pretrain.training.phases import history_of, windows_of
+from pretrain.training.resuming import checkpoint_to_resume, past_of
 from pretrain.training.setup import vocabulary_of
 from pretrain.training.spikes import roll_back
 from pretrain.training.trainer import Trainer
@@ -184,5 +185,6 @@ def test_a_checkpoint_that_cannot_be_continued_is_refused(whole, overrides, mess
     config = load_run_config(whole.config, [*CARRIED, *overrides])
     config.model = with_sizes(config.model, "test")
     data = open_data(config.data)
+    history = history_of(config.plan, [data], windows_of(config.plan, past_of(config)))
     with pytest.raises(UserError, match=message):
-        checkpoint_to_resume(config, data, vocabulary_of(config, data, "test"))
+        checkpoint_to_resume(config, data, history, vocabulary_of(config, data, "test"))

@@ -128,8 +128,8 @@ def spoiled_data(monkeypatch):
     batch = TrainingBatches._batch
 
     def spoil(kind):
-        def spoiled(self, indices):
-            found = batch(self, indices)
+        def spoiled(self, mix, indices, offset):
+            found = batch(self, mix, indices, offset)
             if indices.start // 4 == SPOILED_STEP - 1:  # four samples to a step
                 generator = torch.Generator().manual_seed(0)
                 found.tokens.fill_(5)  # few experts take them all
