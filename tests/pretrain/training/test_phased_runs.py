@@ -15,6 +15,7 @@ from pretrain.checkpoint_folders import checkpoint_step, list_checkpoints
 from pretrain.common.config_loader import to_yaml
 from pretrain.common.errors import UserError
 from pretrain.config import DataSource, load_run_config
+from pretrain.config.branch import BranchConfig
 from pretrain.config.phases import PhaseConfig, PhaseData, PhaseSchedule
 from pretrain.data.batches import PreparedData
 from pretrain.run_directory import RunDirectory
@@ -247,3 +248,18 @@ def test_phases_are_the_same_under_every_layout(run, phased, layout, tmp_path):
         for key, value in one.items():
             wanted = value if isinstance(value, str) else pytest.approx(value, rel=2e-4)
             assert two[key] == wanted, (one["step"], key)
+
+
+def test_a_branch_reads_other_data_in_a_phase_of_its_own(run, other_corpus, tmp_path):
+    trunk = configured(run, steps=4, tokens=None)
+    Trainer(trunk).fit()
+    decay = [
+        PhaseConfig(until_tokens=512),
+        PhaseConfig(data=PhaseData(path=str(other_corpus)), schedule=PhaseSchedule()),
+    ]
+    config = configured(run, decay)
+    config.directory, config.branch = str(tmp_path / "branch"), BranchConfig(str(run.directory), 4)
+    assert Trainer(config).fit().step == STEPS
+    found = rows(tmp_path / "branch")
+    assert [r["step"] for r in found if "loss" in r] == [5, 6, 7, 8, 9]
+    assert [(r["step"], r["phase_begins"]) for r in found if "phase_begins" in r] == [(4, 2)]
