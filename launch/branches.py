@@ -96,7 +96,7 @@ def _why_not_saved(config: RunConfig, trunk: RunConfig | None) -> str | None:
     if trunk is None:
         return None
     step, checkpoint = branch_step(config), trunk.checkpoint
-    last = trunk.train.num_steps
+    last = trunk.plan.num_steps
     if step > last:
         return f"{describe_beginning(config)}, but {trunk.run_directory} ends with step {last}"
     milestone = checkpoint.milestone_every and step % checkpoint.milestone_every == 0
@@ -110,7 +110,7 @@ def _why_not_saved(config: RunConfig, trunk: RunConfig | None) -> str | None:
         return None
     return (
         f"{describe_beginning(config)}, but {trunk.run_directory} {'kept' if passed else 'saves'} "
-        f"no checkpoint there; expected {config.train.tokens_before(step)} among its "
+        f"no checkpoint there; expected {config.plan.tokens_before(step)} among its "
         "checkpoint.keep"
     )
 

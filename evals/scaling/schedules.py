@@ -37,7 +37,9 @@ def run_lr(config: RunConfig, run: RunDirectory) -> Array:
     plan = config.plan
     lr = np.array([plan.learning_rate(step) for step in range(plan.num_steps)])
     parent = run.read_parent()
-    if parent:
+    if parent and "learning_rates" in parent:
+        lr[: parent["step"]] = parent["learning_rates"]
+    elif parent:
         schedule = build_config(ScheduleConfig, parent["schedule"], str(run.parent_file))
         trunk = schedule_lr(schedule, parent["lr"], parent["num_steps"])
         lr[: parent["step"]] = trunk[: parent["step"]]

@@ -39,7 +39,7 @@ def branch_step(config: RunConfig) -> int:
     assert branch is not None
     if branch.step is not None:
         return branch.step
-    return config.train.step_at(branch.tokens or 0)
+    return config.plan.step_at(branch.tokens or 0)
 
 
 def settle_branch(config: RunConfig, where: str) -> None:
@@ -67,12 +67,12 @@ def settle_branch(config: RunConfig, where: str) -> None:
         )
     if (config.train.steps is None) == (config.train.tokens is None):
         return  # refused with the budget
-    step, count = branch_step(config), config.train.num_steps
+    step, count = branch_step(config), config.plan.num_steps
     if step >= count:
         given = f"step is {step}" if branch.tokens is None else f"tokens is {branch.tokens}"
         raise ConfigError(
             f"{where}: branch.{given}, expected less than the whole run has, of trunk and branch: "
-            f"{count} steps, {config.train.tokens_before(count)} tokens"
+            f"{count} steps, {config.plan.tokens} tokens"
         )
     if SCHEDULES[config.schedule.kind].decays_at_end and branch.decay == "here":
         config.schedule = dataclasses.replace(

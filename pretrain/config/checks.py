@@ -218,7 +218,7 @@ def _check_schedule(schedule: ScheduleConfig, num_steps: int, where: str, name: 
 
 
 def _check_kept(config: RunConfig, where: str) -> None:
-    total = config.train.tokens_before(config.train.num_steps)
+    total = config.plan.tokens
     for tokens in config.checkpoint.keep:
         if tokens > total:
             raise ConfigError(

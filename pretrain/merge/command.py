@@ -19,7 +19,7 @@ from pretrain.checkpoint_folders import checkpoint_name, checkpoint_step, list_c
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.common.outputs import check_folder
-from pretrain.config import DECAYS, RunConfig, learning_rate, load_saved_config
+from pretrain.config import DECAYS, RunConfig, load_saved_config
 from pretrain.data.batches import PreparedData, open_data
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.validation import validation_batches
@@ -99,8 +99,8 @@ def plan_merge(
         if not 0 <= final_ratio < 1 or (decay == "exponential" and final_ratio == 0):
             low = "above 0" if decay == "exponential" else "at least 0"
             raise UserError(f"--final-ratio is {final_ratio:g}, expected {low} and below 1")
-        count, peak = config.train.num_steps, config.optimizer.lr
-        rates = [learning_rate(config.schedule, peak, s, count) for s in range(chosen[-1])]
+        plan = config.plan
+        rates = [plan.learning_rate(step) for step in range(chosen[-1])]
         check_constant(rates, chosen[0], chosen[-1])
     weights = weights_of(rule, chosen, decay, final_ratio).tolist()
     return Merge(directory, checkpoints, weights, rule, decay, final_ratio)
@@ -238,14 +238,14 @@ def main(arguments: Sequence[str]) -> int:
             f"step {s} {w:.4g}" for s, w in zip(planned.steps, planned.weights, strict=True)
         )
         print(f"weights      {shares}\nwritten to   {checkpoint}")
-        train = load_saved_config(checkpoint / CONFIG_FILE).train
+        plan = load_saved_config(checkpoint / CONFIG_FILE).plan
         noted: dict[str, Any] = {
             "run": str(planned.run),
             "rule": planned.rule,
             "decay": planned.decay,
             "final_ratio": planned.final_ratio,
             "steps": planned.steps,
-            "tokens": train.tokens_before(planned.steps[-1]),
+            "tokens": plan.tokens_before(planned.steps[-1]),
             "weights": planned.weights,
             "validation": None,
         }

@@ -69,7 +69,7 @@ def describe_missing(config: RunConfig) -> str:
     if not trunk.path.is_dir():
         return f"{asked}, but there is no run at {trunk}"
     steps = sorted(checkpoint_step(path) for path in list_checkpoints(trunk.checkpoints))
-    before = config.train.tokens_before
+    before = config.plan.tokens_before
     there = ", ".join(f"step {s} ({before(s)} tokens)" for s in steps) or "none yet"
     return f"{asked}, of which {trunk} has no checkpoint; its checkpoints: {there}"
 
@@ -86,14 +86,23 @@ def note_parent(directory: RunDirectory, config: RunConfig, checkpoint: Path) ->
             "run": str(trunk_of(config)),
             "checkpoint": str(checkpoint),
             "step": step,
-            "tokens": config.train.tokens_before(step),
+            "tokens": config.plan.tokens_before(step),
             "files_sha256": file_sha256(checkpoint / FILES_FILE),
             "state_sha256": file_sha256(checkpoint / STATE_FILE),
             "schedule": dataclasses.asdict(trunk.schedule),
             "lr": trunk.optimizer.lr,
-            "num_steps": trunk.train.num_steps,
+            "num_steps": trunk.plan.num_steps,
+            **_rates_of_phases(trunk, step),
         }
     )
+
+
+def _rates_of_phases(trunk: RunConfig, step: int) -> dict[str, list[float]]:
+    """Return the learning rate of each step where one schedule does not tell it."""
+    if not trunk.phases:
+        return {}
+    plan = trunk.plan
+    return {"learning_rates": [plan.learning_rate(number) for number in range(step)]}
 
 
 def describe_parent(parent: dict[str, Any]) -> str:

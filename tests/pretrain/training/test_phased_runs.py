@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from evals.scaling.schedules import run_lr
 from pretrain.checkpoint.state import read_state
 from pretrain.checkpoint_folders import checkpoint_step, list_checkpoints
 from pretrain.common.config_loader import to_yaml
@@ -263,3 +264,19 @@ def test_a_branch_reads_other_data_in_a_phase_of_its_own(run, other_corpus, tmp_
     found = rows(tmp_path / "branch")
     assert [r["step"] for r in found if "loss" in r] == [5, 6, 7, 8, 9]
     assert [(r["step"], r["phase_begins"]) for r in found if "phase_begins" in r] == [(4, 2)]
+
+
+def test_a_branch_of_a_trunk_in_phases_knows_its_tokens_and_rates(run, tmp_path):
+    phases = [PhaseConfig(until=0.5), PhaseConfig(global_batch_tokens=256)]
+    trunk = configured(run, phases)
+    Trainer(trunk).fit()
+    plan, step = trunk.plan, trunk.plan.phases[1].first + 1
+    config = configured(run, phases)
+    config.directory = str(tmp_path / "branch")
+    config.branch = BranchConfig(str(run.directory), tokens=plan.tokens_before(step))
+    assert config.first_step == step
+    Trainer(config).fit()
+    branch = RunDirectory(tmp_path / "branch")
+    assert branch.read_parent()["tokens"] == plan.tokens_before(step)
+    rates = [plan.learning_rate(number) for number in range(step)]
+    assert run_lr(config, branch)[:step].tolist() == rates
