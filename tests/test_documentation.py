@@ -40,8 +40,9 @@ OTHERS = {
     "docs/parallel.md",
     "docs/settings.md",
     "docs/library.md",
+    "docs/scaling-library.md",
 }
-COPIED = ("configs", "data_prep", "evals", "launch", "pretrain", "tests/data")
+COPIED = ("configs", "data_prep", "evals", "launch", "pretrain", "tests/data", "benchmarks/data")
 
 
 def commands(page):

@@ -29,7 +29,10 @@ _COUNTS = {
     "from_step": (0, MOST_STEPS),
     "points": (0, 1_000_000),
 }
-_POSITIVE = ("parameters", "tokens_per_step", "flops", "at", "huber", "tolerance")
+_POSITIVE = (
+    *("parameters", "tokens_per_step", "flops", "at", "huber", "tolerance"),
+    *("tokens", "unique_tokens", "total_parameters", "experts_ratio"),
+)
 
 
 def check_numbers(given: argparse.Namespace) -> None:
@@ -143,8 +146,9 @@ def fit_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="SOURCE",
-        help="curves to compare with the fit's predictions",
+        help="curves, or tables of runs, to compare with the fit's predictions",
     )
+    table_options(parser)
     fitting_options(parser)
     out_option(parser)
 
@@ -164,9 +168,10 @@ def predict_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SOURCE",
-        help="a run or CSV to compare the prediction with",
+        help="a run, CSV or table of runs to compare the prediction with",
     )
     parser.add_argument("--parameters", type=float, help="N, for laws that include it")
+    point_options(parser)
     out_option(parser)
 
 
@@ -177,6 +182,8 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flops", type=float, help="laws with N: the budget, 6 N D")
     parser.add_argument("--tokens-per-step", type=float)
     parser.add_argument("--parameters", type=float, help="N of the planned run")
+    parser.add_argument("--unique-tokens", type=float, help="data_constrained: how much data")
+    parser.add_argument("--experts-ratio", type=float, help="experts: total / active parameters")
     parser.add_argument(
         "--lr", type=float, nargs="+", help="peaks to choose from (the highest fitted)"
     )
@@ -188,6 +195,26 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
         help="relative standard error of the final loss that proposed runs should reach (0.002)",
     )
     out_option(parser)
+
+
+def table_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of fitting to a table with a row per run."""
+    parser.add_argument(
+        "--keep-outliers", action="store_true", help="tables: fit to the runs named as outliers too"
+    )
+    parser.add_argument(
+        "--hold-out-largest",
+        action="store_true",
+        help="tables: predict the runs of the largest size from the others",
+    )
+
+
+def point_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a planned run, for laws of sizes."""
+    parser.add_argument("--tokens", type=float, help="D, for laws of final losses")
+    parser.add_argument("--unique-tokens", type=float, help="of the data, for data_constrained")
+    parser.add_argument("--total-parameters", type=float, help="of all experts, for experts")
+    parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[])
 
 
 def compare_options(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,9 @@
-"""The commands ``python -m evals scaling fit | predict | plan | compare | merges``."""
+"""The commands ``python -m evals scaling fit | predict | plan | compare | ...``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,20 +33,24 @@ from evals.scaling.intervals import bootstrap, interval, mape
 from evals.scaling.laws import CURVE_LAWS, LAWS, curve_law
 from evals.scaling.merges import merge_options, show_merges
 from evals.scaling.notes import grouped
+from evals.scaling.outputs import written
 from evals.scaling.planning import (
     best_schedules,
     best_size,
     best_size_and_schedule,
     planned_curve,
 )
+from evals.scaling.point_commands import fit_points, plan_points, predict_points
 from evals.scaling.readers import Reading, is_points_table, read_curves, read_points
 from evals.scaling.schedules import parse_schedule
-from evals.scaling.size_laws import (
-    SIZE_LAWS,
-    ChinchillaLaw,
-    frontier_exponents,
-    isoflop_profiles,
-    size_law,
+from evals.scaling.size_laws import SIZE_LAWS, ChinchillaLaw, DataConstrainedLaw, ExpertsLaw
+from evals.scaling.table_commands import (
+    downstream,
+    downstream_options,
+    hyperparameter_options,
+    hyperparameters,
+    loss_to_loss,
+    loss_to_loss_options,
 )
 from evals.scaling.tables import (
     errors_sentence,
@@ -60,12 +63,9 @@ from evals.scaling.tables import (
 )
 from pretrain.common.config_loader import nearest
 from pretrain.common.errors import UserError
-from pretrain.common.files import write_json
 from pretrain.common.outputs import check_folder
 from pretrain.common.screen import plain_console, show_table, titled_table
 from pretrain.run_arguments import expand_paths
-
-MOST_PROFILES = 12  # shown; all are in the JSON
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -78,6 +78,13 @@ def main(arguments: Sequence[str]) -> int:
     predict_options(commands.add_parser("predict", help="predict the loss curve of a future run"))
     plan_options(commands.add_parser("plan", help="choose schedule, size, tokens and runs to fit"))
     compare_options(commands.add_parser("compare", help="find where families of runs cross"))
+    downstream_options(
+        commands.add_parser("downstream", help="predict accuracies, by way of a task's loss")
+    )
+    loss_to_loss_options(commands.add_parser("loss-to-loss", help="translate one loss to another"))
+    hyperparameter_options(
+        commands.add_parser("hyperparameters", help="fit the best learning rate and batch size")
+    )
     merge_options(commands.add_parser("merges", help="compare merged checkpoints with a law"))
     given = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = {
@@ -85,6 +92,9 @@ def main(arguments: Sequence[str]) -> int:
         "predict": _predict,
         "plan": _plan,
         "compare": _compare,
+        "downstream": downstream,
+        "loss-to-loss": loss_to_loss,
+        "hyperparameters": hyperparameters,
         "merges": show_merges,
     }[given.command]
     check_numbers(given)
@@ -100,13 +110,13 @@ def _fit(given: argparse.Namespace) -> int:
             f"{', '.join(LAWS)}"
         )
     if len(sources) == 1 and is_points_table(sources[0], columns_of(given.columns)):
-        return _fit_points(given, read_points(sources[0], columns_of(given.columns)), console)
+        return fit_points(given, read_points(sources[0], columns_of(given.columns)), console)
     reading = reading_of(given)
     curves, skipped = read_curves(sources, reading)
     for sentence in skipped:
         console.print(sentence, style="yellow")
     if given.law in SIZE_LAWS:
-        return _fit_points(given, points_of(curves), console)
+        return fit_points(given, points_of(curves), console)
     tests = read_curves(given.test, reading, curves)[0] if given.test else []
     reading.check_names()
     options = options_of(given, points=False)
@@ -139,49 +149,13 @@ def _fit(given: argparse.Namespace) -> int:
         )
     from evals.scaling.figures import draw_curves
 
-    return _written(given.out, "fit", saved, lambda to: draw_curves(found, curves, to, tests))
-
-
-def _fit_points(given: argparse.Namespace, points: Points, console: Console) -> int:
-    name = given.law or "chinchilla"
-    if name not in SIZE_LAWS:
-        raise UserError(
-            f"{points.name} has one row per run, but --law is '{name}', expected one of "
-            f"{', '.join(SIZE_LAWS)}"
-        )
-    law = size_law(name, points)
-    begun = time.perf_counter()
-    found = fit(law, [points], options_of(given, points=True))
-    seconds = time.perf_counter() - begun
-    if given.bootstrap:
-        bootstrap(found, [points], given.bootstrap, given.seed)
-    saved = found.to_json() | {"seconds": seconds}
-    show_fit(found, console)
-    profiles = isoflop_profiles(points)
-    if len(profiles) >= 2:
-        saved["isoflop"] = {"profiles": profiles, "exponents": frontier_exponents(profiles)}
-        columns = ("FLOPs", "parameters", "tokens", "loss", "minimum")
-        table = titled_table("isoFLOP profiles", *columns)
-        for p in profiles[:: math.ceil(len(profiles) / MOST_PROFILES)]:
-            table.add_row(
-                f"{p['flops']:.3g}",
-                f"{p['parameters']:.3g}",
-                f"{p['tokens']:.3g}",
-                f"{p['loss']:.4f}",
-                "inside" if p["inside"] else "outside the runs",
-            )
-        show_table(table, console)
-        exponents = saved["isoflop"]["exponents"]
-        console.print(f"N ~ C^{exponents['N']:.3f}, D ~ C^{exponents['D']:.3f}")
-    from evals.scaling.figures import draw_points
-
-    return _written(given.out, "fit", saved, lambda to: draw_points(found, points, to))
+    return written(given.out, "fit", saved, lambda to: draw_curves(found, curves, to, tests))
 
 
 def _predict(given: argparse.Namespace) -> int:
     console, found = plain_console(), load_fit(given.fit)
-    if found.law.name not in CURVE_LAWS:
-        raise UserError(f"{given.fit}: {found.law.title} is not a law of loss curves")
+    if found.law.name in SIZE_LAWS:
+        return predict_points(given, found, console)
     if not given.schedule and not given.run:
         raise UserError(f"predict needs --schedule, such as {SCHEDULE}, or --run")
     curves, seen = list[Curve](), list[bool]()
@@ -244,7 +218,7 @@ def _predict(given: argparse.Namespace) -> int:
         console.print("no intervals: the law was fitted with --bootstrap 0", style="yellow")
     from evals.scaling.figures import draw_prediction
 
-    return _written(
+    return written(
         given.out,
         "prediction",
         {"fit": str(given.fit), "curves": saved},
@@ -262,12 +236,14 @@ def _plan(given: argparse.Namespace) -> int:
         from evals.scaling.figures import draw_sizes
 
         chosen = size
-        return _written(
+        return written(
             given.out,
             "plan",
             {"size": dataclasses.asdict(size)},
             lambda to: draw_sizes(found, chosen, to),
         )
+    if isinstance(found.law, DataConstrainedLaw | ExpertsLaw):
+        return plan_points(given, found, console)
     if found.law.name not in CURVE_LAWS:
         raise UserError(f"{given.fit}: {found.law.title} cannot plan a schedule or a size")
     peaks = given.lr or [found.domain["peak_lr"][1]]
@@ -320,7 +296,7 @@ def _plan(given: argparse.Namespace) -> int:
         console.print(f"no set of three runs reaches an error of {100 * given.tolerance:.2g} %")
     from evals.scaling.figures import draw_schedules
 
-    return _written(given.out, "plan", saved, lambda to: draw_schedules(choices, to))
+    return written(given.out, "plan", saved, lambda to: draw_schedules(choices, to))
 
 
 def _compare(given: argparse.Namespace) -> int:
@@ -348,7 +324,7 @@ def _compare(given: argparse.Namespace) -> int:
         "fits": {name: found.to_json() for name, found in fits.items()},
         "comparisons": [dataclasses.asdict(c) for c in comparisons],
     }
-    return _written(
+    return written(
         given.out, "comparison", saved, lambda to: draw_comparison(fits, families, comparisons, to)
     )
 
@@ -384,11 +360,3 @@ def _by_setting(runs: Sequence[str], setting: str, console: Console) -> dict[str
             )
         groups.setdefault(str(curve.labels[setting]), []).append(curve)
     return {name: points_of(chosen) for name, chosen in groups.items()}
-
-
-def _written(out: Path, name: str, saved: dict[str, Any], draw: Callable[[Path], Path]) -> int:
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / f"{name}.json", saved)
-    picture = draw(out / f"{name}.png")
-    print(f"written to {out / f'{name}.json'} and {picture}")
-    return 0

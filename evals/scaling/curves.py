@@ -71,8 +71,9 @@ class Points:
     """Runs reduced to a size, a number of tokens and a final loss.
 
     parameters, tokens, loss: (n,); unique_tokens: (n,) tokens of the data before they repeat, or
-    None; flops: (n,) training FLOPs, 6 N D where not given; names: (n,). Raises UserError for
-    numbers that are not positive.
+    None; flops: (n,) training FLOPs, 6 N D where not given; names: (n,); total_parameters: (n,)
+    with all experts, where ``parameters`` are those that a token uses, or None. Raises UserError
+    for numbers that are not positive.
     """
 
     parameters: Array
@@ -83,6 +84,7 @@ class Points:
     names: Sequence[str] = ()
     name: str = "runs"
     warnings: list[str] = field(default_factory=list)
+    total_parameters: Array | None = None
 
     def __post_init__(self) -> None:
         self.parameters, self.tokens, self.loss = (
@@ -90,7 +92,7 @@ class Points:
         )
         if self.flops is None:
             self.flops = 6 * self.parameters * self.tokens
-        for what in ("parameters", "tokens", "loss", "flops", "unique_tokens"):
+        for what in ("parameters", "tokens", "loss", "flops", "unique_tokens", "total_parameters"):
             values = getattr(self, what)
             if values is not None and not (np.isfinite(values) & (values > 0)).all():
                 bad = values[~(np.isfinite(values) & (values > 0))][0]
@@ -102,6 +104,7 @@ class Points:
         """Return the points at the indices ``keep``."""
         keep = np.asarray(keep, dtype=int)
         unique = None if self.unique_tokens is None else self.unique_tokens[keep]
+        total = None if self.total_parameters is None else self.total_parameters[keep]
         assert self.flops is not None
         return Points(
             self.parameters[keep],
@@ -112,6 +115,7 @@ class Points:
             [self.names[i] for i in keep],
             self.name,
             list(self.warnings),
+            total,
         )
 
 

@@ -18,6 +18,7 @@ KNOWN = {
     "tokens": ("tokens", "D", "d", "Training Tokens"),
     "loss": ("loss", "L", "final_loss"),
     "unique_tokens": ("unique_tokens", "U"),
+    "total_parameters": ("total_parameters", "total_params"),
     "flops": ("flops", "FLOPs", "C", "Training FLOP"),
     "name": ("name", "run"),
 }
@@ -27,7 +28,8 @@ _SIZES = ("parameters", "tokens", "flops")
 def read_points(path: Path, columns: Mapping[str, str] | None = None) -> Points:
     """Read a CSV or Parquet table with a row per run.
 
-    Columns are parameters, tokens and loss, and optionally unique_tokens, flops and name;
+    Columns are parameters, tokens and loss, and optionally unique_tokens,
+    total_parameters, flops and name;
     ``columns`` maps these to the table's names. Of parameters, tokens and flops two suffice, as
     C = 6 N D. Raises UserError for a table that cannot be read or lacks a column.
     """
@@ -70,6 +72,7 @@ def read_points(path: Path, columns: Mapping[str, str] | None = None) -> Points:
         [str(x) for x in found["name"][finite]] if "name" in found else (),
         path.name,
         notes,
+        numbers["total_parameters"][finite] if "total_parameters" in numbers else None,
     )
     if not finite.all():
         points.warnings.append(f"{int((~finite).sum())} runs without a finite loss were skipped")

@@ -3,56 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from evals.scaling.curves import Points
-from evals.scaling.parameters import Array, Law, Parameter
+from evals.scaling.experts_law import ExpertsLaw
+from evals.scaling.parameters import Array, Parameter
+from evals.scaling.repeated_data import DataConstrainedLaw
+from evals.scaling.size_law import PreparedPoints, SizeLaw, excess
 from pretrain.common.errors import UserError
 
 
-@dataclass
-class PreparedPoints:
-    """Points with what does not depend on a law's parameters, as logarithms in its units."""
-
-    name: str
-    loss: Array
-    log_n: Array
-    log_d: Array
-    log_unique: Array
-    log_c: Array
-
-
-class _SizeLaw(Law):
-    """A law of size and data; N and D are in units of references, so that A and B are near 1."""
-
-    def __init__(self, size_reference: float = 1.0, token_reference: float = 1.0) -> None:
-        self.size_reference, self.token_reference = size_reference, token_reference
-
-    def settings(self) -> dict[str, Any]:
-        """Return the constructor's arguments for this law."""
-        return {"size_reference": self.size_reference, "token_reference": self.token_reference}
-
-    def prepared(self, data: Points) -> PreparedPoints:
-        """Convert points to logarithms in the law's units."""
-        unique = data.tokens if data.unique_tokens is None else data.unique_tokens
-        return PreparedPoints(
-            data.name,
-            data.loss,
-            np.log(data.parameters / self.size_reference),
-            np.log(data.tokens / self.token_reference),
-            np.log(unique / self.token_reference),
-            np.log(np.asarray(data.flops) / (6 * self.size_reference * self.token_reference)),
-        )
-
-
-def _excess(of: str) -> Parameter:
-    return Parameter(of[0], "nats", f"excess at the reference {of[1:]}")
-
-
-class ChinchillaLaw(_SizeLaw):
+class ChinchillaLaw(SizeLaw):
     """The Chinchilla law: L = E + A N^-alpha + B D^-beta.
 
     Source: Hoffmann et al., arXiv 2203.15556, eq. 2 and appendix D.3; fitted as by Besiroglu et
@@ -63,30 +26,25 @@ class ChinchillaLaw(_SizeLaw):
     title = "Chinchilla"
     formula = "E + A N^-alpha + B D^-beta"
     source = "arXiv 2203.15556, 2404.10102"
-    nonlinear: tuple[Parameter, ...] = (
+    nonlinear = (
         Parameter("alpha", "", "exponent of N", 0.02, 1.5, (0.2, 0.5, 0.9)),
         Parameter("beta", "", "exponent of D", 0.02, 1.5, (0.2, 0.5, 0.9)),
     )
     linear = (
         Parameter("E", "nats", "irreducible loss"),
-        _excess("AN"),
-        _excess("BD"),
+        excess("AN"),
+        excess("BD"),
     )
 
-    def effective_data(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
-        """Return log D and its derivatives by the elements of theta after alpha and beta."""
-        return prepared.log_d, np.zeros((len(theta) - 2, len(prepared.loss)))
-
     def design(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
-        """Return f (n, 3) and its derivatives (len(theta), n, 3)."""
+        """Return f (n, 3) and its derivatives (2, n, 3)."""
         alpha, beta = theta[:2]
-        log_d, d_log_d = self.effective_data(theta, prepared)
+        log_d = prepared.log_d
         by_n, by_d = np.exp(-alpha * prepared.log_n), np.exp(-beta * log_d)
         columns = np.stack([np.ones_like(by_n), by_n, by_d], axis=1)
-        derivatives = np.zeros((len(theta), len(by_n), 3))
+        derivatives = np.zeros((2, len(by_n), 3))
         derivatives[0, :, 1] = -prepared.log_n * by_n
         derivatives[1, :, 2] = -log_d * by_d
-        derivatives[2:, :, 2] = -beta * by_d * d_log_d
         return columns, derivatives
 
     def derived(self, values: dict[str, float]) -> dict[str, float]:
@@ -106,34 +64,7 @@ class ChinchillaLaw(_SizeLaw):
         return n, np.asarray(flops) / (6 * n)
 
 
-class DataConstrainedLaw(ChinchillaLaw):
-    """The Chinchilla law for repeated data, with D' = U (1 + R (1 - exp(-r / R))) instead of D.
-
-    U unique tokens are repeated r = D / U - 1 times, each time with less value.
-    Source: Muennighoff et al., arXiv 2305.16264, eq. 5, without the corresponding term for excess
-    parameters (an unbounded R_N).
-    """
-
-    name = "data_constrained"
-    title = "Data-constrained"
-    formula = "E + A N^-alpha + B D'^-beta, D' = U (1 + R (1 - exp(-r/R)))"
-    source = "arXiv 2305.16264"
-    nonlinear = (
-        *ChinchillaLaw.nonlinear,
-        Parameter("R", "epochs", "value of unlimited repetition", 0.1, 1000.0, (5.0, 30.0), True),
-    )
-
-    def effective_data(self, theta: Array, prepared: PreparedPoints) -> tuple[Array, Array]:
-        """Return log D' and its derivative by the logarithm of R."""
-        worth = math.exp(theta[2])
-        repeats = np.maximum(np.exp(prepared.log_d - prepared.log_unique) - 1, 0.0)
-        left = np.exp(-repeats / worth)
-        factor = 1 + worth * (1 - left)
-        d_factor = worth * (1 - left) - repeats * left
-        return prepared.log_unique + np.log(factor), (d_factor / factor)[None]
-
-
-class KaplanLaw(_SizeLaw):
+class KaplanLaw(SizeLaw):
     """The Kaplan law: L = ((N_c/N)^(alpha_N/alpha_D) + D_c/D)^alpha_D.
 
     It is written as L = scale (w N^(-alpha_N/alpha_D) + (1 - w) D^-1)^alpha_D, where ``scale`` is
@@ -175,7 +106,7 @@ class KaplanLaw(_SizeLaw):
         }
 
 
-class ComputeLaw(_SizeLaw):
+class ComputeLaw(SizeLaw):
     """The compute law: L = E + K C^-kappa, in the training FLOPs C alone.
 
     It is for runs of one family whose size and tokens were each chosen for their budget. K is the
@@ -202,15 +133,16 @@ class ComputeLaw(_SizeLaw):
         return np.stack([np.ones_like(by_c), by_c], axis=1), derivatives
 
 
-SIZE_LAWS: dict[str, type[_SizeLaw]] = {
-    law.name: law for law in (ChinchillaLaw, KaplanLaw, DataConstrainedLaw, ComputeLaw)
+SIZE_LAWS: dict[str, type[SizeLaw]] = {
+    law.name: law for law in (ChinchillaLaw, KaplanLaw, DataConstrainedLaw, ExpertsLaw, ComputeLaw)
 }
 
 
-def size_law(name: str, points: Points) -> _SizeLaw:
+def size_law(name: str, points: Points) -> SizeLaw:
     """Return the law ``name`` with references in the middle of the points.
 
-    Raises UserError where there are fewer than 3 sizes, numbers of tokens or budgets.
+    Raises UserError where there are fewer than 3 sizes, numbers of tokens or budgets, or points
+    lack what the law needs.
     """
     law = SIZE_LAWS[name]
     needed: list[tuple[str, Array, str]] = [
@@ -227,6 +159,18 @@ def size_law(name: str, points: Points) -> _SizeLaw:
             )
     if name == "data_constrained" and points.unique_tokens is None:
         raise UserError(f"{points.name}: the {law.title} law needs every run's unique_tokens")
+    if name == "experts":
+        if points.total_parameters is None:
+            raise UserError(
+                f"{points.name}: the {law.title} law needs every run's total_parameters, of all "
+                "experts, beside the active ones"
+            )
+        ratios = np.round(points.total_parameters / points.parameters, 3)
+        if len(np.unique(ratios)) < 3:
+            raise UserError(
+                f"{points.name}: {len(np.unique(ratios))} different ratios of total and active "
+                "parameters do not determine what experts are worth; expected at least 3"
+            )
     return law(
         float(np.exp(np.log(points.parameters).mean())), float(np.exp(np.log(points.tokens).mean()))
     )

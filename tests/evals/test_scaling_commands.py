@@ -305,7 +305,7 @@ def test_runs_of_this_project_by_size(tmp_path):
         (["fit", SOURCES[0], "--smooth", "1"], "--smooth is 1.0, expected 0 or more"),
         (["fit", SOURCES[0], "--law", "chinchilla"], "parameters are not known"),
         (["fit", *SOURCES, "--sized"], "number of parameters is not known; give --parameters"),
-        (["fit", *SOURCES, "--sized", "--parameters", "1e6"], "1 model sizes do not determine"),
+        (["fit", *SOURCES, "--sized", "--parameters", "1e6"], "1 model size does not tell"),
         (["fit", *SOURCES, "--seed", "-1"], "--seed is -1, expected 0 to"),
         (["fit", *SOURCES, "--seed", "9" * 30], "expected 0 to"),
         (["fit", *SOURCES, "--bootstrap", "-1"], "--bootstrap is -1, expected 0 to 1,000,000"),

@@ -253,7 +253,8 @@ def test_repeated_data_is_worth_less():
     law = SIZE_LAWS["data_constrained"](1e8, 1e9)
     n, d = np.full(3, 1e8), np.array([1e9, 4e9, 4e9])
     points = Points(n, d, np.ones(3), unique_tokens=np.array([1e9, 4e9, 1e9]))
-    theta, beta = np.array([0.35, 0.37, np.log(15.0)]), np.array([1.8, 0.3, 0.4])
+    theta = np.array([0.35, 0.37, np.log(15.0), np.log(5.0), 0.43])
+    beta = np.array([1.8, 0.7])
     once, fresh, repeated = law.loss(theta, beta, law.prepared(points))
     assert fresh < repeated < once
 
@@ -261,7 +262,7 @@ def test_repeated_data_is_worth_less():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((1e6, 1e6, 2e6, 2e6), "2 model sizes do not determine"),
+        ((1e6,) * 4, "1 model size does not tell what size is worth"),
         ((None,) * 4, "number of parameters"),
     ],
 )
