@@ -1,15 +1,18 @@
 """What it costs to divide a row over processes: extra work, waiting, and memory by length.
 
-``python -m benchmarks.context_cpu [work] [stagger] [memory] [--json FILE]`` measures on this
-machine's CPU, over gloo; all three where none is named.
+``python -m benchmarks.context_cpu [work] [bytes] [stagger] [memory] [planned] [--json FILE]``
+measures on this machine's CPU, over gloo; all of it where nothing is named.
 
 * work: CPU seconds of an op, forward and backward, on a segment in the middle of a row that one
   document fills, by those of the same op on as many tokens alone (of full attention, by a rank's
   share of the whole row's), in the same run.
+* bytes: what a layer of each kind sends on a rank with neighbours on both sides, forward and
+  backward, by the plan for the same layer.
 * stagger: slots that a chain of layers takes, one slot being a layer over a segment, against
   ``layers + ranks - 1``; each layer sleeps for a slot, so that cores do not matter. Beside it the
   number that follows from who waited for whom, whatever sleeping took.
 * memory: the peak of a process that trains a step on one document segment by segment, by length.
+* planned: seconds of a step on GPUs as the planner has them; nothing of it is measured.
 """
 
 from __future__ import annotations
@@ -22,32 +25,47 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.data.sequences import Segment, Sequences, segment_of
-from pretrain.nn.mixers.base import Mixer, State
-from pretrain.nn.mixers.over_segments import mix
+from benchmarks.context_stagger import LAYERS, stagger
+from pretrain.common.config_files import load_values
+from pretrain.common.config_loader import build_config
+from pretrain.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from pretrain.data.sequences import Sequences, segment_of
+from pretrain.model.block import Block, run_block
+from pretrain.model.build import build_model
+from pretrain.nn.mixers import registry
 from pretrain.ops import (
     attention,
     delta_rule,
     linear_attention,
     short_convolution,
 )
-from pretrain.parallel.segments import Handover, close_chains, open_chain
+from pretrain.parallel.processes import (
+    context_group,
+    is_main_process,
+    start_processes,
+    stop_processes,
+)
+from pretrain.planner.estimate import Planner
+from pretrain.planner.hardware import load_hardware
+from pretrain.planner.messages import bytes_sent, group_of
+from pretrain.planner.units import busiest_segment
 
-PARTS = ("work", "stagger", "memory")
+PARTS = ("work", "bytes", "stagger", "memory", "planned")
+RANKS = {"work": 3, "bytes": 4, "stagger": 4}
 TOKENS, ROUNDS = 1024, 5  # of a segment; the shortest round counts
 WHOLE_ROW = "attention over 6 heads"
-LAYERS, SLOT = 8, 0.05  # seconds
+WIDTH, FEW = 256, 256  # of layers whose bytes are counted, and of their tokens
 
 
 def main() -> None:
@@ -66,7 +84,7 @@ def main() -> None:
         f"{torch.__version__}, gloo"
     )
     found: dict[str, Any] = {}
-    for part, ranks in (("work", 3), ("stagger", 4)):
+    for part, ranks in RANKS.items():
         if part in parts:
             found[part] = _on_ranks(ranks, part)
     if "work" in found:
@@ -74,6 +92,15 @@ def main() -> None:
         print(f"{'op':<40}{'alone':>9}{'segment':>9}{'ratio':>7}")
         for name, (alone, segment) in found["work"].items():
             print(f"{name:<40}{alone:>9.3f}{segment:>9.3f}{segment / alone:>7.2f}")
+    if "bytes" in found:
+        print(
+            f"\nbytes: a layer of width {WIDTH} on {FEW} tokens of each of 4 ranks, float32; "
+            "sequential cells in a chain"
+        )
+        print(f"{'layer':<16}{'sent':>14}{'planned':>14}{'ratio':>7}")
+        for name, sent in found["bytes"].items():
+            planned = _planned_bytes(name, RANKS["bytes"])
+            print(f"{name:<16}{sent:>14,.0f}{planned:>14,.0f}{sent / planned:>7.3f}")
     if "stagger" in found:
         print(f"\nstagger: slots of {LAYERS} layers, measured (and by who waited for whom)")
         print(f"{'ranks':<8}{'expected':>9}{'forward':>15}{'backward':>15}{'checkpointed':>18}")
@@ -89,6 +116,15 @@ def main() -> None:
         lengths = ["4096", "16384", "65536"]
         command = ["-m", "benchmarks.segments_cpu", "--segment", "1024", "--tokens", *lengths]
         subprocess.run([sys.executable, "-W", "ignore", *command], check=True)
+    if "planned" in parts:
+        found["planned"] = _planned()
+        print(
+            "\nplanned, nothing of it measured: a step on 1,048,576 tokens, documents of 131,072,"
+        )
+        print("410M parameters, bf16, H100s of one node; as many as context has")
+        print(f"{'model':<18}{'context':>8}{'seconds':>9}{'tokens/s':>11}{'GB':>7}")
+        for name, context, seconds, tokens, size in found["planned"]:
+            print(f"{name:<18}{context:>8}{seconds:>9.1f}{tokens:>11,.0f}{size:>7.1f}")
     if options.json is not None:
         options.json.write_text(json.dumps(found))
 
@@ -105,11 +141,12 @@ def _on_ranks(ranks: int, part: str) -> Any:
 
 def _work_as_rank(parts: list[str], file: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    found = _extra_work() if parts == ["work"] else _stagger()
-    if dist.get_rank() == 0:
+    start_processes(ParallelConfig(context=int(os.environ["WORLD_SIZE"])))
+    measure = {"work": _extra_work, "bytes": _bytes, "stagger": stagger}[parts[0]]
+    found = measure()
+    if is_main_process():
         file.write_text(json.dumps(found))
-    dist.destroy_process_group()
+    stop_processes()
 
 
 # Extra work of ops.
@@ -212,118 +249,85 @@ def _cpu_seconds(op: Op, tensors: list[Tensor], sequences: Sequences) -> float:
     return time.process_time() - begun
 
 
-# How long a chain of layers waits.
+# What layers send.
 
 
-class Clock:
-    """The slots that have passed on this rank, by who waited for whom."""
-
-    def __init__(self) -> None:
-        self.now, self.again = 0.0, False
-
-    def tick(self, not_before: float) -> float:
-        """Sleep for a slot, which begins once this rank is free and its state is there."""
-        time.sleep(SLOT)
-        self.now = max(self.now, not_before) + 1
-        return self.now
+def _model(name: str) -> ModelConfig:
+    return build_config(ModelConfig, {"hidden_size": WIDTH, "pattern": name}, "benchmark")
 
 
-class _Slot(torch.autograd.Function):
-    """A layer over a segment, whose state, and whose state's gradient, say when it was done."""
+class _Sent(TorchDispatchMode):
+    """Add up the bytes that this process sends, collectives counted as in a ring."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, state: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
-        ctx.clock = clock
-        ctx.save_for_backward(x)  # which a checkpoint has to compute again
-        # Computed again it waits for nothing: what it received is still there.
-        not_before = 0.0 if clock.again else float(state.max())
-        return x.view_as(x), torch.full_like(state, clock.tick(not_before))
+    total = 0.0
 
-    @staticmethod
-    def backward(ctx: Any, d_x: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor, None]:
-        assert len(ctx.saved_tensors) == 1
-        return d_x, torch.full_like(d_state, ctx.clock.tick(float(d_state.max()))), None
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        group = group_of(args) if function.namespace == "c10d" else None
+        if group is not None:
+            self.total += bytes_sent(function.__name__, args, group)
+        return function(*args, **(kwargs or {}))
 
 
-class SlotLayer(Mixer):
-    """A mixer that takes a slot for each segment and is handed on by its state."""
-
-    def __init__(self, clock: Clock):
-        nn.Module.__init__(self)
-        self.clock = clock
-
-    def forward(
-        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        """Pass x on a slot later."""
-        before = self.init_state(1) if state is None else state
-        y, done = _Slot.apply(x, before["done"], self.clock)
-        return y, {"done": done}
-
-    def init_state(self, batch_size: int) -> State:
-        """Return that nothing has been done."""
-        # A gradient of it wanted, as where it comes from another rank.
-        return {"done": torch.zeros(batch_size, 1, requires_grad=torch.is_grad_enabled())}
-
-    @classmethod
-    def num_parameters(cls, config: Any, hidden_size: int) -> int:
-        """Return that it has none."""
-        return 0
-
-    @classmethod
-    def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
-        """Return that it does nothing."""
-        return 0
-
-    @classmethod
-    def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
-        """Return those of one number."""
-        return 4
-
-
-def _stagger() -> list[dict[str, Any]]:
-    rank, found = dist.get_rank(), []
-    for size in (2, dist.get_world_size()):
-        group = dist.new_subgroups(size)[0]
-        open_chain(group, timedelta(minutes=1))
-        pieces = segment_of(Sequences.from_lengths([size]), rank % size, size, group)
-        plain, checkpointed = (_slots(pieces, again) for again in (False, True))
-        found.append({"ranks": size, "slots": [*plain, checkpointed[1]]})
-    close_chains()
+def _bytes() -> dict[str, float]:
+    group, found = context_group(), dict[str, float]()
+    assert group is not None
+    size = group.size()
+    pieces = segment_of(Sequences.from_lengths([FEW * size]), group.rank(), size, group)
+    for name in sorted(registry()):
+        block = build_model(_model(name), 16, seed=0).blocks[0]
+        assert isinstance(block, Block)
+        x = torch.randn(FEW, 1, WIDTH, requires_grad=True)
+        with _Sent() as sent:
+            run_block(block, x, pieces, 0, None)[0].sum().backward()
+        totals: list[Any] = [None] * size
+        dist.all_gather_object(totals, sent.total)
+        found[name] = totals[busiest_segment(1, size)]
     return found
 
 
-def _slots(pieces: Sequences, again: bool) -> list[tuple[float, float]]:
-    """Return slots of the forward and of the backward pass, measured and counted."""
-    clock, segment = Clock(), pieces.segment
-    assert isinstance(segment, Segment)
-    layers = [SlotLayer(clock) for _ in range(LAYERS)]
-    x = torch.zeros(1, 1, 1, requires_grad=True)
+def _planned_bytes(name: str, size: int) -> float:
+    """Return the bytes that the plan has for a layer of each of ``size`` ranks."""
+    tokens = FEW * size
+    train = TrainConfig(steps=1, seq_len=tokens, precision="float32", global_batch_tokens=tokens)
+    run = RunConfig("benchmark", _model(name), train=train)
+    planner = Planner(run, 16, load_hardware("configs/hardware/cpu.yaml"))
+    layout = ParallelConfig(context=size, micro_batch_size=1, context_cells="chain")
+    unit = planner.units(layout, "none").blocks[name]
+    return unit.forward.context_bytes + unit.backward.context_bytes
 
-    def forward() -> Tensor:
-        y = x
-        for layer in layers:
-            handover = Handover()
-            run = partial(_mixed, layer, sequences=pieces, handover=handover)
-            y = checkpoint(run, y, use_reentrant=False) if again else run(y)
-        return y
 
+def _planned() -> list[tuple[str, int, float, float, float]]:
     found = []
-    run: Callable[[], Tensor | None] = forward
-    for _ in ("forward", "backward"):
-        dist.barrier(group=segment.group)
-        clock.now, begun = 0.0, time.perf_counter()
-        y = run()
-        times = torch.tensor([(time.perf_counter() - begun) / SLOT, clock.now])
-        dist.all_reduce(times, dist.ReduceOp.MAX, group=segment.group)
-        found.append((float(times[0]), float(times[1])))
-        if y is not None:
-            run, clock.again = y.sum().backward, True
+    for name in ("transformer", "gdn-hybrid-3to1", "m2rnn-hybrid", "para-gru"):
+        values = load_values(f"configs/models/410m/{name}.yaml")
+        for context in (2, 4, 8):
+            train = TrainConfig(
+                steps=1,
+                seq_len=131_072,
+                global_batch_tokens=1_048_576,
+                activation_checkpointing="selective",
+                precision="bf16",
+            )
+            model = build_config(ModelConfig, values["model"], name)
+            planner = Planner(
+                RunConfig(name, model, train=train),
+                32_000,
+                load_hardware("configs/hardware/h100.yaml"),
+            )
+            layout = ParallelConfig(context=context, micro_batch_size=1)
+            estimate = planner.estimate(layout, context)
+            found.append(
+                (
+                    name,
+                    context,
+                    estimate.step_seconds,
+                    estimate.tokens_per_second,
+                    estimate.peak_memory / 1e9,
+                )
+            )
     return found
-
-
-def _mixed(layer: SlotLayer, x: Tensor, sequences: Sequences, handover: Handover) -> Tensor:
-    return mix(layer, x, sequences, None, handover)[0]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.context_cpu import LAYERS
+from benchmarks.context_stagger import LAYERS
 from tests.helpers.processes import run_on
 
 
