@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from pretrain.data.batches import PreparedData
 from pretrain.run_directory import RunDirectory
 from pretrain.training.trainer import Trainer
 from tests.helpers.processes import run_on
-from tests.helpers.training_run import Run
+from tests.helpers.training_run import Run, whole_lines
 
 pytestmark = pytest.mark.usefixtures("no_groups")
 STEPS = 9
@@ -112,6 +113,26 @@ def test_a_run_in_phases_goes_on_bit_for_bit_after_a_kill_at_any_step(run, phase
         config.directory = str(killed)
         assert Trainer(config).fit().step == 8
         assert rows(killed) == whole, f"resumed after step {step}"
+
+
+@pytest.mark.slow
+def test_killed_where_a_phase_begins_it_goes_on_bit_for_bit(run, phased, tmp_path, corpus):
+    killed = Run(tmp_path, corpus, "killed")
+    config = copy.deepcopy(phased)
+    config.directory = str(killed.directory)
+    killed.config.write_text(to_yaml(config))
+    process = killed.start()
+
+    def has_begun():
+        return any(row.get("phase_begins") == 2 for row in whole_lines(killed))
+
+    killed.wait_until(process, has_begun)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    status, output = killed.finish()
+    assert status == 0, output
+    assert rows(killed.directory) == rows(run.directory)
 
 
 def test_the_loss_on_every_source_and_mix_is_measured_in_every_phase(run, phased, corpus):
