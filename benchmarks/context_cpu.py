@@ -63,7 +63,7 @@ from pretrain.planner.units import busiest_segment
 
 PARTS = ("work", "bytes", "stagger", "memory", "planned")
 RANKS = {"work": 3, "bytes": 4, "stagger": 4}
-TOKENS, ROUNDS = 1024, 5  # of a segment; the shortest round counts
+TOKENS, ROUNDS = 2048, 5  # of a segment; the shortest round counts
 WHOLE_ROW = "attention over 6 heads"
 WIDTH, FEW = 256, 256  # of layers whose bytes are counted, and of their tokens
 

@@ -120,6 +120,7 @@ def test_recomputation_is_what_checkpointing_does():
 
 
 @pytest.mark.usefixtures("processes")
+@pytest.mark.slow
 def test_states_that_rows_carry_are_counted():
     base = case("gdn swa slstm", seq_len=256, rows=4) | {"precision": "bf16"}
     settings = {"without": base, "carried": {**base, "carry_state": True}}
