@@ -1,7 +1,7 @@
-"""What it costs to divide a row over processes: extra work, waiting, and memory by length.
+"""Measure what dividing a row over processes costs: work, bytes, waiting, and memory by length.
 
-``python -m benchmarks.context_cpu [work] [bytes] [stagger] [memory] [planned] [--json FILE]``
-measures on this machine's CPU, over gloo; all of it where nothing is named.
+``python -m benchmarks.context_cpu [work] [bytes] [stagger] [memory] [planned]`` measures on
+this machine's CPU, over gloo; all of it where nothing is named.
 
 * work: CPU seconds of an op, forward and backward, on a segment in the middle of a row that one
   document fills, by those of the same op on as many tokens alone (of full attention, by a rank's
@@ -72,7 +72,6 @@ def main() -> None:
     """Measure what was asked for and print tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     parts = options.parts or list(PARTS)
@@ -125,8 +124,6 @@ def main() -> None:
         print(f"{'model':<18}{'context':>8}{'seconds':>9}{'tokens/s':>11}{'GB':>7}")
         for name, context, seconds, tokens, size in found["planned"]:
             print(f"{name:<18}{context:>8}{seconds:>9.1f}{tokens:>11,.0f}{size:>7.1f}")
-    if options.json is not None:
-        options.json.write_text(json.dumps(found))
 
 
 def _on_ranks(ranks: int, part: str) -> Any:

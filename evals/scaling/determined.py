@@ -1,4 +1,4 @@
-"""What the data determine: standard errors to first order, and parameters without a value."""
+"""Tell what the data determine: standard errors to first order, parameters without a value."""
 
 from __future__ import annotations
 

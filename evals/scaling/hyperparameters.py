@@ -51,7 +51,8 @@ class PowerFit:
         middle = float(row @ self.coefficients)
         deviation = float(np.sqrt(row @ self.covariance @ row + self.spread**2))
         width = float(student_t.ppf((1 + LEVEL) / 2, self.free)) * deviation
-        return tuple(float(np.exp(x)) for x in (middle, middle - width, middle + width))  # type: ignore[return-value]
+        low, high = np.exp(middle - width), np.exp(middle + width)
+        return float(np.exp(middle)), float(low), float(high)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fit as it is written to a file."""

@@ -1,4 +1,4 @@
-"""What a notebook needs of scaling laws: fit, predict and plan."""
+"""Fit laws, predict and plan from Python, in a notebook as by the commands."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Series:
 
 @dataclass
 class Log:
-    """What a file says of one run.
+    """The log of one run, as its file has it.
 
     where: the file, for messages; path: what tells logs of one name apart; loss: None in a file
     of learning rates alone; clock: the tokens, or else samples, seen at steps, None where not

@@ -21,7 +21,7 @@ class CurveEntry(Config):
     file: str = ""
     """The log, or a run's directory; of several that a pattern names each is a curve."""
     name: str | None = None
-    """What it is called from then on, instead of by its file."""
+    """The name of the curve from then on, instead of its file's."""
     run: str | None = None
     """The run's name in an export of several."""
     parameters: float | None = setting(None, above=0)

@@ -1,4 +1,4 @@
-"""What is predicted of runs by a law of sizes: the interval of a loss, and what is extrapolated."""
+"""Give the interval of a loss that a law of sizes predicts, and say what is extrapolated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a log does not say, for all of them or for each by name."""
+"""Hold what logs do not say, for all of them or for each by name."""
 
 from __future__ import annotations
 

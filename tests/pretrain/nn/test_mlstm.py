@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from pretrain.data.sequences import Sequences
 from pretrain.nn.mixers import LayerContext, registry
+from pretrain.nn.mixers.mlstm import _stabilizer
 from pretrain.nn.parameters import fill_parameters
 from pretrain.parallel.context import current_context
 from tests.helpers.relative_error import relative_error
@@ -75,6 +76,24 @@ def test_outputs_and_gradients_are_those_of_the_equations(settings):
         strict=True,
     ):
         assert relative_error(one, other) < 2e-4
+
+
+def test_the_stabilizer_is_its_recurrence_in_every_sequence():
+    generator = torch.Generator().manual_seed(6)
+    i, log_f = torch.randn(2, 1, sum(LENGTHS) + 3, 2, generator=generator).double() * 4
+    log_f = F.logsigmoid(log_f)
+    before = torch.randn(len(LENGTHS) + 1, 2, generator=generator).double() * 4
+    lengths = [*LENGTHS, 3]
+    m, last, change = _stabilizer(i, log_f, Sequences.from_lengths(lengths), before)
+    token = 0
+    for number, length in enumerate(lengths):
+        now = before[number]
+        for t in range(token, token + length):
+            earlier, now = now, torch.maximum(log_f[0, t] + now, i[0, t])
+            assert torch.allclose(m[0, t], now, atol=1e-12)
+            assert torch.allclose(change[0, t], earlier - now, atol=1e-12)
+        assert torch.allclose(last[number], now, atol=1e-12)
+        token += length
 
 
 def test_gates_of_any_size_are_finite_in_float32():

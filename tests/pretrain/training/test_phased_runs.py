@@ -288,10 +288,11 @@ def test_a_branch_reads_other_data_in_a_phase_of_its_own(run, other_corpus, tmp_
 
 
 def test_a_branch_of_a_trunk_in_phases_knows_its_tokens_and_rates(run, tmp_path):
-    phases = [PhaseConfig(until=0.5), PhaseConfig(global_batch_tokens=256)]
+    falling = PhaseSchedule(final_ratio=0.5)
+    phases = [PhaseConfig(until=0.2), PhaseConfig(global_batch_tokens=256, schedule=falling)]
     trunk = configured(run, phases)
     Trainer(trunk).fit()
-    plan, step = trunk.plan, trunk.plan.phases[1].first + 1
+    plan, step = trunk.plan, trunk.plan.phases[1].first + 2
     config = configured(run, phases)
     config.directory = str(tmp_path / "branch")
     config.branch = BranchConfig(str(run.directory), tokens=plan.tokens_before(step))
@@ -300,4 +301,5 @@ def test_a_branch_of_a_trunk_in_phases_knows_its_tokens_and_rates(run, tmp_path)
     branch = RunDirectory(tmp_path / "branch")
     assert branch.read_parent()["tokens"] == plan.tokens_before(step)
     rates = [plan.learning_rate(number) for number in range(step)]
+    assert rates[-1] < max(rates)
     assert run_lr(config, branch)[:step].tolist() == rates
