@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small tensors gain nothing from a second thread, and threads that wait for each other on a busy
@@ -68,14 +69,21 @@ def linear():
     torch.nn.functional.linear = before
 
 
-@pytest.fixture(scope="session")
-def processes():
+@pytest.fixture(scope="module", autouse=True)
+def no_groups_left():
+    """Of every file of tests, whatever it started: others find none, or those they ask for."""
+    yield
+    started = sys.modules.get("pretrain.parallel.processes")
+    if started is not None:
+        started.stop_processes()  # also since gloo's threads may abort while the interpreter ends
+
+
+@pytest.fixture(scope="module")
+def processes(no_groups_left):
     """megatron-core's groups on a single process."""
-    from pretrain.parallel.processes import start_processes, stop_processes
+    from pretrain.parallel.processes import start_processes
 
     start_processes()
-    yield
-    stop_processes()  # gloo's threads may otherwise abort while the interpreter ends
 
 
 @pytest.fixture(autouse=True)
