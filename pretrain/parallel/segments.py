@@ -68,10 +68,11 @@ class Handover:
         self._received: list[Tensor] | None = None
         self._sent = False
 
-    def receive(self, segment: Segment, empty: State) -> State:
+    def receive(self, segment: Segment, empty: State, trained: bool) -> State:
         """Return the state that the segment's first sequence goes on from.
 
-        ``empty`` is that of one sequence before any token.
+        ``empty`` is that of one sequence before any token. ``trained``: whether the layer's output
+        has a gradient on the other ranks; the state then has one too, and else none.
         """
         names = sorted(empty)
         if self._received is None:
@@ -84,9 +85,8 @@ class Handover:
                     for size, (shape, dtype) in zip(sizes.tolist(), kinds, strict=True)
                 ]
             self._received = _receive(segment, -1, kinds, device)
-        # In the graph wherever there is one, whatever else the state depends on: the rank before
-        # waits for the gradient.
-        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        # In the graph wherever the rank before waits for the gradient, and nowhere else.
+        anchor = torch.zeros((), requires_grad=trained)
         found = _Received.apply(anchor, segment, *self._received)
         return dict(zip(names, found, strict=True))
 

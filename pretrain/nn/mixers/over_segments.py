@@ -43,7 +43,7 @@ def mix(
         return mixer(x, sequences=pieces)
     empty = mixer.init_state(1)
     if segment.continues[segment.rank]:
-        state = handover.receive(segment, empty)
+        state = handover.receive(segment, empty, _is_trained(mixer, x))
         if pieces.count > 1:
             state = mixer.join_states([state, mixer.init_state(pieces.count - 1)])
     with states_if(sends or states_wanted()):
@@ -52,3 +52,9 @@ def mix(
         last = torch.tensor([pieces.count - 1], device=y.device)
         y = handover.send(segment, y, mixer.select_state(new, last), empty)
     return y, new
+
+
+def _is_trained(mixer: Mixer, x: Tensor) -> bool:
+    """Return whether a gradient goes through a mixer on x, the same on every rank."""
+    inputs = (x, *mixer.parameters())
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)

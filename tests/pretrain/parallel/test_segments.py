@@ -44,6 +44,13 @@ def test_outputs_states_and_gradients_are_those_of_the_whole_row(name, four_proc
     assert {key: error for key, error in cases.items() if not error[0] <= limit} == {}
 
 
+@pytest.mark.slow
+def test_blocks_that_do_not_train_leave_no_rank_waiting(four_processes):
+    found = {k: e for k, e in four_processes["errors"].items() if k.startswith("frozen")}
+    assert len(found) == 2 * len(segment_worker.LAYOUTS)
+    assert {key: error for key, error in found.items() if not error[0] <= 1e-10} == {}
+
+
 CELLS = [name for name, mixer in sorted(registry().items()) if mixer.over_time == "cells"]
 
 
