@@ -23,11 +23,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Boxes:
-    """The local boxes of one tensor of shape ``full_shape``: (offsets in it, values), disjoint."""
+    """The local boxes of one tensor of shape ``full_shape``: (offsets in it, values), disjoint.
+
+    ``copies`` are other tensors of this process with the same boxes, which loading fills as well.
+    """
 
     def __init__(self, full_shape: Shape, parts: Iterable[tuple[Shape, Tensor]]):
         self.full_shape = torch.Size(full_shape)
         self.parts = {torch.Size(offsets): tensor.detach() for offsets, tensor in parts}
+        self.copies: list[Boxes] = []
 
     def size(self) -> torch.Size:
         """Return the shape of the full tensor, which loading compares with the checkpoint."""
@@ -35,6 +39,14 @@ class Boxes:
 
 
 State = dict[str, Boxes]
+
+
+def add_boxes(state: State, name: str, boxes: Boxes) -> None:
+    """Add the boxes of a tensor, which several stages of this process may hold a copy of."""
+    if name in state:
+        state[name].copies.append(boxes)
+    else:
+        state[name] = boxes
 
 
 class StorageError(Exception):
@@ -158,9 +170,9 @@ def optimizer_key(key: str, name: str) -> str:
 def weights_state(parts: Iterable[nn.Module], *, saving: bool) -> State:
     """Return every parameter's local boxes by name; when saving, those this rank writes."""
     _, replicas = replica_rank_and_size()
-    return {
-        name: full_part(parameter, parameter)
-        for part in parts
-        for name, parameter in part.named_parameters()
-        if not saving or writes(name, parameter, replicas=replicas)
-    }
+    state: State = {}
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            if not saving or writes(name, parameter, replicas=replicas):
+                add_boxes(state, name, full_part(parameter, parameter))
+    return state

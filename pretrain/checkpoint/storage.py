@@ -53,3 +53,7 @@ def load_state(state: State, folder: Path) -> None:
     """
     found = [name for name, index in FORMATS.items() if (folder / index).is_file()]
     storage(found[0] if found else WRITTEN).load(state, folder)
+    for boxes in state.values():
+        for copy in boxes.copies:
+            for offsets, tensor in copy.parts.items():
+                tensor.copy_(boxes.parts[offsets])

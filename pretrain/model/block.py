@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.config import ModelConfig
 from pretrain.data.sequences import Sequences
 from pretrain.model.depth_lora import set_depth
-from pretrain.model.spec import BlockSpec
+from pretrain.model.spec import BlockSpec, block_specs
 from pretrain.nn.dropout import DropAt
 from pretrain.nn.mixers import LayerContext, State
 from pretrain.nn.mixers.base import without_states
@@ -75,6 +76,25 @@ class Block(nn.Module):
             if self.sandwich:
                 x = self.mlp_post_norm(x)
         return x, state
+
+
+def make_blocks(
+    config: ModelConfig, local: range, context: LayerContext, tables: nn.ModuleDict
+) -> nn.ModuleList:
+    """Make the ``local`` blocks of a model, each at its number in the pattern.
+
+    ``tables`` are what blocks share, by kind and name; ``context`` is that of all of them.
+    """
+    specs, blocks = block_specs(config), nn.ModuleList()
+    for index, spec in enumerate(specs):
+        if index not in local:
+            blocks.append(nn.Identity())  # so that blocks keep their numbers
+            continue
+        number = sum(other.name == spec.name for other in specs[:index])
+        shared: Any = dict(tables[spec.name].named_children()) if spec.name in tables else {}
+        here = dataclasses.replace(context, index=index, number=number, tables=shared)
+        blocks.append(Block(spec, config, here))
+    return blocks
 
 
 def run_block(

@@ -80,7 +80,7 @@ def build_stages(
     activation_checkpointing: str = "none",
     sequence_parallel: bool = False,
     context_cells: CellsOverSegments = "chain",
-    filled: Callable[[nn.Module], None] | None = None,
+    filled: Callable[[nn.Module, torch.dtype], None] | None = None,
 ) -> list[LanguageModel]:
     """Build this process's stages of an initialised model, as :func:`build_model` makes it.
 
@@ -88,7 +88,7 @@ def build_stages(
 
     ``seq_len`` is that of the training batches' sequences; the FLOPs that stages are balanced by
     are counted for it. ``filled`` is called with each unit (embedding, block, ...) once it has its
-    values.
+    values, and the model's dtype.
     """
     models = empty_stages(
         config,
@@ -102,7 +102,7 @@ def build_stages(
     for model in models:
         for unit in fill_units(model, seed):
             if filled is not None:
-                filled(unit)
+                filled(unit, dtype)
     return models
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from pretrain.config import ModelConfig
 from pretrain.model.depth_lora import linear_shapes
+from pretrain.model.shared import shared_tables
 from pretrain.model.spec import BlockSpec, block_specs, passes
 from pretrain.nn.mixers import LayerContext
 from pretrain.nn.mlp import MLP, mlp_parameters
@@ -169,6 +170,7 @@ def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCoun
     d, specs, recursion = config.hidden_size, block_specs(config), config.recursion
     embedding = vocab_size * d * (1 if config.tie_embeddings else 2)
     parameters = embedding + d + sum(block_parameters(config, spec) for spec in specs)
+    parameters += sum(table.parameters for table in shared_tables(config))
     flops = [block_flops(config, spec, seq_len) for spec in specs]
     states = [s.mixer.state_bytes(s.config, d, seq_len) for s in specs]
     repeats, loop_flops, total = passes(config), 0, sum(flops)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from pretrain.common.metrics import merge_metrics
 from pretrain.config import ModelConfig
 from pretrain.data.sequences import Sequences, check_fits, given_sequences
-from pretrain.model.block import Block, run_block
+from pretrain.model.block import Block, make_blocks, run_block
 from pretrain.model.carried import CarriedStates
 from pretrain.model.depth_lora import add_depth_lora
 from pretrain.model.recursion import Recursion
 from pretrain.model.segmented import comes_in_segments, segmented_losses
+from pretrain.model.shared import make_tables
 from pretrain.model.spec import block_specs, passes
 from pretrain.model.stages import Stage, whole_model
 from pretrain.nn.dropout import EMBEDDING, DropAt, Dropout
@@ -86,15 +87,11 @@ class LanguageModel(DescribedModule):
                 change_info(self.embedding.weight, tied=True, copy=not stage.first)
         self.dropout = Dropout(config.dropout, seq_len, context) if config.dropout > 0 else None
         self._received: Tensor | None = None
-        self.blocks = nn.ModuleList()
-        for index, spec in enumerate(specs):
-            if index not in stage.blocks:
-                self.blocks.append(nn.Identity())  # so that blocks keep their numbers
-                continue
-            layer = LayerContext(
-                d, config.init_std, config.init_std * depth, inner, index, len(specs), seq_len
-            )
-            self.blocks.append(Block(spec, config, layer))
+        self.tables = make_tables(config, stage.blocks, inner)
+        layer = LayerContext(
+            d, config.init_std, config.init_std * depth, inner, 0, len(specs), seq_len
+        )
+        self.blocks = make_blocks(config, stage.blocks, layer, self.tables)
         self.recursion: Recursion | None = None
         self._loop = range(0)
         if recursion is not None and recursion.prelude in stage.blocks:

@@ -80,8 +80,8 @@ class ParameterInfo:
         width: The model's, as a multiple of the base model's; 1 without that parametrization.
         sum_gradient: Whether, under sequence parallelism, each rank applies it to its local tokens,
             so that its gradient is summed over ranks.
-        tied: Whether it is one of the two copies of a tied embedding under a pipeline.
-        copy: Whether it is the second one, which counts in no norm and is written to no checkpoint.
+        tied: Whether other stages of a pipeline hold a copy of it: of a tied embedding, or a table.
+        copy: Whether it is not the first one, so counts in no norm and is written to no checkpoint.
     """
 
     init: Initializer

@@ -89,7 +89,7 @@ def _mark(parameter: nn.Parameter) -> None:
         tagged.allreduce = False
     tagged.sequence_parallel = info.sum_gradient
     if info.tied:
-        tagged.shared_embedding = True  # both copies' gradients are laid out the same way
+        tagged.shared_embedding = True  # all copies' gradients are laid out the same way
         tagged.shared = tagged.ds_pipe_replicated = info.copy
 
 

@@ -296,12 +296,14 @@ class Planner:
 
     def _held(self, stages: Sequence[Stage], units: Units) -> Iterator[Unit]:
         """Yield the units whose parameters a process holds, each once."""
-        tied = self.config.model.tie_embeddings
+        tied, specs = self.config.model.tie_embeddings, block_specs(self.config.model)
         recursion = self.config.model.recursion
         if any(s.first or (s.last and tied) for s in stages):
             yield units.embedding
         for stage in stages:
             yield from (units.blocks[units.kinds[i]] for i in stage.blocks)
+            names = dict.fromkeys(specs[i].name for i in stage.blocks)
+            yield from (units.tables[name] for name in names if name in units.tables)
             if recursion is not None and recursion.prelude in stage.blocks and units.loop:
                 yield units.loop
         if any(s.last for s in stages):

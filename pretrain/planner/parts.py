@@ -12,6 +12,7 @@ from pretrain.model.counts import (
     block_parameters,
     loop_counts,
 )
+from pretrain.model.shared import shared_tables
 from pretrain.model.spec import block_specs, passes
 from pretrain.planner.units import block_kinds
 
@@ -36,7 +37,7 @@ class Part:
 
 
 def model_parts(config: ModelConfig, vocab_size: int, seq_len: int) -> list[Part]:
-    """Return the embedding, the kinds of blocks, what a loop has besides its blocks, and the head.
+    """Return the embedding, the kinds of blocks, their tables, the rest of a loop, and the head.
 
     Their parameters and FLOPs add up to those of :func:`pretrain.model.counts.count_model`.
     """
@@ -53,6 +54,10 @@ def model_parts(config: ModelConfig, vocab_size: int, seq_len: int) -> list[Part
             lora = block_lora_parameters(config, spec)
             parameters, flops = parameters + recursion.times * lora, flops + 2 * lora
         parts.append(Part(kind, number, used[kind], parameters, flops))
+    tables = shared_tables(config)
+    for name in dict.fromkeys(table.kind for table in tables):
+        parameters = sum(table.parameters for table in tables if table.kind == name)
+        parts.append(Part(f"tables of {name}", 1, 0, parameters, 0))
     if recursion is not None:
         parts.append(Part("loop", 1, recursion.times, *loop_counts(config)))
     head = 0 if config.tie_embeddings else vocab_size * d

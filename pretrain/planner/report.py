@@ -262,7 +262,7 @@ def _parts_table(planner: Planner, estimate: Estimate, units: Units) -> Table:
     parts = model_parts(config, planner.vocab_size, seq_len)
     for part, unit in zip(parts, units.each(), strict=True):
         number = part.number
-        through = f"{number}" if part.used == number else f"{number} x {part.used / number:g}"
+        through = f"{number}" if part.used in (0, number) else f"{number} x {part.used / number:g}"
         backward = unit.backward.flops * sharing / tokens
         table.add_row(
             part.name,

@@ -84,6 +84,7 @@ class Units:
         blocks: One of each kind, by the kind's name.
         kinds: The kind of every block of the pattern.
         loop: What a loop has besides its blocks, if there is one.
+        tables: What the blocks of one name in the pattern share, by it; work on it is the blocks'.
     """
 
     embedding: Unit
@@ -91,11 +92,12 @@ class Units:
     kinds: list[str]
     loop: Unit | None
     head: Unit
+    tables: dict[str, Unit]
 
     def each(self) -> list[Unit]:
         """Return every unit once, in the order of a forward pass."""
         loop = [] if self.loop is None else [self.loop]
-        return [self.embedding, *self.blocks.values(), *loop, self.head]
+        return [self.embedding, *self.blocks.values(), *self.tables.values(), *loop, self.head]
 
 
 def count_kinds(tensors: Iterable[tuple[ParameterKind, int]]) -> Counter[ParameterKind]:
@@ -227,6 +229,10 @@ class _Measurement:
             kinds=kinds,
             loop=loop,
             head=self._unit("head", head, self._head),
+            tables={
+                name: self._unit(f"tables of {name}", [tables], lambda _: (Cost(), Cost()))
+                for name, tables in model.tables.items()
+            },
         )
 
     def _unchained(self, unit: Unit, block: Any, index: int) -> tuple[Cost, Cost]:

@@ -119,6 +119,7 @@ def fill_from(
 
     _copy(model.embedding, [source.embedding], where)
     _copy(model.final_norm, [source.final_norm], where)
+    _copy(model.tables, [source.tables], where)
     if not model.model_config.tie_embeddings:
         tied = source.model_config.tie_embeddings
         _copy(model.head, [source.embedding if tied else source.head], where)

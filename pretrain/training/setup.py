@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -117,7 +118,7 @@ def build_engine(
 
 def _shard_at_once(
     config: RunConfig, checkpoint: Path | None
-) -> Callable[[nn.Module], None] | None:
+) -> Callable[[nn.Module, torch.dtype], None] | None:
     """Return what shards the model while it is built, or None.
 
     With ZeRO-3 no process holds all of it, unless it is filled from another run's checkpoint.

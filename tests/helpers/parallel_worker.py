@@ -123,6 +123,11 @@ MODELS = {
 MODELS["muon-bf16"], MODELS["muon-experts"] = MODELS["muon"], MODELS["experts"]
 # With selective activation checkpointing.
 MODELS["selective"] = settings("gdn attn m2rnn hgrn2", block_norm="sandwich", dropout=0.2)
+# Blocks of one kind share a table.
+MODELS["tables"] = MODELS["tables-bf16"] = settings(
+    "hgrn2 attn hgrn2 hgrn2",
+    mixers={"attn": {"num_heads": 4}, "hgrn2": {"head_dim": 4, "lower_bound": "shared"}},
+)
 # Of widths that are multiples of 16 on two processes, too.
 WIDE = {"gdn": {"head_dim": 32}, "attn": {"num_heads": 4}, "m2rnn": {"num_heads": 4}}
 MODELS["fp8"] = MODELS["fp8-selective"] = settings(
@@ -192,6 +197,10 @@ FLOAT8_LAYOUTS = (
     *("tp2-pp2-sequence", "tp2-dp2-sequence", "pp2-vpp2-dp2", "dp4", "deepspeed-dp4-zero2"),
     *("deepspeed-dp4-zero3", "deepspeed-tp2-dp2-zero3-sequence"),
 )
+TABLE_LAYOUTS = (
+    *("tp2-pp2-sequence", "pp2-vpp2-dp2", "pp4", "dp4"),
+    *("deepspeed-dp4-zero3", "deepspeed-pp2-vpp2-dp2"),
+)
 SELECTIVE_LAYOUTS = ("tp2-pp2-sequence", "deepspeed-dp4-zero3")
 MUON_LAYOUTS = {
     "pp2-dp2-zero0": ParallelConfig(pipeline=2, zero_stage=0),
@@ -217,7 +226,7 @@ CASES = {
     for layout, parallel in LAYOUTS.items()
     if model not in ("capacity", "lengths", "selective", "fp8", "fp8-selective")
     and not model.endswith("experts")
-    and not model.startswith("muon")
+    and not model.startswith(("muon", "tables"))
     and (
         model in ("tied", "options")
         or (model in EVERYWHERE and layout in MAIN_LAYOUTS)
@@ -238,6 +247,8 @@ CASES.update(
 CASES.update({f"lengths-{layout}": ("lengths", layout) for layout in LENGTHS_LAYOUTS})
 CASES.update({f"muon-{layout}": ("muon", layout) for layout in MUON_LAYOUTS})
 CASES.update({f"fp8-{layout}": ("fp8", layout) for layout in FLOAT8_LAYOUTS})
+CASES.update({f"tables-{layout}": ("tables", layout) for layout in TABLE_LAYOUTS})
+CASES["tables-bf16-deepspeed-dp4-zero3"] = ("tables-bf16", "deepspeed-dp4-zero3")
 for _model in ("selective", "fp8-selective"):
     CASES.update({f"{_model}-{layout}": (_model, layout) for layout in SELECTIVE_LAYOUTS})
 # Under ZeRO-1 whole matrices are dealt out, of two dtypes and of experts too.
@@ -293,6 +304,10 @@ ACROSS = {
         ],
     ),
     "resharded-fp8": ("fp8", ["deepspeed-dp4-zero3", "tp2-pp2", "dp4"]),
+    "resharded-tables": (
+        "tables",
+        ["pp2-vpp2-dp2", "deepspeed-dp4-zero3", "deepspeed-pp2-vpp2-dp2", "tp2-pp2-sequence"],
+    ),
     "resharded-experts": (
         "experts",
         ["ep2-dp4", "tp2-sequence-ep4", "dp4-zero0", "pp2-ep2", "ep4-zero0"],

@@ -17,7 +17,10 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     ],
     "retnet": [{"num_heads": 2, "chunk_size": 8}, {"num_heads": 3, "rope_theta": None}],
     "gla": [{"num_heads": 2, "gate_rank": 3, "chunk_size": 16}],
-    "hgrn2": [{"head_dim": 4, "chunk_size": 8}, {"num_heads": 3, "head_dim": 5}],
+    "hgrn2": [
+        {"head_dim": 4, "chunk_size": 8},
+        {"num_heads": 3, "head_dim": 5, "lower_bound": "shared"},
+    ],
     "mamba2": [
         {"head_dim": 8, "state_size": 6, "chunk_size": 16},
         {"head_dim": 4, "state_size": 5, "num_groups": 3, "conv_size": 0},

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from pretrain.common.config_loader import Config
 from pretrain.data.sequences import Sequences
 from pretrain.nn.parameters import DescribedModule
+from pretrain.nn.shared_tables import SharedTable, TableRow
 from pretrain.parallel.context import ParallelContext
 
 State = dict[str, Tensor]
@@ -57,6 +58,8 @@ class LayerContext:
         count: how many blocks there are.
         seq_len: tokens of a sequence of the training batches, which are packed one after another in
             a row; None: a row is one.
+        number: which of the blocks of its kind (of its name in the pattern) this is, from 0.
+        tables: what the model keeps for all of them, by name; see :meth:`Mixer.shared_tables`.
     """
 
     hidden_size: int
@@ -66,6 +69,18 @@ class LayerContext:
     index: int = 0
     count: int = 1
     seq_len: int | None = None
+    number: int = 0
+    tables: Mapping[str, SharedTable] = field(default_factory=dict)
+
+    def table_row(self, name: str, width: int) -> TableRow:
+        """Return the mixer's row of one of its :meth:`Mixer.shared_tables`, ``width`` wide.
+
+        Outside of a model that is the only row of a table that belongs to the mixer.
+        """
+        table = self.tables.get(name)
+        if table is None:
+            return TableRow(None, 0, SharedTable(self.parallel, 1, width, name))
+        return TableRow(table, self.number)
 
 
 @dataclass(frozen=True)
@@ -206,9 +221,17 @@ class Mixer(DescribedModule, ABC):
         return {"num_heads": config.num_heads}
 
     @classmethod
+    def shared_tables(cls, config: Any, hidden_size: int) -> dict[str, int]:
+        """Return the widths of the tables that all blocks of one kind share, by name.
+
+        The model keeps each with a row for every such block; ``context.table_row`` gives access.
+        """
+        return {}
+
+    @classmethod
     @abstractmethod
     def num_parameters(cls, config: Any, hidden_size: int) -> int:
-        """Return the parameters of the layer, norms inside it included."""
+        """Return the parameters of the layer, norms inside it included, shared tables not."""
 
     @classmethod
     @abstractmethod

@@ -2,15 +2,16 @@
 
 f = lb + (1 - lb) sigmoid(W_f x), S_t = Diag(f_t) S_{t-1} + (1 - f_t)^T (W_i x_t), read by
 SiLU(W_q x); RMSNorm over the full width, through W_o. lb, the least a gate may be, rises with
-depth: l / L in block l of L at first (0.01 in block 0). Here every layer learns its own, through a
-sigmoid; the paper draws all layers' from one softmax and fixes the first at 0.
+depth: l / L in block l of L at first. Every layer learns its own, through a sigmoid (0.01 in block
+0); or, with ``lower_bound: shared``, all layers' come from one softmax over depth and the first is
+fixed at 0, as in the paper. The L blocks are then those of this kind alone.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ from pretrain.nn.mixers.parts import (
 from pretrain.nn.mixers.sizes import integral, split_width
 from pretrain.nn.norm import sharded_rms_norm
 from pretrain.nn.parameters import constant, sharded_parameter
+from pretrain.nn.shared_tables import rising_bound
 from pretrain.ops import linear_attention
 from pretrain.ops.elementwise.fusing import fused
 from pretrain.ops.shared.recomputation import recomputed
@@ -54,6 +56,9 @@ class HGRN2Config(MixerConfig):
     quarter of a smaller width, or what divides the width near that."""
     norm_eps: float = setting(1e-5, above=0)
     """Added to the mean square in the norm of the output."""
+    lower_bound: Literal["own", "shared"] = setting("own")
+    """The least a forget gate may be: learnt by every layer for itself (``own``), or by all hgrn2
+    layers together (``shared``), so that it rises from 0 in the first to the last."""
     chunk_size: int = setting(64, minimum=1)
     """Tokens handled at once by the chunked form, a power of two, which changes speed alone."""
 
@@ -103,9 +108,13 @@ class HGRN2(Mixer):
         self.f_proj = column_linear(parallel, d, k_dim, context.std)
         self.i_proj = column_linear(parallel, d, v_dim, context.std)
         self.o_proj = row_linear(parallel, v_dim, d, context.output_std)
-        share = max(context.index / context.count, 0.01)
-        shape = (self.num_heads * self.key_dim,)
-        self.lower_bound = gate_parameter(parallel, shape, constant(math.log(share / (1 - share))))
+        if config.lower_bound == "shared":
+            self.bounds = context.table_row("lower_bounds", num_heads * self.key_dim)
+        else:
+            share = max(context.index / context.count, 0.01)
+            logit = math.log(share / (1 - share))
+            shape = (self.num_heads * self.key_dim,)
+            self.lower_bound = gate_parameter(parallel, shape, constant(logit))
         width = self.num_heads * self.value_dim
         self.norm = sharded_parameter(parallel, (width,), constant(1.0))
 
@@ -115,7 +124,11 @@ class HGRN2(Mixer):
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         q = recomputed(F.silu, self.q_proj(x))
-        closing, log_f = _forget(self.f_proj(x), self.lower_bound)
+        if self.config.lower_bound == "shared":
+            bound = rising_bound(self.bounds(), self.bounds.row)
+        else:
+            bound = self.lower_bound
+        closing, log_f = _forget(self.f_proj(x), bound)
         q, k, log_f = (heads(t, self.num_heads) for t in (q, closing, log_f))
         v = heads(self.i_proj(x), self.num_heads)
         y, recurrent = linear_attention(
@@ -151,7 +164,14 @@ class HGRN2(Mixer):
     def num_parameters(cls, config: HGRN2Config, hidden_size: int) -> int:
         num_heads, key_dim, value_dim = config.shape(hidden_size)
         matrices = 2 * hidden_size * num_heads * (key_dim + value_dim)
-        return matrices + num_heads * (value_dim + key_dim)
+        bound = key_dim if config.lower_bound == "own" else 0
+        return matrices + num_heads * (value_dim + bound)
+
+    @classmethod
+    @override
+    def shared_tables(cls, config: HGRN2Config, hidden_size: int) -> dict[str, int]:
+        num_heads, key_dim, _ = config.shape(hidden_size)
+        return {"lower_bounds": num_heads * key_dim} if config.lower_bound == "shared" else {}
 
     @classmethod
     @override

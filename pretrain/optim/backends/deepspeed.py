@@ -22,6 +22,7 @@ from pretrain.common.errors import UserError
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data.batches import Batch
 from pretrain.model.language_model import LanguageModel
+from pretrain.model.shared import sum_tables
 from pretrain.nn.parameters import info_of
 from pretrain.optim import adamw
 from pretrain.optim.backends.deepspeed_state import DeepSpeedState
@@ -76,15 +77,14 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def shard_parameters(unit: nn.Module) -> None:
-    """Shard a unit's parameters over the data-parallel ranks (ZeRO-3).
+def shard_parameters(unit: nn.Module, dtype: torch.dtype) -> None:
+    """Shard a unit's parameters over the data-parallel ranks (ZeRO-3), in a model of ``dtype``.
 
     The next unit can then be made without room for the full model. Every process must call.
     """
-    dtypes = {p.dtype for p in unit.parameters()}
-    if not dtypes:
+    if not any(True for _ in unit.parameters()):
         return
-    if torch.bfloat16 in dtypes:
+    if dtype == torch.bfloat16:
         unit.bfloat16()  # as DeepSpeed does later with all of a bf16 model
     partition: Any = _import_deepspeed().zero.Init
     partition(
@@ -109,7 +109,7 @@ class DeepSpeedBackend(DeepSpeedState):
         self.config, dtype = config, parts[0].context.dtype
         self._own_backward = self.stage > 1
         self._micro_batches, self._scale = num_micro_batches, 1.0
-        self._sequence = [p for p in self._named.values() if info_of(p).sum_gradient]
+        self._sequence = [p for _, p in self._named if info_of(p).sum_gradient]
         megatron = prepare(parts)
         if self._own_backward:
             for parameter in self._sequence:
@@ -128,7 +128,7 @@ class DeepSpeedBackend(DeepSpeedState):
 
     def _initialize(self, dtype: torch.dtype, parallel: ParallelConfig) -> Any:
         deepspeed = _import_deepspeed()
-        parameters: list[Any] = list(self._named.values())
+        parameters: list[Any] = [p for _, p in self._named]
         groups: dict[tuple[float, float], list[Any]] = {}
         for p in parameters:
             info = info_of(p)
@@ -202,6 +202,7 @@ class DeepSpeedBackend(DeepSpeedState):
         for parameter in self._sequence:
             dist.all_reduce(_gradient(parameter), group=tensor_group)
         self._sum_tied_embeddings()
+        sum_tables(self.parts, _gradient)
         return sums
 
     def _own_forward_backward(self, batches: Sequence[Batch]) -> Tensor:
@@ -250,7 +251,7 @@ class DeepSpeedBackend(DeepSpeedState):
     def _step_replicated(self, loss: float) -> tuple[float, bool]:
         """Update under ZeRO-0: DeepSpeed reduces, but its own clipping reports no norm."""
         self._engine.allreduce_gradients()
-        parameters = list(self._named.values())
+        parameters = [p for _, p in self._named]
         counted = [
             _gradient(p)
             for p in parameters

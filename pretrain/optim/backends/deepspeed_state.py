@@ -13,6 +13,7 @@ from pretrain.checkpoint.sharded_state import (
     MOMENTS,
     Boxes,
     State,
+    add_boxes,
     flat_part,
     full_part,
     optimizer_key,
@@ -39,9 +40,9 @@ class DeepSpeedState(UpdateBackend):
         self.replicas = data_parallel_rank_and_size()[1]
         self.low_precision = parts[0].context.dtype != torch.float32
         self._keys = (*MOMENTS, "param") if self.low_precision else MOMENTS
-        self._named: dict[str, Any] = {
-            n: p for part in self.parts for n, p in part.named_parameters()
-        }
+        self._named: list[tuple[str, Any]] = [
+            named for part in self.parts for named in part.named_parameters()
+        ]
         self._read: dict[tuple[str, int], Tensor] = {}  # out of files, while a checkpoint is loaded
 
     def weights_state(self, *, saving: bool) -> State:
@@ -50,7 +51,7 @@ class DeepSpeedState(UpdateBackend):
             return weights_state(self.parts, saving=saving)
         return {
             name: self._part_of_three(p, p.ds_tensor.data)
-            for name, p in self._named.items()
+            for name, p in self._named
             if not saving or writes(name, p, replicas=1)
         }
 
@@ -58,12 +59,12 @@ class DeepSpeedState(UpdateBackend):
         """Return the state of everything that this process updates."""
         state: State = {}
         self._read = self._read_files() if self.stage == 3 else {}
-        for name, parameter in self._named.items():
+        for name, parameter in self._named:
             replicas = self.replicas if self.stage == 0 else 1
             if saving and not writes(name, parameter, replicas=replicas):
                 continue
             for key, boxes in self._optimizer_boxes(parameter):
-                state[optimizer_key(key, name)] = boxes
+                add_boxes(state, optimizer_key(key, name), boxes)
         if saving:
             self._read = {}
         return state
@@ -96,7 +97,7 @@ class DeepSpeedState(UpdateBackend):
     def _mains(self) -> list[Any]:
         """Return what the optimizer updates: parameters, or this process's flat ranges of them."""
         if self.stage == 0:
-            return list(self._named.values())
+            return [parameter for _, parameter in self._named]
         if self.stage == 3:
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return list(self.optimizer.single_partition_of_fp32_groups)
@@ -138,7 +139,7 @@ class DeepSpeedState(UpdateBackend):
         if self.low_precision or self.stage in (0, 3):
             return
         # float32: the weights are their own masters, but DeepSpeed keeps a copy.
-        for parameter in self._named.values():
+        for _, parameter in self._named:
             if parameter._hp_mapping is not None:
                 parameter._hp_mapping.update_hp()
 
@@ -147,7 +148,7 @@ class DeepSpeedState(UpdateBackend):
 
         Direct reading cannot begin there, and DeepSpeed checks for no errors.
         """
-        for name, parameter in self._named.items():
+        for name, parameter in self._named:
             position = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             group, start, count = position
             moved = self.optimizer._swappable_optimizer_subgroup(group) and 4 * count >= 2**20
@@ -174,9 +175,7 @@ class DeepSpeedState(UpdateBackend):
         if self.stage < 3:
             return []
         positions = self.optimizer.grad_position
-        return [
-            p for p in self._named.values() if positions[self.optimizer.get_param_id(p)][0] == group
-        ]
+        return [p for _, p in self._named if positions[self.optimizer.get_param_id(p)][0] == group]
 
     def _read_files(self) -> dict[tuple[str, int], Tensor]:
         """Return copies of the optimizer's state as far as it is in files."""

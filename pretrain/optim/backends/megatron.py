@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint.sharded_state import (
     State,
+    add_boxes,
     flat_part,
     full_part,
     optimizer_key,
@@ -29,6 +30,7 @@ from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.config.optimizer import WHOLE_MATRICES
 from pretrain.data.batches import Batch
 from pretrain.model.language_model import LanguageModel
+from pretrain.model.shared import sum_tables
 from pretrain.nn.parameters import draw_like, info_of
 from pretrain.optim.backends.base import UpdateBackend
 from pretrain.optim.backends.layer_wise import layer_wise_optimizer
@@ -69,6 +71,8 @@ def _gather_before_use(wrapped: Any, part: LanguageModel) -> None:
 
     for index in part.stage.blocks:
         register(part.blocks[index], list(part.blocks[index].parameters()))
+    for table in part.tables.modules():
+        register(table, list(table.parameters(recurse=False)))
     if part.stage.last:
         head = part.embedding if part.model_config.tie_embeddings else part.head
         register(part.final_norm, [*part.final_norm.parameters(), *head.parameters()])
@@ -93,6 +97,8 @@ def _finalize_gradients(
     megatron-core's own mean looks at their number, for which the host would wait.
     """
     finalize_model_grads(modules, None, **options)
+    parts = [module.module for module in modules]
+    sum_tables(parts, lambda weight: cast(Any, weight).main_grad)
     if num_targets is None:
         return
     dist.broadcast(
@@ -271,11 +277,12 @@ class MegatronBackend(UpdateBackend):
             if saving and not writes(name, parameter, replicas=replicas):
                 continue
             for key, tensor in self._tensors(home, main).items():
-                state[optimizer_key(key, name)] = (
+                boxes = (
                     full_part(parameter, tensor)
                     if start is None
                     else flat_part(parameter, start, tensor.view(-1))
                 )
+                add_boxes(state, optimizer_key(key, name), boxes)
         return state
 
     def _mains(self) -> Iterator[tuple[str, nn.Parameter, _Home, Any, int | None]]:

@@ -197,6 +197,7 @@ def test_the_future_is_not_seen(name, settings):
 def test_parameters_declared_equal_counted(name, settings):
     layer = build(name, settings)
     declared = layer.num_parameters(layer.config, HIDDEN)
+    declared += sum(layer.shared_tables(layer.config, HIDDEN).values())  # alone: of one row
     assert declared == sum(p.numel() for p in layer.parameters())
 
 
@@ -256,7 +257,16 @@ def test_no_tokens_and_no_rows(name, settings, shape):
         assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
-GATES = ("A_log", "dt_bias", "a_bias", "bias", "lower_bound", "g_bias", "b_proj.weight")
+GATES = (
+    "A_log",
+    "dt_bias",
+    "a_bias",
+    "bias",
+    "lower_bound",
+    "bounds.table.weight",
+    "g_bias",
+    "b_proj.weight",
+)
 
 
 @pytest.mark.parametrize("shift", [-20.0, 0.0, 20.0])
