@@ -153,15 +153,19 @@ def compare_frozen(groups: list[Any]) -> Errors:
     for is found by the next one.
     """
     names = ("mlstm", "gdn", "mlstm", "gdn")
-    blocks = torch.nn.ModuleList(block_of(name, SMALL[name][0]) for name in names)
-    blocks[:2].requires_grad_(False)
+    blocks = [block_of(name, SMALL[name][0]) for name in names]
+    for block in blocks[:2]:
+        block.requires_grad_(False)
+    trained = [p for block in blocks[2:] for p in block.parameters()]
 
     def gradients(x, sequences, weights):
-        blocks.zero_grad()
         for block in blocks:
             x, _ = run_block(block, x, sequences, 0, None)
         (x * weights).sum().backward()
-        return [p.grad.clone() for p in blocks[2:].parameters()]
+        found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
+        for p in trained:
+            p.grad = None
+        return found
 
     errors: Errors = {}
     generator = torch.Generator().manual_seed(2)
