@@ -78,7 +78,8 @@ def main() -> None:
     from evals.harness.model import HarnessModel
     from pretrain.common.config_loader import build_config
     from pretrain.config import ModelConfig
-    from pretrain.export.hugging_face import export_checkpoint, import_llama
+    from pretrain.export.hugging_face import export_checkpoint
+    from pretrain.export.importing import import_model
     from pretrain.inference.load import load_model
     from pretrain.inference.score import StateScorer
     from pretrain.model.build import build_model
@@ -92,7 +93,7 @@ def main() -> None:
     print(f"{given.task}, {given.limit} documents, {len(instances)} requests; {machine}, float32")
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "smol"
-        import_llama(str(Path(wheel.origin).parent), run, gguf_file=GGUF)
+        import_model(str(Path(wheel.origin).parent), run, gguf_file=GGUF)
         loaded = load_model(run)
         hybrid = build_model(build_config(ModelConfig, HYBRID, "benchmark"), 49_152, seed=0).eval()
         truth: dict[str, list[float]] = {}

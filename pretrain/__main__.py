@@ -26,7 +26,7 @@ from pretrain.parallel.launcher_watch import watch_launcher
 _COMMANDS = {
     "coordinates": "pretrain.training.coordinates.main",
     "export": "pretrain.export.hugging_face.export_command",
-    "import": "pretrain.export.hugging_face.import_command",
+    "import": "pretrain.export.importing.import_command",
     "layers": "pretrain.nn.mixers.__main__.main",
     "merge": "pretrain.merge.command.main",
     "plan": "pretrain.planner.report.main",

@@ -19,7 +19,7 @@ from pretrain.common.errors import UserError
 from pretrain.common.text import control_character
 from pretrain.config.branch import settle_branch
 from pretrain.config.carried import check_carried
-from pretrain.config.model import ModelConfig, MoEConfig, RecursionConfig
+from pretrain.config.model_checks import check_stages
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
 from pretrain.config.parallel_checks import check_parallel
@@ -142,58 +142,6 @@ def _check_budget(train: TrainConfig, where: str, section: str) -> None:
         raise ConfigError(
             f"{where}: {section}batch_warmup_start is {start}, which does not double to "
             f"{section}global_batch_tokens = {train.global_batch_tokens}"
-        )
-
-
-@check_of(MoEConfig)
-def _check_top_k(moe: MoEConfig, where: str, section: str) -> None:
-    if moe.top_k > moe.num_experts:
-        raise ConfigError(
-            f"{where}: {section}top_k is {moe.top_k}, expected at most its num_experts = "
-            f"{moe.num_experts}"
-        )
-
-
-@check_of(ModelConfig)
-def _check_mlp(model: ModelConfig, where: str, section: str) -> None:
-    if model.moe is not None and model.mlp.kind == "none":
-        raise ConfigError(
-            f"{where}: {section}moe takes the place of MLPs, but {section}mlp.kind is none; "
-            "expected swiglu or gelu"
-        )
-
-
-@check_of(RecursionConfig)
-def _check_recursion(recursion: RecursionConfig, where: str, section: str) -> None:
-    if recursion.state_init != "input" and not recursion.adapter:
-        raise ConfigError(
-            f"{where}: {section}state_init is {recursion.state_init}, which needs adapter=true: "
-            "the loop would never see its input"
-        )
-    if recursion.sampling != "fixed":
-        for name, value in (
-            ("lora_rank", recursion.lora_rank > 0),
-            ("step_signal", recursion.step_signal == "learned"),
-            ("halting", recursion.halting),
-        ):
-            if value:
-                raise ConfigError(
-                    f"{where}: {section}{name} needs a fixed number of passes, found sampling "
-                    f"{recursion.sampling}"
-                )
-    if recursion.halting and recursion.backprop_last is not None:
-        raise ConfigError(
-            f"{where}: {section}backprop_last is {recursion.backprop_last}; with halting every "
-            "pass is part of the output, expected null"
-        )
-
-
-def check_loop(recursion: RecursionConfig, num_blocks: int, where: str, section: str) -> None:
-    """Raise ConfigError unless a pattern of ``num_blocks`` leaves blocks to loop over."""
-    if recursion.prelude + recursion.coda >= num_blocks:
-        raise ConfigError(
-            f"{where}: {section}recursion: prelude {recursion.prelude} and coda {recursion.coda} "
-            f"leave nothing to loop over of the pattern's {num_blocks} blocks"
         )
 
 
@@ -353,15 +301,6 @@ def check_tensor_parallel(limits: ModelLimits, size: int, where: str) -> None:
                 f"{where}: parallel.tensor is {size}, which does not divide {count} ({name}); this "
                 f"model fits {', '.join(fitting)}"
             )
-
-
-def check_stages(most: int, why: str, count: int, where: str) -> None:
-    """Raise ConfigError unless the model can be cut into ``count`` pipeline stages."""
-    if count > most:
-        raise ConfigError(
-            f"{where}: parallel.pipeline x parallel.virtual_pipeline is {count} stages, but "
-            f"{why} and a head; expected at most {most}"
-        )
 
 
 def check_world_size(config: ParallelConfig, count: int) -> None:

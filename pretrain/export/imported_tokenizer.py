@@ -64,6 +64,20 @@ def read_tokenizer(source: str, model: Any, options: dict[str, Any]) -> SourceTo
     return SourceTokenizer(_JSON, content, settings)
 
 
+def read_own_tokenizer(source: str) -> SourceTokenizer:
+    """Return the tokenizer of one of our own exports: the file of its run.
+
+    Raises UserError where there is none.
+    """
+    from transformers.utils.hub import cached_file
+
+    for name in FILE_NAMES:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            return SourceTokenizer(name, Path(found).read_bytes(), None)
+    raise UserError(f"{source} has no tokenizer, expected one of {', '.join(FILE_NAMES)}")
+
+
 def _same_ids(content: bytes, tokenizer: Any) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         write_bytes(Path(folder) / _JSON, content)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pretrain.common.config_loader import ConfigError, build_config, check_of, nearest
 from pretrain.config import ModelConfig, MoEConfig
-from pretrain.config.checks import check_loop
+from pretrain.config.model_checks import check_loop
 from pretrain.model.pattern import parse_pattern
 from pretrain.nn.mixers import Mixer, registry
 

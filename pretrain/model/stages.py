@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from pretrain.config import ModelConfig
-from pretrain.config.checks import check_stages
+from pretrain.config.model_checks import check_stages
 from pretrain.model.counts import training_flops_by_block
 from pretrain.model.spec import block_specs
 

