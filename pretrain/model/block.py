@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +23,8 @@ from pretrain.nn.norm import RMSNorm
 from pretrain.nn.parameters import swapped_parameters
 from pretrain.ops.shared.recomputation import recomputing
 from pretrain.parallel.segments import Handover
+
+FirstValues = dict[str, Tensor]
 
 
 class Block(nn.Module):
@@ -45,6 +47,9 @@ class Block(nn.Module):
             else:
                 self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
         self.index, self.sandwich = context.index, config.block_norm == "sandwich"
+        # Who takes, or hands on, what the first block of a kind computes.
+        self.kind, self.later = spec.name, spec.later
+        self.hands_on = bool(spec.mixer.first_values(spec.config, d))
         if self.sandwich:
             self.mixer_post_norm = RMSNorm(d, config.norm_eps, parallel)
             if self.mlp is not None:
@@ -59,14 +64,16 @@ class Block(nn.Module):
         drop: DropAt | None = None,
         depth: int = 0,
         handover: Handover | None = None,
+        first: FirstValues | None = None,
     ) -> tuple[Tensor, State]:
         """Run x ``[T, B, d]`` through the block; returns the same shape and the mixer's state.
 
         ``drop`` applies dropout to what mixer and MLP add, at pass ``depth`` of a loop.
         ``handover``: what a segment of a row has received, where the block may run again.
+        ``first``: as for mixers, see :meth:`.Mixer.first_values`.
         """
         handover = handover or Handover()
-        y, state = mix(self.mixer, self.mixer_norm(x), sequences, state, handover)
+        y, state = mix(self.mixer, self.mixer_norm(x), sequences, state, handover, first)
         x = x + (y if drop is None else drop(y, (self.index, depth, 0)))
         if self.sandwich:
             x = self.mixer_post_norm(x)
@@ -90,9 +97,8 @@ def make_blocks(
         if index not in local:
             blocks.append(nn.Identity())  # so that blocks keep their numbers
             continue
-        number = sum(other.name == spec.name for other in specs[:index])
         shared: Any = dict(tables[spec.name].named_children()) if spec.name in tables else {}
-        here = dataclasses.replace(context, index=index, number=number, tables=shared)
+        here = dataclasses.replace(context, index=index, number=spec.number, tables=shared)
         blocks.append(Block(spec, config, here))
     return blocks
 
@@ -106,24 +112,56 @@ def run_block(
     activation_checkpointing: str = "none",
     state: State | None = None,
     with_state: bool = False,
-    handover: Handover | None = None,
+    firsts: dict[str, FirstValues] | None = None,
 ) -> tuple[Tensor, State | None]:
     """Run x ``[T, B, d]`` through a block at pass ``depth`` of a loop, from ``state`` if any.
 
     ``activation_checkpointing``: what the backward pass computes again, as in TrainConfig.
-    ``handover``: as for :class:`Block`. Returns the same shape, and the state behind it where
-    ``with_state`` asks for it.
+    ``firsts``: what the first blocks of each kind have handed on; this block's is added. Returns
+    the same shape, and the state behind it where ``with_state`` asks for it.
     """
-    arguments = (block, x, sequences, depth, drop, "none", state, with_state)
+    first = None
+    if block.hands_on and firsts is not None:
+        first = firsts[block.kind] if block.later else {}
+    arguments = (block, x, sequences, depth, drop, state, with_state, first)
     if activation_checkpointing == "block":
-        found = checkpoint(run_block, *arguments, Handover(), use_reentrant=False)
-        return cast(tuple[Tensor, State | None], found)
-    if activation_checkpointing == "selective":
+        found: Any = checkpoint(_run, *arguments, Handover(), use_reentrant=False)
+    elif activation_checkpointing == "selective":
         with recomputing(swapped_parameters(block)):
-            return run_block(*arguments)
+            found = _run(*arguments)
+    else:
+        found = _run(*arguments)
+    y, new, handed = found
+    if handed is not None and firsts is not None:
+        firsts[block.kind] = handed
+    return y, new
+
+
+def _run(
+    block: Block,
+    x: Tensor,
+    sequences: Sequences | None,
+    depth: int,
+    drop: DropAt | None,
+    state: State | None,
+    with_state: bool,
+    first: FirstValues | None,
+    handover: Handover | None = None,
+) -> tuple[Tensor, State | None, FirstValues | None]:
+    """Return the block's output, the state if wanted, and what the first of its kind hands on.
+
+    That is an output as all others are: a checkpointed block may run again.
+    """
     set_depth(block, depth)
+    given = None if first is None else dict(first)
     with nullcontext() if with_state else without_states():
         y, new = block(
-            x, sequences=sequences, state=state, drop=drop, depth=depth, handover=handover
+            x,
+            sequences=sequences,
+            state=state,
+            drop=drop,
+            depth=depth,
+            handover=handover,
+            first=given,
         )
-    return y, new if with_state else None
+    return y, new if with_state else None, given

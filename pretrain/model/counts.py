@@ -24,7 +24,8 @@ def block_parameters(config: ModelConfig, spec: BlockSpec) -> int:
     mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
     if spec.moe is not None:
         mlp = MoE.num_parameters(spec.moe, d)
-    return spec.mixer.num_parameters(spec.config, d) + mlp + norms
+    later = spec.mixer.added_later(spec.config, d)[0] if spec.later else 0
+    return spec.mixer.num_parameters(spec.config, d) + later + mlp + norms
 
 
 def block_flops(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
@@ -33,7 +34,8 @@ def block_flops(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
     mlp = 2 * mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
     if spec.moe is not None:
         mlp = MoE.flops_per_token(spec.moe, d)
-    return spec.mixer.flops_per_token(spec.config, d, seq_len) + mlp
+    later = spec.mixer.added_later(spec.config, d)[1] if spec.later else 0
+    return spec.mixer.flops_per_token(spec.config, d, seq_len) + later + mlp
 
 
 def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:
@@ -61,7 +63,7 @@ def block_lora_parameters(config: ModelConfig, spec: BlockSpec) -> int:
     if recursion is None or recursion.lora_rank == 0:
         return 0
     with torch.device("meta"):
-        context = LayerContext(config.hidden_size, 0.0, 0.0, ParallelContext())
+        context = LayerContext(config.hidden_size, 0.0, 0.0, ParallelContext(), number=spec.number)
         layers: list[nn.Module] = [spec.mixer(spec.config, context)]
         if spec.moe is not None:
             layers.append(MoE(spec.moe, context))

@@ -7,6 +7,7 @@ layer share, routers and experts, low-rank differences, embedding and head.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
@@ -69,7 +70,7 @@ def _blocks(config: ModelConfig) -> Iterator[tuple[str, Block]]:
     context = LayerContext(config.hidden_size, 0.0, 0.0, ParallelContext())
     for kind, spec in {spec.kind: spec for spec in block_specs(config)}.items():
         with torch.device("meta"):
-            yield kind, Block(spec, config, context)
+            yield kind, Block(spec, config, dataclasses.replace(context, number=spec.number))
 
 
 def _chosen(model: nn.Module) -> Iterator[tuple[str, Projection]]:

@@ -7,31 +7,26 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.common.metrics import merge_metrics
 from pretrain.config import ModelConfig
 from pretrain.data.sequences import Sequences, check_fits, given_sequences
-from pretrain.model.block import Block, make_blocks, run_block
+from pretrain.model.block import Block, FirstValues, make_blocks, run_block
 from pretrain.model.carried import CarriedStates
 from pretrain.model.depth_lora import add_depth_lora
+from pretrain.model.head import WithHead
 from pretrain.model.recursion import Recursion
 from pretrain.model.segmented import comes_in_segments, segmented_losses
-from pretrain.model.shared import make_tables
+from pretrain.model.shared import FirstValuesOnTheWay, make_tables
 from pretrain.model.spec import block_specs, passes
 from pretrain.model.stages import Stage, whole_model
 from pretrain.nn.dropout import EMBEDDING, DropAt, Dropout
 from pretrain.nn.linear import VocabParallelEmbedding, column_input, column_linear
 from pretrain.nn.mixers import LayerContext, State
-from pretrain.nn.mixers.base import accumulation_dtype
 from pretrain.nn.moe import MoE
 from pretrain.nn.norm import RMSNorm
-from pretrain.nn.parameters import DescribedModule, change_info
-from pretrain.ops.cross_entropy.linear_cross_entropy import linear_cross_entropy
-from pretrain.ops.cross_entropy.sharded_cross_entropy import sharded_cross_entropy
-from pretrain.ops.cross_entropy.target_scores import target_scores
-from pretrain.parallel.collectives import gather_last_axis
+from pretrain.nn.parameters import change_info
 from pretrain.parallel.context import ParallelContext
 from pretrain.parallel.megatron import viewless
 
@@ -39,7 +34,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class LanguageModel(DescribedModule):
+class LanguageModel(WithHead):
     """A causal language model over packed sequences, or one stage of it.
 
     Parameters have the same names in a stage as in the full model. Raises ConfigError where the
@@ -49,9 +44,6 @@ class LanguageModel(DescribedModule):
     # What megatron-core's schedules ask a stage for; see pretrain.parallel.megatron.prepare.
     config: TransformerConfig
     vp_stage: int | None = None
-    # Of one process, in the loss; beyond that they are computed piece by piece, and once more in
-    # the backward pass. 1 GiB in float32.
-    logits_at_once = 2**28
     segment_tokens: int | None = None  # of a row's losses; see pretrain.model.segmented
     carried: CarriedStates | None = None  # of rows from step to step, in training
     # While open, gradients that add up are not reduced yet.
@@ -87,6 +79,7 @@ class LanguageModel(DescribedModule):
                 change_info(self.embedding.weight, tied=True, copy=not stage.first)
         self.dropout = Dropout(config.dropout, seq_len, context) if config.dropout > 0 else None
         self._received: Tensor | None = None
+        self._on_the_way = FirstValuesOnTheWay(config, context)
         self.tables = make_tables(config, stage.blocks, inner)
         layer = LayerContext(
             d, config.init_std, config.init_std * depth, inner, 0, len(specs), seq_len
@@ -119,6 +112,11 @@ class LanguageModel(DescribedModule):
         for experts in self.experts():
             experts.forget_load()
 
+    @property
+    def border_width(self) -> int:
+        """Return the width of what the stages of a pipeline send each other."""
+        return self.model_config.hidden_size + self._on_the_way.width
+
     def set_input_tensor(self, tensor: Sequence[Tensor | None]) -> None:
         """Receive the previous stage's output ``[T, B, d]`` from megatron-core's schedules."""
         self._received = tensor[0]
@@ -150,9 +148,10 @@ class LanguageModel(DescribedModule):
         packed = given_sequences("the model", sequences, cu_seqlens)
         if targets is not None and scored is None and comes_in_segments(self, tokens):
             return segmented_losses(self, tokens, targets, packed)
-        x, _, ponder = self._hidden(tokens, packed, None, with_states=False)
+        firsts: dict[str, FirstValues] = {}
+        x, _, ponder = self._hidden(tokens, packed, None, with_states=False, firsts=firsts)
         if not self.stage.last:
-            return viewless(x)
+            return viewless(self._on_the_way.pack(x, firsts))
         if targets is None:
             return self._logits(x).transpose(0, 1)
         if scored is not None:
@@ -223,19 +222,6 @@ class LanguageModel(DescribedModule):
         x, states, _ = self._hidden(tokens, packed, states, with_states=True)
         return x.transpose(0, 1).flatten(0, 1), states
 
-    def score(self, x: Tensor, targets: Tensor, candidates: int | None = None) -> Tensor:
-        """Return ``[2, M]``: log-likelihoods of ``targets`` ``[M]``, and the likeliest ids.
-
-        Both are for the token after the ones whose hidden rows are x ``[M, d]``; the likeliest is
-        among the first ``candidates`` ids.
-        """
-        return self._score(self._head_rows(x), targets, candidates)
-
-    def next_logits(self, x: Tensor) -> Tensor:
-        """Return ``[M, vocab]``, the full vocabulary, after the tokens whose hidden rows are x."""
-        logits = nn.functional.linear(self._head_rows(x), self._head_weight)
-        return self._capped(gather_last_axis(logits, self.context.group))
-
     def select_states(self, states: list[State], indices: Tensor) -> list[State]:
         """Return the states of some of the sequences, in the order of ``indices``."""
         return [
@@ -251,20 +237,6 @@ class LanguageModel(DescribedModule):
         times = times or self.recursion.num_passes()
         return [*range(local.start, loop.start), *[*loop] * times, *range(loop.stop, local.stop)]
 
-    def _head_rows(self, x: Tensor) -> Tensor:
-        return column_input(self._head_input(x[:, None]), self.context)[:, 0]
-
-    def _score(self, x: Tensor, targets: Tensor, candidates: int | None) -> Tensor:
-        return target_scores(
-            x,
-            self._head_weight,
-            targets,
-            candidates=candidates or self.vocab_size,
-            tokens_at_once=max(self.logits_at_once // len(self._head_weight), 1),
-            group=self.context.group,
-            softcap=self.model_config.logit_softcap,
-        )
-
     def _hidden(
         self,
         tokens: Tensor,
@@ -273,14 +245,17 @@ class LanguageModel(DescribedModule):
         *,
         with_states: bool,
         drop: DropAt | None = None,
+        firsts: dict[str, FirstValues] | None = None,
     ) -> tuple[Tensor, list[State], Tensor | None]:
         """Return the last block's output ``[T, B, d]``, the states, and a loop's ponder cost.
 
-        ``drop`` is the dropout of a call with states, which without it has none.
+        ``drop`` is the dropout of a call with states, which without it has none; ``firsts`` takes
+        what first blocks hand on.
         """
+        firsts = {} if firsts is None else firsts
         if sequences is not None and self.stage.first:
             check_fits("the model", sequences, *tokens.shape)
-        x = self._embed(tokens)
+        x = self._embed(tokens, firsts)
         new_states: list[State] = []
         if self.dropout is not None and self.training and not with_states:
             drop = self.dropout.next_micro_batch()
@@ -289,7 +264,14 @@ class LanguageModel(DescribedModule):
         if carried is not None and sequences is not None:
             states, with_states = carried.enter(sequences), True
         after = new_states if with_states else None
-        run = partial(self.run_blocks, sequences=sequences, drop=drop, states=states, after=after)
+        run = partial(
+            self.run_blocks,
+            sequences=sequences,
+            drop=drop,
+            states=states,
+            after=after,
+            firsts=firsts,
+        )
         ponder, local = None, self.stage.blocks
         if self.recursion is None:
             x = run(x, local)
@@ -314,68 +296,36 @@ class LanguageModel(DescribedModule):
         drop: DropAt | None = None,
         states: list[State] | None = None,
         after: list[State] | None = None,
+        firsts: dict[str, FirstValues] | None = None,
     ) -> Tensor:
         """Run x ``[T, B, d]`` through some blocks, at pass ``depth`` of a loop.
 
         ``after``: takes the state behind each block; those before are ``states``, from as many on.
+        ``firsts``: what the first blocks of each kind have handed on, and takes what these do.
         """
+        firsts = {} if firsts is None else firsts
         kept = self.activation_checkpointing if self.training else "none"
         for index in indices:
             block = cast(Block, self.blocks[index])
             old = None if states is None or after is None else states[len(after)]
-            x, state = run_block(block, x, sequences, depth, drop, kept, old, after is not None)
+            keeps = after is not None
+            x, state = run_block(block, x, sequences, depth, drop, kept, old, keeps, firsts)
             if after is not None:
                 after.append(cast(State, state))
         return x
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, firsts: dict[str, FirstValues] | None = None) -> Tensor:
         if not self.stage.first:
             received, self._received = self._received, None
             assert received is not None
-            return received
+            x, handed = self._on_the_way.unpack(received)
+            if firsts is not None:
+                firsts.update(handed)
+            return x
         x = cast(Tensor, self.embedding(tokens))
         if self.model_config.scale_embeddings:
             x = x * self.model_config.hidden_size**0.5
         return x
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """Return logits ``[T, B, vocab]``, this rank's shard of the vocabulary."""
-        x = column_input(self._head_input(x), self.context)
-        return self._capped(nn.functional.linear(x, self._head_weight))
-
-    def _head_input(self, x: Tensor) -> Tensor:
-        x = self.final_norm(x)
-        return x if self._width == 1 else x / self._width
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        cap = self.model_config.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    @property
-    def _head_weight(self) -> Tensor:
-        tied = self.model_config.tie_embeddings
-        return cast(Tensor, self.embedding.weight if tied else self.head.weight)
-
-    def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Return losses ``[T, B]`` in nats, of targets ``[T, B]``."""
-        rows = self.vocab_size // self.context.tensor_size
-        at_once = max(self.logits_at_once // rows, 1)
-        z_loss = self.model_config.z_loss_weight if self.training else 0.0
-        if targets.numel() <= at_once and z_loss == 0:
-            logits = self._logits(x)
-            logits = logits.to(accumulation_dtype(logits.dtype))
-            return sharded_cross_entropy(logits, targets, self.context.group)
-        x = column_input(self._head_input(x), self.context)
-        losses = linear_cross_entropy(
-            x.flatten(0, 1),
-            self._head_weight,
-            targets.flatten(),
-            tokens_at_once=at_once,
-            group=self.context.group,
-            softcap=self.model_config.logit_softcap,
-            z_loss_weight=z_loss,
-        )
-        return losses.view_as(targets)
 
     def metrics(self) -> dict[str, float]:
         """Return and reset the metrics that the blocks of this process accumulated."""

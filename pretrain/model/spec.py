@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,21 @@ from pretrain.nn.mixers import Mixer, registry
 class BlockSpec:
     """One block: the mixer's name in the pattern, its class and its resolved settings.
 
-    ``moe`` is the mixture of experts that the block has instead of an MLP, if any.
+    ``moe`` is the mixture of experts that the block has instead of an MLP, if any; ``number`` which
+    of the blocks of this name it is; ``later`` whether it takes what the first of them hands on.
     """
 
     name: str
     mixer: type[Mixer]
     config: Any
     moe: MoEConfig | None = None
+    number: int = 0
+    later: bool = False
 
     @property
     def kind(self) -> str:
         """Return a key that is equal for blocks that have the same shapes and cost the same."""
-        return f"{self.name}, experts" if self.moe else self.name
+        return f"{self.name}{', later' * self.later}{', experts' * (self.moe is not None)}"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -42,9 +46,21 @@ class BlockSpec:
 @check_of(ModelConfig)
 def check_model(config: ModelConfig, where: str, section: str = "model.") -> None:
     """Check the mixers of a model and its loop. Raises ConfigError naming the field."""
-    num_blocks = len(block_specs(config, where, section))
-    if config.recursion is not None:
-        check_loop(config.recursion, num_blocks, where, section)
+    specs = block_specs(config, where, section)
+    if config.recursion is None:
+        return
+    check_loop(config.recursion, len(specs), where, section)
+    if not config.recursion.halting:
+        return
+    coda = len(specs) - config.recursion.coda
+    for spec in specs[coda:]:
+        first = next(i for i, other in enumerate(specs) if other.name == spec.name)
+        if spec.later and config.recursion.prelude <= first < coda:
+            raise ConfigError(
+                f"{where}: {section}recursion.halting is true, but {spec.name} blocks behind the "
+                "loop take what one in it computes, in a last pass that may be left out; expected "
+                "halting=false"
+            )
 
 
 def block_specs(
@@ -91,10 +107,15 @@ def _read_specs(config: ModelConfig, where: str, section: str) -> list[BlockSpec
         specs[name] = BlockSpec(name, kinds[name], mixer_config)
     dense = len(names) if config.moe is None else config.moe.first_dense
     moe = config.moe and dataclasses.replace(config.moe)  # the caller's may change
-    return [
-        dataclasses.replace(specs[name], moe=moe if index >= dense else None)
-        for index, name in enumerate(names)
-    ]
+    blocks, before = [], Counter[str]()
+    for index, name in enumerate(names):
+        spec, number = specs[name], before[name]
+        before[name] += 1
+        first = spec.mixer.first_values(spec.config, config.hidden_size)
+        kept = moe if index >= dense else None
+        later = bool(first) and number > 0
+        blocks.append(dataclasses.replace(spec, moe=kept, number=number, later=later))
+    return blocks
 
 
 def _mixer_settings(

@@ -65,7 +65,7 @@ def prepare(parts: Sequence[Any]) -> TransformerConfig:
     That is a ``config``, a ``model_type``, and the marks on parameters by which its optimizer knows
     copies, shards and experts. Returns the configuration, which the stages share.
     """
-    config = transformer_config(parts[0].context, parts[0].model_config.hidden_size)
+    config = transformer_config(parts[0].context, parts[0].border_width)
     from megatron.core.enums import ModelType
 
     for part in parts:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pretrain.common.dtypes import DTYPES
 from pretrain.config import ParallelConfig, RunConfig
+from pretrain.model.shared import FirstValuesOnTheWay
+from pretrain.parallel.context import ParallelContext
 from pretrain.planner.figures import StageEstimate
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.memory import LIVE_PARAMETERS, Memory
@@ -44,8 +46,12 @@ class StepTime:
         per_node = hardware.devices_per_node
         across = data * parallel.model_size > per_node
         rows = train.seq_len * parallel.micro_batch_size / parallel.context
+        here = ParallelContext(
+            tensor_size=parallel.tensor, sequence_parallel=parallel.sequence and parallel.tensor > 1
+        )
+        beside = FirstValuesOnTheWay(self.config.model, here).width
         activation = (
-            self.config.model.hidden_size
+            (self.config.model.hidden_size + beside)
             * rows
             * width
             / (parallel.tensor if parallel.sequence else 1)

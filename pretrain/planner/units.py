@@ -294,9 +294,11 @@ class _Measurement:
         return self.rows * length // self.segments
 
     def _hidden(self, tokens: int) -> Tensor:
-        context = self.model.context
-        shape = (tokens // self.token_shards, 1, self.model.model_config.hidden_size)
-        return torch.empty(shape, dtype=context.dtype, device="meta", requires_grad=True)
+        return self._empty(tokens // self.token_shards, self.model.model_config.hidden_size)
+
+    def _empty(self, tokens: int, width: int) -> Tensor:
+        dtype = self.model.context.dtype
+        return torch.empty(tokens, 1, width, dtype=dtype, device="meta", requires_grad=True)
 
     def _run(self, inputs: list[Tensor], forward: Callable[[], Tensor]) -> tuple[Cost, Cost]:
         """Measure a forward and a backward pass.
@@ -334,8 +336,20 @@ class _Measurement:
             )
         x = self._hidden(sequences.num_tokens)
         drop = None if self.model.dropout is None else self.model.dropout.next_micro_batch()
-        blocks = range(index, index + 1)
-        return self._run([x], lambda: self.model.run_blocks(x, blocks, sequences, drop=drop))
+        blocks, model = range(index, index + 1), self.model
+        spec, context = block_specs(model.model_config)[index], model.context
+        firsts: dict[str, dict[str, Tensor]] = {}
+        if spec.later:
+            names = spec.mixer.first_values(spec.config, model.model_config.hidden_size)
+            firsts[spec.name] = {
+                name: self._empty(sequences.num_tokens, context.local(width, name))
+                for name, width in names.items()
+            }
+        handed = [value for values in firsts.values() for value in values.values()]
+        return self._run(
+            [x, *handed],
+            lambda: model.run_blocks(x, blocks, sequences, drop=drop, firsts=dict(firsts)),
+        )
 
     def _loop(self, length: int) -> tuple[Cost, Cost]:
         x, recursion = self._hidden(self._tokens(length)), self.model.recursion

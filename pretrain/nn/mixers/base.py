@@ -229,6 +229,25 @@ class Mixer(DescribedModule, ABC):
         return {}
 
     @classmethod
+    def first_values(cls, config: Any, hidden_size: int) -> dict[str, int]:
+        """Return the widths of what the first block of a kind hands to the later ones, by name.
+
+        Of each token, ``[T, B, width]`` in the activations' dtype, the width divided over
+        tensor-parallel ranks. :meth:`forward` then takes a further argument ``first``, a dict of
+        them: the first block (``context.number == 0``) puts them in, later ones take them out. It
+        is None where there is no model, as in :meth:`step` of a layer alone.
+        """
+        return {}
+
+    @classmethod
+    def added_later(cls, config: Any, hidden_size: int) -> tuple[int, int]:
+        """Return the parameters and FLOPs per token that later blocks have more than the first.
+
+        What they do with its :meth:`first_values`.
+        """
+        return 0, 0
+
+    @classmethod
     @abstractmethod
     def num_parameters(cls, config: Any, hidden_size: int) -> int:
         """Return the parameters of the layer, norms inside it included, shared tables not."""

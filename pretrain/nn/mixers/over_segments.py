@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -23,31 +25,34 @@ def mix(
     sequences: Sequences | None,
     state: State | None,
     handover: Handover,
+    first: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, State]:
     """Run a mixer on x ``[T, B, d]``; where that is a segment of a row, as on the whole row.
 
     A mixer whose ops know segments gets them as they are. Any other goes on from the state of the
     segment before and hands its own to the next one, one after another; layers take turns, so that
-    a rank is in one layer while the rank before is in the next.
+    a rank is in one layer while the rank before is in the next. ``first``: what the first block of
+    a kind hands on, for the mixers that know of it.
     """
+    run = mixer if first is None else partial(mixer, first=first)
     segment = None if sequences is None else sequences.segment
     if sequences is None or segment is None or segment.group is None:
-        return mixer(x, sequences=sequences, state=state)
+        return run(x, sequences=sequences, state=state)
     if state is not None:
         raise ValueError("a segment of a row takes its state from the segment before, found one")
     if beyond_segments(mixer):
-        return mixer(x, sequences=sequences)
+        return run(x, sequences=sequences)
     pieces, following = pieces_alone(sequences), segment.rank + 1
     sends = following < segment.size and segment.continues[following]
     if not sends and not segment.continues[segment.rank]:
-        return mixer(x, sequences=pieces)
+        return run(x, sequences=pieces)
     empty = mixer.init_state(1)
     if segment.continues[segment.rank]:
         state = handover.receive(segment, empty, _is_trained(mixer, x))
         if pieces.count > 1:
             state = mixer.join_states([state, mixer.init_state(pieces.count - 1)])
     with states_if(sends or states_wanted()):
-        y, new = mixer(x, sequences=pieces, state=state)
+        y, new = run(x, sequences=pieces, state=state)
     if sends:
         last = torch.tensor([pieces.count - 1], device=y.device)
         y = handover.send(segment, y, mixer.select_state(new, last), empty)
