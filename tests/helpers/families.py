@@ -68,10 +68,44 @@ def mamba2(groups):
     )
 
 
+def qwen2():
+    return transformers.Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+
+
+def bamba(groups=1, attention=(1,)):
+    return transformers.BambaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_indices=list(attention),
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_n_groups=groups,
+        mamba_d_state=16,
+        mamba_d_conv=4,
+        mamba_expand=2,
+        mamba_chunk_size=8,
+        max_position_embeddings=128,
+    )
+
+
 CONFIGS = {
     "llama": llama,
     "llama, tied": lambda: llama(tie_word_embeddings=True, num_key_value_heads=4),
+    "qwen2": qwen2,
     "qwen3": qwen3,
     "mamba2": lambda: mamba2(1),
     "mamba2, groups": lambda: mamba2(2),
+    "bamba": lambda: bamba(2),
 }

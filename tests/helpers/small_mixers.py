@@ -9,6 +9,15 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "attn": [
         {"num_heads": 4, "num_kv_heads": 2},
         {"num_heads": 2, "qk_norm": True, "rope_theta": None},
+        {
+            "num_heads": 4,
+            "num_kv_heads": 1,
+            "qk_norm": True,
+            "rotary_dim": 2,
+            "output_gate": True,
+            "qkv_bias": True,
+            "scale": 0.3,
+        },
     ],
     "swa": [{"num_heads": 2, "window": 5}],
     "linear_attn": [

@@ -1,10 +1,11 @@
 """Models of other libraries in terms of ours: one table for each family, read both ways."""
 
-from pretrain.export.families.attention import Llama, Qwen3
+from pretrain.export.families.attention import Llama, Qwen2, Qwen3
+from pretrain.export.families.bamba import Bamba
 from pretrain.export.families.base import Family, Weight, to_ours, to_theirs
 from pretrain.export.families.mamba2 import Mamba2
 
 # The first that a model fits is what it is exported as.
-FAMILIES: tuple[Family, ...] = (Llama(), Qwen3(), Mamba2())
+FAMILIES: tuple[Family, ...] = (Llama(), Qwen2(), Qwen3(), Mamba2(), Bamba())
 
 __all__ = ["FAMILIES", "Family", "Weight", "to_ours", "to_theirs"]

@@ -1,4 +1,4 @@
-"""Transformers of softmax attention alone: Llama and Qwen3."""
+"""Transformers of softmax attention alone: Llama, Qwen2 and Qwen3."""
 
 from __future__ import annotations
 
@@ -35,16 +35,45 @@ def rotary_theta(theirs: Any) -> float:
     return float(theta)
 
 
+def rotary_part(theirs: Any) -> float:
+    """Return the share of a head's channels that rotate."""
+    rope = getattr(theirs, "rope_parameters", None) or {}
+    return float(rope.get("partial_rotary_factor", 1.0))
+
+
+def attention_difference(
+    settings: Any, norm_eps: float, *, qk_norm: bool = False, qkv_bias: bool = False
+) -> str | None:
+    """Return what an attention layer of ours has that Llama's, or one like it, has not."""
+    normed = "normalises" if settings.qk_norm else "does not normalise"
+    biased = "has" if settings.qkv_bias else "has no"
+    return first_difference(
+        (
+            ("attention has a window", settings.window is not None),
+            ("attention has no rotary positions", settings.rope_theta is None),
+            (f"attention {normed} queries and keys", settings.qk_norm != qk_norm),
+            ("norms differ in norm_eps", settings.qk_norm and settings.norm_eps != norm_eps),
+            (f"attention {biased} biases", settings.qkv_bias != qkv_bias),
+            ("attention has an output gate", settings.output_gate),
+            ("attention has a scale of its own", settings.scale is not None),
+        )
+    )
+
+
 class Llama(Family):
     """Llama: pre-norm, SwiGLU, grouped key heads, rotary positions."""
 
     model_type = "llama"
     architecture = "LlamaForCausalLM"
     qk_norm = False
+    qkv_bias = False
+    whole_width = False  # whether num_heads * head_dim must be hidden_size
 
     @override
     def model_of(self, theirs: Any) -> dict[str, Any]:
         expect(theirs, hidden_act="silu", attention_bias=False, mlp_bias=False)
+        if (part := rotary_part(theirs)) != 1:
+            raise UserError(f"the model's partial_rotary_factor is {part}, expected 1")
         num_heads = theirs.num_attention_heads
         attention = {
             "num_heads": num_heads,
@@ -54,6 +83,8 @@ class Llama(Family):
         }
         if self.qk_norm:
             attention |= {"qk_norm": True, "norm_eps": theirs.rms_norm_eps}
+        if self.qkv_bias:
+            attention["qkv_bias"] = True
         return {
             "pattern": f"{theirs.num_hidden_layers}*attn",
             "hidden_size": theirs.hidden_size,
@@ -75,19 +106,18 @@ class Llama(Family):
         settings = specs[0].config
         if any(spec.config != settings for spec in specs):
             return "its attention layers differ"
-        normed = "normalises" if settings.qk_norm else "does not normalise"
-        return first_difference(
-            (
-                ("attention has a window", settings.window is not None),
-                ("attention has no rotary positions", settings.rope_theta is None),
-                (f"attention {normed} queries and keys", settings.qk_norm != self.qk_norm),
-                (
-                    "norms differ in norm_eps",
-                    settings.qk_norm and settings.norm_eps != config.norm_eps,
-                ),
-                (f"the MLP is {config.mlp.kind}", config.mlp.kind != "swiglu"),
-            )
-        ) or general_reason(config)
+        difference = attention_difference(
+            settings, config.norm_eps, qk_norm=self.qk_norm, qkv_bias=self.qkv_bias
+        )
+        if difference is not None:
+            return difference
+        if settings.rotary_dim not in (None, settings.head_dim):
+            return "a part of a head rotates"
+        if self.whole_width and settings.num_heads * settings.head_dim != config.hidden_size:
+            return "heads are not as wide as the model"
+        if config.mlp.kind != "swiglu":
+            return f"the MLP is {config.mlp.kind}"
+        return general_reason(config)
 
     @override
     def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
@@ -122,6 +152,9 @@ class Llama(Family):
             yield same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_norm.weight")
             for name in _PROJECTIONS:
                 yield same(f"{theirs}.self_attn.{name}.weight", f"{ours}.mixer.{name}.weight")
+            if self.qkv_bias:
+                for name in "qkv":
+                    yield same(f"{theirs}.self_attn.{name}_proj.bias", f"{ours}.mixer.{name}_bias")
             if self.qk_norm:
                 for name in ("q_norm", "k_norm"):
                     yield same(f"{theirs}.self_attn.{name}.weight", f"{ours}.mixer.{name}")
@@ -146,4 +179,25 @@ class Qwen3(Llama):
     def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
         found = super().config_of(config, vocab_size, seq_len)
         del found["mlp_bias"]
+        return found
+
+
+class Qwen2(Llama):
+    """Qwen2 and 2.5: Llama with biases of queries, keys and values."""
+
+    model_type = "qwen2"
+    architecture = "Qwen2ForCausalLM"
+    qkv_bias = True
+    whole_width = True
+
+    @override
+    def model_of(self, theirs: Any) -> dict[str, Any]:
+        expect(theirs, use_sliding_window=False)
+        return super().model_of(theirs)
+
+    @override
+    def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
+        found = super().config_of(config, vocab_size, seq_len)
+        for name in ("mlp_bias", "attention_bias", "head_dim"):
+            del found[name]
         return found

@@ -45,6 +45,24 @@ def mixer_weights(theirs: str, ours: str, config: Any, hidden_size: int) -> Iter
     yield same(f"{theirs}.out_proj.weight", f"{ours}.o_proj.weight")
 
 
+def check_mamba2(theirs: Any) -> None:
+    """Raise UserError where time steps are bounded, which ours are not."""
+    low, high = (float(x) for x in theirs.time_step_limit)
+    if low > 0 or high < math.inf:
+        raise UserError(f"the model's time_step_limit is [{low}, {high}], expected [0, inf]")
+
+
+def mamba2_difference(settings: Any, config: ModelConfig) -> str | None:
+    """Return what a Mamba-2 layer of ours has that transformers' have not."""
+    return first_difference(
+        (
+            ("there is no convolution", settings.conv_size == 0),
+            ("norms differ in norm_eps", settings.norm_eps != config.norm_eps),
+            ("expand is not whole", settings.expand != int(settings.expand)),
+        )
+    )
+
+
 class Mamba2(Family):
     """Mamba-2 of one or more groups."""
 
@@ -54,9 +72,7 @@ class Mamba2(Family):
     @override
     def model_of(self, theirs: Any) -> dict[str, Any]:
         expect(theirs, hidden_act="silu", use_bias=False, use_conv_bias=True)
-        low, high = (float(x) for x in theirs.time_step_limit)
-        if low > 0 or high < math.inf:
-            raise UserError(f"the model's time_step_limit is [{low}, {high}], expected [0, inf]")
+        check_mamba2(theirs)
         return {
             "pattern": f"{theirs.num_hidden_layers}*mamba2",
             "hidden_size": theirs.hidden_size,
@@ -87,15 +103,11 @@ class Mamba2(Family):
         if other is not None:
             return f"a block is {other.name}"
         settings = specs[0].config
-        return first_difference(
-            (
-                ("its layers differ", any(spec.config != settings for spec in specs)),
-                (f"blocks have an MLP ({config.mlp.kind})", config.mlp.kind != "none"),
-                ("there is no convolution", settings.conv_size == 0),
-                ("norms differ in norm_eps", settings.norm_eps != config.norm_eps),
-                ("expand is not whole", settings.expand != int(settings.expand)),
-            )
-        ) or general_reason(config)
+        if any(spec.config != settings for spec in specs):
+            return "its layers differ"
+        if config.mlp.kind != "none":
+            return f"blocks have an MLP ({config.mlp.kind})"
+        return mamba2_difference(settings, config) or general_reason(config)
 
     @override
     def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:

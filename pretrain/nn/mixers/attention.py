@@ -27,8 +27,9 @@ from pretrain.nn.mixers.base import (
     states_wanted,
 )
 from pretrain.nn.mixers.sizes import attention_heads
-from pretrain.nn.parameters import constant, replicated_parameter
+from pretrain.nn.parameters import constant, replicated_parameter, sharded_parameter
 from pretrain.ops import apply_rotary, attention, rotary_embedding, rotary_of
+from pretrain.ops.elementwise.fusing import fused
 from pretrain.ops.elementwise.rms_norm import rms_norm
 from pretrain.parallel.segments import keys_so_far, together
 
@@ -54,6 +55,14 @@ class AttentionConfig(MixerConfig):
     """Whether queries and keys go through an RMS norm, per head."""
     norm_eps: float = setting(1e-6, above=0)
     """Added to the mean square in that norm."""
+    rotary_dim: int | None = setting(None, minimum=2)
+    """Leading channels of a head that rotate, an even number; null: all."""
+    output_gate: bool = False
+    """Whether the output is multiplied by a sigmoid of a projection of the input."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases."""
+    scale: float | None = setting(None, above=0)
+    """Factor of the products of queries and keys; null: ``head_dim ** -0.5``."""
 
     @override
     def resolve(self, hidden_size: int) -> Self:
@@ -104,6 +113,10 @@ class Attention(Mixer):
         role: Role = "bottleneck" if num_kv_heads == 1 < num_heads else "hidden"
         self.k_proj, self.v_proj = group_linear(*keys, role=role), group_linear(*keys, role=role)
         self.o_proj = row_linear(self.parallel, q_dim, d, context.output_std)
+        if config.output_gate:
+            self.g_proj = column_linear(self.parallel, d, q_dim, context.std)
+        if config.qkv_bias:
+            self._add_biases(num_kv_heads)
         if config.qk_norm:
             self.q_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
             self.k_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
@@ -113,9 +126,10 @@ class Attention(Mixer):
         self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
-        q = heads(self.q_proj(x), self.num_heads)
-        k = heads(self.k_proj(x), self.num_kv_heads)
-        v = heads(self.v_proj(x), self.num_kv_heads)
+        gate = self.g_proj(x) if self.config.output_gate else None
+        q = heads(self._projected("q", x), self.num_heads)
+        k = heads(self._projected("k", x), self.num_kv_heads)
+        v = heads(self._projected("v", x), self.num_kv_heads)
         if self.config.qk_norm:
             q = rms_norm(q, head_shared(self.q_norm, self.parallel), self.config.norm_eps)
             k = rms_norm(k, head_shared(self.k_norm, self.parallel), self.config.norm_eps)
@@ -124,7 +138,7 @@ class Attention(Mixer):
             sequences = Sequences.of_rows(batch_size, length, q.device)
             q, k, v = (t.reshape(1, batch_size * length, *t.shape[2:]) for t in (q, k, v))
         if self.config.rope_theta is not None:
-            dim, theta = self.head_dim, self.config.rope_theta
+            dim, theta = self.config.rotary_dim or self.head_dim, self.config.rope_theta
             if state is None:
                 cos, sin = rotary_of(sequences, dim, theta)
             else:
@@ -139,10 +153,13 @@ class Attention(Mixer):
             k[None],
             v[None],
             window=self.config.window,
+            scale=self.config.scale,
             sequences=sequences,
             sequences_k=sequences_k,
         )
         y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
+        if gate is not None:
+            y = _sigmoid_gate(y, gate)
         if not states_wanted():
             return self.o_proj(y), {}
         seen = sequences.sizes_so_far if state is None else sequences.sizes + state["seen"]
@@ -150,6 +167,24 @@ class Attention(Mixer):
             k, v, sequences_k = keys_so_far(k, v, sequences, self.config.window)
             y, k, v = together(y, k, v)
         return self.o_proj(y), {**self._visible(k, v, sequences_k), "seen": seen}
+
+    def _add_biases(self, num_kv_heads: int) -> None:
+        self._shared_biases = num_kv_heads < self.parallel.tensor_size
+        for name in "qkv":
+            shared = name != "q" and self._shared_biases
+            make = replicated_parameter if shared else sharded_parameter
+            count = self.num_heads if name == "q" else self.num_kv_heads
+            bias = make(self.parallel, (count * self.head_dim,), constant(0.0), decay=False)
+            self.register_parameter(f"{name}_bias", bias)
+
+    def _projected(self, name: str, x: Tensor) -> Tensor:
+        y: Tensor = getattr(self, f"{name}_proj")(x)
+        if not self.config.qkv_bias:
+            return y
+        bias: Tensor = getattr(self, f"{name}_bias")
+        if name != "q" and self._shared_biases:
+            bias = head_shared(bias, self.parallel)
+        return y + bias
 
     def _visible(self, k: Tensor, v: Tensor, sequences: Sequences) -> State:
         """Return the keys and values that later tokens can still attend to."""
@@ -184,6 +219,13 @@ class Attention(Mixer):
             raise ValueError(
                 f"head_dim is {head_dim}, expected an even number for rotary positions"
             )
+        if (dim := config.rotary_dim) is not None:
+            if config.rope_theta is None:
+                raise ValueError(f"rotary_dim is {dim}, but rope_theta is null: nothing rotates")
+            if dim % 2 or dim > head_dim:
+                raise ValueError(
+                    f"rotary_dim is {dim}, expected an even number up to head_dim = {head_dim}"
+                )
 
     @classmethod
     @override
@@ -195,14 +237,16 @@ class Attention(Mixer):
     @override
     def num_parameters(cls, config: AttentionConfig, hidden_size: int) -> int:
         num_heads, num_kv_heads, head_dim = _shape(config)
-        projections = 2 * hidden_size * head_dim * (num_heads + num_kv_heads)
-        return projections + 2 * head_dim * config.qk_norm
+        widths = 2 * (num_heads + num_kv_heads) + config.output_gate * num_heads
+        biases = config.qkv_bias * head_dim * (num_heads + 2 * num_kv_heads)
+        return hidden_size * head_dim * widths + biases + 2 * head_dim * config.qk_norm
 
     @classmethod
     @override
     def flops_per_token(cls, config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
         num_heads, num_kv_heads, head_dim = _shape(config)
-        projections = 4 * hidden_size * head_dim * (num_heads + num_kv_heads)
+        widths = 2 * (num_heads + num_kv_heads) + config.output_gate * num_heads
+        projections = 2 * hidden_size * head_dim * widths
         window = min(config.window or seq_len, seq_len)
         # Keys seen by all queries of a sequence: 1, 2, ..., window, window, ...
         seen = window * (window + 1) // 2 + (seq_len - window) * window
@@ -213,6 +257,12 @@ class Attention(Mixer):
     def state_bytes(cls, config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
         _, num_kv_heads, head_dim = _shape(config)
         return 4 * num_kv_heads * head_dim * min(config.window or seq_len, seq_len)
+
+
+@fused
+def _sigmoid_gate(y: Tensor, gate: Tensor) -> Tensor:
+    """Return ``y * sigmoid(gate)``."""
+    return y * torch.sigmoid(gate)
 
 
 def _shape(config: AttentionConfig) -> tuple[int, int, int]:

@@ -34,8 +34,13 @@ def _rotary_of(sequences: Sequences, dim: int, theta: float) -> tuple[Tensor, Te
 
 @fused(linear=True)
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x ``[..., H, D]`` by cos, sin ``[..., D / 2]``; computed in float32 or wider."""
+    """Rotate the leading R channels of x ``[..., H, D]`` by cos, sin ``[..., R / 2]``.
+
+    Computed in float32 or wider.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    first, second = x.to(dtype).chunk(2, -1)
+    dim = 2 * cos.shape[-1]
+    first, second = x[..., :dim].to(dtype).chunk(2, -1)
     cos, sin = cos[..., None, :].to(dtype), sin[..., None, :].to(dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    return rotated if dim == x.shape[-1] else torch.cat([rotated, x[..., dim:]], -1)

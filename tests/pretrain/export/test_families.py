@@ -148,6 +148,11 @@ def test_what_our_layers_do_not_do_is_refused(config, message):
         family.model_of(theirs)
 
 
+HYBRID = {
+    "pattern": "mamba2 attn",
+    "mixers": {"attn": {"num_heads": 3, "rotary_dim": 4}},
+    "norm_eps": 1e-5,
+}
 ATTENTION = {"pattern": "2*attn", "mixers": {"attn": {"num_heads": 4}}}
 
 
@@ -160,6 +165,10 @@ ATTENTION = {"pattern": "2*attn", "mixers": {"attn": {"num_heads": 4}}}
         ({"pattern": "2*mamba2", "mlp": {"kind": "none"}}, None, "mamba2: norms differ"),
         ({"pattern": "2*mamba2", "norm_eps": 1e-5}, None, r"blocks have an MLP \(swiglu\)"),
         ({"pattern": "attn gdn"}, None, "llama: a block is gdn"),
+        (HYBRID, "bamba", ""),
+        ({**HYBRID, "mixers": {"attn": {"num_heads": 3}}}, None, "bamba: another part than half"),
+        ({**HYBRID, "pattern": "2*attn"}, None, "llama: a part of a head rotates"),
+        ({**ATTENTION, "mixers": {"attn": {"output_gate": True}}}, None, "has an output gate"),
         ({**ATTENTION, "logit_softcap": 3.0}, None, "llama: logits are capped"),
         ({**ATTENTION, "mlp": {"kind": "gelu"}}, None, "llama: the MLP is gelu"),
     ],
@@ -174,7 +183,7 @@ def test_every_other_mixer_comes_with_its_code():
     for name in registry():
         found, why = family_of(settings_of(name))
         assert (found is None) == bool(why)
-        assert found is None or name in ("attn", "mamba2")
+        assert found is None or name == "mamba2"
 
 
 def test_their_settings_are_written(tmp_path):
