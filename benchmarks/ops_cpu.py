@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pretrain.ops import (
     delta_rule,
+    diagonal_scan,
     linear_attention,
     m2rnn,
     para_gru,
@@ -107,6 +108,11 @@ def para(cell: str, batch_size: int, dim: int) -> Callable[..., Any]:
     return make
 
 
+def scan(length: int) -> tuple[list[Tensor], Call]:
+    x, decay = torch.randn(1, length, 1024), -torch.rand(1, length, 1024)
+    return [x, decay], lambda backend: diagonal_scan(None, x, log_decay=decay, backend=backend)
+
+
 def chunk_attention(length: int) -> tuple[list[Tensor], Call]:
     q, k, v = torch.randn(3, 1, length, 4, 64).unbind(0)
     gate = torch.rand(1, length, 4, 64)
@@ -137,6 +143,7 @@ CASES = [
         for cell in ("gru", "lstm")
         for b, d in ((1, 64), (1, 256), (4, 256))
     ),
+    Case("diagonal_scan (hgrn)", "B1 D1024", "sequential", "tiled", scan, 8192),
     Case("rat", "B1 H4 D64 L16", "recurrent", "chunked", chunk_attention, 512),
 ]
 

@@ -11,6 +11,7 @@ pieces that begin in the segment, and a final state for those that end there.
 from pretrain.ops.attention.dispatch import attention
 from pretrain.ops.attention.rotary import apply_rotary, rotary_embedding, rotary_of
 from pretrain.ops.delta_rule.dispatch import delta_rule
+from pretrain.ops.diagonal_scan.dispatch import diagonal_scan
 from pretrain.ops.linear_attention.dispatch import linear_attention
 from pretrain.ops.m2rnn.dispatch import m2rnn
 from pretrain.ops.newton.dispatch import newton_recurrence
@@ -30,6 +31,7 @@ __all__ = [
     "attention",
     "definitions",
     "delta_rule",
+    "diagonal_scan",
     "linear_attention",
     "m2rnn",
     "newton_recurrence",

@@ -12,6 +12,7 @@ from torch import Tensor
 from pretrain.ops import (
     attention,
     delta_rule,
+    diagonal_scan,
     linear_attention,
     m2rnn,
     newton_recurrence,
@@ -78,6 +79,34 @@ def of_matrix_state(op, decay, n=0, strength=0.3, given=True, key_dim=6, layouts
 
     name = f"{op.__name__} {n} {decay} {strength} {given} {key_dim} {options.get('backend', '')}"
     return Case(name.strip(), run, tensors, states=states, layouts=layouts)
+
+
+def of_scan(dtype=torch.float64, given=True, layouts=()):
+    """The diagonal recurrence; complex numbers are given as pairs, and returned as such."""
+
+    def made(x):
+        return torch.complex(*x.unflatten(-1, (2, -1)).unbind(-2)) if dtype.is_complex else x
+
+    def pairs(x):
+        return torch.cat([x.real, x.imag], -1) if dtype.is_complex else x
+
+    def run(tensors, parameters, states, sequences):
+        a, x = map(made, tensors)
+        y, end = diagonal_scan(
+            a / (0.1 + a.abs()),
+            x,
+            sequences=sequences,
+            initial_state=made(states[0]) if given else None,
+        )
+        return pairs(y), [pairs(end)]
+
+    return Case(
+        f"diagonal_scan {dtype} {given}",
+        run,
+        lambda g, total: [normal(g, 1, total, 6) for _ in range(2)],
+        states=lambda g, n: [normal(g, n, 6)] if given else [],
+        layouts=layouts,
+    )
 
 
 def convolution(width, bias, given):
@@ -258,6 +287,9 @@ CASES = [
     of_matrix_state(delta_rule, "channel", n=2, given=False),
     of_matrix_state(delta_rule, "head", n=1, key_dim=1, layouts=("one", "four")),
     of_matrix_state(delta_rule, "channel", n=1, backend="recurrent", layouts=("four",)),
+    of_scan(),
+    of_scan(torch.complex128, layouts=("one", "short")),
+    of_scan(given=False, layouts=("four",)),
     convolution(4, True, True),
     convolution(2, False, False),
     convolution(60, False, True),

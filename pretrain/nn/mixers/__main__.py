@@ -60,6 +60,8 @@ and `backend=` of each function of `pretrain.ops` chooses by hand.
 * attention, sliding windows: flash-attn 3 on Hopper or 2, where installed; else torch's own kernel
   for sequences of different lengths
 * linear attention, delta rules, DeltaProduct, short convolution: flash-linear-attention
+* diagonal scans: plain torch, whose steps grow with sqrt T; flash-linear-attention's kernel, which
+  steps from token to token, by `backend="fla"`
 * M2RNN: our Triton kernels, the state on chip and kept every 64th token
 * ParaGRU, ParaLSTM: our Triton kernels, by segments with all Newton iterations in one or by plain
   steps; backward by segments
@@ -99,6 +101,9 @@ print(report)  # residual, fallbacks
 ```
 
 With `num_states=2` the cell sees and returns `[2, ..., D]`, and its 2 x 2 Jacobians are used.
+
+A recurrence `y_t = a_t y_{t-1} + x_t` needs no Newton's method: `y, last = diagonal_scan(a, x)`,
+for a and x `[B, T, D]`, real or complex; `diagonal_scan(None, x, log_decay=g)` takes a's logarithm.
 
 ## Recursion over depth
 

@@ -14,7 +14,14 @@ from pretrain.ops.newton.cell import ElementwiseCell
 from pretrain.ops.newton.definition import sequential_recurrence
 from pretrain.ops.newton.options import NewtonOptions
 from pretrain.ops.newton.shooting import shoot_tile
-from pretrain.ops.newton.tiles import Tiles, arrange, previous_states, tiles_of
+from pretrain.ops.newton.tiles import (
+    Tiles,
+    arrange,
+    arrange_gradient,
+    last_states,
+    previous_states,
+    tiles_of,
+)
 from pretrain.ops.shared.planning import count_true, device_type
 
 _USUAL_STEPS = 3  # Newton steps that bounded recurrent weights take in float32
@@ -67,13 +74,10 @@ class Newton(torch.autograd.Function):
             )
         if num_failed:
             _solve_again(cell, x, parameters, initial_state, sequences, failed, states, tiles)
-        flat = states.flatten(1, 2)
-        final = initial_state.clone()
-        ended = tiles.ends >= 0
-        final[ended] = flat[:, tiles.ends[ended]].transpose(0, 1)
+        final = last_states(states, initial_state, tiles)
         ctx.save_for_backward(inner, parameters, initial_state, states)
         ctx.cell, ctx.tiles = cell, tiles
-        return flat.index_select(1, tiles.slot).transpose(0, 1), final
+        return states.flatten(1, 2).index_select(1, tiles.slot).transpose(0, 1), final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -81,15 +85,11 @@ class Newton(torch.autograd.Function):
     def backward(ctx: Any, d_states: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         inner, parameters, initial_state, states = ctx.saved_tensors
         cell, tiles = ctx.cell, ctx.tiles
-        g = torch.zeros_like(states)
-        flat = g.flatten(1, 2)
-        flat[:, tiles.slot] = d_states.transpose(0, 1)
-        ended = tiles.ends >= 0
-        flat[:, tiles.ends[ended]] += d_final[ended].transpose(0, 1)
+        g = arrange_gradient(states, d_states, d_final, tiles)
         d_inner, d_parameters = torch.empty_like(inner), torch.zeros_like(parameters)
         ordered = initial_state[tiles.order].transpose(0, 1)
         incoming = g.new_zeros(ordered.shape)  # gradient of what each tile starts from, by rank
-        d_initial = torch.where(ended[:, None, None], 0, d_final)
+        d_initial = torch.where(tiles.ends[:, None, None] >= 0, 0, d_final)
         for i in reversed(range(len(tiles.tiles))):
             first, counts = tiles.tiles[i]
             part = slice(first, first + sum(counts))

@@ -112,3 +112,27 @@ def arrange(x: Tensor, tiles: Tiles) -> Tensor:
     if len(tiles.padding):
         inner[:, tiles.padding] = 0
     return inner.unflatten(1, (tiles.positions, tiles.chunks))
+
+
+def arrange_gradient(states: Tensor, d_states: Tensor, d_final: Tensor, tiles: Tiles) -> Tensor:
+    """Arrange the gradients of all states ``[T, S, D]`` and of the last ``[N, S, D]``.
+
+    The result is as ``states`` ``[S, m, n, D]``, zeros at padding.
+    """
+    gradient = torch.zeros_like(states)
+    flat = gradient.flatten(1, 2)
+    flat[:, tiles.slot] = d_states.transpose(0, 1)
+    ended = tiles.ends >= 0
+    flat[:, tiles.ends[ended]] += d_final[ended].transpose(0, 1)
+    return gradient
+
+
+def last_states(states: Tensor, initial_state: Tensor, tiles: Tiles) -> Tensor:
+    """Return the last of ``states`` ``[S, m, n, D]`` of each sequence, ``[N, S, D]``.
+
+    Of a sequence without tokens that is its ``initial_state``.
+    """
+    final = initial_state.clone()
+    ended = tiles.ends >= 0
+    final[ended] = states.flatten(1, 2)[:, tiles.ends[ended]].transpose(0, 1)
+    return final

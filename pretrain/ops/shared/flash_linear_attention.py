@@ -1,8 +1,9 @@
 """Fused chunked kernels of the package flash-linear-attention (fla) on CUDA, backend ``fla``.
 
-They serve linear attention, the delta rules and the short convolution, take bfloat16 or float16 and
-keep the state in float32. They are checked against our definitions where a GPU is
-(benchmarks/ops_gpu.py) and, on a CPU in Triton's interpreter, in tests/pretrain/ops/test_fla.py.
+They serve linear attention, the delta rules, the short convolution and, where asked for, the
+diagonal scan; they take bfloat16 or float16 and keep the state in float32. They are checked against
+our definitions where a GPU is (benchmarks/ops_gpu.py) and, on a CPU in Triton's interpreter, in
+tests/pretrain/ops/test_fla.py.
 """
 
 from __future__ import annotations
@@ -171,6 +172,34 @@ def _packed(sequences: Sequences) -> dict[str, Tensor]:
     so that nothing waits for the device.
     """
     return {"cu_seqlens": sequences.cu_seqlens.long(), "cu_seqlens_cpu": sequences.on_host}
+
+
+def check_fla_scan(op: str, log_decay: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError where fla is not installed or does not take the decay, or ``x``."""
+    if not _found():
+        raise ValueError(
+            f"{op}: backend 'fla' needs flash-linear-attention, which is not installed"
+        )
+    if log_decay is None:
+        raise ValueError(f"{op}: backend 'fla' takes log_decay, found a")
+    if x.dtype != torch.float32:
+        raise ValueError(f"{op}: backend 'fla' computes in float32, which {x.dtype} is not")
+
+
+def fla_diagonal_scan(
+    log_decay: Tensor, x: Tensor, initial_state: Tensor, sequences: Sequences
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`pretrain.ops.diagonal_scan` of ``[T, D]`` in float32, step after step.
+
+    Of fla's two kernels, the one over chunks knows no documents and no gradient of the last state.
+    """
+    from fla.ops.hgrn import fused_recurrent_hgrn
+
+    cu_seqlens = sequences.derive(_packed)["cu_seqlens"]
+    output, state = fused_recurrent_hgrn(
+        x[None], log_decay[None], initial_state, True, cu_seqlens=cu_seqlens
+    )
+    return output[0], state
 
 
 def fla_short_convolution(

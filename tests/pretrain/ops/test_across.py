@@ -55,6 +55,7 @@ def test_exchanges_alone(found, check, size):
     [
         ("linear_attention 0 head 0.3 True 6", 2),  # a gather each way
         ("delta_rule 1 head 0.3 True 6", 2),
+        ("diagonal_scan torch.float64 True", 2),
         ("short_convolution 4 True True", 2),
         ("attention 4 2 7 auto", 2),
         ("attention 4 2 None auto", 4),  # to heads and back

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.ops import delta_rule, linear_attention, short_convolution
+from pretrain.ops import delta_rule, diagonal_scan, linear_attention, short_convolution
 from tests.helpers.relative_error import relative_error
 
 pytest.importorskip("fla")
@@ -39,6 +39,7 @@ def interpretable():
         return
     import fla.ops.gated_delta_product
     import fla.ops.gla
+    import fla.ops.hgrn
     import fla.ops.kda
     import fla.ops.simple_gla  # noqa: F401
     from triton.runtime.autotuner import Autotuner
@@ -167,6 +168,21 @@ def test_short_convolution(packed, started):
     compare(run, "taps", tensors)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, (0, 5, 0)])
+def test_diagonal_scan(lengths):
+    """Where it is asked for; it takes float32, and bfloat16 as such."""
+    ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    x, log_decay = torch.randn(2, 1, sum(lengths), 40, device=DEVICE)
+    state = torch.randn(len(lengths), 40, device=DEVICE)
+
+    def run(backend, x, log_decay, state):
+        return diagonal_scan(None, x, state, ends, log_decay=log_decay, backend=backend)
+
+    compare(run, "sequential", [x, -log_decay.abs(), state])
+    narrow = diagonal_scan(None, x.to(NARROW), log_decay=-log_decay.abs(), backend="fla")
+    assert (narrow[0].dtype, narrow[1].dtype) == (NARROW, torch.float32)
+
+
 def test_rows_need_no_cu_seqlens():
     q, k, v = narrow(2, 9, 1, 16), F.normalize(narrow(2, 9, 1, 16), dim=-1), narrow(2, 9, 1, 16)
     beta = torch.rand(2, 9, 1, device=DEVICE).to(NARROW)
@@ -180,3 +196,8 @@ def test_what_it_does_not_take_is_said():
     wide = torch.zeros(1, 4, 1, 512, dtype=NARROW, device=DEVICE)
     with pytest.raises(ValueError, match="keys of at most 256 channels, found 512"):
         linear_attention(wide, wide, wide, backend="fla")
+    a = torch.rand(1, 4, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="diagonal_scan: backend 'fla' takes log_decay, found a"):
+        diagonal_scan(a, a, backend="fla")
+    with pytest.raises(ValueError, match="computes in float32, which"):
+        diagonal_scan(None, a.double(), log_decay=-a.double(), backend="fla")
