@@ -7,6 +7,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     flash_rnn,
     gated_deltanet,
     gated_linear_attention,
+    hgrn,
     hgrn2,
     kimi_delta_attention,
     linear_attention,

@@ -2,18 +2,14 @@
 
 f = lb + (1 - lb) sigmoid(W_f x), S_t = Diag(f_t) S_{t-1} + (1 - f_t)^T (W_i x_t), read by
 SiLU(W_q x); RMSNorm over the full width, through W_o. lb, the least a gate may be, rises with
-depth: l / L in block l of L at first. Every layer learns its own, through a sigmoid (0.01 in block
-0); or, with ``lower_bound: shared``, all layers' come from one softmax over depth and the first is
-fixed at 0, as in the paper. The L blocks are then those of this kind alone.
+depth (see :mod:`pretrain.nn.mixers.lower_bounds`).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
@@ -30,18 +26,18 @@ from pretrain.nn.mixers.base import (
     heads,
     register,
 )
-from pretrain.nn.mixers.parts import (
-    gate_parameter,
-    linear_attention_flops,
-    matrix_state,
-    power_of_two,
+from pretrain.nn.mixers.lower_bounds import (
+    LowerBound,
+    add_lower_bound,
+    forget_above,
+    lower_bound,
+    lower_bound_tables,
 )
+from pretrain.nn.mixers.parts import linear_attention_flops, matrix_state, power_of_two
 from pretrain.nn.mixers.sizes import integral, split_width
 from pretrain.nn.norm import sharded_rms_norm
 from pretrain.nn.parameters import constant, sharded_parameter
-from pretrain.nn.shared_tables import rising_bound
 from pretrain.ops import linear_attention
-from pretrain.ops.elementwise.fusing import fused
 from pretrain.ops.shared.recomputation import recomputed
 
 
@@ -56,7 +52,7 @@ class HGRN2Config(MixerConfig):
     quarter of a smaller width, or what divides the width near that."""
     norm_eps: float = setting(1e-5, above=0)
     """Added to the mean square in the norm of the output."""
-    lower_bound: Literal["own", "shared"] = setting("own")
+    lower_bound: LowerBound = setting("own")
     """The least a forget gate may be: learnt by every layer for itself (``own``), or by all hgrn2
     layers together (``shared``), so that it rises from 0 in the first to the last."""
     chunk_size: int = setting(64, minimum=1)
@@ -108,13 +104,7 @@ class HGRN2(Mixer):
         self.f_proj = column_linear(parallel, d, k_dim, context.std)
         self.i_proj = column_linear(parallel, d, v_dim, context.std)
         self.o_proj = row_linear(parallel, v_dim, d, context.output_std)
-        if config.lower_bound == "shared":
-            self.bounds = context.table_row("lower_bounds", num_heads * self.key_dim)
-        else:
-            share = max(context.index / context.count, 0.01)
-            logit = math.log(share / (1 - share))
-            shape = (self.num_heads * self.key_dim,)
-            self.lower_bound = gate_parameter(parallel, shape, constant(logit))
+        add_lower_bound(self, context, config.lower_bound, num_heads * self.key_dim)
         width = self.num_heads * self.value_dim
         self.norm = sharded_parameter(parallel, (width,), constant(1.0))
 
@@ -124,11 +114,7 @@ class HGRN2(Mixer):
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         q = recomputed(F.silu, self.q_proj(x))
-        if self.config.lower_bound == "shared":
-            bound = rising_bound(self.bounds(), self.bounds.row)
-        else:
-            bound = self.lower_bound
-        closing, log_f = _forget(self.f_proj(x), bound)
+        closing, log_f = forget_above(self.f_proj(x), lower_bound(self))
         q, k, log_f = (heads(t, self.num_heads) for t in (q, closing, log_f))
         v = heads(self.i_proj(x), self.num_heads)
         y, recurrent = linear_attention(
@@ -171,7 +157,7 @@ class HGRN2(Mixer):
     @override
     def shared_tables(cls, config: HGRN2Config, hidden_size: int) -> dict[str, int]:
         num_heads, key_dim, _ = config.shape(hidden_size)
-        return {"lower_bounds": num_heads * key_dim} if config.lower_bound == "shared" else {}
+        return lower_bound_tables(config.lower_bound, num_heads * key_dim)
 
     @classmethod
     @override
@@ -185,13 +171,3 @@ class HGRN2(Mixer):
     def state_bytes(cls, config: HGRN2Config, hidden_size: int, seq_len: int) -> int:
         num_heads, key_dim, value_dim = config.shape(hidden_size)
         return 4 * num_heads * key_dim * value_dim
-
-
-@fused
-def _forget(gate: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 1 - f in gate's dtype and log f, by forms that neither cancel nor reach log 0."""
-    dtype, gate = gate.dtype, gate.to(bound.dtype)
-    closing = torch.sigmoid(-bound) * torch.sigmoid(-gate)
-    opening = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(gate))
-    log_f = torch.where(closing < 0.5, torch.log1p(-closing.clamp_max(0.5)), opening)
-    return closing.to(dtype), log_f

@@ -123,8 +123,13 @@ def convolve(
     sequences: Sequences | None,
     state: State | None,
     new_state: State,
+    *,
+    activation: str | None = "silu",
 ) -> Tensor:
-    """Apply SiLU to the convolution NAME_conv over x ``[T, B, D]``, batch-first ``[B, T, D]``."""
+    """Return the convolution NAME_conv over x ``[T, B, D]``, batch-first ``[B, T, D]``.
+
+    ``activation`` is what it goes through, SiLU or None; also where there is no convolution.
+    """
     x, key = x.transpose(0, 1), f"{name}_conv"
     weight = _conv_parameter(mixer, key)
     if weight is not None:
@@ -132,7 +137,7 @@ def convolve(
             x,
             weight,
             _conv_parameter(mixer, f"{key}_bias"),
-            activation="silu",
+            activation=activation,
             sequences=sequences,
             initial_state=None if state is None else state[key],
             final_state=states_wanted(),
@@ -140,7 +145,7 @@ def convolve(
         if last_inputs is not None:
             new_state[key] = last_inputs
         return x
-    return recomputed(F.silu, x)
+    return x if activation is None else recomputed(F.silu, x)
 
 
 def convolution_states(

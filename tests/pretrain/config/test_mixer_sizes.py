@@ -39,7 +39,8 @@ def test_default_sizes_fit_every_width(name, hidden_size):
     kinds = field_types(type(spec.config))
     derived = [size for size, kind in kinds.items() if NULL_ALLOWED in get_args(kind)]
     sizes = {size: getattr(spec.config, size) for size in derived}
-    assert sizes and all(isinstance(size, int) and size >= 1 for size in sizes.values())
+    assert sizes or hasattr(spec.config, "expand")  # which makes it all relative
+    assert all(isinstance(size, int) and size >= 1 for size in sizes.values())
     parameters = spec.mixer.num_parameters(spec.config, hidden_size)
     if hidden_size >= 64:  # no layer costs much more than attention does
         assert 2 * hidden_size**2 < parameters < 9 * hidden_size**2

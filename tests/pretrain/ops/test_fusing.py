@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from pretrain.nn.mixers import hgrn2
+from pretrain.nn.mixers.lower_bounds import forget_above
 from pretrain.nn.mixers.parts import l2_norm, softplus_decay
 from pretrain.ops.attention.rotary import apply_rotary
 from pretrain.ops.elementwise.fusing import fused
@@ -29,7 +29,7 @@ from tests.helpers.relative_error import relative_error
         (apply_rotary, [(2, 5, 3, 8), (2, 5, 4), (2, 5, 4)], ()),
         (l2_norm, [(3, 4, 6)], ()),
         (softplus_decay, [(3, 4), (4,), (4,)], ()),
-        (hgrn2._forget, [(3, 4), (4,)], ()),
+        (forget_above, [(3, 4), (4,)], ()),
     ],
 )
 def test_compiled_functions(function, shapes, rest):

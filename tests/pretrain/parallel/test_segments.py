@@ -82,6 +82,11 @@ def bytes_by_the_table(name, mixer, config, size, over_heads):
         return 4 * tokens * mixer.head_dim * (size - 1) / size * 4 * (heads + kv_heads)
     if name == "swa":
         return both * 4 * 2 * 24 * (config.window - 1)
+    if name in (
+        "hgrn",
+        "quasi_lstm",
+    ):  # a segment's end, its decay, and the gradient on the way back
+        return both * convolved + (size - 1) * 4 * 3 * (floating - convolved) / 4
     if not matrices:
         return None
     _, heads, key_dim, value_dim = matrices[0].shape
