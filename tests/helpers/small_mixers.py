@@ -55,6 +55,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     ],
     "para_gru": [{"num_heads": 2}, {"num_heads": 3, "head_dim": 4, "conv_size": 0}],
     "para_lstm": [{"num_heads": 2}],
+    "quasi_lstm": [{"expand": 1.5}],
     "mlstm": [
         {"num_heads": 2, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 4, "qk_ratio": 1.5, "gate_cap": None},

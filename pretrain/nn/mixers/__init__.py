@@ -16,6 +16,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     mlstm,
     para_gru,
     para_lstm,
+    quasi_lstm,
     rat,
     retnet,
     sliding_window,
