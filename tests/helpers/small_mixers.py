@@ -31,6 +31,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"head_dim": 4, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 5, "lower_bound": "shared"},
     ],
+    "mamba": [{"expand": 1.0, "state_size": 5, "dt_rank": 3, "chunk_size": 8}],
     "mamba2": [
         {"head_dim": 8, "state_size": 6, "chunk_size": 16},
         {"head_dim": 4, "state_size": 5, "num_groups": 3, "conv_size": 0},

@@ -12,6 +12,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     kimi_delta_attention,
     linear_attention,
     m2rnn,
+    mamba,
     mamba2,
     mlstm,
     para_gru,

@@ -41,6 +41,17 @@ are replicated, norms over the full width all-reduce their squares. Three optimi
 processes equal those on one to 1e-5, for every mixer and every kind of loop
 (`tests/pretrain/parallel/test_tensor_parallel.py`).
 
+**Layers without an MLP.** The blocks of `mamba` and `mamba2` are a model's only layers where it is
+made of them alone: `pattern: "48*mamba"` and `mlp: {kind: none}`, with twice the blocks of a
+transformer. `mlp` is one for all blocks, so a hybrid with attention has MLPs behind its `mamba`
+blocks too, or nowhere. Under tensor parallelism `mamba` all-reduces dt_rank + 2 N numbers of each
+token once more than other layers, in both passes: steps, B and C are made of all channels.
+
+**Scans.** `hgrn` and `quasi_lstm` are diagonal: chunks of a sequence are scanned side by side, and a
+backward pass is one scan in reverse. `hgrn` has no convolution and shares its lower bounds over
+depth, as in the paper (`lower_bound: own` for bounds of each layer, `conv_size: 4` for one);
+`quasi_lstm` is made for a stream of text: `train: {carry_state: true, seq_len: 512}`.
+
 **Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. In plain torch
 their backward pass is linear in T and keeps every c-th state, c about sqrt(T / 4) up to 32,
 recomputing the rest. `state_grad_clip` bounds the gradient that is carried from step to step.

@@ -94,7 +94,8 @@ def bytes_by_the_table(name, mixer, config, size, over_heads):
         state = 4 * matrices[0].numel()
         moved = 4 * tokens * (heads * (2 * value_dim + 1) + 2 * size * key_dim) + state
         return both * convolved + 2 * (size - 1) / size * moved + state / size
-    transition = {"linear_attn": 1, "retnet": 1, "mamba2": 1, "gla": key_dim, "hgrn2": key_dim}
+    transition = {"linear_attn": 1, "retnet": 1, "mamba2": 1}
+    transition |= dict.fromkeys(("gla", "hgrn2", "mamba"), key_dim)
     maps = transition.get(name, key_dim**2) + 2 * key_dim * value_dim
     return both * convolved + (size - 1) * 4 * heads * maps
 
