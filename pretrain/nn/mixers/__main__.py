@@ -47,9 +47,9 @@ transformer. `mlp` is one for all blocks, so a hybrid with attention has MLPs be
 blocks too, or nowhere. Under tensor parallelism `mamba` all-reduces dt_rank + 2 N numbers of each
 token once more than other layers, in both passes: steps, B and C are made of all channels.
 
-**Scans.** `hgrn` and `quasi_lstm` are diagonal: chunks of a sequence are scanned side by side, and a
-backward pass is one scan in reverse. `hgrn` has no convolution and shares its lower bounds over
-depth, as in the paper (`lower_bound: own` for bounds of each layer, `conv_size: 4` for one);
+**Scans.** `hgrn` and `quasi_lstm` are diagonal: chunks of a sequence are scanned side by side, and
+the backward pass is one scan in reverse. `hgrn` shares its lower bounds over depth, as in the paper
+(`lower_bound: own`: bounds of each layer), and may have short convolutions (`conv_size: 4`);
 `quasi_lstm` is made for a stream of text: `train: {carry_state: true, seq_len: 512}`.
 
 **Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. In plain torch
