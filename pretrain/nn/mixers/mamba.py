@@ -36,8 +36,10 @@ from pretrain.nn.mixers.parts import (
 from pretrain.nn.mixers.sizes import integral
 from pretrain.nn.parameters import change_info, constant, matrix_parameter
 from pretrain.ops import linear_attention
+from pretrain.ops.across import crossing
 from pretrain.ops.elementwise.fusing import fused
 from pretrain.ops.elementwise.gating import skip_silu_gate
+from pretrain.ops.shared.recomputation import recomputed, recomputing
 from pretrain.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
 
@@ -123,16 +125,24 @@ class Mamba(Mixer):
         new_state: State = {}
         u = convolve(self, "x", self.x_proj(x), sequences, state, new_state)
         step, b, c = self._selected(u)
-        log_decay, v = _discretised(step, self.dt_bias, self.A_log, u)
-        y, new_state["recurrent"] = selective_scan(
-            v,
-            log_decay,
-            b.to(v.dtype),
-            c.to(v.dtype),
-            initial_state=None if state is None else state["recurrent"],
-            sequences=sequences,
-            chunk_size=self.config.chunk_size,
+        given = None if state is None else state["recurrent"]
+        scanned = (
+            step,
+            self.dt_bias,
+            self.A_log,
+            u,
+            b,
+            c,
+            given,
+            sequences,
+            self.config.chunk_size,
         )
+        if sequences is None or crossing(sequences) is None:
+            # States of all tokens are N times as large as all else: they are computed again.
+            with recomputing():
+                y, new_state["recurrent"] = recomputed(_scan, *scanned)
+        else:  # what communicates runs once
+            y, new_state["recurrent"] = _scan(*scanned)
         y = skip_silu_gate(y, u, self.D, self.z_proj(x).transpose(0, 1))
         return self.o_proj(y.transpose(0, 1)), new_state
 
@@ -213,6 +223,30 @@ def selective_scan(
         chunk_size=chunk_size,
     )
     return y[..., 0], state
+
+
+def _scan(
+    step: Tensor,
+    bias: Tensor,
+    rate_log: Tensor,
+    u: Tensor,
+    b: Tensor,
+    c: Tensor,
+    initial_state: Tensor | None,
+    sequences: Sequences | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`selective_scan` of u, with decays of the steps."""
+    log_decay, v = _discretised(step, bias, rate_log, u)
+    return selective_scan(
+        v,
+        log_decay,
+        b.to(v.dtype),
+        c.to(v.dtype),
+        initial_state=initial_state,
+        sequences=sequences,
+        chunk_size=chunk_size,
+    )
 
 
 @fused

@@ -14,6 +14,7 @@ from pretrain.nn.mixers.mamba import selective_scan
 from pretrain.nn.parameters import fill_parameters
 from pretrain.ops import diagonal_scan, linear_attention
 from pretrain.parallel.context import current_context
+from tests.helpers.live_memory import LiveMemory
 from tests.helpers.relative_error import relative_error
 
 HIDDEN, LENGTHS = 24, [5, 1, 37, 9]
@@ -128,6 +129,16 @@ def test_short_steps_keep_the_state_and_long_ones_forget_it():
     assert torch.allclose(kept["recurrent"], start["recurrent"], atol=1e-6)
     assert bool(y.isfinite().all())
     assert relative_error(forgot["recurrent"], recent["recurrent"]) < 1e-6
+
+
+def test_the_backward_pass_computes_states_again():
+    layer, x = build(state_size=64), normal(256, 1, HIDDEN).requires_grad_()
+    with LiveMemory() as memory:
+        y, _ = layer(x)
+    states = 256 * layer.width * 64 * 8  # bytes of one number for each token, channel and state
+    assert memory.peak > 3 * states
+    assert memory.live < states
+    y.sum().backward()
 
 
 def test_it_starts_as_published():
