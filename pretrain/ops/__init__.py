@@ -11,6 +11,7 @@ pieces that begin in the segment, and a final state for those that end there.
 from pretrain.ops.attention.dispatch import attention
 from pretrain.ops.attention.rotary import apply_rotary, rotary_embedding, rotary_of
 from pretrain.ops.delta_rule.dispatch import delta_rule
+from pretrain.ops.dplr.dispatch import comba, dplr, gdn2
 from pretrain.ops.linear_attention.dispatch import linear_attention
 from pretrain.ops.m2rnn.dispatch import m2rnn
 from pretrain.ops.newton.dispatch import newton_recurrence
@@ -28,8 +29,11 @@ __all__ = [
     "RATState",
     "apply_rotary",
     "attention",
+    "comba",
     "definitions",
     "delta_rule",
+    "dplr",
+    "gdn2",
     "linear_attention",
     "m2rnn",
     "newton_recurrence",

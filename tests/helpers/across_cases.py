@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from pretrain.ops import (
     attention,
     delta_rule,
+    dplr,
     linear_attention,
     m2rnn,
     newton_recurrence,
@@ -78,6 +79,19 @@ def of_matrix_state(op, decay, n=0, strength=0.3, given=True, key_dim=6, layouts
 
     name = f"{op.__name__} {n} {decay} {strength} {given} {key_dim} {options.get('backend', '')}"
     return Case(name.strip(), run, tensors, states=states, layouts=layouts)
+
+
+def of_low_rank(decay, given=True, backend="auto", layouts=()):
+    """Diagonal plus low rank, with erase keys of unit norm."""
+    base = of_matrix_state(dplr, decay, given=given, layouts=layouts, backend=backend)
+
+    def tensors(g, total):
+        found = base.tensors(g, total)
+        keys = normal(g, 2, 1, total, 2, 6)
+        erase, write = keys / keys.norm(dim=-1, keepdim=True)
+        return [*found[:3], -erase, write, *found[3:]]
+
+    return replace(base, tensors=tensors)
 
 
 def convolution(width, bias, given):
@@ -258,6 +272,8 @@ CASES = [
     of_matrix_state(delta_rule, "channel", n=2, given=False),
     of_matrix_state(delta_rule, "head", n=1, key_dim=1, layouts=("one", "four")),
     of_matrix_state(delta_rule, "channel", n=1, backend="recurrent", layouts=("four",)),
+    of_low_rank("channel"),
+    of_low_rank("head", given=False, layouts=("four",)),
     convolution(4, True, True),
     convolution(2, False, False),
     convolution(60, False, True),
