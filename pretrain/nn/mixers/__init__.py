@@ -6,6 +6,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     deltanet,
     flash_rnn,
     gated_deltanet,
+    gated_deltanet2,
     gated_linear_attention,
     hgrn2,
     kimi_delta_attention,

@@ -185,7 +185,7 @@ def gdn2(
         log_decay=decay,
         scale=scale,
         initial_state=initial_state,
-        sequences=sequences,
+        sequences=None if as_rows else sequences,
         backend=backend,
         chunk_size=chunk_size,
     )
@@ -252,7 +252,7 @@ def comba(
         log_decay=log_decay,
         scale=scale,
         initial_state=initial_state,
-        sequences=sequences,
+        sequences=None if as_rows else sequences,
         backend=backend,
         chunk_size=chunk_size,
     )

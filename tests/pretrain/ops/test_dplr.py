@@ -119,7 +119,7 @@ def test_with_the_decayed_key_for_both_it_is_the_delta_rule(decay):
 
 def test_gdn2_with_one_gate_per_head_and_comba_with_its_decayed_key_are_the_delta_rule():
     torch.manual_seed(2)
-    q, k, v, _, _, per_channel = inputs(75)
+    q, k, v, _, _, per_channel = inputs(75, batch=2)
     beta = torch.rand(q.shape[:3], dtype=q.dtype, requires_grad=True)
     key, per_head = F.normalize(k, dim=-1), per_channel.mean(-1)
     gate = beta[..., None]
