@@ -15,7 +15,7 @@ Run = Callable[..., tuple[Tensor, Tensor]]
 
 def by_columns(
     run: Run,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Tensor | None, ...],
     log_decay: Tensor | None,
     initial_state: Tensor,
     sequences: Sequences,
@@ -30,6 +30,8 @@ def by_columns(
     and from the identity, end as the transition.
     """
     q, _, v = tensors[:3]
+    assert q is not None
+    assert v is not None
     pieces, key_dim, value_dim = pieces_alone(sequences), q.shape[-1], v.shape[-1]
     with torch.no_grad():
         first = sequences.lengths[0]
@@ -39,12 +41,13 @@ def by_columns(
             outer = sequences.derive(_outer_pieces)
             tokens = sequences.derive(_outer_tokens)
 
-        def part(x: Tensor, steps: int = 1) -> Tensor:
-            if tokens is None:
+        def part(x: Tensor | None, steps: int = 1) -> Tensor | None:
+            if tokens is None or x is None:
                 return x
             return x.unflatten(1, (-1, steps)).index_select(1, tokens).flatten(1, 2)
 
         k, values, *others = (part(x, substeps) for x in tensors[1:])
+        assert values is not None
         wide = torch.cat([values, values.new_zeros(*values.shape[:3], key_dim)], -1)
         start = initial_state.new_zeros(outer.count, q.shape[2], key_dim, value_dim + key_dim)
         if not segment.through[segment.rank]:  # the last piece begins here
@@ -55,7 +58,7 @@ def by_columns(
             k,
             wide,
             *others,
-            log_decay=None if log_decay is None else part(log_decay),
+            log_decay=part(log_decay),
             initial_state=start,
             sequences=outer,
         )

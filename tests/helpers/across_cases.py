@@ -81,17 +81,19 @@ def of_matrix_state(op, decay, n=0, strength=0.3, given=True, key_dim=6, layouts
     return Case(name.strip(), run, tensors, states=states, layouts=layouts)
 
 
-def of_low_rank(decay, given=True, backend="auto", layouts=()):
-    """Diagonal plus low rank, with erase keys of unit norm."""
+def of_low_rank(decay, given=True, backend="auto", layouts=(), one_key=False):
+    """Diagonal plus low rank, with erase keys of unit norm, and a write key or the key for it."""
     base = of_matrix_state(dplr, decay, given=given, layouts=layouts, backend=backend)
 
     def tensors(g, total):
         found = base.tensors(g, total)
         keys = normal(g, 2, 1, total, 2, 6)
         erase, write = keys / keys.norm(dim=-1, keepdim=True)
+        if one_key:
+            return [found[0], write, found[2], -erase, *found[3:]]
         return [*found[:3], -erase, write, *found[3:]]
 
-    return replace(base, tensors=tensors)
+    return replace(base, tensors=tensors, name=f"{base.name} {one_key}")
 
 
 def convolution(width, bias, given):
@@ -273,7 +275,7 @@ CASES = [
     of_matrix_state(delta_rule, "head", n=1, key_dim=1, layouts=("one", "four")),
     of_matrix_state(delta_rule, "channel", n=1, backend="recurrent", layouts=("four",)),
     of_low_rank("channel"),
-    of_low_rank("head", given=False, layouts=("four",)),
+    of_low_rank("head", given=False, layouts=("four",), one_key=True),
     convolution(4, True, True),
     convolution(2, False, False),
     convolution(60, False, True),

@@ -44,6 +44,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "head_dim": 4, "conv_size": 0},
     ],
     "gdn2": [{"num_heads": 2, "head_dim": 4, "expand_v": 1.5, "chunk_size": 8}],
+    "comba": [{"num_heads": 2, "head_dim": 4, "chunk_size": 8}],
     "delta_product": [
         {"num_heads": 2, "head_dim": 4, "chunk_size": 16},
         {"num_heads": 2, "head_dim": 4, "num_householder": 3, "use_decay": False, "chunk_size": 12},

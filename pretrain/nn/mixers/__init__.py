@@ -2,6 +2,7 @@
 
 from pretrain.nn.mixers import (  # noqa: F401
     attention,
+    comba,
     delta_product,
     deltanet,
     flash_rnn,

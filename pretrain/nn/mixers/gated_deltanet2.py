@@ -20,7 +20,6 @@ from pretrain.nn.mixers.kimi_delta_attention import (
     KimiDeltaAttention,
     KimiDeltaAttentionConfig,
 )
-from pretrain.nn.mixers.parts import dplr_flops
 from pretrain.nn.mixers.sizes import integral
 from pretrain.nn.parameters import constant, sharded_parameter
 from pretrain.ops import gdn2
@@ -91,12 +90,6 @@ class GatedDeltaNet2(KimiDeltaAttention):
     def num_parameters(cls, config: GatedDeltaNet2Config, hidden_size: int) -> int:
         bias = config.num_heads * config.value_dim
         return super().num_parameters(config, hidden_size) + bias
-
-    @classmethod
-    @override
-    def flops_per_token(cls, config: GatedDeltaNet2Config, hidden_size: int, seq_len: int) -> int:
-        mixing = dplr_flops(config.head_dim, config.value_dim, config.chunk_size, per_channel=True)
-        return 2 * cls.matrices(config, hidden_size) + config.num_heads * mixing
 
 
 @fused

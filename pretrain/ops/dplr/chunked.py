@@ -18,11 +18,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
-from pretrain.ops.shared.chunk_decay import chunk_decay, chunk_tokens
+from pretrain.ops.dplr.one_key import one_key_dplr
+from pretrain.ops.shared.chunk_decay import (
+    chunk_decay,
+    chunk_tokens,
+    rows_after,
+    rows_before,
+)
 from pretrain.ops.shared.chunking import from_chunks, to_chunks
 
 
@@ -31,7 +36,7 @@ def chunked_dplr(
     k: Tensor,
     v: Tensor,
     erase: Tensor,
-    write: Tensor,
+    write: Tensor | None,
     log_decay: Tensor | None,
     initial_state: Tensor,
     sequences: Sequences,
@@ -43,25 +48,18 @@ def chunked_dplr(
     """
     per_channel = log_decay is not None and log_decay.ndim == 3
     layout = sequences.chunk_layout(chunk_tokens(chunk_size, 1, sequences.max_length, per_channel))
-    q, k, v, erase, write = (to_chunks(x, layout, head_axis=2) for x in (q, k, v, erase, write))
+    q, k, v, erase = (to_chunks(x, layout, head_axis=2) for x in (q, k, v, erase))
     if log_decay is None:
         log_decay = q.new_zeros(q.shape[:-1])
     else:
         log_decay = to_chunks(log_decay, layout, head_axis=2)
-    output, state = _ChunkedDPLR.apply(
-        q, k, v, erase, write, log_decay, initial_state[layout.order], layout.steps
-    )
+    start = initial_state[layout.order]
+    if write is None:
+        output, state = one_key_dplr(q, k, v, erase, log_decay, start, layout.steps)
+    else:
+        write = to_chunks(write, layout, head_axis=2)
+        output, state = _ChunkedDPLR.apply(q, k, v, erase, write, log_decay, start, layout.steps)
     return from_chunks(output, layout), state[torch.argsort(layout.order)]
-
-
-def _next(x: Tensor) -> Tensor:
-    """Put each row of ``[n, H, C, ...]`` where the row before it stood; zeros come last."""
-    return F.pad(x[:, :, 1:], (0, 0, 0, 1))
-
-
-def _previous(x: Tensor, first: float = 0.0) -> Tensor:
-    """Put each row of ``[n, H, C, ...]`` where the next row stood; ``first`` comes first."""
-    return F.pad(x[:, :, :-1], (0, 0, 1, 0), value=first)
 
 
 class _ChunkedDPLR(torch.autograd.Function):
@@ -84,13 +82,13 @@ class _ChunkedDPLR(torch.autograd.Function):
         steps: list[tuple[int, int]],
     ) -> tuple[Tensor, Tensor]:
         decay = chunk_decay(log_decay, 1)
-        following = _next(erase)
-        erase_keys = _previous(decay.pairs(following, k))
-        a = _previous(decay.pairs(following, write)).neg_()
+        following = rows_after(erase)
+        erase_keys = rows_before(decay.pairs(following, k))
+        a = rows_before(decay.pairs(following, write)).neg_()
         # The solver reads below the diagonal only.
         identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
         t = torch.linalg.solve_triangular(a, identity, upper=False, unitriangular=True)
-        w = t @ (_previous(decay.to_query, 1.0) * erase)
+        w = t @ (rows_before(decay.to_query, 1.0) * erase)
         reads = t @ (erase_keys @ v)
         write_end = decay.to_end * write
 
@@ -139,15 +137,15 @@ class _ChunkedDPLR(torch.autograd.Function):
         dv += (decay.to_end * k) @ d_next
         dv += erase_keys.mT @ x
 
-        following, d_before = _next(erase), _next(x)
+        following, d_before = rows_after(erase), rows_after(x)
         dq, dk = decay.pairs_backward(d_output @ v.mT, q, k)
         dq_write, d_write = decay.pairs_backward(d_output @ reads.mT, q, write)
         d_erase, dk_erase = decay.pairs_backward(d_before @ v.mT, following, k)
         d_erase_write, d_write_erase = decay.pairs_backward(d_before @ reads.mT, following, write)
         dq += dq_write
         dq += decay.to_query * (d_output @ states.mT)
-        d_erase = _previous(d_erase + d_erase_write)
-        d_erase += _previous(decay.to_query, 1.0) * (x @ states.mT)
+        d_erase = rows_before(d_erase + d_erase_write)
+        d_erase += rows_before(decay.to_query, 1.0) * (x @ states.mT)
         dk_end, d_write_end = decay.to_end * (v @ d_next.mT), decay.to_end * (reads @ d_next.mT)
         dk += dk_erase
         dk += dk_end
@@ -157,7 +155,7 @@ class _ChunkedDPLR(torch.autograd.Function):
         d_log_decay = None
         if ctx.needs_input_grad[5]:
             d_total = q * dq - k * dk - write * d_write
-            d_total += _next(erase * d_erase)
+            d_total += rows_after(erase * d_erase)
             d_total[:, :, -1] += (k * dk_end + write * d_write_end).sum(2)
             d_total[:, :, -1] += (decay.over_chunk * states * d_next).sum(-1)
             d_log_decay = decay.reduce(d_total).flip(2).cumsum(2).flip(2)

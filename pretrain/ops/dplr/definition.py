@@ -14,20 +14,21 @@ def recurrent_dplr(
     k: Tensor,
     v: Tensor,
     erase: Tensor,
-    write: Tensor,
+    write: Tensor | None,
     log_decay: Tensor | None,
     initial_state: Tensor,
     sequences: Sequences,
 ) -> tuple[Tensor, Tensor]:
     """Compute the recurrence by its definition, one token after another.
 
-    q ``[T, H, K]``, already scaled; k, erase and write ``[T, H, K]``; v ``[T, H, V]``; log_decay
-    None, ``[T, H]`` or ``[T, H, K]``; initial_state ``[N, H, K, V]``; all of one dtype. Returns the
-    output ``[T, H, V]`` and the final states ``[N, H, K, V]``.
+    q ``[T, H, K]``, already scaled; k, erase and write ``[T, H, K]``, where no write means k; v
+    ``[T, H, V]``; log_decay None, ``[T, H]`` or ``[T, H, K]``; initial_state ``[N, H, K, V]``; all
+    of one dtype. Returns the output ``[T, H, V]`` and the final states ``[N, H, K, V]``.
     """
     # Unbinding once keeps the backward pass linear in T: indexing would add a full-size gradient
     # for every token.
-    queries, keys, values, erases, writes = (x.unbind(0) for x in (q, k, v, erase, write))
+    queries, keys, values, erases = (x.unbind(0) for x in (q, k, v, erase))
+    writes = keys if write is None else write.unbind(0)
     decays = None
     if log_decay is not None:
         decays = (log_decay[..., None] if log_decay.ndim == 2 else log_decay).exp().unbind(0)

@@ -41,7 +41,7 @@ def dplr(
     k: Tensor,
     v: Tensor,
     erase: Tensor,
-    write: Tensor,
+    write: Tensor | None = None,
     *,
     log_decay: Tensor | None = None,
     scale: float | None = None,
@@ -54,8 +54,9 @@ def dplr(
 ) -> tuple[Tensor, Tensor]:
     """Compute a recurrence over a matrix state whose transition is diagonal plus low rank.
 
-    q, k, erase, write: ``[B, T, H, K]``; v: ``[B, T, H, V]``; log_decay: ``[B, T, H]`` or ``[B, T,
-    H, K]``, at most 0. ``scale`` defaults to K^-1/2.
+    q, k, erase, write: ``[B, T, H, K]``, where no ``write`` means k, for half of the work; v: ``[B,
+    T, H, V]``; log_decay: ``[B, T, H]`` or ``[B, T, H, K]``, at most 0. ``scale`` defaults to
+    K^-1/2.
 
     With ``sequences`` (or their tensor ``cu_seqlens`` ``[N + 1]``) B must be 1 and N sequences are
     packed along T; ``initial_state`` is then ``[N, H, K, V]``, otherwise ``[B, H, K, V]``.
@@ -97,9 +98,9 @@ def dplr(
     dtype = initial_state.dtype
     if backend == "fla":
         check_fla("dplr", q)
-        k, v, erase, write = (recomputed(Tensor.to, x, q.dtype) for x in (k, v, erase, write))
+        k, v, erase = (recomputed(Tensor.to, x, q.dtype) for x in (k, v, erase))
         return fla_dplr(
-            (q, k, v, erase, write),
+            (q, k, v, erase, k if write is None else recomputed(Tensor.to, write, q.dtype)),
             None if log_decay is None else log_decay.to(dtype),
             scale,
             initial_state,
@@ -112,7 +113,7 @@ def dplr(
         k.flatten(0, 1).to(dtype),
         v.flatten(0, 1).to(dtype),
         erase.flatten(0, 1).to(dtype),
-        write.flatten(0, 1).to(dtype),
+        None if write is None else write.flatten(0, 1).to(dtype),
         None if log_decay is None else log_decay.flatten(0, 1).to(dtype),
         initial_state,
         sequences,
@@ -181,7 +182,6 @@ def gdn2(
         key,
         write_gate.to(dtype) * v.to(dtype),
         -erase_gate.to(dtype) * key * decay.exp(),
-        key,
         log_decay=decay,
         scale=scale,
         initial_state=initial_state,
@@ -242,13 +242,11 @@ def comba(
             None if as_rows else sequences,
             from_zeros=from_zeros,
         )
-    written = beta.to(dtype)[..., None] * k.to(dtype)
     return dplr(
         q,
-        written,
+        beta.to(dtype)[..., None] * k.to(dtype),
         v,
         -erase,
-        written,
         log_decay=log_decay,
         scale=scale,
         initial_state=initial_state,

@@ -66,6 +66,32 @@ def gdn2(layer, x):
     return weight(o.flatten(1) * gate.sigmoid(), layer, "o_proj")
 
 
+def comba(layer, x):
+    heads, config = layer.num_heads, layer.config
+    q, k, v = (convolved(x, layer, name).unflatten(-1, (heads, -1)) for name in "qkv")
+    decay = (-layer.A_log.exp() * F.softplus(weight(x, layer, "a_proj") + layer.dt_bias)).exp()
+    beta = weight(x, layer, "b_proj").sigmoid()[..., None, None]
+    scale = layer.c.sigmoid()[:, None] if config.erase_scale else 1.0
+    if config.correction is not None:
+        q = q - layer.d[:, None] * scale * k
+    q, k = unit(q) * config.head_dim**-0.5, unit(k)
+    transition = decay[..., None, None] * torch.eye(config.head_dim, dtype=x.dtype)
+    transition = transition - beta * outer(k, scale * k)
+    o = rms_norm(steps(transition, beta * outer(k, v), q), layer)
+    return weight(o.flatten(1) * weight(x, layer, "g_proj").sigmoid(), layer, "o_proj")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"correction": 0.02}, {"erase_scale": False, "correction": None, "conv_size": 0}],
+)
+def test_comba(settings):
+    layer = build("comba", HIDDEN, **settings)
+    if "d" in dict(layer.named_parameters()):
+        assert layer.d.tolist() == pytest.approx([settings["correction"]] * layer.num_heads)
+    check_equations(moved(layer), HIDDEN, comba)
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"expand_v": 1.5, "conv_size": 0, "allow_neg_eigval": True, "chunk_size": 4}]
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.ops import comba, delta_rule, dplr, gdn2, linear_attention
@@ -26,7 +26,9 @@ def inputs(length, heads=2, k_dim=6, v_dim=5, decay="channel", batch=1, dtype=to
 
 def run(tensors, backend, **options):
     log_decay = tensors[5] if len(tensors) > 5 else None
-    return dplr(*tensors[:5], log_decay=log_decay, backend=backend, **options)
+    q, k, v, erase = tensors[:4]
+    write = options.pop("write", tensors[4])
+    return dplr(q, k, v, erase, write, log_decay=log_decay, backend=backend, **options)
 
 
 @st.composite
@@ -39,10 +41,12 @@ def cases(draw):
         "sizes": [draw(st.integers(1, most)) for most in (3, 9, 9)],
         "chunk_size": draw(st.sampled_from([1, 3, 8, 16, 64])),
         "decay": draw(st.sampled_from([None, "head", "channel"])),
+        "one_key": draw(st.booleans()),
         "seed": draw(st.integers(0, 1000)),
     }
 
 
+@settings(max_examples=24)
 @given(cases())
 def test_chunked_equals_recurrent_with_gradients(case):
     torch.manual_seed(case["seed"])
@@ -54,12 +58,17 @@ def test_chunked_equals_recurrent_with_gradients(case):
         "initial_state": state.requires_grad_(),
         "chunk_size": case["chunk_size"],
     }
+    wanted = [*tensors, state]
+    if case["one_key"]:
+        options["write"] = None
+        del wanted[4]
+        tensors[1].data = F.normalize(tensors[1].data, dim=-1)
     weights, state_weights = torch.randn_like(tensors[2]), torch.randn_like(state)
     results = []
     for backend in ("recurrent", "chunked"):
         output, final = run(tensors, backend, **options)
         loss = (output * weights).sum() + (final * state_weights).sum()
-        results.append([output, final, *torch.autograd.grad(loss, [*tensors, state])])
+        results.append([output, final, *torch.autograd.grad(loss, wanted)])
     for expected, found in zip(*results, strict=True):
         assert relative_error(found, expected) < 1e-10
 
@@ -156,6 +165,17 @@ def test_gdn2_and_comba_are_their_equations(backend):
     found, final = comba(q, k, v, erase, beta, log_decay=decay, **options)
     assert relative_error(found[0, :, 0], torch.stack(outputs[1])) < 1e-13
     assert relative_error(final[0, 0], other) < 1e-13
+
+
+@pytest.mark.parametrize("backend", ["recurrent", "chunked"])
+def test_without_a_write_key_it_writes_at_its_key(backend):
+    torch.manual_seed(4)
+    q, _, v, erase, write, log_decay = inputs(75)
+    wanted = [q, write, v, erase, log_decay]
+    found, expected = (
+        dplr(q, write, v, erase, at, log_decay=log_decay, backend=backend) for at in (None, write)
+    )
+    close(found, expected, wanted)
 
 
 def test_state_hands_over():
