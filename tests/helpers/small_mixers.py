@@ -60,6 +60,9 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 4, "qk_ratio": 1.5, "gate_cap": None},
     ],
+    "rwkv7": [
+        {"num_heads": 2, "decay_rank": 3, "gate_rank": 5, "zero_output": False, "chunk_size": 8}
+    ],
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
     "slstm": [{"num_heads": 2}],

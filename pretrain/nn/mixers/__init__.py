@@ -19,6 +19,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     para_lstm,
     rat,
     retnet,
+    rwkv7,
     sliding_window,
 )
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, register, registry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,77 @@ def comba(layer, x):
     transition = transition - beta * outer(k, scale * k)
     o = rms_norm(steps(transition, beta * outer(k, v), q), layer)
     return weight(o.flatten(1) * weight(x, layer, "g_proj").sigmoid(), layer, "o_proj")
+
+
+def rwkv7(layer, x):
+    heads, dim = layer.num_heads, layer.config.head_dim
+
+    def split(y):
+        return y.unflatten(-1, (heads, dim))
+
+    def low_rank(name, y, inner):
+        return inner(y @ layer.down[name].weight.T) @ layer.up[name].weight.T
+
+    before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+    x_r, x_w, x_k, x_v, x_a, x_g = (
+        x + getattr(layer, f"mix_{name}") * (before - x) for name in "rwkvag"
+    )
+    r, k, v = (weight(y, layer, f"{n}_proj") for y, n in ((x_r, "r"), (x_k, "k"), (x_v, "v")))
+    decay = torch.exp(
+        -math.exp(-0.5) * (layer.decay_bias + low_rank("w", x_w, torch.tanh)).sigmoid()
+    )
+    a = (layer.rate_bias + low_rank("a", x_a, lambda y: y)).sigmoid()
+    gate = low_rank("g", x_g, torch.sigmoid)
+    unit = split(k * layer.erase_scale)
+    unit = unit / unit.norm(dim=-1, keepdim=True)
+    k = split(k * (1 + (a - 1) * layer.rate_share))
+    r, v = split(r), split(v)
+    transition = torch.diag_embed(split(decay)) - outer(unit * split(a), unit)
+    o = steps(transition, outer(k, v), r).flatten(1)
+    eps = layer.config.norm_eps * dim
+    o = F.group_norm(o, heads, layer.norm, layer.norm_bias, eps)
+    o = o + ((r * k * split(layer.bonus)).sum(-1, keepdim=True) * v).flatten(1)
+    return weight(o * gate, layer, "o_proj")
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_heads": 2, "head_dim": 4, "chunk_size": 4}])
+def test_rwkv7(settings):
+    layer = build("rwkv7", HIDDEN, index=1, count=3, **settings)
+    check_equations(moved(layer), HIDDEN, rwkv7)
+
+
+def test_rwkv7_starts_as_published():
+    """The loops of the published code, over channels one by one."""
+    hidden, index, count = 32, 2, 4
+    layer = build("rwkv7", hidden, index=index, count=count, head_dim=8)
+    first, last = index / (count - 1), 1 - index / count
+    exponents = [0.2, 0.9, 0.7, 0.7, 0.9, 0.2]  # x_r, x_w, x_k, x_v, x_a, x_g
+    for n in range(hidden):
+        linear = n / (hidden - 1) - 0.5
+        zigzag = (n % 8 - 3.5) / 3.5
+        zigzag = zigzag * abs(zigzag)
+        decay = -6 + 6 * (n / (hidden - 1)) ** (1 + first**0.3)
+        expected = [1 - (n / hidden) ** (e * last) for e in exponents]
+        found = [getattr(layer, f"mix_{name}")[n].item() for name in "rwkvag"]
+        assert found == pytest.approx(expected, abs=1e-6)
+        for vector, value in (
+            (layer.decay_bias, decay + 0.5 + 2.5 * zigzag),
+            (layer.rate_bias, -0.19 + 0.3 * zigzag + 0.4 * linear),
+            (layer.erase_scale, 0.71 - 0.1 * linear),
+            (layer.rate_share, 1.02),
+            (layer.bonus, -0.04),
+            (layer.norm, ((index + 1) / count) ** 0.7),
+        ):
+            assert vector[n].item() == pytest.approx(value, abs=1e-5)
+    eye = torch.eye(hidden, dtype=torch.float64)
+    for name, gain in (("r", 1.0), ("k", 0.1), ("v", 1.0)):
+        matrix = getattr(layer, f"{name}_proj").weight
+        assert torch.allclose(matrix @ matrix.T, gain**2 * eye, atol=1e-5)
+    for name in "wag":
+        up = layer.up[name].weight
+        assert torch.allclose(up.T @ up, 0.01 * torch.eye(up.shape[1]).double(), atol=1e-5)
+        assert not layer.down[name].weight.any()
+    assert not layer.o_proj.weight.any()
 
 
 @pytest.mark.parametrize(
