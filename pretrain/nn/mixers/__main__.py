@@ -41,6 +41,10 @@ are replicated, norms over the full width all-reduce their squares. Three optimi
 processes equal those on one to 1e-5, for every mixer and every kind of loop
 (`tests/pretrain/parallel/test_tensor_parallel.py`).
 
+**Diagonal plus low rank.** `rwkv7`, `gdn2` and `comba` erase by a key of their own, which
+`pretrain.ops.dplr` has for all of them: `S_t = Diag(a_t) S_{t-1} + p_t^T (e_t S_{t-1}) + k_t^T v_t`.
+`rwkv7` is RWKV-7's time mixing; the model's own MLP follows it in place of RWKV's channel mixing.
+
 **Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. In plain torch
 their backward pass is linear in T and keeps every c-th state, c about sqrt(T / 4) up to 32,
 recomputing the rest. `state_grad_clip` bounds the gradient that is carried from step to step.
@@ -59,7 +63,8 @@ and `backend=` of each function of `pretrain.ops` chooses by hand.
 
 * attention, sliding windows: flash-attn 3 on Hopper or 2, where installed; else torch's own kernel
   for sequences of different lengths
-* linear attention, delta rules, DeltaProduct, short convolution: flash-linear-attention
+* linear attention, delta rules, DeltaProduct, Gated DeltaNet-2, Comba, RWKV-7, short convolution:
+  flash-linear-attention
 * M2RNN: our Triton kernels, the state on chip and kept every 64th token
 * ParaGRU, ParaLSTM: our Triton kernels, by segments with all Newton iterations in one or by plain
   steps; backward by segments
