@@ -41,8 +41,8 @@ are replicated, norms over the full width all-reduce their squares. Three optimi
 processes equal those on one to 1e-5, for every mixer and every kind of loop
 (`tests/pretrain/parallel/test_tensor_parallel.py`).
 
-**Diagonal plus low rank.** `rwkv7`, `gdn2` and `comba` erase by a key of their own, which
-`pretrain.ops.dplr` has for all of them: `S_t = Diag(a_t) S_{t-1} + p_t^T (e_t S_{t-1}) + k_t^T v_t`.
+**Diagonal plus low rank.** `rwkv7`, `gdn2` and `comba` erase by a key of their own, and are what
+`pretrain.ops.dplr` computes: `S_t = Diag(a_t) S_{t-1} + p_t^T (e_t S_{t-1}) + k_t^T v_t`.
 `rwkv7` is RWKV-7's time mixing; the model's own MLP follows it in place of RWKV's channel mixing.
 
 **Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. In plain torch
