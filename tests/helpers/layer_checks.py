@@ -17,12 +17,12 @@ from tests.helpers.relative_error import relative_error
 LENGTHS = [5, 1, 17, 9]
 
 
-def build(name: str, hidden: int, *, index: int = 0, count: int = 1, **settings: Any) -> Any:
-    """Return a layer in float64; parameters that start as constants are moved off them."""
+def build(name: str, hidden: int, context: dict[str, Any] | None = None, **settings: Any) -> Any:
+    """Return a layer in float64; ``context``: which of a model's it is."""
     kind = registry()[name]
     config = kind.config_class(**settings).resolve(hidden)
     parallel = current_context(torch.float64)
-    layer = kind(config, LayerContext(hidden, 0.3, 0.3, parallel, index=index, count=count))
+    layer = kind(config, LayerContext(hidden, 0.3, 0.3, parallel, **context or {}))
     fill_parameters(layer, seed=1)
     return layer
 
@@ -38,16 +38,22 @@ def moved(layer: Any, size: float = 0.3) -> Any:
 
 
 def check_equations(
-    layer: Any, hidden: int, definition: Callable[[Any, Tensor], Tensor], bound: float = 1e-10
+    layer: Any,
+    hidden: int,
+    definition: Callable[[Any, Tensor], Tensor],
+    bound: float = 1e-10,
+    run: Callable[..., tuple[Tensor, Any]] | None = None,
 ) -> None:
     """Compare a layer with ``definition(layer, x)`` of one sequence, x ``[T, hidden]``.
 
     Outputs and all gradients over packed documents, and outputs where the state is handed over.
+    ``run``: what calls the layer, if it takes more than x, sequences and a state.
     """
+    run = run or layer
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(sum(LENGTHS), hidden, generator=generator, dtype=torch.float64)
     x.requires_grad_()
-    found, _ = layer(x[:, None], sequences=Sequences.from_lengths(LENGTHS))
+    found, _ = run(x[:, None], sequences=Sequences.from_lengths(LENGTHS))
     expected = torch.cat([definition(layer, part) for part in x.split(LENGTHS)])
     assert relative_error(found[:, 0], expected) < bound
     leaves = [x, *layer.parameters()]
@@ -60,7 +66,7 @@ def check_equations(
         assert float(other.norm()) > 0
         assert relative_error(one, other) < 100 * bound
     longest = x.split(LENGTHS)[2][:, None]
-    first, state = layer(longest[:7])
-    second, _ = layer(longest[7:], state=state)
+    first, state = run(longest[:7])
+    second, _ = run(longest[7:], state=state)
     whole = definition(layer, longest[:, 0])
     assert relative_error(torch.cat([first, second])[:, 0], whole) < bound

@@ -8,8 +8,9 @@ Each of six inputs mixes a token's x with that of the token before, x_c = x + mu
     S_t = Diag(decay) S_{t-1} - (e a)^T (e S_{t-1}) + k^T v;    o = r S_t
     y = W_o ((norm(o) + (sum over channels of r k rho) v) gate), the norm per head
 
-Parameters start as published. What follows the layer is the model's own MLP, not RWKV's channel
-mixing, and values are the layer's own: the first layer's are not mixed in.
+Later layers of a model mix the first one's values into theirs, v + (v_first - v) sigmoid(v_0 + B_v
+A_v x_v). Parameters start as published. What follows the layer is the model's own MLP, not RWKV's
+channel mixing.
 """
 
 from __future__ import annotations
@@ -65,7 +66,13 @@ _LEAST_LOG_DECAY = -math.exp(-0.5)
 class RWKV7Config(MixerConfig):
     """Settings of RWKV-7."""
 
-    head_sizes: ClassVar[tuple[str, ...]] = ("head_dim", "decay_rank", "rate_rank", "gate_rank")
+    head_sizes: ClassVar[tuple[str, ...]] = (
+        "head_dim",
+        "decay_rank",
+        "rate_rank",
+        "value_rank",
+        "gate_rank",
+    )
 
     num_heads: Derived = setting(None, minimum=1)
     """Heads; null: ``hidden_size / head_dim``, where a head has 64 channels, a quarter of a smaller
@@ -77,8 +84,13 @@ class RWKV7Config(MixerConfig):
     in proportion to heads of 64 channels, rounded to 32 and at least 32."""
     rate_rank: Derived = setting(None, minimum=1)
     """The same for a, the rate at which the state learns; null: as ``decay_rank``."""
+    value_rank: Derived = setting(None, minimum=1)
+    """The same for the share of the first layer's values; null: 1.7 times the root of the model's
+    width, in proportion to heads of 64 channels, rounded to 32 and at least 32."""
     gate_rank: Derived = setting(None, minimum=1)
     """The same for the output gate; null: 5 times the root of the model's width, rounded to 32."""
+    value_residual: bool = True
+    """Whether later layers of a model mix the values of the first one into their own."""
     zero_output: bool = True
     """Whether the output projection starts at 0, as published, or as that of other layers."""
     norm_eps: float = setting(1e-5, above=0)
@@ -93,7 +105,7 @@ class RWKV7Config(MixerConfig):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Return the widths of the low-rank maps, by the name of what they give."""
+        """Return the widths of every layer's low-rank maps, by the name of what they give."""
         return {"w": self.decay_rank, "a": self.rate_rank, "g": self.gate_rank}
 
     @override
@@ -114,6 +126,7 @@ class RWKV7Config(MixerConfig):
             head_dim=head_dim,
             decay_rank=self.decay_rank or small,
             rate_rank=self.rate_rank or small,
+            value_rank=self.value_rank or rank(1.7 * head_dim / 64),
             gate_rank=self.gate_rank or rank(5),
         )
 
@@ -124,6 +137,8 @@ class RWKV7(Mixer):
 
     Its state is the last input ``[N, 1, d]`` and S ``[N, H, K, V]`` in float32.
     """
+
+    value_bias: nn.Parameter
 
     config_class = RWKV7Config
     over_time = "ops"
@@ -144,8 +159,10 @@ class RWKV7(Mixer):
         self.r_proj = _orthogonal(column_linear(parallel, d, width, 1.0), parallel, 1.0)
         self.k_proj = _orthogonal(column_linear(parallel, d, width, 1.0), parallel, 0.1)
         self.v_proj = _orthogonal(column_linear(parallel, d, width, 1.0), parallel, 1.0)
+        self.later = config.value_residual and context.number > 0
         self.down, self.up = nn.ModuleDict(), nn.ModuleDict()
-        for name, rank in config.ranks.items():
+        ranks = config.ranks | ({"v": config.value_rank} if self.later else {})
+        for name, rank in ranks.items():
             self.down[name] = ReplicatedLinear(parallel, d, rank, 0.0)
             up = column_linear(parallel, rank, width, 1.0, role="input", precise=True)
             self.up[name] = _orthogonal(up, parallel, 0.1)
@@ -164,6 +181,8 @@ class RWKV7(Mixer):
             "rate_share": constant(1.02),
             "bonus": constant(-0.04),
         }
+        if self.later:
+            starts["value_bias"] = ByChannel("value", config.head_dim)
         for name, start in starts.items():
             self.register_parameter(name, gate_parameter(parallel, local, start))
         self.norm = sharded_parameter(parallel, local, constant(((index + 1) / count) ** 0.7))
@@ -171,7 +190,12 @@ class RWKV7(Mixer):
 
     @override
     def forward(
-        self, x: Tensor, *, sequences: Sequences | None = None, state: State | None = None
+        self,
+        x: Tensor,
+        *,
+        sequences: Sequences | None = None,
+        state: State | None = None,
+        first: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel)
         new_state: State = {}
@@ -187,7 +211,7 @@ class RWKV7(Mixer):
         mix = torch.stack([getattr(self, f"mix_{name}") for name in MIX_EXPONENTS])
         mix = head_shared(mix, self.parallel)
         x_r, x_w, x_k, x_v, x_a, x_g = _mixed(x, before.transpose(0, 1), mix)
-        r, v = (self._split(y) for y in (self.r_proj(x_r), self.v_proj(x_v)))
+        r, v = self._split(self.r_proj(x_r)), self._split(self._values(x_v, first))
         log_decay = _log_decay(
             self._split(self.up["w"](torch.tanh(self.down["w"](x_w)))), self._vector("decay_bias")
         )
@@ -215,6 +239,17 @@ class RWKV7(Mixer):
         y = _output(y, r, k, v, gate, bonus, norm, bias, eps)
         return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
+    def _values(self, x: Tensor, first: dict[str, Tensor] | None) -> Tensor:
+        """Return values ``[T, B, H V]``, and put them into ``first`` or take from there."""
+        values: Tensor = self.v_proj(x)
+        if self.later:
+            assert first is not None
+            share = self.up["v"](self.down["v"](x))
+            return _with_first(values, first["v"], share, self.value_bias)
+        if first is not None and self.config.value_residual:
+            first["v"] = values
+        return values
+
     def _split(self, x: Tensor) -> Tensor:
         return heads(x, self.num_heads)
 
@@ -240,8 +275,19 @@ class RWKV7(Mixer):
         power_of_two(config.chunk_size)
 
     @classmethod
+    @override
+    def first_values(cls, config: RWKV7Config, hidden_size: int) -> dict[str, int]:
+        return {"v": config.width} if config.value_residual else {}
+
+    @classmethod
+    @override
+    def added_later(cls, config: RWKV7Config, hidden_size: int) -> tuple[int, int]:
+        matrices = config.value_rank * (hidden_size + config.width)
+        return matrices + config.width, 2 * matrices
+
+    @classmethod
     def matrices(cls, config: RWKV7Config, hidden_size: int) -> int:
-        """Return the parameters of all projections."""
+        """Return the parameters of the first layer's projections."""
         low_rank = sum(config.ranks.values()) * (hidden_size + config.width)
         return 4 * hidden_size * config.width + low_rank
 
@@ -285,6 +331,12 @@ def _mixed(x: Tensor, before: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
     """Return ``x + mu (before - x)`` for each row mu of ``mix``."""
     change = before - x
     return tuple(x + mu * change for mu in mix.to(x.dtype))
+
+
+@fused
+def _with_first(v: Tensor, first: Tensor, share: Tensor, bias: Tensor) -> Tensor:
+    """Return ``v + (first - v) sigmoid(share + bias)``, in v's dtype."""
+    return (v + (first - v) * torch.sigmoid(share.to(bias.dtype) + bias)).to(v.dtype)
 
 
 @fused

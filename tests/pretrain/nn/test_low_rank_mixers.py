@@ -83,6 +83,11 @@ def comba(layer, x):
     return weight(o.flatten(1) * weight(x, layer, "g_proj").sigmoid(), layer, "o_proj")
 
 
+def first_values(x):
+    """Values that stand for another layer's."""
+    return torch.sin(3 * x)
+
+
 def rwkv7(layer, x):
     heads, dim = layer.num_heads, layer.config.head_dim
 
@@ -105,6 +110,9 @@ def rwkv7(layer, x):
     unit = split(k * layer.erase_scale)
     unit = unit / unit.norm(dim=-1, keepdim=True)
     k = split(k * (1 + (a - 1) * layer.rate_share))
+    if layer.later:
+        share = layer.value_bias + low_rank("v", x_v, lambda y: y)
+        v = v + (first_values(x) - v) * share.sigmoid()
     r, v = split(r), split(v)
     transition = torch.diag_embed(split(decay)) - outer(unit * split(a), unit)
     o = steps(transition, outer(k, v), r).flatten(1)
@@ -114,16 +122,38 @@ def rwkv7(layer, x):
     return weight(o * gate, layer, "o_proj")
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_heads": 2, "head_dim": 4, "chunk_size": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"value_residual": False}, {"num_heads": 2, "head_dim": 4, "chunk_size": 4}],
+)
 def test_rwkv7(settings):
-    layer = build("rwkv7", HIDDEN, index=1, count=3, **settings)
-    check_equations(moved(layer), HIDDEN, rwkv7)
+    number = 0 if settings.get("value_residual", True) else 1
+    context = {"index": 1, "count": 3, "number": number}
+    layer = moved(build("rwkv7", HIDDEN, context, **settings))
+    check_equations(layer, HIDDEN, rwkv7)
+    first: dict[str, torch.Tensor] = {}
+    x = torch.ones(3, 1, HIDDEN, dtype=torch.float64)
+    layer(x, first=first)
+    assert list(first) == list(layer.first_values(layer.config, HIDDEN))
+
+
+def test_a_later_rwkv7_mixes_the_values_of_the_first_into_its_own():
+    layer = moved(build("rwkv7", HIDDEN, {"index": 1, "count": 3, "number": 1}))
+
+    def run(x, **options):
+        return layer(x, first={"v": first_values(x)}, **options)
+
+    check_equations(layer, HIDDEN, rwkv7, run=run)
+    alone = layer.num_parameters(layer.config, HIDDEN)
+    added, _ = layer.added_later(layer.config, HIDDEN)
+    assert sum(p.numel() for p in layer.parameters()) == alone + added
 
 
 def test_rwkv7_starts_as_published():
     """The loops of the published code, over channels one by one."""
     hidden, index, count = 32, 2, 4
-    layer = build("rwkv7", hidden, index=index, count=count, head_dim=8)
+    context = {"index": index, "count": count, "number": 2}
+    layer = build("rwkv7", hidden, context, head_dim=8)
     first, last = index / (count - 1), 1 - index / count
     exponents = [0.2, 0.9, 0.7, 0.7, 0.9, 0.2]  # x_r, x_w, x_k, x_v, x_a, x_g
     for n in range(hidden):
@@ -138,6 +168,7 @@ def test_rwkv7_starts_as_published():
             (layer.decay_bias, decay + 0.5 + 2.5 * zigzag),
             (layer.rate_bias, -0.19 + 0.3 * zigzag + 0.4 * linear),
             (layer.erase_scale, 0.71 - 0.1 * linear),
+            (layer.value_bias, 0.73 - 0.4 * linear),
             (layer.rate_share, 1.02),
             (layer.bonus, -0.04),
             (layer.norm, ((index + 1) / count) ** 0.7),
@@ -147,7 +178,7 @@ def test_rwkv7_starts_as_published():
     for name, gain in (("r", 1.0), ("k", 0.1), ("v", 1.0)):
         matrix = getattr(layer, f"{name}_proj").weight
         assert torch.allclose(matrix @ matrix.T, gain**2 * eye, atol=1e-5)
-    for name in "wag":
+    for name in "wavg":
         up = layer.up[name].weight
         assert torch.allclose(up.T @ up, 0.01 * torch.eye(up.shape[1]).double(), atol=1e-5)
         assert not layer.down[name].weight.any()
