@@ -43,7 +43,10 @@ processes equal those on one to 1e-5, for every mixer and every kind of loop
 
 **Diagonal plus low rank.** `rwkv7`, `gdn2` and `comba` erase by a key of their own, and are what
 `pretrain.ops.dplr` computes: `S_t = Diag(a_t) S_{t-1} + p_t^T (e_t S_{t-1}) + k_t^T v_t`.
-`rwkv7` is RWKV-7's time mixing; the model's own MLP follows it in place of RWKV's channel mixing.
+`rwkv7` is RWKV-7's time mixing with its published start. The first `rwkv7` block of a model hands
+its values on to all later ones (`value_residual`), through pipelines too. Its output projection
+starts at 0 unless `zero_output: false`. The model's own MLP follows in place of RWKV's channel
+mixing.
 
 **Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. In plain torch
 their backward pass is linear in T and keeps every c-th state, c about sqrt(T / 4) up to 32,
