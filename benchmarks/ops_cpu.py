@@ -27,6 +27,7 @@ from torch import Tensor
 from pretrain.ops import (
     delta_rule,
     diagonal_scan,
+    dplr,
     linear_attention,
     m2rnn,
     para_gru,
@@ -65,6 +66,16 @@ def delta(substeps: int, per_channel: bool = False, values: int = 256) -> Callab
         )
 
     return make
+
+
+def low_rank(length: int) -> tuple[list[Tensor], Call]:
+    """RWKV-7's: heads of 64, erase keys of unit norm, log-decays above -0.61."""
+    q, k, v, key = torch.randn(4, 1, length, 4, 64).unbind(0)
+    erase, rate = -F.normalize(key, dim=-1), torch.rand(key.shape)
+    write, decay = -erase * rate, -0.6 * torch.rand(key.shape)
+    return [q, k, v, erase, write, decay], lambda backend: dplr(
+        q, k, v, erase, write, log_decay=decay, scale=1.0, backend=backend
+    )
 
 
 def linear(kind: str) -> Callable[..., Any]:
@@ -130,6 +141,7 @@ CASES = [
         "chunked",
         delta(1, per_channel=True, values=128),
     ),
+    Case("dplr, decay per channel (rwkv7)", "B1 H4 K64 V64", "recurrent", "chunked", low_rank),
     Case("linear_attention", MATRIX, "recurrent", "chunked", linear("none")),
     Case("linear_attention, per head (mamba2)", MATRIX, "recurrent", "chunked", linear("head")),
     Case("linear_attention, per channel (gla)", MATRIX, "recurrent", "chunked", linear("channel")),

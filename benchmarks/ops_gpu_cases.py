@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.nn.mixers.parts import delta_rule_flops, linear_attention_flops
+from pretrain.nn.mixers.parts import delta_rule_flops, dplr_flops, linear_attention_flops
 from pretrain.ops import (
     attention,
+    comba,
     delta_rule,
+    dplr,
+    gdn2,
     linear_attention,
     m2rnn,
     para_gru,
@@ -77,6 +80,24 @@ def cases(device: str) -> list[Case]:
             decay = -uniform(wide(dtype), *q.shape[: 4 if channel else 3])
             return [q, k, v, beta, decay], lambda backend: delta_rule(
                 q, k, v, beta, log_decay=decay, num_householder=steps, backend=backend
+            )
+
+        return make
+
+    def low_rank(op: Callable[..., Any]) -> Any:
+        def make(width: int, batch: int, length: int, dtype: torch.dtype) -> Any:
+            dim = 64 if op is dplr else 128
+            q, k, v, erase = (of(dtype, batch, length, max(width // dim, 1), dim) for _ in "qkve")
+            k, erase = F.normalize(k, dim=-1), F.normalize(erase, dim=-1)
+            rate = uniform(dtype, *q.shape)
+            decay = -0.6 * uniform(wide(dtype), *q.shape[: 3 if op is comba else 4])
+            options: dict[str, Any] = {}
+            if op is dplr:  # as in RWKV-7
+                others, options = [-erase, erase * rate], {"scale": 1.0, "lower_bound": -0.61}
+            else:
+                others = [erase, rate[..., 0]] if op is comba else [rate, uniform(dtype, *v.shape)]
+            return [q, k, v, *others, decay], lambda backend: op(
+                q, k, v, *others, log_decay=decay, backend=backend, **options
             )
 
         return make
@@ -169,6 +190,17 @@ def cases(device: str) -> list[Case]:
         Case(
             "delta_rule (kda)", delta(1, True), rule(1, True), "recurrent", "fla", "chunked", 4096
         ),
+        Case(
+            "dplr (rwkv7)",
+            low_rank(dplr),
+            lambda t: t[0].shape[2] * dplr_flops(64, 64, 64, per_channel=True),
+            "recurrent",
+            "fla",
+            "chunked",
+            4096,
+        ),
+        Case("gdn2", low_rank(gdn2), rule(1, True), "recurrent", "fla", "chunked", 4096),
+        Case("comba", low_rank(comba), rule(1), "recurrent", "fla", "chunked"),
         Case("linear_attention (mamba2)", linear(3), read(), "recurrent", "fla", "chunked"),
         Case("linear_attention (gla)", linear(4), read(True), "recurrent", "fla", "chunked", 4096),
         Case(

@@ -12,6 +12,7 @@ from pretrain.ops.attention.dispatch import attention
 from pretrain.ops.attention.rotary import apply_rotary, rotary_embedding, rotary_of
 from pretrain.ops.delta_rule.dispatch import delta_rule
 from pretrain.ops.diagonal_scan.dispatch import diagonal_scan
+from pretrain.ops.dplr.dispatch import comba, dplr, gdn2
 from pretrain.ops.linear_attention.dispatch import linear_attention
 from pretrain.ops.m2rnn.dispatch import m2rnn
 from pretrain.ops.newton.dispatch import newton_recurrence
@@ -29,9 +30,12 @@ __all__ = [
     "RATState",
     "apply_rotary",
     "attention",
+    "comba",
     "definitions",
     "delta_rule",
     "diagonal_scan",
+    "dplr",
+    "gdn2",
     "linear_attention",
     "m2rnn",
     "newton_recurrence",

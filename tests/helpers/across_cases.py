@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from pretrain.ops import (
     attention,
     delta_rule,
     diagonal_scan,
+    dplr,
     linear_attention,
     m2rnn,
     newton_recurrence,
@@ -107,6 +108,21 @@ def of_scan(dtype=torch.float64, given=True, layouts=()):
         states=lambda g, n: [normal(g, n, 6)] if given else [],
         layouts=layouts,
     )
+
+
+def of_low_rank(decay, given=True, backend="auto", layouts=(), one_key=False):
+    """Diagonal plus low rank, with erase keys of unit norm, and a write key or the key for it."""
+    base = of_matrix_state(dplr, decay, given=given, layouts=layouts, backend=backend)
+
+    def tensors(g, total):
+        found = base.tensors(g, total)
+        keys = normal(g, 2, 1, total, 2, 6)
+        erase, write = keys / keys.norm(dim=-1, keepdim=True)
+        if one_key:
+            return [found[0], write, found[2], -erase, *found[3:]]
+        return [*found[:3], -erase, write, *found[3:]]
+
+    return replace(base, tensors=tensors, name=f"{base.name} {one_key}")
 
 
 def convolution(width, bias, given):
@@ -290,6 +306,8 @@ CASES = [
     of_scan(),
     of_scan(torch.complex128, layouts=("one", "short")),
     of_scan(given=False, layouts=("four",)),
+    of_low_rank("channel"),
+    of_low_rank("head", given=False, layouts=("four",), one_key=True),
     convolution(4, True, True),
     convolution(2, False, False),
     convolution(60, False, True),

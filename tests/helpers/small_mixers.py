@@ -45,6 +45,8 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "head_dim": 4, "chunk_size": 8},
         {"num_heads": 2, "head_dim": 4, "conv_size": 0},
     ],
+    "gdn2": [{"num_heads": 2, "head_dim": 4, "expand_v": 1.5, "chunk_size": 8}],
+    "comba": [{"num_heads": 2, "head_dim": 4, "chunk_size": 8}],
     "delta_product": [
         {"num_heads": 2, "head_dim": 4, "chunk_size": 16},
         {"num_heads": 2, "head_dim": 4, "num_householder": 3, "use_decay": False, "chunk_size": 12},
@@ -60,6 +62,9 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "mlstm": [
         {"num_heads": 2, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 4, "qk_ratio": 1.5, "gate_cap": None},
+    ],
+    "rwkv7": [
+        {"num_heads": 2, "decay_rank": 3, "gate_rank": 5, "zero_output": False, "chunk_size": 8},
     ],
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],

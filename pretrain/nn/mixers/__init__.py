@@ -2,10 +2,12 @@
 
 from pretrain.nn.mixers import (  # noqa: F401
     attention,
+    comba,
     delta_product,
     deltanet,
     flash_rnn,
     gated_deltanet,
+    gated_deltanet2,
     gated_linear_attention,
     hgrn,
     hgrn2,
@@ -20,6 +22,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     quasi_lstm,
     rat,
     retnet,
+    rwkv7,
     sliding_window,
 )
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, register, registry

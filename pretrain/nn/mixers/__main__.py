@@ -52,6 +52,13 @@ the backward pass is one scan in reverse. `hgrn` shares its lower bounds over de
 (`lower_bound: own`: bounds of each layer), and may have short convolutions (`conv_size: 4`);
 `quasi_lstm` is made for a stream of text: `train: {carry_state: true, seq_len: 512}`.
 
+**Diagonal plus low rank.** `rwkv7`, `gdn2` and `comba` erase by a key of their own, and are what
+`pretrain.ops.dplr` computes: `S_t = Diag(a_t) S_{t-1} + p_t^T (e_t S_{t-1}) + k_t^T v_t`.
+`rwkv7` is RWKV-7's time mixing with its published start. The first `rwkv7` block of a model hands
+its values on to all later ones (`value_residual`), through pipelines too. Its output projection
+starts at 0 unless `zero_output: false`. The model's own MLP follows in place of RWKV's channel
+mixing.
+
 **Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. In plain torch
 their backward pass is linear in T and keeps every c-th state, c about sqrt(T / 4) up to 32,
 recomputing the rest. `state_grad_clip` bounds the gradient that is carried from step to step.
@@ -70,9 +77,10 @@ and `backend=` of each function of `pretrain.ops` chooses by hand.
 
 * attention, sliding windows: flash-attn 3 on Hopper or 2, where installed; else torch's own kernel
   for sequences of different lengths
-* linear attention, delta rules, DeltaProduct, short convolution: flash-linear-attention
 * diagonal scans: plain torch, whose steps grow with sqrt T; flash-linear-attention's kernel, which
   steps from token to token, by `backend="fla"`
+* linear attention, delta rules, DeltaProduct, Gated DeltaNet-2, Comba, RWKV-7, short convolution:
+  flash-linear-attention
 * M2RNN: our Triton kernels, the state on chip and kept every 64th token
 * ParaGRU, ParaLSTM: our Triton kernels, by segments with all Newton iterations in one or by plain
   steps; backward by segments

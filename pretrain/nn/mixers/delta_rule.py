@@ -39,7 +39,7 @@ class DeltaRuleMixer(Mixer):
 
     Its state is the convolutions' last inputs, and S ``[N, H, K, V]`` in float32. A subclass says
     by ``output_gate`` and :meth:`decays`, and by its settings ``num_householder``, which of the
-    family it is.
+    family it is, or another recurrence by :meth:`recur`.
     """
 
     over_time = "ops"
@@ -105,23 +105,46 @@ class DeltaRuleMixer(Mixer):
         log_decay = None
         if self.decays(self.config):
             log_decay = softplus_decay(self.a_proj(x), self.A_log, self.dt_bias).transpose(0, 1)
-        y, new_state["recurrent"] = delta_rule(
+        y, new_state["recurrent"] = self.recur(
+            q,
+            k,
+            v,
+            beta,
+            log_decay,
+            sequences=sequences,
+            initial_state=None if state is None else state["recurrent"],
+            chunk_size=self.config.chunk_size,
+        )
+        norm = head_shared(self.norm, self.parallel)
+        if self.output_gate:
+            y = self.gated_norm(y, norm, heads(self.g_proj(x), self.num_heads))
+        else:
+            y = rms_norm(y, norm, self.config.norm_eps)
+        return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
+
+    def recur(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_decay: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the recurrence's output ``[B, T, H, V]`` and its final state."""
+        return delta_rule(
             l2_norm(q),
             l2_norm(k),
             v,
             beta,
             log_decay=log_decay,
             num_householder=self.substeps,
-            sequences=sequences,
-            initial_state=None if state is None else state["recurrent"],
-            chunk_size=self.config.chunk_size,
+            **options,
         )
-        norm, eps = head_shared(self.norm, self.parallel), self.config.norm_eps
-        if self.output_gate:
-            y = rms_norm_silu_gate(y, norm, heads(self.g_proj(x), self.num_heads), eps)
-        else:
-            y = rms_norm(y, norm, eps)
-        return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
+
+    def gated_norm(self, y: Tensor, norm: Tensor, gate: Tensor) -> Tensor:
+        """Return y ``[B, T, H, V]`` normalised, times what the output gate makes of ``gate``."""
+        return rms_norm_silu_gate(y, norm, gate, self.config.norm_eps)
 
     def _steps(self, x: Tensor) -> Tensor:
         """Split ``[B, T, H * n * dim]`` into ``[B, T * n, H, dim]``.

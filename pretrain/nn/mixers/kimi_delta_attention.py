@@ -7,7 +7,7 @@ the width of one head; the output gate has the same two-matrix form and a sigmoi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 from typing_extensions import override
@@ -15,6 +15,7 @@ from typing_extensions import override
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
+    ColumnParallelLinear,
     ReplicatedLinear,
     column_input,
     column_linear,
@@ -68,6 +69,11 @@ class KimiDeltaAttentionConfig(MixerConfig):
     chunk_size: int = setting(64, minimum=1)
     """Tokens handled at once by the chunked form, a power of two, which changes speed alone."""
 
+    @property
+    def value_dim(self) -> int:
+        """Return the width V of a value."""
+        return self.head_dim
+
     @override
     def resolve(self, hidden_size: int) -> Self:
         sizes = delta_rule_sizes(hidden_size, self.num_heads, self.head_dim, 1.0, 128)
@@ -78,10 +84,11 @@ class KimiDeltaAttentionConfig(MixerConfig):
 class KimiDeltaAttention(Mixer):
     """Kimi delta attention, as a mixer.
 
-    Its state is the convolutions' last inputs, and S ``[N, H, K, V]`` in float32.
+    Its state is the convolutions' last inputs, and S ``[N, H, K, V]`` in float32. A subclass says
+    by :meth:`gates` and :meth:`recur` what erases and what writes.
     """
 
-    config_class = KimiDeltaAttentionConfig
+    config_class: ClassVar[type[MixerConfig]] = KimiDeltaAttentionConfig
     over_time = "ops"
     card = MixerCard(
         "Kimi delta attention",
@@ -91,30 +98,46 @@ class KimiDeltaAttention(Mixer):
         "arXiv 2510.26692",
     )
 
-    def __init__(self, config: KimiDeltaAttentionConfig, context: LayerContext):
+    b_proj: ColumnParallelLinear
+
+    def __init__(self, config: Any, context: LayerContext):
         super().__init__(config, context)
         self.config, self.parallel = config, context.parallel
-        d, parallel, dim = context.hidden_size, context.parallel, config.head_dim
-        self.num_heads, width = (
-            parallel.local(config.num_heads, "num_heads"),
-            config.num_heads * dim,
-        )
-        for name in "qkv":
+        d, parallel, rank = context.hidden_size, context.parallel, config.value_dim
+        self.num_heads = parallel.local(config.num_heads, "num_heads")
+        per_head = {"q": config.head_dim, "k": config.head_dim, "v": config.value_dim}
+        widths = {name: config.num_heads * dim for name, dim in per_head.items()}
+        for name, width in widths.items():
             setattr(self, f"{name}_proj", column_linear(parallel, d, width, context.std))
-        for name in "ag":
-            setattr(self, f"{name}_down", ReplicatedLinear(parallel, d, dim, context.std))
+        for name, width in (("a", widths["k"]), ("g", widths["v"])):
+            setattr(self, f"{name}_down", ReplicatedLinear(parallel, d, rank, context.std))
             setattr(
                 self,
                 f"{name}_up",
-                column_linear(parallel, dim, width, context.std, role="input", precise=True),
+                column_linear(parallel, rank, width, context.std, role="input", precise=True),
             )
-        self.b_proj = column_linear(parallel, d, config.num_heads, context.std, precise=True)
-        self.o_proj = row_linear(parallel, width, d, context.output_std)
-        local = self.num_heads * dim
-        add_short_convolutions(self, parallel, dict.fromkeys("qkv", local), config.conv_size)
+        for name, dim in self.gates(config).items():
+            gate = column_linear(parallel, d, config.num_heads * dim, context.std, precise=dim == 1)
+            setattr(self, f"{name}_proj", gate)
+        self.o_proj = row_linear(parallel, widths["v"], d, context.output_std)
+        local = {name: self.num_heads * dim for name, dim in per_head.items()}
+        add_short_convolutions(self, parallel, local, config.conv_size)
         self.A_log = gate_parameter(parallel, (self.num_heads,), decay_rate_init(1))
-        self.dt_bias = gate_parameter(parallel, (local,), time_step_init)
-        self.norm = replicated_parameter(parallel, (dim,), constant(1.0))
+        self.dt_bias = gate_parameter(parallel, (local["k"],), time_step_init)
+        self.norm = replicated_parameter(parallel, (config.value_dim,), constant(1.0))
+
+    @classmethod
+    def gates(cls, config: Any) -> dict[str, int]:
+        """Return the widths per head of what gates erasing and writing, by names of one letter."""
+        return {"b": 1}
+
+    def recur(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the recurrence's output ``[B, T, H, V]`` and its final state."""
+        beta = self.b_proj(x).to(accumulation_dtype(x.dtype)).sigmoid().transpose(0, 1)
+        beta = beta * (1 + self.config.allow_neg_eigval)
+        return delta_rule(q, k, v, beta, log_decay=log_decay, **options)
 
     @override
     def forward(
@@ -135,52 +158,61 @@ class KimiDeltaAttention(Mixer):
         log_decay = softplus_decay(
             decay, self.A_log[:, None], self.dt_bias.unflatten(0, (self.num_heads, -1))
         )
-        beta = self.b_proj(x).to(accumulation_dtype(x.dtype)).sigmoid().transpose(0, 1)
-        y, new_state["recurrent"] = delta_rule(
+        y, new_state["recurrent"] = self.recur(
+            x,
             l2_norm(q),
             l2_norm(k),
             v,
-            beta * (1 + self.config.allow_neg_eigval),
-            log_decay=log_decay,
+            log_decay,
             sequences=sequences,
             chunk_size=self.config.chunk_size,
             initial_state=None if state is None else state["recurrent"],
         )
         norm = head_shared(self.norm, self.parallel)
-        y = rms_norm_sigmoid_gate(y, norm, gate, self.config.norm_eps)
+        y = rms_norm_sigmoid_gate(y, norm, self.output_gate(gate), self.config.norm_eps)
         return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
+
+    def output_gate(self, gate: Tensor) -> Tensor:
+        """Return the output gate ``[B, T, H, V]`` before its sigmoid."""
+        return gate
 
     @override
     def init_state(self, batch_size: int) -> State:
-        dim = self.config.head_dim
+        shape = (self.num_heads, self.config.head_dim, self.config.value_dim)
         return {
             **convolution_states(self, self.parallel, batch_size, "qkv"),
-            "recurrent": matrix_state(self.parallel, batch_size, self.num_heads, dim, dim),
+            "recurrent": matrix_state(self.parallel, batch_size, *shape),
         }
 
     @classmethod
     @override
-    def check(cls, config: KimiDeltaAttentionConfig, hidden_size: int) -> None:
+    def check(cls, config: Any, hidden_size: int) -> None:
         power_of_two(config.chunk_size)
 
     @classmethod
-    @override
-    def num_parameters(cls, config: KimiDeltaAttentionConfig, hidden_size: int) -> int:
-        h, dim = config.num_heads, config.head_dim
-        matrices = hidden_size * (4 * h * dim + h + 2 * dim) + 2 * dim * h * dim
-        return matrices + 3 * config.conv_size * h * dim + h + h * dim + dim
+    def matrices(cls, config: Any, hidden_size: int) -> int:
+        """Return the parameters of all projections."""
+        h, k, v = config.num_heads, config.head_dim, config.value_dim
+        widths = 2 * k + 2 * v + sum(cls.gates(config).values())
+        return int(hidden_size * (h * widths + 2 * v) + v * h * (k + v))
 
     @classmethod
     @override
-    def flops_per_token(
-        cls, config: KimiDeltaAttentionConfig, hidden_size: int, seq_len: int
-    ) -> int:
-        h, dim = config.num_heads, config.head_dim
-        matrices = hidden_size * (4 * h * dim + h + 2 * dim) + 2 * dim * h * dim
-        return 2 * matrices + h * delta_rule_flops(dim, dim, config.chunk_size, per_channel=True)
+    def num_parameters(cls, config: Any, hidden_size: int) -> int:
+        h, k, v = config.num_heads, config.head_dim, config.value_dim
+        vectors = config.conv_size * h * (2 * k + v) + h + h * k + v
+        return cls.matrices(config, hidden_size) + vectors
 
     @classmethod
     @override
-    def state_bytes(cls, config: KimiDeltaAttentionConfig, hidden_size: int, seq_len: int) -> int:
-        h, dim = config.num_heads, config.head_dim
-        return 4 * h * dim * dim + 2 * max(config.conv_size - 1, 0) * 3 * h * dim
+    def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
+        mixing = delta_rule_flops(
+            config.head_dim, config.value_dim, config.chunk_size, per_channel=True
+        )
+        return 2 * cls.matrices(config, hidden_size) + config.num_heads * mixing
+
+    @classmethod
+    @override
+    def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
+        h, k, v = config.num_heads, config.head_dim, config.value_dim
+        return 4 * h * k * v + 2 * max(config.conv_size - 1, 0) * h * (2 * k + v)

@@ -181,6 +181,13 @@ def delta_rule_flops(
     return n * (2 * c * (2 * k + v) + 4 * k * v) + 2 * c * (k + v) + 2 * k * v
 
 
+def dplr_flops(key_dim: int, value_dim: int, chunk_size: int, *, per_channel: bool) -> int:
+    """Return the matrix-multiply FLOPs of chunked diagonal plus low rank for one token and head."""
+    k, v, c = key_dim, value_dim, chunk_size
+    pairs = 4 * (c - 1) * k if per_channel else 8 * c * k
+    return pairs + 2 * c * (k + 4 * v) + 8 * k * v
+
+
 def linear_attention_flops(
     key_dim: int, value_dim: int, chunk_size: int, *, per_channel: bool = False
 ) -> int:

@@ -18,7 +18,7 @@ from pretrain.data.sequences import Sequences
 from pretrain.ops.across import crossing
 from pretrain.ops.delta_rule.chunked import chunked_delta_rule
 from pretrain.ops.delta_rule.definition import recurrent_delta_rule
-from pretrain.ops.delta_rule.segmented import segmented_delta_rule
+from pretrain.ops.matrix_segments import by_columns
 from pretrain.ops.shared.arguments import (
     check_heads,
     check_shapes,
@@ -101,8 +101,14 @@ def delta_rule(
             backend=backend,
             chunk_size=chunk_size,
         )
-        return segmented_delta_rule(
-            run, q, k, v, beta, log_decay, num_householder, initial_state, sequences, segment
+        return by_columns(
+            run,
+            (q, k, v, beta),
+            log_decay,
+            initial_state,
+            sequences,
+            segment,
+            substeps=num_householder,
         )
     if backend == "fla":
         check_fla("delta_rule", q)

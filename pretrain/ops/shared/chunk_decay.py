@@ -10,6 +10,7 @@ where they matter.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -170,3 +171,13 @@ def chunk_tokens(chunk_size: int, substeps: int, longest: int, per_channel: bool
     """
     tokens = min(chunk_size // substeps, max(longest, 1))
     return 1 << (tokens - 1).bit_length() if per_channel else tokens
+
+
+def rows_after(x: Tensor) -> Tensor:
+    """Return ``[n, H, C, ...]`` with the row of the next token in each place, zeros in the last."""
+    return F.pad(x[:, :, 1:], (0, 0, 0, 1))
+
+
+def rows_before(x: Tensor, first: float = 0.0) -> Tensor:
+    """Return ``[n, H, C, ...]`` with the row of the token before, ``first`` in the first place."""
+    return F.pad(x[:, :, :-1], (0, 0, 1, 0), value=first)

@@ -52,6 +52,26 @@ def linear_attention_counts(
     )
 
 
+def low_rank_counts(kernel: str, key_dim: int, value_dim: int) -> Counts:
+    """Return the counts of a kernel of :mod:`pretrain.ops.shared.fla_low_rank`.
+
+    Gated DeltaNet-2 adds gates to Kimi delta attention, and Comba a key to the gated delta rule.
+    ``dplr`` writes four triangles of each chunk, and computes all but its output again before its
+    gradients.
+    """
+    k, v, c = key_dim, value_dim, CHUNK
+    if kernel != "dplr":
+        (moved, flops), (moved_back, flops_back) = delta_rule_counts(
+            k, v, per_channel=kernel == "gdn2"
+        )
+        more = 2 * (k + v) if kernel == "gdn2" else 2 * k
+        return (moved + 2 * more, flops), (moved_back + 6 * more, flops_back)
+    moved = 48 * k + 16 * v + 28 * c + 4 * k * v / c
+    flops = 8 * k * v + 2 * c * (5 * k + 4 * v)
+    back = 22 * k * v + 2 * c * (14 * k + 9 * v)
+    return (moved, flops), (3 * moved, back)
+
+
 def recurrence_work(
     kind: WorkKind, counts: Counts, times: float, longest: int
 ) -> tuple[tuple[Work, float], tuple[Work, float]]:
@@ -92,6 +112,34 @@ def planned_delta_rule(
         forward,
         backward,
         lambda: (k.new_empty(*k.shape[:3], CHUNK),),
+    )
+    return found[0], found[1]
+
+
+def planned_low_rank(
+    kernel: str,
+    tensors: tuple[Tensor, ...],
+    log_decay: Tensor,
+    initial_state: Tensor,
+    sequences: Sequences | None,
+    from_zeros: bool,
+) -> tuple[Tensor, Tensor]:
+    """Stand for a kernel of :mod:`pretrain.ops.shared.fla_low_rank`, which keeps its inputs.
+
+    ``tensors`` begin with q, k and v. All kernels but ``dplr`` keep triangles of each chunk too.
+    """
+    q, v = tensors[0], tensors[2]
+    counts = low_rank_counts(kernel, q.shape[3], v.shape[3])
+    longest = q.shape[1] if sequences is None else sequences.max_length
+    forward, backward = recurrence_work("delta_rule", counts, q.shape[:3].numel(), longest)
+    inputs = [*tensors, log_decay, *([] if from_zeros else [initial_state])]
+    triangles = {"dplr": 0, "gdn2": 2, "comba": 1}[kernel]
+    found = stand_in(
+        inputs,
+        lambda: (torch.empty_like(v), torch.empty_like(initial_state)),
+        forward,
+        backward,
+        lambda: (q.new_empty(*q.shape[:3], triangles * CHUNK),),
     )
     return found[0], found[1]
 

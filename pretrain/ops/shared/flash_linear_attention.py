@@ -105,7 +105,7 @@ def fla_delta_rule(
         return planned_delta_rule(q, k, v, beta, log_decay, initial_state, sequences, from_zeros)
     # Zeros would be kept for the backward pass, and take a gradient.
     given = None if from_zeros else initial_state
-    options = _options(q, scale, given, sequences)
+    options = fla_options(scale, given, sequences)
     if num_householder > 1:
         from fla.ops.gated_delta_product import chunk_gated_delta_product
 
@@ -144,7 +144,7 @@ def fla_linear_attention(
         return planned_linear_attention(q, k, v, log_decay, initial_state, sequences, from_zeros)
     # Zeros would be kept for the backward pass, and take a gradient.
     given = None if from_zeros else initial_state
-    options = _options(q, scale, given, sequences)
+    options = fla_options(scale, given, sequences)
     if log_decay is not None and log_decay.ndim == 4:
         from fla.ops.gla import chunk_gla
 
@@ -154,9 +154,10 @@ def fla_linear_attention(
     return chunk_simple_gla(q, k, v, log_decay, **options)
 
 
-def _options(
-    q: Tensor, scale: float, initial_state: Tensor | None, sequences: Sequences | None
+def fla_options(
+    scale: float, initial_state: Tensor | None, sequences: Sequences | None
 ) -> dict[str, Any]:
+    """Return the keyword arguments that fla's recurrences share."""
     found: dict[str, Any] = {
         "scale": scale,
         "initial_state": initial_state,

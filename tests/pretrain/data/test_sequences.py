@@ -15,7 +15,10 @@ from pretrain.data.sequences import Sequences
 from pretrain.model.build import build_model
 from pretrain.ops import (
     attention,
+    comba,
     delta_rule,
+    dplr,
+    gdn2,
     linear_attention,
     m2rnn,
     newton_recurrence,
@@ -188,6 +191,9 @@ def _calls():
         "attention": lambda **o: attention(q, k, v, **o),
         "linear_attention": lambda **o: linear_attention(q, k, v, log_decay=-g, **o)[0],
         "delta_rule": lambda **o: delta_rule(q, k, v, g, **o)[0],
+        "dplr": lambda **o: dplr(q, k, v, -k, q, **o)[0],
+        "gdn2": lambda **o: gdn2(q, k, v, k, v, log_decay=-q, **o)[0],
+        "comba": lambda **o: comba(q, k, v, k, g, log_decay=-g, **o)[0],
         "m2rnn": lambda **o: m2rnn(q, k, v, square, g, **o)[0],
         "rnn": lambda **o: rnn(heads, recurrent, None, **o)[0],
         "rat": lambda **o: rat(q, k, v, torch.sigmoid(v), chunk_size=2, **o)[0],

@@ -5,12 +5,21 @@ from __future__ import annotations
 
 import builtins
 import sys
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.ops import delta_rule, diagonal_scan, linear_attention, short_convolution
+from pretrain.ops import (
+    comba,
+    delta_rule,
+    diagonal_scan,
+    dplr,
+    gdn2,
+    linear_attention,
+    short_convolution,
+)
 from tests.helpers.relative_error import relative_error
 
 pytest.importorskip("fla")
@@ -37,7 +46,10 @@ def interpretable():
     if ON_GPU:
         yield
         return
+    import fla.ops.comba
     import fla.ops.gated_delta_product
+    import fla.ops.gdn2
+    import fla.ops.generalized_delta_rule
     import fla.ops.gla
     import fla.ops.hgrn
     import fla.ops.kda
@@ -143,6 +155,44 @@ def test_linear_attention(decay):
         )
 
     compare(run, "recurrent", tensors)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(
+            "dplr", marks=pytest.mark.skipif(not ON_GPU, reason="the interpreter cannot run it")
+        ),
+        "dplr bounded",
+        pytest.param("gdn2", marks=pytest.mark.slow),
+        "comba",
+    ],
+)
+def test_low_rank(op):
+    total = sum(LENGTHS)
+    q, v = narrow(1, total, HEADS, KEY), narrow(1, total, HEADS, VALUE)
+    state = torch.randn(len(LENGTHS), HEADS, KEY, VALUE, device=DEVICE)
+    log_decay = -0.6 * torch.rand(q.shape[: 3 if op == "comba" else 4], device=DEVICE)
+    gates = [torch.rand(x.shape, device=DEVICE).to(NARROW) for x in (q, v, q[..., 0])]
+    others = {"dplr": [-keys(), keys()], "gdn2": gates[:2], "comba": [keys(), gates[2]]}
+
+    def run(backend, q, k, v, first, second, state, log_decay):
+        function: Any = {"gdn2": gdn2, "comba": comba}.get(op, dplr)
+        options = {"lower_bound": -0.61} if op == "dplr bounded" else {}
+        return function(
+            q,
+            k,
+            v,
+            first,
+            second,
+            log_decay=log_decay,
+            initial_state=state,
+            cu_seqlens=starts(),
+            backend=backend,
+            **options,
+        )
+
+    compare(run, "recurrent", [q, keys(), v, *others[op.split()[0]], state, log_decay])
 
 
 @pytest.mark.parametrize("packed", [True, False])

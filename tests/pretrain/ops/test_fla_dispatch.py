@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.ops import delta_rule, linear_attention, short_convolution
+from pretrain.ops import comba, delta_rule, dplr, gdn2, linear_attention, short_convolution
 from pretrain.ops.backends import describe_backends
 from pretrain.ops.delta_rule import dispatch as of_delta_rule
+from pretrain.ops.dplr import dispatch as of_dplr
 from pretrain.ops.linear_attention import dispatch as of_linear_attention
 from pretrain.ops.shared import flash_linear_attention
 from pretrain.ops.short_convolution import dispatch as of_short_convolution
@@ -39,6 +40,8 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
     monkeypatch.setattr(of_delta_rule, "fla_delta_rule", taken)
+    for name in ("fla_dplr", "fla_gdn2", "fla_comba"):
+        monkeypatch.setattr(of_dplr, name, taken)
     monkeypatch.setattr(of_linear_attention, "fla_linear_attention", taken)
     monkeypatch.setattr(of_short_convolution, "fla_short_convolution", taken)
     yield pretend
@@ -64,6 +67,12 @@ def read(axes):
     return lambda: linear_attention(values(), values(), values(), log_decay=decay(axes))
 
 
+def low_rank(op):
+    x = values()
+    others = {dplr: (x, x), gdn2: (x, x), comba: (x, x[..., 0])}[op]
+    return lambda: op(x, x, x, *others, log_decay=decay(3 if op is comba else 4))
+
+
 def convolution():
     return short_convolution(torch.randn(1, T, DIM, dtype=torch.bfloat16), torch.randn(DIM, 4))
 
@@ -83,6 +92,9 @@ OPS = {
     "Kimi delta attention": (rule(4), True),
     "DeltaProduct": (rule(None, steps=2), False),
     "Gated DeltaProduct": (rule(3, steps=2), False),
+    "DPLR": (low_rank(dplr), True),
+    "Gated DeltaNet-2": (low_rank(gdn2), True),
+    "Comba": (low_rank(comba), False),
     "linear attention": (read(None), True),
     "Mamba-2": (read(3), False),
     "GLA": (read(4), True),

@@ -69,7 +69,7 @@ def bytes_by_the_table(name, mixer, config, size, over_heads):
     """docs/parallel.md, for a document that fills the row, in float32; None where there is none."""
     tokens, states = TOKENS / size, mixer.init_state(1)
     both = 2 if size > 2 else 1  # the ranks at the ends of a row send to one side
-    convolved = sum(x.nbytes for key, x in states.items() if key.endswith("conv"))
+    convolved = sum(x.nbytes for key, x in states.items() if key.endswith(("conv", "shift")))
     matrices = [x for x in states.values() if x.ndim == 4]
     floating = sum(x.nbytes for x in states.values() if x.is_floating_point())
     if mixer.over_time != "ops" and not over_heads:

@@ -1,4 +1,4 @@
-"""The delta rule over a row that is divided over ranks: a scan of the segments' states."""
+"""Matrix states over a row that is divided over ranks: a scan of the segments' states."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from pretrain.ops.across import carry, scan
 Run = Callable[..., tuple[Tensor, Tensor]]
 
 
-def segmented_delta_rule(
+def by_columns(
     run: Run,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
+    tensors: tuple[Tensor | None, ...],
     log_decay: Tensor | None,
-    num_householder: int,
     initial_state: Tensor,
     sequences: Sequences,
     segment: Segment,
+    substeps: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Run the delta rule on a segment, from the state that enters it.
+    """Run a recurrence on a segment, from the state that enters it.
 
-    ``run(q, k, v, beta, log_decay=, initial_state=, sequences=)`` is the op. What the segment makes
-    of a state is found by the op itself: columns of the state never mix, so that K more of them,
-    with values 0 and from the identity, end as the transition.
+    ``run(*tensors, log_decay=, initial_state=, sequences=)`` is the op, ``tensors`` begin with q, k
+    and v, all but q with ``substeps`` steps for each token. What the segment makes of a state is
+    found by the op itself: columns of the state never mix, so that K more of them, with values 0
+    and from the identity, end as the transition.
     """
-    pieces, value_dim = pieces_alone(sequences), v.shape[-1]
+    q, _, v = tensors[:3]
+    assert q is not None
+    assert v is not None
+    pieces, key_dim, value_dim = pieces_alone(sequences), q.shape[-1], v.shape[-1]
     with torch.no_grad():
         first = sequences.lengths[0]
         # Pieces in the middle neither get nor leave anything.
@@ -40,14 +41,13 @@ def segmented_delta_rule(
             outer = sequences.derive(_outer_pieces)
             tokens = sequences.derive(_outer_tokens)
 
-        def part(x: Tensor, steps: int = 1) -> Tensor:
-            if tokens is None:
+        def part(x: Tensor | None, steps: int = 1) -> Tensor | None:
+            if tokens is None or x is None:
                 return x
             return x.unflatten(1, (-1, steps)).index_select(1, tokens).flatten(1, 2)
 
-        n = num_householder
-        values = part(v, n)
-        key_dim = q.shape[-1]
+        k, values, *others = (part(x, substeps) for x in tensors[1:])
+        assert values is not None
         wide = torch.cat([values, values.new_zeros(*values.shape[:3], key_dim)], -1)
         start = initial_state.new_zeros(outer.count, q.shape[2], key_dim, value_dim + key_dim)
         if not segment.through[segment.rank]:  # the last piece begins here
@@ -55,10 +55,10 @@ def segmented_delta_rule(
         start[..., value_dim:] = torch.eye(key_dim, dtype=start.dtype, device=start.device)
         output, ends = run(
             part(q),
-            part(k, n),
+            k,
             wide,
-            part(beta, n),
-            log_decay=None if log_decay is None else part(log_decay),
+            *others,
+            log_decay=part(log_decay),
             initial_state=start,
             sequences=outer,
         )
@@ -69,7 +69,7 @@ def segmented_delta_rule(
     if segment.continues[segment.rank]:
         initial_state = torch.cat([entering[None], initial_state[1:]])
     output, states = run(
-        q, k, v, beta, log_decay=log_decay, initial_state=initial_state, sequences=pieces
+        *tensors, log_decay=log_decay, initial_state=initial_state, sequences=pieces
     )
     return carry(segment, output, states, reads, transitions, over_first)
 
