@@ -12,6 +12,7 @@ from pretrain.ops.attention.dispatch import attention
 from pretrain.ops.attention.rotary import apply_rotary, rotary_embedding, rotary_of
 from pretrain.ops.delta_rule.dispatch import delta_rule
 from pretrain.ops.linear_attention.dispatch import linear_attention
+from pretrain.ops.lti.dispatch import dense_lti, lti
 from pretrain.ops.m2rnn.dispatch import m2rnn
 from pretrain.ops.newton.dispatch import newton_recurrence
 from pretrain.ops.newton.options import NewtonOptions, NewtonReport
@@ -30,7 +31,9 @@ __all__ = [
     "attention",
     "definitions",
     "delta_rule",
+    "dense_lti",
     "linear_attention",
+    "lti",
     "m2rnn",
     "newton_recurrence",
     "para_gru",
