@@ -58,6 +58,10 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 4, "qk_ratio": 1.5, "gate_cap": None},
     ],
+    "s4d": [
+        {"state_size": 6, "chunk_size": 8},
+        {"state_size": 4, "init": "legs", "discretization": "bilinear", "output": "glu"},
+    ],
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
     "slstm": [{"num_heads": 2}],

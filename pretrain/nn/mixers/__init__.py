@@ -17,6 +17,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     para_lstm,
     rat,
     retnet,
+    s4d,
     sliding_window,
 )
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, register, registry
