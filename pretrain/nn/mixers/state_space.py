@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from pretrain.common.config_loader import setting
+from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import column_input, column_linear, row_linear
 from pretrain.nn.mixers.base import (
@@ -32,6 +32,7 @@ from pretrain.nn.mixers.base import (
     states_wanted,
 )
 from pretrain.nn.mixers.parts import gate_parameter, matrix_state
+from pretrain.nn.mixers.sizes import power_of_two_width
 from pretrain.nn.parameters import normal, sharded_parameter
 from pretrain.ops.elementwise.fusing import fused
 from pretrain.ops.elementwise.gating import skip_silu_gate
@@ -47,14 +48,20 @@ class StateSpaceConfig(MixerConfig):
     head_sizes: ClassVar[tuple[str, ...]] = ("state_size",)
     head_counts: ClassVar[tuple[str, ...]] = ()
 
-    state_size: int = setting(64, minimum=2)
-    """States N of a channel, an even number: pairs of conjugates."""
+    state_size: Derived = setting(None, minimum=2)
+    """States N of a channel, an even number: pairs of conjugates; null: the largest power of two
+    that is at most 64 and a quarter of the model's width, 2 at least."""
     output: Literal["gated", "glu"] = setting("gated")
     """What is made of a channel's output: ``gated`` multiplies it by the SiLU of a projection, with
     a projection before it and one after it; ``glu`` is the papers' GELU, projection to twice the
     width and GLU, with no projection before it."""
     chunk_size: int = setting(64, minimum=1)
     """Tokens handled at once by the chunked form, which changes speed alone."""
+
+    @override
+    def resolve(self, hidden_size: int) -> Self:
+        size = self.state_size or max(power_of_two_width(hidden_size, 64), 2)
+        return replace(self, state_size=size)
 
 
 class StateSpaceMixer(Mixer):
