@@ -12,6 +12,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     linear_attention,
     m2rnn,
     mamba2,
+    mamba3,
     mlstm,
     para_gru,
     para_lstm,
