@@ -62,6 +62,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 4, "qk_ratio": 1.5, "gate_cap": None},
     ],
+    "s4": [{"state_size": 6, "chunk_size": 8}],
     "s4d": [
         {"state_size": 6, "chunk_size": 8},
         {"state_size": 4, "init": "legs", "discretization": "bilinear", "output": "glu"},

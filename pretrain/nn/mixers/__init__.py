@@ -18,6 +18,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     para_lstm,
     rat,
     retnet,
+    s4,
     s4d,
     sliding_window,
 )
