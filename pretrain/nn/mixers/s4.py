@@ -33,6 +33,7 @@ from pretrain.nn.mixers.state_space import (
 )
 from pretrain.nn.parameters import constant
 from pretrain.ops import dense_lti
+from pretrain.ops.shared.recomputation import recomputed
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,8 @@ class S4(StateSpaceMixer):
     def run(
         self, u: Tensor, sequences: Sequences | None, state: Tensor | None, *, final_state: bool
     ) -> tuple[Tensor, Tensor | None]:
-        a, b = sampled(
-            torch.complex(self.decay(), self.A_imag), pairs(self.P), self.B, self.dt_log.exp()
-        )
+        spectrum = torch.complex(self.decay(), self.A_imag)
+        a, b = recomputed(sampled, spectrum, pairs(self.P), self.B, self.dt_log.exp())
         return dense_lti(
             u,
             a,
@@ -100,11 +100,9 @@ class S4(StateSpaceMixer):
         return super().flops_per_token(config, hidden_size, seq_len) + hidden_size * over_chunk
 
     @classmethod
+    @override
     def flops_per_pass(cls, config: Any, hidden_size: int) -> int:
-        """Return the matrix-multiply FLOPs of a forward pass whatever its number of tokens.
-
-        They are those of the powers of each channel's matrix and of what they read and write.
-        """
+        # The powers of each channel's matrix, and what they read and write.
         size, chunk = config.state_size, config.chunk_size
         doublings = chunk.bit_length() - 1
         return hidden_size * size**2 * (2 + 4 * (chunk - 1) + 2 * size * doublings)

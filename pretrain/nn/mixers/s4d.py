@@ -29,6 +29,7 @@ from pretrain.nn.mixers.state_space import (
 )
 from pretrain.nn.parameters import constant
 from pretrain.ops import lti
+from pretrain.ops.shared.recomputation import recomputed
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class S4D(StateSpaceMixer):
     def run(
         self, u: Tensor, sequences: Sequences | None, state: Tensor | None, *, final_state: bool
     ) -> tuple[Tensor, Tensor | None]:
-        log_a, b = discretized(
-            self.decay(), self.A_imag, self.dt_log.exp(), self.B, self.config.discretization
+        rule = self.config.discretization
+        log_a, b = recomputed(
+            discretized, self.decay(), self.A_imag, self.dt_log.exp(), self.B, rule
         )
         return lti(
             u,

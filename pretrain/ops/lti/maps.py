@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain.ops.shared.recomputation import recomputed
+
 
 @dataclass(frozen=True)
 class ChunkMaps:
@@ -36,19 +38,12 @@ class ChunkMaps:
 def diagonal_maps(log_a: Tensor, b: Tensor, c: Tensor, size: int) -> ChunkMaps:
     """Return the maps of diagonal systems; log_a, b, c ``[H, M]`` are complex, S is 2 M.
 
-    A state's real and imaginary parts lie side by side. Powers are exponentials of multiples of
-    log a: repeated products would add up their errors.
+    A state's real and imaginary parts lie side by side.
     """
-    counts = torch.arange(size + 1, device=log_a.device, dtype=log_a.real.dtype)
-    powers = (counts[:, None] * log_a[:, None]).exp()  # [H, C + 1, M]
-    read = torch.view_as_real((2 * c[:, None] * powers[:, 1:]).conj().resolve_conj()).flatten(-2)
-    write = torch.view_as_real(b[:, None] * powers[:, :-1].flip(1)).flatten(-2)
-    first = 2 * (c * b).real.sum(-1, keepdim=True)
-    later = (read[:, :-1] * torch.view_as_real(b).flatten(-2)[:, None]).sum(-1)
-    kernel = torch.cat([first, later], 1)
+    kernel, read, write, last = recomputed(_diagonal_tables, log_a, b, c, size)
 
     def over_chunk(state: Tensor) -> Tensor:
-        return as_real(as_complex(state) * powers[:, -1])
+        return as_real(as_complex(state) * last)
 
     def over_tokens(state: Tensor, tokens: Tensor) -> Tensor:
         return as_real(as_complex(state) * (tokens[:, None, None] * log_a).exp())
@@ -56,18 +51,29 @@ def diagonal_maps(log_a: Tensor, b: Tensor, c: Tensor, size: int) -> ChunkMaps:
     return ChunkMaps(kernel, read, write, over_chunk, over_tokens)
 
 
+def _diagonal_tables(
+    log_a: Tensor, b: Tensor, c: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the kernel, what reads, what writes, and a^C ``[H, M]``.
+
+    Powers are exponentials of multiples of log a: repeated products would add up their errors.
+    """
+    counts = torch.arange(size + 1, device=log_a.device, dtype=log_a.real.dtype)
+    powers = (counts[:, None] * log_a[:, None]).exp()  # [H, C + 1, M]
+    read = torch.view_as_real((2 * c[:, None] * powers[:, 1:]).conj().resolve_conj()).flatten(-2)
+    write = torch.view_as_real(b[:, None] * powers[:, :-1].flip(1)).flatten(-2)
+    first = 2 * (c * b).real.sum(-1, keepdim=True)
+    later = (read[:, :-1] * torch.view_as_real(b).flatten(-2)[:, None]).sum(-1)
+    return torch.cat([first, later], 1), read, write, powers[:, -1].clone()
+
+
 def dense_maps(a: Tensor, b: Tensor, c: Tensor, size: int) -> ChunkMaps:
     """Return the maps of systems of matrices a ``[H, S, S]``, with b, c ``[H, S]``, all real.
 
     ``size`` is a power of two: the powers of a are found by doubling.
     """
-    squares = [a]  # a^1, a^2, a^4, ..., a^C
-    read, write = (c[:, None] @ a), b[:, None]  # [H, 1, S]
-    while read.shape[1] < size:
-        read = torch.cat([read, read @ squares[-1]], 1)
-        write = torch.cat([write @ squares[-1].mT, write], 1)
-        squares.append(squares[-1] @ squares[-1])
-    kernel = (write.flip(1) * c[:, None]).sum(-1)
+    kernel, read, write, *squares = recomputed(_dense_tables, a, b, c, size)
+    squares = [a, *squares]
 
     def over_chunk(state: Tensor) -> Tensor:
         return _times(squares[-1], state)
@@ -79,6 +85,17 @@ def dense_maps(a: Tensor, b: Tensor, c: Tensor, size: int) -> ChunkMaps:
         return state
 
     return ChunkMaps(kernel, read, write, over_chunk, over_tokens)
+
+
+def _dense_tables(a: Tensor, b: Tensor, c: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Return the kernel, what reads, what writes, and a^2, a^4, ..., a^C."""
+    squares = [a]
+    read, write = (c[:, None] @ a), b[:, None]  # [H, 1, S]
+    while read.shape[1] < size:
+        read = torch.cat([read, read @ squares[-1]], 1)
+        write = torch.cat([write @ squares[-1].mT, write], 1)
+        squares.append(squares[-1] @ squares[-1])
+    return (write.flip(1) * c[:, None]).sum(-1), read, write, *squares[1:]
 
 
 def _times(matrix: Tensor, state: Tensor) -> Tensor:
