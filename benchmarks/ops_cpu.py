@@ -29,6 +29,7 @@ from pretrain.ops import (
     diagonal_scan,
     dplr,
     linear_attention,
+    lti,
     m2rnn,
     para_gru,
     para_lstm,
@@ -124,6 +125,13 @@ def scan(length: int) -> tuple[list[Tensor], Call]:
     return [x, decay], lambda backend: diagonal_scan(None, x, log_decay=decay, backend=backend)
 
 
+def systems(length: int) -> tuple[list[Tensor], Call]:
+    u, (b, c) = torch.randn(1, length, 256), torch.randn(2, 256, 32, dtype=torch.complex64)
+    step = torch.logspace(-3, -1, 256)[:, None]
+    log_a = step * torch.complex(torch.tensor(-0.5), torch.pi * torch.arange(32.0))
+    return [u, log_a, b, c], lambda backend: lti(u, log_a, b, c, backend=backend)
+
+
 def chunk_attention(length: int) -> tuple[list[Tensor], Call]:
     q, k, v = torch.randn(3, 1, length, 4, 64).unbind(0)
     gate = torch.rand(1, length, 4, 64)
@@ -156,6 +164,7 @@ CASES = [
         for b, d in ((1, 64), (1, 256), (4, 256))
     ),
     Case("diagonal_scan (hgrn)", "B1 D1024", "sequential", "tiled", scan, 8192),
+    Case("lti, 64 states (s4d)", "B1 D256 N64", "recurrent", "chunked", systems),
     Case("rat", "B1 H4 D64 L16", "recurrent", "chunked", chunk_attention, 512),
 ]
 

@@ -14,6 +14,7 @@ from pretrain.ops.delta_rule.dispatch import delta_rule
 from pretrain.ops.diagonal_scan.dispatch import diagonal_scan
 from pretrain.ops.dplr.dispatch import comba, dplr, gdn2
 from pretrain.ops.linear_attention.dispatch import linear_attention
+from pretrain.ops.lti.dispatch import dense_lti, lti
 from pretrain.ops.m2rnn.dispatch import m2rnn
 from pretrain.ops.newton.dispatch import newton_recurrence
 from pretrain.ops.newton.options import NewtonOptions, NewtonReport
@@ -33,10 +34,12 @@ __all__ = [
     "comba",
     "definitions",
     "delta_rule",
+    "dense_lti",
     "diagonal_scan",
     "dplr",
     "gdn2",
     "linear_attention",
+    "lti",
     "m2rnn",
     "newton_recurrence",
     "para_gru",

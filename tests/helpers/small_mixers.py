@@ -36,6 +36,10 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"head_dim": 8, "state_size": 6, "chunk_size": 16},
         {"head_dim": 4, "state_size": 5, "num_groups": 3, "conv_size": 0},
     ],
+    "mamba3": [
+        {"head_dim": 8, "state_size": 8, "chunk_size": 16},
+        {"head_dim": 4, "state_size": 5, "num_groups": 3, "rope_fraction": 0},
+    ],
     "deltanet": [{"num_heads": 2, "head_dim": 4, "allow_neg_eigval": True}],
     "gdn": [
         {"num_heads": 2, "head_dim": 4, "chunk_size": 8},
@@ -65,6 +69,11 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     ],
     "rwkv7": [
         {"num_heads": 2, "decay_rank": 3, "gate_rank": 5, "zero_output": False, "chunk_size": 8},
+    ],
+    "s4": [{"state_size": 6, "chunk_size": 8}],
+    "s4d": [
+        {"state_size": 6, "chunk_size": 8},
+        {"state_size": 4, "init": "legs", "discretization": "bilinear", "output": "glu"},
     ],
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],

@@ -16,6 +16,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     m2rnn,
     mamba,
     mamba2,
+    mamba3,
     mlstm,
     para_gru,
     para_lstm,
@@ -23,6 +24,8 @@ from pretrain.nn.mixers import (  # noqa: F401
     rat,
     retnet,
     rwkv7,
+    s4,
+    s4d,
     sliding_window,
 )
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, register, registry

@@ -261,6 +261,14 @@ class Mixer(DescribedModule, ABC):
         """
 
     @classmethod
+    def flops_per_pass(cls, config: Any, hidden_size: int) -> int:
+        """Return the matrix-multiply FLOPs of a forward pass whatever its number of tokens.
+
+        They are beside :meth:`flops_per_token`: of what is made of parameters alone.
+        """
+        return 0
+
+    @classmethod
     @abstractmethod
     def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
         """Return the bytes of one sequence's state after ``seq_len`` tokens.

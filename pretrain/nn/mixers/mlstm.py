@@ -31,7 +31,12 @@ from pretrain.nn.mixers.base import (
     heads,
     register,
 )
-from pretrain.nn.mixers.parts import gate_parameter, linear_attention_flops, matrix_state
+from pretrain.nn.mixers.parts import (
+    borders,
+    gate_parameter,
+    linear_attention_flops,
+    matrix_state,
+)
 from pretrain.nn.mixers.sizes import heads_for, integral, per_head, split_width
 from pretrain.nn.parameters import constant, sharded_parameter
 from pretrain.ops import linear_attention
@@ -192,7 +197,7 @@ def _stabilizer(
     shape = i.shape
     if sequences is None:
         sequences = Sequences.of_rows(shape[0], shape[1], i.device)
-    owners, first, last = sequences.derive(_borders)
+    owners, first, last = sequences.derive(borders)
     if before is None:
         before = i.new_zeros(sequences.count, shape[2])
     entering = before[owners]
@@ -211,16 +216,6 @@ def _stabilizer(
     ended[owners] = b[last]
     m = b.view(shape)
     return m, ended, torch.minimum(earlier.view(shape) - m, -log_f)
-
-
-def _borders(sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sequences that have tokens, and their first and last tokens."""
-    lengths = torch.tensor(sequences.lengths, dtype=torch.int64)
-    ends = lengths.cumsum(0)
-    owners = lengths.nonzero()[:, 0]
-    found = owners, (ends - lengths)[owners], ends[owners] - 1
-    device = sequences.device
-    return found[0].to(device), found[1].to(device), found[2].to(device)
 
 
 @fused

@@ -165,6 +165,16 @@ def convolution_states(
     }
 
 
+def borders(sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sequences that have tokens, and their first and last tokens."""
+    lengths = torch.tensor(sequences.lengths, dtype=torch.int64)
+    ends = lengths.cumsum(0)
+    owners = lengths.nonzero()[:, 0]
+    found = owners, (ends - lengths)[owners], ends[owners] - 1
+    device = sequences.device
+    return found[0].to(device), found[1].to(device), found[2].to(device)
+
+
 def matrix_state(parallel: ParallelContext, *shape: int) -> Tensor:
     """Return zeros in the dtype that recurrent states are kept in."""
     return torch.zeros(shape, dtype=accumulation_dtype(parallel.dtype), device=parallel.device)

@@ -59,7 +59,8 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("name", MODELS)
 def test_sizes_do_not_follow_the_width(name, kind):
-    found = rows(kind, **MODELS[name])
+    # Mamba-3's output has no norm, so its size depends on the few time steps that are drawn.
+    found = rows(kind, seeds=8 if (name, kind) == ("mamba3", "muon") else 3, **MODELS[name])
     assert {row.name: row.faults for row in found.values() if row.faults} == {}
     layers = [row for row in found.values() if row.layer]
     assert len(layers) == 3 * len(MODELS[name]["pattern"].split())
