@@ -27,6 +27,7 @@ from torch import Tensor
 from pretrain.ops import (
     delta_rule,
     linear_attention,
+    log_sum_exp_gate,
     m2rnn,
     para_gru,
     para_lstm,
@@ -75,6 +76,11 @@ def linear(kind: str) -> Callable[..., Any]:
         return wanted, lambda backend: linear_attention(q, k, v, log_decay=decay, backend=backend)
 
     return make
+
+
+def softmax_gate(length: int) -> tuple[list[Tensor], Call]:
+    x = torch.randn(1, length, 4, 128)
+    return [x], lambda backend: log_sum_exp_gate(x, backend=backend)
 
 
 def matrix_rnn(length: int, heads: int = 16) -> tuple[list[Tensor], Call]:
@@ -127,6 +133,7 @@ CASES = [
     Case("linear_attention", MATRIX, "recurrent", "chunked", linear("none")),
     Case("linear_attention, per head (mamba2)", MATRIX, "recurrent", "chunked", linear("head")),
     Case("linear_attention, per channel (gla)", MATRIX, "recurrent", "chunked", linear("channel")),
+    Case("log_sum_exp_gate", "B1 H4 K128", "recurrent", "chunked", softmax_gate),
     Case("m2rnn", "B1 H16 K64 V16", "recurrent", "checkpointed", matrix_rnn, 8192),
     *(
         Case(f"rnn, {cell}", VECTOR, "recurrent", "checkpointed", classical(cell), 512)

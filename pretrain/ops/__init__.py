@@ -12,6 +12,7 @@ from pretrain.ops.attention.dispatch import attention
 from pretrain.ops.attention.rotary import apply_rotary, rotary_embedding, rotary_of
 from pretrain.ops.delta_rule.dispatch import delta_rule
 from pretrain.ops.linear_attention.dispatch import linear_attention
+from pretrain.ops.log_sum_exp_gate.dispatch import log_sum_exp_gate
 from pretrain.ops.m2rnn.dispatch import m2rnn
 from pretrain.ops.newton.dispatch import newton_recurrence
 from pretrain.ops.newton.options import NewtonOptions, NewtonReport
@@ -31,6 +32,7 @@ __all__ = [
     "definitions",
     "delta_rule",
     "linear_attention",
+    "log_sum_exp_gate",
     "m2rnn",
     "newton_recurrence",
     "para_gru",

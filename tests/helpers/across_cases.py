@@ -13,6 +13,7 @@ from pretrain.ops import (
     attention,
     delta_rule,
     linear_attention,
+    log_sum_exp_gate,
     m2rnn,
     newton_recurrence,
     para_gru,
@@ -142,6 +143,22 @@ def of_cell(cell, heads=4, given=True, clip=None, layouts=()):
         parameters,
         states,
         layouts,
+    )
+
+
+def of_log_sum_exp_gate(heads, given=True, layouts=()):
+    def run(tensors, parameters, states, sequences):
+        weight, log_decay, last = log_sum_exp_gate(
+            *tensors, sequences=sequences, initial_state=states[0] if given else None, chunk_size=8
+        )
+        return torch.cat([weight, log_decay], -1), [last]
+
+    return Case(
+        f"log_sum_exp_gate {heads} {given}",
+        run,
+        lambda g, total: [normal(g, 1, total, heads, 3)],
+        states=lambda g, n: [normal(g, n, heads, 3)] if given else [],
+        layouts=layouts,
     )
 
 
@@ -278,6 +295,8 @@ CASES = [
     of_m2rnn(2, 4, 4, given=False),
     of_m2rnn(1, 3, 3),
     of_m2rnn(1, 5, 5, clip=0.1),
+    of_log_sum_exp_gate(4),
+    of_log_sum_exp_gate(3, given=False, layouts=SOME),
     of_rat(4, 5),
     of_rat(4, 16, SOME),
     of_rat(3, 5, SOME),
