@@ -58,6 +58,8 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 4, "qk_ratio": 1.5, "gate_cap": None},
     ],
+    "lightnet": [{"num_heads": 2, "head_dim": 4, "gate_rank": 3, "chunk_size": 8}],
+    "aaren": [{"num_heads": 2, "chunk_size": 8}],
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
     "slstm": [{"num_heads": 2}],

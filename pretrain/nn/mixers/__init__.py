@@ -1,6 +1,7 @@
 """Sequence mixers: one file each. To add one, write its file and name it in the import below."""
 
 from pretrain.nn.mixers import (  # noqa: F401
+    aaren,
     attention,
     delta_product,
     deltanet,
@@ -9,6 +10,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     gated_linear_attention,
     hgrn2,
     kimi_delta_attention,
+    lightnet,
     linear_attention,
     m2rnn,
     mamba2,
