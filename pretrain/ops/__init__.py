@@ -14,6 +14,7 @@ from pretrain.ops.delta_rule.dispatch import delta_rule
 from pretrain.ops.linear_attention.dispatch import linear_attention
 from pretrain.ops.log_sum_exp_gate.dispatch import log_sum_exp_gate
 from pretrain.ops.m2rnn.dispatch import m2rnn
+from pretrain.ops.mesa.dispatch import mesa
 from pretrain.ops.newton.dispatch import newton_recurrence
 from pretrain.ops.newton.options import NewtonOptions, NewtonReport
 from pretrain.ops.para_rnn.dispatch import para_gru, para_lstm
@@ -34,6 +35,7 @@ __all__ = [
     "linear_attention",
     "log_sum_exp_gate",
     "m2rnn",
+    "mesa",
     "newton_recurrence",
     "para_gru",
     "para_lstm",

@@ -15,6 +15,7 @@ from pretrain.ops import (
     linear_attention,
     log_sum_exp_gate,
     m2rnn,
+    mesa,
     newton_recurrence,
     para_gru,
     para_lstm,
@@ -191,6 +192,37 @@ def of_m2rnn(q_heads, k_heads, heads, given=True, clip=None):
     )
 
 
+def of_mesa(heads, layouts=()):
+    key_dim, value_dim = 3, 4
+
+    def run(tensors, parameters, states, sequences):
+        q, k, v, beta, decay = tensors
+        covariance = states[0] @ states[0].mT
+        y, ends = mesa(
+            q,
+            k,
+            v,
+            beta.sigmoid(),
+            parameters[0].exp(),
+            log_decay=-decay.exp(),
+            initial_state=(covariance, states[1]),
+            sequences=sequences,
+        )
+        return y, ends
+
+    def tensors(g, total):
+        return [normal(g, 1, total, heads, *dims) for dims in ((3,), (3,), (4,), (), ())]
+
+    return Case(
+        f"mesa {heads}",
+        run,
+        tensors,
+        lambda g: [normal(g, heads, key_dim)],
+        lambda g, n: [normal(g, n, heads, key_dim, dim) for dim in (key_dim, value_dim)],
+        layouts,
+    )
+
+
 def of_rat(heads, chunk_size, layouts=()):
     def run(tensors, parameters, states, sequences):
         q, k, v, gate = tensors
@@ -297,6 +329,7 @@ CASES = [
     of_m2rnn(1, 5, 5, clip=0.1),
     of_log_sum_exp_gate(4),
     of_log_sum_exp_gate(3, given=False, layouts=SOME),
+    of_mesa(4, SOME),
     of_rat(4, 5),
     of_rat(4, 16, SOME),
     of_rat(3, 5, SOME),

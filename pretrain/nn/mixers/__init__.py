@@ -14,6 +14,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     linear_attention,
     m2rnn,
     mamba2,
+    mesa,
     mlstm,
     para_gru,
     para_lstm,

@@ -62,7 +62,6 @@ class Aaren(Mixer):
     """
 
     config_class = AarenConfig
-    over_time = "ops"
     exact_states = ("log_sum",)
     card = MixerCard(
         "Aaren",

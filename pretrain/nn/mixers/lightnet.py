@@ -81,7 +81,6 @@ class LightNet(Mixer):
     """
 
     config_class = LightNetConfig
-    over_time = "ops"
     exact_states = ("log_sum",)
     card = MixerCard(
         "LightNet",
