@@ -61,6 +61,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "lightnet": [{"num_heads": 2, "head_dim": 4, "gate_rank": 3, "chunk_size": 8}],
     "aaren": [{"num_heads": 2, "chunk_size": 8}],
     "mesa": [{"num_heads": 2, "head_dim": 4, "iterations": 12, "chunk_size": 8}],
+    "jrt": [{"num_heads": 2, "feature_dim": 3, "chunk_size": 8}],
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
     "slstm": [{"num_heads": 2}],

@@ -9,6 +9,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     gated_deltanet,
     gated_linear_attention,
     hgrn2,
+    jrt,
     kimi_delta_attention,
     lightnet,
     linear_attention,
