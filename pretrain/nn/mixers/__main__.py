@@ -59,7 +59,7 @@ and `backend=` of each function of `pretrain.ops` chooses by hand.
 
 * attention, sliding windows: flash-attn 3 on Hopper or 2, where installed; else torch's own kernel
   for sequences of different lengths
-* linear attention, delta rules, DeltaProduct, short convolution: flash-linear-attention
+* linear attention, delta rules, DeltaProduct, MesaNet, short convolution: flash-linear-attention
 * M2RNN: our Triton kernels, the state on chip and kept every 64th token
 * ParaGRU, ParaLSTM: our Triton kernels, by segments with all Newton iterations in one or by plain
   steps; backward by segments

@@ -28,8 +28,10 @@ from pretrain.ops.shared.arguments import (
     resolve_state,
 )
 from pretrain.ops.shared.autocast import without_autocast
+from pretrain.ops.shared.flash_linear_attention import check_fla, fla_fits, fla_mesa
 
-BACKENDS = ("auto", "recurrent", "conjugate_gradients")
+BACKENDS = ("auto", "recurrent", "conjugate_gradients", "fla")
+FLA_WIDEST = 128  # channels of a key and of a value
 
 
 @without_autocast
@@ -56,14 +58,14 @@ def mesa(
     (Phi ``[N, H, K, K]``, Psi ``[N, H, K, V]``), zeros by default.
 
     backend: ``recurrent`` is the definition, a loop with a direct solve for each token;
-    ``conjugate_gradients`` (and ``auto``) solves all tokens' systems together, in float32 or wider,
-    by so many ``iterations``, each of the cost of a linear attention, and once more in the backward
-    pass.
+    ``conjugate_gradients`` solves all tokens' systems together, in float32 or wider, by so many
+    ``iterations``, each of the cost of a linear attention, and once more in the backward pass;
+    ``fla`` is flash-linear-attention's kernel of that (bfloat16 and float16; K = V), which ``auto``
+    takes on CUDA where it can, and ``conjugate_gradients`` elsewhere.
 
     Returns the output ``[B, T, H, V]`` in v's dtype and the last state, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
-    backend = choose_backend("mesa", backend, BACKENDS, "recurrent", "conjugate_gradients")
     check_heads("mesa", q, v)
     if min(chunk_size, iterations) < 1:
         raise ValueError(
@@ -81,6 +83,7 @@ def mesa(
             "log_decay": (log_decay, q.shape[:3]),
         },
     )
+    as_rows = sequences is None and cu_seqlens is None
     sequences = resolve_sequences("mesa", batch_size, length, q.device, sequences, cu_seqlens)
     given = (None, None) if initial_state is None else initial_state
     covariance, state = (
@@ -93,6 +96,11 @@ def mesa(
         )
         for one, width, axis in zip(given, (key_dim, value_dim), ("key", "value"), strict=True)
     )
+    alike = value_dim == key_dim <= FLA_WIDEST
+    fast = "conjugate_gradients"
+    if alike and sequences.max_length > 1 and fla_fits(q, decay_per_head=True):
+        fast = "fla"
+    backend = choose_backend("mesa", backend, BACKENDS, "recurrent", fast)
     if crossing(sequences) is not None:
         run = partial(mesa, iterations=iterations, backend=backend, chunk_size=chunk_size)
 
@@ -110,6 +118,25 @@ def mesa(
         output, ends = over_heads(sequences, whole, tensors, num_heads, [covariance, state])
         return output, (ends[0], ends[1])
     dtype = state.dtype
+    if backend == "fla":
+        check_fla("mesa", q)
+        if not alike:
+            raise ValueError(
+                f"mesa: backend 'fla' takes keys and values of one width of at most {FLA_WIDEST}, "
+                f"found {key_dim} and {value_dim}"
+            )
+        return fla_mesa(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            beta.to(dtype),
+            ridge.to(dtype),
+            log_decay.to(dtype),
+            iterations,
+            (covariance, state),
+            None if as_rows else sequences,
+            from_zeros=initial_state is None,
+        )
 
     def wide(x: Tensor) -> Tensor:
         return x.flatten(0, 1).to(dtype)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.ops import delta_rule, linear_attention, short_convolution
+from pretrain.ops import delta_rule, linear_attention, mesa, short_convolution
 from pretrain.ops.backends import describe_backends
 from pretrain.ops.delta_rule import dispatch as of_delta_rule
 from pretrain.ops.linear_attention import dispatch as of_linear_attention
+from pretrain.ops.mesa import dispatch as of_mesa
 from pretrain.ops.shared import flash_linear_attention
 from pretrain.ops.short_convolution import dispatch as of_short_convolution
 
@@ -40,6 +41,7 @@ def card(monkeypatch):
 
     monkeypatch.setattr(of_delta_rule, "fla_delta_rule", taken)
     monkeypatch.setattr(of_linear_attention, "fla_linear_attention", taken)
+    monkeypatch.setattr(of_mesa, "fla_mesa", taken)
     monkeypatch.setattr(of_short_convolution, "fla_short_convolution", taken)
     yield pretend
     flash_linear_attention._usable.cache_clear()
@@ -64,6 +66,11 @@ def read(axes):
     return lambda: linear_attention(values(), values(), values(), log_decay=decay(axes))
 
 
+def regression():
+    gates = torch.rand(2, 1, T, HEADS)
+    return mesa(values(), values(), values(), gates[0], torch.ones(HEADS, DIM), log_decay=-gates[1])
+
+
 def convolution():
     return short_convolution(torch.randn(1, T, DIM, dtype=torch.bfloat16), torch.randn(DIM, 4))
 
@@ -83,6 +90,7 @@ OPS = {
     "Kimi delta attention": (rule(4), True),
     "DeltaProduct": (rule(None, steps=2), False),
     "Gated DeltaProduct": (rule(3, steps=2), False),
+    "MesaNet": (regression, False),
     "linear attention": (read(None), True),
     "Mamba-2": (read(3), False),
     "GLA": (read(4), True),

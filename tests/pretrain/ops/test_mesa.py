@@ -114,7 +114,7 @@ def test_bfloat16_is_solved_in_float32():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "fla"}, "backend is 'fla', expected one of"),
+        ({"backend": "chunked"}, "backend is 'chunked', expected one of"),
         ({"ridge": torch.zeros(3, 4)}, r"ridge is \(3, 4\), expected \(2, 4\)"),
         ({"iterations": 0}, "chunk_size is 64 and iterations 0, expected at least 1"),
         (
