@@ -29,8 +29,10 @@ from pretrain.ops import (
     diagonal_scan,
     dplr,
     linear_attention,
+    log_sum_exp_gate,
     lti,
     m2rnn,
+    mesa,
     para_gru,
     para_lstm,
     rat,
@@ -88,6 +90,21 @@ def linear(kind: str) -> Callable[..., Any]:
         return wanted, lambda backend: linear_attention(q, k, v, log_decay=decay, backend=backend)
 
     return make
+
+
+def softmax_gate(length: int) -> tuple[list[Tensor], Call]:
+    x = torch.randn(1, length, 4, 128)
+    return [x], lambda backend: log_sum_exp_gate(x, backend=backend)
+
+
+def regression(length: int) -> tuple[list[Tensor], Call]:
+    q, k = F.normalize(torch.randn(2, 1, length, 4, 64), dim=-1).unbind(0)
+    v = torch.randn(1, length, 4, 64)
+    beta, decay = torch.rand(2, 1, length, 4).unbind(0)
+    ridge = torch.ones(4, 64)
+    return [q, k, v, beta, ridge], lambda backend: mesa(
+        q, k, v, beta, ridge, log_decay=-decay, backend=backend
+    )
 
 
 def matrix_rnn(length: int, heads: int = 16) -> tuple[list[Tensor], Call]:
@@ -153,6 +170,8 @@ CASES = [
     Case("linear_attention", MATRIX, "recurrent", "chunked", linear("none")),
     Case("linear_attention, per head (mamba2)", MATRIX, "recurrent", "chunked", linear("head")),
     Case("linear_attention, per channel (gla)", MATRIX, "recurrent", "chunked", linear("channel")),
+    Case("log_sum_exp_gate", "B1 H4 K128", "recurrent", "chunked", softmax_gate),
+    Case("mesa", "B1 H4 K64 V64", "recurrent", "conjugate_gradients", regression, 512),
     Case("m2rnn", "B1 H16 K64 V16", "recurrent", "checkpointed", matrix_rnn, 8192),
     *(
         Case(f"rnn, {cell}", VECTOR, "recurrent", "checkpointed", classical(cell), 512)

@@ -19,6 +19,7 @@ from pretrain.ops import (
     gdn2,
     linear_attention,
     m2rnn,
+    mesa,
     para_gru,
     para_lstm,
     rnn,
@@ -123,6 +124,15 @@ def cases(device: str) -> list[Case]:
             q, k, v, weight, forget, state_grad_clip=1.0, backend=backend
         )
 
+    def regression(width: int, batch: int, length: int, dtype: torch.dtype) -> Any:
+        shape = batch, length, max(width // 128, 1)
+        q, k = (F.normalize(of(dtype, *shape, 128), dim=-1) for _ in "qk")
+        v, beta, decay = of(dtype, *shape, 128), *(uniform(wide(dtype), *shape) for _ in "bd")
+        ridge = torch.ones(shape[2], 128, device=device, dtype=wide(dtype))
+        return [q, k, v, beta, ridge], lambda backend: mesa(
+            q, k, v, beta, ridge, log_decay=-decay, backend=backend
+        )
+
     def para(cell: str) -> Any:
         def make(width: int, batch: int, length: int, dtype: torch.dtype) -> Any:
             u = of(dtype, batch, length, 3, width)
@@ -203,6 +213,14 @@ def cases(device: str) -> list[Case]:
         Case("comba", low_rank(comba), rule(1), "recurrent", "fla", "chunked"),
         Case("linear_attention (mamba2)", linear(3), read(), "recurrent", "fla", "chunked"),
         Case("linear_attention (gla)", linear(4), read(True), "recurrent", "fla", "chunked", 4096),
+        Case(
+            "mesa",
+            regression,  # of which each iteration is about a linear attention
+            lambda t: 30 * t[0].shape[2] * linear_attention_flops(128, 128, 64),
+            "recurrent",
+            "fla",
+            "conjugate_gradients",
+        ),
         Case(
             "m2rnn",
             matrix_rnn,

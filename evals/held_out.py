@@ -19,6 +19,7 @@ from pretrain.config import DataConfig
 from pretrain.data.batches import PreparedData, open_data
 from pretrain.data.shards import TokenStream
 from pretrain.inference.load import LoadedModel
+from pretrain.model.layout import check_causal
 
 TRAINING_WINDOWS = "of validation in training"  # what results call these windows
 
@@ -92,8 +93,10 @@ def data_directories(loaded: LoadedModel, data: str | None) -> list[str]:
 def open_held_out(loaded: LoadedModel, data: str | None) -> PreparedData:
     """Open ``data``, or the data that a run was trained on, for its validation splits.
 
-    Raises UserError where there is none, or it was made with another tokenizer.
+    Raises UserError where there is none, it was made with another tokenizer, or the model would see
+    the tokens that it is to predict.
     """
+    check_causal(loaded.model.model_config, str(loaded.checkpoint))
     directory = data_directories(loaded, data)[0]
     found = open_data(DataConfig(path=data) if data else loaded.run.data)
     if found.tokenizer.sha256 != loaded.tokenizer.sha256:

@@ -16,11 +16,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pretrain.common.errors import UserError
 from pretrain.data.sequences import Sequences
 from pretrain.inference.generate import choose
 from pretrain.inference.prefix_tree import Node, prefix_tree
 from pretrain.model.language_model import LanguageModel
-from pretrain.model.spec import block_specs, passes
+from pretrain.model.spec import block_specs, passes, tokens_seen_ahead
 from pretrain.nn.mixers.base import State
 from pretrain.parallel.processes import gather, groups, replica_rank_and_size
 
@@ -92,7 +93,10 @@ class StateScorer(Scorer):
         share_prefixes: bool = True,
     ) -> None:
         self.model, self.candidates = model, candidates
-        self.tokens_per_pass, self.share_prefixes = tokens_per_pass, share_prefixes
+        # Who sees a prompt's first tokens at once needs it in one pass.
+        self._ahead = tokens_seen_ahead(model.model_config)
+        self.tokens_per_pass = tokens_per_pass
+        self.share_prefixes = share_prefixes and not self._ahead
         self.device = next(model.parameters()).device
         specs = block_specs(model.model_config)
         self._sizes: dict[int, int] = {}
@@ -100,7 +104,17 @@ class StateScorer(Scorer):
 
     @torch.no_grad()
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """Return each pair's log-likelihood in nats, and whether greedy decoding gives it."""
+        """Return each pair's log-likelihood in nats, and whether greedy decoding gives it.
+
+        Raises UserError where the model would see the continuation before it predicts it.
+        """
+        shortest = min((len(pair.context) for pair in pairs), default=self._ahead)
+        if shortest < self._ahead:
+            raise UserError(
+                f"a context has {shortest} tokens, but the model sees the first {self._ahead} of a "
+                "text at once, so it would see what it is to predict; expected contexts that are "
+                "no shorter"
+            )
         sequences = [[*pair.context, *pair.continuation[:-1]] for pair in pairs]
         was_training = self.model.training
         self.model.eval()

@@ -36,6 +36,7 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
     Raises ConfigError, or UserError for the number of processes, with what would work.
     """
     check_model(config.model, where)
+    check_causal(config.model, where)
     if config.train.carry_state:
         _check_states(config.model, where)
     _check_cells(config, where)
@@ -61,6 +62,18 @@ def _check_states(config: ModelConfig, where: str) -> None:
 def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:
     """Raise ConfigError unless ``size`` tensor-parallel processes can share the model."""
     checks.check_tensor_parallel(model_limits(config, where), size, where)
+
+
+def check_causal(config: ModelConfig, where: str) -> None:
+    """Raise ConfigError where a layer sees the tokens that the model is to predict."""
+    for spec in block_specs(config, where):
+        ahead = spec.mixer.sees_ahead(spec.config)
+        if ahead:
+            raise ConfigError(
+                f"{where}: mixer '{spec.name}' sees a document's first {ahead} tokens at once, "
+                "among them the next one, which it is to predict; expected one that sees none "
+                "ahead, such as prefix_length: 0"
+            )
 
 
 def _check_cells(config: RunConfig, where: str) -> None:

@@ -158,3 +158,8 @@ def passes(config: ModelConfig) -> list[int]:
         return [1] * num_blocks
     looped = num_blocks - recursion.prelude - recursion.coda
     return [1] * recursion.prelude + [recursion.times] * looped + [1] * recursion.coda
+
+
+def tokens_seen_ahead(config: ModelConfig) -> int:
+    """Return at how many of a sequence's first tokens a layer's outputs depend on later ones."""
+    return max(spec.mixer.sees_ahead(spec.config) for spec in block_specs(config))

@@ -14,8 +14,10 @@ from pretrain.ops.delta_rule.dispatch import delta_rule
 from pretrain.ops.diagonal_scan.dispatch import diagonal_scan
 from pretrain.ops.dplr.dispatch import comba, dplr, gdn2
 from pretrain.ops.linear_attention.dispatch import linear_attention
+from pretrain.ops.log_sum_exp_gate.dispatch import log_sum_exp_gate
 from pretrain.ops.lti.dispatch import dense_lti, lti
 from pretrain.ops.m2rnn.dispatch import m2rnn
+from pretrain.ops.mesa.dispatch import mesa
 from pretrain.ops.newton.dispatch import newton_recurrence
 from pretrain.ops.newton.options import NewtonOptions, NewtonReport
 from pretrain.ops.para_rnn.dispatch import para_gru, para_lstm
@@ -39,8 +41,10 @@ __all__ = [
     "dplr",
     "gdn2",
     "linear_attention",
+    "log_sum_exp_gate",
     "lti",
     "m2rnn",
+    "mesa",
     "newton_recurrence",
     "para_gru",
     "para_lstm",

@@ -26,8 +26,8 @@ def describe_backends(dtype: torch.dtype = torch.bfloat16) -> str:
     ours = f"our kernels on {_version('triton')}" if triton_fits(x) else "plain torch"
     head = _version("liger-kernel") if has_liger() else "chunked torch"
     return (
-        f"kernels: attention {softmax}; linear attention, delta rules and short convolutions "
-        f"{linear}; M2RNN, ParaRNN and classical cells {ours}; cross entropy {head}"
+        f"kernels: attention {softmax}; linear attention, delta rules, MesaNet and short "
+        f"convolutions {linear}; M2RNN, ParaRNN and classical cells {ours}; cross entropy {head}"
     )
 
 

@@ -15,7 +15,9 @@ from pretrain.ops import (
     diagonal_scan,
     dplr,
     linear_attention,
+    log_sum_exp_gate,
     m2rnn,
+    mesa,
     newton_recurrence,
     para_gru,
     para_lstm,
@@ -190,6 +192,22 @@ def of_cell(cell, heads=4, given=True, clip=None, layouts=()):
     )
 
 
+def of_log_sum_exp_gate(heads, given=True, layouts=()):
+    def run(tensors, parameters, states, sequences):
+        weight, log_decay, last = log_sum_exp_gate(
+            *tensors, sequences=sequences, initial_state=states[0] if given else None, chunk_size=8
+        )
+        return torch.cat([weight, log_decay], -1), [last]
+
+    return Case(
+        f"log_sum_exp_gate {heads} {given}",
+        run,
+        lambda g, total: [normal(g, 1, total, heads, 3)],
+        states=lambda g, n: [normal(g, n, heads, 3)] if given else [],
+        layouts=layouts,
+    )
+
+
 def of_m2rnn(q_heads, k_heads, heads, given=True, clip=None):
     def run(tensors, parameters, states, sequences):
         q, k, v, forget = tensors
@@ -216,6 +234,37 @@ def of_m2rnn(q_heads, k_heads, heads, given=True, clip=None):
         lambda g: [0.5 * normal(g, heads, 2, 2)],
         lambda g, n: [normal(g, n, heads, 3, 2)] if given else [],
         () if heads == 4 and not clip else ("four", "short"),
+    )
+
+
+def of_mesa(heads, layouts=()):
+    key_dim, value_dim = 3, 4
+
+    def run(tensors, parameters, states, sequences):
+        q, k, v, beta, decay = tensors
+        covariance = states[0] @ states[0].mT
+        y, ends = mesa(
+            q,
+            k,
+            v,
+            beta.sigmoid(),
+            parameters[0].exp(),
+            log_decay=-decay.exp(),
+            initial_state=(covariance, states[1]),
+            sequences=sequences,
+        )
+        return y, ends
+
+    def tensors(g, total):
+        return [normal(g, 1, total, heads, *dims) for dims in ((3,), (3,), (4,), (), ())]
+
+    return Case(
+        f"mesa {heads}",
+        run,
+        tensors,
+        lambda g: [normal(g, heads, key_dim)],
+        lambda g, n: [normal(g, n, heads, key_dim, dim) for dim in (key_dim, value_dim)],
+        layouts,
     )
 
 
@@ -328,6 +377,9 @@ CASES = [
     of_m2rnn(2, 4, 4, given=False),
     of_m2rnn(1, 3, 3),
     of_m2rnn(1, 5, 5, clip=0.1),
+    of_log_sum_exp_gate(4),
+    of_log_sum_exp_gate(3, given=False, layouts=SOME),
+    of_mesa(4, SOME),
     of_rat(4, 5),
     of_rat(4, 16, SOME),
     of_rat(3, 5, SOME),

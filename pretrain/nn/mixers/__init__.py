@@ -1,6 +1,7 @@
 """Sequence mixers: one file each. To add one, write its file and name it in the import below."""
 
 from pretrain.nn.mixers import (  # noqa: F401
+    aaren,
     attention,
     comba,
     delta_product,
@@ -11,12 +12,15 @@ from pretrain.nn.mixers import (  # noqa: F401
     gated_linear_attention,
     hgrn,
     hgrn2,
+    jrt,
     kimi_delta_attention,
+    lightnet,
     linear_attention,
     m2rnn,
     mamba,
     mamba2,
     mamba3,
+    mesa,
     mlstm,
     para_gru,
     para_lstm,

@@ -59,6 +59,21 @@ its values on to all later ones (`value_residual`), through pipelines too. Its o
 starts at 0 unless `zero_output: false`. The model's own MLP follows in place of RWKV's channel
 mixing.
 
+**Softmaxes over the past.** `lightnet` and `aaren` never forget by a gate: a token weighs
+`exp(x_t - z_t)` with `z_t` the log-sum-exp of the logits so far, and what came before is scaled
+down by `exp(z_{t-1} - z_t)`. `pretrain.ops.log_sum_exp_gate` makes both from `x_t - z_{t-1}`, which
+stays exact in float32 where z hardly moves from token to token; z is part of the state.
+
+**MesaNet.** `mesa` solves a system for every token by `iterations` (30) steps of conjugate
+gradients, each of the cost of a linear attention; the backward pass solves once more and keeps
+nothing of them. As many iterations as a key has channels are exact; on random keys 8 come within
+1e-3 of that.
+
+**A prefix.** `jrt` with `prefix_length: E` lets all positions of a document, and of a prompt, see
+its first E tokens. A next-token loss would learn to copy them, so such a model reads and continues
+prompts, and scores continuations of contexts of at least E tokens; training it so is refused. With
+E = 0, the default, it is normalised linear attention by the Taylor feature map, and trains as any.
+
 **Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. In plain torch
 their backward pass is linear in T and keeps every c-th state, c about sqrt(T / 4) up to 32,
 recomputing the rest. `state_grad_clip` bounds the gradient that is carried from step to step.
@@ -79,8 +94,8 @@ and `backend=` of each function of `pretrain.ops` chooses by hand.
   for sequences of different lengths
 * diagonal scans: plain torch, whose steps grow with sqrt T; flash-linear-attention's kernel, which
   steps from token to token, by `backend="fla"`
-* linear attention, delta rules, DeltaProduct, Gated DeltaNet-2, Comba, RWKV-7, short convolution:
-  flash-linear-attention
+* linear attention, delta rules, DeltaProduct, Gated DeltaNet-2, Comba, RWKV-7, MesaNet, short
+  convolution: flash-linear-attention
 * M2RNN: our Triton kernels, the state on chip and kept every 64th token
 * ParaGRU, ParaLSTM: our Triton kernels, by segments with all Newton iterations in one or by plain
   steps; backward by segments

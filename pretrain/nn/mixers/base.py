@@ -213,6 +213,11 @@ class Mixer(DescribedModule, ABC):
         """Raise ValueError where the settings do not fit each other or ``hidden_size``."""
 
     @classmethod
+    def sees_ahead(cls, config: Any) -> int:
+        """Return at how many of a sequence's first tokens outputs depend on later ones."""
+        return 0
+
+    @classmethod
     def sharded_counts(cls, config: Any, hidden_size: int) -> dict[str, int]:
         """Return the counts that tensor parallelism shards, by the name of their setting.
 

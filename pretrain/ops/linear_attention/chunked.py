@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
-from pretrain.ops.shared.chunk_decay import chunk_decay, chunk_tokens
+from pretrain.ops.shared.chunk_decay import ScalarDecay, VectorDecay, chunk_decay, chunk_tokens
 from pretrain.ops.shared.chunking import from_chunks, to_chunks
 
 
@@ -39,6 +39,28 @@ def chunked_linear_attention(
     return from_chunks(output, layout), state[torch.argsort(layout.order)]
 
 
+def chunk_starts(
+    decay: ScalarDecay | VectorDecay,
+    k: Tensor,
+    v: Tensor,
+    initial_state: Tensor,
+    steps: list[tuple[int, int]],
+) -> tuple[Tensor, Tensor]:
+    """Return the state ``[n, H, K, V]`` that each chunk starts from, and the last ones.
+
+    k ``[n, H, C, K]``, v ``[n, H, C, V]``, initial_state ``[N, H, K, V]`` in the layout's order.
+    """
+    states = (decay.to_end * k).mT @ v  # what each chunk adds; then what it starts from
+    state = initial_state.clone()
+    for first, count in steps:
+        chunk = slice(first, first + count)
+        added = states[chunk].clone()
+        states[chunk] = state[:count]
+        state[:count] *= decay.over_chunk[chunk]
+        state[:count] += added
+    return states, state
+
+
 class _ChunkedLinearAttention(torch.autograd.Function):
     """The recurrence over chunks as one differentiable function.
 
@@ -61,14 +83,7 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         steps: list[tuple[int, int]],
     ) -> tuple[Tensor, Tensor]:
         decay = chunk_decay(log_decay, 1)
-        states = (decay.to_end * k).mT @ v  # what each chunk adds; then what it starts from
-        state = initial_state.clone()
-        for first, count in steps:
-            chunk = slice(first, first + count)
-            added = states[chunk].clone()
-            states[chunk] = state[:count]
-            state[:count] *= decay.over_chunk[chunk]
-            state[:count] += added
+        states, state = chunk_starts(decay, k, v, initial_state, steps)
         pairs = decay.pairs(q, k)
         output = (decay.to_query * q) @ states + pairs @ v
         ctx.save_for_backward(q, k, v, log_decay, states, pairs)

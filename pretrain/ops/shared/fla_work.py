@@ -72,6 +72,17 @@ def low_rank_counts(kernel: str, key_dim: int, value_dim: int) -> Counts:
     return (moved, flops), (3 * moved, back)
 
 
+def mesa_counts(dim: int, iterations: int) -> Counts:
+    """Return the counts of the mesa layer, whose kernels solve with a chunk's state on chip."""
+    k, c = dim, CHUNK
+    solve = iterations * (4.0 * c * k + 2 * k * k)
+    states = 6.0 * k * k / c  # in float32, and in bfloat16
+    return (
+        (2 * 7 * k + 2 * states, solve + 6 * k * k + 4 * c * k),
+        (2 * 24 * k + 4 * states, solve + 20 * k * k + 16 * c * k),
+    )
+
+
 def recurrence_work(
     kind: WorkKind, counts: Counts, times: float, longest: int
 ) -> tuple[tuple[Work, float], tuple[Work, float]]:
@@ -171,6 +182,35 @@ def planned_linear_attention(
         backward,
     )
     return found[0], found[1]
+
+
+def planned_mesa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    ridge: Tensor,
+    log_decay: Tensor,
+    iterations: int,
+    initial_state: tuple[Tensor, Tensor],
+    sequences: Sequences | None,
+    from_zeros: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Stand for fla's mesa layer; it keeps its inputs, and the solutions in float16."""
+    times, longest = q.numel() // q.shape[3], q.shape[1]
+    if sequences is not None:
+        longest = sequences.max_length
+    counts = mesa_counts(q.shape[3], iterations)
+    forward, backward = recurrence_work("linear_attention", counts, times, longest)
+    inputs = [q, k, v, beta, ridge, log_decay, *(() if from_zeros else initial_state)]
+    found = stand_in(
+        inputs,
+        lambda: (torch.empty_like(v), *(torch.empty_like(x) for x in initial_state)),
+        forward,
+        backward,
+        lambda: (torch.empty_like(q, dtype=torch.float16),),
+    )
+    return found[0], (found[1], found[2])
 
 
 def planned_short_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,9 +1,9 @@
 """Fused chunked kernels of the package flash-linear-attention (fla) on CUDA, backend ``fla``.
 
-They serve linear attention, the delta rules, the short convolution and, where asked for, the
-diagonal scan; they take bfloat16 or float16 and keep the state in float32. They are checked against
-our definitions where a GPU is (benchmarks/ops_gpu.py) and, on a CPU in Triton's interpreter, in
-tests/pretrain/ops/test_fla.py.
+They serve linear attention, the delta rules, the mesa layer, the short convolution and, where asked
+for, the diagonal scan; they take bfloat16 or float16 and keep the state in float32. They are
+checked against our definitions where a GPU is (benchmarks/ops_gpu.py) and, on a CPU in Triton's
+interpreter, in tests/pretrain/ops/test_fla.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pretrain.data.sequences import Sequences
 from pretrain.ops.shared.fla_work import (
     planned_delta_rule,
     planned_linear_attention,
+    planned_mesa,
     planned_short_convolution,
 )
 from pretrain.ops.shared.planning import device_type
@@ -152,6 +153,46 @@ def fla_linear_attention(
     from fla.ops.simple_gla import chunk_simple_gla
 
     return chunk_simple_gla(q, k, v, log_decay, **options)
+
+
+def fla_mesa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    ridge: Tensor,
+    log_decay: Tensor,
+    iterations: int,
+    initial_state: tuple[Tensor, Tensor],
+    sequences: Sequences | None,
+    *,
+    from_zeros: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Compute :func:`pretrain.ops.mesa`; beta, ridge and log_decay in float32, V equal to K.
+
+    Its queries and keys are in float16, and 1e-5 is added to what an iteration divides by.
+    """
+    if q.is_meta:
+        return planned_mesa(
+            q, k, v, beta, ridge, log_decay, iterations, initial_state, sequences, from_zeros
+        )
+    from fla.ops.mesa_net import chunk_mesa_net
+
+    covariance, state = (None, None) if from_zeros else initial_state
+    output, *last = chunk_mesa_net(
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        ridge,
+        h_kk_init=covariance,
+        h_kv_init=state,
+        output_final_state=True,
+        max_CG_iteration=iterations,
+        **({} if sequences is None else sequences.derive(_packed)),
+    )
+    return output, (last[0], last[1])
 
 
 def fla_options(

@@ -18,6 +18,7 @@ from pretrain.ops import (
     dplr,
     gdn2,
     linear_attention,
+    mesa,
     short_convolution,
 )
 from tests.helpers.relative_error import relative_error
@@ -53,7 +54,8 @@ def interpretable():
     import fla.ops.gla
     import fla.ops.hgrn
     import fla.ops.kda
-    import fla.ops.simple_gla  # noqa: F401
+    import fla.ops.mesa_net.chunk
+    import fla.ops.simple_gla
     from triton.runtime.autotuner import Autotuner
 
     patch = pytest.MonkeyPatch()
@@ -66,6 +68,13 @@ def interpretable():
                 lambda *ends: map(_Index, builtins.range(*map(int, ends))),
                 raising=False,
             )
+    # Of the states that this kernel stores in bfloat16 the interpreter makes numbers of 16 bits.
+    states = fla.ops.mesa_net.chunk.chunk_mesa_fwd_h
+    patch.setattr(
+        fla.ops.mesa_net.chunk,
+        "chunk_mesa_fwd_h",
+        lambda **given: states(**{**given, "states_in_fp32": True}),
+    )
     yield
     patch.undo()
 
@@ -79,7 +88,7 @@ def keys(steps=1):
     return F.normalize(k, dim=-1).to(NARROW)
 
 
-def compare(run, definition, tensors):
+def compare(run, definition, tensors, tolerance=TOLERANCE):
     """run(backend, *tensors): the definition in float64, fla in what the tensors have."""
     results = []
     for backend in (definition, "fla"):
@@ -94,7 +103,7 @@ def compare(run, definition, tensors):
         gradients = torch.autograd.grad(loss, inputs)
         results.append([*outputs, *gradients])
     for expected, found in zip(*results, strict=True):
-        assert relative_error(found.double(), expected) < TOLERANCE
+        assert relative_error(found.double(), expected) < tolerance
 
 
 def starts():
@@ -251,3 +260,40 @@ def test_what_it_does_not_take_is_said():
         diagonal_scan(a, a, backend="fla")
     with pytest.raises(ValueError, match="computes in float32, which"):
         diagonal_scan(None, a.double(), log_decay=-a.double(), backend="fla")
+
+
+def test_mesa():
+    total, dim = sum(LENGTHS), 32
+    q, k, v = keys(), keys(), narrow(1, total, HEADS, dim)
+    beta = torch.rand(1, total, HEADS, device=DEVICE)
+    ridge = 0.25 + torch.rand(HEADS, dim, device=DEVICE)
+    log_decay = -torch.rand(1, total, HEADS, device=DEVICE)
+    count = len(LENGTHS)
+    root = torch.randn(count, HEADS, dim, dim, device=DEVICE) * 0.2
+    state = torch.randn(count, HEADS, dim, dim, device=DEVICE)
+    tensors = [q, k, v, beta, ridge, log_decay, root @ root.mT, state]
+
+    def run(backend, q, k, v, beta, ridge, log_decay, covariance, state):
+        y, ends = mesa(
+            q,
+            k,
+            v,
+            beta,
+            ridge,
+            log_decay=log_decay,
+            initial_state=((covariance + covariance.mT) / 2, state),
+            cu_seqlens=starts(),
+            backend=backend,
+            iterations=12,
+        )
+        return y, *ends
+
+    compare(run, "recurrent", tensors, 3e-2 if ON_GPU else 1e-2)  # solutions are in float16
+
+
+def test_mesa_of_other_widths_is_refused():
+    q, v = narrow(1, 4, 1, 16), narrow(1, 4, 1, 8)
+    gates = torch.rand(2, 1, 4, 1, device=DEVICE)
+    with pytest.raises(ValueError, match="one width of at most 128, found 16 and 8"):
+        ridge = torch.ones(1, 16, device=DEVICE)
+        mesa(q, q, v, gates[0], ridge, log_decay=-gates[1], backend="fla")

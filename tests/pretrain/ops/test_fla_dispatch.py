@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.ops import comba, delta_rule, dplr, gdn2, linear_attention, short_convolution
+from pretrain.ops import comba, delta_rule, dplr, gdn2, linear_attention, mesa, short_convolution
 from pretrain.ops.backends import describe_backends
 from pretrain.ops.delta_rule import dispatch as of_delta_rule
 from pretrain.ops.dplr import dispatch as of_dplr
 from pretrain.ops.linear_attention import dispatch as of_linear_attention
+from pretrain.ops.mesa import dispatch as of_mesa
 from pretrain.ops.shared import flash_linear_attention
 from pretrain.ops.short_convolution import dispatch as of_short_convolution
 
@@ -43,6 +44,7 @@ def card(monkeypatch):
     for name in ("fla_dplr", "fla_gdn2", "fla_comba"):
         monkeypatch.setattr(of_dplr, name, taken)
     monkeypatch.setattr(of_linear_attention, "fla_linear_attention", taken)
+    monkeypatch.setattr(of_mesa, "fla_mesa", taken)
     monkeypatch.setattr(of_short_convolution, "fla_short_convolution", taken)
     yield pretend
     flash_linear_attention._usable.cache_clear()
@@ -73,6 +75,11 @@ def low_rank(op):
     return lambda: op(x, x, x, *others, log_decay=decay(3 if op is comba else 4))
 
 
+def regression():
+    gates = torch.rand(2, 1, T, HEADS)
+    return mesa(values(), values(), values(), gates[0], torch.ones(HEADS, DIM), log_decay=-gates[1])
+
+
 def convolution():
     return short_convolution(torch.randn(1, T, DIM, dtype=torch.bfloat16), torch.randn(DIM, 4))
 
@@ -95,6 +102,7 @@ OPS = {
     "DPLR": (low_rank(dplr), True),
     "Gated DeltaNet-2": (low_rank(gdn2), True),
     "Comba": (low_rank(comba), False),
+    "MesaNet": (regression, False),
     "linear attention": (read(None), True),
     "Mamba-2": (read(3), False),
     "GLA": (read(4), True),
