@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.ops import (
+    MirasRule,
     delta_rule,
     linear_attention,
     m2rnn,
+    miras,
     para_gru,
     para_lstm,
     rat,
@@ -113,6 +115,20 @@ def chunk_attention(length: int) -> tuple[list[Tensor], Call]:
     return [q, k, v, gate], lambda backend: rat(q, k, v, gate, backend=backend)
 
 
+def trained_memory(layers: int) -> Callable[..., Any]:
+    def make(length: int) -> tuple[list[Tensor], Call]:
+        q, k, v = torch.randn(3, 1, length, 4, 64).unbind(0)
+        k = torch.nn.functional.normalize(k, dim=-1)
+        decay, rate = -torch.rand(q.shape) / 100, torch.rand(q.shape) / 100
+        shapes = [(64, 64)] if layers == 1 else [(64, 256), (256, 64)]
+        memory = [torch.randn(4, *shape) for shape in shapes]
+        return [q, k, v, decay, rate, *memory], lambda backend: miras(
+            q, k, v, decay, rate, memory, rule=MirasRule("l2"), backend=backend
+        )
+
+    return make
+
+
 MATRIX, VECTOR = "B1 H4 K128 V256", "B4 H4 D64"
 CASES = [
     Case("delta_rule, decay per head (gdn)", MATRIX, "recurrent", "chunked", delta(1)),
@@ -137,6 +153,8 @@ CASES = [
         for cell in ("gru", "lstm")
         for b, d in ((1, 64), (1, 256), (4, 256))
     ),
+    Case("miras, linear memory", "B1 H4 D64 C16", "recurrent", "chunked", trained_memory(1), 512),
+    Case("miras, MLP memory", "B1 H4 D64 C16", "recurrent", "chunked", trained_memory(2), 512),
     Case("rat", "B1 H4 D64 L16", "recurrent", "chunked", chunk_attention, 512),
 ]
 

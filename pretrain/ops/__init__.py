@@ -4,8 +4,9 @@ Every function takes tensors laid out ``[B, T, H, D]``, keeps its recurrent stat
 wider, and resets that state where one of the packed ``sequences`` starts. They are a
 :class:`pretrain.data.sequences.Sequences`, or a tensor that one is made of; ``cu_seqlens=`` with
 that tensor means the same. Where they are a segment of a row that is divided over ranks, every op
-computes on all ranks together what it would on the whole row: ``initial_state`` then counts for the
-pieces that begin in the segment, and a final state for those that end there.
+computes on all ranks together what it would on the whole row (:func:`miras` refuses one):
+``initial_state`` then counts for the pieces that begin in the segment, and a final state for those
+that end there.
 """
 
 from pretrain.ops.attention.dispatch import attention
@@ -13,6 +14,8 @@ from pretrain.ops.attention.rotary import apply_rotary, rotary_embedding, rotary
 from pretrain.ops.delta_rule.dispatch import delta_rule
 from pretrain.ops.linear_attention.dispatch import linear_attention
 from pretrain.ops.m2rnn.dispatch import m2rnn
+from pretrain.ops.miras.dispatch import miras
+from pretrain.ops.miras.rule import MirasRule, MirasState
 from pretrain.ops.newton.dispatch import newton_recurrence
 from pretrain.ops.newton.options import NewtonOptions, NewtonReport
 from pretrain.ops.para_rnn.dispatch import para_gru, para_lstm
@@ -23,6 +26,8 @@ from pretrain.ops.shared.arguments import definitions
 from pretrain.ops.short_convolution.dispatch import short_convolution
 
 __all__ = [
+    "MirasRule",
+    "MirasState",
     "NewtonOptions",
     "NewtonReport",
     "RATState",
@@ -32,6 +37,7 @@ __all__ = [
     "delta_rule",
     "linear_attention",
     "m2rnn",
+    "miras",
     "newton_recurrence",
     "para_gru",
     "para_lstm",

@@ -58,6 +58,12 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 4, "qk_ratio": 1.5, "gate_cap": None},
     ],
+    "moneta": [
+        {"num_heads": 2, "gate_rank": 3, "chunk_size": 8, "expansion": 1},
+        {"num_heads": 3, "memory": "linear", "conv_size": 0},
+    ],
+    "yaad": [{"num_heads": 2, "memory": "linear", "gate_rank": 3, "chunk_size": 8}],
+    "memora": [{"num_heads": 2, "memory": "linear", "gate_rank": 3, "chunk_size": 4}],
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
     "slstm": [{"num_heads": 2}],

@@ -12,12 +12,15 @@ from pretrain.nn.mixers import (  # noqa: F401
     linear_attention,
     m2rnn,
     mamba2,
+    memora,
     mlstm,
+    moneta,
     para_gru,
     para_lstm,
     rat,
     retnet,
     sliding_window,
+    yaad,
 )
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, register, registry
 
