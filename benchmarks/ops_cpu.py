@@ -32,6 +32,7 @@ from pretrain.ops import (
     miras,
     para_gru,
     para_lstm,
+    plstm,
     rat,
     rnn,
 )
@@ -115,6 +116,15 @@ def chunk_attention(length: int) -> tuple[list[Tensor], Call]:
     return [q, k, v, gate], lambda backend: rat(q, k, v, gate, backend=backend)
 
 
+def turned(size: int) -> Callable[..., Any]:
+    def make(length: int) -> tuple[list[Tensor], Call]:
+        q, k, v = torch.randn(3, 1, length, 4, 128).unbind(0)
+        gates = torch.rand(4, 1, length, 4, size, size) / size
+        return [q, k, v, *gates], lambda backend: plstm(q, k, v, *gates, backend=backend)
+
+    return make
+
+
 def trained_memory(layers: int) -> Callable[..., Any]:
     def make(length: int) -> tuple[list[Tensor], Call]:
         q, k, v = torch.randn(3, 1, length, 4, 64).unbind(0)
@@ -155,6 +165,7 @@ CASES = [
     ),
     Case("miras, linear memory", "B1 H4 D64 C16", "recurrent", "chunked", trained_memory(1), 512),
     Case("miras, MLP memory", "B1 H4 D64 C16", "recurrent", "chunked", trained_memory(2), 512),
+    Case("plstm, J=4", "B1 H4 K128 V128", "recurrent", "chunked", turned(4), 2048),
     Case("rat", "B1 H4 D64 L16", "recurrent", "chunked", chunk_attention, 512),
 ]
 

@@ -4,9 +4,9 @@ Every function takes tensors laid out ``[B, T, H, D]``, keeps its recurrent stat
 wider, and resets that state where one of the packed ``sequences`` starts. They are a
 :class:`pretrain.data.sequences.Sequences`, or a tensor that one is made of; ``cu_seqlens=`` with
 that tensor means the same. Where they are a segment of a row that is divided over ranks, every op
-computes on all ranks together what it would on the whole row (:func:`miras` refuses one):
-``initial_state`` then counts for the pieces that begin in the segment, and a final state for those
-that end there.
+computes on all ranks together what it would on the whole row: ``initial_state`` then counts for the
+pieces that begin in the segment, and a final state for those that end there. :func:`miras` and
+:func:`plstm` refuse such a segment, and go on from the state of the one before.
 """
 
 from pretrain.ops.attention.dispatch import attention
@@ -19,6 +19,7 @@ from pretrain.ops.miras.rule import MirasRule, MirasState
 from pretrain.ops.newton.dispatch import newton_recurrence
 from pretrain.ops.newton.options import NewtonOptions, NewtonReport
 from pretrain.ops.para_rnn.dispatch import para_gru, para_lstm
+from pretrain.ops.plstm.dispatch import plstm
 from pretrain.ops.rat.dispatch import rat
 from pretrain.ops.rat.state import RATState
 from pretrain.ops.rnn.dispatch import rnn
@@ -41,6 +42,7 @@ __all__ = [
     "newton_recurrence",
     "para_gru",
     "para_lstm",
+    "plstm",
     "rat",
     "rnn",
     "rotary_embedding",

@@ -17,6 +17,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     moneta,
     para_gru,
     para_lstm,
+    plstm,
     rat,
     retnet,
     sliding_window,
