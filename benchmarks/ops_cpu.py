@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.ops import (
+    MirasRule,
     delta_rule,
     diagonal_scan,
     dplr,
@@ -33,8 +34,10 @@ from pretrain.ops import (
     lti,
     m2rnn,
     mesa,
+    miras,
     para_gru,
     para_lstm,
+    plstm,
     rat,
     rnn,
 )
@@ -155,6 +158,29 @@ def chunk_attention(length: int) -> tuple[list[Tensor], Call]:
     return [q, k, v, gate], lambda backend: rat(q, k, v, gate, backend=backend)
 
 
+def turned(size: int) -> Callable[..., Any]:
+    def make(length: int) -> tuple[list[Tensor], Call]:
+        q, k, v = torch.randn(3, 1, length, 4, 128).unbind(0)
+        gates = torch.rand(4, 1, length, 4, size, size) / size
+        return [q, k, v, *gates], lambda backend: plstm(q, k, v, *gates, backend=backend)
+
+    return make
+
+
+def trained_memory(layers: int) -> Callable[..., Any]:
+    def make(length: int) -> tuple[list[Tensor], Call]:
+        q, k, v = torch.randn(3, 1, length, 4, 64).unbind(0)
+        k = torch.nn.functional.normalize(k, dim=-1)
+        decay, rate = -torch.rand(q.shape) / 100, torch.rand(q.shape) / 100
+        shapes = [(64, 64)] if layers == 1 else [(64, 256), (256, 64)]
+        memory = [torch.randn(4, *shape) for shape in shapes]
+        return [q, k, v, decay, rate, *memory], lambda backend: miras(
+            q, k, v, decay, rate, memory, rule=MirasRule("l2"), backend=backend
+        )
+
+    return make
+
+
 MATRIX, VECTOR = "B1 H4 K128 V256", "B4 H4 D64"
 CASES = [
     Case("delta_rule, decay per head (gdn)", MATRIX, "recurrent", "chunked", delta(1)),
@@ -184,6 +210,9 @@ CASES = [
     ),
     Case("diagonal_scan (hgrn)", "B1 D1024", "sequential", "tiled", scan, 8192),
     Case("lti, 64 states (s4d)", "B1 D256 N64", "recurrent", "chunked", systems),
+    Case("miras, linear memory", "B1 H4 D64 C16", "recurrent", "chunked", trained_memory(1), 512),
+    Case("miras, MLP memory", "B1 H4 D64 C16", "recurrent", "chunked", trained_memory(2), 512),
+    Case("plstm, J=4", "B1 H4 K128 V128", "recurrent", "chunked", turned(4), 2048),
     Case("rat", "B1 H4 D64 L16", "recurrent", "chunked", chunk_attention, 512),
 ]
 

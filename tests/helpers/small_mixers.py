@@ -79,6 +79,16 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "aaren": [{"num_heads": 2, "chunk_size": 8}],
     "mesa": [{"num_heads": 2, "head_dim": 4, "iterations": 12, "chunk_size": 8}],
     "jrt": [{"num_heads": 2, "feature_dim": 3, "chunk_size": 8}],
+    "moneta": [
+        {"num_heads": 2, "gate_rank": 3, "chunk_size": 8, "expansion": 1},
+        {"num_heads": 3, "memory": "linear", "conv_size": 0},
+    ],
+    "yaad": [{"num_heads": 2, "memory": "linear", "gate_rank": 3, "chunk_size": 8}],
+    "memora": [{"num_heads": 2, "memory": "linear", "gate_rank": 3, "chunk_size": 4}],
+    "plstm": [
+        {"num_heads": 2, "chunk_size": 8},
+        {"num_heads": 3, "transition_size": 1, "chunk_size": 8, "conv_size": 0},
+    ],
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
     "slstm": [{"num_heads": 2}],

@@ -20,10 +20,13 @@ from pretrain.nn.mixers import (  # noqa: F401
     mamba,
     mamba2,
     mamba3,
+    memora,
     mesa,
     mlstm,
+    moneta,
     para_gru,
     para_lstm,
+    plstm,
     quasi_lstm,
     rat,
     retnet,
@@ -31,6 +34,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     s4,
     s4d,
     sliding_window,
+    yaad,
 )
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, register, registry
 
