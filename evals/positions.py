@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from evals.held_out import Documents, data_directories, open_held_out
+from evals.held_out import data_directories, running_text
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_figure
 from pretrain.common.plots import plot_text
@@ -40,7 +40,7 @@ def evaluate_positions(
     seq_len = loaded.run.train.seq_len
     length = factor * seq_len
     directories = data_directories(loaded, data)
-    text = _text(loaded, data, sequences * length + 1)
+    text = running_text(loaded, data, sequences * length + 1)
     count = (len(text) - 1) // length
     if count == 0:
         raise UserError(
@@ -77,25 +77,6 @@ def evaluate_positions(
         "tokens_trained": loaded.state.tokens,
         "precision": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
     }
-
-
-def _text(loaded: LoadedModel, data: str | None, wanted: int) -> np.ndarray:
-    """Return so many tokens of held-out documents of all sources, drawn at random without repeats.
-
-    Always the same ones; fewer where there are no more.
-    """
-    held_out = open_held_out(loaded, data)
-    opening_id = loaded.opening_id
-    sources = [Documents(stream, opening_id, 1, 1) for stream in held_out.valid]
-    every = [(source, i) for source in sources for i in range(len(source.lengths))]
-    parts, have = [np.array([opening_id])], 1
-    for number in np.random.default_rng(0).permutation(len(every)):
-        source, document = every[number]
-        parts.append(source.document(document))
-        have += len(parts[-1])
-        if have >= wanted:
-            break
-    return np.concatenate(parts)[:wanted]
 
 
 def _bin_ends(seq_len: int, length: int) -> list[int]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from evals.positions import _bin_ends, _text, draw_positions, evaluate_positions
+from evals.held_out import running_text
+from evals.positions import _bin_ends, draw_positions, evaluate_positions
 from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, DataSource
 from pretrain.data.batches import open_data
@@ -36,6 +37,7 @@ def loaded(corpus, pattern="gdn attn", seq_len=16, **changes) -> Any:
         model=model.eval(),
         tokenizer=tokenizer,
         opening_id=tokenizer.eod_id,
+        opening="the end-of-document token",
         run=run,
         state=state,
         checkpoint="x",
@@ -51,7 +53,7 @@ def test_losses_are_those_of_one_pass(corpus):
     found = loaded(corpus)
     result = evaluate_positions(found, factor=4, sequences=2)
     assert result["sequences"] == 2
-    text = _text(found, None, 2 * 64 + 1)
+    text = running_text(found, None, 2 * 64 + 1)
     rows = []
     for start in (0, 64):
         ids = torch.from_numpy(text[start : start + 65][None])
@@ -110,7 +112,7 @@ def test_the_text_is_documents_of_all_sources_once_each(corpus, other_corpus):
     found = loaded(corpus)
     blend = [DataSource(str(p)) for p in (corpus, other_corpus)]
     found.run.data = DataConfig(blend=blend)
-    text, eod = _text(found, None, 10**9), found.tokenizer.eod_id
+    text, eod = running_text(found, None, 10**9), found.tokenizer.eod_id
     documents = [tuple(part) for part in np.split(text, np.flatnonzero(text == eod) + 1)[1:-1]]
     expected = []
     for stream in open_data(found.run.data).valid:

@@ -15,6 +15,7 @@ from typing_extensions import override
 from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, accumulation_dtype, heads
+from pretrain.nn.mixers.mitigations import DELTA_RULE, recur
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
     convolution_states,
@@ -52,6 +53,7 @@ class DeltaRuleMixer(Mixer):
         d, parallel = context.hidden_size, context.parallel
         self.num_heads = parallel.local(config.num_heads, "num_heads")
         self.substeps = self.householder(config)
+        self.mitigable = DELTA_RULE if self.decays(config) else DELTA_RULE[1:]
         k_dim = config.num_heads * config.head_dim
         v_dim = config.num_heads * config.value_dim
         k_steps, v_steps = self.substeps * k_dim, self.substeps * v_dim
@@ -105,15 +107,18 @@ class DeltaRuleMixer(Mixer):
         log_decay = None
         if self.decays(self.config):
             log_decay = softplus_decay(self.a_proj(x), self.A_log, self.dt_bias).transpose(0, 1)
-        y, new_state["recurrent"] = delta_rule(
+        y = recur(
+            self,
+            delta_rule,
             l2_norm(q),
             l2_norm(k),
             v,
             beta,
+            state=state,
+            new_state=new_state,
             log_decay=log_decay,
-            num_householder=self.substeps,
             sequences=sequences,
-            initial_state=None if state is None else state["recurrent"],
+            num_householder=self.substeps,
             chunk_size=self.config.chunk_size,
         )
         norm, eps = head_shared(self.norm, self.parallel), self.config.norm_eps

@@ -31,6 +31,7 @@ from pretrain.nn.mixers.base import (
     heads,
     register,
 )
+from pretrain.nn.mixers.mitigations import DELTA_RULE, recur
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
     convolution_states,
@@ -83,6 +84,7 @@ class KimiDeltaAttention(Mixer):
 
     config_class = KimiDeltaAttentionConfig
     over_time = "ops"
+    mitigable = DELTA_RULE
     card = MixerCard(
         "Kimi delta attention",
         "S_t = (I - b_t k_t^T k_t) Diag(a_t) S_{t-1} + b_t k_t^T v_t;  o_t = q_t S_t",
@@ -136,15 +138,18 @@ class KimiDeltaAttention(Mixer):
             decay, self.A_log[:, None], self.dt_bias.unflatten(0, (self.num_heads, -1))
         )
         beta = self.b_proj(x).to(accumulation_dtype(x.dtype)).sigmoid().transpose(0, 1)
-        y, new_state["recurrent"] = delta_rule(
+        y = recur(
+            self,
+            delta_rule,
             l2_norm(q),
             l2_norm(k),
             v,
             beta * (1 + self.config.allow_neg_eigval),
+            state=state,
+            new_state=new_state,
             log_decay=log_decay,
             sequences=sequences,
             chunk_size=self.config.chunk_size,
-            initial_state=None if state is None else state["recurrent"],
         )
         norm = head_shared(self.norm, self.parallel)
         y = rms_norm_sigmoid_gate(y, norm, gate, self.config.norm_eps)

@@ -16,6 +16,7 @@ from pretrain.ops.across import crossing, halo
 from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
 from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.flash_linear_attention import check_fla, fla_fits, fla_short_convolution
+from pretrain.ops.shared.histories import after_histories
 from pretrain.ops.shared.recomputation import recomputed
 
 BACKENDS = ("auto", "taps", "fla")
@@ -107,7 +108,7 @@ def _taps(
         state = extended[:, x.shape[1] :].clone() if final_state else None
     else:
         flat = torch.cat([initial_state.flatten(0, 1), x[0]])
-        gather, tokens, ends = packed.derive(_packed_index, initial_state.shape[1])
+        gather, tokens, ends = packed.derive(after_histories, initial_state.shape[1])
         extended = flat.index_select(0, gather)[None]
         y = _Taps.apply(extended, weight).index_select(1, tokens)
         state = extended[0, ends] if final_state else None
@@ -127,25 +128,6 @@ def _last_inputs(x: Tensor, initial_state: Tensor, packed: Sequences | None) -> 
     rows = torch.arange(num_sequences, device=x.device)[:, None]
     before = initial_state[rows, (position + history).clamp_max(history - 1)]
     return torch.where((position >= 0)[..., None], inside, before)
-
-
-def _packed_index(sequences: Sequences, history: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Arrange each sequence after its history.
-
-    Returns the gather index into (all histories, all tokens), the slot of each token's output, and
-    ``[N, history]`` slots of the last inputs of each sequence.
-    """
-    lengths, ids, device = sequences.sizes.long(), sequences.ids, sequences.device
-    num_sequences, total = sequences.count, sequences.num_tokens
-    tokens = torch.arange(total, device=device) + history * ids  # output slot of each token
-    gather = torch.empty(total + history * num_sequences, dtype=torch.long, device=device)
-    gather[tokens + history] = torch.arange(total, device=device) + history * num_sequences
-    taps = torch.arange(history, device=device)
-    starts = sequences.cu_seqlens[:-1].long() + history * torch.arange(num_sequences, device=device)
-    gather[starts[:, None] + taps] = torch.arange(history * num_sequences, device=device).view(
-        num_sequences, history
-    )
-    return gather, tokens, starts[:, None] + lengths[:, None] + taps
 
 
 class _Taps(torch.autograd.Function):
