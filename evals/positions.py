@@ -24,6 +24,7 @@ from pretrain.common.plots import plot_text
 from pretrain.inference.load import LoadedModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.mixers.base import State
+from pretrain.nn.mixers.mitigations import held
 
 
 @torch.no_grad()
@@ -110,8 +111,9 @@ def _score_sequence(
             logits[0].float(), ids[0, begin + 1 : end + 1], reduction="none"
         )
         losses.append(flat.double().cpu().numpy())
-        numbers = [sum(t.numel() for t in state.values()) for state in states]
-        for i, state in enumerate(states):
+        shown = [held(state) for state in states]
+        numbers = [sum(t.numel() for t in state.values()) for state in shown]
+        for i, state in enumerate(shown):
             # A state that grows with the text is a cache.
             if state and (not before or numbers[i] == before[i]):
                 sizes.setdefault(names[i], []).append(_rms(state))

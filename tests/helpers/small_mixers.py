@@ -58,6 +58,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 4, "qk_ratio": 1.5, "gate_cap": None},
     ],
+    "mlstm_v1": [{"num_heads": 2, "chunk_size": 8}],
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
     "slstm": [{"num_heads": 2}],

@@ -13,6 +13,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     m2rnn,
     mamba2,
     mlstm,
+    mlstm_v1,
     para_gru,
     para_lstm,
     rat,

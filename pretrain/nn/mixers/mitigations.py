@@ -107,6 +107,18 @@ def limited(states: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
     return states * factors[..., None, None], factors
 
 
+def held(state: State) -> State:
+    """Return a mixer's state with what its recurrence reads alone: of a window, the last tokens."""
+    if "window_recurrent" not in state:
+        return state
+    rest = {key: value for key, value in state.items() if not key.startswith("window_")}
+    older = state["window_recurrent"]
+    if "window_g" in state:
+        decay = state["window_g"].double().sum(1).exp().to(older.dtype)
+        older = older * (decay[..., None] if decay.ndim == 3 else decay[..., None, None])
+    return {**rest, "recurrent": rest["recurrent"] - older}
+
+
 def _limited(
     run: Op,
     wanted: Mitigations,

@@ -109,7 +109,7 @@ class MLSTM(Mixer):
         self.i_proj = column_linear(parallel, d, config.num_heads, 0.0, precise=True)
         self.f_proj = column_linear(parallel, d, config.num_heads, 0.0, precise=True)
         self.i_bias = gate_parameter(parallel, (self.num_heads,), constant(-10.0))
-        self.f_bias = gate_parameter(parallel, (self.num_heads,), _forget_bias)
+        self.f_bias = gate_parameter(parallel, (self.num_heads,), forget_bias)
         self.norm = sharded_parameter(parallel, (self.num_heads * self.value_dim,), constant(1.0))
         self.o_proj = row_linear(parallel, v_dim, d, context.output_std)
 
@@ -199,7 +199,7 @@ def normalized_memory(
     return _normalized(y, (-m)[..., None].to(dtype), config.norm_eps).flatten(2)
 
 
-def _forget_bias(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def forget_bias(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return biases from 3 to 6 over heads: memories of some ten to some hundred tokens."""
     return torch.linspace(3.0, 6.0, shape[0])
 

@@ -15,7 +15,7 @@ from pretrain.data.sequences import Sequences
 from pretrain.inference.mitigations import limit_by_training, mitigate
 from pretrain.library import build_model
 from pretrain.nn.mixers import LayerContext, registry
-from pretrain.nn.mixers.mitigations import Mitigations, recur
+from pretrain.nn.mixers.mitigations import Mitigations, held, recur
 from pretrain.nn.parameters import fill_parameters
 from pretrain.ops import delta_rule, linear_attention
 from pretrain.parallel.context import current_context
@@ -185,6 +185,19 @@ def test_every_layer_at_its_identities(name):
             first, state = layer(x[:13])
             second, _ = layer(x[13:], state=state)
             assert relative_error(torch.cat([first, second]), whole) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gla", "mamba2", "linear_attn"])
+def test_a_window_holds_what_its_last_tokens_make_of_an_empty_state(name):
+    settings = {"conv_size": 0} if name == "mamba2" else {}
+    layer, x = build(name, **settings), drawn_input()
+    layer.mitigations = Mitigations(window=9)
+    _, state = layer(x)
+    layer.mitigations = None
+    _, alone = layer(x[-9:])
+    assert relative_error(held(state)["recurrent"], alone["recurrent"]) < 1e-12
+    assert held(alone) is alone
 
 
 @torch.no_grad()
