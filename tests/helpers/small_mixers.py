@@ -20,6 +20,10 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "swa": [{"num_heads": 2, "window": 5}],
+    "sliced_attn": [
+        {"num_heads": 4, "num_kv_heads": 2, "slice_size": 6, "stride": 4},
+        {"num_heads": 2, "slice_size": 5, "stride": 3, "first": "strided"},
+    ],
     "linear_attn": [
         {"num_heads": 2, "chunk_size": 8},
         {"num_heads": 2, "feature_map": "elu", "normalize": True, "expand_v": 0.5},

@@ -18,6 +18,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     para_lstm,
     rat,
     retnet,
+    sliced_attention,
     sliding_window,
 )
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, register, registry

@@ -148,15 +148,7 @@ class Attention(Mixer):
         k, v, sequences_k = k[0], v[0], sequences
         if state is not None:
             k, v, sequences_k = _append(state, k, v, sequences)
-        y = attention(
-            q,
-            k[None],
-            v[None],
-            window=self.config.window,
-            scale=self.config.scale,
-            sequences=sequences,
-            sequences_k=sequences_k,
-        )
+        y = self.attend(q, k[None], v[None], sequences, sequences_k)
         y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
         if gate is not None:
             y = _sigmoid_gate(y, gate)
@@ -185,6 +177,20 @@ class Attention(Mixer):
         if name != "q" and self._shared_biases:
             bias = head_shared(bias, self.parallel)
         return y + bias
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, sequences_k: Sequences
+    ) -> Tensor:
+        """Attend from q ``[1, T, H, D]``, the last tokens of sequences whose keys are k and v."""
+        return attention(
+            q,
+            k,
+            v,
+            window=self.config.window,
+            scale=self.config.scale,
+            sequences=sequences,
+            sequences_k=sequences_k,
+        )
 
     def _visible(self, k: Tensor, v: Tensor, sequences: Sequences) -> State:
         """Return the keys and values that later tokens can still attend to."""

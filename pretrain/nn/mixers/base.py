@@ -165,6 +165,7 @@ class Mixer(DescribedModule, ABC):
     # The settings of states at inference that it knows; see pretrain.nn.mixers.mitigations.
     mitigable: tuple[str, ...] = ()
     mitigations: Mitigations | None = None
+    depth: int = 0  # the pass of a loop that runs, from 0; set by the model
     parallel: ParallelContext
     num_heads: int  # of this process, where it has heads
 
