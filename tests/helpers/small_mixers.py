@@ -67,5 +67,15 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
     "slstm": [{"num_heads": 2}],
     "elman": [{"num_heads": 2}, {"num_heads": 3}],
+    "tcnca": [
+        {
+            "num_heads": 2,
+            "head_dim": 4,
+            "attention_chunk": 16,
+            "conv_layers": 2,
+            "conv_size": 5,
+            "dilation_factor": 3,
+        }
+    ],
     "rat": [{"num_heads": 4, "chunk_size": 8}, {"num_heads": 2, "head_dim": 4, "chunk_size": 3}],
 }

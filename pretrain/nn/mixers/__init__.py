@@ -20,6 +20,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     retnet,
     sliced_attention,
     sliding_window,
+    tcnca,
 )
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, register, registry
 

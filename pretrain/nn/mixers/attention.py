@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Attention(Mixer):
     """
 
     config_class = AttentionConfig
-    over_time = "ops"
+    over_time: ClassVar[Literal["state", "ops", "cells"]] = "ops"
     card = MixerCard(
         "softmax attention",
         "o_t = sum_j softmax_j(q_t k_j / sqrt D) v_j",

@@ -17,12 +17,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from pretrain.common.config_loader import setting
-from pretrain.data.sequences import Sequences, without_waiting
+from pretrain.data.sequences import Sequences
 from pretrain.nn.mixers.attention import Attention, AttentionConfig
 from pretrain.nn.mixers.base import LayerContext, MixerCard, register
+from pretrain.nn.mixers.slices import contiguous, cut, strided
 from pretrain.ops import attention
-
-Slices = tuple[Tensor | None, Tensor | None, Sequences, Sequences]
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,14 @@ class SlicedAttention(Attention):
     ) -> Tensor:
         form = self.index + self.depth + (self.config.first == "strided")
         if form % 2:
-            slices, size, shift = _strided, self.config.stride, 0
+            form_of, size, shift = strided, self.config.stride, 0
         else:
-            slices, size = _contiguous, self.config.slice_size
+            form_of, size = contiguous, self.config.slice_size
             shift = form // 2 % 2 * (size // 2)
         if sequences_k is sequences:
-            found = sequences.derive(slices, size, shift)
+            found = sequences.derive(form_of, size, shift)
         else:
-            found = _cut(sequences, sequences_k, strided=bool(form % 2), size=size, shift=shift)
+            found = cut(sequences, sequences_k, strided=bool(form % 2), size=size, shift=shift)
         to_slices, keys, queries_of, keys_of = found
         if to_slices is not None:
             q = q[:, to_slices]
@@ -102,40 +101,3 @@ class SlicedAttention(Attention):
             more * (each + 1) * (each + 2) // 2 + (config.stride - more) * each * (each + 1) // 2
         )
         return projections + a_key * pairs // (2 * seq_len)
-
-
-def _contiguous(sequences: Sequences, size: int, shift: int) -> Slices:
-    return _cut(sequences, sequences, strided=False, size=size, shift=shift)
-
-
-def _strided(sequences: Sequences, size: int, shift: int) -> Slices:
-    return _cut(sequences, sequences, strided=True, size=size, shift=shift)
-
-
-def _cut(queries: Sequences, keys: Sequences, *, strided: bool, size: int, shift: int) -> Slices:
-    """Cut sequences, whose queries are their last tokens, into slices that have queries.
-
-    Returns the order that brings queries slice by slice, that for keys (None where it is theirs),
-    and both as sequences. In a slice tokens keep their order, so its queries are its last ones.
-    """
-    device = queries.device
-    new, every = (torch.tensor(s.lengths, dtype=torch.int64) for s in (queries, keys))
-    owner = torch.repeat_interleave(torch.arange(len(every)), every)
-    position = torch.arange(len(owner)) - (every.cumsum(0) - every)[owner]
-    part = position % size if strided else (position + shift) // size
-    # By sequence, then by slice.
-    code = owner * (int(part.max()) + 1 if len(part) else 1) + part
-    asked = position >= (every - new)[owner]
-    with_queries, sizes = torch.unique(code[asked], return_counts=True)
-    found = torch.isin(code, with_queries).nonzero()[:, 0]
-    order = found[torch.argsort(code[found], stable=True)]
-    sizes_k = torch.unique(code[found], return_counts=True)[1]
-    to_slices = torch.argsort(code[asked], stable=True) if strided else None
-    whole = not strided and len(found) == len(code)
-    queries_of = Sequences.from_lengths(sizes.tolist(), device)
-    return (
-        None if to_slices is None else without_waiting(to_slices, device),
-        None if whole else without_waiting(order, device),
-        queries_of,
-        queries_of if keys is queries else Sequences.from_lengths(sizes_k.tolist(), device),
-    )

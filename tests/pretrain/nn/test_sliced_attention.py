@@ -107,10 +107,10 @@ def test_passes_of_a_loop_connect_what_one_does_not():
         mlp={"kind": "none"},
     ).eval()
     tokens = torch.randint(32, (1, 41), generator=torch.Generator().manual_seed(4))
-    assert model.recursion is not None
 
     def of_last(times):
         """Which tokens change the last one's logits."""
+        assert model.recursion is not None
         model.recursion.set_times(times)
         plain = model(tokens)[0, -1]
         changed = set()
