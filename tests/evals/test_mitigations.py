@@ -14,7 +14,7 @@ from evals.positions import evaluate_positions
 from pretrain.common.errors import UserError
 from pretrain.inference.generate import generate
 from pretrain.inference.score import Pair, StateScorer
-from tests.evals.test_positions import loaded
+from tests.helpers.loaded_model import loaded
 
 pytestmark = pytest.mark.usefixtures("processes")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,32 +14,9 @@ from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, DataSource
 from pretrain.data.batches import open_data
 from pretrain.data.manifest import Manifest
-from pretrain.data.tokenizer import Tokenizer
-from pretrain.model.build import build_model
-from tests.helpers.small_model import settings
+from tests.helpers.loaded_model import loaded
 
 pytestmark = pytest.mark.usefixtures("processes")
-
-
-def loaded(corpus, pattern="gdn attn", seq_len=16, **changes) -> Any:
-    config = settings(pattern=pattern, **changes)
-    model = build_model(config, 384, seed=0, dtype=torch.float64)
-    run = SimpleNamespace(
-        train=SimpleNamespace(seq_len=seq_len),
-        model=config,
-        data=DataConfig(str(corpus)),
-    )
-    state = SimpleNamespace(step=3, tokens=100)
-    tokenizer = Tokenizer.load(corpus)
-    return SimpleNamespace(
-        model=model.eval(),
-        tokenizer=tokenizer,
-        opening_id=tokenizer.eod_id,
-        opening="the end-of-document token",
-        run=run,
-        state=state,
-        checkpoint="x",
-    )
 
 
 def test_bins_double_and_end_with_the_text():
