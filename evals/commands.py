@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evals.mitigations import add_options, apply_options, given_options
+from evals.mitigations import mark as state_mark
 from evals.tables import show_perplexity, show_positions, show_scores, show_tasks
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_name, write_json
@@ -52,6 +54,9 @@ def main(arguments: Sequence[str]) -> int:
         extra["recurrences"] = given.recurrences
     if averaged:
         extra["weights"] = "ema"
+    mitigations = given_options(given)
+    apply_options(loaded, mitigations, given.data)
+    extra.update(mitigations)
     for name in (n for n in names if n in HELD_OUT):
         _score_held_out(name, loaded, given, extra)
     if harness:
@@ -119,12 +124,13 @@ def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
     from evals.harness.hugging_face import evaluate_hugging_face
 
     source = given.checkpoint.removeprefix(HF)
-    for option in ("bos", "weights", "recurrences"):
+    for option in ("bos", "weights", "recurrences", *given_options(given)):
         value = getattr(given, option)
         if value != _parser().get_default(option):
             raise UserError(
-                f"--{option} is {value}, but this option is only for checkpoints of runs; "
-                f"{given.checkpoint} is evaluated as its tokenizer and weights define it"
+                f"--{option.replace('_', '-')} is {value}, but this option is only for "
+                f"checkpoints of runs; {given.checkpoint} is evaluated as its tokenizer and "
+                "weights define it"
             )
     found = evaluate_hugging_face(
         source,
@@ -152,6 +158,7 @@ def _mark(extra: dict[str, Any], options: tuple[Any, ...]) -> str:
     mark += f"-{extra['precision']}" if "precision" in extra else ""
     if "recurrences" in extra:
         mark += f"-recurrences-{extra['recurrences']}"
+    mark += state_mark({name: extra[name] for name in extra if name.startswith("state_")})
     if any(options):
         mark += "-" + hashlib.sha256(repr(options).encode()).hexdigest()[:8]
     return mark
@@ -251,6 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument(
         "--tokens-per-pass", type=_positive, default=8192, help="tokens per forward pass (8192)"
     )
+    add_options(parser)
     return parser
 
 

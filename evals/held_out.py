@@ -184,3 +184,22 @@ def sample(sizes: Sequence[tuple[int, int]], max_tokens: int | None, seed: int) 
         generator = np.random.default_rng([seed, number])
         chosen.append(np.sort(generator.choice(windows, count, replace=False)))
     return chosen
+
+
+def running_text(loaded: LoadedModel, data: str | None, wanted: int) -> np.ndarray:
+    """Return so many tokens of held-out documents of all sources, drawn at random without repeats.
+
+    Always the same ones; fewer where there are no more.
+    """
+    held_out = open_held_out(loaded, data)
+    opening_id = loaded.opening_id
+    sources = [Documents(stream, opening_id, 1, 1) for stream in held_out.valid]
+    every = [(source, i) for source in sources for i in range(len(source.lengths))]
+    parts, have = [np.array([opening_id])], 1
+    for number in np.random.default_rng(0).permutation(len(every)):
+        source, document = every[number]
+        parts.append(source.document(document))
+        have += len(parts[-1])
+        if have >= wanted:
+            break
+    return np.concatenate(parts)[:wanted]

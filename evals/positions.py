@@ -17,13 +17,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from evals.held_out import Documents, data_directories, open_held_out
+from evals.held_out import data_directories, running_text
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_figure
 from pretrain.common.plots import plot_text
 from pretrain.inference.load import LoadedModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.mixers.base import State
+from pretrain.nn.mixers.mitigations import held
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def evaluate_positions(
     seq_len = loaded.run.train.seq_len
     length = factor * seq_len
     directories = data_directories(loaded, data)
-    text = _text(loaded, data, sequences * length + 1)
+    text = running_text(loaded, data, sequences * length + 1)
     count = (len(text) - 1) // length
     if count == 0:
         raise UserError(
@@ -79,25 +80,6 @@ def evaluate_positions(
     }
 
 
-def _text(loaded: LoadedModel, data: str | None, wanted: int) -> np.ndarray:
-    """Return so many tokens of held-out documents of all sources, drawn at random without repeats.
-
-    Always the same ones; fewer where there are no more.
-    """
-    held_out = open_held_out(loaded, data)
-    opening_id = loaded.opening_id
-    sources = [Documents(stream, opening_id, 1, 1) for stream in held_out.valid]
-    every = [(source, i) for source in sources for i in range(len(source.lengths))]
-    parts, have = [np.array([opening_id])], 1
-    for number in np.random.default_rng(0).permutation(len(every)):
-        source, document = every[number]
-        parts.append(source.document(document))
-        have += len(parts[-1])
-        if have >= wanted:
-            break
-    return np.concatenate(parts)[:wanted]
-
-
 def _bin_ends(seq_len: int, length: int) -> list[int]:
     """Return the positions where bins end and states are measured.
 
@@ -129,8 +111,9 @@ def _score_sequence(
             logits[0].float(), ids[0, begin + 1 : end + 1], reduction="none"
         )
         losses.append(flat.double().cpu().numpy())
-        numbers = [sum(t.numel() for t in state.values()) for state in states]
-        for i, state in enumerate(states):
+        shown = [held(state) for state in states]
+        numbers = [sum(t.numel() for t in state.values()) for state in shown]
+        for i, state in enumerate(shown):
             # A state that grows with the text is a cache.
             if state and (not before or numbers[i] == before[i]):
                 sizes.setdefault(names[i], []).append(_rms(state))

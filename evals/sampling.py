@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from evals.mitigations import add_options, apply_options, given_options
 from pretrain.common.errors import UserError
 from pretrain.inference.generate import LARGEST_SEED, generate
 from pretrain.inference.load import LoadedModel, load_model
@@ -104,12 +105,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recurrences", type=int, help="passes of a recursive model's loop")
     parser.add_argument("--weights", choices=("last", "ema"), default="last")
+    add_options(parser)
     given = parser.parse_args(arguments)
     _check(given)
     prompt = given.prompt if given.prompt_file is None else _read(given.prompt_file)
     loaded = load_model(
         given.checkpoint, recurrences=given.recurrences, averaged=given.weights == "ema"
     )
+    apply_options(loaded, given_options(given))
     completion = Completion(
         loaded,
         prompt,

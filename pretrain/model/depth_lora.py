@@ -19,6 +19,7 @@ from pretrain.nn.linear import (
     RowParallelLinear,
     head_shared,
 )
+from pretrain.nn.mixers.base import Mixer
 from pretrain.nn.parameters import (
     ParameterInfo,
     constant,
@@ -105,7 +106,7 @@ def linear_shapes(block: nn.Module) -> list[tuple[int, int]]:
 
 
 def set_depth(block: nn.Module, depth: int) -> None:
-    """Select the pass whose low-rank differences the block uses."""
+    """Tell a block which pass of a loop runs: its low-rank differences, and its mixer."""
     for module in block.modules():
-        if isinstance(module, DepthLoRA):
+        if isinstance(module, DepthLoRA | Mixer):
             module.depth = depth

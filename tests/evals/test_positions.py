@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from evals.positions import _bin_ends, _text, draw_positions, evaluate_positions
+from evals.held_out import running_text
+from evals.positions import _bin_ends, draw_positions, evaluate_positions
 from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, DataSource
 from pretrain.data.batches import open_data
 from pretrain.data.manifest import Manifest
-from pretrain.data.tokenizer import Tokenizer
-from pretrain.model.build import build_model
-from tests.helpers.small_model import settings
+from tests.helpers.loaded_model import loaded
 
 pytestmark = pytest.mark.usefixtures("processes")
-
-
-def loaded(corpus, pattern="gdn attn", seq_len=16, **changes) -> Any:
-    config = settings(pattern=pattern, **changes)
-    model = build_model(config, 384, seed=0, dtype=torch.float64)
-    run = SimpleNamespace(
-        train=SimpleNamespace(seq_len=seq_len),
-        model=config,
-        data=DataConfig(str(corpus)),
-    )
-    state = SimpleNamespace(step=3, tokens=100)
-    tokenizer = Tokenizer.load(corpus)
-    return SimpleNamespace(
-        model=model.eval(),
-        tokenizer=tokenizer,
-        opening_id=tokenizer.eod_id,
-        run=run,
-        state=state,
-        checkpoint="x",
-    )
 
 
 def test_bins_double_and_end_with_the_text():
@@ -51,7 +28,7 @@ def test_losses_are_those_of_one_pass(corpus):
     found = loaded(corpus)
     result = evaluate_positions(found, factor=4, sequences=2)
     assert result["sequences"] == 2
-    text = _text(found, None, 2 * 64 + 1)
+    text = running_text(found, None, 2 * 64 + 1)
     rows = []
     for start in (0, 64):
         ids = torch.from_numpy(text[start : start + 65][None])
@@ -110,7 +87,7 @@ def test_the_text_is_documents_of_all_sources_once_each(corpus, other_corpus):
     found = loaded(corpus)
     blend = [DataSource(str(p)) for p in (corpus, other_corpus)]
     found.run.data = DataConfig(blend=blend)
-    text, eod = _text(found, None, 10**9), found.tokenizer.eod_id
+    text, eod = running_text(found, None, 10**9), found.tokenizer.eod_id
     documents = [tuple(part) for part in np.split(text, np.flatnonzero(text == eod) + 1)[1:-1]]
     expected = []
     for stream in open_data(found.run.data).valid:

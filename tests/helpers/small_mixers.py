@@ -20,6 +20,10 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "swa": [{"num_heads": 2, "window": 5}],
+    "sliced_attn": [
+        {"num_heads": 4, "num_kv_heads": 2, "slice_size": 6, "stride": 4},
+        {"num_heads": 2, "slice_size": 5, "stride": 3, "first": "strided"},
+    ],
     "linear_attn": [
         {"num_heads": 2, "chunk_size": 8},
         {"num_heads": 2, "feature_map": "elu", "normalize": True, "expand_v": 0.5},
@@ -89,9 +93,20 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "chunk_size": 8},
         {"num_heads": 3, "transition_size": 1, "chunk_size": 8, "conv_size": 0},
     ],
+    "mlstm_v1": [{"num_heads": 2, "chunk_size": 8}],
     "lstm": [{"num_heads": 2}],
     "gru": [{"num_heads": 2, "state_grad_clip": 0.01}],
     "slstm": [{"num_heads": 2}],
     "elman": [{"num_heads": 2}, {"num_heads": 3}],
+    "tcnca": [
+        {
+            "num_heads": 2,
+            "head_dim": 4,
+            "attention_chunk": 16,
+            "conv_layers": 2,
+            "conv_size": 5,
+            "dilation_factor": 3,
+        }
+    ],
     "rat": [{"num_heads": 4, "chunk_size": 8}, {"num_heads": 2, "head_dim": 4, "chunk_size": 3}],
 }

@@ -23,6 +23,7 @@ from pretrain.nn.mixers import (  # noqa: F401
     memora,
     mesa,
     mlstm,
+    mlstm_v1,
     moneta,
     para_gru,
     para_lstm,
@@ -33,7 +34,9 @@ from pretrain.nn.mixers import (  # noqa: F401
     rwkv7,
     s4,
     s4d,
+    sliced_attention,
     sliding_window,
+    tcnca,
     yaad,
 )
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, register, registry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Attention(Mixer):
     """
 
     config_class = AttentionConfig
-    over_time = "ops"
+    over_time: ClassVar[Literal["state", "ops", "cells"]] = "ops"
     card = MixerCard(
         "softmax attention",
         "o_t = sum_j softmax_j(q_t k_j / sqrt D) v_j",
@@ -148,15 +148,7 @@ class Attention(Mixer):
         k, v, sequences_k = k[0], v[0], sequences
         if state is not None:
             k, v, sequences_k = _append(state, k, v, sequences)
-        y = attention(
-            q,
-            k[None],
-            v[None],
-            window=self.config.window,
-            scale=self.config.scale,
-            sequences=sequences,
-            sequences_k=sequences_k,
-        )
+        y = self.attend(q, k[None], v[None], sequences, sequences_k)
         y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
         if gate is not None:
             y = _sigmoid_gate(y, gate)
@@ -185,6 +177,20 @@ class Attention(Mixer):
         if name != "q" and self._shared_biases:
             bias = head_shared(bias, self.parallel)
         return y + bias
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, sequences_k: Sequences
+    ) -> Tensor:
+        """Attend from q ``[1, T, H, D]``, the last tokens of sequences whose keys are k and v."""
+        return attention(
+            q,
+            k,
+            v,
+            window=self.config.window,
+            scale=self.config.scale,
+            sequences=sequences,
+            sequences_k=sequences_k,
+        )
 
     def _visible(self, k: Tensor, v: Tensor, sequences: Sequences) -> State:
         """Return the keys and values that later tokens can still attend to."""

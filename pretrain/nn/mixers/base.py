@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from pretrain.data.sequences import Sequences
 from pretrain.nn.parameters import DescribedModule
 from pretrain.nn.shared_tables import SharedTable, TableRow
 from pretrain.parallel.context import ParallelContext
+
+if TYPE_CHECKING:
+    from pretrain.nn.mixers.mitigations import Mitigations
 
 State = dict[str, Tensor]
 SHAREABLE = ("num_kv_heads", "num_groups", "num_qk_heads", "num_qk_groups")
@@ -159,6 +162,10 @@ class Mixer(DescribedModule, ABC):
     windowed_states: tuple[str, ...] = ()
     state_window: int = 0  # the most of them
     exact_states: tuple[str, ...] = ()  # that noise would make meaningless
+    # The settings of states at inference that it knows; see pretrain.nn.mixers.mitigations.
+    mitigable: tuple[str, ...] = ()
+    mitigations: Mitigations | None = None
+    depth: int = 0  # the pass of a loop that runs, from 0; set by the model
     parallel: ParallelContext
     num_heads: int  # of this process, where it has heads
 

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from pretrain.common.config_loader import setting
-from pretrain.nn.mixers.base import LayerContext, MixerCard, register
+from pretrain.nn.mixers.base import LayerContext, MixerCard, State, register
 from pretrain.nn.mixers.delta_rule import DeltaRuleMixer
 from pretrain.nn.mixers.gated_deltanet import GatedDeltaNetConfig
 from pretrain.nn.mixers.parts import gate_parameter, l2_norm
@@ -43,6 +43,7 @@ class Comba(DeltaRuleMixer):
     """Comba, as a mixer."""
 
     config_class = CombaConfig
+    mitigable = ()
     card = MixerCard(
         "Comba",
         "S_t = (a_t - c b_t k_t^T k_t) S_{t-1} + b_t k_t^T v_t;  o_t = (q_t - d c k_t) S_t",
@@ -67,15 +68,18 @@ class Comba(DeltaRuleMixer):
         return found if config.correction is None else {**found, "d": config.correction}
 
     @override
-    def recur(
+    def recurrence(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         beta: Tensor,
         log_decay: Tensor | None,
+        *,
+        state: State | None,
+        new_state: State,
         **options: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         assert log_decay is not None
         key = l2_norm(k)
         erase = key
@@ -83,7 +87,17 @@ class Comba(DeltaRuleMixer):
             k, erase = _scaled(k, self.c), _scaled(key, self.c)
         if self.config.correction is not None:
             q = _corrected(q, k, self.d)
-        return comba(l2_norm(q), key, v, erase, beta, log_decay=log_decay, **options)
+        y, new_state["recurrent"] = comba(
+            l2_norm(q),
+            key,
+            v,
+            erase,
+            beta,
+            log_decay=log_decay,
+            initial_state=None if state is None else state["recurrent"],
+            **options,
+        )
+        return y
 
     @override
     def gated_norm(self, y: Tensor, norm: Tensor, gate: Tensor) -> Tensor:

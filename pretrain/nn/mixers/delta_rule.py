@@ -15,6 +15,7 @@ from typing_extensions import override
 from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, accumulation_dtype, heads
+from pretrain.nn.mixers.mitigations import DELTA_RULE, recur
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
     convolution_states,
@@ -39,7 +40,7 @@ class DeltaRuleMixer(Mixer):
 
     Its state is the convolutions' last inputs, and S ``[N, H, K, V]`` in float32. A subclass says
     by ``output_gate`` and :meth:`decays`, and by its settings ``num_householder``, which of the
-    family it is, or another recurrence by :meth:`recur`.
+    family it is, or another recurrence by :meth:`recurrence`.
     """
 
     over_time = "ops"
@@ -52,6 +53,7 @@ class DeltaRuleMixer(Mixer):
         d, parallel = context.hidden_size, context.parallel
         self.num_heads = parallel.local(config.num_heads, "num_heads")
         self.substeps = self.householder(config)
+        self.mitigable = DELTA_RULE if self.decays(config) else DELTA_RULE[1:]
         k_dim = config.num_heads * config.head_dim
         v_dim = config.num_heads * config.value_dim
         k_steps, v_steps = self.substeps * k_dim, self.substeps * v_dim
@@ -105,14 +107,15 @@ class DeltaRuleMixer(Mixer):
         log_decay = None
         if self.decays(self.config):
             log_decay = softplus_decay(self.a_proj(x), self.A_log, self.dt_bias).transpose(0, 1)
-        y, new_state["recurrent"] = self.recur(
+        y = self.recurrence(
             q,
             k,
             v,
             beta,
             log_decay,
+            state=state,
+            new_state=new_state,
             sequences=sequences,
-            initial_state=None if state is None else state["recurrent"],
             chunk_size=self.config.chunk_size,
         )
         norm = head_shared(self.norm, self.parallel)
@@ -122,21 +125,28 @@ class DeltaRuleMixer(Mixer):
             y = rms_norm(y, norm, self.config.norm_eps)
         return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
-    def recur(
+    def recurrence(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         beta: Tensor,
         log_decay: Tensor | None,
+        *,
+        state: State | None,
+        new_state: State,
         **options: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the recurrence's output ``[B, T, H, V]`` and its final state."""
-        return delta_rule(
+    ) -> Tensor:
+        """Return the recurrence's output ``[B, T, H, V]``; its final state goes into new_state."""
+        return recur(
+            self,
+            delta_rule,
             l2_norm(q),
             l2_norm(k),
             v,
             beta,
+            state=state,
+            new_state=new_state,
             log_decay=log_decay,
             num_householder=self.substeps,
             **options,

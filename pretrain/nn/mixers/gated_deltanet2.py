@@ -15,7 +15,14 @@ from typing_extensions import override
 
 from pretrain.common.config_loader import setting
 from pretrain.nn.linear import ColumnParallelLinear
-from pretrain.nn.mixers.base import LayerContext, MixerCard, accumulation_dtype, heads, register
+from pretrain.nn.mixers.base import (
+    LayerContext,
+    MixerCard,
+    State,
+    accumulation_dtype,
+    heads,
+    register,
+)
 from pretrain.nn.mixers.kimi_delta_attention import (
     KimiDeltaAttention,
     KimiDeltaAttentionConfig,
@@ -47,6 +54,7 @@ class GatedDeltaNet2(KimiDeltaAttention):
     """Gated DeltaNet-2, as a mixer; its state is that of Kimi delta attention."""
 
     config_class = GatedDeltaNet2Config
+    mitigable = ()
     card = MixerCard(
         "Gated DeltaNet-2",
         "S_t = (I - k_t^T (b_t k_t)) Diag(a_t) S_{t-1} + k_t^T (w_t v_t);  o_t = q_t S_t",
@@ -68,12 +76,31 @@ class GatedDeltaNet2(KimiDeltaAttention):
         return {"b": config.head_dim, "w": config.value_dim}
 
     @override
-    def recur(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, **options: Any
-    ) -> tuple[Tensor, Tensor]:
+    def recurrence(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        *,
+        state: State | None,
+        new_state: State,
+        **options: Any,
+    ) -> Tensor:
         erase = _gate(heads(self.b_proj(x), self.num_heads), 1 + self.config.allow_neg_eigval)
         write = _gate(heads(self.w_proj(x), self.num_heads), 1)
-        return gdn2(q, k, v, erase, write, log_decay=log_decay, **options)
+        y, new_state["recurrent"] = gdn2(
+            q,
+            k,
+            v,
+            erase,
+            write,
+            log_decay=log_decay,
+            initial_state=None if state is None else state["recurrent"],
+            **options,
+        )
+        return y
 
     @override
     def output_gate(self, gate: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from pretrain.nn.mixers.lower_bounds import (
     lower_bound,
     lower_bound_tables,
 )
+from pretrain.nn.mixers.mitigations import ALL, recur
 from pretrain.nn.mixers.parts import linear_attention_flops, matrix_state, power_of_two
 from pretrain.nn.mixers.sizes import integral, split_width
 from pretrain.nn.norm import sharded_rms_norm
@@ -85,6 +86,7 @@ class HGRN2(Mixer):
 
     config_class = HGRN2Config
     over_time = "ops"
+    mitigable = ALL
     card = MixerCard(
         "HGRN2",
         "S_t = Diag(f_t) S_{t-1} + (1 - f_t)^T v_t;  o_t = q_t S_t",
@@ -117,17 +119,21 @@ class HGRN2(Mixer):
         closing, log_f = forget_above(self.f_proj(x), lower_bound(self))
         q, k, log_f = (heads(t, self.num_heads) for t in (q, closing, log_f))
         v = heads(self.i_proj(x), self.num_heads)
-        y, recurrent = linear_attention(
+        new_state: State = {}
+        y = recur(
+            self,
+            linear_attention,
             q,
             k,
             v,
+            state=state,
+            new_state=new_state,
             log_decay=log_f,
             sequences=sequences,
             chunk_size=self.config.chunk_size,
-            initial_state=None if state is None else state["recurrent"],
         )
         y = sharded_rms_norm(y.flatten(2), self.norm, self.config.norm_eps, self.parallel)
-        return self.o_proj(y.transpose(0, 1)), {"recurrent": recurrent}
+        return self.o_proj(y.transpose(0, 1)), new_state
 
     @override
     def init_state(self, batch_size: int) -> State:

@@ -32,6 +32,7 @@ from pretrain.nn.mixers.base import (
     heads,
     register,
 )
+from pretrain.nn.mixers.mitigations import DELTA_RULE, recur
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
     convolution_states,
@@ -85,11 +86,12 @@ class KimiDeltaAttention(Mixer):
     """Kimi delta attention, as a mixer.
 
     Its state is the convolutions' last inputs, and S ``[N, H, K, V]`` in float32. A subclass says
-    by :meth:`gates` and :meth:`recur` what erases and what writes.
+    by :meth:`gates` and :meth:`recurrence` what erases and what writes.
     """
 
     config_class: ClassVar[type[MixerConfig]] = KimiDeltaAttentionConfig
     over_time = "ops"
+    mitigable: ClassVar[tuple[str, ...]] = DELTA_RULE
     card = MixerCard(
         "Kimi delta attention",
         "S_t = (I - b_t k_t^T k_t) Diag(a_t) S_{t-1} + b_t k_t^T v_t;  o_t = q_t S_t",
@@ -131,13 +133,33 @@ class KimiDeltaAttention(Mixer):
         """Return the widths per head of what gates erasing and writing, by names of one letter."""
         return {"b": 1}
 
-    def recur(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return the recurrence's output ``[B, T, H, V]`` and its final state."""
+    def recurrence(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        *,
+        state: State | None,
+        new_state: State,
+        **options: Any,
+    ) -> Tensor:
+        """Return the recurrence's output ``[B, T, H, V]``; its final state goes into new_state."""
         beta = self.b_proj(x).to(accumulation_dtype(x.dtype)).sigmoid().transpose(0, 1)
         beta = beta * (1 + self.config.allow_neg_eigval)
-        return delta_rule(q, k, v, beta, log_decay=log_decay, **options)
+        return recur(
+            self,
+            delta_rule,
+            q,
+            k,
+            v,
+            beta,
+            state=state,
+            new_state=new_state,
+            log_decay=log_decay,
+            **options,
+        )
 
     @override
     def forward(
@@ -158,15 +180,16 @@ class KimiDeltaAttention(Mixer):
         log_decay = softplus_decay(
             decay, self.A_log[:, None], self.dt_bias.unflatten(0, (self.num_heads, -1))
         )
-        y, new_state["recurrent"] = self.recur(
+        y = self.recurrence(
             x,
             l2_norm(q),
             l2_norm(k),
             v,
             log_decay,
+            state=state,
+            new_state=new_state,
             sequences=sequences,
             chunk_size=self.config.chunk_size,
-            initial_state=None if state is None else state["recurrent"],
         )
         norm = head_shared(self.norm, self.parallel)
         y = rms_norm_sigmoid_gate(y, norm, self.output_gate(gate), self.config.norm_eps)

@@ -44,6 +44,7 @@ class LinearAttention(LinearFamilyMixer):
     """
 
     config_class = LinearAttentionConfig
+    mitigable = ("write_scale", "norm_limit", "window")  # there is no decay
     output_gate = False
     card = MixerCard(
         "linear attention",

@@ -16,6 +16,7 @@ from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
 from pretrain.nn.mixers.base import LayerContext, Mixer, MixerConfig, State, heads
+from pretrain.nn.mixers.mitigations import ALL, recur
 from pretrain.nn.mixers.parts import linear_attention_flops, matrix_state
 from pretrain.nn.mixers.sizes import heads_for, integral, per_head, split_width
 from pretrain.nn.parameters import constant, replicated_parameter
@@ -61,6 +62,7 @@ class LinearFamilyMixer(Mixer):
     """
 
     over_time = "ops"
+    mitigable: tuple[str, ...] = ALL
 
     output_gate: ClassVar[bool] = True
     per_channel: ClassVar[bool] = False  # whether there is a decay for each key channel
@@ -108,14 +110,17 @@ class LinearFamilyMixer(Mixer):
         new_state: State = {}
         q, k, v = (heads(getattr(self, f"{name}_proj")(x), self.num_heads) for name in "qkv")
         q, k, v = self.prepare(q, k, v, sequences, state, new_state)
-        y, new_state["recurrent"] = linear_attention(
+        y = recur(
+            self,
+            linear_attention,
             q,
             k,
             v,
+            state=state,
+            new_state=new_state,
             log_decay=self.log_decay(x),
             sequences=sequences,
             chunk_size=self.config.chunk_size,
-            initial_state=None if state is None else state["recurrent"],
         )
         y = self.finish(y)
         norm, eps = head_shared(self.norm, self.parallel), self.config.norm_eps

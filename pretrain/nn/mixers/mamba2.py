@@ -28,6 +28,7 @@ from pretrain.nn.mixers.base import (
     heads,
     register,
 )
+from pretrain.nn.mixers.mitigations import ALL, recur
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
     convolution_states,
@@ -96,6 +97,7 @@ class Mamba2(Mixer):
 
     config_class = Mamba2Config
     over_time = "ops"
+    mitigable = ALL
     card = MixerCard(
         "Mamba-2",
         "S_t = a_t S_{t-1} + B_t^T (D_t x_t);  y_t = C_t S_t + D x_t",
@@ -145,15 +147,18 @@ class Mamba2(Mixer):
         b, c = (repeat_heads(t.unflatten(-1, (self.groups, -1)), repeat) for t in (b, c))
         inner = inner.unflatten(-1, (self.num_heads, -1))
         step = F.softplus(self.dt_proj(x).to(self.dt_bias.dtype) + self.dt_bias).transpose(0, 1)
-        y, new_state["recurrent"] = linear_attention(
+        y = recur(
+            self,
+            linear_attention,
             c,
             b,
             _scaled(inner, step),
+            state=state,
+            new_state=new_state,
             log_decay=-self.A_log.exp() * step,
-            scale=1.0,
             sequences=sequences,
+            scale=1.0,
             chunk_size=self.config.chunk_size,
-            initial_state=None if state is None else state["recurrent"],
         )
         y = skip_silu_gate(y, inner, self.D[:, None], heads(self.z_proj(x), self.num_heads))
         y = y.flatten(2)

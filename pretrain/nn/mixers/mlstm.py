@@ -11,8 +11,9 @@ has no gradient.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,11 @@ from pretrain.nn.mixers.base import (
     MixerCard,
     MixerConfig,
     State,
+    accumulation_dtype,
     heads,
     register,
 )
+from pretrain.nn.mixers.mitigations import recur
 from pretrain.nn.mixers.parts import (
     borders,
     gate_parameter,
@@ -87,6 +90,7 @@ class MLSTM(Mixer):
 
     config_class = MLSTMConfig
     exact_states = ("max",)
+    mitigable = ("decay_scale", "write_scale", "window")
     card = MixerCard(
         "mLSTM (xLSTM)",
         "C_t = f_t C_{t-1} + e^{i_t} k_t^T v_t;  o_t = q_t C_t / max(|q_t n_t|, 1)",
@@ -110,7 +114,7 @@ class MLSTM(Mixer):
         self.i_proj = column_linear(parallel, d, config.num_heads, 0.0, precise=True)
         self.f_proj = column_linear(parallel, d, config.num_heads, 0.0, precise=True)
         self.i_bias = gate_parameter(parallel, (self.num_heads,), constant(-10.0))
-        self.f_bias = gate_parameter(parallel, (self.num_heads,), _forget_bias)
+        self.f_bias = gate_parameter(parallel, (self.num_heads,), forget_bias)
         self.norm = sharded_parameter(parallel, (self.num_heads * self.value_dim,), constant(1.0))
         self.o_proj = row_linear(parallel, v_dim, d, context.output_std)
 
@@ -122,22 +126,10 @@ class MLSTM(Mixer):
         q, k, v = (heads(getattr(self, f"{name}_proj")(x), self.num_heads) for name in "qkv")
         gates = ((self.i_proj(x), self.i_bias), (self.f_proj(x), self.f_bias))
         i, f = (_capped(gate.transpose(0, 1), bias, self.config.gate_cap) for gate, bias in gates)
-        log_f = F.logsigmoid(f)
-        m, last, change = _stabilizer(i, log_f, sequences, None if state is None else state["max"])
-        weight = (i - m).exp()
-        y, recurrent = linear_attention(
-            q,
-            k * weight[..., None].to(k.dtype),
-            torch.cat([v, torch.ones_like(v[..., :1])], -1),
-            log_decay=(log_f + change).to(self.i_bias.dtype),
-            sequences=sequences,
-            chunk_size=self.config.chunk_size,
-            initial_state=None if state is None else state["recurrent"],
-        )
-        eps = self.config.norm_eps
-        y = _normalized(y, (-m)[..., None].to(self.i_bias.dtype), eps).flatten(2) * self.norm
+        new_state: State = {}
+        y = normalized_memory(self, q, k, v, i, f, sequences, state, new_state) * self.norm
         y = torch.sigmoid(self.g_proj(x)) * y.transpose(0, 1)
-        return self.o_proj(y), {"recurrent": recurrent, "max": last}
+        return self.o_proj(y), new_state
 
     @override
     def init_state(self, batch_size: int) -> State:
@@ -171,7 +163,48 @@ class MLSTM(Mixer):
         return config.num_heads * (4 * config.key_dim * (config.head_dim + 1) + 8)
 
 
-def _forget_bias(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def normalized_memory(
+    mixer: Mixer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    sequences: Sequences | None,
+    state: State | None,
+    new_state: State,
+) -> Tensor:
+    """Return what q reads of mLSTM's memory, ``[B, T, H * V]`` of mean 0 and variance 1 per head.
+
+    q, k, v ``[B, T, H, dim]``; i and f ``[B, T, H]`` are the gates before their exponential and
+    sigmoid, in float64. ``mixer.config`` has ``norm_eps`` and ``chunk_size``. The state's entries
+    ``recurrent`` and ``max`` go into ``new_state``.
+    """
+    log_f, wanted = F.logsigmoid(f), mixer.mitigations
+    if wanted is not None:  # of the gates, not of what the stabilizer makes of them
+        log_f, i = log_f * wanted.decay_scale, i + math.log(wanted.write_scale)
+    config: Any = mixer.config
+    dtype = accumulation_dtype(q.dtype)
+    m, new_state["max"], change = _stabilizer(
+        i, log_f, sequences, None if state is None else state["max"]
+    )
+    y = recur(
+        mixer,
+        linear_attention,
+        q,
+        k * (i - m).exp()[..., None].to(k.dtype),
+        torch.cat([v, torch.ones_like(v[..., :1])], -1),
+        state=state,
+        new_state=new_state,
+        log_decay=(log_f + change).to(dtype),
+        sequences=sequences,
+        gates_scaled=True,
+        chunk_size=config.chunk_size,
+    )
+    return _normalized(y, (-m)[..., None].to(dtype), config.norm_eps).flatten(2)
+
+
+def forget_bias(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return biases from 3 to 6 over heads: memories of some ten to some hundred tokens."""
     return torch.linspace(3.0, 6.0, shape[0])
 

@@ -20,7 +20,7 @@ from tests.helpers.small_model import VOCAB, make
 
 pytestmark = pytest.mark.usefixtures("processes")
 ROWS, LENGTH, STEPS, EOD = 2, 24, 3, 7
-FLAT = [name for name in registry() if name not in ("attn", "rat")]
+FLAT = [name for name in registry() if name not in ("attn", "rat", "sliced_attn")]
 HYBRIDS = ("gdn swa slstm mamba2", "gru retnet para_gru")
 
 

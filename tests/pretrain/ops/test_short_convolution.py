@@ -8,17 +8,19 @@ from pretrain.ops import short_convolution
 from tests.helpers.relative_error import relative_error
 
 
-def torch_convolution(x, weight):
-    width = weight.shape[1]
-    padded = F.pad(x.transpose(1, 2), (width - 1, 0))
-    return F.conv1d(padded, weight[:, None], groups=x.shape[2]).transpose(1, 2)
+def torch_convolution(x, weight, dilation=1):
+    history = (weight.shape[1] - 1) * dilation
+    padded = F.pad(x.transpose(1, 2), (history, 0))
+    y = F.conv1d(padded, weight[:, None], groups=x.shape[2], dilation=dilation)
+    return y.transpose(1, 2)
 
 
-@pytest.mark.parametrize("width", [1, 2, 4])
-def test_equals_torch_on_rows(width):
+@pytest.mark.parametrize(("width", "dilation"), [(1, 1), (2, 1), (4, 1), (3, 2), (2, 12)])
+def test_equals_torch_on_rows(width, dilation):
     x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, width, dtype=torch.float64, requires_grad=True)
-    found, expected = short_convolution(x, weight)[0], torch_convolution(x, weight)
+    found = short_convolution(x, weight, dilation=dilation)[0]
+    expected = torch_convolution(x, weight, dilation)
     assert relative_error(found, expected) < 1e-14
     probe = torch.randn_like(x)
     for a, b in zip(
@@ -29,17 +31,21 @@ def test_equals_torch_on_rows(width):
         assert relative_error(a, b) < 1e-14
 
 
-@pytest.mark.parametrize("lengths", [[5, 1, 0, 7], [1, 1, 1], [13]])
-def test_packed_equals_each_alone(lengths):
+@pytest.mark.parametrize(
+    ("lengths", "dilation"), [([5, 1, 0, 7], 1), ([1, 1, 1], 1), ([13], 1), ([5, 1, 0, 11], 3)]
+)
+def test_packed_equals_each_alone(lengths, dilation):
     x = torch.randn(1, sum(lengths), 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    history = torch.randn(len(lengths), 3, 3, dtype=torch.float64, requires_grad=True)
+    history = torch.randn(len(lengths), 3 * dilation, 3, dtype=torch.float64, requires_grad=True)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    y, state = short_convolution(x, weight, initial_state=history, cu_seqlens=cu_seqlens)
+    y, state = short_convolution(
+        x, weight, initial_state=history, cu_seqlens=cu_seqlens, dilation=dilation
+    )
     parts, states = [], []
     for part, past in zip(x[0].split(lengths), history, strict=True):
         full = torch.cat([past, part])
-        parts.append(torch_convolution(full[None], weight)[0, 3:])
+        parts.append(torch_convolution(full[None], weight, dilation)[0, 3 * dilation :])
         states.append(full[len(part) :])
     assert relative_error(y[0], torch.cat(parts)) < 1e-14
     assert state is not None

@@ -64,6 +64,14 @@ def test_memory_is_what_four_processes_allocate(name):
         assert planned == pytest.approx(got, rel=0.1), f"planned / measured {planned / got:.3f}"
 
 
+LIKE_WHOLE = {
+    # A mask hides what lies beyond a window, but it is computed.
+    "swa": {"window": 128},
+    # Of 128 tokens both forms see as many pairs.
+    "sliced_attn": {"slice_size": 16, "stride": 8},
+}
+
+
 @pytest.fixture(scope="module")
 def every_mixer():
     """A block of each kind, 256 tokens, MLP included."""
@@ -71,9 +79,7 @@ def every_mixer():
         "hidden_size": 48,
         "pattern": " ".join(registry()),
         "mixers": {
-            # A mask hides what lies beyond a window, but it is computed.
-            name: {**SMALL.get(name, [{}])[0], **({"window": 128} if name == "swa" else {})}
-            for name in registry()
+            name: {**SMALL.get(name, [{}])[0], **LIKE_WHOLE.get(name, {})} for name in registry()
         },
     }
     settings = {
