@@ -100,7 +100,8 @@ def train(
     losses: list[float] = []
     started = time.process_time()
     for step in range(config.steps):
-        if config.minutes is not None and time.process_time() - started > 60 * config.minutes:
+        limit = config.minutes
+        if losses and limit is not None and time.process_time() - started > 60 * limit:
             break
         rows = make_rows(
             config.task,

@@ -21,7 +21,7 @@ from evals.synthetic.settings import SyntheticConfig
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.common.outputs import check_folder
-from pretrain.common.screen import plain_console, show_table, titled_table
+from pretrain.common.screen import plain_console, show_table
 from pretrain.parallel.processes import start_processes, stop_processes
 
 OUTPUT = "runs/claims"
@@ -33,8 +33,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("name", help="a claim's name, or 'list'")
     parser.add_argument("--output", default=OUTPUT, help=f"folder of the results ({OUTPUT})")
     options = parser.parse_args(arguments)
+    console = plain_console(soft_wrap=True)
     if options.name == "list":
-        show_table(_listed())
+        for known in claim_names():
+            console.print("\n".join(_lines(known)))
         return 0
     claim = load_claim(options.name)
     check_folder(Path(options.output), "--output")
@@ -61,8 +63,9 @@ def run_claim(name: str, claim: Claim, folder: Path) -> int:
     }
     write_json(folder / "outcome.json", outcome)
     picture = draw(name, claim, found, verdicts, folder / f"{name}.png")
-    show_table(table_of(name, claim, found))
     console = plain_console(soft_wrap=True)
+    console.print(f"{name}: {claim.claim} ({claim.source})")
+    show_table(table_of(claim, found))
     for verdict in verdicts:
         console.print(verdict_line(verdict))
     console.print(f"the claim {'holds' if held else 'does not hold'} here; picture: {picture}")
@@ -101,22 +104,18 @@ def _finished(result: dict[str, Any], config: SyntheticConfig) -> dict[str, Any]
     return result
 
 
-def _listed() -> Any:
-    table = titled_table(
-        "claims (CPU minutes on one core; ~: estimated)",
-        *("name", "source", "minutes", "runs", "claim", "holds if"),
-        left=("source", "claim", "holds if"),
-    )
-    for name in claim_names():
-        claim = load_claim(name)
-        table.add_row(
-            name,
-            claim.source,
-            f"{'' if claim.measured else '~'}{claim.minutes:g}",
-            str(len(claim.arms) * len(claim.seeds)),
-            claim.claim,
-            "; ".join(
-                f"{sentence(c)}{f' for {c.seeds} seeds' if c.seeds else ''}" for c in claim.holds
-            ),
+def _lines(name: str) -> list[str]:
+    """Return what ``claim list`` says of a claim."""
+    claim = load_claim(name)
+    cost = f"{'' if claim.measured else 'about '}{claim.minutes:g} CPU minutes"
+    lines = [
+        f"{name}: {claim.claim}",
+        f"  {claim.source}; {cost}, {len(claim.arms)} arms by {len(claim.seeds)} seeds",
+    ]
+    for criterion in claim.holds:
+        some = criterion.seeds is not None and criterion.seeds < len(claim.seeds)
+        lines.append(
+            f"  holds if {sentence(criterion)}"
+            f"{f', for {criterion.seeds} of the seeds' if some else ''}"
         )
-    return table
+    return lines

@@ -15,9 +15,9 @@ from pretrain.common.plots import plot_text
 from pretrain.common.screen import titled_table
 
 
-def table_of(name: str, claim: Claim, found: Mapping[str, Mapping[int, Measures]]) -> Table:
+def table_of(claim: Claim, found: Mapping[str, Mapping[int, Measures]]) -> Table:
     """Return a table of what the criteria name: a line per arm, seeds side by side."""
-    table = titled_table(f"{name}: {claim.claim} ({claim.source})", "arm", *claim.measures())
+    table = titled_table(None, "arm", *claim.measures())
     for arm in claim.arms:
         cells = []
         for measure in claim.measures():
