@@ -133,7 +133,8 @@ def train(
 def tests(model: LanguageModel, config: SyntheticConfig) -> list[dict[str, Any]]:
     """Test a model at every length, and with every number of passes of its loop."""
     scores = []
-    for passes in config.test_recurrences or [None]:
+    counts: list[int | None] = [*config.test_recurrences]
+    for passes in counts or [None]:
         if model.recursion is not None:
             model.recursion.set_times(passes)
         for factor in config.test_factors:

@@ -28,7 +28,7 @@ def para_rnn(settings: Mapping[str, Any], seed: int, train: Train) -> dict[str, 
     the largest of them. ``speed-up N``: CPU time of stepping through N tokens forward and backward
     over that of Newton's method, in float32; ``growth``: the last of these over the first.
     """
-    cell = {"gru": para_gru, "lstm": para_lstm}[settings["cell"]]
+    cell: Callable[..., Any] = para_gru if settings["cell"] == "gru" else para_lstm
     torch.set_num_threads(1)
     ratios, error = {}, 0.0
     for length in settings["lengths"]:
