@@ -107,7 +107,8 @@ def _command_line(options: argparse.Namespace) -> SyntheticConfig:
         if text is not None
     }
     config = build_config(SyntheticConfig, values, "command line")
-    mixers = list(dict.fromkeys(s.name for s in block_specs(config.model(), "command line")))
+    where = "command line"
+    mixers = list(dict.fromkeys(s.name for s in block_specs(config.model(where), where)))
     for item in options.mixer:
         key, separator, text = item.partition("=")
         name, dot, inner = key.rpartition(".")

@@ -220,6 +220,24 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys, monkeypatch):
         ),
         ("mqar --pattern gru --length 200", "makes 100 pairs at 4 times the length, expected at"),
         ("mqar --pattern gru --length 33", "a length of mqar is 33, expected an even number"),
+        (
+            "s3 --pattern gru --recursion '{times: 0}'",
+            "command line: recursion.times is 0, expected at least 1",
+        ),
+        (
+            "s3 --pattern gru --test-recurrences [2]",
+            r"test_recurrences is \[2\], but there is no recursion",
+        ),
+        (
+            "s3 --pattern gru --recursion '{times: 2, lora_rank: 1}' --test-recurrences [3]",
+            "expected numbers from 1 to 2, the passes that the loop has parameters for",
+        ),
+        (
+            "s3 --pattern gru --model-settings '{pattern: attn}'",
+            "model_settings has pattern, expected pattern beside it, not in it",
+        ),
+        ("s3 --pattern gru --mlp relux", "mlp.kind is 'relux'.*expected one of: swiglu, gelu"),
+        ("disjointness --pattern gru", "disjointness has rows of 32 to 128 tokens.*expected 9 to"),
         ("--suite nowhere.yaml", "no config file at nowhere.yaml"),
     ],
 )
