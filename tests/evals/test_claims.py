@@ -65,6 +65,16 @@ def test_every_claim_can_be_read_and_is_affordable():
                     assert named <= known, (name, named - known)
 
 
+def test_claims_are_listed_with_their_cost_and_criteria(capsys):
+    assert synthetic.main(["claim", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == claim_names()
+    claim = load_claim("para-rnn")
+    at = lines.index(f"para-rnn: {claim.claim}")
+    assert claim.source in lines[at + 1] and "CPU minutes, 2 arms by 1 seeds" in lines[at + 1]
+    assert lines[at + 2] == "  holds if ParaGRU: error is at most 1e-09"
+
+
 def test_a_claim_holds_fails_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys, alone):
     write(tmp_path / "files", monkeypatch, '[{arm: long, measure: "loss 1x", at_least: 0.0}]')
     output = ["claim", "small", "--output", str(tmp_path / "out")]
