@@ -5,8 +5,9 @@ is the parity of the last N bits before the questions (arXiv 2309.12927, where a
 head for each N; here they are tokens at the end of a row).
 
 ``disjointness`` is a long set, a separator, a short set of ``SHORT`` elements and a separator, the
-whole ``reads`` times, then a question; the target is the one element that both sets have (after
-set disjointness in arXiv 2407.05483). Whoever reads the long set first has to keep all of it.
+whole ``reads`` times, then the short set's elements again; the target of each is whether the long
+set has it too (after set disjointness in arXiv 2407.05483). Whoever reads the long set first has to
+keep all of it.
 
 ``addition`` is two numbers and their sum, digits from the last to the first. A hint stands before
 every digit and says its place; hints count on from a random start, so that short rows use all of
@@ -31,7 +32,7 @@ WINDOWS = 32  # the widest window of n_parity
 ELEMENTS, SHORT = 64, 4  # of disjointness
 HINTS, BASE = 32, 10  # places and digits of addition
 _BITS = 3  # tokens 0 and 1, and BOS; the question N is the token 1 + N
-_SEPARATOR, _QUESTION, _BOS = ELEMENTS, ELEMENTS + 1, ELEMENTS + 2
+_SEPARATOR, _QUESTION, _BOS, _NO, _YES = (ELEMENTS + i for i in range(5))
 _PLUS, _EQUALS, _START = BASE + HINTS, BASE + HINTS + 1, BASE + HINTS + 2
 
 
@@ -55,28 +56,35 @@ def _solve_n_parity(tokens: Sequence[int]) -> list[int]:
 
 
 def disjointness(generator: np.random.Generator, rows: int, length: int, options: Options) -> Rows:
-    """Return rows of two sets with one common element; ``length`` tokens where read once."""
-    long = length - SHORT - 4
-    drawn = np.argsort(generator.random((rows, ELEMENTS)), axis=1)[:, : long + SHORT - 1]
-    common = generator.integers(0, long, rows)
-    short = np.concatenate([drawn[:, long:], drawn[np.arange(rows), common, None]], axis=1)
-    short = generator.permuted(short, axis=1)
+    """Return rows of two sets and questions on them; ``length`` tokens where read once."""
+    long = length - 2 * SHORT - 4
+    drawn = np.argsort(generator.random((rows, ELEMENTS)), axis=1)[:, : long + SHORT]
+    first = drawn[:, :long]
+    # Of the short set each element is in the long one with probability 1/2, or is another.
+    shared = generator.random((rows, SHORT)) < 1 / 2
+    places = np.argsort(generator.random((rows, long)), axis=1)[:, :SHORT]
+    short = np.where(shared, np.take_along_axis(first, places, axis=1), drawn[:, long:])
     line = np.full((rows, 1), _SEPARATOR)
-    sets = [short, line, drawn[:, :long], line]
-    once = np.concatenate(sets if options.short_first else sets[2:] + sets[:2], axis=1)
+    once = [short, line, first, line] if options.short_first else [first, line, short, line]
+    order = np.argsort(generator.random((rows, SHORT)), axis=1)
+    asked, answers = (np.take_along_axis(x, order, axis=1) for x in (short, shared))
     opening, question = np.full((rows, 1), _BOS), np.full((rows, 1), _QUESTION)
-    tokens = np.concatenate([opening, *[once] * options.reads, question], axis=1)
+    tokens = np.concatenate([opening, *once * options.reads, question, asked], axis=1)
     targets, scored = np.zeros_like(tokens), np.zeros(tokens.shape, dtype=bool)
-    targets[:, -1], scored[:, -1] = drawn[np.arange(rows), common], True
+    targets[:, -SHORT:], scored[:, -SHORT:] = np.where(answers, _YES, _NO), True
     return Rows(tokens, targets, scored)
 
 
 def _solve_disjointness(tokens: Sequence[int]) -> list[int]:
-    line = list(tokens).index(_SEPARATOR)
-    first = set(tokens[1:line])
-    second = set(tokens[line + 1 : list(tokens).index(_SEPARATOR, line + 1)])
-    (shared,) = first & second
-    return [-1] * (len(tokens) - 1) + [shared]
+    parts: list[list[int]] = [[]]
+    for token in tokens[1 : list(tokens).index(_QUESTION)]:
+        if token == _SEPARATOR:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    both = set(parts[0]) & set(parts[1])
+    answers = [_YES if token in both else _NO for token in tokens[-SHORT:]]
+    return [-1] * (len(tokens) - SHORT) + answers
 
 
 def digits_of(length: int) -> int:
@@ -139,7 +147,7 @@ def library_bytes(generator: np.random.Generator, rows: int, length: int, option
 
 ALGORITHMS = {
     "n_parity": Task(WINDOWS + 2, 1 / 2, n_parity, _solve_n_parity),
-    "disjointness": Task(ELEMENTS + 3, 1 / SHORT, disjointness, _solve_disjointness),
+    "disjointness": Task(ELEMENTS + 5, 1 / 2, disjointness, _solve_disjointness),
     "addition": Task(BASE + HINTS + 3, 1 / BASE, addition, _solve_addition),
     "bytes": Task(256, 1 / 256, library_bytes, lambda tokens: [*tokens[1:], -1]),
 }

@@ -152,7 +152,7 @@ def _check_lengths(config: SyntheticConfig, where: str) -> None:
     longest = config.length * max(config.test_factors)
     least, most = {
         "n_parity": (config.window + 2, longest),
-        "disjointness": (SHORT + 5, ELEMENTS + 5),
+        "disjointness": (3 * SHORT + 4, ELEMENTS + SHORT + 4),
         "addition": (9, 6 * HINTS + 8),
     }.get(config.task, (4, longest))
     assert config.task != "addition" or digits_of(most) == HINTS

@@ -34,7 +34,7 @@ def rows_of(task: str, **changes) -> Rows:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_targets_are_what_the_definition_says(task):
-    for length in (32, 9 if task in ("addition", "disjointness") else 8, 64):
+    for length in (32, {"addition": 9, "disjointness": 16}.get(task, 8), 64):
         rows = rows_of(task, rows=30, length=length)
         assert rows.scored.any(1).all()
         for tokens, targets, scored in zip(rows.tokens, rows.targets, rows.scored, strict=True):
@@ -237,7 +237,7 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys, monkeypatch):
             "model_settings has pattern, expected pattern beside it, not in it",
         ),
         ("s3 --pattern gru --mlp relux", "mlp.kind is 'relux'.*expected one of: swiglu, gelu"),
-        ("disjointness --pattern gru", "disjointness has rows of 32 to 128 tokens.*expected 9 to"),
+        ("disjointness --pattern gru", "disjointness has rows of 32 to 128 tokens.*expected 16 to"),
         ("--suite nowhere.yaml", "no config file at nowhere.yaml"),
     ],
 )
@@ -260,3 +260,25 @@ def test_a_bad_suite_is_one_sentence(tmp_path, runs, message):
     path.write_text(f"runs: {runs}\n")
     with pytest.raises(UserError, match=message):
         command.main(["--suite", str(path)])
+
+
+@pytest.mark.parametrize(("reads", "short_first"), [(1, False), (2, False), (1, True)])
+def test_sets_are_read_as_often_and_in_the_order_that_was_asked_for(reads, short_first):
+    options = Options(reads=reads, short_first=short_first)
+    rows = rows_of("disjointness", length=36, rows=400, options=options)
+    assert rows.tokens.shape == (400, 36 + (reads - 1) * 30)
+    for tokens, targets, scored in zip(rows.tokens, rows.targets, rows.scored, strict=True):
+        expected = TASKS["disjointness"].solve(tokens.tolist())
+        assert np.where(scored, targets, -1).tolist() == expected
+        first = tokens[1 : tokens.tolist().index(64)]
+        assert len(first) == len(set(first)) == (4 if short_first else 24)
+    yes = (rows.targets[rows.scored] == 68).mean()
+    assert 0.45 < yes < 0.55
+
+
+def test_windows_of_parity_have_a_question_each():
+    rows = rows_of("n_parity", length=20, options=Options(windows=(2, 3, 7)))
+    assert (rows.tokens[:, -3:] == [3, 4, 8]).all() and (rows.tokens[:, 1:-3] < 2).all()
+    for window, answers in zip((2, 3, 7), rows.targets[:, -3:].T, strict=True):
+        assert (answers == rows.tokens[:, 17 - window : 17].sum(1) % 2).all()
+        assert 0.3 < answers.mean() < 0.7
