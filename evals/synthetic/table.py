@@ -60,7 +60,7 @@ class TableConfig(Config):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the cells that are missing, and write the table after each of them."""
+    """Run the cells that are missing, and write the table after each; 1 if one was refused."""
     options = _parser().parse_args(arguments)
     table = load_config(TableConfig, options.settings)
     tasks = _chosen(options.tasks, list(table.tasks), "--tasks", "task of the table")
@@ -70,16 +70,22 @@ def main(arguments: Sequence[str]) -> int:
     check_folder(folder, "--output")
     cells = {(t, m): cell(table, t, m, options.settings) for t in tasks for m in mixers}
     console = plain_console(stderr=True, soft_wrap=True)
+    refused = []
     start_processes()
     try:
         for number, ((task, mixer), config) in enumerate(cells.items(), 1):
-            result_of(config, folder, f"{number}/{len(cells)} {task}, {mixer}")
+            title = f"{number}/{len(cells)} {task}, {mixer}"
+            try:
+                result_of(config, folder, title)
+            except (UserError, ValueError) as error:  # of a layer that this model does not suit
+                console.print(f"{title}: refused: {error}")
+                refused.append(title)
             found = {at: kept_result(config, folder) for at, config in cells.items()}
             write_bytes(out, markdown(found, table).encode())
     finally:
         stop_processes()
-    console.print(f"written to {out}")
-    return 0
+    console.print(f"written to {out}{f', without {len(refused)} refused cells' * bool(refused)}")
+    return 1 if refused else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ def test_every_mixer_has_a_cell_of_every_task():
         assert all(c.minutes == 2 and c.mixers.keys() == {mixer} for c in configs)
 
 
-def test_the_table_grows_and_names_what_is_missing(tmp_path, monkeypatch):
+def test_the_table_grows_and_names_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table, "stop_processes", lambda: None)
     settings = tmp_path / "table.yaml"
     settings.write_text(
@@ -36,6 +36,13 @@ def test_the_table_grows_and_names_what_is_missing(tmp_path, monkeypatch):
     assert first.stat().st_mtime_ns == written
     text = out.read_text()
     assert "| `gru` |" in text and "gru on parity (step 1 of 50)" in text
+
+    def refuse(config, *_):
+        raise ValueError("rows are too short")
+
+    monkeypatch.setattr(table, "result_of", refuse)
+    assert synthetic.main([*options, "--tasks", "parity"]) == 1
+    assert "parity, gru: refused: rows are too short" in capsys.readouterr().err
 
     config = load_config(TableConfig, settings)
     missing = markdown({("parity", "gru"): None, ("s3", "gru"): None}, config)
