@@ -49,7 +49,7 @@ _PAGES = (
     (
         "Synthetic tasks",
         "Options of `python -m evals.synthetic` (`--hidden-size 64`), and keys of a suite's runs.",
-        "evals.synthetic.training:SyntheticConfig",
+        "evals.synthetic.settings:SyntheticConfig",
     ),
 )
 _MIXERS = """

@@ -33,6 +33,7 @@ PAGES = [
 FIRST = ("README.md", "docs/data.md", "docs/training.md")
 # Whose commands have a test of their own, or which have none.
 OTHERS = {
+    "docs/claims.md",
     "docs/add-a-layer.md",
     "docs/contributing.md",
     "docs/index.md",

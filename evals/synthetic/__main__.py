@@ -1,35 +1,34 @@
 """``python -m evals.synthetic TASK --pattern PATTERN``: train a model on a synthetic task.
 
 ``--suite FILE.yaml`` runs a list of such trainings and prints them as a markdown table.
-``python -m evals.synthetic text NAME`` writes problems and answers in English to train on.
+``python -m evals.synthetic text NAME`` writes problems and answers in English to train on,
+``claim NAME`` decides on a claim of a paper, ``table`` compares all mixers on five tasks.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
+from evals.synthetic.results import label, result_of, result_path
+from evals.synthetic.settings import TEST_FACTORS, SyntheticConfig, check_config
 from evals.synthetic.tasks import TASKS
-from evals.synthetic.training import LAST, TEST_FACTORS, SyntheticConfig, check_config, run
+from evals.synthetic.training import LAST
 from pretrain.common.config_loader import ConfigError, build_config, load_config
 from pretrain.common.errors import UserError, run_command, short
-from pretrain.common.files import write_json
 from pretrain.common.outputs import check_folder
-from pretrain.common.screen import plain_console, show_table, titled_table
+from pretrain.common.screen import show_table, titled_table
 from pretrain.common.yaml_text import parse_value
 from pretrain.model.spec import block_specs
 from pretrain.parallel.processes import start_processes, stop_processes
 
 OUTPUT = "runs/synthetic"
+_TEXTS = ("task", "pattern", "mlp")  # settings that are text whatever they look like
 
 
 @dataclass
@@ -51,6 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from evals.synthetic.text_files import main as write_text
 
         return write_text(arguments[1:])
+    if arguments[:1] == ["claim"]:
+        from evals.synthetic.claims.command import main as run_claim
+
+        return run_claim(arguments[1:])
+    if arguments[:1] == ["table"]:
+        from evals.synthetic.table import main as make_table
+
+        return make_table(arguments[1:])
     options = _parser().parse_args(arguments)
     output = Path(options.output)
     if (options.task is None) == (options.suite is None):
@@ -59,12 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configs = [_command_line(options)] if options.suite is None else load_suite(options.suite)
     start_processes()
     try:
-        results = [_result(config, output) for config in configs]
+        results = [result_of(config, output) for config in configs]
     finally:
         stop_processes()
     if options.suite is None:
         _show(results[0])
-        print(f"written to {_path(configs[0], output)}")
+        print(f"written to {result_path(configs[0], output)}")
     else:
         print(markdown(results))
     return 0
@@ -95,12 +102,13 @@ def _command_line(options: argparse.Namespace) -> SyntheticConfig:
     names = [item.name for item in dataclasses.fields(SyntheticConfig) if item.name != "mixers"]
     given = {name: getattr(options, name) for name in names}
     values = {
-        name: text if name in ("task", "pattern") else _value(text, f"--{name.replace('_', '-')}")
+        name: text if name in _TEXTS else _value(text, f"--{name.replace('_', '-')}")
         for name, text in given.items()
         if text is not None
     }
     config = build_config(SyntheticConfig, values, "command line")
-    mixers = list(dict.fromkeys(s.name for s in block_specs(config.model(), "command line")))
+    where = "command line"
+    mixers = list(dict.fromkeys(s.name for s in block_specs(config.model(where), where)))
     for item in options.mixer:
         key, separator, text = item.partition("=")
         name, dot, inner = key.rpartition(".")
@@ -137,46 +145,13 @@ def load_suite(path: str) -> list[SyntheticConfig]:
         for seed in seeds:
             configs.append(build_config(SyntheticConfig, {**values, "seed": seed}, where))
             check_config(configs[-1], where)
+        tested = (configs[-1].test_factors, configs[-1].test_recurrences)
+        if tested != ([*TEST_FACTORS], []):
+            raise ConfigError(
+                f"{where}: test_factors and test_recurrences are {tested[0]} and {tested[1]}, "
+                f"expected {[*TEST_FACTORS]} and []: a suite's table has no other columns"
+            )
     return configs
-
-
-def _path(config: SyntheticConfig, output: Path) -> Path:
-    """Return the path of the result of these settings."""
-    digest = hashlib.sha256(repr(dataclasses.asdict(config)).encode()).hexdigest()[:8]
-    pattern = "".join(c if c.isalnum() or c == "_" else "-" for c in config.pattern)
-    return output / f"{config.task}-{pattern}-{digest}.json"
-
-
-def _result(config: SyntheticConfig, output: Path) -> dict[str, Any]:
-    """Return the result of ``config``, running it unless its result exists."""
-    path = _path(config, output)
-    if path.is_file():
-        known: dict[str, Any] = json.loads(path.read_text())
-        return known
-    output.mkdir(parents=True, exist_ok=True)
-    console = plain_console(stderr=True)
-    title = f"{config.task}, {label(dataclasses.asdict(config))}, seed {config.seed}"
-    with console.status(Text(title)) as status:
-
-        def on_step(step: int, loss: float) -> None:
-            if step % 10 == 0:
-                status.update(Text(f"{title}: step {step}/{config.steps}, loss {loss:.4f}"))
-
-        result = run(config, on_step)
-    scores = ", ".join(f"{t['length']}: {t['accuracy']:.4f}" for t in result["tests"])
-    console.print(f"{title}: loss {result['final_loss']:.4f}, accuracy {scores}")
-    write_json(path, result)
-    return result
-
-
-def label(settings: dict[str, Any]) -> str:
-    """Return a label of a run's settings: the pattern and the mixers' changed settings."""
-    parts = [
-        f"{key}={json.dumps(value)}"
-        for mixer in settings["mixers"].values()
-        for key, value in mixer.items()
-    ]
-    return " ".join([settings["pattern"], *parts])
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -186,7 +161,8 @@ def _show(result: dict[str, Any]) -> None:
         *("length", "accuracy", "whole rows", f"last {LAST} positions"),
     )
     for score in result["tests"]:
-        table.add_row(str(score["length"]), *_cells(score))
+        passes = f", {score['passes']} passes" if "passes" in score else ""
+        table.add_row(f"{score['length']}{passes}", *_cells(score))
     table.caption = f"chance {result['chance']:.4f}, final loss {result['final_loss']:.4f}"
     show_table(table)
 

@@ -16,45 +16,26 @@ target is the token that followed it then (arXiv 2209.11895).
 ``mqar`` is multi-query associative recall (arXiv 2312.04927; HazyResearch/zoology): alternating
 keys and values, then every key again, at gaps that follow a power law, among filler; the target of
 a repeated key is its value, and nothing else counts. Keys and values are drawn for each row.
+
+``n_parity``, ``disjointness``, ``addition`` and ``bytes`` are in :mod:`.algorithms`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import accumulate, permutations
 from typing import Literal
 
 import numpy as np
 
+from evals.synthetic.algorithms import ALGORITHMS
+from evals.synthetic.rows import Options, Rows, Task
+
 MODULUS, LETTERS = 5, 32
 MQAR_KEYS = 64  # tokens 1 to 64; the values are the 64 after them, 0 is filler
 _GAP_POWER = 0.01
-_STREAMS = {"train": 0, "test": 1}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A batch: ``[B, T]`` int64 tokens and targets, and in ``scored`` which targets count."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    scored: np.ndarray
-
-
-@dataclass(frozen=True)
-class Task:
-    """A synthetic task.
-
-    ``make`` takes (generator, number of rows, length, tokens per key-value pair), of which the
-    last matters to ``mqar`` only; ``chance`` is the accuracy of a guess; ``solve`` returns the
-    targets of one row's tokens by the definition alone, -1 where none counts.
-    """
-
-    vocab_size: int
-    chance: float
-    make: Callable[[np.random.Generator, int, int, int], Rows]
-    solve: Callable[[Sequence[int]], list[int]]
+_STREAMS = {"train": 0, "test": 1, "check": 2}
 
 
 def elements_of(things: int, *, even: bool = False) -> list[tuple[int, ...]]:
@@ -245,11 +226,12 @@ TASKS: dict[str, Task] = {
     "mqar": Task(
         2 * MQAR_KEYS + 1,
         1 / MQAR_KEYS,
-        lambda generator, rows, length, tokens_per_pair: associative_recall(
-            generator, rows, length, length // tokens_per_pair
+        lambda generator, rows, length, options: associative_recall(
+            generator, rows, length, length // options.tokens_per_pair
         ),
         _solve_recall,
     ),
+    **ALGORITHMS,
 }
 
 
@@ -257,15 +239,16 @@ def make_rows(
     task: str,
     *,
     seed: int,
-    stream: Literal["train", "test"],
+    stream: Literal["train", "test", "check"],
     index: int,
     rows: int,
     length: int,
-    tokens_per_pair: int = 8,
+    options: Options | None = None,
 ) -> Rows:
     """Return batch ``index`` of a stream, a function of the arguments alone.
 
     Batches are independent for different seeds, streams and indices.
     """
     generator = np.random.default_rng([seed, _STREAMS[stream], index])
-    return TASKS[task].make(generator, rows, length, tokens_per_pair)
+    options = replace(options or Options(), held_out=stream == "test")
+    return TASKS[task].make(generator, rows, length, options)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evals.synthetic.long_context import STREAMS
+from evals.synthetic.rows import Options
 from evals.synthetic.tasks import MODULUS, TASKS, elements_of
 from evals.synthetic.words import NOUNS
 
@@ -42,7 +43,9 @@ def _sum(modulus: int) -> Callable[[np.random.Generator, int], Problem]:
 
 
 def _formula(generator: np.random.Generator, length: int) -> Problem:
-    tokens = TASKS["modular_arithmetic"].make(generator, 1, 2 * length, 0).tokens[0].tolist()
+    tokens = (
+        TASKS["modular_arithmetic"].make(generator, 1, 2 * length, Options()).tokens[0].tolist()
+    )
     answer = str(TASKS["modular_arithmetic"].solve(tokens)[-1])
     shown = " ".join(str(t) if t < MODULUS else "+-*"[t - MODULUS] for t in tokens[1:])
     return Problem(f"Modulo {MODULUS}, {shown} =", answer, [str(n) for n in range(MODULUS)])

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 
 from evals.synthetic import __main__ as command
+from evals.synthetic.rows import Options, Rows
+from evals.synthetic.settings import SyntheticConfig
 from evals.synthetic.tasks import (
     MQAR_KEYS,
     TASKS,
-    Rows,
     cyclic_table,
     elements_of,
     make_rows,
     permutation_table,
 )
-from evals.synthetic.training import SyntheticConfig, learning_rate, run, train_length
+from evals.synthetic.training import learning_rate, run, train_length
 from pretrain.common.errors import UserError
 
 PERMUTATIONS = list(permutations(range(3)))
@@ -33,7 +34,7 @@ def rows_of(task: str, **changes) -> Rows:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_targets_are_what_the_definition_says(task):
-    for length in (32, 8, 64):
+    for length in (32, {"addition": 9, "disjointness": 16}.get(task, 8), 64):
         rows = rows_of(task, rows=30, length=length)
         assert rows.scored.any(1).all()
         for tokens, targets, scored in zip(rows.tokens, rows.targets, rows.scored, strict=True):
@@ -99,7 +100,7 @@ def test_elements_and_targets_are_uniform(task):
 @pytest.mark.parametrize(("length", "tokens_per_pair"), [(64, 8), (32, 4), (256, 8), (8, 8)])
 def test_mqar_answers_stand_beside_their_keys(length, tokens_per_pair):
     pairs = length // tokens_per_pair
-    rows = rows_of("mqar", length=length, tokens_per_pair=tokens_per_pair)
+    rows = rows_of("mqar", length=length, options=Options(tokens_per_pair))
     for tokens, targets, scored in zip(rows.tokens, rows.targets, rows.scored, strict=True):
         memory = dict(tokens[: 2 * pairs].reshape(pairs, 2).tolist())
         assert len(memory) == pairs == len(set(memory.values()))
@@ -219,6 +220,24 @@ def test_the_command_writes_what_it_shows(tmp_path, capsys, monkeypatch):
         ),
         ("mqar --pattern gru --length 200", "makes 100 pairs at 4 times the length, expected at"),
         ("mqar --pattern gru --length 33", "a length of mqar is 33, expected an even number"),
+        (
+            "s3 --pattern gru --recursion '{times: 0}'",
+            "command line: recursion.times is 0, expected at least 1",
+        ),
+        (
+            "s3 --pattern gru --test-recurrences [2]",
+            r"test_recurrences is \[2\], but there is no recursion",
+        ),
+        (
+            "s3 --pattern gru --recursion '{times: 2, lora_rank: 1}' --test-recurrences [3]",
+            "expected numbers from 1 to 2, the passes that the loop has parameters for",
+        ),
+        (
+            "s3 --pattern gru --model-settings '{pattern: attn}'",
+            "model_settings has pattern, expected pattern beside it, not in it",
+        ),
+        ("s3 --pattern gru --mlp relux", "mlp.kind is 'relux'.*expected one of: swiglu, gelu"),
+        ("disjointness --pattern gru", "disjointness has rows of 32 to 128 tokens.*expected 16 to"),
         ("--suite nowhere.yaml", "no config file at nowhere.yaml"),
     ],
 )
@@ -241,3 +260,25 @@ def test_a_bad_suite_is_one_sentence(tmp_path, runs, message):
     path.write_text(f"runs: {runs}\n")
     with pytest.raises(UserError, match=message):
         command.main(["--suite", str(path)])
+
+
+@pytest.mark.parametrize(("reads", "short_first"), [(1, False), (2, False), (1, True)])
+def test_sets_are_read_as_often_and_in_the_order_that_was_asked_for(reads, short_first):
+    options = Options(reads=reads, short_first=short_first)
+    rows = rows_of("disjointness", length=36, rows=400, options=options)
+    assert rows.tokens.shape == (400, 36 + (reads - 1) * 30)
+    for tokens, targets, scored in zip(rows.tokens, rows.targets, rows.scored, strict=True):
+        expected = TASKS["disjointness"].solve(tokens.tolist())
+        assert np.where(scored, targets, -1).tolist() == expected
+        first = tokens[1 : tokens.tolist().index(64)]
+        assert len(first) == len(set(first)) == (4 if short_first else 24)
+    yes = (rows.targets[rows.scored] == 68).mean()
+    assert 0.45 < yes < 0.55
+
+
+def test_windows_of_parity_have_a_question_each():
+    rows = rows_of("n_parity", length=20, options=Options(windows=(2, 3, 7)))
+    assert (rows.tokens[:, -3:] == [3, 4, 8]).all() and (rows.tokens[:, 1:-3] < 2).all()
+    for window, answers in zip((2, 3, 7), rows.targets[:, -3:].T, strict=True):
+        assert (answers == rows.tokens[:, 17 - window : 17].sum(1) % 2).all()
+        assert 0.3 < answers.mean() < 0.7

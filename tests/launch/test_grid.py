@@ -12,6 +12,7 @@ from launch.expansion import load_grid
 from launch.matching import counts_of
 from launch.throughput import write_throughput
 from pretrain.common.config_loader import ConfigError
+from pretrain.model.pattern import parse_pattern
 from pretrain.model.spec import block_specs
 
 ROOT = Path(__file__).parents[2]
@@ -334,16 +335,25 @@ def test_grids_that_come_with_the_project(path):
         assert (path.parent / path.name.replace("-tiny", "")).exists()
     else:
         assert "Reported" in path.read_text()
-        assert path.with_name(f"{path.stem}-tiny.yaml").exists()
+        study = path.stem.removesuffix("-340m")  # of two sizes, with one tiny version
+        assert path.with_name(f"{study}-tiny.yaml").exists()
 
 
 def test_grids_are_alike_in_what_they_say():
-    found = load_grid(ROOT / "configs/grids/hybrid-ratio.yaml")
-    sizes = [counts_of(m.config).parameters for m in found.members]
-    assert max(sizes) / min(sizes) < 1.01
-    assert sizes[0] == pytest.approx(1.3e9, rel=0.1)
-    patterns = {m.name.split("pattern=")[1]: m.config.model.pattern for m in found.members}
-    assert {"24to1", "12to1", "6to1", "3to1", "pure"} <= patterns.keys()
+    for name, size, tokens in (("hybrid-ratio", 1.3e9, 100e9), ("hybrid-ratio-340m", 3.4e8, 20e9)):
+        found = load_grid(ROOT / f"configs/grids/{name}.yaml")
+        sizes = [counts_of(m.config).parameters for m in found.members]
+        assert max(sizes) / min(sizes) < 1.01
+        assert sizes[0] == pytest.approx(size, rel=0.15)
+        config = found.members[0].config
+        assert config.train.num_steps * config.train.global_batch_tokens == pytest.approx(tokens)
+        assert {"niah_single_1", "recall_squad"} <= set(config.eval.tasks)
+        patterns = {m.name.split("pattern=")[1]: m.config.model.pattern for m in found.members}
+        for ratio in (24, 12, 6, 3):
+            pattern = parse_pattern(patterns[f"{ratio}to1"], ["linear", "attn"])
+            attention = pattern.count("attn")
+            assert (len(pattern) - attention) // attention in (ratio, ratio - 1, ratio + 1)
+        assert "pure" in patterns
     state = load_grid(ROOT / "configs/grids/state-size.yaml")
     for member in state.members:  # the names say the state's size, in numbers per layer
         (spec, *_) = block_specs(member.config.model)
