@@ -19,8 +19,8 @@ from pretrain.nn.mixers.mitigations import Mitigations
 
 # By setting: what a layer lacks that has no form of it.
 _LACKS = {
-    "decay_scale": "has no log-decay to scale",
-    "write_scale": "has no write of its own to scale",
+    "decay_scale": "has no log-decay that can be scaled here",
+    "write_scale": "has no write that can be scaled here",
     "norm_limit": "has no matrix state that may be scaled",
     "window": "has no window by subtraction, which needs a state that is only decayed and added to",
 }

@@ -17,9 +17,10 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from pretrain.common.config_loader import setting
-from pretrain.nn.mixers.base import LayerContext, MixerCard, State, register
+from pretrain.nn.mixers.base import LayerContext, MixerCard, register
 from pretrain.nn.mixers.delta_rule import DeltaRuleMixer
 from pretrain.nn.mixers.gated_deltanet import GatedDeltaNetConfig
+from pretrain.nn.mixers.mitigations import recur
 from pretrain.nn.mixers.parts import gate_parameter, l2_norm
 from pretrain.nn.parameters import constant
 from pretrain.ops import comba
@@ -43,7 +44,6 @@ class Comba(DeltaRuleMixer):
     """Comba, as a mixer."""
 
     config_class = CombaConfig
-    mitigable = ()
     card = MixerCard(
         "Comba",
         "S_t = (a_t - c b_t k_t^T k_t) S_{t-1} + b_t k_t^T v_t;  o_t = (q_t - d c k_t) S_t",
@@ -75,9 +75,6 @@ class Comba(DeltaRuleMixer):
         v: Tensor,
         beta: Tensor,
         log_decay: Tensor | None,
-        *,
-        state: State | None,
-        new_state: State,
         **options: Any,
     ) -> Tensor:
         assert log_decay is not None
@@ -87,17 +84,8 @@ class Comba(DeltaRuleMixer):
             k, erase = _scaled(k, self.c), _scaled(key, self.c)
         if self.config.correction is not None:
             q = _corrected(q, k, self.d)
-        y, new_state["recurrent"] = comba(
-            l2_norm(q),
-            key,
-            v,
-            erase,
-            beta,
-            log_decay=log_decay,
-            initial_state=None if state is None else state["recurrent"],
-            **options,
-        )
-        return y
+        inputs = (l2_norm(q), key, v, erase, beta)
+        return recur(self, comba, *inputs, log_decay=log_decay, **options)
 
     @override
     def gated_norm(self, y: Tensor, norm: Tensor, gate: Tensor) -> Tensor:

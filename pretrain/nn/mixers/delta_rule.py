@@ -132,9 +132,6 @@ class DeltaRuleMixer(Mixer):
         v: Tensor,
         beta: Tensor,
         log_decay: Tensor | None,
-        *,
-        state: State | None,
-        new_state: State,
         **options: Any,
     ) -> Tensor:
         """Return the recurrence's output ``[B, T, H, V]``; its final state goes into new_state."""
@@ -145,8 +142,6 @@ class DeltaRuleMixer(Mixer):
             l2_norm(k),
             v,
             beta,
-            state=state,
-            new_state=new_state,
             log_decay=log_decay,
             num_householder=self.substeps,
             **options,

@@ -18,7 +18,6 @@ from pretrain.nn.linear import ColumnParallelLinear
 from pretrain.nn.mixers.base import (
     LayerContext,
     MixerCard,
-    State,
     accumulation_dtype,
     heads,
     register,
@@ -27,6 +26,7 @@ from pretrain.nn.mixers.kimi_delta_attention import (
     KimiDeltaAttention,
     KimiDeltaAttentionConfig,
 )
+from pretrain.nn.mixers.mitigations import recur
 from pretrain.nn.mixers.sizes import integral
 from pretrain.nn.parameters import constant, sharded_parameter
 from pretrain.ops import gdn2
@@ -54,7 +54,6 @@ class GatedDeltaNet2(KimiDeltaAttention):
     """Gated DeltaNet-2, as a mixer; its state is that of Kimi delta attention."""
 
     config_class = GatedDeltaNet2Config
-    mitigable = ()
     card = MixerCard(
         "Gated DeltaNet-2",
         "S_t = (I - k_t^T (b_t k_t)) Diag(a_t) S_{t-1} + k_t^T (w_t v_t);  o_t = q_t S_t",
@@ -83,24 +82,11 @@ class GatedDeltaNet2(KimiDeltaAttention):
         k: Tensor,
         v: Tensor,
         log_decay: Tensor,
-        *,
-        state: State | None,
-        new_state: State,
         **options: Any,
     ) -> Tensor:
         erase = _gate(heads(self.b_proj(x), self.num_heads), 1 + self.config.allow_neg_eigval)
         write = _gate(heads(self.w_proj(x), self.num_heads), 1)
-        y, new_state["recurrent"] = gdn2(
-            q,
-            k,
-            v,
-            erase,
-            write,
-            log_decay=log_decay,
-            initial_state=None if state is None else state["recurrent"],
-            **options,
-        )
-        return y
+        return recur(self, gdn2, q, k, v, erase, write, log_decay=log_decay, **options)
 
     @override
     def output_gate(self, gate: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class KimiDeltaAttention(Mixer):
 
     config_class: ClassVar[type[MixerConfig]] = KimiDeltaAttentionConfig
     over_time = "ops"
-    mitigable: ClassVar[tuple[str, ...]] = DELTA_RULE
+    mitigable: tuple[str, ...] = DELTA_RULE
     card = MixerCard(
         "Kimi delta attention",
         "S_t = (I - b_t k_t^T k_t) Diag(a_t) S_{t-1} + b_t k_t^T v_t;  o_t = q_t S_t",
@@ -140,9 +140,6 @@ class KimiDeltaAttention(Mixer):
         k: Tensor,
         v: Tensor,
         log_decay: Tensor,
-        *,
-        state: State | None,
-        new_state: State,
         **options: Any,
     ) -> Tensor:
         """Return the recurrence's output ``[B, T, H, V]``; its final state goes into new_state."""
@@ -155,8 +152,6 @@ class KimiDeltaAttention(Mixer):
             k,
             v,
             beta,
-            state=state,
-            new_state=new_state,
             log_decay=log_decay,
             **options,
         )

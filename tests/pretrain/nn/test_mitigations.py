@@ -160,7 +160,7 @@ def drawn_input(total=40):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", [*layers_with("window"), "deltanet", "gdn", "kda", "delta_product"]
+    "name", [*layers_with("window"), "deltanet", "gdn", "kda", "delta_product", "comba", "gdn2"]
 )
 def test_every_layer_at_its_identities(name):
     layer, x = build(name), drawn_input()
