@@ -131,7 +131,9 @@ def _open(source: str, gguf_file: str | None) -> _Source:
         config,
         original.config.vocab_size,
         family.longest_text(original.config),
-        lambda model: to_ours(family, model, original.state_dict()),
+        lambda model: to_ours(
+            family, model, family.ungrouped(original.config, original.state_dict())
+        ),
         text,
     )
 

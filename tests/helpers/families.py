@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import torch
 import transformers
+
+# Where fla is installed its kernels are chosen when the module is imported, and need a GPU.
+_installed = sys.modules.get("fla")
+sys.modules["fla"] = None  # type: ignore[assignment]
+importlib.import_module("transformers.models.qwen3_5.modeling_qwen3_5")
+del sys.modules["fla"]
+if _installed is not None:
+    sys.modules["fla"] = _installed
 
 VOCAB = 64
 
 
 def tiny(name):
+    return randomised(CONFIGS[name]())
+
+
+def randomised(config):
     """A model of transformers with all parameters random, gates and norms among them."""
-    config = CONFIGS[name]()
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -18,7 +32,11 @@ def tiny(name):
             for parameter_name, parameter in model.named_parameters():
                 spread = 0.2 if parameter.ndim > 1 else 0.5
                 center = 1.0 if parameter_name.endswith("norm.weight") else 0.0
-                parameter.copy_(center + spread * torch.randn_like(parameter))
+                values = center + spread * torch.randn_like(parameter)
+                if "Qwen3_5" in type(model).__name__ and "linear_attn.norm" not in parameter_name:
+                    # Stored less 1: numbers that adding 1 does not round.
+                    values = (values - center + 1) - 1 if center else values
+                parameter.copy_(values)
     return model
 
 
@@ -100,6 +118,25 @@ def bamba(groups=1, attention=(1,)):
     )
 
 
+def qwen3_5(key_heads=4):
+    return transformers.Qwen3_5TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        linear_num_key_heads=key_heads,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=12,
+        linear_conv_kernel_dim=3,
+        max_position_embeddings=128,
+    )
+
+
 CONFIGS = {
     "llama": llama,
     "llama, tied": lambda: llama(tie_word_embeddings=True, num_key_value_heads=4),
@@ -108,4 +145,5 @@ CONFIGS = {
     "mamba2": lambda: mamba2(1),
     "mamba2, groups": lambda: mamba2(2),
     "bamba": lambda: bamba(2),
+    "qwen3_5": qwen3_5,
 }

@@ -79,6 +79,13 @@ class Family(ABC):
     def weights(self, config: ModelConfig) -> Iterable[Weight]:
         """Yield every weight of a model."""
 
+    def ungrouped(self, theirs: Any, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return their weights as those of the model that :meth:`config_of` would describe.
+
+        It gives every head what heads share where our layers do not share it.
+        """
+        return weights
+
     def longest_text(self, theirs: Any) -> int:
         """Return the tokens of the longest text that a model is made for."""
         return int(theirs.max_position_embeddings)

@@ -16,7 +16,7 @@ from pretrain.inference.generate import generate
 from pretrain.model.build import build_model
 from pretrain.nn.mixers import registry
 from tests.helpers.exported_models import settings_of
-from tests.helpers.families import CONFIGS, VOCAB, tiny
+from tests.helpers.families import CONFIGS, VOCAB, qwen3_5, randomised, tiny
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_model import settings
 
@@ -49,6 +49,17 @@ def test_logits_are_theirs(pair):
         first, states = ours.forward_with_state(ids[:, :21], None)
         second, _ = ours.forward_with_state(ids[:, 21:], states)
     assert relative_error(torch.cat([first, second], 1), expected) < 2e-5
+
+
+def test_heads_that_share_a_key_get_a_copy_each():
+    theirs = randomised(qwen3_5(key_heads=2))
+    (family,) = (f for f in FAMILIES if f.model_type == "qwen3_5_text")
+    config = build_config(ModelConfig, family.model_of(theirs.config), "import")
+    ours = build_model(config, VOCAB, seed=0).eval()
+    to_ours(family, ours, family.ungrouped(theirs.config, theirs.state_dict()))
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        assert relative_error(ours(ids), theirs(ids).logits) < 2e-5
 
 
 def test_texts_are_theirs(pair):
@@ -148,6 +159,11 @@ def test_what_our_layers_do_not_do_is_refused(config, message):
         family.model_of(theirs)
 
 
+GATED_ATTENTION = {"num_heads": 3, "qk_norm": True, "output_gate": True}
+GATED = {
+    "pattern": "gdn attn",
+    "mixers": {"attn": GATED_ATTENTION, "gdn": {"norm_eps": 1e-6}},
+}
 HYBRID = {
     "pattern": "mamba2 attn",
     "mixers": {"attn": {"num_heads": 3, "rotary_dim": 4}},
@@ -166,6 +182,9 @@ ATTENTION = {"pattern": "2*attn", "mixers": {"attn": {"num_heads": 4}}}
         ({"pattern": "2*mamba2", "norm_eps": 1e-5}, None, r"blocks have an MLP \(swiglu\)"),
         ({"pattern": "attn gdn"}, None, "llama: a block is gdn"),
         (HYBRID, "bamba", ""),
+        (GATED, "qwen3_5_text", ""),
+        ({**GATED, "pattern": "2*gdn"}, None, "qwen3_5_text: no block is attn"),
+        ({**GATED, "mixers": {"attn": GATED_ATTENTION}}, None, "norms differ in norm_eps"),
         ({**HYBRID, "mixers": {"attn": {"num_heads": 3}}}, None, "bamba: another part than half"),
         ({**HYBRID, "pattern": "2*attn"}, None, "llama: a part of a head rotates"),
         ({**ATTENTION, "mixers": {"attn": {"output_gate": True}}}, None, "has an output gate"),

@@ -1,0 +1,204 @@
+"""Qwen3.5, its text model: Gated DeltaNet, and softmax attention with an output gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pretrain.config import ModelConfig
+from pretrain.export.families.attention import rotary_part, rotary_theta
+from pretrain.export.families.base import (
+    Family,
+    Weight,
+    convolutions,
+    expect,
+    first_difference,
+    general_reason,
+    rows,
+    same,
+)
+from pretrain.model.spec import BlockSpec, block_specs
+from pretrain.nn.mixers import registry
+
+_KINDS = {"linear_attention": "gdn", "full_attention": "attn"}
+
+
+class Qwen35(Family):
+    """Qwen3.5, text alone. Heads of GDN that share a key get a copy of it each."""
+
+    model_type = "qwen3_5_text"
+    architecture = "Qwen3_5ForCausalLM"
+
+    @override
+    def model_of(self, theirs: Any) -> dict[str, Any]:
+        expect(theirs, hidden_act="silu", attention_bias=False)
+        eps, part = theirs.rms_norm_eps, rotary_part(theirs)
+        return {
+            "pattern": " ".join(_KINDS[kind] for kind in theirs.layer_types),
+            "hidden_size": theirs.hidden_size,
+            "mixers": {
+                "attn": {
+                    "num_heads": theirs.num_attention_heads,
+                    "num_kv_heads": theirs.num_key_value_heads,
+                    "head_dim": theirs.head_dim,
+                    "rope_theta": rotary_theta(theirs),
+                    "rotary_dim": None if part == 1 else int(theirs.head_dim * part),
+                    "qk_norm": True,
+                    "norm_eps": eps,
+                    "output_gate": True,
+                },
+                "gdn": {
+                    "num_heads": theirs.linear_num_value_heads,
+                    "head_dim": theirs.linear_key_head_dim,
+                    "expand_v": theirs.linear_value_head_dim / theirs.linear_key_head_dim,
+                    "conv_size": theirs.linear_conv_kernel_dim,
+                    "norm_eps": eps,
+                },
+            },
+            "mlp": {"kind": "swiglu", "intermediate_size": theirs.intermediate_size},
+            "vocab_size": theirs.vocab_size,
+            "tie_embeddings": bool(theirs.tie_word_embeddings),
+            "norm_eps": eps,
+        }
+
+    @override
+    def ungrouped(self, theirs: Any, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        heads, groups = theirs.linear_num_value_heads, theirs.linear_num_key_heads
+        if heads == groups:
+            return weights
+        keys = groups * theirs.linear_key_head_dim
+        found = dict(weights)
+        for name, value in weights.items():
+            if name.endswith(("in_proj_qkv.weight", "linear_attn.conv1d.weight")):
+                parts = value.split([keys, keys, len(value) - 2 * keys])
+                q, k = (_repeated(part, groups, heads // groups) for part in parts[:2])
+                found[name] = torch.cat([q, k, parts[2]])
+        return found
+
+    @override
+    def reason_against(self, config: ModelConfig) -> str | None:
+        specs, found = block_specs(config), dict[str, BlockSpec]()
+        for spec in specs:
+            kind = next((n for n in _KINDS.values() if spec.mixer is registry()[n]), None)
+            if kind is None:
+                return f"a block is {spec.name}"
+            if spec.moe is not None:
+                return "it has a mixture of experts"
+            if found.setdefault(kind, spec).config != spec.config:
+                return f"its {kind} layers differ"
+        if missing := next((kind for kind in _KINDS.values() if kind not in found), None):
+            return f"no block is {missing}"
+        attn, gdn = found["attn"].config, found["gdn"].config
+        eps = config.norm_eps
+        return first_difference(
+            (
+                ("attention has a window", attn.window is not None),
+                ("attention has no rotary positions", attn.rope_theta is None),
+                ("attention does not normalise queries and keys", not attn.qk_norm),
+                ("attention has no output gate", not attn.output_gate),
+                ("attention has biases", attn.qkv_bias),
+                ("attention has a scale of its own", attn.scale is not None),
+                ("norms differ in norm_eps", attn.norm_eps != eps or gdn.norm_eps != eps),
+                ("there is no convolution", gdn.conv_size == 0),
+                ("eigenvalues may be negative", gdn.allow_neg_eigval),
+                (f"the MLP is {config.mlp.kind}", config.mlp.kind != "swiglu"),
+            )
+        ) or general_reason(config)
+
+    @override
+    def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
+        specs = block_specs(config)
+        is_attention = [spec.mixer is registry()["attn"] for spec in specs]
+        attn = specs[is_attention.index(True)].config
+        gdn = specs[is_attention.index(False)].config
+        return {
+            "vocab_size": vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.mlp.width(config.hidden_size),
+            "num_hidden_layers": len(specs),
+            "layer_types": [
+                "full_attention" if attention else "linear_attention" for attention in is_attention
+            ],
+            "num_attention_heads": attn.num_heads,
+            "num_key_value_heads": attn.num_kv_heads,
+            "head_dim": attn.head_dim,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": attn.rope_theta,
+                "partial_rotary_factor": (attn.rotary_dim or attn.head_dim) / attn.head_dim,
+            },
+            "linear_num_key_heads": gdn.num_heads,
+            "linear_num_value_heads": gdn.num_heads,
+            "linear_key_head_dim": gdn.head_dim,
+            "linear_value_head_dim": gdn.value_dim,
+            "linear_conv_kernel_dim": gdn.conv_size,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "max_position_embeddings": seq_len,
+            "rms_norm_eps": config.norm_eps,
+            "tie_word_embeddings": config.tie_embeddings,
+            "initializer_range": config.init_std,
+        }
+
+    @override
+    def weights(self, config: ModelConfig) -> Iterator[Weight]:
+        yield same("model.embed_tokens.weight", "embedding.weight")
+        yield from_zero("model.norm.weight", "final_norm.weight")
+        if not config.tie_embeddings:
+            yield same("lm_head.weight", "head.weight")
+        for index, spec in enumerate(block_specs(config)):
+            theirs, ours = f"model.layers.{index}", f"blocks.{index}"
+            yield from_zero(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_norm.weight")
+            if spec.mixer is registry()["attn"]:
+                yield from _attention(f"{theirs}.self_attn", f"{ours}.mixer", spec.config.num_heads)
+            else:
+                yield from _gdn(f"{theirs}.linear_attn", f"{ours}.mixer", spec.config)
+            yield from_zero(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight")
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                yield same(f"{theirs}.mlp.{name}.weight", f"{ours}.mlp.{name}.weight")
+
+
+def from_zero(theirs: str, ours: str) -> Weight:
+    """Return a norm's weight that they store less 1."""
+    return Weight(theirs, (ours,), lambda x: (x.float() + 1,), lambda parts: parts[0].float() - 1)
+
+
+def _attention(theirs: str, ours: str, num_heads: int) -> Iterator[Weight]:
+    def split(x: Tensor) -> Sequence[Tensor]:
+        q, gate = x.unflatten(0, (num_heads, 2, -1)).unbind(1)
+        return q.flatten(0, 1), gate.flatten(0, 1)
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack([x.unflatten(0, (num_heads, -1)) for x in parts], 1).flatten(0, 2)
+
+    yield Weight(
+        f"{theirs}.q_proj.weight", (f"{ours}.q_proj.weight", f"{ours}.g_proj.weight"), split, join
+    )
+    for name in ("k_proj", "v_proj", "o_proj"):
+        yield same(f"{theirs}.{name}.weight", f"{ours}.{name}.weight")
+    for name in ("q_norm", "k_norm"):
+        yield from_zero(f"{theirs}.{name}.weight", f"{ours}.{name}")
+
+
+def _gdn(theirs: str, ours: str, config: Any) -> Iterator[Weight]:
+    keys, values = config.num_heads * config.head_dim, config.num_heads * config.value_dim
+    widths = {"q": keys, "k": keys, "v": values}
+    projections = {f"{ours}.{name}_proj.weight": width for name, width in widths.items()}
+    yield rows(f"{theirs}.in_proj_qkv.weight", projections)
+    taps = {f"{ours}.{name}_conv": width for name, width in widths.items()}
+    yield convolutions(f"{theirs}.conv1d.weight", taps)
+    for name, other in (("z", "g"), ("b", "b"), ("a", "a")):
+        yield same(f"{theirs}.in_proj_{name}.weight", f"{ours}.{other}_proj.weight")
+    for name in ("A_log", "dt_bias"):
+        yield same(f"{theirs}.{name}", f"{ours}.{name}")
+    yield same(f"{theirs}.norm.weight", f"{ours}.norm")
+    yield same(f"{theirs}.out_proj.weight", f"{ours}.o_proj.weight")
+
+
+def _repeated(x: Tensor, groups: int, times: int) -> Tensor:
+    """Return the rows of each of ``groups`` heads ``times`` times, one after another."""
+    return x.unflatten(0, (groups, -1)).repeat_interleave(times, 0).flatten(0, 1)
