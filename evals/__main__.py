@@ -13,6 +13,7 @@ def main() -> int:
     """Run the command of ``sys.argv`` and return the exit status."""
     quiet_process()
     commands: dict[str, Callable[[], Callable[[Sequence[str]], int]]] = {
+        "chat": _chat,
         "report": _report,
         "sample": _sample,
         "scaling": _scaling,
@@ -27,6 +28,12 @@ def main() -> int:
 
 
 # Imported one at a time: no command should wait for what only another needs.
+def _chat() -> Callable[[Sequence[str]], int]:
+    from evals.chat import main
+
+    return main
+
+
 def _report() -> Callable[[Sequence[str]], int]:
     from evals.report.page import main
 

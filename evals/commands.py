@@ -187,7 +187,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals",
         description="Score a checkpoint. 'python -m evals tasks' lists tasks, 'sample' continues a "
-        "text, 'scaling' fits scaling laws to runs, 'report' writes a page about runs.",
+        "text and 'chat' does so turn by turn, 'scaling' fits scaling laws to runs, 'report' "
+        "writes a page about runs.",
     )
     parser.add_argument(
         "checkpoint",

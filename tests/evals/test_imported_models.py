@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from evals.completions import OwnCompletion, Sampling
 from evals.harness.imported_model import ImportedHarnessModel
-from evals.sampling import Completion
 from pretrain.common.errors import UserError
 from pretrain.export.importing import import_model
 from pretrain.inference.hugging_face import HuggingFaceText, load_hugging_face
@@ -100,7 +100,9 @@ def test_the_library_gives_what_hf_gives(both):
         expected = other.generate(text, max_tokens=9)
         assert loaded.generate(text, max_tokens=9) == expected
         if hf.tokenizer.backend_tokenizer.normalizer is None:  # its texts only grow at their end
-            written = "".join(Completion(loaded, text, max_tokens=9, temperature=0.0))
+            written = "".join(
+                OwnCompletion(loaded, loaded.prompt_ids(text), Sampling(9, temperature=0.0))
+            )
             assert text + written == expected
 
 

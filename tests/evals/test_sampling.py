@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
-from evals.sampling import Completion
+from evals.completions import OwnCompletion, Sampling
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.generate import choose, generate
 from pretrain.inference.load import LoadedModel
@@ -69,10 +70,11 @@ def test_a_seed_gives_the_same_text():
 def completion(monkeypatch, text, ended=False, **options):
     """One of a model that writes ``text``."""
     made = list(text.encode())
-    monkeypatch.setattr("evals.sampling.generate", lambda *_, **__: iter(made))
+    monkeypatch.setattr("evals.completions.generate", lambda *_, **__: iter(made))
     nothing, letters = cast(Any, None), cast(Any, Letters())
     loaded = LoadedModel(nothing, letters, nothing, nothing, nothing)
-    return Completion(loaded, "ab", max_tokens=len(made) + ended, **options)
+    sampling = Sampling(len(made) + ended, **options)
+    return OwnCompletion(loaded, loaded.prompt_ids("ab"), sampling)
 
 
 def test_characters_come_whole(monkeypatch):
@@ -137,6 +139,99 @@ def test_the_command_continues_a_text(trained):
     assert piped.stdout == text
     tokenizer = Tokenizer.load(trained.directory / "checkpoints" / "step-00000016")
     assert len(tokenizer.encode(text)) > 5
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A small random Llama whose tokenizer has a form of conversations."""
+    pytest.importorskip("transformers")
+    from tests.helpers.small_llama import make_llama
+
+    folder = make_llama(tmp_path_factory.mktemp("llama") / "hf", "chat")
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    return folder
+
+
+def command(name, source, *words, stdin=b""):
+    return processes.run("evals", name, source, *words, text=stdin)
+
+
+GREEDY = ("--max-tokens", "8", "--temperature", "0")
+
+
+@pytest.mark.slow
+def test_models_of_transformers_are_sampled_like_imported_ones(llama, tmp_path):
+    imported = processes.run("pretrain", "import", llama, tmp_path / "run")
+    assert imported.returncode == 0, imported.stderr
+    words = ("--prompt", "some text", *GREEDY)
+    ours = command("sample", tmp_path / "run", *words)
+    theirs = command("sample", f"hf:{llama}", *words)
+    assert ours.returncode == theirs.returncode == 0, theirs.stderr
+    assert theirs.stdout == ours.stdout and theirs.stdout.startswith("some text")
+    one = command("sample", f"hf:{llama}", "--prompt", "some", "--max-tokens", "8", "--seed", "3")
+    two = command("sample", f"hf:{llama}", "--prompt", "some", "--max-tokens", "8", "--seed", "3")
+    assert one.stdout == two.stdout
+    refused = command("sample", f"hf:{llama}", "--recurrences", "2")
+    assert refused.returncode == 2
+    assert "--recurrences is 2, but this option is only for checkpoints" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_model_with_roles_is_talked_to(llama, tmp_path):
+    """Two turns of a chat are its template's text of both, to ours and to transformers' alike."""
+    typed = b"hello\n/again\n/set temperature 0\n/set nothing\n/undo\n/undo\nmore\n/history\n"
+    processes.run("pretrain", "import", llama, tmp_path / "run")
+    options = ("--prompt", "be brief", *GREEDY)
+    ours = command("chat", tmp_path / "run", *options, stdin=typed)
+    theirs = command("chat", f"hf:{llama}", *options, stdin=typed)
+    assert ours.returncode == theirs.returncode == 0, ours.stderr
+    assert ours.stdout == theirs.stdout
+    assert "the model answers what you type" in ours.stderr
+    told = ours.stderr.splitlines()[1:]
+    assert told == [
+        "/set nothing: expected a name of temperature, top_k, top_p, max_tokens, seed, and a "
+        "number",
+        "there is no turn yet",
+    ]
+    from pretrain.inference.load import load_model
+
+    loaded = load_model(tmp_path / "run")
+    assert loaded.imported is not None
+    text = (
+        "<|im_start|>system\nbe brief<|im_end|><|im_start|>user\nmore<|im_end|>"
+        "<|im_start|>assistant\n"
+    )
+    ids = loaded.imported.encode(text, False)
+    made = generate(
+        loaded.model,
+        ids,
+        max_tokens=8,
+        temperature=0,
+        seed=0,
+        vocab_size=loaded.candidates,
+        stop_ids=loaded.stop_ids,
+    )
+    answer = loaded.decode([*ids, *made])[len(loaded.decode(ids)) :]
+    assert f"> {answer}\n> > more\n{answer}\n" in ours.stdout
+
+
+@pytest.mark.slow
+def test_any_other_model_goes_on_with_the_text(trained):
+    typed = b"def function_1\n(x):\n/reset\n/nothing\n"
+    done = command("chat", trained.directory, "--prompt", "# a file\n", *GREEDY, stdin=typed)
+    assert done.returncode == 0, done.stderr
+    assert "continues the text that you type" in done.stderr
+    assert done.stderr.splitlines()[-1] == "/nothing is no command; /help lists them"
+    first, second = done.stdout.split("> ")[1:3]
+    alone = sample(trained, "--prompt", "# a file\ndef function_1", *GREEDY).stdout
+    assert alone == f"# a file\ndef function_1{first}"
+    both = f"# a file\ndef function_1{first[:-1]}(x):"
+    assert sample(trained, "--prompt", both, *GREEDY).stdout == f"{both}{second}"
 
 
 @pytest.mark.parametrize(
