@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pretrain.data.sequences import Sequences
-from pretrain.nn.mixers import LayerContext, registry
 from pretrain.nn.mixers.mamba import selective_scan
-from pretrain.nn.parameters import fill_parameters
 from pretrain.ops import diagonal_scan, linear_attention
-from pretrain.parallel.context import current_context
 from tests.helpers.live_memory import LiveMemory
 from tests.helpers.relative_error import relative_error
+from tests.helpers.small_layers import small_layer
 
 HIDDEN, LENGTHS = 24, [5, 1, 37, 9]
 pytestmark = pytest.mark.usefixtures("processes")
 
 
 def build(**settings):
-    kind = registry()["mamba"]
-    config = kind.config_class(**settings).resolve(HIDDEN)
-    layer: Any = kind(config, LayerContext(HIDDEN, 0.3, 0.3, current_context(torch.float64)))
-    fill_parameters(layer, seed=1)
+    layer = small_layer("mamba", HIDDEN, **settings)
     return layer
 
 

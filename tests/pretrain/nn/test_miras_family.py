@@ -13,6 +13,7 @@ from pretrain.nn.mixers import LayerContext, registry
 from pretrain.nn.parameters import fill_parameters
 from pretrain.parallel.context import current_context
 from tests.helpers.relative_error import relative_error
+from tests.helpers.small_layers import largest_error
 
 HIDDEN, LENGTHS = 24, [5, 1, 11]
 pytestmark = pytest.mark.usefixtures("processes")
@@ -128,13 +129,7 @@ def test_outputs_and_gradients_are_those_of_the_equations(name, settings):
     assert relative_error(found[:, 0], expected) < 1e-10
     constant = ("t_down", "t_up", "t_bias")
     leaves = [x, *(p for n, p in layer.named_parameters() if not n.startswith(constant))]
-    weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    for one, other in zip(
-        torch.autograd.grad((found[:, 0] * weights).sum(), leaves),
-        torch.autograd.grad((expected * weights).sum(), leaves),
-        strict=True,
-    ):
-        assert relative_error(one, other) < 1e-9
+    assert largest_error(found[:, 0], expected, leaves) < 1e-9
 
 
 def test_a_token_sets_the_threshold_of_its_own_errors():
