@@ -108,24 +108,23 @@ def _open(source: str, gguf_file: str | None) -> _Source:
     if gguf_file:
         options["gguf_file"] = gguf_file
     try:
-        if not gguf_file:
-            described, _ = transformers.PretrainedConfig.get_config_dict(source)
-            if described.get("model_type") == MODEL_TYPE:
-                return _open_own(source, described)
-        original: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, **options
-        )
+        described, _ = transformers.PretrainedConfig.get_config_dict(source, **options)
+        kind = described.get("model_type")
+        if kind == MODEL_TYPE:
+            return _open_own(source, described)
+        family = next((family for family in FAMILIES if family.model_type == kind), None)
+        if family is None:
+            known = ", ".join(sorted(family.model_type for family in FAMILIES))
+            raise UserError(f"{source}: its model_type is {kind}, expected one of {known}")
+        # By its name: other packages may have put classes of theirs in the place of AutoModel's.
+        architecture: Any = getattr(transformers, family.architecture)
+        original: Any = architecture.from_pretrained(source, dtype=torch.float32, **options)
         text = read_tokenizer(source, original, options)
     except UserError:
         raise
     except Exception as error:  # transformers and the formats it reads raise anything
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{source}: could not be loaded by transformers ({said[0]})") from None
-    kind = original.config.model_type
-    family = next((family for family in FAMILIES if family.model_type == kind), None)
-    if family is None:
-        known = ", ".join(sorted(family.model_type for family in FAMILIES))
-        raise UserError(f"the model's model_type is {kind}, expected one of {known}")
     config = build_config(ModelConfig, family.model_of(original.config), "import")
     return _Source(
         config,

@@ -27,7 +27,7 @@ def randomised(config):
     """A model of transformers with all parameters random, gates and norms among them."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        model = CLASSES[type(config)](config).eval()
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 spread = 0.2 if parameter.ndim > 1 else 0.5
@@ -137,6 +137,14 @@ def qwen3_5(key_heads=4):
     )
 
 
+CLASSES = {
+    transformers.LlamaConfig: transformers.LlamaForCausalLM,
+    transformers.Qwen2Config: transformers.Qwen2ForCausalLM,
+    transformers.Qwen3Config: transformers.Qwen3ForCausalLM,
+    transformers.Mamba2Config: transformers.Mamba2ForCausalLM,
+    transformers.BambaConfig: transformers.BambaForCausalLM,
+    transformers.Qwen3_5TextConfig: transformers.Qwen3_5ForCausalLM,
+}
 CONFIGS = {
     "llama": llama,
     "llama, tied": lambda: llama(tie_word_embeddings=True, num_key_value_heads=4),

@@ -276,7 +276,8 @@ class Mixer(DescribedModule, ABC):
     def flops_per_pass(cls, config: Any, hidden_size: int) -> int:
         """Return the matrix-multiply FLOPs of a forward pass whatever its number of tokens.
 
-        They are beside :meth:`flops_per_token`: of what is made of parameters alone.
+        They are beside :meth:`flops_per_token`: of what is made of parameters alone, which
+        selective activation checkpointing makes again.
         """
         return 0
 

@@ -140,6 +140,6 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(tmp_path, mo
     write_hugging_face(model, tmp_path / "hf", 64, 1, torch.float32)
     write_tokenizer(Tokenizer.load(model_file), tmp_path / "hf")
     damaged(tmp_path / "hf", model_type="somebody_elses")
-    with pytest.raises(UserError, match="could not be loaded by transformers"):
+    with pytest.raises(UserError, match="its model_type is somebody_elses, expected one of bamba,"):
         import_model(str(tmp_path / "hf"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
