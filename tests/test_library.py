@@ -227,7 +227,7 @@ def test_a_model_of_hugging_face_answers_likewise(tmp_path):
     from pretrain.export.hugging_face import export_command
 
     export_command([str(SMALL_RUN), str(tmp_path / "exported")])
-    ours = pretrain.load(SMALL_RUN)
+    ours: Any = pretrain.load(SMALL_RUN)
     theirs = pretrain.load(f"hf:{tmp_path / 'exported'}", trust_remote_code=True)
     texts = ["def function_3(x, y):", "return x"]
     assert theirs.score([""]) == [0.0]
