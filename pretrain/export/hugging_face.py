@@ -22,6 +22,7 @@ from pretrain.common.outputs import check_folder
 from pretrain.config import ModelConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.export.families import FAMILIES, Family, to_theirs
+from pretrain.export.families.fla import FlaFamily
 from pretrain.export.standalone_model import TOKENIZER_CLASS, TOKENIZER_FILE, write_standalone_model
 from pretrain.model.language_model import LanguageModel
 
@@ -32,6 +33,8 @@ def family_of(config: ModelConfig) -> tuple[Family | None, str]:
     """Return the family that a model is of, or None and why it is not of each."""
     reasons = []
     for family in FAMILIES:
+        if isinstance(family, FlaFamily):
+            continue  # its classes run on GPUs alone
         reason = family.reason_against(config)
         if reason is None:
             return family, ""

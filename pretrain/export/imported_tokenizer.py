@@ -31,8 +31,21 @@ class SourceTokenizer:
     settings: HuggingFaceText | None
 
 
-def read_tokenizer(source: str, model: Any, options: dict[str, Any]) -> SourceTokenizer:
-    """Return the tokenizer of ``source``, which transformers has loaded as ``model``.
+def generation_settings(source: str) -> dict[str, Any]:
+    """Return the generation settings beside a model, or what its config has of them."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(source)
+    except OSError:
+        return {}
+    return dict(found.to_diff_dict())
+
+
+def read_tokenizer(
+    source: str, generation: dict[str, Any], options: dict[str, Any]
+) -> SourceTokenizer:
+    """Return the tokenizer of ``source``, whose texts end by the settings ``generation``.
 
     ``options`` go to transformers. The source's own file is taken where it gives the ids that
     transformers has, otherwise what transformers makes of the source's files. Raises UserError for
@@ -57,7 +70,7 @@ def read_tokenizer(source: str, model: Any, options: dict[str, Any]) -> SourceTo
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{source}: its tokenizer has no tokenizer.json, which is what runs use")
-    settings = HuggingFaceText(tokenizer, model.generation_config.to_diff_dict(), source)
+    settings = HuggingFaceText(tokenizer, generation, source)
     content = file(_JSON)
     if content is None or not _same_ids(content, tokenizer):
         content = backend.to_str().encode()

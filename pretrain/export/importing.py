@@ -28,7 +28,13 @@ from pretrain.common.outputs import check_folder
 from pretrain.config import ModelConfig, RunConfig, TrainConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.export.families import FAMILIES, to_ours
-from pretrain.export.imported_tokenizer import SourceTokenizer, read_own_tokenizer, read_tokenizer
+from pretrain.export.families.fla import FlaFamily
+from pretrain.export.imported_tokenizer import (
+    SourceTokenizer,
+    generation_settings,
+    read_own_tokenizer,
+    read_tokenizer,
+)
 from pretrain.export.standalone_model import MODEL_TYPE
 from pretrain.inference.load import IMPORTED
 from pretrain.model.build import build_model
@@ -116,10 +122,13 @@ def _open(source: str, gguf_file: str | None) -> _Source:
         if family is None:
             known = ", ".join(sorted(family.model_type for family in FAMILIES))
             raise UserError(f"{source}: its model_type is {kind}, expected one of {known}")
+        if isinstance(family, FlaFamily):
+            return _open_fla(source, family, described)
         # By its name: other packages may have put classes of theirs in the place of AutoModel's.
         architecture: Any = getattr(transformers, family.architecture)
         original: Any = architecture.from_pretrained(source, dtype=torch.float32, **options)
-        text = read_tokenizer(source, original, options)
+        settings = original.generation_config.to_diff_dict()
+        text = read_tokenizer(source, settings, options)
     except UserError:
         raise
     except Exception as error:  # transformers and the formats it reads raise anything
@@ -135,6 +144,19 @@ def _open(source: str, gguf_file: str | None) -> _Source:
         ),
         text,
     )
+
+
+def _open_fla(source: str, family: FlaFamily, described: dict[str, Any]) -> _Source:
+    """Open a model of flash-linear-attention by its files: its classes need a GPU."""
+    theirs = family.settings(described)
+    config = build_config(ModelConfig, family.model_of(theirs), "import")
+
+    def fill(model: LanguageModel) -> None:
+        with ExitStack() as stack:
+            to_ours(family, model, family.ungrouped(theirs, _Weights(source, stack)))
+
+    text = read_tokenizer(source, generation_settings(source), {"trust_remote_code": False})
+    return _Source(config, theirs.vocab_size, theirs.max_position_embeddings, fill, text)
 
 
 def _open_own(source: str, described: dict[str, Any]) -> _Source:

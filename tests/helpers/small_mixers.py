@@ -51,7 +51,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     ],
     "kda": [
         {"num_heads": 2, "head_dim": 4, "chunk_size": 8},
-        {"num_heads": 2, "head_dim": 4, "conv_size": 0},
+        {"num_heads": 2, "head_dim": 4, "conv_size": 0, "gate_bias": True},
     ],
     "gdn2": [{"num_heads": 2, "head_dim": 4, "expand_v": 1.5, "chunk_size": 8}],
     "comba": [{"num_heads": 2, "head_dim": 4, "chunk_size": 8}],

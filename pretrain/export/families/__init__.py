@@ -3,10 +3,31 @@
 from pretrain.export.families.attention import Llama, Qwen2, Qwen3
 from pretrain.export.families.bamba import Bamba
 from pretrain.export.families.base import Family, Weight, to_ours, to_theirs
+from pretrain.export.families.fla import (
+    HGRN2,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    KimiDeltaAttention,
+    RetNet,
+)
 from pretrain.export.families.mamba2 import Mamba2
 from pretrain.export.families.qwen3_5 import Qwen35
 
 # The first that a model fits is what it is exported as.
-FAMILIES: tuple[Family, ...] = (Llama(), Qwen2(), Qwen3(), Mamba2(), Bamba(), Qwen35())
+FAMILIES: tuple[Family, ...] = (
+    Llama(),
+    Qwen2(),
+    Qwen3(),
+    Mamba2(),
+    Bamba(),
+    Qwen35(),
+    GatedDeltaNet(),
+    DeltaNet(),
+    GatedLinearAttention(),
+    RetNet(),
+    HGRN2(),
+    KimiDeltaAttention(),
+)
 
 __all__ = ["FAMILIES", "Family", "Weight", "to_ours", "to_theirs"]

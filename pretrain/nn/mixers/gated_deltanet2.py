@@ -16,7 +16,6 @@ from typing_extensions import override
 from pretrain.common.config_loader import setting
 from pretrain.nn.linear import ColumnParallelLinear
 from pretrain.nn.mixers.base import (
-    LayerContext,
     MixerCard,
     accumulation_dtype,
     heads,
@@ -28,7 +27,6 @@ from pretrain.nn.mixers.kimi_delta_attention import (
 )
 from pretrain.nn.mixers.mitigations import recur
 from pretrain.nn.mixers.sizes import integral
-from pretrain.nn.parameters import constant, sharded_parameter
 from pretrain.ops import gdn2
 from pretrain.ops.elementwise.fusing import fused
 
@@ -39,6 +37,8 @@ class GatedDeltaNet2Config(KimiDeltaAttentionConfig):
 
     expand_v: float = setting(1.0, above=0)
     """Width V of a value as a multiple of a key's."""
+    gate_bias: bool = True
+    """Whether the output gate has a bias."""
     allow_neg_eigval: bool = False
     """Whether the erase gate is in (0, 2) instead of (0, 1), which makes negative eigenvalues
     possible (arXiv 2411.12537)."""
@@ -64,11 +64,6 @@ class GatedDeltaNet2(KimiDeltaAttention):
 
     w_proj: ColumnParallelLinear
 
-    def __init__(self, config: GatedDeltaNet2Config, context: LayerContext):
-        super().__init__(config, context)
-        width = self.num_heads * config.value_dim
-        self.g_bias = sharded_parameter(context.parallel, (width,), constant(0.0))
-
     @classmethod
     @override
     def gates(cls, config: GatedDeltaNet2Config) -> dict[str, int]:
@@ -88,21 +83,11 @@ class GatedDeltaNet2(KimiDeltaAttention):
         write = _gate(heads(self.w_proj(x), self.num_heads), 1)
         return recur(self, gdn2, q, k, v, erase, write, log_decay=log_decay, **options)
 
-    @override
-    def output_gate(self, gate: Tensor) -> Tensor:
-        return gate + self.g_bias.unflatten(0, (self.num_heads, -1))
-
     @classmethod
     @override
     def check(cls, config: GatedDeltaNet2Config, hidden_size: int) -> None:
         super().check(config, hidden_size)
         integral(config.head_dim * config.expand_v, "head_dim * expand_v")
-
-    @classmethod
-    @override
-    def num_parameters(cls, config: GatedDeltaNet2Config, hidden_size: int) -> int:
-        bias = config.num_heads * config.value_dim
-        return super().num_parameters(config, hidden_size) + bias
 
 
 @fused

@@ -47,7 +47,7 @@ from pretrain.nn.mixers.parts import (
     time_step_init,
 )
 from pretrain.nn.mixers.sizes import delta_rule_sizes
-from pretrain.nn.parameters import constant, replicated_parameter
+from pretrain.nn.parameters import constant, replicated_parameter, sharded_parameter
 from pretrain.ops import delta_rule
 from pretrain.ops.elementwise.rms_norm import rms_norm_sigmoid_gate
 
@@ -65,6 +65,8 @@ class KimiDeltaAttentionConfig(MixerConfig):
     """Taps of the short convolution over queries, keys and values; 0: there is none."""
     allow_neg_eigval: bool = False
     """Whether beta is in (0, 2) instead of (0, 1), which makes negative eigenvalues possible."""
+    gate_bias: bool = False
+    """Whether the output gate has a bias."""
     norm_eps: float = setting(1e-5, above=0)
     """Added to the mean square in the norm of the output."""
     chunk_size: int = setting(64, minimum=1)
@@ -127,6 +129,8 @@ class KimiDeltaAttention(Mixer):
         self.A_log = gate_parameter(parallel, (self.num_heads,), decay_rate_init(1))
         self.dt_bias = gate_parameter(parallel, (local["k"],), time_step_init)
         self.norm = replicated_parameter(parallel, (config.value_dim,), constant(1.0))
+        if config.gate_bias:
+            self.g_bias = sharded_parameter(parallel, (local["v"],), constant(0.0))
 
     @classmethod
     def gates(cls, config: Any) -> dict[str, int]:
@@ -192,7 +196,9 @@ class KimiDeltaAttention(Mixer):
 
     def output_gate(self, gate: Tensor) -> Tensor:
         """Return the output gate ``[B, T, H, V]`` before its sigmoid."""
-        return gate
+        if not self.config.gate_bias:
+            return gate
+        return gate + self.g_bias.unflatten(0, (self.num_heads, -1))
 
     @override
     def init_state(self, batch_size: int) -> State:
@@ -218,7 +224,7 @@ class KimiDeltaAttention(Mixer):
     @override
     def num_parameters(cls, config: Any, hidden_size: int) -> int:
         h, k, v = config.num_heads, config.head_dim, config.value_dim
-        vectors = config.conv_size * h * (2 * k + v) + h + h * k + v
+        vectors = config.conv_size * h * (2 * k + v) + h + h * k + v + config.gate_bias * h * v
         return cls.matrices(config, hidden_size) + vectors
 
     @classmethod

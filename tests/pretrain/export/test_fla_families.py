@@ -1,0 +1,97 @@
+"""Models of flash-linear-attention as ours, by their files, against its own classes."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.common.errors import UserError
+from pretrain.export.families.fla import GatedDeltaNet, KimiDeltaAttention
+from pretrain.export.importing import import_model
+from pretrain.inference.load import load_model
+from tests.helpers.relative_error import relative_error
+from tests.helpers.small_llama import make_llama
+
+pytest.importorskip("fla")
+pytest.importorskip("transformers")
+triton: Any = pytest.importorskip("triton")
+
+pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.slow]
+VOCAB = 384
+COMMON = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "vocab_size": VOCAB,
+    "intermediate_size": 48,
+    "fuse_swiglu": False,
+    "fuse_cross_entropy": False,
+    "use_cache": False,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "GatedDeltaNet": {"num_heads": 2, "head_dim": 16, "expand_v": 1, "allow_neg_eigval": True},
+    "DeltaNet": {"num_heads": 2, "norm_eps": 1e-5},
+    "GLA": {"num_heads": 2, "fuse_norm": False},
+    "RetNet": {"num_heads": 2, "tie_word_embeddings": True, "fuse_norm": False},
+    "HGRN2": {"expand_ratio": 16, "num_heads": 2},
+    "KDA": {"num_heads": 2, "head_dim": 16},
+}
+
+
+class _Index(int):
+    """What a loop counts with, which can be cast like a tensor."""
+
+    def to(self, dtype):
+        return triton.language.cast(int(self), dtype)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpretable():
+    """The interpreter has no timers to tune by, and its loops count with Python's numbers."""
+    import fla.models  # noqa: F401
+    from triton.runtime.autotuner import Autotuner
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Autotuner, "_bench", lambda self, *args, config, **meta: (0.0, 0.0, 0.0))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla."):
+            numbers = lambda *ends: map(_Index, builtins.range(*map(int, ends)))  # noqa: E731
+            patch.setattr(module, "range", numbers, raising=False)
+    yield
+    patch.undo()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_by_its_files_has_the_logits_of_its_class(name, tmp_path):
+    import fla.models
+
+    kind = {**COMMON, "fuse_norm": False, **KINDS[name]}
+    config = getattr(fla.models, f"{name}Config")(**kind)
+    torch.manual_seed(3)
+    theirs = getattr(fla.models, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in theirs.named_parameters():
+            center = 1.0 if "norm" in parameter_name else 0.0
+            spread = 0.2 if parameter.ndim > 1 else 0.3
+            parameter.copy_(center + spread * torch.randn_like(parameter))
+    folder = make_llama(tmp_path / "hf", "adds nothing")
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder)
+    import_model(str(folder), tmp_path / "run")
+    ours = load_model(tmp_path / "run").model
+    ids = torch.randint(1, VOCAB, (1, 12))
+    with torch.no_grad():
+        assert relative_error(ours(ids), theirs(ids).logits.float()) < 2e-5
+
+
+def test_what_our_layers_do_not_do_is_refused():
+    for family, described, message in (
+        (GatedDeltaNet(), {"use_gate": False}, "use_gate is False, expected True"),
+        (GatedDeltaNet(), {"attn": {"layers": [1]}}, "attn is {'layers': .1.}, expected None"),
+        (KimiDeltaAttention(), {"num_v_heads": 4, "num_heads": 2}, "num_v_heads is 4, expected 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            family.model_of(family.settings(described))
