@@ -137,6 +137,21 @@ def qwen3_5(key_heads=4):
     )
 
 
+def xlstm():
+    return transformers.xLSTMConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=2,
+        ffn_round_up_to_multiple_of=8,
+        chunk_size=8,
+        autocast_kernel_dtype="float32",
+        use_cache=False,  # which is made of the wrong shape in transformers 5.23
+        pad_token_id=0,
+        eos_token_id=0,
+    )
+
+
 CLASSES = {
     transformers.LlamaConfig: transformers.LlamaForCausalLM,
     transformers.Qwen2Config: transformers.Qwen2ForCausalLM,
@@ -144,6 +159,7 @@ CLASSES = {
     transformers.Mamba2Config: transformers.Mamba2ForCausalLM,
     transformers.BambaConfig: transformers.BambaForCausalLM,
     transformers.Qwen3_5TextConfig: transformers.Qwen3_5ForCausalLM,
+    transformers.xLSTMConfig: transformers.xLSTMForCausalLM,
 }
 CONFIGS = {
     "llama": llama,
@@ -154,4 +170,5 @@ CONFIGS = {
     "mamba2, groups": lambda: mamba2(2),
     "bamba": lambda: bamba(2),
     "qwen3_5": qwen3_5,
+    "xlstm": xlstm,
 }

@@ -13,6 +13,7 @@ from pretrain.export.families.fla import (
 )
 from pretrain.export.families.mamba2 import Mamba2
 from pretrain.export.families.qwen3_5 import Qwen35
+from pretrain.export.families.xlstm import XLSTM
 
 # The first that a model fits is what it is exported as.
 FAMILIES: tuple[Family, ...] = (
@@ -22,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     Mamba2(),
     Bamba(),
     Qwen35(),
+    XLSTM(),
     GatedDeltaNet(),
     DeltaNet(),
     GatedLinearAttention(),

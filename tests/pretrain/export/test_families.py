@@ -83,7 +83,7 @@ def test_an_export_is_their_class_and_comes_back_bit_for_bit(pair, tmp_path):
     assert described["model_type"] == family.model_type
     assert described["architectures"] == [type(theirs).__name__]
     # Not by AutoModel: fla, where another test has imported it, puts its own Mamba-2 there.
-    loaded = type(theirs).from_pretrained(tmp_path).eval()
+    loaded = type(theirs).from_pretrained(tmp_path, use_cache=theirs.config.use_cache).eval()
     weights, expected = loaded.state_dict(), theirs.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -186,6 +186,8 @@ ATTENTION = {"pattern": "2*attn", "mixers": {"attn": {"num_heads": 4}}}
         ({"pattern": "attn gdn"}, None, "llama: a block is gdn"),
         (HYBRID, "bamba", ""),
         (GATED, "qwen3_5_text", ""),
+        ({"pattern": "2*mlstm", "logit_softcap": 30.0}, "xlstm", ""),
+        ({"pattern": "2*mlstm"}, None, "xlstm: logits are not capped"),
         ({**GATED, "pattern": "2*gdn"}, None, "qwen3_5_text: no block is attn"),
         ({**GATED, "mixers": {"attn": GATED_ATTENTION}}, None, "norms differ in norm_eps"),
         ({**HYBRID, "mixers": {"attn": {"num_heads": 3}}}, None, "bamba: another part than half"),
