@@ -9,6 +9,7 @@ through W_o.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -166,9 +167,9 @@ class MirasMixer(Mixer):
             self.register_parameter(f"memory_{number}", matrix)
 
     @classmethod
+    @abstractmethod
     def rule(cls, config: Any) -> MirasRule:
         """Return what the memory is trained by."""
-        raise NotImplementedError
 
     @override
     def forward(
