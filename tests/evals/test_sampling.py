@@ -198,6 +198,9 @@ def test_a_model_with_roles_is_talked_to(llama, tmp_path):
         "number",
         "there is no turn yet",
     ]
+    drawn = command("chat", tmp_path / "run", "--max-tokens", "8", stdin=b"hello\n/again\n")
+    _, one, another, _ = drawn.stdout.split("> ")
+    assert one != another
     from pretrain.inference.load import load_model
 
     loaded = load_model(tmp_path / "run")
