@@ -122,7 +122,7 @@ class HuggingFaceCompletion(Completion):
 
     def __init__(self, model: HuggingFaceModel, prompt_ids: list[int], sampling: Sampling) -> None:
         super().__init__(prompt_ids, sampling)
-        self._model, self._sampling, self._ended = model, sampling, False
+        self._model, self._sampling = model, sampling
 
     @override
     def decode(self, ids: list[int]) -> str:

@@ -32,7 +32,7 @@ class SourceTokenizer:
 
 
 def generation_settings(source: str) -> dict[str, Any]:
-    """Return the generation settings beside a model, or what its config has of them."""
+    """Return the generation settings beside a model; none where there is no file of them."""
     from transformers import GenerationConfig
 
     try:

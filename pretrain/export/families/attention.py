@@ -15,10 +15,12 @@ from pretrain.export.families.base import (
     expect,
     first_difference,
     general_reason,
+    model_weights,
     same,
+    settings_by_mixer,
+    swiglu_weights,
 )
 from pretrain.model.spec import block_specs
-from pretrain.nn.mixers import registry
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -97,15 +99,10 @@ class Llama(Family):
 
     @override
     def reason_against(self, config: ModelConfig) -> str | None:
-        specs = block_specs(config)
-        for spec in specs:
-            if spec.mixer is not registry()["attn"]:
-                return f"a block is {spec.name}"
-            if spec.moe is not None:
-                return "it has a mixture of experts"
-        settings = specs[0].config
-        if any(spec.config != settings for spec in specs):
-            return "its attention layers differ"
+        found, reason = settings_by_mixer(config, "attn")
+        if reason is not None:
+            return reason
+        settings = found["attn"]
         difference = attention_difference(
             settings, config.norm_eps, qk_norm=self.qk_norm, qkv_bias=self.qkv_bias
         )
@@ -115,8 +112,6 @@ class Llama(Family):
             return "a part of a head rotates"
         if self.whole_width and settings.num_heads * settings.head_dim != config.hidden_size:
             return "heads are not as wide as the model"
-        if config.mlp.kind != "swiglu":
-            return f"the MLP is {config.mlp.kind}"
         return general_reason(config)
 
     @override
@@ -143,10 +138,7 @@ class Llama(Family):
 
     @override
     def weights(self, config: ModelConfig) -> Iterator[Weight]:
-        yield same("model.embed_tokens.weight", "embedding.weight")
-        yield same("model.norm.weight", "final_norm.weight")
-        if not config.tie_embeddings:
-            yield same("lm_head.weight", "head.weight")
+        yield from model_weights(config, "model.embed_tokens.weight", "model.norm.weight")
         for index in range(len(block_specs(config))):
             theirs, ours = f"model.layers.{index}", f"blocks.{index}"
             yield same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_norm.weight")
@@ -159,8 +151,7 @@ class Llama(Family):
                 for name in ("q_norm", "k_norm"):
                     yield same(f"{theirs}.self_attn.{name}.weight", f"{ours}.mixer.{name}")
             yield same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight")
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                yield same(f"{theirs}.mlp.{name}.weight", f"{ours}.mlp.{name}.weight")
+            yield from swiglu_weights(f"{theirs}.mlp", f"{ours}.mlp")
 
 
 class Qwen3(Llama):

@@ -13,16 +13,23 @@ from pretrain.export.families.attention import (
     rotary_part,
     rotary_theta,
 )
-from pretrain.export.families.base import Family, Weight, expect, general_reason, same
+from pretrain.export.families.base import (
+    Family,
+    Weight,
+    expect,
+    general_reason,
+    model_weights,
+    same,
+    settings_by_mixer,
+    swiglu_weights,
+)
 from pretrain.export.families.mamba2 import (
     check_mamba2,
     mamba2_difference,
     mixer_weights,
 )
-from pretrain.model.spec import BlockSpec, block_specs
+from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import registry
-
-_NAMES = {"mamba2": "mamba", "attn": "self_attn"}
 
 
 class Bamba(Family):
@@ -68,25 +75,12 @@ class Bamba(Family):
 
     @override
     def reason_against(self, config: ModelConfig) -> str | None:
-        specs = block_specs(config)
-        kinds = {name: registry()[name] for name in _NAMES}
-        found: dict[str, BlockSpec] = {}
-        for spec in specs:
-            name = next((name for name, kind in kinds.items() if spec.mixer is kind), None)
-            if name is None:
-                return f"a block is {spec.name}"
-            if spec.moe is not None:
-                return "it has a mixture of experts"
-            if found.setdefault(name, spec).config != spec.config:
-                return f"its {name} layers differ"
-        for name in _NAMES:
-            if name not in found:
-                return f"no block is {name}"
-        attention, mamba = found["attn"].config, found["mamba2"].config
+        found, reason = settings_by_mixer(config, "mamba2", "attn")
+        if reason is not None:
+            return reason
+        attention, mamba = found["attn"], found["mamba2"]
         if attention.num_heads * attention.head_dim != config.hidden_size:
             return "heads are not as wide as the model"
-        if config.mlp.kind != "swiglu":
-            return f"the MLP is {config.mlp.kind}"
         return (
             attention_difference(attention, config.norm_eps)
             or mamba2_difference(mamba, config)
@@ -97,9 +91,9 @@ class Bamba(Family):
     @override
     def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
         specs = block_specs(config)
+        found, _ = settings_by_mixer(config, "mamba2", "attn")
+        attention, mamba = found["attn"], found["mamba2"]
         layers = [i for i, spec in enumerate(specs) if spec.mixer is registry()["attn"]]
-        attention = specs[layers[0]].config
-        mamba = next(spec.config for spec in specs if spec.mixer is registry()["mamba2"])
         return {
             "vocab_size": vocab_size,
             "hidden_size": config.hidden_size,
@@ -132,10 +126,9 @@ class Bamba(Family):
 
     @override
     def weights(self, config: ModelConfig) -> Iterator[Weight]:
-        yield same("model.embed_tokens.weight", "embedding.weight")
-        yield same("model.final_layernorm.weight", "final_norm.weight")
-        if not config.tie_embeddings:
-            yield same("lm_head.weight", "head.weight")
+        yield from model_weights(
+            config, "model.embed_tokens.weight", "model.final_layernorm.weight"
+        )
         for index, spec in enumerate(block_specs(config)):
             theirs, ours = f"model.layers.{index}", f"blocks.{index}"
             yield same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_norm.weight")
@@ -147,8 +140,7 @@ class Bamba(Family):
                     f"{theirs}.mamba", f"{ours}.mixer", spec.config, config.hidden_size
                 )
             yield same(f"{theirs}.pre_ff_layernorm.weight", f"{ours}.mlp_norm.weight")
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                yield same(f"{theirs}.feed_forward.{name}.weight", f"{ours}.mlp.{name}.weight")
+            yield from swiglu_weights(f"{theirs}.feed_forward", f"{ours}.mlp")
 
 
 def _rotary_difference(attention: Any) -> str | None:

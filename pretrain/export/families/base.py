@@ -13,6 +13,8 @@ from torch import Tensor
 from pretrain.common.errors import UserError
 from pretrain.config import ModelConfig
 from pretrain.model.language_model import LanguageModel
+from pretrain.model.spec import block_specs
+from pretrain.nn.mixers import registry
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,22 @@ def convolutions(theirs: str, ours: Mapping[str, int]) -> Weight:
         lambda x: plain.split(x.squeeze(1)),
         lambda parts: plain.join(parts).unsqueeze(1),
     )
+
+
+def model_weights(config: ModelConfig, embedding: str, norm: str) -> Iterator[Weight]:
+    """Yield the weights around a model's blocks, two of them by their names."""
+    yield same(embedding, "embedding.weight")
+    yield same(norm, "final_norm.weight")
+    if not config.tie_embeddings:
+        yield same("lm_head.weight", "head.weight")
+
+
+def swiglu_weights(
+    theirs: str, ours: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
+) -> Iterator[Weight]:
+    """Yield the weights of a SwiGLU, whose gate, other half and output are called ``names``."""
+    for other, name in zip(names, ("gate_proj", "up_proj", "down_proj"), strict=True):
+        yield same(f"{theirs}.{other}.weight", f"{ours}.{name}.weight")
 
 
 class Family(ABC):
@@ -108,13 +126,38 @@ def first_difference(options: Iterable[tuple[str, bool]]) -> str | None:
     return next((what for what, there in options if there), None)
 
 
-def general_reason(config: ModelConfig) -> str | None:
-    """Return what no family of transformers has, of the model around its layers."""
+def settings_by_mixer(config: ModelConfig, *names: str) -> tuple[dict[str, Any], str | None]:
+    """Return the settings of a model's mixers by name, and why they are not these, if they are not.
+
+    Every one of ``names`` must be there, with the same settings in all its blocks, and no other.
+    """
+    found: dict[str, Any] = {}
+    for spec in block_specs(config):
+        name = next((name for name in names if spec.mixer is registry()[name]), None)
+        if name is None:
+            return found, f"a block is {spec.name}"
+        if spec.moe is not None:
+            return found, "it has a mixture of experts"
+        if found.setdefault(name, spec.config) != spec.config:
+            return found, f"its {name} layers differ"
+    missing = next((name for name in names if name not in found), None)
+    return found, None if missing is None else f"no block is {missing}"
+
+
+def general_reason(config: ModelConfig, *, mlp: str = "swiglu", capped: bool = False) -> str | None:
+    """Return what a model has around its layers that a family has not.
+
+    A family's blocks have an MLP of the kind ``mlp``, and its logits are ``capped`` or not.
+    """
     return first_difference(
         (
+            (f"the MLP is {config.mlp.kind}", config.mlp.kind != mlp),
             (f"block_norm is {config.block_norm}", config.block_norm != "pre"),
             ("it is recursive", config.recursion is not None),
-            ("logits are capped", config.logit_softcap is not None),
+            (
+                f"logits are {'not ' * capped}capped",
+                (config.logit_softcap is not None) != capped,
+            ),
             ("embeddings are scaled", config.scale_embeddings),
             ("logits are scaled by the width", config.mup_base_hidden_size is not None),
         )

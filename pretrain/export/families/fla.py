@@ -16,7 +16,14 @@ from typing_extensions import override
 
 from pretrain.common.errors import UserError
 from pretrain.config import ModelConfig
-from pretrain.export.families.base import Family, Weight, expect, same
+from pretrain.export.families.base import (
+    Family,
+    Weight,
+    expect,
+    model_weights,
+    same,
+    swiglu_weights,
+)
 from pretrain.model.spec import block_specs
 
 # What every config of theirs has where its file does not say.
@@ -85,10 +92,7 @@ class FlaFamily(Family):
 
     @override
     def weights(self, config: ModelConfig) -> Iterator[Weight]:
-        yield same("model.embeddings.weight", "embedding.weight")
-        yield same("model.norm.weight", "final_norm.weight")
-        if not config.tie_embeddings:
-            yield same("lm_head.weight", "head.weight")
+        yield from model_weights(config, "model.embeddings.weight", "model.norm.weight")
         specs = block_specs(config)
         for index, spec in enumerate(specs):
             theirs, ours = f"model.layers.{index}", f"blocks.{index}"
@@ -103,8 +107,7 @@ class FlaFamily(Family):
                 # Any number of rows: there is nothing to divide.
                 yield _one_convolution(theirs_name, f"{ours}.mixer.{name}_conv")
             yield same(f"{theirs}.mlp_norm.weight", f"{ours}.mlp_norm.weight")
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                yield same(f"{theirs}.mlp.{name}.weight", f"{ours}.mlp.{name}.weight")
+            yield from swiglu_weights(f"{theirs}.mlp", f"{ours}.mlp")
 
 
 def _one_convolution(theirs: str, ours: str) -> Weight:
@@ -193,7 +196,27 @@ class DeltaNet(FlaFamily):
         }
 
 
-class GatedLinearAttention(FlaFamily):
+class _LinearAttention(FlaFamily):
+    """A layer of linear attention whose heads are shares of the model's width."""
+
+    @override
+    def mixer_of(self, theirs: Any) -> dict[str, Any]:
+        expect(theirs, num_kv_heads=None, feature_map=None, use_short_conv=False)
+        expect(theirs, use_output_gate=True)
+        return {
+            "num_heads": theirs.num_heads,
+            "head_dim": int(theirs.hidden_size * theirs.expand_k) // theirs.num_heads,
+            "expand_v": theirs.expand_v / theirs.expand_k,
+            "norm_eps": theirs.norm_eps,
+        }
+
+    @override
+    def ungrouped(self, theirs: Any, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        # The norm has a name of its own where it is fused with the gate.
+        return {n.replace(".g_norm_swish_gate.", ".g_norm."): x for n, x in weights.items()}
+
+
+class GatedLinearAttention(_LinearAttention):
     """Gated linear attention."""
 
     model_type = "gla"
@@ -221,21 +244,11 @@ class GatedLinearAttention(FlaFamily):
 
     @override
     def mixer_of(self, theirs: Any) -> dict[str, Any]:
-        expect(theirs, num_kv_heads=None, feature_map=None, use_short_conv=False, use_gk=True)
-        expect(theirs, use_output_gate=True, clamp_min=None, use_gv=False)
-        return {
-            "num_heads": theirs.num_heads,
-            "head_dim": int(theirs.hidden_size * theirs.expand_k) // theirs.num_heads,
-            "expand_v": theirs.expand_v / theirs.expand_k,
-            "norm_eps": theirs.norm_eps,
-        }
-
-    @override
-    def ungrouped(self, theirs: Any, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return _with_plain_norm(weights)
+        expect(theirs, use_gk=True, clamp_min=None, use_gv=False)
+        return super().mixer_of(theirs)
 
 
-class RetNet(FlaFamily):
+class RetNet(_LinearAttention):
     """RetNet."""
 
     model_type = "retnet"
@@ -253,21 +266,6 @@ class RetNet(FlaFamily):
     }
     plain = _projections("q", "k", "v", "g", "o")
     renamed: ClassVar[dict[str, str]] = {"g_norm.weight": "norm"}
-
-    @override
-    def mixer_of(self, theirs: Any) -> dict[str, Any]:
-        expect(theirs, num_kv_heads=None, feature_map=None, use_short_conv=False)
-        expect(theirs, use_output_gate=True)
-        return {
-            "num_heads": theirs.num_heads,
-            "head_dim": int(theirs.hidden_size * theirs.expand_k) // theirs.num_heads,
-            "expand_v": theirs.expand_v / theirs.expand_k,
-            "norm_eps": theirs.norm_eps,
-        }
-
-    @override
-    def ungrouped(self, theirs: Any, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return _with_plain_norm(weights)
 
 
 class HGRN2(FlaFamily):
@@ -343,8 +341,3 @@ class KimiDeltaAttention(FlaFamily):
             "gate_bias": True,
             "norm_eps": theirs.norm_eps,
         }
-
-
-def _with_plain_norm(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return weights under the name that the norm has where it is not fused with the gate."""
-    return {n.replace(".g_norm_swish_gate.", ".g_norm."): x for n, x in weights.items()}

@@ -17,11 +17,12 @@ from pretrain.export.families.base import (
     expect,
     first_difference,
     general_reason,
+    model_weights,
     rows,
     same,
+    settings_by_mixer,
 )
 from pretrain.model.spec import block_specs
-from pretrain.nn.mixers import registry
 
 _LONGEST = 2048  # tokens that the published models were trained on; nothing limits them
 
@@ -98,16 +99,13 @@ class Mamba2(Family):
 
     @override
     def reason_against(self, config: ModelConfig) -> str | None:
-        specs = block_specs(config)
-        other = next((s for s in specs if s.mixer is not registry()["mamba2"]), None)
-        if other is not None:
-            return f"a block is {other.name}"
-        settings = specs[0].config
-        if any(spec.config != settings for spec in specs):
-            return "its layers differ"
+        found, reason = settings_by_mixer(config, "mamba2")
+        if reason is not None:
+            return reason
         if config.mlp.kind != "none":
             return f"blocks have an MLP ({config.mlp.kind})"
-        return mamba2_difference(settings, config) or general_reason(config)
+        difference = mamba2_difference(found["mamba2"], config)
+        return difference or general_reason(config, mlp="none")
 
     @override
     def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
@@ -133,10 +131,7 @@ class Mamba2(Family):
 
     @override
     def weights(self, config: ModelConfig) -> Iterator[Weight]:
-        yield same("backbone.embeddings.weight", "embedding.weight")
-        yield same("backbone.norm_f.weight", "final_norm.weight")
-        if not config.tie_embeddings:
-            yield same("lm_head.weight", "head.weight")
+        yield from model_weights(config, "backbone.embeddings.weight", "backbone.norm_f.weight")
         for index, spec in enumerate(block_specs(config)):
             theirs, ours = f"backbone.layers.{index}", f"blocks.{index}"
             yield same(f"{theirs}.norm.weight", f"{ours}.mixer_norm.weight")

@@ -20,8 +20,10 @@ from pretrain.export.families.base import (
     general_reason,
     rows,
     same,
+    settings_by_mixer,
+    swiglu_weights,
 )
-from pretrain.model.spec import BlockSpec, block_specs
+from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import registry
 
 _KINDS = {"linear_attention": "gdn", "full_attention": "attn"}
@@ -81,18 +83,10 @@ class Qwen35(Family):
 
     @override
     def reason_against(self, config: ModelConfig) -> str | None:
-        specs, found = block_specs(config), dict[str, BlockSpec]()
-        for spec in specs:
-            kind = next((n for n in _KINDS.values() if spec.mixer is registry()[n]), None)
-            if kind is None:
-                return f"a block is {spec.name}"
-            if spec.moe is not None:
-                return "it has a mixture of experts"
-            if found.setdefault(kind, spec).config != spec.config:
-                return f"its {kind} layers differ"
-        if missing := next((kind for kind in _KINDS.values() if kind not in found), None):
-            return f"no block is {missing}"
-        attn, gdn = found["attn"].config, found["gdn"].config
+        found, reason = settings_by_mixer(config, *_KINDS.values())
+        if reason is not None:
+            return reason
+        attn, gdn = found["attn"], found["gdn"]
         eps = config.norm_eps
         return first_difference(
             (
@@ -105,7 +99,6 @@ class Qwen35(Family):
                 ("norms differ in norm_eps", attn.norm_eps != eps or gdn.norm_eps != eps),
                 ("there is no convolution", gdn.conv_size == 0),
                 ("eigenvalues may be negative", gdn.allow_neg_eigval),
-                (f"the MLP is {config.mlp.kind}", config.mlp.kind != "swiglu"),
             )
         ) or general_reason(config)
 
@@ -113,8 +106,8 @@ class Qwen35(Family):
     def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
         specs = block_specs(config)
         is_attention = [spec.mixer is registry()["attn"] for spec in specs]
-        attn = specs[is_attention.index(True)].config
-        gdn = specs[is_attention.index(False)].config
+        found, _ = settings_by_mixer(config, *_KINDS.values())
+        attn, gdn = found["attn"], found["gdn"]
         return {
             "vocab_size": vocab_size,
             "hidden_size": config.hidden_size,
@@ -158,8 +151,7 @@ class Qwen35(Family):
             else:
                 yield from _gdn(f"{theirs}.linear_attn", f"{ours}.mixer", spec.config)
             yield from_zero(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight")
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                yield same(f"{theirs}.mlp.{name}.weight", f"{ours}.mlp.{name}.weight")
+            yield from swiglu_weights(f"{theirs}.mlp", f"{ours}.mlp")
 
 
 def from_zero(theirs: str, ours: str) -> Weight:

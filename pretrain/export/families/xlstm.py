@@ -13,10 +13,13 @@ from pretrain.export.families.base import (
     Weight,
     expect,
     first_difference,
+    general_reason,
+    model_weights,
     same,
+    settings_by_mixer,
+    swiglu_weights,
 )
 from pretrain.model.spec import block_specs
-from pretrain.nn.mixers import registry
 
 _LAYER = {
     "q.weight": "q_proj.weight",
@@ -30,7 +33,7 @@ _LAYER = {
     "multihead_norm.weight": "norm",
     "out_proj.weight": "o_proj.weight",
 }
-_FFN = {"proj_up_gate": "gate_proj", "proj_up": "up_proj", "proj_down": "down_proj"}
+_FFN = ("proj_up_gate", "proj_up", "proj_down")
 _LONGEST = 8192  # tokens that xLSTM-7B was trained on; nothing limits them
 
 
@@ -70,29 +73,20 @@ class XLSTM(Family):
 
     @override
     def reason_against(self, config: ModelConfig) -> str | None:
-        specs = block_specs(config)
-        other = next((s for s in specs if s.mixer is not registry()["mlstm"]), None)
-        if other is not None:
-            return f"a block is {other.name}"
-        settings = specs[0].config
+        found, reason = settings_by_mixer(config, "mlstm")
+        if reason is not None:
+            return reason
+        settings = found["mlstm"]
         return first_difference(
             (
-                ("it has a mixture of experts", specs[0].moe is not None),
-                ("its layers differ", any(spec.config != settings for spec in specs)),
                 (
                     "heads are not as wide as the model",
                     settings.num_heads * settings.head_dim != config.hidden_size,
                 ),
                 ("gates are not capped", settings.gate_cap is None),
                 ("norms differ in norm_eps", settings.norm_eps != config.norm_eps),
-                (f"the MLP is {config.mlp.kind}", config.mlp.kind != "swiglu"),
-                ("logits are not capped", config.logit_softcap is None),
-                (f"block_norm is {config.block_norm}", config.block_norm != "pre"),
-                ("it is recursive", config.recursion is not None),
-                ("embeddings are scaled", config.scale_embeddings),
-                ("logits are scaled by the width", config.mup_base_hidden_size is not None),
             )
-        )
+        ) or general_reason(config, capped=True)
 
     @override
     def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
@@ -120,15 +114,11 @@ class XLSTM(Family):
 
     @override
     def weights(self, config: ModelConfig) -> Iterator[Weight]:
-        yield same("backbone.embeddings.weight", "embedding.weight")
-        yield same("backbone.out_norm.weight", "final_norm.weight")
-        if not config.tie_embeddings:
-            yield same("lm_head.weight", "head.weight")
+        yield from model_weights(config, "backbone.embeddings.weight", "backbone.out_norm.weight")
         for index in range(len(block_specs(config))):
             theirs, ours = f"backbone.blocks.{index}", f"blocks.{index}"
             yield same(f"{theirs}.norm_mlstm.weight", f"{ours}.mixer_norm.weight")
             for other, name in _LAYER.items():
                 yield same(f"{theirs}.mlstm_layer.{other}", f"{ours}.mixer.{name}")
             yield same(f"{theirs}.norm_ffn.weight", f"{ours}.mlp_norm.weight")
-            for other, name in _FFN.items():
-                yield same(f"{theirs}.ffn.{other}.weight", f"{ours}.mlp.{name}.weight")
+            yield from swiglu_weights(f"{theirs}.ffn", f"{ours}.mlp", _FFN)

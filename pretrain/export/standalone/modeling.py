@@ -82,7 +82,7 @@ class HybridConfig(PretrainedConfig):
 
 
 class HybridCache(Cache):
-    """What every layer carries from token to token, of every row: recurrent states, or keys.
+    """A cache of what every layer carries from token to token, of every row: states, or keys.
 
     It cannot go back to an earlier token, nor be compiled.
     """
