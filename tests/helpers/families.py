@@ -17,6 +17,14 @@ if _installed is not None:
     sys.modules["fla"] = _installed
 
 VOCAB = 64
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+ATTENTION = {
+    **SMALL,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 
 
 def tiny(name):
@@ -41,29 +49,13 @@ def randomised(config):
 
 
 def llama(**changes):
-    values = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        **changes,
-    }
-    return transformers.LlamaConfig(**values)
+    return transformers.LlamaConfig(**{**ATTENTION, **changes})
 
 
 def qwen3():
     return transformers.Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **ATTENTION,
         head_dim=12,
-        max_position_embeddings=128,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 3e4},
         tie_word_embeddings=True,
@@ -72,9 +64,7 @@ def qwen3():
 
 def mamba2(groups):
     return transformers.Mamba2Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
+        **SMALL,
         num_heads=8,
         head_dim=8,
         state_size=16,
@@ -87,61 +77,39 @@ def mamba2(groups):
 
 
 def qwen2():
-    return transformers.Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
+    return transformers.Qwen2Config(**ATTENTION)
 
 
-def bamba(groups=1, attention=(1,)):
+def bamba():
     return transformers.BambaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_layer_indices=list(attention),
+        **{**ATTENTION, "num_hidden_layers": 3},
+        attn_layer_indices=[1],
         mamba_n_heads=8,
         mamba_d_head=8,
-        mamba_n_groups=groups,
+        mamba_n_groups=2,
         mamba_d_state=16,
         mamba_d_conv=4,
         mamba_expand=2,
         mamba_chunk_size=8,
-        max_position_embeddings=128,
     )
 
 
 def qwen3_5(key_heads=4):
     return transformers.Qwen3_5TextConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
+        **{**ATTENTION, "num_hidden_layers": 3},
         layer_types=["linear_attention", "full_attention", "linear_attention"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=16,
         linear_num_key_heads=key_heads,
         linear_num_value_heads=4,
         linear_key_head_dim=8,
         linear_value_head_dim=12,
         linear_conv_kernel_dim=3,
-        max_position_embeddings=128,
     )
 
 
 def xlstm():
     return transformers.xLSTMConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
+        **SMALL,
         num_heads=2,
         ffn_round_up_to_multiple_of=8,
         chunk_size=8,
@@ -168,7 +136,7 @@ CONFIGS = {
     "qwen3": qwen3,
     "mamba2": lambda: mamba2(1),
     "mamba2, groups": lambda: mamba2(2),
-    "bamba": lambda: bamba(2),
+    "bamba": bamba,
     "qwen3_5": qwen3_5,
     "xlstm": xlstm,
 }

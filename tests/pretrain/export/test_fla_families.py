@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
-import sys
 from typing import Any
 
 import pytest
@@ -13,14 +11,19 @@ from pretrain.common.errors import UserError
 from pretrain.export.families.fla import GatedDeltaNet, KimiDeltaAttention
 from pretrain.export.importing import import_model
 from pretrain.inference.load import load_model
+from tests.helpers.fla_interpreter import make_interpretable
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_llama import make_llama
 
 pytest.importorskip("fla")
 pytest.importorskip("transformers")
-triton: Any = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.usefixtures("processes"),
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels in Triton's interpreter"),
+]
 VOCAB = 384
 COMMON = {
     "hidden_size": 32,
@@ -41,25 +44,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-class _Index(int):
-    """What a loop counts with, which can be cast like a tensor."""
-
-    def to(self, dtype):
-        return triton.language.cast(int(self), dtype)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def interpretable():
-    """The interpreter has no timers to tune by, and its loops count with Python's numbers."""
     import fla.models  # noqa: F401
-    from triton.runtime.autotuner import Autotuner
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(Autotuner, "_bench", lambda self, *args, config, **meta: (0.0, 0.0, 0.0))
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fla."):
-            numbers = lambda *ends: map(_Index, builtins.range(*map(int, ends)))  # noqa: E731
-            patch.setattr(module, "range", numbers, raising=False)
+    make_interpretable(patch)
     yield
     patch.undo()
 

@@ -3,8 +3,6 @@ in float16, on a GPU in bfloat16. Gradients, documents, starting states."""
 
 from __future__ import annotations
 
-import builtins
-import sys
 from typing import Any
 
 import pytest
@@ -21,6 +19,7 @@ from pretrain.ops import (
     mesa,
     short_convolution,
 )
+from tests.helpers.fla_interpreter import make_interpretable
 from tests.helpers.relative_error import relative_error
 
 pytest.importorskip("fla")
@@ -33,17 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported")
 HEADS, KEY, VALUE, LENGTHS = 2, 32, 16, (70, 1, 23)  # more than a chunk of 64
 
 
-class _Index(int):
-    """What a loop counts with: a tensor where kernels are compiled, and here something that can at
-    least be cast like one."""
-
-    def to(self, dtype):
-        return triton.language.cast(int(self), dtype)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def interpretable():
-    """The interpreter has no timers to tune by, and its loops count with Python's numbers."""
     if ON_GPU:
         yield
         return
@@ -56,18 +46,9 @@ def interpretable():
     import fla.ops.kda
     import fla.ops.mesa_net.chunk
     import fla.ops.simple_gla
-    from triton.runtime.autotuner import Autotuner
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(Autotuner, "_bench", lambda self, *args, config, **meta: (0.0, 0.0, 0.0))
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fla."):
-            patch.setattr(
-                module,
-                "range",
-                lambda *ends: map(_Index, builtins.range(*map(int, ends))),
-                raising=False,
-            )
+    make_interpretable(patch)
     # Of the states that this kernel stores in bfloat16 the interpreter makes numbers of 16 bits.
     states = fla.ops.mesa_net.chunk.chunk_mesa_fwd_h
     patch.setattr(
