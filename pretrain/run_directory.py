@@ -317,21 +317,34 @@ class RunDirectory:
         self._write_lock_holder(self._lock_handle)
 
     def check_held(self) -> None:
-        """Raise UserError where the directory that is held was removed, or another made instead.
+        """Raise UserError where the directory that is held cannot be reached, or is another now.
 
         Files written there would be lost, or mixed with those of another run.
         """
+        unreachable = self.why_unreachable()
+        if unreachable is not None:
+            raise UserError(unreachable)
+
+    def why_unreachable(self) -> str | None:
+        """Return the sentence that says why the directory that is held cannot be reached, if so.
+
+        It may come back: a disk that is mounted again. Raises UserError where another was made
+        instead, which does not.
+        """
         if self._held is None:
-            return
+            return None
         try:
             there = self.path.stat()
         except FileNotFoundError:
-            what = "was removed"
-        else:
-            if self._held == (there.st_dev, there.st_ino):
-                return
-            what = "was replaced by another"
-        raise UserError(
+            return self._lost("was removed")
+        except OSError as error:
+            return self._lost(f"cannot be reached any more ({error.strerror})")
+        if self._held != (there.st_dev, there.st_ino):
+            raise UserError(self._lost("was replaced by another"))
+        return None
+
+    def _lost(self, what: str) -> str:
+        return (
             f"the run directory {self.path} {what} while the run was training in it, so nothing "
             "more can be saved; run the same command again to start from what is there now"
         )

@@ -42,7 +42,8 @@ class CheckpointWriter:
     """A writer of an engine's checkpoints; all processes must make the same calls.
 
     :meth:`save` copies what this process has to write and returns; a thread writes it. One save at
-    a time: the next waits for it.
+    a time: the next waits for it. Up to ``retries`` saves in a row may fail, which is only told to
+    ``report``; the next one raises.
     """
 
     def __init__(
@@ -51,9 +52,16 @@ class CheckpointWriter:
         config: RunConfig,
         tokenizer: Path | None = None,
         extra: Path | None = None,
+        *,
+        retries: int = 0,
+        report: Callable[[str], None] = print,
     ):
         """Create a writer; ``tokenizer``, a file, and ``extra``, a folder, come with every save."""
         self.directory, self.config, self._tokenizer = directory, config, tokenizer
+        self._retries, self._report = retries, report
+        self.failures = 0
+        """Saves that have failed since the last one that did not."""
+        self._saved: Path | None = None
         self._extra, self._staging = extra, Staging()
         self._pending: Future[Path] | None = None
         self._thread: threading.Thread | None = None  # that writes it
@@ -65,7 +73,7 @@ class CheckpointWriter:
             self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def save(self, engine: HoldsState, state: CheckpointState) -> None:
-        """Begin to write ``directory/step-N``. Raises UserError where the last save failed."""
+        """Begin to write ``directory/step-N``. Raises UserError where too many saves failed."""
         self.begin(_local_state(engine), state)
 
     def begin(self, local: State, state: CheckpointState) -> None:
@@ -85,18 +93,34 @@ class CheckpointWriter:
         self._pending, self._thread = in_background(write, "checkpoint")
 
     def check(self) -> None:
-        """Raise UserError if a save has failed since."""
-        if self._pending is not None and self._pending.done():
-            self._pending.result()
+        """Report a save that has failed since, or raise UserError where that was one too many."""
+        if self._pending is None or not self._pending.done():
+            return
+        pending, self._pending = self._pending, None
+        try:
+            self._saved, self.failures = pending.result(), 0
+        except UserError as error:
+            self.count_failure(str(error))
+
+    def count_failure(self, reason: str) -> None:
+        """Count a save that failed, and report it, or raise UserError where it was one too many."""
+        self.failures += 1
+        if self.failures > self._retries:
+            again = f" ({self.failures} saves in a row have failed)" if self._retries else ""
+            raise UserError(f"{reason}{again}") from None
+        left = self._retries - self.failures
+        more = f"after {left + 1} more saves in a row" if left else "if the next save fails too"
+        self._report(f"warning: {reason}; the run ends {more} (checkpoint.retries)")
 
     def wait(self) -> Path | None:
         """Wait for the save at hand, and return the last checkpoint saved, if any.
 
-        Raises UserError where it could not be written.
+        Raises UserError where it could not be written, and was one too many.
         """
         if self._thread is not None:
             self._thread.join()
-        return None if self._pending is None else self._pending.result()
+        self.check()
+        return self._saved
 
     def abandon(self) -> None:
         """Wait for the save at hand, whatever becomes of it, and free the memory of its copy."""
@@ -128,10 +152,10 @@ class CheckpointWriter:
         return final
 
     def _begin(self, final: Path) -> Path:
-        for left_over in self.directory.glob(".writing-*"):
-            shutil.rmtree(left_over, ignore_errors=True)
         writing = self.directory / f".writing-{final.name}-{uuid.uuid4().hex[:8]}"
         try:
+            for left_over in self.directory.glob(".writing-*"):
+                shutil.rmtree(left_over, ignore_errors=True)
             writing.mkdir(parents=True)
         except OSError as error:
             raise _not_written(final, error) from None
@@ -188,7 +212,10 @@ def _local_state(engine: HoldsState) -> State:
 
 def _finished(function: Callable[[], Path]) -> Future[Path]:
     future: Future[Path] = Future()
-    future.set_result(function())
+    try:
+        future.set_result(function())
+    except UserError as error:
+        future.set_exception(error)
     return future
 
 

@@ -91,19 +91,27 @@ def write_figure(path: Path, figure: Figure, dpi: int) -> None:
 
 
 class LinesFile:
-    """A file to which whole lines are added; a failure to write one is reported once, by name."""
+    """A file to which whole lines are added.
+
+    What cannot be written is kept, and written before the next line.
+    """
 
     def __init__(self, path: Path):
         self._path = path
         # Unbuffered, so that nothing is left to write, and to fail, when the file is closed.
         self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, line: str) -> None:
-        """Add a line. Raises OSError, which names the file, where it cannot be written."""
-        content = f"{line}\n".encode()
+        """Add a line. Raises OSError, which names the file, where it cannot be written yet."""
+        self._unwritten += f"{line}\n".encode()
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what could not be written before. Raises OSError as :meth:`write` does."""
         try:
-            while content:
-                content = content[self._file.write(content) :]
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
 

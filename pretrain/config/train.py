@@ -139,6 +139,11 @@ class CheckpointConfig(Config):
     keep: list[int] = setting(factory=list, minimum=1)
     """Tokens, rounded up to whole steps, at which a checkpoint is saved and kept for good: those
     that branches are to begin from."""
+    retries: int = setting(3, minimum=0)
+    """Saves in a row that may fail, on a full disk or a folder that cannot be reached, before the
+    run ends. Each is reported, and what it should have kept is saved again when the next save is
+    due; the last save of a run is tried again after some seconds. Meanwhile lines of the log and of
+    the metrics that cannot be written are kept in memory."""
     background: bool = True
     """Whether they are written from a copy in host memory while training continues. That memory, as
     large as what a process writes, is kept for the next save until the run ends."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from pretrain.common.errors import flush_output, unwritable
-from pretrain.common.files import LinesFile, finite_or_null
+from pretrain.common.files import LinesFile, explain_write_error, finite_or_null, is_refused_write
 from pretrain.common.text import duration
 from pretrain.config import LoggingConfig
 from pretrain.run_directory import RunDirectory
@@ -32,7 +32,11 @@ class _Console(Console):
 
 
 class RunLog:
-    """The log of a run: the main process writes it, on every other one nothing happens."""
+    """The log of a run: the main process writes it, on every other one nothing happens.
+
+    Lines that cannot be written are kept in memory until :meth:`write_held` has failed more than
+    ``retries`` times in a row.
+    """
 
     def __init__(
         self,
@@ -42,9 +46,11 @@ class RunLog:
         active: bool,
         num_steps: int,
         step: int,
+        retries: int = 0,
     ):
         self.directory, self.active, self.num_steps = directory, active, num_steps
-        self._every = config.every
+        self._every, self._retries = config.every, retries
+        self._refusals: int | None = None  # of writing the lines that are held, if any are
         self.seconds_before = 0.0  # those that earlier starts of the run logged
         self._progress: Progress | None = None
         self._trackers: list[Tracker] = []
@@ -89,6 +95,7 @@ class RunLog:
         """Continue from an earlier step; the lines after it go to a separate file."""
         if not self.active:
             return
+        self._file.flush()
         self._file.close()
         dropped = [row for row in self.directory.read_metrics() if row["step"] > step]
         with contextlib.closing(LinesFile(self.directory.rolled_back_metrics_file)) as file:
@@ -102,7 +109,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """Print a line on the screen and into the log file."""
         if self.active:
-            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
+            self._note(message)
             with self._screen():
                 self.console.print(message)
 
@@ -111,7 +118,7 @@ class RunLog:
         if not self.active:
             return
         clean = finite_or_null(values)
-        self._file.write(json.dumps(clean, allow_nan=False))
+        self._write(self._file, json.dumps(clean, allow_nan=False))
         for tracker in self._trackers:
             tracker.record(clean)
 
@@ -132,17 +139,59 @@ class RunLog:
                 numbers += f" ({values['hfu']:.1%} with recomputation)"
         numbers += f"  {duration(seconds_left)} left"
         line = f"step {values['step']}/{self.num_steps}  {numbers}"
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+        self._note(line)
         with self._screen():
             if self._progress is not None:
                 self._progress.update(self._task, completed=values["step"], numbers=numbers)
             else:
                 print(line, flush=True)
 
+    def write_held(self) -> None:
+        """Write the lines that are held in memory, if any are.
+
+        Raises OSError, which names the file, where that failed more than ``retries`` times.
+        """
+        if self._refusals is None:
+            return
+        try:
+            for file in (self._file, self._text):
+                file.flush()
+        except OSError:
+            self._refusals += 1
+            if self._refusals > self._retries:
+                raise
+        else:
+            self._refusals = None
+            self.say("the lines of the log and of the metrics that were held are written")
+
+    def _note(self, line: str) -> None:
+        self._write(self._text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+
+    def _write(self, file: LinesFile, line: str) -> None:
+        """Write a line, or hold it where the machine refuses to write it now."""
+        try:
+            file.write(line)
+        except OSError as error:
+            if not self._retries or not is_refused_write(error):
+                raise
+            if self._refusals is None:
+                self._refusals = 0
+                words = f"warning: {explain_write_error(error)}; its lines are held in memory"
+                with self._screen():
+                    self.console.print(f"{words}, to be written with the next save")
+
     def close(self) -> None:
         """Release the screen and finish the files."""
         if not self.active:
             return
+        try:
+            if self._refusals is not None:
+                self._file.flush()
+                self._text.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                lost = f"error: {explain_write_error(error)}; its last lines are lost"
+                print(lost, file=sys.stderr, flush=True)
         with self._screen():
             if self._progress is not None:
                 self._progress.stop()
@@ -164,6 +213,6 @@ class RunLog:
                 return
             self._screen_lost = True
             words = f"{unwritable(error)}; training goes on, its log is {self.directory.log_file}"
-            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {words}")
+            self._note(words)
             with contextlib.suppress(OSError):
                 print(words, file=sys.stderr, flush=True)

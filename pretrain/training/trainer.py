@@ -276,6 +276,7 @@ class Trainer:
                 active=is_main_process(),
                 num_steps=self.num_steps,
                 step=self.state.step,
+                retries=config.checkpoint.retries,
             )
             self._ahead = ReadAhead(self.batches, self.num_steps)
             with contextlib.closing(self.log), self.stop, self._ahead:
@@ -323,7 +324,13 @@ class Trainer:
     def _train(self, checkpoint: Path | None) -> TrainResult:
         self._say_what_trains(checkpoint)
         tokenizer = self.data.tokenizer.path
-        self.writer = CheckpointWriter(self.run_directory.checkpoints, self.config, tokenizer)
+        self.writer = CheckpointWriter(
+            self.run_directory.checkpoints,
+            self.config,
+            tokenizer,
+            retries=self.config.checkpoint.retries,
+            report=self.log.say,
+        )
         try:
             status = self._train_with_callbacks()
         except BaseException:

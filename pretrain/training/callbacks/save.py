@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from pretrain.parallel.processes import is_main_process
+import time
+from pathlib import Path
+
+from pretrain.parallel.processes import on_main_process
 from pretrain.training.callbacks.base import Callback
+
+_PAUSE = 10.0  # seconds before the last save is tried again, twice as long each time
 
 
 class Save(Callback):
@@ -17,19 +22,14 @@ class Save(Callback):
         self._kept = self.trainer.config.kept_steps
 
     def between_steps(self) -> None:
-        """Begin a checkpoint if one is due, and raise UserError where the last one failed.
+        """Begin a checkpoint if one is due.
 
-        Also where the run directory has been removed meanwhile.
+        Raises UserError where more than ``checkpoint.retries`` in a row have failed.
         """
         trainer, step = self.trainer, self.trainer.state.step
         due = step % trainer.config.checkpoint.every == 0 or step in self._kept
         if due or trainer.stopping or step == trainer.num_steps:
-            if is_main_process():
-                trainer.run_directory.check_held()
-            with trainer.paused(f"saving step {step}"):
-                trainer.writer.save(trainer.engine, trainer.state)
-                for callback in trainer.callbacks:
-                    callback.after_save()
+            self._save()
         trainer.writer.check()
 
     def on_stop(self) -> None:
@@ -37,10 +37,36 @@ class Save(Callback):
         trainer = self.trainer
         trainer.log.say(
             f"stopped by {trainer.stop.name} after step {trainer.state.step}, saved "
-            f"{trainer.writer.wait()}; run the same command again to resume"
+            f"{self._finish()}; run the same command again to resume"
         )
 
     def on_complete(self) -> None:
         """Wait for the last checkpoint."""
         self.trainer.announce("finishing")
-        self.trainer.writer.wait()
+        self._finish()
+
+    def _save(self) -> None:
+        trainer = self.trainer
+        with trainer.paused(f"saving step {trainer.state.step}"):
+            trainer.writer.wait()
+            unreachable = on_main_process(trainer.run_directory.why_unreachable)
+            if unreachable is not None:
+                trainer.writer.count_failure(unreachable)
+            else:
+                trainer.writer.save(trainer.engine, trainer.state)
+                for callback in trainer.callbacks:
+                    callback.after_save()
+            on_main_process(trainer.log.write_held)
+
+    def _finish(self) -> Path | None:
+        """Wait for the last checkpoint, and save it again, some seconds later, where it failed."""
+        trainer, pause = self.trainer, _PAUSE
+        saved = trainer.writer.wait()
+        while trainer.writer.failures:
+            trainer.log.say(f"saving step {trainer.state.step} again in {pause:g} seconds")
+            trainer.announce("waiting to save again")
+            time.sleep(pause)
+            pause *= 2
+            self._save()
+            saved = trainer.writer.wait()
+        return saved

@@ -22,6 +22,7 @@ from pretrain.training.trainer import Trainer
 from tests.helpers.processes import ENVIRONMENT, ROOT
 from tests.helpers.training_run import QUICK, STEPS, Run, whole_lines
 
+STRICT = (*QUICK, "checkpoint.retries=0")
 FILLED = ("callbacks=[tests.helpers.fill_disk.FillDisk]", "checkpoint.every=100")
 
 
@@ -53,7 +54,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, corpus, size, c
     with small_disk(tmp_path / "disk", size) as disk:
         run = Run(tmp_path, corpus, "full", directory=disk / "run")
         run.directory = disk / "run"
-        overrides = (*changes, "sample.tokens=0")
+        overrides = (*changes, "sample.tokens=0", "checkpoint.retries=0")
         status, output = run.finish(*overrides)
         (line,) = [x for x in output.splitlines() if x.startswith("error: ")]
         assert status == 2, output
@@ -85,7 +86,7 @@ def test_a_line_that_cannot_be_written_ends_the_run_with_one_error(run, monkeypa
             raise OSError(number, os.strerror(number), str(self._path))
 
     with pytest.raises(UserError, match=f"cannot write .*{name}: {os.strerror(number)}") as error:
-        Trainer(run.config, overrides=QUICK, callbacks=[Refuse()]).fit()
+        Trainer(run.config, overrides=STRICT, callbacks=[Refuse()]).fit()
     assert ("MB free" in str(error.value)) == (number == errno.ENOSPC)
     assert error.value.__suppress_context__
     assert "the last checkpoint is" in str(error.value)
@@ -121,7 +122,7 @@ def test_a_run_directory_that_is_removed_is_noticed_at_the_next_save(run, replac
                     other.run_directory.take_lock()
 
     other = Trainer(run.config, overrides=QUICK)
-    trainer = Trainer(run.config, overrides=QUICK, callbacks=[Remove()])
+    trainer = Trainer(run.config, overrides=STRICT, callbacks=[Remove()])
     what = "was replaced by another" if replaced else "was removed"
     with pytest.raises(UserError, match=f"the run directory .* {what} while the run was training"):
         trainer.fit()
