@@ -2,13 +2,15 @@
 
 It starts torchrun, and on the first node decides what becomes of the run when its processes end.
 SIGUSR2 is forwarded to the training processes, which save at the end of their step, and the job is
-queued again. The same happens after a failure, unless the same step fails twice. SIGTERM saves
-too; the job is then queued again if it was preempted, but not if it was cancelled.
+queued again. SIGTERM saves too; the job is then queued again if it was preempted, but not if it was
+cancelled. After a failure the run is started again on the same nodes; where the same step fails
+again the job is queued again, perhaps for other nodes, and where it fails a third time it ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import subprocess
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 _SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+# What the batch script is asked for when the run fails once, and twice, at the same step.
+_AGAIN = (".restart", ".requeue")
 
 
 def main() -> int:
@@ -43,6 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.agent", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--nproc-per-node", type=int, required=True)
+    parser.add_argument("--attempt", type=int, default=0)  # starts before on the job's nodes
     parser.add_argument("--force", action="store_true")
     arguments = parser.parse_args()
 
@@ -52,7 +57,7 @@ def main() -> int:
     config = load_saved_config(arguments.config)
     node = int(os.environ.get("SLURM_NODEID", "0"))
     directory = RunDirectory(arguments.config.parent)
-    command = _torchrun(arguments.config, arguments.nproc_per_node, node)
+    command = _torchrun(arguments.config, arguments.nproc_per_node, node, arguments.attempt)
     if arguments.force:
         command.append("--force")
     if node == 0:
@@ -83,8 +88,12 @@ def main() -> int:
     return _decide(config, directory, received, status)
 
 
-def _torchrun(config: Path, processes: int, node: int) -> list[str]:
-    """Return the torchrun command that joins all nodes; its port differs between a node's jobs."""
+def _torchrun(config: Path, processes: int, node: int, attempt: int) -> list[str]:
+    """Return the torchrun command that joins all nodes.
+
+    Its port differs between a node's jobs, and between a job's attempts: the last one's may still
+    be taken for a while.
+    """
     job = int(os.environ.get("SLURM_JOB_ID", "0"))
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return [
@@ -97,7 +106,7 @@ def _torchrun(config: Path, processes: int, node: int) -> list[str]:
         "--max-restarts=0",
         # The batch script runs on the first node, and srun in it.
         f"--master-addr={os.environ.get('SLURM_LAUNCH_NODE_IPADDR', '127.0.0.1')}",
-        f"--master-port={20000 + (7 * job + restarts) % 20000}",
+        f"--master-port={20000 + (7 * job + restarts + 1009 * attempt) % 20000}",
         "-m",
         "pretrain",
         str(config),
@@ -142,13 +151,13 @@ def _decide(config: RunConfig, directory: RunDirectory, received: list[int], sta
         return 0  # the others may still be ending
     reason = directory.last_error()
     failures = directory.read_launch().get("failures") or []
-    again = bool(failures) and failures[-1]["step"] == state.step
     failures = [*failures, {"step": state.step, "reason": reason}]
-    if again:
-        reason = f"failed twice after step {state.step}: {reason}"
+    same = list(itertools.takewhile(lambda f: f["step"] == state.step, reversed(failures)))
+    if len(same) > len(_AGAIN):
+        reason = f"failed {len(same)} times after step {state.step}: {reason}"
         print(f"== {reason}", flush=True)
     else:
-        (directory.path / ".requeue").touch()
+        (directory.path / _AGAIN[len(same) - 1]).touch()
     directory.write_launch(ended=time.time(), status=EXIT_FAILED, reason=reason, failures=failures)
     return EXIT_FAILED
 

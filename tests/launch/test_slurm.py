@@ -276,8 +276,8 @@ def test_a_member_of_an_array_is_queued_again_alone(slurm, tmp_path, corpus):
 
 
 @pytest.mark.slow
-def test_the_same_step_failing_twice_ends_it_with_the_reason(slurm, tmp_path, corpus, capsys):
-    """A loss that is no number fails again after the restart, at the same step."""
+def test_the_same_step_failing_again_ends_it_with_the_reason(slurm, tmp_path, corpus, capsys):
+    """A loss that is no number fails again on the same nodes and in the queue, at the same step."""
     job = Job(
         tmp_path / "job",
         corpus,
@@ -286,14 +286,34 @@ def test_the_same_step_failing_twice_ends_it_with_the_reason(slurm, tmp_path, co
     )
     job.launch()
     slurm.wait_for(lambda: "== queued again" in job.output(), 200)
-    slurm.wait_for(lambda: "failed twice after step" in job.output(), 200)
+    slurm.wait_for(lambda: "failed 3 times after step" in job.output(), 200)
     slurm.wait_for(lambda: "FAILED" in slurm.job_state(job.id), 200)
+    again, queued = "== started again on the same nodes", "== queued again"
+    marks = [x for x in job.output().splitlines() if x in (again, queued)]
+    assert marks == [again, queued]
     assert "start 1" in job.output()
     capsys.readouterr()
     main(["status", str(job.config)])
     shown = capsys.readouterr().out
     assert "1 failed" in shown
-    assert "failed twice after step" in shown
+    assert "failed 3 times after step" in shown
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_once_goes_on_on_the_same_nodes(slurm, tmp_path, corpus):
+    job = Job(
+        tmp_path / "job",
+        corpus,
+        nodes=1,
+        grid="\ncallbacks: [tests.helpers.fail_once.FailOnce]\n",
+        **{"tensor: 2": "tensor: 1", "every: 1000": "every: 2"},
+    )
+    job.launch()
+    slurm.wait_for(lambda: "COMPLETED" in slurm.job_state(job.id), 300)
+    assert "== started again on the same nodes" in job.output()
+    assert "resumed from" in job.output()
+    assert "start 1" not in job.output() and "== queued again" not in job.output()
+    assert [step for step, *_ in job.steps()] == list(range(1, 7))
 
 
 @pytest.mark.slow
@@ -382,7 +402,7 @@ def test_the_script_is_shell_that_a_person_can_read(tmp_path, corpus):
     assert "apptainer exec --nv --bind=/shared:/shared /shared/images/pretrain.sif" in script
     assert "module load apptainer" in script
     assert "--force" not in script
-    assert "--nproc-per-node 8 --force &" in render(cluster, grid, grid.members, 1, force=True)
+    assert "--attempt $attempt --force &" in render(cluster, grid, grid.members, 1, force=True)
 
 
 def test_a_dry_run_shows_the_plan_and_submits_nothing(tmp_path, corpus, capsys):
@@ -540,7 +560,7 @@ def test_names_are_words_of_the_script(tmp_path, corpus, name):
     output = str(job.directory.resolve()).replace("%", "%%")
     assert f"--output={output}/slurm-%j.txt" in words
     lines = script.splitlines()
-    (srun,) = (line for line in lines if line.startswith("srun "))
+    (srun,) = (line.strip() for line in lines if line.strip().startswith("srun "))
     assert f"--label={name}" in shlex.split(srun.removesuffix("\\"))
     assert f"module load {shlex.quote(name)}" in lines
     path = tmp_path / "job.sh"

@@ -168,5 +168,6 @@ def test_lines_are_held_until_they_can_be_written(run, monkeypatch, capsys, reco
         return
     assert trainer.fit().status == "completed"
     assert [row["step"] for row in run.metrics if "loss" in row] == list(range(1, STEPS + 1))
-    assert "its lines are held in memory, to be written with the next save" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "its lines are held in memory, to be written with the next save" in shown
     assert "that were held are written" in log(run)
