@@ -22,7 +22,8 @@ import torch
 
 from pretrain.common.config_loader import build_config
 from pretrain.config import ModelConfig, OptimizerConfig
-from pretrain.data.batches import Batch, pack_rows
+from pretrain.data.batch import Batch
+from pretrain.data.batches import pack_rows
 from pretrain.model.build import build_model
 from pretrain.model.language_model import LanguageModel
 from pretrain.parallel.processes import start_processes, stop_processes

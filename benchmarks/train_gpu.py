@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from pretrain.config import RunConfig, load_run_config
-from pretrain.data.batches import Batch
+from pretrain.data.batch import Batch
 from pretrain.data.sequences import Sequences
 from pretrain.model.build import build_model
 from pretrain.model.counts import count_model

@@ -31,7 +31,8 @@ from torch import nn
 
 from pretrain.common.config_loader import build_config
 from pretrain.config import ModelConfig, OptimizerConfig, load_run_config
-from pretrain.data.batches import Batch, TrainingBatches, open_data, pack_rows
+from pretrain.data.batch import Batch
+from pretrain.data.batches import TrainingBatches, open_data, pack_rows
 from pretrain.model.build import build_model, padded_vocab_size
 from pretrain.model.language_model import LanguageModel
 from pretrain.parallel.processes import start_processes

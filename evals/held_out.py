@@ -90,13 +90,23 @@ def data_directories(loaded: LoadedModel, data: str | None) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def open_held_out(loaded: LoadedModel, data: str | None) -> PreparedData:
+def open_held_out(
+    loaded: LoadedModel, data: str | None, *, training_windows: bool = False
+) -> PreparedData:
     """Open ``data``, or the data that a run was trained on, for its validation splits.
+
+    ``training_windows``: documents in them have prefixes, if they had in training.
 
     Raises UserError where there is none, it was made with another tokenizer, or the model would see
     the tokens that it is to predict.
     """
-    check_causal(loaded.model.model_config, str(loaded.checkpoint))
+    prefix = loaded.run.data.prefix
+    if prefix is not None and not training_windows:
+        raise UserError(
+            f"{loaded.checkpoint} was trained with data.prefix and would see tokens that it is to "
+            "predict; expected --training-windows, where a document's prefix is not predicted"
+        )
+    check_causal(loaded.model.model_config, str(loaded.checkpoint), prefix)
     directory = data_directories(loaded, data)[0]
     found = open_data(DataConfig(path=data) if data else loaded.run.data)
     if found.tokenizer.sha256 != loaded.tokenizer.sha256:

@@ -82,7 +82,7 @@ def evaluate_perplexity(
     if not 1 <= stride <= window:
         raise UserError(f"stride is {stride}, expected 1 to the window of {window}")
     directories = data_directories(loaded, data)
-    held_out = open_held_out(loaded, data)
+    held_out = open_held_out(loaded, data, training_windows=training_windows)
     if training_windows:
         found = _score_training_windows(loaded, held_out)
     else:
@@ -234,7 +234,11 @@ def _score_training_windows(loaded: LoadedModel, held_out: PreparedData) -> list
     sizes = torch.from_numpy(loaded.tokenizer.bytes_per_token())
     device = next(model.parameters()).device
     batches = validation_batches(
-        held_out, run.train, run.parallel.micro_batch_size, run.validation.tokens
+        held_out,
+        run.train,
+        run.parallel.micro_batch_size,
+        run.validation.tokens,
+        run.data.prefix,
     )
     found = []
     for label, weight in zip(held_out.labels, held_out.weights, strict=True):
@@ -242,8 +246,10 @@ def _score_training_windows(loaded: LoadedModel, held_out: PreparedData) -> list
         for batch in batches.get(label, []):
             on_device = batch.to(device)
             losses = model(on_device.tokens, on_device.targets, sequences=on_device.sequences)
-            text_bytes = int(sizes[batch.targets].sum())
-            parts.append((float(losses.double().sum()), batch.targets.numel(), text_bytes))
+            counted = batch.loss_mask > 0
+            targets = batch.targets[counted]
+            nats = losses.double()[counted.to(device)].sum()
+            parts.append((float(nats), targets.numel(), int(sizes[targets].sum())))
             documents += batch.sequences.count
         if parts:
             found.append(Scores(label, weight, np.array(parts, np.float64), len(parts), documents))

@@ -63,12 +63,13 @@ def _full_counts(config: RunConfig, where: str, *, equal_embeddings: bool = Fals
     from pretrain.model.build import padded_vocab_size
 
     try:
-        rows = padded_vocab_size(config.model, open_data(config.data).tokenizer.vocab_size)
+        tokenizer = open_data(config.data).tokenizer
     except UserError as error:
         raise ConfigError(
             f"{where}: grid.match counts the vocabulary too, but model.vocab_size is not set and "
             f"the data that defines it is missing ({error}); set model.vocab_size"
         ) from None
+    rows = padded_vocab_size(config.model, config.data.ids(tokenizer.vocab_size))
     return count_model(config.model, rows, config.train.seq_len)
 
 

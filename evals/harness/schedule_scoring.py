@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from pretrain.common.errors import UserError
-from pretrain.data.batches import Batch
+from pretrain.data.batch import Batch
 from pretrain.data.sequences import Sequences
 from pretrain.inference.score import Pair, Prompt, Scorer, merged
 from pretrain.parallel.processes import replica_rank_and_size
@@ -95,22 +95,24 @@ class ScheduleScorer(Scorer):
 
     def _batch(self, pairs: list[Pair], length: int) -> Batch:
         tokens, targets = list[int](), list[int]()
-        mask, ends = list[float](), [0]
+        mask, ends, prefixes = list[float](), [0], list[int]()
         for pair in pairs:
             ids = [*pair.context, *pair.continuation]
             tokens += ids[:-1]
             targets += ids[1:]
             mask += [0.0] * (len(pair.context) - 1) + [1.0] * len(pair.continuation)
             ends.append(len(tokens))
+            prefixes.append(min(len(pair.context), len(ids) - 1))
         rest = length - len(tokens)
         if rest:
             ends.append(length)
+            prefixes.append(0)
         tokens, targets = tokens + [self.filler] * rest, targets + [self.filler] * rest
         return Batch(
             torch.tensor([tokens]),
             torch.tensor([targets]),
             torch.tensor([mask + [0.0] * rest]),
-            Sequences(torch.tensor(ends)),
+            Sequences(torch.tensor(ends)).with_prefixes(prefixes),
         )
 
 

@@ -2,7 +2,7 @@
 
 from pretrain.common.config_loader import ConfigError, to_yaml
 from pretrain.config.checks import check_run_config, load_run_config
-from pretrain.config.data import DataConfig, DataSource
+from pretrain.config.data import DataConfig, DataSource, PrefixConfig
 from pretrain.config.model import MLPConfig, ModelConfig, MoEConfig, RecursionConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ZERO_BACKENDS, ParallelConfig
@@ -38,6 +38,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PrefixConfig",
     "RecursionConfig",
     "RunConfig",
     "SampleConfig",

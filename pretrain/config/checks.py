@@ -25,6 +25,7 @@ from pretrain.config.parallel import ParallelConfig
 from pretrain.config.parallel_checks import check_parallel
 from pretrain.config.phase_checks import check_batch_warmup, check_phases
 from pretrain.config.plan import RunPlan, phase_settings
+from pretrain.config.prefix import check_prefix
 from pretrain.config.run import RunConfig
 from pretrain.config.schedule import SCHEDULES, ScheduleConfig, fraction_of_steps
 from pretrain.config.segments import check_segments
@@ -103,6 +104,7 @@ def _check_settings(config: RunConfig, where: str) -> None:
     _check_experts(config, where)
     check_segments(config, where)
     check_carried(config, where)
+    check_prefix(config, where)
     _check_optimizer(config, where)
     check_batch_warmup(config, where)
     if (config.data.path is None) == (not config.data.blend):

@@ -21,6 +21,43 @@ class DataSource(Config):
 
 
 @dataclass
+class PrefixConfig(Config):
+    """The prefix of every document in a batch, which layers such as ``jrt`` see as a whole.
+
+    The tokens after it are predicted one by one; within it hidden ones are (arXiv 2407.05483).
+    """
+
+    tokens: int = setting(1024, minimum=1)
+    """The longest prefix; no longer than the ``prefix_length`` of the layers."""
+    fraction: float = setting(0.5, above=0, maximum=1)
+    """Share of a document, or of the piece of it in a sequence, that is prefix, rounded down, up to
+    ``tokens``."""
+    length: Literal["fixed", "drawn"] = setting("fixed")
+    """Whether prefixes are as long as that, or each of a length from 0 to that, all equally likely;
+    validation always has the longest."""
+    mask_fraction: float = setting(0.15, minimum=0, maximum=1)
+    """Share of a prefix's tokens that training hides behind the mask token, to be predicted."""
+    mask_id: int | None = setting(None, minimum=0)
+    """Id of the mask token; null: the first one after the tokenizer's, for which the vocabulary
+    gets a row."""
+    mask_weight: float = setting(0.25, minimum=0)
+    """Weight of the mean loss of hidden tokens beside the mean loss of the next token."""
+
+    @property
+    def hides(self) -> bool:
+        """Return whether training hides tokens."""
+        return self.mask_fraction > 0 and self.mask_weight > 0
+
+    def ids(self, vocab_size: int) -> int:
+        """Return how many ids inputs have with a tokenizer of ``vocab_size``."""
+        return vocab_size + 1 if self.hides and self.mask_id is None else vocab_size
+
+    def mask_token(self, vocab_size: int) -> int:
+        """Return the id of the mask token with a tokenizer of ``vocab_size``."""
+        return vocab_size if self.mask_id is None else self.mask_id
+
+
+@dataclass
 class DataConfig(Config):
     """The training data: exactly one of ``path`` and ``blend`` is set."""
 
@@ -45,6 +82,12 @@ class DataConfig(Config):
     verify: Literal["size", "sha256"] = setting("size")
     """What is checked of every file before training: its size, or its hash, for which all of the
     data is read."""
+    prefix: PrefixConfig | None = None
+    """Prefixes that layers see as a whole, for models with such a layer; null: none."""
+
+    def ids(self, vocab_size: int) -> int:
+        """Return how many ids inputs have with a tokenizer of ``vocab_size``."""
+        return vocab_size if self.prefix is None else self.prefix.ids(vocab_size)
 
     @property
     def directories(self) -> list[DataSource]:

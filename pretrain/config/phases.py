@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pretrain.common.config_loader import Config, ConfigError, check_of, setting
 from pretrain.config.data import DataConfig, DataSource
@@ -38,7 +38,7 @@ class PhaseData(Config):
     def over(self, data: DataConfig) -> DataConfig:
         """Return the settings of the phase's data, of which ``data`` are the run's."""
         path = data.path if self.path is None and not self.blend else self.path
-        return DataConfig(path, self.weights, self.blend, data.packing, data.window, data.verify)
+        return replace(data, path=path, weights=self.weights, blend=self.blend)
 
 
 @dataclass

@@ -24,67 +24,19 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pretrain.common.errors import UserError
-from pretrain.config import DataConfig, TrainConfig
+from pretrain.config import DataConfig, PrefixConfig, TrainConfig
 from pretrain.config.plan import RunPlan
+from pretrain.data.batch import Batch
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import Mix, Offset, Order, Progress
 from pretrain.data.packing import PackedRows, describe_cuts, packed
+from pretrain.data.prefixes import generator_of, with_prefixes
 from pretrain.data.reading_on import ReadingOn
-from pretrain.data.sequences import Sequences, segment_of, without_waiting
+from pretrain.data.sequences import Sequences
 from pretrain.data.shards import Shard, TokenStream
 from pretrain.data.tokenizer import Tokenizer
-
-
-@dataclass
-class Batch:
-    """One micro-batch, all sequences packed in a row of T tokens.
-
-    Attributes:
-        tokens: ``[1, T]`` int64.
-        targets: ``[1, T]`` int64, the token after each.
-        loss_mask: ``[1, T]`` float32, 1 where the target counts.
-        sequences: The documents, or pieces of documents, that the row is packed of.
-        continues: Where rows read on from step to step: of each, whether its first document is that
-            in which the same row of the step before ended.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    loss_mask: Tensor
-    sequences: Sequences
-    continues: tuple[bool, ...] | None = None
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """Return ``[N + 1]`` int64: 0, then where each of the N sequences ends."""
-        return self.sequences.cu_seqlens
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on ``device``, without waiting for it."""
-        tokens, targets, mask = (
-            without_waiting(x, device) for x in (self.tokens, self.targets, self.loss_mask)
-        )
-        return Batch(tokens, targets, mask, self.sequences.to(device), self.continues)
-
-    def segment(self, rank: int, size: int, group: Any = None) -> Batch:
-        """Return segment ``rank`` of ``size`` of the row; see :func:`.segment_of`."""
-        sequences = segment_of(self.sequences, rank, size, group)
-        length = sequences.num_tokens
-        tokens, targets, mask = (
-            x[:, rank * length : (rank + 1) * length]
-            for x in (self.tokens, self.targets, self.loss_mask)
-        )
-        return Batch(tokens, targets, mask, sequences)
-
-    def pinned(self) -> Batch:
-        """Return the batch in pinned memory, from which :meth:`to` copies at once."""
-        tokens, targets, mask = (
-            x.pin_memory() for x in (self.tokens, self.targets, self.loss_mask)
-        )
-        return Batch(tokens, targets, mask, self.sequences.pinned(), self.continues)
 
 
 @dataclass
@@ -223,8 +175,16 @@ class TrainingBatches:
     any run.
     """
 
-    def __init__(self, data: PreparedData, config: TrainConfig, micro_batch_size: int, seed: int):
-        self._set_up([_Part(0, None, config.seq_len, config.seq_len, data)], config, config, seed)
+    def __init__(
+        self,
+        data: PreparedData,
+        config: TrainConfig,
+        micro_batch_size: int,
+        seed: int,
+        prefix: PrefixConfig | None = None,
+    ):
+        part = _Part(0, None, config.seq_len, config.seq_len, data)
+        self._set_up([part], config, config, seed, DataConfig(prefix=prefix))
         self._micro_batch_sizes: list[tuple[int | None, int]] = [(None, micro_batch_size)]
 
     @classmethod
@@ -242,7 +202,7 @@ class TrainingBatches:
         parts[-1] = parts[-1]._replace(last=None)
         batches = cls.__new__(cls)
         config = plan.phases[0].config
-        batches._set_up(parts, plan, config.train, seed, config.data.packing)
+        batches._set_up(parts, plan, config.train, seed, config.data)
         sizes = [(p.last, p.config.parallel.micro_batch_size) for p in plan.phases]
         batches._micro_batch_sizes = [*sizes[:-1], (None, sizes[-1][1])]
         return batches
@@ -253,11 +213,12 @@ class TrainingBatches:
         sizes: _Sizes,
         config: TrainConfig,
         seed: int,
-        packing: str = "concatenate",
+        settings: DataConfig,
     ) -> None:
-        self._sizes, self.seed = sizes, seed
+        self._sizes, self.seed, self._prefix = sizes, seed, settings.prefix
+        self._tokenizer = parts[0].data.tokenizer
         self._before: dict[tuple[int, Offset], list[Progress]] = {}
-        self.eod_id = parts[0].data.tokenizer.eod_id
+        self.eod_id = self._tokenizer.eod_id
         self.streams: dict[str, TokenStream] = {}
         self.packed: dict[str, PackedRows] = {}
         found = []
@@ -265,7 +226,7 @@ class TrainingBatches:
             for name, stream in zip(data.sources, data.train, strict=True):
                 if name not in self.streams:
                     self.streams[name] = stream
-                    if packing == "best_fit":
+                    if settings.packing == "best_fit":
                         self.packed[name] = PackedRows(stream, length, self.eod_id)
             total = sum(Fraction(w) for w in data.weights)
             weights = [Fraction(w) / total for w in data.weights]
@@ -332,9 +293,14 @@ class TrainingBatches:
                 start = number * mix.window + token
                 rows.append(self.streams[name].read(start, mix.seq_len + 1))
         if self.packed:
-            return Batch(*packed(rows))
-        goes_on = [self.order.span(i)[1] > 0 for i in indices] if self.order.reads_on else None
-        return pack_rows(np.stack(rows), self.eod_id, goes_on)
+            batch = Batch(*packed(rows))
+        else:
+            goes_on = [self.order.span(i)[1] > 0 for i in indices] if self.order.reads_on else None
+            batch = pack_rows(np.stack(rows), self.eod_id, goes_on)
+        if self._prefix is None:
+            return batch
+        generators = [generator_of(self.seed, mix.first, index) for index in indices]
+        return with_prefixes(batch, self._prefix, self._tokenizer, generators)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return (source, window of it) of sample ``index`` of the run's first mix."""

@@ -7,6 +7,7 @@ computed once and kept on the object, so it lives exactly as long as the batch d
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from pretrain.data.chunk_layout import ChunkLayout, chunk_layout
 
 R = TypeVar("R")
 
@@ -27,10 +30,16 @@ class Sequences:
     to be waited for.
     """
 
-    __slots__ = ("_cu_seqlens", "_derived", "_device", "_lengths", "_row_length", "segment")
+    __slots__ = (
+        *("_cu_seqlens", "_derived", "_device", "_lengths", "_row_length"),
+        *("prefixes", "segment"),
+    )
 
     segment: Segment | None
     """The row that these are a segment of; None: a whole row."""
+    prefixes: tuple[int, ...] | None
+    """How many of each sequence's first tokens layers may see from its start on, as far as they
+    look ahead at all (see :meth:`with_prefixes`); None: as many as they can."""
 
     def __init__(self, cu_seqlens: Tensor):
         if not isinstance(cu_seqlens, Tensor):
@@ -49,7 +58,7 @@ class Sequences:
         self._lengths: list[int] | None = None
         self._row_length: int | None = None
         self._derived: dict[tuple[Any, ...], Any] = {}
-        self.segment = None
+        self.segment, self.prefixes = None, None
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> Sequences:
@@ -73,7 +82,7 @@ class Sequences:
     def _known(cls, lengths: list[int], device: torch.device) -> Sequences:
         made = cls.__new__(cls)
         made._cu_seqlens, made._device, made._lengths = None, device, lengths
-        made._row_length, made._derived, made.segment = None, {}, None
+        made._row_length, made._derived, made.segment, made.prefixes = None, {}, None, None
         return made
 
     def __repr__(self) -> str:
@@ -173,7 +182,7 @@ class Sequences:
 
     def chunk_layout(self, chunk_size: int) -> ChunkLayout:
         """Return how the sequences are cut into chunks; empty sequences have no chunk."""
-        return self.derive(_chunk_layout, chunk_size)
+        return self.derive(chunk_layout, chunk_size)
 
     def to(self, device: torch.device | str) -> Sequences:
         """Return the same sequences on ``device``, this object itself if it is there.
@@ -185,20 +194,43 @@ class Sequences:
             if device == self.device:
                 return self
             moved = Sequences._known(self.lengths, device)
-            moved._row_length, moved.segment = self._row_length, self.segment
-            return moved
+            moved._row_length = self._row_length
+            return moved._like(self)
         cu_seqlens = without_waiting(self._cu_seqlens, device)
         if cu_seqlens is self._cu_seqlens:
             return self
         moved = Sequences(cu_seqlens)
-        moved._lengths, moved.segment = self.lengths, self.segment
-        return moved
+        moved._lengths = self.lengths
+        return moved._like(self)
 
     def pinned(self) -> Sequences:
         """Return the same sequences, which are on the CPU, in pinned memory; lengths are known."""
         pinned = Sequences(self.cu_seqlens.pin_memory())
-        pinned._lengths, pinned.segment = self.lengths, self.segment
-        return pinned
+        pinned._lengths = self.lengths
+        return pinned._like(self)
+
+    def with_prefixes(self, prefixes: Iterable[int]) -> Sequences:
+        """Return the same sequences with a prefix each, of so many tokens.
+
+        Raises ValueError unless there is one for each sequence, not longer than it.
+        """
+        known = tuple(prefixes)
+        if len(known) != self.count or not all(
+            0 <= prefix <= length for prefix, length in zip(known, self.lengths, strict=False)
+        ):
+            raise ValueError(
+                f"prefixes are {list(known[:20])}, expected one for each of {self.count} sequences "
+                f"of lengths {self.lengths[:20]}, and none longer than its sequence"
+            )
+        made = Sequences._known(self.lengths, self.device)
+        made._cu_seqlens, made._row_length = self._cu_seqlens, self._row_length
+        made._like(self).prefixes = known
+        return made
+
+    def _like(self, other: Sequences) -> Sequences:
+        """Take over what ``other``, of the same lengths, says beside them; return self."""
+        self.segment, self.prefixes = other.segment, other.prefixes
+        return self
 
 
 @dataclass(frozen=True)
@@ -231,7 +263,8 @@ class Segment:
 def segment_of(row: Sequences, rank: int, size: int, group: Any = None) -> Sequences:
     """Return the pieces of ``row``'s sequences in its segment ``rank`` of ``size``.
 
-    Empty sequences are left out. Raises ValueError where ``size`` does not divide the tokens.
+    Empty sequences are left out; a piece's prefix is its part of the sequence's. Raises ValueError
+    where ``size`` does not divide the tokens.
     """
     total = row.num_tokens
     if total % size:
@@ -249,6 +282,15 @@ def segment_of(row: Sequences, rank: int, size: int, group: Any = None) -> Seque
     pieces = Sequences.from_lengths((b - a for a, b in itertools.pairwise(cuts)), row.device)
     seen = first - max((s for s in starts if s <= first), default=0)
     pieces.segment = Segment(row.to("cpu"), rank, size, seen, continues, through, group)
+    if row.prefixes is not None:
+        lengths = zip(row.lengths, ends, row.prefixes, strict=True)
+        prefix_ends = {end - n: end - n + prefix for n, end, prefix in lengths if n}
+        known = sorted(prefix_ends)
+        begins = [known[bisect.bisect_right(known, cut) - 1] for cut in cuts[:-1]]
+        pieces.prefixes = tuple(
+            min(max(prefix_ends[begin] - a, 0), b - a)
+            for begin, (a, b) in zip(begins, itertools.pairwise(cuts), strict=True)
+        )
     return pieces
 
 
@@ -346,64 +388,6 @@ def select_packed(x: Tensor, lengths: Tensor, indices: Tensor) -> Tensor:
     within = torch.arange(int(chosen.sum()), device=x.device)
     within = within - torch.repeat_interleave(chosen.cumsum(0) - chosen, chosen)
     return x[torch.repeat_interleave(starts, chosen) + within]
-
-
-@dataclass(frozen=True)
-class ChunkLayout:
-    """A cut of sequences into chunks, ordered so that step j holds the j-th chunk of each sequence.
-
-    Every sequence starts a new chunk, so a chunk never straddles two sequences and a sequence's
-    arithmetic does not depend on its neighbours. Longer sequences come first: the sequences that
-    still run at step j are a prefix, as in ``torch.nn.utils.rnn.PackedSequence``.
-
-    Attributes:
-        token_index: ``[num_chunks, chunk_size]`` int64, index of the token, or T at padding.
-        steps: For each step, (first chunk, number of chunks).
-        order: ``[N]`` int64, the sequences, longest first.
-        token_slot: ``[T]`` int64, position of each token in the flattened chunks.
-        padded: Whether any chunk has padding.
-        in_order: Whether the chunks are the tokens in their original order, without padding.
-    """
-
-    token_index: Tensor
-    steps: list[tuple[int, int]]
-    order: Tensor
-    token_slot: Tensor
-    padded: bool
-    in_order: bool
-
-
-def _chunk_layout(sequences: Sequences, chunk_size: int) -> ChunkLayout:
-    lengths, total, device = sequences.lengths, sequences.num_tokens, sequences.device
-    host = torch.device("cpu")
-    sizes = torch.tensor(lengths, dtype=torch.int64, device=host)
-    counts = (sizes + chunk_size - 1) // chunk_size
-    order = torch.argsort(counts, descending=True, stable=True)
-    ordered = counts[order]
-    num_steps = int(ordered[0]) if len(lengths) else 0
-    alive = (ordered[None, :] > torch.arange(num_steps, device=host)[:, None]).sum(1)
-    firsts = torch.cumsum(alive, 0) - alive
-    steps = list(zip(firsts.tolist(), alive.tolist(), strict=True))
-
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=host)
-    step_of = torch.repeat_interleave(torch.arange(num_steps, device=host), alive)
-    sequence_of = order[torch.arange(len(step_of), device=host) - firsts[step_of]]
-    offsets = step_of[:, None] * chunk_size + torch.arange(chunk_size, device=host)
-    starts = torch.cumsum(sizes, 0) - sizes
-    index = starts[sequence_of][:, None] + offsets
-    index = index.masked_fill(offsets >= sizes[sequence_of][:, None], total)
-
-    slot = torch.empty(total + 1, dtype=torch.int64, device=host)
-    slot[index.reshape(-1)] = torch.arange(index.numel(), device=host)
-    return ChunkLayout(
-        token_index=index.to(device),
-        steps=steps,
-        order=order.to(device),
-        token_slot=slot[:total].to(device),
-        padded=index.numel() != total,
-        in_order=index.numel() == total and len(lengths) == 1,
-    )
 
 
 def pieces_alone(sequences: Sequences) -> Sequences:

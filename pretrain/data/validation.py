@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pretrain.config import TrainConfig
-from pretrain.data.batches import Batch, PreparedData, pack_rows
+from pretrain.config import PrefixConfig, TrainConfig
+from pretrain.data.batch import Batch
+from pretrain.data.batches import PreparedData, pack_rows
+from pretrain.data.prefixes import with_prefixes
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def validation_of_phases(
     config: TrainConfig,
     micro_batch_size: int,
     tokens: int,
+    prefix: PrefixConfig | None = None,
 ) -> tuple[dict[str, list[Batch]], list[dict[str, float]]]:
     """Return :func:`validation_batches` of the run's and all phases' sources, and phases' shares.
 
@@ -66,10 +69,10 @@ def validation_of_phases(
     phase are by label. A source of the same name as another has its hash in its label.
     """
     labels = dict(zip(data.sources, data.labels, strict=True))
-    batches = validation_batches(data, config, micro_batch_size, tokens)
+    batches = validation_batches(data, config, micro_batch_size, tokens, prefix)
     shares = []
     for phase in phases:
-        own = validation_batches(phase, config, micro_batch_size, tokens)
+        own = validation_batches(phase, config, micro_batch_size, tokens, prefix)
         for source, label in zip(phase.sources, phase.labels, strict=True):
             if source not in labels:
                 labels[source] = source if label in labels.values() else label
@@ -81,9 +84,15 @@ def validation_of_phases(
 
 
 def validation_batches(
-    data: PreparedData, config: TrainConfig, micro_batch_size: int, tokens: int
+    data: PreparedData,
+    config: TrainConfig,
+    micro_batch_size: int,
+    tokens: int,
+    prefix: PrefixConfig | None = None,
 ) -> dict[str, list[Batch]]:
     """Return about ``tokens`` tokens in windows of ``seq_len``, by the label of their source.
+
+    With ``prefix`` documents have prefixes, of which none but the last token predicts.
 
     Every source has its share by weight, of windows at equal distances in its validation split; one
     with less text has all of it, one without a window is left out.
@@ -98,5 +107,8 @@ def validation_batches(
         rows = [stream.read(i * config.seq_len, config.seq_len + 1) for i in samples]
         chunks = [rows[i : i + micro_batch_size] for i in range(0, count, micro_batch_size)]
         if chunks:
-            batches[label] = [pack_rows(np.stack(c), data.tokenizer.eod_id) for c in chunks]
+            packed = (pack_rows(np.stack(c), data.tokenizer.eod_id) for c in chunks)
+            batches[label] = [
+                b if prefix is None else with_prefixes(b, prefix, data.tokenizer) for b in packed
+            ]
     return batches

@@ -16,7 +16,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pretrain.common.errors import UserError
 from pretrain.data.sequences import Sequences
 from pretrain.inference.generate import choose
 from pretrain.inference.prefix_tree import Node, prefix_tree
@@ -106,15 +105,8 @@ class StateScorer(Scorer):
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         """Return each pair's log-likelihood in nats, and whether greedy decoding gives it.
 
-        Raises UserError where the model would see the continuation before it predicts it.
+        Of a model that sees a text's first tokens at once, no more than the context are those.
         """
-        shortest = min((len(pair.context) for pair in pairs), default=self._ahead)
-        if shortest < self._ahead:
-            raise UserError(
-                f"a context has {shortest} tokens, but the model sees the first {self._ahead} of a "
-                "text at once, so it would see what it is to predict; expected contexts that are "
-                "no shorter"
-            )
         sequences = [[*pair.context, *pair.continuation[:-1]] for pair in pairs]
         was_training = self.model.training
         self.model.eval()
@@ -122,7 +114,8 @@ class StateScorer(Scorer):
         wanted = _Wanted([pairs[i] for i in local])
         roots = prefix_tree([sequences[i] for i in local], share=self.share_prefixes)
         wanted.mark(roots)
-        for nodes, x, ends, _ in self._passes(roots):
+        contexts = [len(pairs[i].context) for i in local] if self._ahead else None
+        for nodes, x, ends, _ in self._passes(roots, contexts):
             wanted.score(nodes, x, ends, self.model, self.candidates)
         self.model.train(was_training)
         return merged(dict(zip(local, wanted.results(), strict=True)), len(pairs))
@@ -160,12 +153,12 @@ class StateScorer(Scorer):
         ]
 
     def _passes(
-        self, roots: list[Node]
+        self, roots: list[Node], prefixes: Sequence[int] | None = None
     ) -> Iterator[tuple[list[Node], Tensor, Tensor, list[State]]]:
         """Yield forward passes over the nodes, parents before children.
 
         Each is (nodes, their hidden rows one node after another, the row of each node's last token,
-        their states).
+        their states). ``prefixes``: of each request, how many of its tokens may be seen ahead.
         """
         pending: list[tuple[list[Node], list[State] | None, list[int], list[int]]] = []
         if roots:  # a replica may have nothing to do
@@ -181,6 +174,10 @@ class StateScorer(Scorer):
                 at = torch.tensor(parents[:count], device=self.device)
                 before = self.model.select_states(states, at)
             packed = Sequences.from_lengths((len(n.tokens) for n in nodes), self.device)
+            if prefixes is not None:  # then every request is a node of its own
+                packed = packed.with_prefixes(
+                    min(prefixes[n.ends[0]], len(n.tokens)) for n in nodes
+                )
             tokens = torch.tensor([[t for n in nodes for t in n.tokens]], device=self.device)
             x, after = self.model.hidden_with_state(tokens, before, sequences=packed)
             self.alive()

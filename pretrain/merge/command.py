@@ -131,13 +131,15 @@ def merge(planned: Merge, out: Path) -> tuple[Path, LanguageModel]:
 @torch.no_grad()
 def validation_losses(model: LanguageModel, config: RunConfig, data: PreparedData) -> np.ndarray:
     """Return the mean loss, in nats, of every window that validation in training scores."""
-    batches = validation_batches(data, config.train, 1, config.validation.tokens)
+    batches = validation_batches(
+        data, config.train, 1, config.validation.tokens, config.data.prefix
+    )
     device = next(model.parameters()).device
     model.eval()
     losses = []
     for batch in (b.to(device) for windows in batches.values() for b in windows):
         found = model(batch.tokens, batch.targets, sequences=batch.sequences)
-        losses.append(float(found.double().mean()))
+        losses.append(float(found[batch.loss_mask > 0].double().mean()))
     return np.array(losses)
 
 

@@ -27,7 +27,7 @@ from pretrain.nn.mixers.base import Mixer, State, accumulation_dtype
 from pretrain.parallel.processes import data_parallel_rank_and_size
 
 if TYPE_CHECKING:
-    from pretrain.data.batches import Batch
+    from pretrain.data.batch import Batch
     from pretrain.model.block import Block
     from pretrain.model.language_model import LanguageModel
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pretrain.common.config_loader import ConfigError
-from pretrain.config import ModelConfig, RunConfig, checks
+from pretrain.config import ModelConfig, PrefixConfig, RunConfig, checks
 from pretrain.config.checks import ModelLimits
 from pretrain.model.float8 import check_float8_layout
 from pretrain.model.spec import block_specs, check_model
@@ -36,7 +36,7 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
     Raises ConfigError, or UserError for the number of processes, with what would work.
     """
     check_model(config.model, where)
-    check_causal(config.model, where)
+    check_causal(config.model, where, config.data.prefix)
     if config.train.carry_state:
         _check_states(config.model, where)
     _check_cells(config, where)
@@ -64,15 +64,30 @@ def check_tensor_parallel(config: ModelConfig, size: int, where: str) -> None:
     checks.check_tensor_parallel(model_limits(config, where), size, where)
 
 
-def check_causal(config: ModelConfig, where: str) -> None:
-    """Raise ConfigError where a layer sees the tokens that the model is to predict."""
-    for spec in block_specs(config, where):
-        ahead = spec.mixer.sees_ahead(spec.config)
-        if ahead:
+def check_causal(config: ModelConfig, where: str, prefix: PrefixConfig | None = None) -> None:
+    """Raise ConfigError where a layer sees the tokens that the model is to predict.
+
+    With ``prefix`` those of a document's prefix are not predicted from what sees them.
+    """
+    specs = block_specs(config, where)
+    ahead = {spec.name: spec.mixer.sees_ahead(spec.config) for spec in specs}
+    if prefix is not None and not any(ahead.values()):
+        raise ConfigError(
+            f"{where}: data.prefix is set, but no layer sees a prefix; expected one that does, "
+            "such as jrt with a prefix_length, or data.prefix null"
+        )
+    for name, tokens in ahead.items():
+        if prefix is not None and 0 < tokens < prefix.tokens:
             raise ConfigError(
-                f"{where}: mixer '{spec.name}' sees a document's first {ahead} tokens at once, "
-                "among them the next one, which it is to predict; expected one that sees none "
-                "ahead, such as prefix_length: 0"
+                f"{where}: data.prefix.tokens is {prefix.tokens}, but mixer '{name}' sees a "
+                f"document's first {tokens} tokens at once; expected at most {tokens}, or a larger "
+                "prefix_length"
+            )
+        if prefix is None and tokens:
+            raise ConfigError(
+                f"{where}: mixer '{name}' sees a document's first {tokens} tokens at once, among "
+                "them the next one, which it is to predict; expected one that sees none ahead, "
+                "such as prefix_length: 0, or a loss that leaves them out, as of data.prefix"
             )
 
 

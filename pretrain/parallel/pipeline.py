@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.data.batches import Batch
+from pretrain.data.batch import Batch
 from pretrain.parallel.cpu import device_scope, model_scope
 from pretrain.parallel.processes import context_group, groups, local_device
 
@@ -28,10 +28,10 @@ def run_schedule(
 
     ``modules`` are this process's stages, in the order that they are run. Gradients are of the
     summed loss, divided by the global batch's number of counted targets where the modules'
-    ``config.finalize_model_grads_func`` does that. Returns ``[2]`` float64: summed loss and number
-    of counted targets of these micro-batches, on the last stage; zeros elsewhere.
+    ``config.finalize_model_grads_func`` does that. Returns the sums of :func:`weighted_losses` over
+    these micro-batches, on the last stage; zeros elsewhere.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=local_device())
+    total = no_sums(batches)
     groups = [list(g) for _, g in itertools.groupby(batches, lambda b: b.tokens.shape)]
     with contextlib.ExitStack() as stack:
         finish: Callable[[], None] | None = None
@@ -182,12 +182,33 @@ def _forward_step(batches: Iterator[Batch], module: nn.Module) -> tuple[Tensor, 
     batch = local_part(next(batches)).to(local_device())
     with model_scope():
         output = module(batch.tokens, batch.targets, sequences=batch.sequences)
-    return output, partial(_loss, mask=batch.loss_mask)
+    return output, partial(_loss, batch=batch)
 
 
-def _loss(losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return the summed loss, the number of targets and what to report, for megatron-core."""
     with model_scope():
-        total, count = (losses * mask).sum(), mask.sum()
-        sums = torch.stack([total.detach().double(), count.double()])
-        return total, count.int(), {"sums": sums}
+        total, sums = weighted_losses(losses, batch)
+        return total, batch.loss_mask.sum().int(), {"sums": sums}
+
+
+def no_sums(batches: Sequence[Batch]) -> Tensor:
+    """Return zeros to which the sums of :func:`weighted_losses` of these batches add up."""
+    hidden = bool(batches) and batches[0].masked is not None
+    return torch.zeros(4 if hidden else 2, dtype=torch.float64, device=local_device())
+
+
+def weighted_losses(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return a micro-batch's summed loss, and what is reported of it, float64.
+
+    That is the summed loss and the number of counted targets, ``[2]``; where tokens are hidden
+    those follow with their sum and number, ``[4]``.
+    """
+    mask, masked = batch.loss_mask, batch.masked
+    total, count = (losses * mask).sum(), mask.sum()
+    sums = [total.detach(), count]
+    if masked is not None:
+        total = total + (losses * masked).sum()
+        hidden = masked > 0
+        sums += [losses.detach()[hidden].sum(), hidden.sum()]
+    return total, torch.stack([x.double() for x in sums])

@@ -62,7 +62,7 @@ def planned_vocab_size(config: RunConfig, path: str) -> int:
             f"{path}: model.vocab_size is not set, and the data that determines it is missing "
             f"({error}); set model.vocab_size"
         ) from None
-    return padded_vocab_size(config.model, tokenizer.vocab_size)
+    return padded_vocab_size(config.model, config.data.ids(tokenizer.vocab_size))
 
 
 def assumes_checkpointing(path: str, overrides: list[str]) -> bool:

@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 from pretrain.common.errors import UserError
 from pretrain.common.outputs import check_file
 from pretrain.config import ParallelConfig, RunConfig, load_run_config
-from pretrain.data.batches import Batch, TrainingBatches, open_data
+from pretrain.data.batch import Batch
+from pretrain.data.batches import TrainingBatches, open_data
 from pretrain.model.block import Block
 from pretrain.model.build import build_model, padded_vocab_size
 from pretrain.model.language_model import LanguageModel
@@ -66,14 +67,18 @@ def main(arguments: list[str]) -> int:
     for width, model in models.items():
         block_specs(model, f"{options.config} at width {width}")
     data = open_data(config.data)
-    vocab_size = padded_vocab_size(config.model, data.tokenizer.vocab_size)
+    vocab_size = padded_vocab_size(config.model, config.data.ids(data.tokenizer.vocab_size))
     sizes: Sizes = {}
     for width in widths:
         for seed in range(options.seeds):
             wide = copy.deepcopy(config)
             wide.model, wide.seed = models[width], config.seed + seed
             source = TrainingBatches(
-                data, config.train, config.parallel.micro_batch_size, wide.seed
+                data,
+                config.train,
+                config.parallel.micro_batch_size,
+                wide.seed,
+                config.data.prefix,
             )
             (batch, *_) = source.micro_batches(0)
             for place, found in measure(wide, vocab_size, batch, options.steps).items():

@@ -15,7 +15,7 @@ from torch import Tensor
 from pretrain.checkpoint.sharded_state import Boxes, State
 from pretrain.common.metrics import merge_metrics
 from pretrain.config import OptimizerConfig, ParallelConfig
-from pretrain.data.batches import Batch
+from pretrain.data.batch import Batch
 from pretrain.model.carried import CarriedStates
 from pretrain.model.language_model import LanguageModel
 from pretrain.optim.backends.base import make_backend
@@ -31,11 +31,13 @@ class StepResult:
         loss: Mean over the global batch's counted targets, in nats, before the update.
         grad_norm: Global norm before clipping; None where ``skip_if`` had the step skipped.
         applied: Whether the parameters were updated.
+        masked_loss: Mean over the hidden tokens of prefixes, in nats; None where there are none.
     """
 
     loss: float
     grad_norm: float | None
     applied: bool
+    masked_loss: float | None = None
 
 
 class Engine:
@@ -80,16 +82,17 @@ class Engine:
         sums = self.backend.forward_backward(batches)
         sum_over_replicas(sums)
         loss = float(sums[0] / sums[1].clamp_min(1))
+        masked = float(sums[2] / sums[3].clamp_min(1)) if len(sums) > 2 else None
         if skip_if is not None and skip_if(loss):
             self.forget_carried()
-            return StepResult(loss=loss, grad_norm=None, applied=False)
+            return StepResult(loss=loss, grad_norm=None, applied=False, masked_loss=masked)
         norm, applied = self.backend.optimizer_step(lr, loss)
         if applied:
             for part in self.parts:
                 part.update_biases()
         else:
             self.forget_carried()
-        return StepResult(loss=loss, grad_norm=norm, applied=applied)
+        return StepResult(loss=loss, grad_norm=norm, applied=applied, masked_loss=masked)
 
     def carried_state(self) -> State:
         """Return what this process's rows carry from step to step, if anything; its own tensors."""

@@ -8,7 +8,8 @@ from types import TracebackType
 
 import torch
 
-from pretrain.data.batches import Batch, TrainingBatches
+from pretrain.data.batch import Batch
+from pretrain.data.batches import TrainingBatches
 from pretrain.data.order import Offset
 from pretrain.parallel.background import in_background
 

@@ -19,6 +19,7 @@ from pretrain.config import DataConfig, RunConfig
 from pretrain.config.checks import check_vocab_size
 from pretrain.data.batches import PreparedData
 from pretrain.data.manifest import Manifest
+from pretrain.data.prefixes import check_mask_token
 from pretrain.model.build import build_stages, padded_vocab_size
 from pretrain.model.carried import CarriedStates
 from pretrain.model.counts import ModelCounts
@@ -42,8 +43,11 @@ def vocabulary_of(config: RunConfig, data: PreparedData, where: str) -> int:
     Raises UserError, beginning with ``where``, where the tokenizer has more ids or the rows cannot
     be sharded over tensor-parallel processes.
     """
-    rows = padded_vocab_size(config.model, data.tokenizer.vocab_size)
-    check_vocab_size(rows, data.tokenizer.vocab_size, config.parallel.tensor, where)
+    ids = data.tokenizer.vocab_size
+    rows = padded_vocab_size(config.model, config.data.ids(ids))
+    check_vocab_size(rows, ids, config.parallel.tensor, where)
+    if config.data.prefix is not None:
+        check_mask_token(config.data.prefix, rows, data.tokenizer, where)
     return rows
 
 

@@ -70,9 +70,10 @@ nothing of them. As many iterations as a key has channels are exact; on random k
 1e-3 of that.
 
 **A prefix.** `jrt` with `prefix_length: E` lets all positions of a document, and of a prompt, see
-its first E tokens. A next-token loss would learn to copy them, so such a model reads and continues
-prompts, and scores continuations of contexts of at least E tokens; training it so is refused. With
-E = 0, the default, it is normalised linear attention by the Taylor feature map, and trains as any.
+its first E tokens. A next-token loss would learn to copy them, so training takes
+[`data.prefix`](training.md#prefixes): hidden tokens of prefixes are predicted, and the tokens after
+them. A shorter prompt is all prefix. With E = 0, the default, it is normalised linear attention by
+the Taylor feature map, and trains as any.
 
 **Sequential layers.** `m2rnn`, `lstm`, `gru`, `slstm` and `elman` step through time. In plain torch
 their backward pass is linear in T and keeps every c-th state, c about sqrt(T / 4) up to 32,

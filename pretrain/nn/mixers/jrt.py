@@ -12,9 +12,10 @@ next token. With E = 0 there is no prefix, and this is normalised linear attenti
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -36,6 +37,8 @@ from pretrain.nn.mixers.sizes import heads_for, per_head, split_width
 from pretrain.ops import linear_attention
 from pretrain.ops.elementwise.fusing import fused
 
+_CHUNK = 128  # tokens of prefixes that are summed at once: their features are as much as a state
+
 
 @dataclass(frozen=True)
 class JRTConfig(MixerConfig):
@@ -50,8 +53,8 @@ class JRTConfig(MixerConfig):
     """Width d' of a query and of a key, of which the feature map makes ``1 + d' + d'^2``."""
     prefix_length: int = setting(0, minimum=0)
     """Tokens at the start of a document, or of a prompt, that all its positions see; a shorter
-    prompt is all prefix. Above 0 the model can read and continue prompts but not be trained to
-    predict the next token, which it sees."""
+    prompt is all prefix, and in training ``data.prefix`` says how much of a document is. Above 0
+    the model cannot be trained to predict the next token of that part, which it sees."""
     chunk_size: int = setting(64, minimum=1)
     """Tokens handled at once by the chunked form, which changes speed alone."""
 
@@ -130,16 +133,18 @@ class JRT(Mixer):
         )
         if sequences is None:
             k, v = (t[:, : self.config.prefix_length] for t in (k, v))
-            features = _features(k)
-        else:
-            count = min(self.config.prefix_length, sequences.max_length)
-            offsets = torch.arange(count, device=x.device)
-            inside = offsets < sequences.sizes[:, None]
-            tokens = (sequences.cu_seqlens[:-1, None] + offsets).masked_fill(~inside, 0)
-            k, v = (t[0][tokens] for t in (k, v))  # [N, E, H, ...]
-            features = _features(k) * inside[..., None, None]
-        values = _with_ones(v).to(features.dtype)
-        return torch.einsum("nehk,nehv->nhkv", features, values)
+            return _sum(_features(k), _with_ones(v))
+        first = sequences.derive(_first_tokens, self.config.prefix_length)
+        k, v = (t[0][first.tokens] for t in (k, v))  # [P, H, ...]
+        k, v = (torch.cat([t, torch.zeros_like(t[:1])]) for t in (_features(k), _with_ones(v)))
+        layout = first.sequences.chunk_layout(_CHUNK)
+        # Nothing so far, but projections have a gradient even where there is no prefix.
+        total = _sum(k[None, :0], v[None, :0]).expand(sequences.count, -1, -1, -1)
+        for begin, count in layout.steps:  # chunk j of all sequences that have one
+            tokens = layout.token_index[begin : begin + count]
+            part = _sum(k[tokens], v[tokens])
+            total = total + F.pad(part, (0, 0, 0, 0, 0, 0, 0, sequences.count - count))
+        return total[layout.order.argsort()]
 
     @override
     def init_state(self, batch_size: int) -> State:
@@ -172,6 +177,25 @@ class JRT(Mixer):
     @override
     def state_bytes(cls, config: JRTConfig, hidden_size: int, seq_len: int) -> int:
         return 4 * config.num_heads * config.key_dim * (config.head_dim + 1)
+
+
+class _First(NamedTuple):
+    """The first tokens of sequences: ``[P]`` their numbers in the row, and as sequences."""
+
+    tokens: Tensor
+    sequences: Sequences
+
+
+def _first_tokens(sequences: Sequences, most: int) -> _First:
+    """Return the prefixes of sequences, of at most so many tokens each."""
+    prefixes = sequences.lengths if sequences.prefixes is None else sequences.prefixes
+    first = Sequences.from_lengths((min(most, n) for n in prefixes), sequences.device)
+    starts = sequences.cu_seqlens[:-1].long()[first.ids]
+    return _First(starts + first.positions, first)
+
+
+def _sum(k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("nehk,nehv->nhkv", k, v.to(k.dtype))
 
 
 @fused

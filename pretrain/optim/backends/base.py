@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.sharded_state import State
 from pretrain.config import OptimizerConfig, ParallelConfig
-from pretrain.data.batches import Batch
+from pretrain.data.batch import Batch
 from pretrain.model.language_model import LanguageModel
 
 # By the names of parallel.zero_backend.
@@ -47,8 +47,8 @@ class UpdateBackend(ABC):
     def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
         """Compute gradients of the global batch's mean loss from this process's micro-batches.
 
-        Returns ``[2]`` float64: summed loss and number of counted targets of these micro-batches on
-        the last stage of a pipeline, zeros on the others.
+        Returns the sums of :func:`.pipeline.weighted_losses` over these micro-batches on the last
+        stage of a pipeline, zeros on the others.
         """
 
     @abstractmethod

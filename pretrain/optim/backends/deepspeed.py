@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pretrain.common.errors import UserError
 from pretrain.config import OptimizerConfig, ParallelConfig
-from pretrain.data.batches import Batch
+from pretrain.data.batch import Batch
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.shared import sum_tables
 from pretrain.nn.parameters import info_of
@@ -31,7 +31,7 @@ from pretrain.optim.gradient_norm import global_norm
 from pretrain.optim.optimizer import lr_multiple
 from pretrain.parallel.cpu import device_scope, importing_megatron
 from pretrain.parallel.megatron import prepare
-from pretrain.parallel.pipeline import run_schedule
+from pretrain.parallel.pipeline import no_sums, run_schedule, weighted_losses
 from pretrain.parallel.processes import local_device, name_local_rank
 
 with importing_megatron():
@@ -214,12 +214,12 @@ class DeepSpeedBackend(DeepSpeedState):
         if self.stage == 3:
             # It keeps the last step's gradient of a parameter that has none in this one.
             self.optimizer.grad_partitions_flat_buffer.zero_()
-        sums = torch.zeros(2, dtype=torch.float64, device=local_device())
+        sums = no_sums(batches)
         for number, batch in enumerate(batches):
             batch = batch.to(local_device())
             losses = self._engine(batch.tokens, batch.targets, sequences=batch.sequences)
-            total = (losses * batch.loss_mask).sum()
-            sums += torch.stack([total.detach().double(), batch.loss_mask.sum().double()])
+            total, found = weighted_losses(losses, batch)
+            sums += found
             # It divides by the number of micro-batches.
             self._engine.backward(total * (self._scale * self._micro_batches))
             if number < len(batches) - 1:

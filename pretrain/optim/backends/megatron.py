@@ -28,7 +28,7 @@ from pretrain.checkpoint.sharded_state import (
 )
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.config.optimizer import WHOLE_MATRICES
-from pretrain.data.batches import Batch
+from pretrain.data.batch import Batch
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.shared import sum_tables
 from pretrain.nn.parameters import draw_like, info_of

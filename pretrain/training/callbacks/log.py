@@ -65,6 +65,7 @@ class LogSteps(Callback):
             "tokens": state.tokens,
             "loss": result.loss,
             "loss_mean": mean,
+            **({} if result.masked_loss is None else {"masked_loss": result.masked_loss}),
             "lr": trainer.lr,
             "grad_norm": result.grad_norm,
             "tokens_per_second": self._speed,

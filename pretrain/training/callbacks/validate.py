@@ -27,6 +27,7 @@ class Validate(Callback):
             config.train,
             config.parallel.micro_batch_size,
             config.validation.tokens,
+            config.data.prefix,
         )
         # The loss of the run is always that of its own data, whatever phases add.
         self._own = [label for label in trainer.data.labels if label in batches] or list(batches)

@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evals.held_out import open_held_out
 from pretrain.common.config_loader import ConfigError
-from pretrain.common.errors import UserError
 from pretrain.config import RunConfig
 from pretrain.data.sequences import Sequences
 from pretrain.inference.score import Pair, Prompt, StateScorer
 from pretrain.model.layout import check_layout
+from pretrain.nn.mixers import jrt
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_layers import largest_error, small_layer
 from tests.helpers.small_model import VOCAB, make, settings
@@ -32,11 +32,12 @@ def inputs(total):
     return torch.randn(total, HIDDEN, generator=generator, dtype=torch.float64)
 
 
-def definition(layer, x, lengths):
+def definition(layer, x, lengths, prefixes=None):
     """Weighted means of all values that a token sees, each document alone."""
-    heads, prefix, outputs = layer.num_heads, layer.config.prefix_length, []
+    heads, outputs = layer.num_heads, []
+    prefixes = prefixes or [layer.config.prefix_length] * len(lengths)
     scale = layer.config.feature_dim**-0.5
-    for part in x.split(lengths):
+    for part, prefix in zip(x.split(lengths), prefixes, strict=True):
 
         def read(projection, part=part):
             return F.linear(part, projection.weight).unflatten(-1, (heads, -1))
@@ -67,6 +68,22 @@ def test_outputs_and_gradients_are_those_of_the_equations(prefix):
         relative_error(rows.transpose(0, 1).flatten(0, 1), definition(layer, x[:30], [10] * 3))
         < 1e-11
     )
+
+
+@pytest.mark.parametrize("prefixes", [[2, 0, 17, 6], [0, 0, 0, 0], [5, 1, 17, 9]])
+def test_each_document_has_a_prefix_of_its_own(prefixes, monkeypatch):
+    monkeypatch.setattr(jrt, "_CHUNK", 4)
+    layer = small_layer("jrt", HIDDEN, prefix_length=16, **SMALL)
+    x = inputs(sum(LENGTHS)).requires_grad_()
+    sequences = Sequences.from_lengths(LENGTHS).with_prefixes(prefixes)
+    found, _ = layer(x[:, None], sequences=sequences)
+    expected = definition(layer, x, LENGTHS, [min(prefix, 16) for prefix in prefixes])
+    parameters = list(layer.parameters())
+    if any(prefixes):
+        assert largest_error(found[:, 0], expected, [x, *parameters]) < 1e-11
+    else:  # of the prefix's projections gradients are zero, not missing
+        assert relative_error(found[:, 0], expected) < 1e-11
+        assert all(p is not None for p in torch.autograd.grad(found.sum(), parameters))
 
 
 def test_only_the_prefix_is_seen_ahead():
@@ -118,7 +135,9 @@ def test_training_on_next_tokens_is_refused_with_a_prefix():
     ):
         check_layout(config, 1, "test")
     check_layout(dataclasses.replace(config, model=settings(**hybrid(0))), 1, "test")
-    loaded: Any = SimpleNamespace(model=make(**hybrid(PREFIX)), checkpoint="runs/mine")
+    loaded: Any = SimpleNamespace(
+        model=make(**hybrid(PREFIX)), checkpoint="runs/mine", run=RunConfig("test", settings())
+    )
     with pytest.raises(ConfigError, match=r"runs/mine: mixer 'jrt' sees"):
         open_held_out(loaded, None)
 
@@ -130,13 +149,18 @@ def test_prompts_are_scored_and_continued_with_their_prefix():
     pairs = [Pair(ids[:6], ids[6:9]), Pair(ids[:9], ids[9:])]
     # Enough that share fewer tokens than the prefix has.
     pairs += [Pair([*ids[:4], *ids[n : n + 6]], ids[:4]) for n in range(5, 13)]
+    # Contexts that are shorter than it, and all prefix.
+    pairs += [Pair(ids[:4], ids[4:9]), Pair(ids[:1], ids[1:2])]
     for pair, (found, _) in zip(pairs, scorer.log_likelihoods(pairs), strict=True):
-        ids_of_both = torch.tensor([[*pair.context, *pair.continuation]])
-        logits = model.forward_with_state(ids_of_both[:, :-1], None)[0].detach()
-        expected = logits[0].log_softmax(-1).gather(-1, ids_of_both[0, 1:, None])
-        assert found == pytest.approx(float(expected[len(pair.context) - 1 :].sum()), rel=1e-6)
-    with pytest.raises(UserError, match="a context has 5 tokens, but the model sees the first 6"):
-        scorer.log_likelihoods([Pair(ids[:5], ids[5:9])])
+        # Prompt first, as generation reads it.
+        logits, states = model.forward_with_state(torch.tensor([pair.context]), None)
+        expected = logits[:, -1:]
+        if len(pair.continuation) > 1:
+            rest = torch.tensor([pair.continuation[:-1]])
+            expected = torch.cat([expected, model.forward_with_state(rest, states)[0]], 1)
+        targets = torch.tensor(pair.continuation)[:, None]
+        nats = expected[0].log_softmax(-1).gather(-1, targets).sum()
+        assert found == pytest.approx(nats.item(), rel=1e-6)
     prompts = [Prompt(ids[:count], 3, lambda _: False) for count in (4, 8)]
     for prompt, text in zip(prompts, scorer.generate(prompts), strict=True):
         logits, states = model.forward_with_state(torch.tensor([prompt.ids]), None)
