@@ -82,6 +82,7 @@ class ParameterInfo:
             so that its gradient is summed over ranks.
         tied: Whether other stages of a pipeline hold a copy of it: of a tied embedding, or a table.
         copy: Whether it is not the first one, so counts in no norm and is written to no checkpoint.
+        max_lr: What its peak learning rate is at most; None: no limit.
     """
 
     init: Initializer
@@ -93,6 +94,7 @@ class ParameterInfo:
     sum_gradient: bool = False
     tied: bool = False
     copy: bool = False
+    max_lr: float | None = None
 
 
 def describe(parameter: nn.Parameter, info: ParameterInfo) -> nn.Parameter:

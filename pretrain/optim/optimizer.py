@@ -61,9 +61,13 @@ def rule_of(info: ParameterInfo, kind: str) -> str:
     return kind if rule(kind).selects(info) else "adamw"
 
 
-def lr_multiple(info: ParameterInfo, kind: str) -> float:
-    """Return the multiple of a parameter's learning rate where ``optimizer.kind`` is ``kind``."""
-    return rule(rule_of(info, kind)).lr_multiple(info)
+def lr_multiple(info: ParameterInfo, kind: str, peak: float) -> float:
+    """Return the multiple of a parameter's learning rate where ``optimizer.kind`` is ``kind``.
+
+    ``peak`` is ``optimizer.lr``, which a parameter may have a limit of.
+    """
+    multiple = rule(rule_of(info, kind)).lr_multiple(info)
+    return multiple if info.max_lr is None else min(multiple, info.max_lr / peak)
 
 
 def _without_compiler(method: Any) -> Any:

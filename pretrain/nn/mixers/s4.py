@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from pretrain.data.sequences import Sequences
 from pretrain.nn.mixers.base import LayerContext, MixerCard, register
-from pretrain.nn.mixers.parts import gate_parameter, power_of_two
+from pretrain.nn.mixers.parts import power_of_two
 from pretrain.nn.mixers.state_space import (
     LegSFrequencies,
     LegSInputs,
@@ -60,7 +60,7 @@ class S4(StateSpaceMixer):
     def __init__(self, config: S4Config, context: LayerContext):
         super().__init__(config, context)
         shape = (self.channels, config.state_size // 2, 2)
-        self.P = gate_parameter(context.parallel, shape, LegSInputs(0.5**0.5))
+        self.P = self.dynamics(shape, LegSInputs(0.5**0.5))
 
     @override
     def spectrum(self) -> dict[str, Any]:

@@ -4,8 +4,7 @@
     gated: W_o (y * SiLU(W_g x)) with u = W_u x;        glu: GLU(W_o GELU(y)) with u = x
 
 ``gated`` is the block of this project's other layers, ``glu`` that of the papers. A, B and Delta
-have no weight decay; the papers also train them with a learning rate of at most 1e-3, which here
-is the optimizer's as for all else.
+have no weight decay, and a limit on their learning rate where ``max_dynamics_lr`` sets one.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from pretrain.nn.mixers.base import (
 )
 from pretrain.nn.mixers.parts import gate_parameter, matrix_state
 from pretrain.nn.mixers.sizes import power_of_two_width
-from pretrain.nn.parameters import normal, sharded_parameter
+from pretrain.nn.parameters import change_info, normal, sharded_parameter
 from pretrain.ops.elementwise.fusing import fused
 from pretrain.ops.elementwise.gating import skip_silu_gate
 
@@ -57,6 +56,9 @@ class StateSpaceConfig(MixerConfig):
     width and GLU, with no projection before it."""
     chunk_size: int = setting(64, minimum=1)
     """Tokens handled at once by the chunked form, which changes speed alone."""
+    max_dynamics_lr: float | None = setting(None, above=0)
+    """The highest peak that A, B and Delta have where ``optimizer.lr`` is higher, 0.001 in the
+    papers; null: they learn as fast as all else."""
 
     @override
     def resolve(self, hidden_size: int) -> Self:
@@ -87,12 +89,17 @@ class StateSpaceMixer(Mixer):
             self.o_proj = row_linear(parallel, d, 2 * d, context.output_std)
         shape = (self.channels, config.state_size // 2)
         for name, init in self.spectrum().items():
-            self.register_parameter(name, gate_parameter(parallel, shape, init))
-        self.B = gate_parameter(parallel, (*shape, 2), self.input_init())
+            self.register_parameter(name, self.dynamics(shape, init))
+        self.B = self.dynamics((*shape, 2), self.input_init())
         dtype = accumulation_dtype(parallel.dtype)
         self.C = sharded_parameter(parallel, (*shape, 2), normal(0.5**0.5), dtype=dtype)
-        self.dt_log = gate_parameter(parallel, shape[:1], _step_init)
+        self.dt_log = self.dynamics(shape[:1], _step_init)
         self.D = gate_parameter(parallel, shape[:1], normal(1.0))
+
+    def dynamics(self, shape: tuple[int, ...], init: Any) -> nn.Parameter:
+        """Make a parameter of A, B or Delta, of the local ``shape``."""
+        parameter = gate_parameter(self.parallel, shape, init)
+        return change_info(parameter, max_lr=self.config.max_dynamics_lr)
 
     @abstractmethod
     def spectrum(self) -> dict[str, Any]:

@@ -132,7 +132,8 @@ class DeepSpeedBackend(DeepSpeedState):
         groups: dict[tuple[float, float], list[Any]] = {}
         for p in parameters:
             info = info_of(p)
-            multiples = (float(info.weight_decay), lr_multiple(info, self.config.kind))
+            multiple = lr_multiple(info, self.config.kind, self.config.lr)
+            multiples = (float(info.weight_decay), multiple)
             groups.setdefault(multiples, []).append(p)
         # Where the state is elsewhere, so is the update.
         home = local_device().type if parallel.offload == "device" else "cpu"

@@ -184,9 +184,10 @@ class MegatronBackend(UpdateBackend):
             selects = rule(config.kind).selects
             groups[config.kind] = (lambda p: selects(info_of(p)), {"rule": config.kind})
         parameters = [p for part in self.parts for p in part.parameters()]
-        for number in {lr_multiple(info_of(p), config.kind) for p in parameters} - {1.0}:
+        multiples = {lr_multiple(info_of(p), config.kind, config.lr) for p in parameters}
+        for number in multiples - {1.0}:
             groups[f"lr {number}"] = (
-                lambda p, n=number: lr_multiple(info_of(p), config.kind) == n,
+                lambda p, n=number: lr_multiple(info_of(p), config.kind, config.lr) == n,
                 {"lr_mult": number},
             )
         overrides: dict[ParamKey, Any] = {

@@ -9,11 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pretrain.config import OptimizerConfig
 from pretrain.data.sequences import Sequences
+from pretrain.model.build import build_model
 from pretrain.nn.mixers import registry
 from pretrain.nn.mixers.state_space import legs_modes
+from pretrain.training.engine import Engine
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_layers import largest_error, small_layer
+from tests.helpers.small_model import VOCAB, settings
+from tests.helpers.small_training import batches
 
 HIDDEN, LENGTHS = 6, [5, 1, 17, 9]
 pytestmark = pytest.mark.usefixtures("processes")
@@ -130,3 +135,22 @@ def test_an_odd_number_of_states_is_refused():
     kind: Any = registry()["s4d"]
     with pytest.raises(ValueError, match="state_size is 7, expected an even number"):
         kind.check(kind.config_class(state_size=7), HIDDEN)
+
+
+@pytest.mark.parametrize("kind", ["s4d", "s4"])
+def test_the_system_learns_no_faster_than_its_limit(kind):
+    """Adam's first step moves every element by the learning rate."""
+    moved = {}
+    for limit in (None, 1e-3, 1.0):
+        mixers = {kind: {"state_size": 4, "chunk_size": 8, "max_dynamics_lr": limit}}
+        config = settings(pattern=kind, mixers=mixers)
+        model = build_model(config, VOCAB, seed=0)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        engine = Engine(model, OptimizerConfig(lr=1e-2, weight_decay=0.0, clip_grad=0.0))
+        engine.train_step(batches(0), 1e-2 / 2)  # halfway up the schedule
+        moved[limit] = {n: (p - before[n]).abs().max().item() for n, p in model.named_parameters()}
+    system = {"A_log", "A_imag", "B", "dt_log", *(["P"] if kind == "s4" else [])}
+    for name, distance in moved[1e-3].items():
+        expected = 1e-3 if name.rsplit(".", 1)[-1] in system else 1e-2
+        assert distance == pytest.approx(expected / 2, rel=2e-2), name
+        assert moved[None][name] == moved[1.0][name] == pytest.approx(1e-2 / 2, rel=2e-2), name

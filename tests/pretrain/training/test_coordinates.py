@@ -114,7 +114,7 @@ def test_roles_say_what_grows(name):
     for key, narrow in parameters(config).items():
         info = info_of(wide[key])
         if key.startswith(("embedding", "head", "recursion.step_signal")):
-            assert lr_multiple(info, "adamw") == lr_multiple(info, "muon") == 1
+            assert lr_multiple(info, "adamw", 1e-3) == lr_multiple(info, "muon", 1e-3) == 1
             continue
         if key.startswith("tables"):  # a vector for each block
             assert info.role == "input"
@@ -147,7 +147,7 @@ def test_parameters_start_and_learn_by_their_role(kind):
         rule = kind if info.matrix else "adamw"
         if info.width == 4:
             seen.add(info.role)
-            assert lr_multiple(info, kind) == expected[rule][info.role], name
+            assert lr_multiple(info, kind, 1e-3) == expected[rule][info.role], name
         if info.width == 4 and "lora_a" not in name:  # whose start has its inputs' number in it
             assert torch.allclose(p, q[1] * start_multiple(info.role, 4)), name
     assert seen == {"input", "hidden", "bottleneck", "output"}
