@@ -94,6 +94,9 @@ class RecursionConfig(Config):
     state_std: float = setting(0.632, above=0)
     """Standard deviation of a ``random`` start, which is cut at three of them; sqrt(2/5) as
     published."""
+    residual_scales: bool = False
+    """Whether every residual sum in the loop, ``c x + d f(x)``, has two learned scalars, 1 at first
+    and the same at every pass (arXiv 2111.05297)."""
     normalize_state: bool = False
     """Whether the final norm is applied before the coda too."""
     step_signal: Literal["none", "sinusoidal", "learned"] = setting("none")

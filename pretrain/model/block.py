@@ -20,7 +20,12 @@ from pretrain.nn.mixers.over_segments import mix
 from pretrain.nn.mlp import MLP
 from pretrain.nn.moe import MoE
 from pretrain.nn.norm import RMSNorm
-from pretrain.nn.parameters import swapped_parameters
+from pretrain.nn.parameters import (
+    constant,
+    replicated_parameter,
+    swapped_parameters,
+    used_on_local_tokens,
+)
 from pretrain.ops.shared.recomputation import recomputing
 from pretrain.parallel.segments import Handover
 
@@ -31,10 +36,12 @@ class Block(nn.Module):
     """A residual block of a mixer and, unless the MLP kind is none, an MLP.
 
     Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``. Sandwich: the same, and each sum is
-    normalised.
+    normalised. With ``scales`` sums are ``c x + d f``, of learned scalars.
     """
 
-    def __init__(self, spec: BlockSpec, config: ModelConfig, context: LayerContext):
+    def __init__(
+        self, spec: BlockSpec, config: ModelConfig, context: LayerContext, scales: bool = False
+    ):
         super().__init__()
         d, parallel = config.hidden_size, context.parallel
         self.mixer_norm = RMSNorm(d, config.norm_eps, parallel)
@@ -54,6 +61,19 @@ class Block(nn.Module):
             self.mixer_post_norm = RMSNorm(d, config.norm_eps, parallel)
             if self.mlp is not None:
                 self.mlp_post_norm = RMSNorm(d, config.norm_eps, parallel)
+        self.residual_scales: nn.Parameter | None = None
+        if scales:
+            weights = replicated_parameter(
+                parallel, (4 if self.mlp is not None else 2,), constant(1.0)
+            )
+            self.residual_scales = used_on_local_tokens(weights, parallel)
+
+    def _add(self, x: Tensor, y: Tensor, sum_number: int) -> Tensor:
+        """Return the residual stream with what the mixer (0) or the MLP (1) adds."""
+        if self.residual_scales is None:
+            return x + y
+        stream, added = self.residual_scales[2 * sum_number : 2 * sum_number + 2]
+        return stream * x + added * y
 
     def forward(
         self,
@@ -74,12 +94,12 @@ class Block(nn.Module):
         """
         handover = handover or Handover()
         y, state = mix(self.mixer, self.mixer_norm(x), sequences, state, handover, first)
-        x = x + (y if drop is None else drop(y, (self.index, depth, 0)))
+        x = self._add(x, y if drop is None else drop(y, (self.index, depth, 0)), 0)
         if self.sandwich:
             x = self.mixer_post_norm(x)
         if self.mlp is not None:
             y = self.mlp(self.mlp_norm(x))
-            x = x + (y if drop is None else drop(y, (self.index, depth, 1)))
+            x = self._add(x, y if drop is None else drop(y, (self.index, depth, 1)), 1)
             if self.sandwich:
                 x = self.mlp_post_norm(x)
         return x, state
@@ -92,14 +112,17 @@ def make_blocks(
 
     ``tables`` are what blocks share, by kind and name; ``context`` is that of all of them.
     """
-    specs, blocks = block_specs(config), nn.ModuleList()
+    specs, blocks, recursion = block_specs(config), nn.ModuleList(), config.recursion
+    scaled = range(0)
+    if recursion is not None and recursion.residual_scales:
+        scaled = range(recursion.prelude, len(specs) - recursion.coda)
     for index, spec in enumerate(specs):
         if index not in local:
             blocks.append(nn.Identity())  # so that blocks keep their numbers
             continue
         shared: Any = dict(tables[spec.name].named_children()) if spec.name in tables else {}
         here = dataclasses.replace(context, index=index, number=spec.number, tables=shared)
-        blocks.append(Block(spec, config, here))
+        blocks.append(Block(spec, config, here, scales=index in scaled))
     return blocks
 
 

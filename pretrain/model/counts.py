@@ -81,7 +81,10 @@ def loop_counts(config: ModelConfig) -> tuple[int, int]:
         return 0, 0
     adapter = 2 * d * d * recursion.adapter
     learned = recursion.times * d * (recursion.step_signal == "learned")
-    parameters = adapter + learned + (d + 1) * recursion.halting
+    sums = 1 if config.mlp.kind == "none" else 2
+    blocks = len(block_specs(config)) - recursion.prelude - recursion.coda
+    scales = 2 * sums * blocks * recursion.residual_scales
+    parameters = adapter + learned + scales + (d + 1) * recursion.halting
     return parameters, 2 * (adapter + d * recursion.halting)
 
 

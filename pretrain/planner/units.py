@@ -109,11 +109,13 @@ def count_kinds(tensors: Iterable[tuple[ParameterKind, int]]) -> Counter[Paramet
 
 
 def block_kinds(config: ModelConfig) -> list[str]:
-    """Return the kind of every block; those in a loop with low-rank differences differ."""
+    """Return the kind of every block; those in a loop differ by what it adds to them."""
     kinds, recursion = [spec.kind for spec in block_specs(config)], config.recursion
-    if recursion is not None and recursion.lora_rank:
+    if recursion is not None:
+        added = ", LoRA" if recursion.lora_rank else ""
+        added += ", scaled" if recursion.residual_scales else ""
         for index in range(recursion.prelude, len(kinds) - recursion.coda):
-            kinds[index] += ", LoRA"
+            kinds[index] += added
     return kinds
 
 

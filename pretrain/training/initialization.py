@@ -179,13 +179,13 @@ def _check_same_blocks(
 def _copy(target: nn.Module | None, origins: Sequence[nn.Module], where: str) -> None:
     """Set every parameter to the mean of the origins' of the same name.
 
-    Low-rank differences are set only where the origins have them.
+    Low-rank differences and residual scales are set only where the origins have them.
     """
     assert target is not None
     values = [_by_name(origin) for origin in origins]
     for name, parameter in _by_name(target).items():
         found = [v[name] for v in values if name in v]
-        if not found and name.endswith((".lora_a", ".lora_b")):
+        if not found and name.endswith((".lora_a", ".lora_b", "residual_scales")):
             continue
         shapes = {tuple(f.shape) for f in found}
         if len(found) != len(values) or shapes != {tuple(parameter.shape)}:

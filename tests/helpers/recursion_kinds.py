@@ -18,6 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "looped": {"times": 3},
     "lora": {"prelude": 1, "coda": 1, "times": 3, "lora_rank": 2},
     "depth": RECURRENT_DEPTH,
+    "scaled": {"prelude": 1, "times": 3, "residual_scales": True},
     "universal": {"prelude": 1, "times": 3, "step_signal": "sinusoidal"},
     "learned": {"coda": 1, "times": 3, "step_signal": "learned"},
     "halting": {"prelude": 1, "coda": 1, "times": 4, "step_signal": "sinusoidal", "halting": True},

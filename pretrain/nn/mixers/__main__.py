@@ -153,6 +153,7 @@ model:
   # recursion: {prelude: 2, coda: 2, times: 32, sampling: poisson, backprop_last: 8, adapter: true,
   #             state_init: random, normalize_state: true}       # recurrent depth
   # recursion: {times: 6, step_signal: sinusoidal, halting: true}  # Universal Transformer
+  # recursion: {times: 4, residual_scales: true}                   # learned residual scalars
 ```
 
 `block_norm: sandwich` and `scale_embeddings: true` belong to the recurrent-depth recipe.

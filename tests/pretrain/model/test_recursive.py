@@ -80,6 +80,28 @@ def test_a_loop_is_the_same_blocks_written_out():
             assert relative_error(parameter.grad, total) < 1e-10, name
 
 
+def test_residual_sums_of_a_loop_have_learned_scalars():
+    plain, loop = make(recursion=KINDS["looped"]), {**KINDS["looped"], "residual_scales": True}
+    scaled = make(recursion=loop)
+    tokens = torch.randint(VOCAB, (1, 16), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(scaled(tokens), plain(tokens))  # they begin as 1
+    numbers = torch.tensor([0.5, 2.0, -1.0, 3.0], dtype=torch.float64)
+    with torch.no_grad():
+        for block in scaled.blocks:
+            block.residual_scales.copy_(numbers)
+    x = scaled.embedding(tokens)
+    for _ in range(3):
+        for block in scaled.blocks:
+            x = 0.5 * x + 2 * block.mixer(block.mixer_norm(x))[0]
+            x = -x + 3 * block.mlp(block.mlp_norm(x))
+    assert torch.allclose(scaled.hidden_states(tokens), x.transpose(0, 1), rtol=1e-12)
+    scaled(tokens).square().sum().backward()
+    for block in scaled.blocks:
+        assert block.residual_scales.grad.all()
+    beside = make(recursion={**KINDS["looped"], "prelude": 1, "residual_scales": True}).blocks
+    assert [block.residual_scales is None for block in beside] == [True, False, False, False]
+
+
 def test_states_carry_on(recursion):
     model = make(recursion=recursion).eval()
     tokens = torch.randint(VOCAB, (2, 17))
