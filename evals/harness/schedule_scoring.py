@@ -54,10 +54,10 @@ class ScheduleScorer(Scorer):
         made: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
         while running:
-            # Any id will do as the target: only the most likely id at its position is used.
-            pairs = [Pair([*prompts[i].ids, *made[i]], [self.filler]) for i in running]
+            # Any id will do as the last target: only the likeliest one at its position is used.
+            pairs = [Pair(prompts[i].ids, [*made[i], self.filler]) for i in running]
             for i, scores in zip(running, self._scores(pairs), strict=True):
-                made[i].append(int(scores[1, 0]))
+                made[i].append(int(scores[1, -1]))
             running = [
                 i
                 for i in running

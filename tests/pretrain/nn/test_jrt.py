@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from evals.harness.schedule_scoring import ScheduleScorer
 from evals.held_out import open_held_out
 from pretrain.common.config_loader import ConfigError
-from pretrain.config import RunConfig
+from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.data.sequences import Sequences
 from pretrain.inference.score import Pair, Prompt, StateScorer
 from pretrain.model.layout import check_layout
 from pretrain.nn.mixers import jrt
+from pretrain.training.engine import Engine
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_layers import largest_error, small_layer
 from tests.helpers.small_model import VOCAB, make, settings
@@ -169,3 +171,17 @@ def test_prompts_are_scored_and_continued_with_their_prefix():
             chosen.append(int(logits[0, -1].argmax()))
             logits, states = model.forward_with_state(torch.tensor([chosen[-1:]]), states)
         assert text == chosen
+
+
+def test_schedules_score_and_continue_alike():
+    model = make(torch.float32, **hybrid(PREFIX))
+    ids = torch.randint(VOCAB, (20,), generator=torch.Generator().manual_seed(6)).tolist()
+    pairs = [Pair(ids[:n], ids[n : n + 4]) for n in (1, 4, 6, 12)]
+    prompts = [Prompt(pair.context, 3, lambda _: False) for pair in pairs]
+    by_states = StateScorer(model, VOCAB)
+    expected = by_states.log_likelihoods(pairs), by_states.generate(prompts)
+    engine = Engine(model, OptimizerConfig())
+    scorer = ScheduleScorer(engine, VOCAB, filler=0, tokens_per_pass=24, multiple=1)
+    for (found, greedy), wanted in zip(scorer.log_likelihoods(pairs), expected[0], strict=True):
+        assert (found, greedy) == (pytest.approx(wanted[0], rel=1e-5), wanted[1])
+    assert scorer.generate(prompts) == expected[1]
