@@ -62,8 +62,9 @@ class Summary(Callback):
         settle_branch(longer, config.name)
         needed = "" if checkpoint is None else how_to_extend(checkpoint, longer)
         log.say(f"resume       run the same command again; {twice}{needed} doubles the run")
+        windows = "" if config.data.prefix is None else " --training-windows"
         commands = [
-            f"python -m evals {directory}",
+            f"python -m evals {directory}{windows}",
             f"python -m data_prep inspect {config.data.path or config.data.blend[0].path}",
             f"cat {directory.metrics_file}",
         ]

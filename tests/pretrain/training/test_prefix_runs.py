@@ -47,6 +47,8 @@ def test_the_windows_of_validation_are_scored_again(run):
     last = [row for row in run.metrics if "valid_loss" in row][-1]
     assert found["tokens"] == last["valid_tokens"]
     assert found["nats_per_token"] == pytest.approx(last["valid_loss"], rel=1e-6)
+    log = (run.directory / "log.txt").read_text()
+    assert f"python -m evals {run.directory} --training-windows" in log
     with pytest.raises(UserError, match=r"was trained with data.prefix .* --training-windows"):
         evaluate_perplexity(loaded)
 
