@@ -14,6 +14,7 @@ def main() -> int:
     quiet_process()
     commands: dict[str, Callable[[], Callable[[Sequence[str]], int]]] = {
         "chat": _chat,
+        "paths": _paths,
         "report": _report,
         "sample": _sample,
         "scaling": _scaling,
@@ -30,6 +31,12 @@ def main() -> int:
 # Imported one at a time: no command should wait for what only another needs.
 def _chat() -> Callable[[Sequence[str]], int]:
     from evals.chat import main
+
+    return main
+
+
+def _paths() -> Callable[[Sequence[str]], int]:
+    from evals.layer_paths.command import main
 
     return main
 

@@ -54,6 +54,12 @@ def main(arguments: Sequence[str]) -> int:
         extra["recurrences"] = given.recurrences
     if averaged:
         extra["weights"] = "ema"
+    if given.layer_path is not None:
+        from pretrain.inference.layer_paths import parse_path, path_text, set_path
+
+        path = parse_path(given.layer_path, len(loaded.model.blocks))
+        set_path(loaded.model, path)
+        extra["layer_path"] = path_text(path)
     mitigations = given_options(given)
     apply_options(loaded, mitigations, given.data)
     extra.update(mitigations)
@@ -124,7 +130,7 @@ def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
     from evals.harness.hugging_face import evaluate_hugging_face
 
     source = given.checkpoint.removeprefix(HF)
-    for option in ("bos", "weights", "recurrences", *given_options(given)):
+    for option in ("bos", "weights", "recurrences", "layer_path", *given_options(given)):
         value = getattr(given, option)
         if value != _parser().get_default(option):
             raise UserError(
@@ -158,6 +164,7 @@ def _mark(extra: dict[str, Any], options: tuple[Any, ...]) -> str:
     mark += f"-{extra['precision']}" if "precision" in extra else ""
     if "recurrences" in extra:
         mark += f"-recurrences-{extra['recurrences']}"
+    mark += f"-path-{extra['layer_path']}" if "layer_path" in extra else ""
     mark += state_mark({name: extra[name] for name in extra if name.startswith("state_")})
     if any(options):
         mark += "-" + hashlib.sha256(repr(options).encode()).hexdigest()[:8]
@@ -187,8 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals",
         description="Score a checkpoint. 'python -m evals tasks' lists tasks, 'sample' continues a "
-        "text and 'chat' does so turn by turn, 'scaling' fits scaling laws to runs, 'report' "
-        "writes a page about runs.",
+        "text and 'chat' does so turn by turn, 'paths' searches layer paths, 'scaling' fits "
+        "scaling laws to runs, 'report' writes a page about runs.",
     )
     parser.add_argument(
         "checkpoint",
@@ -205,6 +212,11 @@ def _parser() -> argparse.ArgumentParser:
         "--recurrences",
         type=_positive,
         help="passes through the loop of a recursive model (the configured number)",
+    )
+    parser.add_argument(
+        "--layer-path",
+        metavar="BLOCKS",
+        help="the blocks to run, in order, such as 0-3,2-3,5 (all of them once)",
     )
     parser.add_argument(
         "--weights",

@@ -13,6 +13,21 @@ from pretrain.inference.load import LoadedModel
 from pretrain.inference.score import StateScorer
 
 
+def harness_model(
+    loaded: LoadedModel,
+    *,
+    bos: str = "document",
+    max_length: int | None = None,
+    tokens_per_pass: int = 8192,
+) -> HarnessModel:
+    """Return a loaded model behind lm-eval's interface; settings as :func:`evaluate_checkpoint`."""
+    scorer = StateScorer(loaded.model, loaded.candidates, tokens_per_pass=tokens_per_pass)
+    length = max_length or loaded.run.train.seq_len
+    if bos == "model":
+        return ImportedHarnessModel(scorer, loaded, length)
+    return HarnessModel(scorer, loaded.tokenizer, length, bos=bos)
+
+
 def evaluate_checkpoint(
     loaded: LoadedModel,
     names: Sequence[str],
@@ -29,13 +44,7 @@ def evaluate_checkpoint(
     imported model, ``model``: as its own tokenizer has it. Raises UserError, before the first task,
     for tasks that cannot be evaluated with these settings.
     """
-    scorer = StateScorer(loaded.model, loaded.candidates, tokens_per_pass=tokens_per_pass)
-    length = max_length or loaded.run.train.seq_len
-    model: HarnessModel
-    if bos == "model":
-        model = ImportedHarnessModel(scorer, loaded, length)
-    else:
-        model = HarnessModel(scorer, loaded.tokenizer, length, bos=bos)
+    model = harness_model(loaded, bos=bos, max_length=max_length, tokens_per_pass=tokens_per_pass)
     with seeded():
         loaded_tasks = [load_tasks([name], model.text_settings(limit)) for name in names]
     for tasks in loaded_tasks:

@@ -46,6 +46,7 @@ class LanguageModel(WithHead):
     vp_stage: int | None = None
     segment_tokens: int | None = None  # of a row's losses; see pretrain.model.segmented
     carried: CarriedStates | None = None  # of rows from step to step, in training
+    layer_path: tuple[int, ...] | None = None  # see pretrain.inference.layer_paths
     # While open, gradients that add up are not reduced yet.
     reduction_paused: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -233,7 +234,7 @@ class LanguageModel(WithHead):
         """Return the number of the block that each state is of, with ``times`` passes of a loop."""
         loop, local = self._loop, self.stage.blocks
         if self.recursion is None:
-            return [*local]
+            return [*(local if self.layer_path is None else self.layer_path)]
         times = times or self.recursion.num_passes()
         return [*range(local.start, loop.start), *[*loop] * times, *range(loop.stop, local.stop)]
 
@@ -274,7 +275,7 @@ class LanguageModel(WithHead):
         )
         ponder, local = None, self.stage.blocks
         if self.recursion is None:
-            x = run(x, local)
+            x = run(x, local if self.layer_path is None else self.layer_path)
         else:
             x = run(x, range(local.start, self._loop.start))
             x, ponder = self.recursion(
@@ -290,7 +291,7 @@ class LanguageModel(WithHead):
     def run_blocks(
         self,
         x: Tensor,
-        indices: range,
+        indices: Sequence[int],
         sequences: Sequences | None,
         depth: int = 0,
         drop: DropAt | None = None,
