@@ -14,10 +14,13 @@ import torch
 from typing_extensions import override
 
 from evals.mitigations import add_options, apply_options, given_options
+from evals.parallel_sampling import add_parallel_options, parallel_of
 from pretrain.common.errors import UserError
 from pretrain.inference.generate import LARGEST_SEED, generate
 from pretrain.inference.hugging_face import HuggingFaceModel, HuggingFaceText, load_hugging_face
 from pretrain.inference.load import LoadedModel, load_model
+from pretrain.inference.wavefront import Draw, WavefrontReport, check_loop, wavefront_ids
+from pretrain.inference.wavefront_rules import Wavefront
 from pretrain.parallel.processes import local_device
 
 HF = "hf:"
@@ -26,7 +29,10 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How texts are drawn; see :func:`pretrain.inference.generate.choose`."""
+    """How texts are drawn; see :func:`pretrain.inference.generate.choose`.
+
+    ``parallel``: several tokens at once, by a model with recurrent depth.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -34,6 +40,7 @@ class Sampling:
     top_p: float | None = None
     stop: Sequence[str] = ()
     seed: int = 0
+    parallel: Wavefront | None = None
 
 
 class Completion(ABC):
@@ -96,17 +103,27 @@ class OwnCompletion(Completion):
     def __init__(self, loaded: LoadedModel, prompt_ids: list[int], sampling: Sampling) -> None:
         super().__init__(prompt_ids, sampling)
         self._loaded = loaded
-        self._ids = generate(
-            loaded.model,
-            prompt_ids,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            vocab_size=loaded.candidates,
-            stop_ids=loaded.stop_ids,
-        )
+        self.report: WavefrontReport | None = None
+        drawn: dict[str, Any] = {
+            "vocab_size": loaded.candidates,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+        }
+        ends: dict[str, Any] = {"max_tokens": sampling.max_tokens, "stop_ids": loaded.stop_ids}
+        if sampling.parallel is None:
+            self._ids = generate(loaded.model, prompt_ids, **drawn, **ends)
+        else:
+            self.report = WavefrontReport()
+            self._ids = wavefront_ids(
+                loaded.model,
+                prompt_ids,
+                sampling.parallel,
+                Draw(**drawn),
+                **ends,
+                report=self.report,
+            )
 
     @override
     def ids(self) -> Iterator[int]:
@@ -258,6 +275,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         action="store_true",
         help="hf:NAME: run the Python code that comes with the model",
     )
+    add_parallel_options(parser)
     add_options(parser)
 
 
@@ -267,7 +285,13 @@ def sampling_of(given: argparse.Namespace) -> Sampling:
     for text in given.stop:
         check_utf8("--stop", text)
     return Sampling(
-        given.max_tokens, given.temperature, given.top_k, given.top_p, given.stop, given.seed
+        given.max_tokens,
+        given.temperature,
+        given.top_k,
+        given.top_p,
+        given.stop,
+        given.seed,
+        parallel_of(given),
     )
 
 
@@ -317,4 +341,6 @@ def open_writer(given: argparse.Namespace) -> Writer:
         given.checkpoint, recurrences=given.recurrences, averaged=given.weights == "ema"
     )
     apply_options(loaded, wanted)
+    if given.parallel:
+        check_loop(loaded.model)
     return Writer(loaded)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals.completions import (
+    OwnCompletion,
     add_sampling_options,
     check_utf8,
     open_writer,
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str]) -> int:
         f"{completion.tokens / seconds:,.1f} tokens/s, ended by {completion.reason}",
         file=sys.stderr,
     )
+    if isinstance(completion, OwnCompletion) and completion.report is not None:
+        print(completion.report.describe(), file=sys.stderr)
     stop_processes()
     return 0
 

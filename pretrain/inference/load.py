@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,8 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.generate import check_request, generate, listed_texts
 from pretrain.inference.hugging_face import HuggingFaceText
 from pretrain.inference.score import Pair, StateScorer
+from pretrain.inference.wavefront import Draw, WavefrontReport, wavefront_ids
+from pretrain.inference.wavefront_rules import Wavefront
 from pretrain.model.build import build_model
 from pretrain.model.language_model import LanguageModel
 from pretrain.parallel.context import current_context
@@ -93,26 +96,32 @@ class LoadedModel:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        parallel: Wavefront | None = None,
+        report: WavefrontReport | None = None,
     ) -> str:
         """Return ``prompt`` and up to ``max_tokens`` tokens after it, up to the document's end.
 
         temperature: 0 takes the likeliest token. top_k, top_p: see
-        :func:`pretrain.inference.generate.choose`. seed: of what is drawn. Raises UserError for a
-        setting out of its range.
+        :func:`pretrain.inference.generate.choose`. seed: of what is drawn. parallel: several
+        tokens at once, by recurrent depth, of which ``report`` takes the figures. Raises UserError
+        for a setting out of its range, and for a model that cannot.
         """
         check_request(prompt, max_tokens, temperature, top_k, top_p, seed)
         opened = self.prompt_ids(prompt)
-        written = generate(
-            self.model,
-            opened,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            vocab_size=self.candidates,
-            stop_ids=self.stop_ids,
-            top_k=top_k,
-            top_p=top_p,
-        )
+        drawn: dict[str, Any] = {
+            "vocab_size": self.candidates,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        ends: dict[str, Any] = {"max_tokens": max_tokens, "stop_ids": self.stop_ids}
+        if parallel is None:
+            written = generate(self.model, opened, **drawn, **ends)
+        else:
+            written = wavefront_ids(
+                self.model, opened, parallel, Draw(**drawn), **ends, report=report
+            )
         return prompt + self.decode([*opened, *written])[len(self.decode(opened)) :]
 
     def score(self, texts: Sequence[str]) -> list[float]:

@@ -256,7 +256,7 @@ class LanguageModel(WithHead):
         firsts = {} if firsts is None else firsts
         if sequences is not None and self.stage.first:
             check_fits("the model", sequences, *tokens.shape)
-        x = self._embed(tokens, firsts)
+        x = self.embed(tokens, firsts)
         new_states: list[State] = []
         if self.dropout is not None and self.training and not with_states:
             drop = self.dropout.next_micro_batch()
@@ -315,7 +315,8 @@ class LanguageModel(WithHead):
                 after.append(cast(State, state))
         return x
 
-    def _embed(self, tokens: Tensor, firsts: dict[str, FirstValues] | None = None) -> Tensor:
+    def embed(self, tokens: Tensor, firsts: dict[str, FirstValues] | None = None) -> Tensor:
+        """Return what the blocks start from, ``[T, B, d]``: of a later stage what it received."""
         if not self.stage.first:
             received, self._received = self._received, None
             assert received is not None

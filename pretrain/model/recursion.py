@@ -137,17 +137,13 @@ class Recursion(nn.Module):
         through = times
         if self.training and config.backprop_last is not None:
             through = min(times, config.backprop_last)
-        state = self._initial(x)
+        state = self.initial(x)
         halting = _Halting(config, x) if config.halting else None
         all_passes = all_passes or self.training or self.in_step
         all_passes = all_passes or self._context.sequence_parallel
         for index in range(times):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= times - through):
-                stays = state
-                if config.adapter:
-                    stays = nn.functional.linear(torch.cat([state, x], -1), self.adapter)
-                if config.step_signal != "none":
-                    stays = stays + self._signal(index, stays)
+                stays = self.pass_input(state, x, index)
                 new = run(stays, index)
             if halting is not None:
                 wide = halting.cost.dtype
@@ -174,7 +170,21 @@ class Recursion(nn.Module):
         cost = self.config.ponder_weight * ponder.t()
         return losses + (cost - cost.detach())
 
-    def _initial(self, x: Tensor) -> Tensor:
+    def pass_input(self, state: Tensor, x: Tensor, index: int | Tensor) -> Tensor:
+        """Return what goes through the blocks at pass ``index`` of the loop on x ``[T, B, d]``.
+
+        ``index`` may also be int64 ``[T, B]``: every token's own pass, the last one beyond those
+        that were learned.
+        """
+        stays = state
+        if self.config.adapter:
+            stays = nn.functional.linear(torch.cat([state, x], -1), self.adapter)
+        if self.config.step_signal != "none":
+            stays = stays + self._signal(index, stays)
+        return stays
+
+    def initial(self, x: Tensor) -> Tensor:
+        """Return the state that the first pass on x ``[T, B, d]`` starts from."""
         config = self.config
         if config.state_init == "input":
             return x
@@ -202,13 +212,16 @@ class Recursion(nn.Module):
         generator = _generator((0, _EVALUATION, 0), device)
         return torch.randn(x.shape[-1], generator=generator, device=device)
 
-    def _signal(self, index: int, x: Tensor) -> Tensor:
+    def _signal(self, index: int | Tensor, x: Tensor) -> Tensor:
         if self.config.step_signal == "learned":
+            if isinstance(index, Tensor):
+                index = index.clamp_max(len(self.step_signal) - 1)
             return self.step_signal[index]
         d = x.shape[-1]
         exponents = torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d
-        angles = (index + 1) * 10_000.0**-exponents
-        signal = torch.stack([angles.sin(), angles.cos()], -1).flatten()[:d]
+        steps = index[..., None] if isinstance(index, Tensor) else index
+        angles = (steps + 1) * 10_000.0**-exponents
+        signal = torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., :d]
         return signal.to(x.dtype)
 
 

@@ -363,7 +363,7 @@ class _Measurement:
         drop = None if self.model.dropout is None else self.model.dropout.next_micro_batch()
 
         def embed() -> Tensor:
-            x = self.model._embed(tokens)
+            x = self.model.embed(tokens)
             return x if drop is None else drop(x, EMBEDDING)
 
         return self._run([], embed)

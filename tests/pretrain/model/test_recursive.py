@@ -200,7 +200,7 @@ def test_gradients_go_through_the_last_passes_alone():
     given = kept[2].detach()
     recursion.forward = original
     recursion.config.times, recursion.config.backprop_last = 2, None
-    recursion._initial = lambda x: given
+    recursion.initial = lambda x: given
     model(tokens, targets).sum().backward()
     for name, parameter in model.named_parameters():
         assert relative_error(found[name], parameter.grad) < 1e-12, name
@@ -242,7 +242,7 @@ def test_a_random_state_is_drawn_for_each_sequence():
         for _ in range(4 // size):
             loop.num_passes()
             x = torch.empty(8 * size // rows // loop._context.tensor_size, rows, 24)
-            found.append(loop._initial(x).transpose(0, 1).flatten(0, 1))
+            found.append(loop.initial(x).transpose(0, 1).flatten(0, 1))
         return torch.cat(found)
 
     one = state(1)
