@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pretrain.common.config_loader import Config, setting
 
+BlockNorm = Literal["pre", "sandwich", "post"]
+
 
 @dataclass
 class MLPConfig(Config):
@@ -147,8 +149,11 @@ class ModelConfig(Config):
     z_loss_weight: float = setting(0.0, minimum=0)
     """Weight of the squared log-sum-exp of a token's logits in the training loss (arXiv
     2204.02311)."""
-    block_norm: Literal["pre", "sandwich"] = setting("pre")
-    """Where blocks normalise: before mixer and MLP, or after them too."""
+    block_norm: BlockNorm = setting("pre")
+    """Where blocks normalise: the input of mixer and MLP; with ``sandwich`` each sum with their
+    output too; with ``post`` their output alone, before it is added (arXiv 2501.00656)."""
+    block_norms: dict[str, BlockNorm] = field(default_factory=dict)
+    """The same of the blocks of some mixers, by their name in the pattern, where it is another."""
     scale_embeddings: bool = False
     """Whether embeddings are multiplied by sqrt(hidden_size)."""
     dropout: float = setting(0.0, minimum=0, below=1)

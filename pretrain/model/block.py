@@ -36,7 +36,8 @@ class Block(nn.Module):
     """A residual block of a mixer and, unless the MLP kind is none, an MLP.
 
     Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``. Sandwich: the same, and each sum is
-    normalised. With ``scales`` sums are ``c x + d f``, of learned scalars.
+    normalised. Post: ``x + norm(mixer(x))``, then ``x + norm(mlp(x))``. With ``scales`` sums are
+    ``c x + d f``, of learned scalars.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Block(nn.Module):
                 self.mlp = MoE(spec.moe, context)
             else:
                 self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
-        self.index, self.sandwich = context.index, config.block_norm == "sandwich"
+        self.index, self.sandwich = context.index, spec.norm == "sandwich"
+        self.post = spec.norm == "post"
         # Who takes, or hands on, what the first block of a kind computes.
         self.kind, self.later = spec.name, spec.later
         self.hands_on = bool(spec.mixer.first_values(spec.config, d))
@@ -93,12 +95,14 @@ class Block(nn.Module):
         ``first``: as for mixers, see :meth:`.Mixer.first_values`.
         """
         handover = handover or Handover()
-        y, state = mix(self.mixer, self.mixer_norm(x), sequences, state, handover, first)
+        inner = x if self.post else self.mixer_norm(x)
+        y, state = mix(self.mixer, inner, sequences, state, handover, first)
+        y = self.mixer_norm(y) if self.post else y
         x = self._add(x, y if drop is None else drop(y, (self.index, depth, 0)), 0)
         if self.sandwich:
             x = self.mixer_post_norm(x)
         if self.mlp is not None:
-            y = self.mlp(self.mlp_norm(x))
+            y = self.mlp_norm(self.mlp(x)) if self.post else self.mlp(self.mlp_norm(x))
             x = self._add(x, y if drop is None else drop(y, (self.index, depth, 1)), 1)
             if self.sandwich:
                 x = self.mlp_post_norm(x)

@@ -20,7 +20,7 @@ from pretrain.parallel.context import ParallelContext
 def block_parameters(config: ModelConfig, spec: BlockSpec) -> int:
     """Count the parameters of one block: mixer, MLP and norms, but no low-rank differences."""
     d = config.hidden_size
-    norms = d * (1 if config.mlp.kind == "none" else 2) * (1 + (config.block_norm == "sandwich"))
+    norms = d * (1 if config.mlp.kind == "none" else 2) * (1 + (spec.norm == "sandwich"))
     mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
     if spec.moe is not None:
         mlp = MoE.num_parameters(spec.moe, d)
@@ -106,7 +106,7 @@ def recomputed_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
 def _recomputed(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
     full = block_flops(config, spec, seq_len)
     dense = config.mlp.kind != "none" and spec.moe is None
-    if not dense or config.block_norm == "sandwich" or config.dropout > 0:
+    if not dense or spec.norm != "pre" or config.dropout > 0:
         return full
     return full - 2 * config.hidden_size * config.mlp.width(config.hidden_size)
 

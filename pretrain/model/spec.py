@@ -19,7 +19,8 @@ class BlockSpec:
     """One block: the mixer's name in the pattern, its class and its resolved settings.
 
     ``moe`` is the mixture of experts that the block has instead of an MLP, if any; ``number`` which
-    of the blocks of this name it is; ``later`` whether it takes what the first of them hands on.
+    of the blocks of this name it is; ``later`` whether it takes what the first of them hands on;
+    ``norm`` where it normalises, as ``block_norm`` says it.
     """
 
     name: str
@@ -28,6 +29,7 @@ class BlockSpec:
     moe: MoEConfig | None = None
     number: int = 0
     later: bool = False
+    norm: str = "pre"
 
     @property
     def kind(self) -> str:
@@ -72,7 +74,8 @@ def block_specs(
     """
     # A config may change between two calls, and is read often: known by what it says.
     sizes = (config.hidden_size, config.mup_base_hidden_size)
-    snapshot = repr((config.pattern, *sizes, config.mixers, config.moe))
+    norms = (config.block_norm, config.block_norms)
+    snapshot = repr((config.pattern, *sizes, config.mixers, config.moe, *norms))
     found = _known_specs.get(snapshot)
     if found is None:
         found = _read_specs(config, where, section)
@@ -92,6 +95,12 @@ def _read_specs(config: ModelConfig, where: str, section: str) -> list[BlockSpec
         names = parse_pattern(config.pattern, kinds)
     except ValueError as error:
         raise ConfigError(f"{where}: {section}{error}") from None
+    unknown = next((name for name in config.block_norms if name not in kinds), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"{where}: {section}block_norms.{unknown}: unknown mixer"
+            f"{nearest(unknown, list(kinds))}; known: {', '.join(kinds)}"
+        )
     specs = {}
     for name in dict.fromkeys([*names, *settings]):
         field = f"{where}: {section}mixers.{name}"
@@ -104,7 +113,8 @@ def _read_specs(config: ModelConfig, where: str, section: str) -> list[BlockSpec
                 kinds[name].check(mixer_config, config.hidden_size)
             except ValueError as error:
                 raise ConfigError(f"{field}: {error}") from None
-        specs[name] = BlockSpec(name, kinds[name], mixer_config)
+        norm = config.block_norms.get(name, config.block_norm)
+        specs[name] = BlockSpec(name, kinds[name], mixer_config, norm=norm)
     dense = len(names) if config.moe is None else config.moe.first_dense
     moe = config.moe and dataclasses.replace(config.moe)  # the caller's may change
     blocks, before = [], Counter[str]()

@@ -11,7 +11,8 @@ import transformers
 # Where fla is installed its kernels are chosen when the module is imported, and need a GPU.
 _installed = sys.modules.get("fla")
 sys.modules["fla"] = None  # type: ignore[assignment]
-importlib.import_module("transformers.models.qwen3_5.modeling_qwen3_5")
+for _name in ("qwen3_5", "olmo_hybrid", "qwen3_next"):
+    importlib.import_module(f"transformers.models.{_name}.modeling_{_name}")
 del sys.modules["fla"]
 if _installed is not None:
     sys.modules["fla"] = _installed
@@ -107,6 +108,21 @@ def qwen3_5(key_heads=4):
     )
 
 
+def olmo_hybrid(key_heads=4, theta=None):
+    return transformers.OlmoHybridConfig(
+        **{**ATTENTION, "num_hidden_layers": 3},
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        linear_num_key_heads=key_heads,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=12,
+        linear_conv_kernel_dim=3,
+        pad_token_id=0,
+        eos_token_id=0,
+    )
+
+
 def xlstm():
     return transformers.xLSTMConfig(
         **SMALL,
@@ -127,6 +143,7 @@ CLASSES = {
     transformers.Mamba2Config: transformers.Mamba2ForCausalLM,
     transformers.BambaConfig: transformers.BambaForCausalLM,
     transformers.Qwen3_5TextConfig: transformers.Qwen3_5ForCausalLM,
+    transformers.OlmoHybridConfig: transformers.OlmoHybridForCausalLM,
     transformers.xLSTMConfig: transformers.xLSTMForCausalLM,
 }
 CONFIGS = {
@@ -138,5 +155,7 @@ CONFIGS = {
     "mamba2, groups": lambda: mamba2(2),
     "bamba": bamba,
     "qwen3_5": qwen3_5,
+    "olmo_hybrid": olmo_hybrid,
+    "olmo_hybrid, rotary": lambda: olmo_hybrid(theta=3e4),
     "xlstm": xlstm,
 }

@@ -73,9 +73,17 @@ MODELS = {
     "bf16": settings("gdn attn m2rnn gdn"),
     "untied": settings("para_gru attn mamba2 delta_product", tie_embeddings=False),
     # One process computes the loss at once, several piece by piece.
-    "pieces": settings("kda swa lstm hgrn2", block_norm="sandwich"),
+    "pieces": settings("kda swa lstm hgrn2", block_norm="sandwich", block_norms={"swa": "post"}),
     "options": settings("gdn attn kda gla", depth_scaled_init=True, **OPTIONS),
-    "muon": settings("gdn attn m2rnn gdn", tie_embeddings=False),
+    "muon": settings(
+        "gdn attn m2rnn gdn",
+        tie_embeddings=False,
+        mixers={
+            "gdn": SMALL["gdn"][0],
+            "attn": {"num_heads": 4, "qk_norm": True, "qk_norm_over": "width"},
+            "m2rnn": SMALL["m2rnn"][0],
+        },
+    ),
     "experts": settings(
         "gdn attn attn gdn",
         moe={

@@ -9,6 +9,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "attn": [
         {"num_heads": 4, "num_kv_heads": 2},
         {"num_heads": 2, "qk_norm": True, "rope_theta": None},
+        {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "qk_norm_over": "width"},
         {
             "num_heads": 4,
             "num_kv_heads": 1,

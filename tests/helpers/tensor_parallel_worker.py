@@ -59,6 +59,12 @@ def cases():
     found = {name: settings(f"2*{name}", {name: SMALL[name][0]}) for name in registry()}
     found["one-kv-head"] = settings("attn", {"attn": {"num_heads": 4, "num_kv_heads": 1}})
     found["attn-options"] = settings("2*attn", {"attn": SMALL["attn"][-1]})
+    found["attn-norms"] = settings("2*attn", {"attn": SMALL["attn"][-2]}, block_norm="post")
+    found["one-kv-head-norms"] = settings(
+        "attn gdn",
+        {"attn": {**SMALL["attn"][-2], "num_kv_heads": 1}, "gdn": SMALL["gdn"][0]},
+        block_norms={"attn": "post", "gdn": "sandwich"},
+    )
     found["untied"] = settings("attn", {"attn": {"num_heads": 4}}, tie_embeddings=False)
     found["dropout"] = settings("gdn attn", {m: SMALL[m][0] for m in ("gdn", "attn")}, dropout=0.2)
     for name in ("mamba2", "m2rnn", "kda", "gla"):  # with projections that all processes share

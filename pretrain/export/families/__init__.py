@@ -12,6 +12,7 @@ from pretrain.export.families.fla import (
     RetNet,
 )
 from pretrain.export.families.mamba2 import Mamba2
+from pretrain.export.families.olmo_hybrid import OlmoHybrid
 from pretrain.export.families.qwen3_5 import Qwen35
 from pretrain.export.families.xlstm import XLSTM
 
@@ -23,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     Mamba2(),
     Bamba(),
     Qwen35(),
+    OlmoHybrid(),
     XLSTM(),
     GatedDeltaNet(),
     DeltaNet(),

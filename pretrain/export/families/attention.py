@@ -22,7 +22,7 @@ from pretrain.export.families.base import (
 )
 from pretrain.model.spec import block_specs
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def rotary_theta(theirs: Any) -> float:
@@ -44,20 +44,34 @@ def rotary_part(theirs: Any) -> float:
 
 
 def attention_difference(
-    settings: Any, norm_eps: float, *, qk_norm: bool = False, qkv_bias: bool = False
+    settings: Any,
+    norm_eps: float,
+    *,
+    qk_norm: bool = False,
+    over: str = "head",
+    qkv_bias: bool = False,
+    gate: bool = False,
+    scale: bool = False,
+    rotates: bool = True,
 ) -> str | None:
-    """Return what an attention layer of ours has that Llama's, or one like it, has not."""
+    """Return what an attention layer of ours has that Llama's, or one like it, has not.
+
+    ``qk_norm``, ``qkv_bias``, ``gate``: whether it has them; ``over``: what a norm is over;
+    ``scale``: whether it may have a scale of its own; ``rotates``: whether it must rotate.
+    """
     normed = "normalises" if settings.qk_norm else "does not normalise"
     biased = "has" if settings.qkv_bias else "has no"
+    gated = "an" if settings.output_gate else "no"
     return first_difference(
         (
             ("attention has a window", settings.window is not None),
-            ("attention has no rotary positions", settings.rope_theta is None),
+            ("attention has no rotary positions", rotates and settings.rope_theta is None),
             (f"attention {normed} queries and keys", settings.qk_norm != qk_norm),
+            (f"attention normalises over a {settings.qk_norm_over}", settings.qk_norm_over != over),
             ("norms differ in norm_eps", settings.qk_norm and settings.norm_eps != norm_eps),
             (f"attention {biased} biases", settings.qkv_bias != qkv_bias),
-            ("attention has an output gate", settings.output_gate),
-            ("attention has a scale of its own", settings.scale is not None),
+            (f"attention has {gated} output gate", settings.output_gate != gate),
+            ("attention has a scale of its own", settings.scale is not None and not scale),
         )
     )
 
@@ -142,7 +156,7 @@ class Llama(Family):
         for index in range(len(block_specs(config))):
             theirs, ours = f"model.layers.{index}", f"blocks.{index}"
             yield same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_norm.weight")
-            for name in _PROJECTIONS:
+            for name in PROJECTIONS:
                 yield same(f"{theirs}.self_attn.{name}.weight", f"{ours}.mixer.{name}.weight")
             if self.qkv_bias:
                 for name in "qkv":

@@ -72,6 +72,25 @@ def swiglu_weights(
         yield same(f"{theirs}.{other}.weight", f"{ours}.{name}.weight")
 
 
+def repeated(x: Tensor, groups: int, times: int) -> Tensor:
+    """Return the rows of each of ``groups`` heads ``times`` times, one after another."""
+    return x.unflatten(0, (groups, -1)).repeat_interleave(times, 0).flatten(0, 1)
+
+
+def repeated_keys(x: Tensor, keys: int, groups: int, times: int) -> Tensor:
+    """Return the rows of queries and keys, ``keys`` each, :func:`repeated`, then all others."""
+    q, k, rest = x.split([keys, keys, len(x) - 2 * keys])
+    return torch.cat([repeated(q, groups, times), repeated(k, groups, times), rest])
+
+
+def gdn_convolutions(theirs: str, ours: str, config: Any) -> Weight:
+    """Return the taps of a Gated DeltaNet's queries, keys and values, which are one weight."""
+    keys, values = config.num_heads * config.head_dim, config.num_heads * config.value_dim
+    widths = {"q": keys, "k": keys, "v": values}
+    taps = {f"{ours}.{name}_conv": width for name, width in widths.items()}
+    return convolutions(f"{theirs}.conv1d.weight", taps)
+
+
 class Family(ABC):
     """Models of one ``model_type`` of transformers, which its ``architecture`` loads."""
 
@@ -144,15 +163,25 @@ def settings_by_mixer(config: ModelConfig, *names: str) -> tuple[dict[str, Any],
     return found, None if missing is None else f"no block is {missing}"
 
 
-def general_reason(config: ModelConfig, *, mlp: str = "swiglu", capped: bool = False) -> str | None:
+def general_reason(
+    config: ModelConfig,
+    *,
+    mlp: str = "swiglu",
+    capped: bool = False,
+    norms: Mapping[str, str] | None = None,
+) -> str | None:
     """Return what a model has around its layers that a family has not.
 
-    A family's blocks have an MLP of the kind ``mlp``, and its logits are ``capped`` or not.
+    A family's blocks have an MLP of the kind ``mlp``, and its logits are ``capped`` or not; where
+    they normalise is ``norms`` by the mixer, ``pre`` unless it says so.
     """
+    wanted = {registry()[name]: norm for name, norm in (norms or {}).items()}
+    for spec in block_specs(config):
+        if spec.norm != wanted.get(spec.mixer, "pre"):
+            return f"block_norm of {spec.name} is {spec.norm}"
     return first_difference(
         (
             (f"the MLP is {config.mlp.kind}", config.mlp.kind != mlp),
-            (f"block_norm is {config.block_norm}", config.block_norm != "pre"),
             ("it is recursive", config.recursion is not None),
             (
                 f"logits are {'not ' * capped}capped",

@@ -10,14 +10,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from pretrain.config import ModelConfig
-from pretrain.export.families.attention import rotary_part, rotary_theta
+from pretrain.export.families.attention import attention_difference, rotary_part, rotary_theta
 from pretrain.export.families.base import (
     Family,
     Weight,
-    convolutions,
     expect,
     first_difference,
+    gdn_convolutions,
     general_reason,
+    repeated_keys,
     rows,
     same,
     settings_by_mixer,
@@ -76,9 +77,7 @@ class Qwen35(Family):
         found = dict(weights)
         for name, value in weights.items():
             if name.endswith(("in_proj_qkv.weight", "linear_attn.conv1d.weight")):
-                parts = value.split([keys, keys, len(value) - 2 * keys])
-                q, k = (_repeated(part, groups, heads // groups) for part in parts[:2])
-                found[name] = torch.cat([q, k, parts[2]])
+                found[name] = repeated_keys(value, keys, groups, heads // groups)
         return found
 
     @override
@@ -88,19 +87,17 @@ class Qwen35(Family):
             return reason
         attn, gdn = found["attn"], found["gdn"]
         eps = config.norm_eps
-        return first_difference(
-            (
-                ("attention has a window", attn.window is not None),
-                ("attention has no rotary positions", attn.rope_theta is None),
-                ("attention does not normalise queries and keys", not attn.qk_norm),
-                ("attention has no output gate", not attn.output_gate),
-                ("attention has biases", attn.qkv_bias),
-                ("attention has a scale of its own", attn.scale is not None),
-                ("norms differ in norm_eps", attn.norm_eps != eps or gdn.norm_eps != eps),
-                ("there is no convolution", gdn.conv_size == 0),
-                ("eigenvalues may be negative", gdn.allow_neg_eigval),
+        return (
+            attention_difference(attn, eps, qk_norm=True, gate=True)
+            or first_difference(
+                (
+                    ("norms differ in norm_eps", gdn.norm_eps != eps),
+                    ("there is no convolution", gdn.conv_size == 0),
+                    ("eigenvalues may be negative", gdn.allow_neg_eigval),
+                )
             )
-        ) or general_reason(config)
+            or general_reason(config)
+        )
 
     @override
     def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
@@ -181,16 +178,10 @@ def _gdn(theirs: str, ours: str, config: Any) -> Iterator[Weight]:
     widths = {"q": keys, "k": keys, "v": values}
     projections = {f"{ours}.{name}_proj.weight": width for name, width in widths.items()}
     yield rows(f"{theirs}.in_proj_qkv.weight", projections)
-    taps = {f"{ours}.{name}_conv": width for name, width in widths.items()}
-    yield convolutions(f"{theirs}.conv1d.weight", taps)
+    yield gdn_convolutions(theirs, ours, config)
     for name, other in (("z", "g"), ("b", "b"), ("a", "a")):
         yield same(f"{theirs}.in_proj_{name}.weight", f"{ours}.{other}_proj.weight")
     for name in ("A_log", "dt_bias"):
         yield same(f"{theirs}.{name}", f"{ours}.{name}")
     yield same(f"{theirs}.norm.weight", f"{ours}.norm")
     yield same(f"{theirs}.out_proj.weight", f"{ours}.o_proj.weight")
-
-
-def _repeated(x: Tensor, groups: int, times: int) -> Tensor:
-    """Return the rows of each of ``groups`` heads ``times`` times, one after another."""
-    return x.unflatten(0, (groups, -1)).repeat_interleave(times, 0).flatten(0, 1)

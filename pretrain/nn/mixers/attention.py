@@ -27,6 +27,7 @@ from pretrain.nn.mixers.base import (
     states_wanted,
 )
 from pretrain.nn.mixers.sizes import attention_heads
+from pretrain.nn.norm import sharded_rms_norm
 from pretrain.nn.parameters import constant, replicated_parameter, sharded_parameter
 from pretrain.ops import apply_rotary, attention, rotary_embedding, rotary_of
 from pretrain.ops.elementwise.fusing import fused
@@ -52,7 +53,10 @@ class AttentionConfig(MixerConfig):
     window: int | None = setting(None, minimum=1)
     """Tokens that a token sees, itself included; null: all before it."""
     qk_norm: bool = False
-    """Whether queries and keys go through an RMS norm, per head."""
+    """Whether queries and keys go through an RMS norm."""
+    qk_norm_over: Literal["head", "width"] = "head"
+    """What that norm is over: every head by itself, or all heads of queries together, and all of
+    keys (arXiv 2501.00656)."""
     norm_eps: float = setting(1e-6, above=0)
     """Added to the mean square in that norm."""
     rotary_dim: int | None = setting(None, minimum=2)
@@ -113,11 +117,16 @@ class Attention(Mixer):
         role: Role = "bottleneck" if num_kv_heads == 1 < num_heads else "hidden"
         self.k_proj, self.v_proj = group_linear(*keys, role=role), group_linear(*keys, role=role)
         self.o_proj = row_linear(self.parallel, q_dim, d, context.output_std)
+        # Of which every process has a copy, beside its own heads.
+        self._shared = "kv" if num_kv_heads < self.parallel.tensor_size else ""
         if config.output_gate:
             self.g_proj = column_linear(self.parallel, d, q_dim, context.std)
         if config.qkv_bias:
-            self._add_biases(num_kv_heads)
-        if config.qk_norm:
+            self._add_biases()
+        self._whole_norm = config.qk_norm and config.qk_norm_over == "width"
+        if self._whole_norm:
+            self._add_whole_norms()
+        elif config.qk_norm:
             self.q_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
             self.k_norm = replicated_parameter(self.parallel, (self.head_dim,), constant(1.0))
 
@@ -130,7 +139,7 @@ class Attention(Mixer):
         q = heads(self._projected("q", x), self.num_heads)
         k = heads(self._projected("k", x), self.num_kv_heads)
         v = heads(self._projected("v", x), self.num_kv_heads)
-        if self.config.qk_norm:
+        if self.config.qk_norm and not self._whole_norm:
             q = rms_norm(q, head_shared(self.q_norm, self.parallel), self.config.norm_eps)
             k = rms_norm(k, head_shared(self.k_norm, self.parallel), self.config.norm_eps)
         batch_size, length = q.shape[:2]
@@ -160,23 +169,31 @@ class Attention(Mixer):
             y, k, v = together(y, k, v)
         return self.o_proj(y), {**self._visible(k, v, sequences_k), "seen": seen}
 
-    def _add_biases(self, num_kv_heads: int) -> None:
-        self._shared_biases = num_kv_heads < self.parallel.tensor_size
+    def _add_whole_norms(self) -> None:
+        for name, count in (("q", self.num_heads), ("k", self.num_kv_heads)):
+            make = replicated_parameter if name in self._shared else sharded_parameter
+            weight = make(self.parallel, (count * self.head_dim,), constant(1.0), decay=False)
+            self.register_parameter(f"{name}_norm", weight)
+
+    def _add_biases(self) -> None:
         for name in "qkv":
-            shared = name != "q" and self._shared_biases
-            make = replicated_parameter if shared else sharded_parameter
+            make = replicated_parameter if name in self._shared else sharded_parameter
             count = self.num_heads if name == "q" else self.num_kv_heads
             bias = make(self.parallel, (count * self.head_dim,), constant(0.0), decay=False)
             self.register_parameter(f"{name}_bias", bias)
 
     def _projected(self, name: str, x: Tensor) -> Tensor:
         y: Tensor = getattr(self, f"{name}_proj")(x)
-        if not self.config.qkv_bias:
+        shared = name in self._shared
+        if self.config.qkv_bias:
+            bias: Tensor = getattr(self, f"{name}_bias")
+            y = y + (head_shared(bias, self.parallel) if shared else bias)
+        if name == "v" or not self._whole_norm:
             return y
-        bias: Tensor = getattr(self, f"{name}_bias")
-        if name != "q" and self._shared_biases:
-            bias = head_shared(bias, self.parallel)
-        return y + bias
+        weight: Tensor = getattr(self, f"{name}_norm")
+        if shared:  # every process has all of it
+            return rms_norm(y, head_shared(weight, self.parallel), self.config.norm_eps)
+        return sharded_rms_norm(y, weight, self.config.norm_eps, self.parallel)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, sequences_k: Sequences
@@ -225,6 +242,8 @@ class Attention(Mixer):
             raise ValueError(
                 f"head_dim is {head_dim}, expected an even number for rotary positions"
             )
+        if config.qk_norm_over == "width" and not config.qk_norm:
+            raise ValueError("qk_norm_over is width, but qk_norm is false: nothing is normalised")
         if (dim := config.rotary_dim) is not None:
             if config.rope_theta is None:
                 raise ValueError(f"rotary_dim is {dim}, but rope_theta is null: nothing rotates")
@@ -245,7 +264,8 @@ class Attention(Mixer):
         num_heads, num_kv_heads, head_dim = _shape(config)
         widths = 2 * (num_heads + num_kv_heads) + config.output_gate * num_heads
         biases = config.qkv_bias * head_dim * (num_heads + 2 * num_kv_heads)
-        return hidden_size * head_dim * widths + biases + 2 * head_dim * config.qk_norm
+        normed = num_heads + num_kv_heads if config.qk_norm_over == "width" else 2
+        return hidden_size * head_dim * widths + biases + normed * head_dim * config.qk_norm
 
     @classmethod
     @override

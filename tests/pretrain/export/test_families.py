@@ -16,7 +16,7 @@ from pretrain.inference.generate import generate
 from pretrain.model.build import build_model
 from pretrain.nn.mixers import registry
 from tests.helpers.exported_models import settings_of
-from tests.helpers.families import CONFIGS, VOCAB, qwen3_5, randomised, tiny
+from tests.helpers.families import CONFIGS, VOCAB, olmo_hybrid, qwen3_5, randomised, tiny
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_model import settings
 
@@ -51,9 +51,10 @@ def test_logits_are_theirs(pair):
     assert relative_error(torch.cat([first, second], 1), expected) < 2e-5
 
 
-def test_heads_that_share_a_key_get_a_copy_each():
-    theirs = randomised(qwen3_5(key_heads=2))
-    (family,) = (f for f in FAMILIES if f.model_type == "qwen3_5_text")
+@pytest.mark.parametrize("make", [qwen3_5, olmo_hybrid])
+def test_heads_that_share_a_key_get_a_copy_each(make):
+    theirs = randomised(make(key_heads=2))
+    (family,) = (f for f in FAMILIES if f.model_type == theirs.config.model_type)
     config = build_config(ModelConfig, family.model_of(theirs.config), "import")
     ours = build_model(config, VOCAB, seed=0).eval()
     to_ours(family, ours, family.ungrouped(theirs.config, theirs.state_dict()))

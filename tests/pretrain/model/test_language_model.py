@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from pretrain.common.config_loader import ConfigError
 from pretrain.inference.generate import generate
 from pretrain.model.build import build_model, padded_vocab_size
 from pretrain.model.counts import count_model
@@ -50,6 +51,50 @@ def test_packed_equals_each_alone():
         for a, b in zip(tokens.split(lengths, 1), targets.split(lengths, 1), strict=True)
     ]
     assert relative_error(packed, torch.cat(alone, 1)) < 1e-12
+
+
+def test_blocks_normalise_where_the_settings_say():
+    model = make(block_norm="sandwich", block_norms={"attn": "post"}, norm_eps=1e-3)
+    x = torch.randn(5, 2, 24, dtype=torch.float64)
+
+    def normed(y, norm):
+        return y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        sandwich, post = model.blocks[:2]
+        y = x + sandwich.mixer(normed(x, sandwich.mixer_norm))[0]
+        y = normed(y, sandwich.mixer_post_norm)
+        y = normed(y + sandwich.mlp(normed(y, sandwich.mlp_norm)), sandwich.mlp_post_norm)
+        assert relative_error(sandwich(x)[0], y) < 1e-12
+        y = x + normed(post.mixer(x)[0], post.mixer_norm)
+        y = y + normed(post.mlp(y), post.mlp_norm)
+        assert relative_error(post(x)[0], y) < 1e-12
+    with pytest.raises(ConfigError, match=r"norms\.atn: unknown mixer \(did you mean 'attn'"):
+        make(block_norms={"atn": "post"})
+
+
+def test_queries_and_keys_are_normalised_over_all_heads():
+    attn = {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "rope_theta": None}
+    model = make(pattern="attn", mixers={"attn": {**attn, "qk_norm_over": "width"}})
+    mixer, x = model.blocks[0].mixer, torch.randn(7, 1, 24, dtype=torch.float64)
+    with torch.no_grad():
+        for norm in (mixer.q_norm, mixer.k_norm):
+            norm.copy_(torch.rand_like(norm) + 0.5)
+        q, k, v = (x[:, 0] @ p.weight.T for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        q, k = (
+            y / (y.square().mean(1, keepdim=True) + 1e-6).sqrt() * norm
+            for y, norm in ((q, mixer.q_norm), (k, mixer.k_norm))
+        )
+        k, v = (y.view(7, 2, 6).repeat_interleave(2, 1) for y in (k, v))
+        scores = torch.einsum("thd,shd->hts", q.view(7, 4, 6), k) / 6**0.5
+        mask = torch.ones(7, 7).triu(1).bool()
+        y = torch.einsum("hts,shd->thd", scores.masked_fill(mask, -torch.inf).softmax(-1), v)
+        expected = y.flatten(1) @ mixer.o_proj.weight.T
+        assert relative_error(mixer(x)[0][:, 0], expected) < 1e-12
+    with pytest.raises(ConfigError, match="qk_norm_over is width, but qk_norm is false"):
+        make(pattern="attn", mixers={"attn": {**attn, "qk_norm": False, "qk_norm_over": "width"}})
 
 
 def test_a_batch_equals_its_rows():

@@ -144,7 +144,7 @@ def test_activation_checkpointing_changes_nothing(recursion):
             assert plain is None or torch.equal(plain, b)
 
 
-@pytest.mark.parametrize("norm", ["pre", "sandwich"])
+@pytest.mark.parametrize("norm", ["pre", "sandwich", "post"])
 def test_parameters_and_flops_declared_equal_counted(recursion, norm):
     config = settings("4*gdn", recursion, block_norm=norm, vocab_size=VOCAB, scale_embeddings=True)
     model = build_model(config, VOCAB, seed=0, dtype=torch.float64).eval()
@@ -398,6 +398,7 @@ def test_full_rank_differences_give_back_the_source():
         ({"mlp": {"kind": "gelu", "ratio": 2}}, "MLP of kind and width"),
         ({"mlp": {"kind": "none"}}, "MLP of kind and width"),
         ({"block_norm": "sandwich"}, "model.block_norm sandwich, expected pre"),
+        ({"block_norms": {"attn": "post"}}, r"model.block_norms \{'attn': 'post'\}, expected"),
         ({"norm_eps": 1e-3}, "model.norm_eps"),
         ({"scale_embeddings": True}, "model.scale_embeddings True, expected False"),
         ({"tie_embeddings": False}, "an untied head"),
