@@ -7,15 +7,16 @@ from typing import Any, Literal
 
 from pretrain.common.config_loader import Config, setting
 
-BlockNorm = Literal["pre", "sandwich", "post"]
+BlockNorm = Literal["pre", "sandwich", "post", "sum"]
 
 
 @dataclass
 class MLPConfig(Config):
     """The feed-forward network of a block."""
 
-    kind: Literal["swiglu", "gelu", "none"] = setting("swiglu")
-    """SwiGLU (arXiv 2002.05202), two matrices with GELU between them, or no network at all."""
+    kind: Literal["swiglu", "gelu", "relu", "none"] = setting("swiglu")
+    """SwiGLU (arXiv 2002.05202), two matrices with GELU or ReLU between them, or no network at
+    all."""
     ratio: float = setting(8 / 3, above=0)
     """Inner channels as a multiple of ``hidden_size``. With SwiGLU's third matrix 8/3 makes as many
     parameters as the customary 4 without it."""
@@ -70,8 +71,7 @@ class RecursionConfig(Config):
     """A loop over the pattern's blocks between ``prelude`` and ``coda``.
 
     Covers looped blocks with low-rank differences (arXiv 2410.20672), recurrent depth (arXiv
-    2502.05171) and the Universal Transformer (arXiv 1807.03819), whose blocks are post-norm in the
-    paper and pre-norm here.
+    2502.05171) and the Universal Transformer (arXiv 1807.03819).
     """
 
     prelude: int = setting(0, minimum=0)
@@ -101,13 +101,19 @@ class RecursionConfig(Config):
     and the same at every pass (arXiv 2111.05297)."""
     normalize_state: bool = False
     """Whether the final norm is applied before the coda too."""
-    step_signal: Literal["none", "sinusoidal", "learned"] = setting("none")
-    """What is added to the state before each pass: a sinusoid of the pass's number or a learned
-    vector (arXiv 1807.03819). Positions are left to the mixers."""
+    step_signal: Literal["none", "sinusoidal", "learned", "coordinate"] = setting("none")
+    """What is added to the state before each pass: a sinusoid of the pass's number, a learned
+    vector, or the sum of sinusoids of the pass's number and of the token's position in its document
+    (arXiv 1807.03819). Only the last one has positions; the others leave them to the mixers."""
+    position_offsets: int = setting(0, minimum=0)
+    """With ``coordinate`` the largest number that a training sequence's positions may begin at; it
+    is drawn for each sequence, so that positions of longer texts are trained too."""
     halting: bool = False
     """Adaptive computation time (arXiv 1603.08983): a token's output is the mean of its states
-    weighted by its halting probabilities, up to where their sum exceeds ``halting_threshold``. Its
-    later states still serve other tokens."""
+    weighted by its halting probabilities, up to where their sum exceeds ``halting_threshold``."""
+    halting_state: Literal["carry", "copy"] = setting("carry")
+    """What other tokens see of one whose output is complete, in later passes: its state, which is
+    still computed, or a copy of its last one (arXiv 1807.03819)."""
     halting_threshold: float = setting(0.99, above=0, maximum=1)
     """Sum of halting probabilities beyond which a token's output is complete."""
     ponder_weight: float = setting(0.01, minimum=0)
@@ -131,8 +137,11 @@ class ModelConfig(Config):
     """Rows of the embedding; null: the tokenizer's ids, rounded up to a multiple of 128."""
     tie_embeddings: bool = True
     """Whether the output head shares the embedding's weights."""
+    norm: Literal["rms", "layer"] = setting("rms")
+    """Whether blocks, and the model before its head, normalise by the root of the mean square
+    (arXiv 1910.07467), or by mean and variance, with a bias (arXiv 1607.06450)."""
     norm_eps: float = setting(1e-6, above=0)
-    """Added to the mean square in the blocks' RMS norms."""
+    """Added to the mean square, or the variance, in these norms."""
     init_std: float = setting(0.02, above=0)
     """Standard deviation of the Gaussian that matrices are initialised with."""
     depth_scaled_init: bool = False
@@ -151,7 +160,8 @@ class ModelConfig(Config):
     2204.02311)."""
     block_norm: BlockNorm = setting("pre")
     """Where blocks normalise: the input of mixer and MLP; with ``sandwich`` each sum with their
-    output too; with ``post`` their output alone, before it is added (arXiv 2501.00656)."""
+    output too; with ``post`` their output alone, before it is added (arXiv 2501.00656); with
+    ``sum`` each sum alone (arXiv 1706.03762)."""
     block_norms: dict[str, BlockNorm] = field(default_factory=dict)
     """The same of the blocks of some mixers, by their name in the pattern, where it is another."""
     scale_embeddings: bool = False

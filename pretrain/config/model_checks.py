@@ -20,7 +20,7 @@ def _check_mlp(model: ModelConfig, where: str, section: str) -> None:
     if model.moe is not None and model.mlp.kind == "none":
         raise ConfigError(
             f"{where}: {section}moe takes the place of MLPs, but {section}mlp.kind is none; "
-            "expected swiglu or gelu"
+            "expected swiglu, gelu or relu"
         )
 
 
@@ -42,6 +42,16 @@ def _check_recursion(recursion: RecursionConfig, where: str, section: str) -> No
                     f"{where}: {section}{name} needs a fixed number of passes, found sampling "
                     f"{recursion.sampling}"
                 )
+    if recursion.halting_state != "carry" and not recursion.halting:
+        raise ConfigError(
+            f"{where}: {section}halting_state is {recursion.halting_state}, but no token halts; "
+            "expected halting=true, or carry"
+        )
+    if recursion.position_offsets and recursion.step_signal != "coordinate":
+        raise ConfigError(
+            f"{where}: {section}position_offsets is {recursion.position_offsets}, but step_signal "
+            f"{recursion.step_signal} has no positions; expected coordinate, or 0"
+        )
     if recursion.halting and recursion.backprop_last is not None:
         raise ConfigError(
             f"{where}: {section}backprop_last is {recursion.backprop_last}; with halting every "

@@ -207,9 +207,13 @@ class WavefrontSampler:
         noisy = [row.noisy(s, std, config) for row, s in zip(rows, before, strict=True)]
         states = torch.cat(noisy)[:, None]
         passes = torch.tensor([n for row in rows for n in row.passes], device=self._device)
+        positions = None
+        if self._loop.config.step_signal == "coordinate":
+            where = [row.start + i for row in rows for i in range(len(row.tokens))]
+            positions = self._loop.coordinates(torch.tensor(where, device=self._device)[:, None])
         entering = states
         for index in range(inner):
-            entering = self._loop.pass_input(states, embedded, (passes + index)[:, None])
+            entering = self._loop.pass_input(states, embedded, (passes + index)[:, None], positions)
             states = window.run(entering, core)
         self.report.core_calls += inner
         self.report.core_positions += inner * sum(lengths)

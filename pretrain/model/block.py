@@ -19,7 +19,7 @@ from pretrain.nn.mixers.base import without_states
 from pretrain.nn.mixers.over_segments import mix
 from pretrain.nn.mlp import MLP
 from pretrain.nn.moe import MoE
-from pretrain.nn.norm import RMSNorm
+from pretrain.nn.norm import NORMS
 from pretrain.nn.parameters import (
     constant,
     replicated_parameter,
@@ -36,33 +36,34 @@ class Block(nn.Module):
     """A residual block of a mixer and, unless the MLP kind is none, an MLP.
 
     Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``. Sandwich: the same, and each sum is
-    normalised. Post: ``x + norm(mixer(x))``, then ``x + norm(mlp(x))``. With ``scales`` sums are
-    ``c x + d f``, of learned scalars.
+    normalised. Post: ``x + norm(mixer(x))``, then ``x + norm(mlp(x))``. Sum: ``norm(x +
+    mixer(x))``, then ``norm(x + mlp(x))``. With ``scales`` sums are ``c x + d f``, of learned
+    scalars.
     """
 
     def __init__(
         self, spec: BlockSpec, config: ModelConfig, context: LayerContext, scales: bool = False
     ):
         super().__init__()
-        d, parallel = config.hidden_size, context.parallel
-        self.mixer_norm = RMSNorm(d, config.norm_eps, parallel)
+        d, parallel, norm = config.hidden_size, context.parallel, NORMS[config.norm]
+        self.mixer_norm = norm(d, config.norm_eps, parallel)
         self.mixer = spec.mixer(spec.config, context)
         self.mlp: MLP | MoE | None = None
         if config.mlp.kind != "none":
-            self.mlp_norm = RMSNorm(d, config.norm_eps, parallel)
+            self.mlp_norm = norm(d, config.norm_eps, parallel)
             if spec.moe is not None:
                 self.mlp = MoE(spec.moe, context)
             else:
                 self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
         self.index, self.sandwich = context.index, spec.norm == "sandwich"
-        self.post = spec.norm == "post"
+        self.post, self.sum = spec.norm == "post", spec.norm == "sum"
         # Who takes, or hands on, what the first block of a kind computes.
         self.kind, self.later = spec.name, spec.later
         self.hands_on = bool(spec.mixer.first_values(spec.config, d))
         if self.sandwich:
-            self.mixer_post_norm = RMSNorm(d, config.norm_eps, parallel)
+            self.mixer_post_norm = norm(d, config.norm_eps, parallel)
             if self.mlp is not None:
-                self.mlp_post_norm = RMSNorm(d, config.norm_eps, parallel)
+                self.mlp_post_norm = norm(d, config.norm_eps, parallel)
         self.residual_scales: nn.Parameter | None = None
         if scales:
             weights = replicated_parameter(
@@ -95,17 +96,23 @@ class Block(nn.Module):
         ``first``: as for mixers, see :meth:`.Mixer.first_values`.
         """
         handover = handover or Handover()
-        inner = x if self.post else self.mixer_norm(x)
+        inner = x if self.post or self.sum else self.mixer_norm(x)
         y, state = mix(self.mixer, inner, sequences, state, handover, first)
         y = self.mixer_norm(y) if self.post else y
         x = self._add(x, y if drop is None else drop(y, (self.index, depth, 0)), 0)
         if self.sandwich:
             x = self.mixer_post_norm(x)
+        elif self.sum:
+            x = self.mixer_norm(x)
         if self.mlp is not None:
-            y = self.mlp_norm(self.mlp(x)) if self.post else self.mlp(self.mlp_norm(x))
+            inner = x if self.post or self.sum else self.mlp_norm(x)
+            y = self.mlp(inner)
+            y = self.mlp_norm(y) if self.post else y
             x = self._add(x, y if drop is None else drop(y, (self.index, depth, 1)), 1)
             if self.sandwich:
                 x = self.mlp_post_norm(x)
+            elif self.sum:
+                x = self.mlp_norm(x)
         return x, state
 
 

@@ -20,7 +20,8 @@ from pretrain.parallel.context import ParallelContext
 def block_parameters(config: ModelConfig, spec: BlockSpec) -> int:
     """Count the parameters of one block: mixer, MLP and norms, but no low-rank differences."""
     d = config.hidden_size
-    norms = d * (1 if config.mlp.kind == "none" else 2) * (1 + (spec.norm == "sandwich"))
+    norms = (1 if config.mlp.kind == "none" else 2) * (1 + (spec.norm == "sandwich"))
+    norms *= norm_parameters(config)
     mlp = mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
     if spec.moe is not None:
         mlp = MoE.num_parameters(spec.moe, d)
@@ -86,6 +87,11 @@ def loop_counts(config: ModelConfig) -> tuple[int, int]:
     scales = 2 * sums * blocks * recursion.residual_scales
     parameters = adapter + learned + scales + (d + 1) * recursion.halting
     return parameters, 2 * (adapter + d * recursion.halting)
+
+
+def norm_parameters(config: ModelConfig) -> int:
+    """Count the parameters of one norm on the residual stream."""
+    return config.hidden_size * (2 if config.norm == "layer" else 1)
 
 
 def recomputed_flops(config: ModelConfig, seq_len: int) -> tuple[int, int]:
@@ -174,7 +180,9 @@ def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCoun
     """Count a model from its settings alone, for sequences of ``seq_len`` tokens."""
     d, specs, recursion = config.hidden_size, block_specs(config), config.recursion
     embedding = vocab_size * d * (1 if config.tie_embeddings else 2)
-    parameters = embedding + d + sum(block_parameters(config, spec) for spec in specs)
+    parameters = (
+        embedding + norm_parameters(config) + sum(block_parameters(config, spec) for spec in specs)
+    )
     parameters += sum(table.parameters for table in shared_tables(config))
     flops = [block_flops(config, spec, seq_len) for spec in specs]
     states = [s.mixer.state_bytes(s.config, d, seq_len) for s in specs]

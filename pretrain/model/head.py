@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pretrain.config import ModelConfig
 from pretrain.nn.linear import VocabParallelEmbedding, column_input
 from pretrain.nn.mixers.base import accumulation_dtype
-from pretrain.nn.norm import RMSNorm
+from pretrain.nn.norm import LayerNorm, RMSNorm
 from pretrain.nn.parameters import DescribedModule
 from pretrain.ops.cross_entropy.linear_cross_entropy import linear_cross_entropy
 from pretrain.ops.cross_entropy.sharded_cross_entropy import sharded_cross_entropy
@@ -29,7 +29,7 @@ class WithHead(DescribedModule):
     vocab_size: int
     context: ParallelContext
     embedding: VocabParallelEmbedding
-    final_norm: RMSNorm
+    final_norm: RMSNorm | LayerNorm
     head: nn.Module
     _width: float  # as a multiple of the base model's
 

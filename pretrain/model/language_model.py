@@ -16,6 +16,7 @@ from pretrain.model.block import Block, FirstValues, make_blocks, run_block
 from pretrain.model.carried import CarriedStates
 from pretrain.model.depth_lora import add_depth_lora
 from pretrain.model.head import WithHead
+from pretrain.model.positions import token_positions
 from pretrain.model.recursion import Recursion
 from pretrain.model.segmented import comes_in_segments, segmented_losses
 from pretrain.model.shared import FirstValuesOnTheWay, make_tables
@@ -25,7 +26,7 @@ from pretrain.nn.dropout import EMBEDDING, DropAt, Dropout
 from pretrain.nn.linear import VocabParallelEmbedding, column_input, column_linear
 from pretrain.nn.mixers import LayerContext, State
 from pretrain.nn.moe import MoE
-from pretrain.nn.norm import RMSNorm
+from pretrain.nn.norm import NORMS
 from pretrain.nn.parameters import change_info
 from pretrain.parallel.context import ParallelContext
 from pretrain.parallel.megatron import viewless
@@ -95,7 +96,7 @@ class LanguageModel(WithHead):
                 for index in self._loop:
                     add_depth_lora(self.blocks[index], recursion.times, recursion.lora_rank, inner)
         if stage.last:
-            self.final_norm = RMSNorm(d, config.norm_eps, context)
+            self.final_norm = NORMS[config.norm](d, config.norm_eps, context)
             if not config.tie_embeddings:
                 self.head = column_linear(context, d, vocab_size, config.init_std, precise=True)
                 change_info(self.head.weight, matrix=False)
@@ -278,8 +279,14 @@ class LanguageModel(WithHead):
             x = run(x, local if self.layer_path is None else self.layer_path)
         else:
             x = run(x, range(local.start, self._loop.start))
+            positions = None
+            if self.recursion.config.step_signal == "coordinate":
+                positions = token_positions(tokens, sequences, states, self.context)
             x, ponder = self.recursion(
-                x, lambda state, index: run(state, self._loop, depth=index), all_passes=with_states
+                x,
+                lambda state, index: run(state, self._loop, depth=index),
+                all_passes=with_states,
+                positions=positions,
             )
             if self.recursion.config.normalize_state:
                 x = self.final_norm(x)

@@ -7,7 +7,7 @@ are settings of one loop; see :class:`pretrain.config.RecursionConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.common.errors import UserError
 from pretrain.config import RecursionConfig
-from pretrain.nn.global_batch import sequences_of
+from pretrain.nn.global_batch import Piece, sequences_of
 from pretrain.nn.maximal_update import Role
 from pretrain.nn.parameters import (
     Initializer,
@@ -28,7 +28,7 @@ from pretrain.parallel.collectives import gather_sequence
 from pretrain.parallel.context import ParallelContext
 
 _EVALUATION = 2**32 - 1  # stands for "no step" among the seeds
-_RECURRENCES, _STATE = 0, 1  # the two streams of random numbers
+_RECURRENCES, _STATE, _OFFSET = 0, 1, 2  # the streams of random numbers
 
 
 def sample_recurrences(mean: int, seed: int, step: int) -> int:
@@ -56,6 +56,7 @@ class Recursion(nn.Module):
         """Make the loop; ``seq_len`` as for :class:`.LanguageModel`."""
         super().__init__()
         self.config, self.seq_len, self._context = config, seq_len, context
+        self._width = hidden_size
         self.times: int | None = None  # instead of the configured number, in evaluation
         self.in_step = False  # all processes must make the same passes
         self._seed, self._step, self._micro_batch = 0, 0, 0
@@ -123,14 +124,20 @@ class Recursion(nn.Module):
         return times
 
     def forward(
-        self, x: Tensor, run: Callable[[Tensor, int], Tensor], *, all_passes: bool
+        self,
+        x: Tensor,
+        run: Callable[[Tensor, int], Tensor],
+        *,
+        all_passes: bool,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the loop on x ``[T, B, d]``, the prelude's output.
 
         ``run(state, pass)`` goes through the blocks once. ``all_passes``: make every pass even
         where all tokens have halted, because the blocks' states are needed. So does training, where
         every process must use every parameter, sequence parallelism, where none sees all tokens,
-        and ``in_step``. Returns the last state and, with halting, each token's ponder cost ``[T,
+        and ``in_step``. ``positions`` of the tokens ``[T, B]`` must be there where the signal is of
+        coordinates. Returns the last state and, with halting, each token's ponder cost ``[T,
         B]``.
         """
         config, times = self.config, self.num_passes()
@@ -139,13 +146,19 @@ class Recursion(nn.Module):
             through = min(times, config.backprop_last)
         state = self.initial(x)
         halting = _Halting(config, x) if config.halting else None
+        if positions is not None:
+            if self.training and config.position_offsets:
+                positions = positions + self._offsets(x)
+            positions = self.coordinates(positions)
         all_passes = all_passes or self.training or self.in_step
         all_passes = all_passes or self._context.sequence_parallel
         for index in range(times):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= times - through):
-                stays = self.pass_input(state, x, index)
+                stays = self.pass_input(state, x, index, positions)
                 new = run(stays, index)
             if halting is not None:
+                if config.halting_state == "copy":
+                    new = torch.where(halting.running[..., None], new, state)
                 wide = halting.cost.dtype
                 logit = nn.functional.linear(
                     stays.to(wide), self.halting_weight.to(wide), self.halting_bias.to(wide)
@@ -170,18 +183,24 @@ class Recursion(nn.Module):
         cost = self.config.ponder_weight * ponder.t()
         return losses + (cost - cost.detach())
 
-    def pass_input(self, state: Tensor, x: Tensor, index: int | Tensor) -> Tensor:
+    def pass_input(
+        self, state: Tensor, x: Tensor, index: int | Tensor, positions: Tensor | None = None
+    ) -> Tensor:
         """Return what goes through the blocks at pass ``index`` of the loop on x ``[T, B, d]``.
 
         ``index`` may also be int64 ``[T, B]``: every token's own pass, the last one beyond those
-        that were learned.
+        that were learned. ``positions`` are the tokens' :meth:`coordinates`, where they are added.
         """
         stays = state
         if self.config.adapter:
             stays = nn.functional.linear(torch.cat([state, x], -1), self.adapter)
         if self.config.step_signal != "none":
             stays = stays + self._signal(index, stays)
-        return stays
+        return stays if positions is None else stays + positions.to(stays)
+
+    def coordinates(self, positions: Tensor) -> Tensor:
+        """Return the sinusoids ``[T, B, d]`` of positions ``[T, B]``, counted from 1 in them."""
+        return _sinusoid(positions + 1, self._width, positions.device)
 
     def initial(self, x: Tensor) -> Tensor:
         """Return the state that the first pass on x ``[T, B, d]`` starts from."""
@@ -198,13 +217,26 @@ class Recursion(nn.Module):
         tokens, rows, d = x.shape
         noise = torch.empty(rows, tokens, d, device=x.device)
         if not x.is_meta:
-            # num_passes has counted this micro-batch already.
-            micro_batch = (self._micro_batch - 1) * self._world_size + self._rank
-            for piece in sequences_of(x, micro_batch, self.seq_len, self._context):
+            for piece in self._pieces(x):
                 generator = _generator((self._seed, self._step, piece.number), x.device)
                 drawn = torch.randn(piece.length, d, generator=generator, device=x.device)
                 noise[piece.row, piece.places] = drawn[piece.tokens]
         return noise.transpose(0, 1).contiguous()
+
+    def _offsets(self, x: Tensor) -> Tensor:
+        """Draw where the positions of each sequence of the global batch begin, ``[T, B]``."""
+        offsets = torch.zeros(x.shape[:2], device=x.device, dtype=torch.int64)
+        if not x.is_meta:
+            for piece in self._pieces(x):
+                generator = np.random.default_rng([self._seed, self._step, piece.number, _OFFSET])
+                begins = generator.integers(self.config.position_offsets + 1)
+                offsets[piece.places, piece.row] = int(begins)
+        return offsets
+
+    def _pieces(self, x: Tensor) -> Iterator[Piece]:
+        # num_passes has counted this micro-batch already.
+        micro_batch = (self._micro_batch - 1) * self._world_size + self._rank
+        return sequences_of(x, micro_batch, self.seq_len, self._context)
 
     def _noise_of_evaluation(self, x: Tensor) -> Tensor:
         """Draw one state for all tokens: no token's score depends on where it lies in a batch."""
@@ -217,12 +249,14 @@ class Recursion(nn.Module):
             if isinstance(index, Tensor):
                 index = index.clamp_max(len(self.step_signal) - 1)
             return self.step_signal[index]
-        d = x.shape[-1]
-        exponents = torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d
-        steps = index[..., None] if isinstance(index, Tensor) else index
-        angles = (steps + 1) * 10_000.0**-exponents
-        signal = torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., :d]
-        return signal.to(x.dtype)
+        return _sinusoid(index + 1, x.shape[-1], x.device).to(x.dtype)
+
+
+def _sinusoid(numbers: int | Tensor, d: int, device: torch.device) -> Tensor:
+    """Return sines and cosines in turn, ``[..., d]`` in float64, of numbers ``[...]``."""
+    exponents = torch.arange(0, d, 2, device=device, dtype=torch.float64) / d
+    angles = (numbers[..., None] if isinstance(numbers, Tensor) else numbers) * 10_000.0**-exponents
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., :d]
 
 
 def _generator(seeds: tuple[int, int, int], device: torch.device) -> torch.Generator:
@@ -244,18 +278,18 @@ class _Halting:
         dtype = torch.promote_types(x.dtype, torch.float32)
         self.cost = torch.zeros(x.shape[:-1], device=x.device, dtype=dtype)
         self._total = torch.zeros_like(self.cost)
-        self._running = torch.ones_like(self.cost, dtype=torch.bool)
+        self.running = torch.ones_like(self.cost, dtype=torch.bool)
 
     def add(self, probability: Tensor, state: Tensor, *, last: bool) -> None:
-        stops = self._running & (self._total + probability > self._threshold)
+        stops = self.running & (self._total + probability > self._threshold)
         if last:
-            stops = self._running
+            stops = self.running
         remainder = 1 - self._total
-        weight = torch.where(stops, remainder, probability) * self._running
-        self.cost = self.cost + self._running + torch.where(stops, remainder, 0)
+        weight = torch.where(stops, remainder, probability) * self.running
+        self.cost = self.cost + self.running + torch.where(stops, remainder, 0)
         self.output = self.output + (weight[..., None] * state).to(state.dtype)
         self._total = self._total + weight
-        self._running = self._running & ~stops
+        self.running = self.running & ~stops
 
     def all_done(self) -> bool:
-        return not bool(self._running.any())
+        return not bool(self.running.any())

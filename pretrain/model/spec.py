@@ -52,6 +52,15 @@ def check_model(config: ModelConfig, where: str, section: str = "model.") -> Non
     if config.recursion is None:
         return
     check_loop(config.recursion, len(specs), where, section)
+    inside = specs[config.recursion.prelude : len(specs) - config.recursion.coda]
+    coordinates = config.recursion.step_signal == "coordinate"
+    if coordinates and not any(spec.mixer.counts_tokens for spec in inside):
+        names = ", ".join(dict.fromkeys(spec.name for spec in inside))
+        raise ConfigError(
+            f"{where}: {section}recursion.step_signal is coordinate, but no layer in the loop "
+            f"({names}) counts the tokens of a text that is generated; expected one that does, "
+            "such as attn"
+        )
     if not config.recursion.halting:
         return
     coda = len(specs) - config.recursion.coda

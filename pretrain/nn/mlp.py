@@ -1,4 +1,4 @@
-"""The position-wise half of a block: SwiGLU (arXiv 2002.05202), or a plain GELU MLP."""
+"""The position-wise half of a block: SwiGLU (arXiv 2002.05202), or a plain MLP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pretrain.ops.shared.recomputation import recomputed
 
 
 class MLP(nn.Module):
-    """The MLP ``W_down(SiLU(W_gate x) * W_up x)``, or ``W_down GELU(W_up x)`` for kind ``gelu``."""
+    """The MLP ``W_down(SiLU(W_gate x) * W_up x)``, or ``W_down f(W_up x)``.
+
+    f is GELU or ReLU, as ``kind`` says.
+    """
 
     def __init__(self, kind: str, intermediate_size: int, context: LayerContext):
         super().__init__()
@@ -27,11 +30,14 @@ class MLP(nn.Module):
         """Map ``[T, B, d]`` to the same shape."""
         x = column_input(x, self.parallel, self)
         up = self.up_proj(x)
-        inner = swiglu(self.gate_proj(x), up) if self.kind == "swiglu" else recomputed(F.gelu, up)
+        if self.kind == "swiglu":
+            inner = swiglu(self.gate_proj(x), up)
+        else:
+            inner = recomputed(F.relu if self.kind == "relu" else F.gelu, up)
         y: Tensor = self.down_proj(inner)
         return y
 
 
 def mlp_parameters(kind: str, hidden_size: int, intermediate_size: int) -> int:
     """Return the parameters of an MLP, which are half of its matrix-multiply FLOPs per token."""
-    return {"swiglu": 3, "gelu": 2, "none": 0}[kind] * hidden_size * intermediate_size
+    return {"swiglu": 3, "gelu": 2, "relu": 2, "none": 0}[kind] * hidden_size * intermediate_size

@@ -1,11 +1,13 @@
-"""RMS normalisation (arXiv 1910.07467), computed in float32 or wider."""
+"""RMS and layer normalisation (arXiv 1910.07467, 1607.06450), in float32 or wider."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from pretrain.nn.parameters import constant, replicated_parameter, used_on_local_tokens
 from pretrain.ops.elementwise.rms_norm import rms_norm, scale_by_squares, sum_of_squares
+from pretrain.ops.shared.recomputation import recomputed
 from pretrain.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 from pretrain.parallel.context import ParallelContext
 
@@ -37,3 +39,30 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``[..., dim]``; the result has x's dtype."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm ``(x - mean(x)) / std(x) * weight + bias`` over the last axis, ``dim`` wide."""
+
+    def __init__(self, dim: int, eps: float, context: ParallelContext):
+        super().__init__()
+        weight = replicated_parameter(context, (dim,), constant(1.0))
+        bias = replicated_parameter(context, (dim,), constant(0.0), decay=False)
+        self.weight = used_on_local_tokens(weight, context)
+        self.bias = used_on_local_tokens(bias, context)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[..., dim]``; the result has x's dtype."""
+        y: Tensor = recomputed(_layer_norm, x, self.weight, self.bias, self.eps)
+        return y
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    shape = x.shape[-1:]
+    y = nn.functional.layer_norm(x.to(dtype), shape, weight.to(dtype), bias.to(dtype), eps)
+    return y.to(x.dtype)
+
+
+NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}

@@ -9,6 +9,7 @@ import transformers
 
 from pretrain.export.hugging_face import write_hugging_face
 from pretrain.model.build import build_model
+from tests.helpers.recursion_kinds import KINDS, UNIVERSAL_BLOCKS
 from tests.helpers.small_mixers import SMALL
 from tests.helpers.small_model import VOCAB, settings
 
@@ -35,6 +36,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "state_init": "random",
             "normalize_state": True,
         },
+    },
+    "universal": {
+        "pattern": "attn gdn",
+        "recursion": KINDS["published"],
+        **UNIVERSAL_BLOCKS,
+        "scale_embeddings": True,
     },
 }
 

@@ -22,4 +22,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "universal": {"prelude": 1, "times": 3, "step_signal": "sinusoidal"},
     "learned": {"coda": 1, "times": 3, "step_signal": "learned"},
     "halting": {"prelude": 1, "coda": 1, "times": 4, "step_signal": "sinusoidal", "halting": True},
+    "published": {
+        "times": 3,
+        "step_signal": "coordinate",
+        "position_offsets": 9,
+        "halting": True,
+        "halting_state": "copy",
+    },
+}
+# What the blocks of the Universal Transformer are as published.
+UNIVERSAL_BLOCKS: dict[str, Any] = {
+    "block_norm": "sum",
+    "norm": "layer",
+    "mlp": {"kind": "relu", "ratio": 2},
 }

@@ -32,7 +32,7 @@ from pretrain.parallel.processes import (
     stop_processes,
 )
 from pretrain.training.engine import Engine
-from tests.helpers.recursion_kinds import KINDS
+from tests.helpers.recursion_kinds import KINDS, UNIVERSAL_BLOCKS
 from tests.helpers.small_mixers import SMALL
 from tests.helpers.small_model import VOCAB
 from tests.helpers.small_training import STATE, batches
@@ -72,12 +72,13 @@ def cases():
             f"2*{name}", {name: SMALL[name][0]}, recursion={"times": 2, "lora_rank": 2}
         )
     for name, recursion in KINDS.items():
-        recursion = {**recursion, "backprop_last": None if name == "halting" else 2}
+        recursion = {**recursion, "backprop_last": None if "halting" in recursion else 2}
+        blocks = UNIVERSAL_BLOCKS if name == "published" else {"block_norm": "sandwich"}
         found[f"recursion-{name}"] = settings(
             "gdn attn para_gru gdn",
             {m: SMALL[m][0] for m in ("gdn", "attn", "para_gru")},
             recursion=recursion,
-            block_norm="sandwich",
+            **blocks,
             scale_embeddings=True,
         )
     return found

@@ -181,6 +181,7 @@ def general_reason(
             return f"block_norm of {spec.name} is {spec.norm}"
     return first_difference(
         (
+            (f"norm is {config.norm}", config.norm != "rms"),
             (f"the MLP is {config.mlp.kind}", config.mlp.kind != mlp),
             ("it is recursive", config.recursion is not None),
             (

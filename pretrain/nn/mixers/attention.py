@@ -90,6 +90,7 @@ class Attention(Mixer):
     """
 
     config_class = AttentionConfig
+    counts_tokens = True
     over_time: ClassVar[Literal["state", "ops", "cells"]] = "ops"
     card = MixerCard(
         "softmax attention",

@@ -161,6 +161,7 @@ class Mixer(DescribedModule, ABC):
     # What is packed: of each sequence its last tokens, as many as the state's ``lengths`` says.
     windowed_states: tuple[str, ...] = ()
     state_window: int = 0  # the most of them
+    counts_tokens: ClassVar[bool] = False  # whether a state's ``seen`` is how many there were
     exact_states: tuple[str, ...] = ()  # that noise would make meaningless
     # The settings of states at inference that it knows; see pretrain.nn.mixers.mitigations.
     mitigable: tuple[str, ...] = ()
