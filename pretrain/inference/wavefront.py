@@ -47,23 +47,25 @@ class WavefrontReport:
 
     Attributes:
         steps: Steps, in each of which the window's tokens were decoded.
-        core_calls: Calls of the looped blocks, whatever the number of positions, the prompt's too.
-        core_positions: The positions in all of them, the prompt's not.
+        core_calls: Calls of the looped blocks, whatever the number of positions.
+        core_positions: The positions in all of them.
+        prompt_calls: Those calls for the prompts, which are not among them.
         depths: For each row, the passes by which each of its tokens was made.
     """
 
     steps: int = 0
     core_calls: int = 0
     core_positions: int = 0
+    prompt_calls: int = 0
     depths: list[list[int]] = field(default_factory=list)
 
     def describe(self) -> str:
         """Return the figures in a line."""
         passes = [depth for row in self.depths for depth in row]
-        count = max(len(passes), 1)
+        count, calls = max(len(passes), 1), self.core_calls + self.prompt_calls
         return (
-            f"{sum(passes) / count:.2f} passes and {self.core_calls / count:.2f} calls of the loop "
-            f"per token, {self.core_positions / max(self.core_calls, 1):.1f} positions per call, "
+            f"{sum(passes) / count:.2f} passes and {calls / count:.2f} calls of the loop per "
+            f"token, {self.core_positions / max(self.core_calls, 1):.1f} positions per call, "
             f"{self.steps} steps"
         )
 
@@ -168,7 +170,7 @@ class WavefrontSampler:
         hidden, states = self._model.hidden_with_state(
             tokens.to(self._device), None, sequences=sequences
         )
-        self.report.core_calls += self.limit
+        self.report.prompt_calls = self.limit
         prelude, core, _ = self._sections
         skipped = (self.limit - 1) * len(core)
         # Of the loop, the last pass's for all.

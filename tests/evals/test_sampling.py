@@ -244,6 +244,9 @@ def test_any_other_model_goes_on_with_the_text(trained):
         (["--prompt-file", "none.txt"], b"", "none.txt: No such file"),
         (["--top-p", "1.5"], b"", "--top-p is 1.5, expected above 0 and at most 1"),
         (["--max-tokens", "0"], b"", "--max-tokens is 0, expected 1 or more"),
+        (["--wavefront", "4"], b"", "--wavefront is 4, but is for sampling in parallel alone"),
+        (["--published"], b"", "--published is given, but is for sampling in parallel alone"),
+        (["--parallel", "--eps", "-1"], b"", "--eps is -1.0, expected 0 or more"),
     ],
 )
 def test_bad_input_is_one_sentence(words, stdin, message, tmp_path):

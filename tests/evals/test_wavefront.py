@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pretrain.common.errors import UserError
+from pretrain.inference.load import load_model
 from pretrain.inference.wavefront import (
     Draw,
     WavefrontReport,
@@ -15,8 +16,10 @@ from pretrain.inference.wavefront import (
     wavefront_ids,
 )
 from pretrain.inference.wavefront_rules import Row, Wavefront
+from tests.helpers import processes
 from tests.helpers.recursion_kinds import KINDS, RECURRENT_DEPTH
 from tests.helpers.small_model import VOCAB, make
+from tests.helpers.training_run import Run
 
 pytestmark = pytest.mark.usefixtures("processes")
 PROMPT, COUNT = [7, 1, 30], 10
@@ -110,8 +113,9 @@ def test_one_position_at_a_time_is_plain_decoding(kind):
         ids, depths = plain(model, passes)
         found, report = sampled(model, passes, wavefront=1, criterion="fixed", inner=inner)
         assert (found, report.depths) == (ids, [depths])
-        assert report.core_calls == passes * COUNT
-        assert report.core_positions == passes * (COUNT - 1)
+        assert report.core_calls == report.core_positions == passes * (COUNT - 1)
+        assert report.prompt_calls == passes
+        assert f"{passes}.00 passes and {passes}.00 calls of the loop" in report.describe()
 
 
 @pytest.mark.parametrize("kind", ["attention", "recurrent"])
@@ -292,3 +296,25 @@ def test_models_that_cannot_be_refined_are_refused(changes, message):
 def test_the_published_rule_ends_where_nothing_settles():
     with pytest.raises(UserError, match=r"has made 1 tokens in .* expected a larger eps than 0"):
         sampled(contraction(), 2, count=2, published=True, wavefront=2, inner=4, eps=0.0)
+
+
+@pytest.mark.slow
+def test_the_command_samples_in_parallel(tmp_path, corpus):
+    run = Run(tmp_path, corpus, "deep")
+    names = ("prelude=0", "times=4", "adapter=true", "state_init=random")
+    status, output = run.finish("train.steps=2", *(f"model.recursion.{name}" for name in names))
+    assert status == 0, output
+    words = ("--prompt", "def f", "--max-tokens", "9", "--temperature", "0")
+    words = (*words, "--parallel", "--wavefront", "3", "--inner", "2", "--noise", "0")
+    done = processes.run("evals", "sample", run.directory, *words)
+    assert done.returncode == 0, done.stderr
+    assert "calls of the loop per token" in done.stderr.splitlines()[-1]
+    report = WavefrontReport()
+    config = Wavefront(wavefront=3, inner=2, noise=0.0)
+    text = load_model(run.directory).generate("def f", max_tokens=9, parallel=config, report=report)
+    assert done.stdout == f"{text}\n"
+    assert len(report.depths[0]) == 9
+    assert report.describe() in done.stderr
+    refused = processes.run("evals", "sample", f"hf:{tmp_path}", "--parallel")
+    assert refused.returncode == 2
+    assert "--parallel is for models with recurrent depth of runs, not for" in refused.stderr
