@@ -25,6 +25,7 @@ PAGES = [
     "docs/phases.md",
     "docs/launching.md",
     "docs/evaluation.md",
+    "docs/depth.md",
     "docs/scaling.md",
     "docs/laptop-to-cluster.md",
     "docs/reproduce-a-table.md",

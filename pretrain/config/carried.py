@@ -20,12 +20,14 @@ def check_carried(config: RunConfig, where: str) -> None:
             )
         return
     sampling = "fixed" if recursion is None else recursion.sampling
+    offsets = 0 if recursion is None else recursion.position_offsets
     for name, value, expected, why in (
         ("train.batch_warmup_steps", train.batch_warmup_steps, 0, "the same rows in every step"),
         ("train.segment_tokens", train.segment_tokens, None, "rows computed as a whole"),
         ("parallel.context", parallel.context, 1, "a row's end where its beginning is"),
         ("parallel.zero_backend", parallel.zero_backend, "megatron", "the backend that saves them"),
         ("model.recursion.sampling", sampling, "fixed", "a state for every pass"),
+        ("model.recursion.position_offsets", offsets, 0, "positions that go on"),
         *(
             [("parallel.tensor", parallel.tensor, 1, "all heads where noise is drawn")]
             if train.carry_state_noise

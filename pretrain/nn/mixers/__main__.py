@@ -152,13 +152,16 @@ model:
   # recursion: {prelude: 2, coda: 2, times: 3, lora_rank: 64}    # with low-rank differences
   # recursion: {prelude: 2, coda: 2, times: 32, sampling: poisson, backprop_last: 8, adapter: true,
   #             state_init: random, normalize_state: true}       # recurrent depth
-  # recursion: {times: 6, step_signal: sinusoidal, halting: true}  # Universal Transformer
-  # recursion: {times: 4, residual_scales: true}                   # learned residual scalars
+  # recursion: {times: 6, step_signal: coordinate, halting: true,
+  #             halting_state: copy}                             # Universal Transformer
+  # recursion: {times: 4, residual_scales: true}                 # learned residual scalars
 ```
 
 `block_norm: sandwich` and `scale_embeddings: true` belong to the recurrent-depth recipe.
 `initialize: {checkpoint: runs/dense, method: stepwise, lora: svd}` starts from a trained model.
-`python -m evals runs/NAME --recurrences 64` scores with another number of passes.
+`python -m evals runs/NAME --recurrences 64` scores with another number of passes, and `python -m
+evals sample runs/NAME --parallel` writes several tokens at once. [Depth](depth.md) has the recipe of
+the Universal Transformer.
 """
 
 
