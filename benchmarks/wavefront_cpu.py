@@ -12,6 +12,7 @@ import argparse
 import platform
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from pretrain.parallel.processes import start_processes, stop_processes
 
 VOCAB, PASSES, WIDTH = 4096, 16, 256
 PROMPT = list(range(1, 33))
-SHARED = {"noise": 0.0, "ema": 0.0}
+SHARED: dict[str, Any] = {"noise": 0.0, "ema": 0.0}
 CASES = {
     "shared cache, one at a time": Wavefront(wavefront=1, criterion="fixed", **SHARED),
     "one at a time, eps 0.03": Wavefront(wavefront=1, inner=1, **SHARED),

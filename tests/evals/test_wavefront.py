@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from tests.helpers.training_run import Run
 
 pytestmark = pytest.mark.usefixtures("processes")
 PROMPT, COUNT = [7, 1, 30], 10
-QUIET = {"noise": 0.0, "ema": 0.0}
-KINDS_OF_MODEL = {
+QUIET: dict[str, Any] = {"noise": 0.0, "ema": 0.0}
+KINDS_OF_MODEL: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("4*attn", {}),
     "recurrent": ("gdn para_gru gdn attn", {}),
     "first values": ("rwkv7 attn rwkv7 gdn", {}),
@@ -141,7 +142,7 @@ def plain_lists(model, passes):
     return ids, [depths]
 
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "prefixes": {"wavefront": 8, "inner": 1, "criterion": "fixed"},
     "settled": {"wavefront": 4, "inner": 2, "eps": 0.01},
     "tokens": {"wavefront": 4, "inner": 4, "criterion": "token", "steady": 4},
@@ -305,8 +306,8 @@ def test_the_command_samples_in_parallel(tmp_path, corpus):
     status, output = run.finish("train.steps=2", *(f"model.recursion.{name}" for name in names))
     assert status == 0, output
     words = ("--prompt", "def f", "--max-tokens", "9", "--temperature", "0")
-    words = (*words, "--parallel", "--wavefront", "3", "--inner", "2", "--noise", "0")
-    done = processes.run("evals", "sample", run.directory, *words)
+    options = ("--parallel", "--wavefront", "3", "--inner", "2", "--noise", "0")
+    done = processes.run("evals", "sample", run.directory, *words, *options)
     assert done.returncode == 0, done.stderr
     assert "calls of the loop per token" in done.stderr.splitlines()[-1]
     report = WavefrontReport()

@@ -159,9 +159,9 @@ model:
 
 `block_norm: sandwich` and `scale_embeddings: true` belong to the recurrent-depth recipe.
 `initialize: {checkpoint: runs/dense, method: stepwise, lora: svd}` starts from a trained model.
-`python -m evals runs/NAME --recurrences 64` scores with another number of passes, and `python -m
-evals sample runs/NAME --parallel` writes several tokens at once. [Depth](depth.md) has the recipe of
-the Universal Transformer.
+`python -m evals runs/NAME --recurrences 64` scores with another number of passes.
+[Depth](depth.md) shows how models with recurrent depth write several tokens at once, and has the
+recipe of the Universal Transformer.
 """
 
 

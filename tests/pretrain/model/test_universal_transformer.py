@@ -47,9 +47,9 @@ def make(**changes):
         if "norm" in name or "halting" in name:
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data += 0.3 * drawn
-    if model.recursion.config.halting:  # at different passes
-        model.recursion.halting_weight.data.mul_(3)
-        model.recursion.halting_bias.data.fill_(-0.5)
+    parameters = dict(model.named_parameters())
+    parameters["recursion.halting_weight"].data.mul_(3)  # halts at different passes
+    parameters["recursion.halting_bias"].data.fill_(-0.5)
     return model
 
 

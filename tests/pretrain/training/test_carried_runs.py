@@ -145,6 +145,10 @@ def test_after_a_rollback_rows_begin_again(tmp_path, corpus):
             ["model.recursion={sampling: poisson, adapter: true}"],
             "model.recursion.sampling poisson, expected fixed: carried states need a state",
         ),
+        (
+            ["model.recursion={step_signal: coordinate, position_offsets: 3}"],
+            "position_offsets 3, expected 0: carried states need positions that go on",
+        ),
         (["parallel.tensor=2"], "true and carry_state_noise set with parallel.tensor 2, expected"),
         (["train.carry_state=false"], "carry_state_noise is 0.1 without train.carry_state"),
         (["train.carry_steps=0"], "train.carry_steps is 0, expected at least 1"),
