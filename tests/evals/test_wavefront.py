@@ -30,7 +30,7 @@ KINDS_OF_MODEL: dict[str, tuple[str, dict[str, Any]]] = {
     "recurrent": ("gdn para_gru gdn attn", {}),
     "first values": ("rwkv7 attn rwkv7 gdn", {}),
     "learned signal": ("4*attn", {"step_signal": "learned", "times": 20}),
-    "sinusoid": ("2*attn 2*gdn", {"step_signal": "sinusoidal", "state_init": "input"}),
+    "coordinates": ("2*attn 2*gdn", {"step_signal": "coordinate", "state_init": "input"}),
 }
 
 
@@ -154,7 +154,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["attention", "recurrent", "first values"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "attention",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("recurrent", "first values")),
+    ],
+)
 def test_what_settles_settles_on_the_tokens_of_plain_decoding(kind):
     model = contraction(kind)
     ids, _ = plain(model, 20)
