@@ -185,14 +185,14 @@ def test_gradients_go_through_the_last_passes_alone():
     kept, inputs = [], []
     original = recursion.forward
 
-    def recorded(x, run, *, all_passes):
+    def recorded(x, run, **settings):
         inputs.append(x)
 
         def run_and_keep(state, i):
             kept.append(run(state, i))
             return kept[-1]
 
-        return original(x, run_and_keep, all_passes=all_passes)
+        return original(x, run_and_keep, **settings)
 
     recursion.forward = recorded
     recursion.begin_step(0, 0, 0)
