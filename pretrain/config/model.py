@@ -44,6 +44,8 @@ class MoEConfig(Config):
     """Inner channels of an expert."""
     shared_intermediate_size: int = setting(0, minimum=0)
     """Inner channels of an expert that every token goes through; 0: there is none."""
+    shared_gate: bool = False
+    """Whether that expert's output is multiplied by a sigmoid, one for each token (Qwen2-MoE)."""
     first_dense: int = setting(0, minimum=0)
     """Blocks at the beginning of the model that keep their MLP."""
     score: Literal["softmax", "sigmoid"] = setting("softmax")
@@ -166,6 +168,12 @@ class ModelConfig(Config):
     """The same of the blocks of some mixers, by their name in the pattern, where it is another."""
     scale_embeddings: bool = False
     """Whether embeddings are multiplied by sqrt(hidden_size)."""
+    embedding_scale: float = setting(1.0, above=0)
+    """Factor on embeddings, besides that."""
+    residual_scale: float = setting(1.0, above=0)
+    """Factor on what mixers and MLPs add to the residual stream."""
+    logit_scale: float = setting(1.0, above=0)
+    """Factor on logits, before ``logit_softcap``."""
     dropout: float = setting(0.0, minimum=0, below=1)
     """Probability with which training zeroes a channel of an embedding, or of what a mixer or an
     MLP adds to the residual stream."""

@@ -13,6 +13,11 @@ def _check_top_k(moe: MoEConfig, where: str, section: str) -> None:
             f"{where}: {section}top_k is {moe.top_k}, expected at most its num_experts = "
             f"{moe.num_experts}"
         )
+    if moe.shared_gate and not moe.shared_intermediate_size:
+        raise ConfigError(
+            f"{where}: {section}shared_gate is true, but {section}shared_intermediate_size is 0; "
+            "expected the inner channels of the expert that it gates"
+        )
 
 
 @check_of(ModelConfig)

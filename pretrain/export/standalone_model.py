@@ -18,7 +18,7 @@ import torch
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
-from pretrain.config import ModelConfig
+from pretrain.config import ModelConfig, MoEConfig
 from pretrain.export.bundling import bundle, moved_into
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
@@ -27,7 +27,7 @@ MODELING_FILE = "modeling_hybrid.py"
 MODEL_TYPE = "hybrid_pretrain"
 TOKENIZER_FILE, TOKENIZER_CLASS = "tokenization_sentencepiece.py", "SentencePieceText"
 _STANDALONE = Path(__file__).parent / "standalone"
-_REPLACED = {"pretrain.nn.moe": _STANDALONE / "moe.py"}
+_WITHOUT_EXPERTS = {"pretrain.nn.moe": _STANDALONE / "moe.py"}
 # Imported only where there are several processes.
 _UNUSED = {
     "pretrain",
@@ -55,12 +55,9 @@ def write_standalone_model(
 ) -> dict[str, Any]:
     """Write the code into ``folder``; return config.json.
 
-    ``tokens``: ids that the tokenizer has, of the rows of the embedding; None: all. Raises
-    UserError for a mixture of experts, whose dispatch between processes is megatron-core's.
+    ``tokens``: ids that the tokenizer has, of the rows of the embedding; None: all.
     """
     config = model.model_config
-    if config.moe is not None:
-        raise UserError("a model with a mixture of experts cannot be exported yet")
     write_bytes(folder / MODELING_FILE, modeling_source(config).encode())
     module = MODELING_FILE.removesuffix(".py")
     specs = block_specs(config)
@@ -73,7 +70,9 @@ def write_standalone_model(
             "AutoConfig": f"{module}.HybridConfig",
             "AutoModelForCausalLM": f"{module}.HybridForCausalLM",
         },
-        "model": dataclasses.asdict(dataclasses.replace(config, dropout=0.0, mixers=mixers)),
+        "model": dataclasses.asdict(
+            dataclasses.replace(config, dropout=0.0, mixers=mixers, moe=_without_losses(config))
+        ),
         "vocab_size": tokens or model.vocab_size,
         "embedding_rows": model.vocab_size,
         "hidden_size": config.hidden_size,
@@ -84,6 +83,13 @@ def write_standalone_model(
         "tie_word_embeddings": config.tie_embeddings,
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def _without_losses(config: ModelConfig) -> MoEConfig | None:
+    """Return a model's experts without what training adds to its own loss, a sum over tokens."""
+    if config.moe is None:
+        return None
+    return dataclasses.replace(config.moe, balance_weight=0.0, z_loss_weight=0.0)
 
 
 def modeling_source(config: ModelConfig) -> str:
@@ -100,7 +106,8 @@ def modeling_source(config: ModelConfig) -> str:
                 "exported model carries the source of this package alone"
             )
         layers.add((package, module))
-    sources = bundle([*_ENTRIES, *sorted(layers)], replaced=_REPLACED, empty=_UNUSED)
+    replaced = _WITHOUT_EXPERTS if config.moe is None else {}
+    sources = bundle([*_ENTRIES, *sorted(layers)], replaced=replaced, empty=_UNUSED)
     text = json.dumps(sources, sort_keys=True)
     package = "_hybrid_pretrain_" + hashlib.sha256(text.encode()).hexdigest()[:12]
     parts = []

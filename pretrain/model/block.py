@@ -6,6 +6,7 @@ import dataclasses
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,8 +38,8 @@ class Block(nn.Module):
 
     Pre-norm: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``. Sandwich: the same, and each sum is
     normalised. Post: ``x + norm(mixer(x))``, then ``x + norm(mlp(x))``. Sum: ``norm(x +
-    mixer(x))``, then ``norm(x + mlp(x))``. With ``scales`` sums are ``c x + d f``, of learned
-    scalars.
+    mixer(x))``, then ``norm(x + mlp(x))``. What is added to x is multiplied by ``residual_scale``.
+    With ``scales`` sums are ``c x + d f``, of learned scalars.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Block(nn.Module):
                 self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
         self.index, self.sandwich = context.index, spec.norm == "sandwich"
         self.post, self.sum = spec.norm == "post", spec.norm == "sum"
+        self.scale = config.residual_scale
         # Who takes, or hands on, what the first block of a kind computes.
         self.kind, self.later = spec.name, spec.later
         self.hands_on = bool(spec.mixer.first_values(spec.config, d))
@@ -74,9 +76,9 @@ class Block(nn.Module):
     def _add(self, x: Tensor, y: Tensor, sum_number: int) -> Tensor:
         """Return the residual stream with what the mixer (0) or the MLP (1) adds."""
         if self.residual_scales is None:
-            return x + y
+            return x + y if self.scale == 1 else torch.add(x, y, alpha=self.scale)
         stream, added = self.residual_scales[2 * sum_number : 2 * sum_number + 2]
-        return stream * x + added * y
+        return stream * x + (added if self.scale == 1 else added * self.scale) * y
 
     def forward(
         self,

@@ -66,8 +66,9 @@ class WithHead(DescribedModule):
         return self._capped(nn.functional.linear(x, self._head_weight))
 
     def _head_input(self, x: Tensor) -> Tensor:
-        x = self.final_norm(x)
-        return x if self._width == 1 else x / self._width
+        x, scale = self.final_norm(x), self.model_config.logit_scale
+        x = x if self._width == 1 else x / self._width
+        return x if scale == 1 else x * scale
 
     def _capped(self, logits: Tensor) -> Tensor:
         cap = self.model_config.logit_softcap

@@ -119,6 +119,13 @@ class LanguageModel(WithHead):
         """Return the width of what the stages of a pipeline send each other."""
         return self.model_config.hidden_size + self._on_the_way.width
 
+    @property
+    def embedding_factor(self) -> float:
+        """Return what embeddings are multiplied by."""
+        config = self.model_config
+        root = config.hidden_size**0.5 if config.scale_embeddings else 1.0
+        return root * config.embedding_scale
+
     def set_input_tensor(self, tensor: Sequence[Tensor | None]) -> None:
         """Receive the previous stage's output ``[T, B, d]`` from megatron-core's schedules."""
         self._received = tensor[0]
@@ -332,9 +339,7 @@ class LanguageModel(WithHead):
                 firsts.update(handed)
             return x
         x = cast(Tensor, self.embedding(tokens))
-        if self.model_config.scale_embeddings:
-            x = x * self.model_config.hidden_size**0.5
-        return x
+        return x if self.embedding_factor == 1 else x * self.embedding_factor
 
     def metrics(self) -> dict[str, float]:
         """Return and reset the metrics that the blocks of this process accumulated."""

@@ -27,10 +27,8 @@ from pretrain.nn.parameters import (
     matrix_parameter,
     used_on_local_tokens,
 )
-from pretrain.ops.elementwise.gating import swiglu
+from pretrain.ops.elementwise.gating import sigmoid_gate, swiglu
 from pretrain.ops.shared.recomputation import recomputed, recomputing
-from pretrain.parallel.megatron import token_dispatcher, transformer_config
-from pretrain.parallel.processes import groups
 
 
 class MoE(nn.Module):
@@ -58,6 +56,9 @@ class MoE(nn.Module):
             describe(self.bias, ParameterInfo(constant(0.0)))
         if config.shared_intermediate_size:
             self.shared = MLP("swiglu", config.shared_intermediate_size, context)
+        if config.shared_gate:
+            gate = matrix_parameter(self.parallel, (1, d), context.std, None, role="output")
+            self.shared_gate = used_on_local_tokens(gate, self.parallel)
         self._dispatcher: Any = None
         # Tokens of each expert since the last line of the log, and of the step for the bias.
         self._load: Tensor | None = None
@@ -82,7 +83,12 @@ class MoE(nn.Module):
         if balance is not None:
             y = _WithLoss.apply(y, balance)
         y = y.view(x.shape)
-        return y + self.shared(x) if self.config.shared_intermediate_size else y
+        if not self.config.shared_intermediate_size:
+            return y
+        shared = self.shared(x)
+        if self.config.shared_gate:
+            shared = sigmoid_gate(shared, F.linear(x, self.shared_gate))
+        return y + shared
 
     def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return each token's weights ``[N, top_k]``, their experts, and the balancing loss.
@@ -204,6 +210,9 @@ class MoE(nn.Module):
         return dispatcher.combine_postprocess(results)
 
     def _make_dispatcher(self) -> Any:
+        # Here, for exported models come without it.
+        from pretrain.parallel.megatron import token_dispatcher, transformer_config
+
         config = self.config
         settings = dataclasses.replace(
             transformer_config(self.parallel),
@@ -250,6 +259,8 @@ class MoE(nn.Module):
         Experts with less than the mean load become more likely to be chosen, the others less. The
         load is that of all processes, of this one where it is alone.
         """
+        from pretrain.parallel.processes import groups
+
         seen, self._seen = self._seen, None
         if self.config.bias_update_rate == 0 or seen is None:
             return
@@ -266,13 +277,14 @@ class MoE(nn.Module):
         """Return the number of all parameters, used by a token or not."""
         d, experts = hidden_size, config.num_experts
         matrices = 3 * d * (experts * config.intermediate_size + config.shared_intermediate_size)
-        return matrices + experts * d + experts * (config.bias_update_rate > 0)
+        routers = (experts + config.shared_gate) * d
+        return matrices + routers + experts * (config.bias_update_rate > 0)
 
     @classmethod
     def flops_per_token(cls, config: MoEConfig, hidden_size: int) -> int:
         """Return the matrix-multiply FLOPs of one token's forward pass."""
         width = config.top_k * config.intermediate_size + config.shared_intermediate_size
-        return 2 * hidden_size * (3 * width + config.num_experts)
+        return 2 * hidden_size * (3 * width + config.num_experts + config.shared_gate)
 
 
 class _WithLoss(torch.autograd.Function):

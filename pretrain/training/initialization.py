@@ -148,8 +148,9 @@ def _chosen(method: str, looped: int, middle: int, times: int) -> list[list[int]
 
 def _check_same_settings(model: LanguageModel, source: LanguageModel, where: str) -> None:
     wanted, there = model.model_config, source.model_config
-    names = ("block_norm", "block_norms", "norm", "norm_eps")
-    for name in ("hidden_size", *names, "scale_embeddings"):
+    names = ("block_norm", "block_norms", "norm", "norm_eps", "scale_embeddings")
+    scales = ("embedding_scale", "residual_scale", "logit_scale")
+    for name in ("hidden_size", *names, *scales):
         if getattr(wanted, name) != getattr(there, name):
             raise UserError(
                 f"{where} has model.{name} {getattr(there, name)}, expected "

@@ -36,7 +36,14 @@ STEPS, SEQ_LEN, ROWS = 3, 32, 4
 
 MODELS = {
     "hybrid": settings("gdn attn m2rnn swa", tie_embeddings=False, dropout=0.2),
-    "recurrent": settings("mamba2 retnet slstm rat", scale_embeddings=True, z_loss_weight=0.01),
+    "recurrent": settings(
+        "mamba2 retnet slstm rat",
+        scale_embeddings=True,
+        z_loss_weight=0.01,
+        block_norms={"rat": "post"},
+        residual_scale=0.5,
+        logit_scale=0.5,
+    ),
     "muon": settings("kda attn gru gdn"),
     **{
         f"loop-{kind}": settings("gdn attn gru gdn", recursion=recursion)

@@ -21,10 +21,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "options": {
         "block_norm": "sandwich",
+        "block_norms": {"attn": "post"},
         "logit_softcap": 5.0,
+        "embedding_scale": 0.5,
+        "residual_scale": 0.7,
+        "logit_scale": 2.0,
         "scale_embeddings": True,
         "mup_base_hidden_size": 12,
         "tie_embeddings": False,
+    },
+    "experts": {
+        "pattern": "attn gdn",
+        "moe": {
+            "num_experts": 4,
+            "intermediate_size": 16,
+            "shared_intermediate_size": 8,
+            "shared_gate": True,
+            "score": "sigmoid",
+            "bias_update_rate": 0.1,
+            "first_dense": 1,
+        },
     },
     "depth": {
         "recursion": {

@@ -42,7 +42,10 @@ def randomised(config):
                 spread = 0.2 if parameter.ndim > 1 else 0.5
                 center = 1.0 if parameter_name.endswith("norm.weight") else 0.0
                 values = center + spread * torch.randn_like(parameter)
-                if "Qwen3_5" in type(model).__name__ and "linear_attn.norm" not in parameter_name:
+                if (
+                    type(model).__name__.startswith(("Qwen3_5", "Qwen3Next"))
+                    and "linear_attn.norm" not in parameter_name
+                ):
                     # Stored less 1: numbers that adding 1 does not round.
                     values = (values - center + 1) - 1 if center else values
                 parameter.copy_(values)
@@ -108,6 +111,59 @@ def qwen3_5(key_heads=4):
     )
 
 
+def qwen3_next(key_heads=4):
+    return transformers.Qwen3NextConfig(
+        **{**ATTENTION, "num_hidden_layers": 4},
+        layer_types=["linear_attention", "full_attention"] * 2,
+        head_dim=16,
+        linear_num_key_heads=key_heads,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=12,
+        linear_conv_kernel_dim=3,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        mlp_only_layers=[0],
+    )
+
+
+def qwen3_moe():
+    return transformers.Qwen3MoeConfig(
+        **{**ATTENTION, "num_hidden_layers": 3},
+        head_dim=12,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=False,
+        mlp_only_layers=[0],
+    )
+
+
+def mixtral():
+    return transformers.MixtralConfig(**ATTENTION, num_local_experts=4, head_dim=8)
+
+
+def granite(experts=0, positions=None):
+    return transformers.GraniteMoeHybridConfig(
+        **{**ATTENTION, "num_hidden_layers": 3, "intermediate_size": 16},
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        position_embedding_type=positions,
+        shared_intermediate_size=24,
+        num_local_experts=experts,
+        embedding_multiplier=12,
+        residual_multiplier=0.22,
+        logits_scaling=6,
+        attention_multiplier=0.2,
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_n_groups=2,
+        mamba_d_state=16,
+        mamba_chunk_size=8,
+    )
+
+
 def olmo_hybrid(key_heads=4, theta=None):
     return transformers.OlmoHybridConfig(
         **{**ATTENTION, "num_hidden_layers": 3},
@@ -143,6 +199,10 @@ CLASSES = {
     transformers.Mamba2Config: transformers.Mamba2ForCausalLM,
     transformers.BambaConfig: transformers.BambaForCausalLM,
     transformers.Qwen3_5TextConfig: transformers.Qwen3_5ForCausalLM,
+    transformers.Qwen3NextConfig: transformers.Qwen3NextForCausalLM,
+    transformers.Qwen3MoeConfig: transformers.Qwen3MoeForCausalLM,
+    transformers.MixtralConfig: transformers.MixtralForCausalLM,
+    transformers.GraniteMoeHybridConfig: transformers.GraniteMoeHybridForCausalLM,
     transformers.OlmoHybridConfig: transformers.OlmoHybridForCausalLM,
     transformers.xLSTMConfig: transformers.xLSTMForCausalLM,
 }
@@ -155,6 +215,11 @@ CONFIGS = {
     "mamba2, groups": lambda: mamba2(2),
     "bamba": bamba,
     "qwen3_5": qwen3_5,
+    "qwen3_next": qwen3_next,
+    "qwen3_moe": qwen3_moe,
+    "mixtral": mixtral,
+    "granite": granite,
+    "granite, experts": lambda: granite(experts=4, positions="rope"),
     "olmo_hybrid": olmo_hybrid,
     "olmo_hybrid, rotary": lambda: olmo_hybrid(theta=3e4),
     "xlstm": xlstm,

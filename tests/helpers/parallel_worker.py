@@ -69,7 +69,13 @@ def settings(pattern, **changes):
 
 OPTIONS = {"mup_base_hidden_size": 12, "logit_softcap": 2.0, "z_loss_weight": 0.01, "dropout": 0.2}
 MODELS = {
-    "tied": settings("gdn attn m2rnn gdn", scale_embeddings=True),
+    "tied": settings(
+        "gdn attn m2rnn gdn",
+        scale_embeddings=True,
+        embedding_scale=1.5,
+        residual_scale=0.4,
+        logit_scale=0.7,
+    ),
     "bf16": settings("gdn attn m2rnn gdn"),
     "untied": settings("para_gru attn mamba2 delta_product", tie_embeddings=False),
     # One process computes the loss at once, several piece by piece.
@@ -91,6 +97,7 @@ MODELS = {
             "top_k": 2,
             "intermediate_size": 16,
             "shared_intermediate_size": 16,
+            "shared_gate": True,
             "first_dense": 1,
             "balance_weight": 0.1,
             "z_loss_weight": 0.01,

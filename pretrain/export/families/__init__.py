@@ -3,6 +3,7 @@
 from pretrain.export.families.attention import Llama, Qwen2, Qwen3
 from pretrain.export.families.bamba import Bamba
 from pretrain.export.families.base import Family, Weight, to_ours, to_theirs
+from pretrain.export.families.experts import Mixtral, Qwen3MoE
 from pretrain.export.families.fla import (
     HGRN2,
     DeltaNet,
@@ -11,9 +12,11 @@ from pretrain.export.families.fla import (
     KimiDeltaAttention,
     RetNet,
 )
+from pretrain.export.families.granite import GraniteHybrid
 from pretrain.export.families.mamba2 import Mamba2
 from pretrain.export.families.olmo_hybrid import OlmoHybrid
 from pretrain.export.families.qwen3_5 import Qwen35
+from pretrain.export.families.qwen3_next import Qwen3Next
 from pretrain.export.families.xlstm import XLSTM
 
 # The first that a model fits is what it is exported as.
@@ -21,9 +24,13 @@ FAMILIES: tuple[Family, ...] = (
     Llama(),
     Qwen2(),
     Qwen3(),
+    Mixtral(),
+    Qwen3MoE(),
     Mamba2(),
     Bamba(),
+    GraniteHybrid(),
     Qwen35(),
+    Qwen3Next(),
     OlmoHybrid(),
     XLSTM(),
     GatedDeltaNet(),

@@ -20,7 +20,7 @@ from pretrain.export.families.base import (
     settings_by_mixer,
     swiglu_weights,
 )
-from pretrain.model.spec import block_specs
+from pretrain.model.spec import BlockSpec, block_specs
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -113,7 +113,7 @@ class Llama(Family):
 
     @override
     def reason_against(self, config: ModelConfig) -> str | None:
-        found, reason = settings_by_mixer(config, "attn")
+        found, reason = settings_by_mixer(config, "attn", experts=self.experts)
         if reason is not None:
             return reason
         settings = found["attn"]
@@ -153,7 +153,7 @@ class Llama(Family):
     @override
     def weights(self, config: ModelConfig) -> Iterator[Weight]:
         yield from model_weights(config, "model.embed_tokens.weight", "model.norm.weight")
-        for index in range(len(block_specs(config))):
+        for index, spec in enumerate(block_specs(config)):
             theirs, ours = f"model.layers.{index}", f"blocks.{index}"
             yield same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_norm.weight")
             for name in PROJECTIONS:
@@ -165,7 +165,11 @@ class Llama(Family):
                 for name in ("q_norm", "k_norm"):
                     yield same(f"{theirs}.self_attn.{name}.weight", f"{ours}.mixer.{name}")
             yield same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight")
-            yield from swiglu_weights(f"{theirs}.mlp", f"{ours}.mlp")
+            yield from self.mlp_weights(theirs, ours, spec)
+
+    def mlp_weights(self, theirs: str, ours: str, spec: BlockSpec) -> Iterator[Weight]:
+        """Yield the weights of a block's MLP."""
+        return swiglu_weights(f"{theirs}.mlp", f"{ours}.mlp")
 
 
 class Qwen3(Llama):

@@ -16,6 +16,8 @@ from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import registry
 
+_FACTORS = ("embedding_scale", "residual_scale", "logit_scale")
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -96,6 +98,7 @@ class Family(ABC):
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
+    experts: ClassVar[bool] = False  # whether blocks may have them
 
     @abstractmethod
     def model_of(self, theirs: Any) -> dict[str, Any]:
@@ -123,6 +126,10 @@ class Family(ABC):
         """
         return weights
 
+    def filed(self, name: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """Return one of their weights as it lies in files, which may be several."""
+        return ((name, value),)
+
     def longest_text(self, theirs: Any) -> int:
         """Return the tokens of the longest text that a model is made for."""
         return int(theirs.max_position_embeddings)
@@ -145,17 +152,20 @@ def first_difference(options: Iterable[tuple[str, bool]]) -> str | None:
     return next((what for what, there in options if there), None)
 
 
-def settings_by_mixer(config: ModelConfig, *names: str) -> tuple[dict[str, Any], str | None]:
+def settings_by_mixer(
+    config: ModelConfig, *names: str, experts: bool = False
+) -> tuple[dict[str, Any], str | None]:
     """Return the settings of a model's mixers by name, and why they are not these, if they are not.
 
     Every one of ``names`` must be there, with the same settings in all its blocks, and no other.
+    ``experts``: whether blocks may have them.
     """
     found: dict[str, Any] = {}
     for spec in block_specs(config):
         name = next((name for name in names if spec.mixer is registry()[name]), None)
         if name is None:
             return found, f"a block is {spec.name}"
-        if spec.moe is not None:
+        if spec.moe is not None and not experts:
             return found, "it has a mixture of experts"
         if found.setdefault(name, spec.config) != spec.config:
             return found, f"its {name} layers differ"
@@ -169,11 +179,13 @@ def general_reason(
     mlp: str = "swiglu",
     capped: bool = False,
     norms: Mapping[str, str] | None = None,
+    scaled: bool = False,
 ) -> str | None:
     """Return what a model has around its layers that a family has not.
 
     A family's blocks have an MLP of the kind ``mlp``, and its logits are ``capped`` or not; where
-    they normalise is ``norms`` by the mixer, ``pre`` unless it says so.
+    they normalise is ``norms`` by the mixer, ``pre`` unless it says so. ``scaled``: whether factors
+    on embeddings, residuals and logits may differ from 1.
     """
     wanted = {registry()[name]: norm for name, norm in (norms or {}).items()}
     for spec in block_specs(config):
@@ -189,6 +201,11 @@ def general_reason(
                 (config.logit_softcap is not None) != capped,
             ),
             ("embeddings are scaled", config.scale_embeddings),
+            *(
+                (f"{name} is {getattr(config, name):g}", getattr(config, name) != 1)
+                for name in _FACTORS
+                if not scaled
+            ),
             ("logits are scaled by the width", config.mup_base_hidden_size is not None),
         )
     )
@@ -229,6 +246,6 @@ def to_ours(family: Family, model: LanguageModel, weights: Mapping[str, Tensor])
 def to_theirs(
     family: Family, config: ModelConfig, ours: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield their weights, by name, from ours."""
+    """Yield their weights, by name as their files have them, from ours."""
     for weight in family.weights(config):
-        yield weight.theirs, weight.join([ours[name] for name in weight.ours])
+        yield from family.filed(weight.theirs, weight.join([ours[name] for name in weight.ours]))

@@ -24,7 +24,7 @@ from pretrain.export.families.base import (
     settings_by_mixer,
     swiglu_weights,
 )
-from pretrain.model.spec import block_specs
+from pretrain.model.spec import BlockSpec, block_specs
 from pretrain.nn.mixers import registry
 
 _KINDS = {"linear_attention": "gdn", "full_attention": "attn"}
@@ -82,7 +82,7 @@ class Qwen35(Family):
 
     @override
     def reason_against(self, config: ModelConfig) -> str | None:
-        found, reason = settings_by_mixer(config, *_KINDS.values())
+        found, reason = settings_by_mixer(config, *_KINDS.values(), experts=self.experts)
         if reason is not None:
             return reason
         attn, gdn = found["attn"], found["gdn"]
@@ -103,7 +103,7 @@ class Qwen35(Family):
     def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
         specs = block_specs(config)
         is_attention = [spec.mixer is registry()["attn"] for spec in specs]
-        found, _ = settings_by_mixer(config, *_KINDS.values())
+        found, _ = settings_by_mixer(config, *_KINDS.values(), experts=self.experts)
         attn, gdn = found["attn"], found["gdn"]
         return {
             "vocab_size": vocab_size,
@@ -146,9 +146,24 @@ class Qwen35(Family):
             if spec.mixer is registry()["attn"]:
                 yield from _attention(f"{theirs}.self_attn", f"{ours}.mixer", spec.config.num_heads)
             else:
-                yield from _gdn(f"{theirs}.linear_attn", f"{ours}.mixer", spec.config)
+                gdn = f"{theirs}.linear_attn", f"{ours}.mixer", spec.config
+                yield from self.gdn_projections(*gdn)
+                yield from _gdn(*gdn)
             yield from_zero(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight")
-            yield from swiglu_weights(f"{theirs}.mlp", f"{ours}.mlp")
+            yield from self.mlp_weights(theirs, ours, spec)
+
+    def gdn_projections(self, theirs: str, ours: str, config: Any) -> Iterator[Weight]:
+        """Yield the projections of a Gated DeltaNet's input."""
+        keys, values = config.num_heads * config.head_dim, config.num_heads * config.value_dim
+        widths = {"q": keys, "k": keys, "v": values}
+        projections = {f"{ours}.{name}_proj.weight": width for name, width in widths.items()}
+        yield rows(f"{theirs}.in_proj_qkv.weight", projections)
+        for name, other in (("z", "g"), ("b", "b"), ("a", "a")):
+            yield same(f"{theirs}.in_proj_{name}.weight", f"{ours}.{other}_proj.weight")
+
+    def mlp_weights(self, theirs: str, ours: str, spec: BlockSpec) -> Iterator[Weight]:
+        """Yield the weights of a block's MLP."""
+        return swiglu_weights(f"{theirs}.mlp", f"{ours}.mlp")
 
 
 def from_zero(theirs: str, ours: str) -> Weight:
@@ -174,13 +189,7 @@ def _attention(theirs: str, ours: str, num_heads: int) -> Iterator[Weight]:
 
 
 def _gdn(theirs: str, ours: str, config: Any) -> Iterator[Weight]:
-    keys, values = config.num_heads * config.head_dim, config.num_heads * config.value_dim
-    widths = {"q": keys, "k": keys, "v": values}
-    projections = {f"{ours}.{name}_proj.weight": width for name, width in widths.items()}
-    yield rows(f"{theirs}.in_proj_qkv.weight", projections)
     yield gdn_convolutions(theirs, ours, config)
-    for name, other in (("z", "g"), ("b", "b"), ("a", "a")):
-        yield same(f"{theirs}.in_proj_{name}.weight", f"{ours}.{other}_proj.weight")
     for name in ("A_log", "dt_bias"):
         yield same(f"{theirs}.{name}", f"{ours}.{name}")
     yield same(f"{theirs}.norm.weight", f"{ours}.norm")

@@ -311,9 +311,7 @@ class _Recording:
     def __init__(self, model: Any, wanted: bool) -> None:
         self.found: list[Tensor] = []
         self._modules: list[Any] = [model.embedding, *model.blocks] if wanted else []
-        self._scale = model.model_config.hidden_size**0.5
-        if not model.model_config.scale_embeddings:
-            self._scale = 1.0
+        self._scale = model.embedding_factor
         self._hooks: list[Any] = []
 
     def __enter__(self) -> _Recording:

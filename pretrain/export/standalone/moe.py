@@ -1,4 +1,4 @@
-"""A stand-in for mixtures of experts, which are not exported."""
+"""A stand-in for mixtures of experts in models that have none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class MoE(nn.Module):
-    """A mixture of experts, which refuses to be built."""
+    """A mixture of experts that refuses to be built."""
 
     def __init__(self, *_: Any) -> None:
-        raise ValueError("mixtures of experts are not part of an exported model")
+        raise ValueError("the exported model has no mixture of experts")

@@ -30,7 +30,7 @@ from pretrain.nn.mixers.sizes import attention_heads
 from pretrain.nn.norm import sharded_rms_norm
 from pretrain.nn.parameters import constant, replicated_parameter, sharded_parameter
 from pretrain.ops import apply_rotary, attention, rotary_embedding, rotary_of
-from pretrain.ops.elementwise.fusing import fused
+from pretrain.ops.elementwise.gating import sigmoid_gate
 from pretrain.ops.elementwise.rms_norm import rms_norm
 from pretrain.parallel.segments import keys_so_far, together
 
@@ -161,7 +161,7 @@ class Attention(Mixer):
         y = self.attend(q, k[None], v[None], sequences, sequences_k)
         y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
         if gate is not None:
-            y = _sigmoid_gate(y, gate)
+            y = sigmoid_gate(y, gate)
         if not states_wanted():
             return self.o_proj(y), {}
         seen = sequences.sizes_so_far if state is None else sequences.sizes + state["seen"]
@@ -284,12 +284,6 @@ class Attention(Mixer):
     def state_bytes(cls, config: AttentionConfig, hidden_size: int, seq_len: int) -> int:
         _, num_kv_heads, head_dim = _shape(config)
         return 4 * num_kv_heads * head_dim * min(config.window or seq_len, seq_len)
-
-
-@fused
-def _sigmoid_gate(y: Tensor, gate: Tensor) -> Tensor:
-    """Return ``y * sigmoid(gate)``."""
-    return y * torch.sigmoid(gate)
 
 
 def _shape(config: AttentionConfig) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ def skip_silu_gate(y: Tensor, v: Tensor, weight: Tensor, gate: Tensor) -> Tensor
 
 @fused
 def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """Return ``x sigmoid(gate)``, of one shape and dtype."""
+    """Return ``x sigmoid(gate)``, of one dtype; the gate is broadcast to x's shape."""
     return x * torch.sigmoid(gate)
 
 

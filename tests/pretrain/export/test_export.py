@@ -98,13 +98,6 @@ def test_padding_on_either_side_changes_nothing(tmp_path):
         assert theirs(ids, attention_mask=mask, labels=labels).loss.isfinite()
 
 
-def test_a_mixture_of_experts_is_refused(tmp_path):
-    experts = {"num_experts": 2, "top_k": 1, "intermediate_size": 16}
-    model = build_model(settings(moe=experts), VOCAB, seed=0)
-    with pytest.raises(UserError, match="mixture of experts cannot be exported"):
-        write_hugging_face(model, tmp_path, 64, 0, torch.float32)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, corpus):
     run = Run(tmp_path_factory.mktemp("exported"), corpus, "exported")

@@ -16,7 +16,15 @@ from pretrain.inference.generate import generate
 from pretrain.model.build import build_model
 from pretrain.nn.mixers import registry
 from tests.helpers.exported_models import settings_of
-from tests.helpers.families import CONFIGS, VOCAB, olmo_hybrid, qwen3_5, randomised, tiny
+from tests.helpers.families import (
+    CONFIGS,
+    VOCAB,
+    olmo_hybrid,
+    qwen3_5,
+    qwen3_next,
+    randomised,
+    tiny,
+)
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_model import settings
 
@@ -51,7 +59,7 @@ def test_logits_are_theirs(pair):
     assert relative_error(torch.cat([first, second], 1), expected) < 2e-5
 
 
-@pytest.mark.parametrize("make", [qwen3_5, olmo_hybrid])
+@pytest.mark.parametrize("make", [qwen3_5, qwen3_next, olmo_hybrid])
 def test_heads_that_share_a_key_get_a_copy_each(make):
     theirs = randomised(make(key_heads=2))
     (family,) = (f for f in FAMILIES if f.model_type == theirs.config.model_type)
@@ -149,6 +157,18 @@ def test_weights_that_are_missing_wrong_or_of_no_use_are_named(pair):
             lambda: transformers.Qwen3Config(use_sliding_window=True, sliding_window=8),
             "use_sliding_window is True, expected False",
         ),
+        (
+            lambda: transformers.Qwen3MoeConfig(decoder_sparse_step=2),
+            "decoder_sparse_step is 2, expected 1",
+        ),
+        (
+            lambda: transformers.Qwen3NextConfig(mlp_only_layers=[1]),
+            r"mlp_only_layers is \[1\], expected its first layers alone, or none",
+        ),
+        (
+            lambda: transformers.GraniteMoeHybridConfig(position_embedding_type="alibi"),
+            "position_embedding_type is alibi, expected rope or none",
+        ),
         (lambda: transformers.Mamba2Config(use_bias=True), "use_bias is True, expected False"),
         (
             lambda: transformers.Mamba2Config(time_step_limit=(0.0, 0.1)),
@@ -174,6 +194,14 @@ HYBRID = {
     "norm_eps": 1e-5,
 }
 ATTENTION = {"pattern": "2*attn", "mixers": {"attn": {"num_heads": 4}}}
+SCALED = {**HYBRID, "mixers": {"attn": {"num_heads": 3, "scale": 0.1}}}
+EXPERTS = {"num_experts": 4, "intermediate_size": 16}
+SHARED = {**EXPERTS, "shared_intermediate_size": 8}
+NORMED = {"num_heads": 4, "qk_norm": True}
+OLMO_HYBRID = {
+    "pattern": "gdn attn",
+    "mixers": {"attn": {**NORMED, "qk_norm_over": "width", "rope_theta": None}},
+}
 
 
 @pytest.mark.parametrize(
@@ -185,13 +213,33 @@ ATTENTION = {"pattern": "2*attn", "mixers": {"attn": {"num_heads": 4}}}
         ({"pattern": "2*mamba2", "mlp": {"kind": "none"}}, None, "mamba2: norms differ"),
         ({"pattern": "2*mamba2", "norm_eps": 1e-5}, None, r"blocks have an MLP \(swiglu\)"),
         ({"pattern": "attn gdn"}, None, "llama: a block is gdn"),
+        ({**ATTENTION, "moe": EXPERTS}, "mixtral", ""),
+        ({**ATTENTION, "moe": {**EXPERTS, "first_dense": 1}}, None, "first blocks have no experts"),
+        ({**ATTENTION, "moe": SHARED}, None, "mixtral: an expert is shared"),
+        ({**ATTENTION, "moe": {**EXPERTS, "score": "sigmoid"}}, None, "are scored by a sigmoid"),
+        ({"pattern": "attn", "mixers": {"attn": NORMED}, "moe": EXPERTS}, "qwen3_moe", ""),
+        ({**GATED, "moe": {**SHARED, "shared_gate": True}}, "qwen3_next", ""),
+        ({**GATED, "moe": SHARED}, None, "qwen3_next: the shared expert has no gate"),
+        ({**OLMO_HYBRID, "block_norms": {"attn": "post"}}, "olmo_hybrid", ""),
+        ({**OLMO_HYBRID, "block_norm": "post"}, None, "olmo_hybrid: block_norm of gdn is post"),
+        ({**HYBRID, "residual_scale": 0.5}, None, "granitemoehybrid: a part of a head rotates"),
+        ({**SCALED, "logit_scale": 0.25}, "granitemoehybrid", ""),
+        ({**SCALED, "moe": SHARED}, "granitemoehybrid", ""),
+        ({**SCALED, "moe": EXPERTS}, None, "granitemoehybrid: no expert is shared"),
+        ({**ATTENTION, "logit_scale": 0.25}, None, "llama: logit_scale is 0.25"),
+        (OLMO_HYBRID, None, "olmo_hybrid: block_norm of attn is pre"),
         (HYBRID, "bamba", ""),
         (GATED, "qwen3_5_text", ""),
         ({"pattern": "2*mlstm", "logit_softcap": 30.0}, "xlstm", ""),
         ({"pattern": "2*mlstm"}, None, "xlstm: logits are not capped"),
         ({**GATED, "pattern": "2*gdn"}, None, "qwen3_5_text: no block is attn"),
         ({**GATED, "mixers": {"attn": GATED_ATTENTION}}, None, "norms differ in norm_eps"),
-        ({**HYBRID, "mixers": {"attn": {"num_heads": 3}}}, None, "bamba: another part than half"),
+        ({**HYBRID, "mixers": {"attn": {"num_heads": 3}}}, "granitemoehybrid", ""),
+        (
+            {**HYBRID, "mixers": {"attn": {"num_heads": 3, "rotary_dim": 2}}},
+            None,
+            "bamba: another part than half",
+        ),
         ({**HYBRID, "pattern": "2*attn"}, None, "llama: a part of a head rotates"),
         ({**ATTENTION, "mixers": {"attn": {"output_gate": True}}}, None, "has an output gate"),
         ({**ATTENTION, "logit_softcap": 3.0}, None, "llama: logits are capped"),

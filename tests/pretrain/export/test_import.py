@@ -100,6 +100,7 @@ def test_an_export_of_any_layers_comes_back_bit_for_bit(kind, tmp_path, model_fi
     config = settings(
         pattern="gdn attn mamba2",
         recursion={"prelude": 1, "times": 2, "lora_rank": 2, "adapter": True},
+        moe={"num_experts": 4, "intermediate_size": 16, "bias_update_rate": 0.1},
         tie_embeddings=False,
     )
     model = build_model(config, rows, seed=4).eval()

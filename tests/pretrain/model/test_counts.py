@@ -16,7 +16,12 @@ def test_a_token_goes_through_some_of_the_experts(experts, top_k, first_dense):
     moe = {"num_experts": experts, "top_k": top_k, "intermediate_size": 24}
     config = settings(
         pattern="attn gdn attn",
-        moe={**moe, "shared_intermediate_size": 8, "first_dense": first_dense},
+        moe={
+            **moe,
+            "shared_intermediate_size": 8,
+            "shared_gate": True,
+            "first_dense": first_dense,
+        },
     )
     model = build_model(config, VOCAB, seed=0)
     named = dict(model.named_parameters())

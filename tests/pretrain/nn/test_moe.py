@@ -65,7 +65,10 @@ def by_hand(layer, x):
     balance = config.balance_weight * config.num_experts * (scores * share).sum()
     balance = balance + config.z_loss_weight * logits.logsumexp(-1).square().sum()
     y = torch.stack(rows).view(x.shape)
-    return (y + layer.shared(x) if config.shared_intermediate_size else y), balance
+    if not config.shared_intermediate_size:
+        return y, balance
+    gate = (x @ layer.shared_gate[0]).sigmoid()[..., None] if config.shared_gate else 1.0
+    return y + gate * layer.shared(x), balance
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,7 @@ def by_hand(layer, x):
         {},
         {"top_k": 1, "normalize_top_k": False, "balance_weight": 0.3},
         {"score": "sigmoid", "shared_intermediate_size": 4, "weight_scale": 2.5},
+        {"shared_intermediate_size": 4, "shared_gate": True},
         {"top_k": 6, "balance_weight": 0.1, "z_loss_weight": 0.05},
         {"bias_update_rate": 0.1, "balance_weight": 0.0},
     ],
@@ -308,7 +312,9 @@ def test_recomputed_passes_count_once():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_selective_checkpointing_changes_no_bit(dtype):
-    config = settings(shared_intermediate_size=8, balance_weight=0.1, z_loss_weight=0.1)
+    config = settings(
+        shared_intermediate_size=8, shared_gate=True, balance_weight=0.1, z_loss_weight=0.1
+    )
     gradients = []
     for checkpointing in ("none", "selective"):
         model = build_model(config, 64, seed=0, dtype=dtype, activation_checkpointing=checkpointing)
