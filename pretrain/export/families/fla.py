@@ -1,4 +1,4 @@
-"""Models of flash-linear-attention, one kind of layer each, read from their files.
+"""Models of flash-linear-attention, of one kind of layer and attention, read from their files.
 
 Their classes need a GPU, so that nothing of ours is exported as one of them unasked: a file of our
 own code runs anywhere.
@@ -24,7 +24,9 @@ from pretrain.export.families.base import (
     same,
     swiglu_weights,
 )
+from pretrain.export.families.fla_hybrid import attention_layers, attention_weights
 from pretrain.model.spec import block_specs
+from pretrain.nn.mixers import registry
 
 # What every config of theirs has where its file does not say.
 _DEFAULTS: dict[str, Any] = {
@@ -43,7 +45,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class FlaFamily(Family):
-    """A model of blocks of one kind of layer and a SwiGLU.
+    """A model of blocks of one kind of layer, or of attention in its place, and a SwiGLU.
 
     ``mixer`` is what it is called here, ``defaults`` its settings where a file does not name them,
     ``renamed`` our names of a layer's weights by theirs, and ``plain`` those that both call alike.
@@ -65,15 +67,17 @@ class FlaFamily(Family):
 
     @override
     def model_of(self, theirs: Any) -> dict[str, Any]:
-        expect(theirs, hidden_act="swish", attn=None, attnres_block_size=None)
+        expect(theirs, hidden_act="swish", attnres_block_size=None)
+        hybrid = attention_layers(theirs)
+        names = [hybrid.names.get(i, self.mixer) for i in range(theirs.num_hidden_layers)]
         width = theirs.intermediate_size
         if width is None:
             ratio = theirs.hidden_ratio or 4
             width = -(-int(theirs.hidden_size * ratio * 2 / 3) // 256) * 256
         return {
-            "pattern": f"{theirs.num_hidden_layers}*{self.mixer}",
+            "pattern": " ".join(names),
             "hidden_size": theirs.hidden_size,
-            "mixers": {self.mixer: self.mixer_of(theirs)},
+            "mixers": {self.mixer: self.mixer_of(theirs), **hybrid.mixers},
             "mlp": {"kind": "swiglu", "intermediate_size": width},
             "vocab_size": theirs.vocab_size,
             "tie_embeddings": bool(theirs.tie_word_embeddings),
@@ -97,17 +101,21 @@ class FlaFamily(Family):
         for index, spec in enumerate(specs):
             theirs, ours = f"model.layers.{index}", f"blocks.{index}"
             yield same(f"{theirs}.attn_norm.weight", f"{ours}.mixer_norm.weight")
-            for name in self.plain:
-                yield same(f"{theirs}.attn.{name}", f"{ours}.mixer.{name}")
-            for other, name in self.renamed.items():
-                yield same(f"{theirs}.attn.{other}", f"{ours}.mixer.{name}")
-            taps = getattr(spec.config, "conv_size", 0)
-            for name in self.convolved if taps else "":
-                theirs_name = f"{theirs}.attn.{name}_conv1d.weight"
-                # Any number of rows: there is nothing to divide.
-                yield _one_convolution(theirs_name, f"{ours}.mixer.{name}_conv")
+            if spec.mixer is registry()["attn"]:
+                yield from attention_weights(f"{theirs}.attn", f"{ours}.mixer", spec.config)
+            else:
+                yield from self._mixer_weights(f"{theirs}.attn", f"{ours}.mixer", spec.config)
             yield same(f"{theirs}.mlp_norm.weight", f"{ours}.mlp_norm.weight")
             yield from swiglu_weights(f"{theirs}.mlp", f"{ours}.mlp")
+
+    def _mixer_weights(self, theirs: str, ours: str, config: Any) -> Iterator[Weight]:
+        for name in self.plain:
+            yield same(f"{theirs}.{name}", f"{ours}.{name}")
+        for other, name in self.renamed.items():
+            yield same(f"{theirs}.{other}", f"{ours}.{name}")
+        for name in self.convolved if getattr(config, "conv_size", 0) else "":
+            # Any number of rows: there is nothing to divide.
+            yield _one_convolution(f"{theirs}.{name}_conv1d.weight", f"{ours}.{name}_conv")
 
 
 def _one_convolution(theirs: str, ours: str) -> Weight:
@@ -285,7 +293,8 @@ class HGRN2(FlaFamily):
 
     @override
     def mixer_of(self, theirs: Any) -> dict[str, Any]:
-        expect(theirs, use_short_conv=False, use_lower_bound=True)
+        # Their table has rows for attention too.
+        expect(theirs, use_short_conv=False, use_lower_bound=True, attn=None)
         width = theirs.expand_ratio or theirs.hidden_size // theirs.num_heads
         return {
             "num_heads": theirs.num_heads or theirs.hidden_size // width,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.common.errors import UserError
-from pretrain.export.families.fla import GatedDeltaNet, KimiDeltaAttention
+from pretrain.export.families.fla import HGRN2, GatedDeltaNet, KimiDeltaAttention
 from pretrain.export.importing import import_model
 from pretrain.inference.load import load_model
 from tests.helpers.fla_interpreter import make_interpretable
@@ -41,15 +41,41 @@ KINDS: dict[str, dict[str, Any]] = {
     "RetNet": {"num_heads": 2, "tie_word_embeddings": True, "fuse_norm": False},
     "HGRN2": {"expand_ratio": 16, "num_heads": 2},
     "KDA": {"num_heads": 2, "head_dim": 16},
+    # With two kinds of attention.
+    "GatedDeltaNet, hybrid": {
+        "num_heads": 2,
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "attn": [
+            {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "window_size": 5},
+            {"layers": [2], "num_heads": 2, "rope_theta": 500.0},
+        ],
+    },
 }
+
+
+def plain_attention(q, k, v, causal, window_size):
+    """What flash-attn's function computes, which needs a GPU: q ``[B, T, H, D]``."""
+    assert causal and window_size[1] <= 0
+    groups, length = q.shape[2] // k.shape[2], q.shape[1]
+    k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+    behind = torch.arange(length)[:, None] - torch.arange(length)
+    seen = behind >= 0
+    if window_size[0] >= 0:
+        seen &= behind <= window_size[0]
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpretable():
-    import fla.models  # noqa: F401
+    import fla.layers.attn
+    import fla.models
 
     patch = pytest.MonkeyPatch()
     make_interpretable(patch)
+    patch.setattr(fla.layers.attn, "flash_attn_func", plain_attention)
     yield
     patch.undo()
 
@@ -58,7 +84,7 @@ def interpretable():
 def test_a_model_by_its_files_has_the_logits_of_its_class(name, tmp_path):
     import fla.models
 
-    kind = {**COMMON, "fuse_norm": False, **KINDS[name]}
+    kind, name = {**COMMON, "fuse_norm": False, **KINDS[name]}, name.split(",")[0]
     config = getattr(fla.models, f"{name}Config")(**kind)
     torch.manual_seed(3)
     theirs = getattr(fla.models, f"{name}ForCausalLM")(config).eval()
@@ -80,7 +106,18 @@ def test_a_model_by_its_files_has_the_logits_of_its_class(name, tmp_path):
 def test_what_our_layers_do_not_do_is_refused():
     for family, described, message in (
         (GatedDeltaNet(), {"use_gate": False}, "use_gate is False, expected True"),
-        (GatedDeltaNet(), {"attn": {"layers": [1]}}, "attn is {'layers': .1.}, expected None"),
+        (GatedDeltaNet(), {"attn": {"layers": [1]}}, "attn has no num_heads"),
+        (
+            GatedDeltaNet(),
+            {"attn": {"layers": [21], "num_heads": 2}},
+            "attn has layer 21, expected each once, of 0 to 20",
+        ),
+        (
+            KimiDeltaAttention(),
+            {"attn": {"layers": [1], "num_heads": 2, "qk_norm": True}},
+            "attn has qk_norm, expected only layers, num_heads,",
+        ),
+        (HGRN2(), {"attn": {"layers": [1], "num_heads": 2}}, "attn is .*, expected None"),
         (KimiDeltaAttention(), {"num_v_heads": 4, "num_heads": 2}, "num_v_heads is 4, expected 2"),
     ):
         with pytest.raises(UserError, match=message):
