@@ -203,6 +203,7 @@ CLASSES = {
     transformers.Qwen3MoeConfig: transformers.Qwen3MoeForCausalLM,
     transformers.MixtralConfig: transformers.MixtralForCausalLM,
     transformers.GraniteMoeHybridConfig: transformers.GraniteMoeHybridForCausalLM,
+    transformers.Olmo2Config: transformers.Olmo2ForCausalLM,
     transformers.OlmoHybridConfig: transformers.OlmoHybridForCausalLM,
     transformers.xLSTMConfig: transformers.xLSTMForCausalLM,
 }
@@ -220,6 +221,7 @@ CONFIGS = {
     "mixtral": mixtral,
     "granite": granite,
     "granite, experts": lambda: granite(experts=4, positions="rope"),
+    "olmo2": lambda: transformers.Olmo2Config(**ATTENTION, pad_token_id=0, eos_token_id=0),
     "olmo_hybrid": olmo_hybrid,
     "olmo_hybrid, rotary": lambda: olmo_hybrid(theta=3e4),
     "xlstm": xlstm,

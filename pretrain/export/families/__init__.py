@@ -1,6 +1,6 @@
 """Models of other libraries in terms of ours: one table for each family, read both ways."""
 
-from pretrain.export.families.attention import Llama, Qwen2, Qwen3
+from pretrain.export.families.attention import Llama, Olmo2, Qwen2, Qwen3
 from pretrain.export.families.bamba import Bamba
 from pretrain.export.families.base import Family, Weight, to_ours, to_theirs
 from pretrain.export.families.experts import Mixtral, Qwen3MoE
@@ -24,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     Llama(),
     Qwen2(),
     Qwen3(),
+    Olmo2(),
     Mixtral(),
     Qwen3MoE(),
     Mamba2(),

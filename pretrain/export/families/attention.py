@@ -84,6 +84,9 @@ class Llama(Family):
     qk_norm = False
     qkv_bias = False
     whole_width = False  # whether num_heads * head_dim must be hidden_size
+    over = "head"  # what queries and keys are normalised over
+    block_norm = "pre"
+    norms = ("input_layernorm", "post_attention_layernorm")  # of the mixer and of the MLP
 
     @override
     def model_of(self, theirs: Any) -> dict[str, Any]:
@@ -99,12 +102,14 @@ class Llama(Family):
         }
         if self.qk_norm:
             attention |= {"qk_norm": True, "norm_eps": theirs.rms_norm_eps}
+            attention["qk_norm_over"] = self.over
         if self.qkv_bias:
             attention["qkv_bias"] = True
         return {
             "pattern": f"{theirs.num_hidden_layers}*attn",
             "hidden_size": theirs.hidden_size,
             "mixers": {"attn": attention},
+            "block_norm": self.block_norm,
             "mlp": {"kind": "swiglu", "intermediate_size": theirs.intermediate_size},
             "vocab_size": theirs.vocab_size,
             "tie_embeddings": bool(theirs.tie_word_embeddings),
@@ -118,7 +123,11 @@ class Llama(Family):
             return reason
         settings = found["attn"]
         difference = attention_difference(
-            settings, config.norm_eps, qk_norm=self.qk_norm, qkv_bias=self.qkv_bias
+            settings,
+            config.norm_eps,
+            qk_norm=self.qk_norm,
+            over=self.over,
+            qkv_bias=self.qkv_bias,
         )
         if difference is not None:
             return difference
@@ -126,7 +135,7 @@ class Llama(Family):
             return "a part of a head rotates"
         if self.whole_width and settings.num_heads * settings.head_dim != config.hidden_size:
             return "heads are not as wide as the model"
-        return general_reason(config)
+        return general_reason(config, norms={"attn": self.block_norm})
 
     @override
     def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
@@ -155,7 +164,8 @@ class Llama(Family):
         yield from model_weights(config, "model.embed_tokens.weight", "model.norm.weight")
         for index, spec in enumerate(block_specs(config)):
             theirs, ours = f"model.layers.{index}", f"blocks.{index}"
-            yield same(f"{theirs}.input_layernorm.weight", f"{ours}.mixer_norm.weight")
+            for norm, name in zip(self.norms, ("mixer_norm", "mlp_norm"), strict=True):
+                yield same(f"{theirs}.{norm}.weight", f"{ours}.{name}.weight")
             for name in PROJECTIONS:
                 yield same(f"{theirs}.self_attn.{name}.weight", f"{ours}.mixer.{name}.weight")
             if self.qkv_bias:
@@ -164,7 +174,6 @@ class Llama(Family):
             if self.qk_norm:
                 for name in ("q_norm", "k_norm"):
                     yield same(f"{theirs}.self_attn.{name}.weight", f"{ours}.mixer.{name}")
-            yield same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight")
             yield from self.mlp_weights(theirs, ours, spec)
 
     def mlp_weights(self, theirs: str, ours: str, spec: BlockSpec) -> Iterator[Weight]:
@@ -208,5 +217,24 @@ class Qwen2(Llama):
     def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
         found = super().config_of(config, vocab_size, seq_len)
         for name in ("mlp_bias", "attention_bias", "head_dim"):
+            del found[name]
+        return found
+
+
+class Olmo2(Llama):
+    """OLMo 2: norms of what blocks add, and of queries and keys over all heads."""
+
+    model_type = "olmo2"
+    architecture = "Olmo2ForCausalLM"
+    qk_norm = True
+    whole_width = True
+    over = "width"
+    block_norm = "post"
+    norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+    @override
+    def config_of(self, config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
+        found = super().config_of(config, vocab_size, seq_len)
+        for name in ("mlp_bias", "head_dim"):
             del found[name]
         return found

@@ -198,10 +198,8 @@ SCALED = {**HYBRID, "mixers": {"attn": {"num_heads": 3, "scale": 0.1}}}
 EXPERTS = {"num_experts": 4, "intermediate_size": 16}
 SHARED = {**EXPERTS, "shared_intermediate_size": 8}
 NORMED = {"num_heads": 4, "qk_norm": True}
-OLMO_HYBRID = {
-    "pattern": "gdn attn",
-    "mixers": {"attn": {**NORMED, "qk_norm_over": "width", "rope_theta": None}},
-}
+WHOLE = {**NORMED, "qk_norm_over": "width"}
+OLMO_HYBRID = {"pattern": "gdn attn", "mixers": {"attn": {**WHOLE, "rope_theta": None}}}
 
 
 @pytest.mark.parametrize(
@@ -213,6 +211,8 @@ OLMO_HYBRID = {
         ({"pattern": "2*mamba2", "mlp": {"kind": "none"}}, None, "mamba2: norms differ"),
         ({"pattern": "2*mamba2", "norm_eps": 1e-5}, None, r"blocks have an MLP \(swiglu\)"),
         ({"pattern": "attn gdn"}, None, "llama: a block is gdn"),
+        ({"pattern": "attn", "mixers": {"attn": WHOLE}, "block_norm": "post"}, "olmo2", ""),
+        ({"pattern": "attn", "mixers": {"attn": WHOLE}}, None, "olmo2: block_norm of attn is pre"),
         ({**ATTENTION, "moe": EXPERTS}, "mixtral", ""),
         ({**ATTENTION, "moe": {**EXPERTS, "first_dense": 1}}, None, "first blocks have no experts"),
         ({**ATTENTION, "moe": SHARED}, None, "mixtral: an expert is shared"),
