@@ -60,7 +60,7 @@ def _widened_mixer(spec: BlockSpec, scale: _Scale) -> dict[str, Any]:
         count = settings.get(name)
         # One head of keys that all heads share remains one.
         if count is not None and not (
-            name == "num_kv_heads" and count == 1 < spec.config.num_heads
+            name in ("num_kv_heads", "num_qk_heads") and count == 1 < spec.config.num_heads
         ):
             settings[name] = scale(count, f"model.mixers.{spec.name}.{name}")
     return settings

@@ -98,7 +98,7 @@ def bamba():
     )
 
 
-def qwen3_5(key_heads=4):
+def qwen3_5(key_heads=2):
     return transformers.Qwen3_5TextConfig(
         **{**ATTENTION, "num_hidden_layers": 3},
         layer_types=["linear_attention", "full_attention", "linear_attention"],
@@ -111,7 +111,7 @@ def qwen3_5(key_heads=4):
     )
 
 
-def qwen3_next(key_heads=4):
+def qwen3_next(key_heads=2):
     return transformers.Qwen3NextConfig(
         **{**ATTENTION, "num_hidden_layers": 4},
         layer_types=["linear_attention", "full_attention"] * 2,
@@ -223,6 +223,6 @@ CONFIGS = {
     "granite, experts": lambda: granite(experts=4, positions="rope"),
     "olmo2": lambda: transformers.Olmo2Config(**ATTENTION, pad_token_id=0, eos_token_id=0),
     "olmo_hybrid": olmo_hybrid,
-    "olmo_hybrid, rotary": lambda: olmo_hybrid(theta=3e4),
+    "olmo_hybrid, rotary": lambda: olmo_hybrid(2, theta=3e4),
     "xlstm": xlstm,
 }

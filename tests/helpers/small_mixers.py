@@ -49,6 +49,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "gdn": [
         {"num_heads": 2, "head_dim": 4, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 4, "expand_v": 1, "allow_neg_eigval": True},
+        {"num_heads": 4, "num_qk_heads": 2, "head_dim": 4, "chunk_size": 8},
     ],
     "kda": [
         {"num_heads": 2, "head_dim": 4, "chunk_size": 8},

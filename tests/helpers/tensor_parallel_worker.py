@@ -65,6 +65,9 @@ def cases():
         {"attn": {**SMALL["attn"][-2], "num_kv_heads": 1}, "gdn": SMALL["gdn"][0]},
         block_norms={"attn": "post", "gdn": "sandwich"},
     )
+    for count in (1, 2):
+        grouped = {**SMALL["gdn"][-1], "num_qk_heads": count}
+        found[f"gdn-{count}-qk-heads"] = settings("gdn", {"gdn": grouped})
     found["untied"] = settings("attn", {"attn": {"num_heads": 4}}, tie_embeddings=False)
     found["dropout"] = settings("gdn attn", {m: SMALL[m][0] for m in ("gdn", "attn")}, dropout=0.2)
     for name in ("mamba2", "m2rnn", "kda", "gla"):  # with projections that all processes share

@@ -74,22 +74,15 @@ def swiglu_weights(
         yield same(f"{theirs}.{other}.weight", f"{ours}.{name}.weight")
 
 
-def repeated(x: Tensor, groups: int, times: int) -> Tensor:
-    """Return the rows of each of ``groups`` heads ``times`` times, one after another."""
-    return x.unflatten(0, (groups, -1)).repeat_interleave(times, 0).flatten(0, 1)
-
-
-def repeated_keys(x: Tensor, keys: int, groups: int, times: int) -> Tensor:
-    """Return the rows of queries and keys, ``keys`` each, :func:`repeated`, then all others."""
-    q, k, rest = x.split([keys, keys, len(x) - 2 * keys])
-    return torch.cat([repeated(q, groups, times), repeated(k, groups, times), rest])
+def gdn_widths(config: Any) -> dict[str, int]:
+    """Return the channels of a Gated DeltaNet's queries, keys and values."""
+    keys = config.num_qk_heads * config.head_dim
+    return {"q": keys, "k": keys, "v": config.num_heads * config.value_dim}
 
 
 def gdn_convolutions(theirs: str, ours: str, config: Any) -> Weight:
     """Return the taps of a Gated DeltaNet's queries, keys and values, which are one weight."""
-    keys, values = config.num_heads * config.head_dim, config.num_heads * config.value_dim
-    widths = {"q": keys, "k": keys, "v": values}
-    taps = {f"{ours}.{name}_conv": width for name, width in widths.items()}
+    taps = {f"{ours}.{name}_conv": width for name, width in gdn_widths(config).items()}
     return convolutions(f"{theirs}.conv1d.weight", taps)
 
 
@@ -119,11 +112,8 @@ class Family(ABC):
     def weights(self, config: ModelConfig) -> Iterable[Weight]:
         """Yield every weight of a model."""
 
-    def ungrouped(self, theirs: Any, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return their weights as those of the model that :meth:`config_of` would describe.
-
-        It gives every head what heads share where our layers do not share it.
-        """
+    def renamed_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return their weights where some have two names, by the one that :meth:`weights` has."""
         return weights
 
     def filed(self, name: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
@@ -247,5 +237,9 @@ def to_theirs(
     family: Family, config: ModelConfig, ours: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield their weights, by name as their files have them, from ours."""
+    left = set(ours)
     for weight in family.weights(config):
         yield from family.filed(weight.theirs, weight.join([ours[name] for name in weight.ours]))
+        left -= set(weight.ours)
+    if left:
+        raise ValueError(f"{family.model_type} has no {sorted(left)[0]}")

@@ -155,10 +155,9 @@ class GatedDeltaNet(FlaFamily):
     @override
     def mixer_of(self, theirs: Any) -> dict[str, Any]:
         expect(theirs, use_gate=True, output_gate_activation="swish")
-        if theirs.num_v_heads is not None:
-            expect(theirs, num_v_heads=theirs.num_heads)
         return {
-            "num_heads": theirs.num_heads,
+            "num_heads": theirs.num_v_heads or theirs.num_heads,
+            "num_qk_heads": theirs.num_heads,
             "head_dim": theirs.head_dim,
             "expand_v": theirs.expand_v,
             "conv_size": _conv_size(theirs),
@@ -219,7 +218,7 @@ class _LinearAttention(FlaFamily):
         }
 
     @override
-    def ungrouped(self, theirs: Any, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def renamed_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         # The norm has a name of its own where it is fused with the gate.
         return {n.replace(".g_norm_swish_gate.", ".g_norm."): x for n, x in weights.items()}
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
 from typing_extensions import override
 
 from pretrain.config import ModelConfig
@@ -18,8 +17,6 @@ from pretrain.export.families.base import (
     gdn_convolutions,
     general_reason,
     model_weights,
-    repeated,
-    repeated_keys,
     same,
     settings_by_mixer,
     swiglu_weights,
@@ -39,7 +36,7 @@ _GDN = {
 
 
 class OlmoHybrid(Family):
-    """OLMo-Hybrid. Heads of GDN that share a key get a copy of it each."""
+    """OLMo-Hybrid, with rotary positions or without."""
 
     model_type = "olmo_hybrid"
     architecture = "OlmoHybridForCausalLM"
@@ -64,6 +61,7 @@ class OlmoHybrid(Family):
                 },
                 "gdn": {
                     "num_heads": theirs.linear_num_value_heads,
+                    "num_qk_heads": theirs.linear_num_key_heads,
                     "head_dim": theirs.linear_key_head_dim,
                     "expand_v": theirs.linear_value_head_dim / theirs.linear_key_head_dim,
                     "conv_size": theirs.linear_conv_kernel_dim,
@@ -77,19 +75,6 @@ class OlmoHybrid(Family):
             "tie_embeddings": bool(theirs.tie_word_embeddings),
             "norm_eps": theirs.rms_norm_eps,
         }
-
-    @override
-    def ungrouped(self, theirs: Any, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        heads, groups = theirs.linear_num_value_heads, theirs.linear_num_key_heads
-        if heads == groups:
-            return weights
-        keys, found = groups * theirs.linear_key_head_dim, dict(weights)
-        for name, value in weights.items():
-            if name.endswith(("linear_attn.q_proj.weight", "linear_attn.k_proj.weight")):
-                found[name] = repeated(value, groups, heads // groups)
-            elif name.endswith("linear_attn.conv1d.weight"):
-                found[name] = repeated_keys(value, keys, groups, heads // groups)
-        return found
 
     @override
     def reason_against(self, config: ModelConfig) -> str | None:
@@ -126,7 +111,7 @@ class OlmoHybrid(Family):
             "num_key_value_heads": attn.num_kv_heads,
             # Without the kind, or without the base, a default of theirs would rotate.
             "rope_parameters": {"rope_type": "default", "rope_theta": attn.rope_theta},
-            "linear_num_key_heads": gdn.num_heads,
+            "linear_num_key_heads": gdn.num_qk_heads,
             "linear_num_value_heads": gdn.num_heads,
             "linear_key_head_dim": gdn.head_dim,
             "linear_value_head_dim": gdn.value_dim,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from pretrain.export.families.base import (
     expect,
     first_difference,
     gdn_convolutions,
+    gdn_widths,
     general_reason,
-    repeated_keys,
     rows,
     same,
     settings_by_mixer,
@@ -31,7 +31,7 @@ _KINDS = {"linear_attention": "gdn", "full_attention": "attn"}
 
 
 class Qwen35(Family):
-    """Qwen3.5, text alone. Heads of GDN that share a key get a copy of it each."""
+    """Qwen3.5, text alone."""
 
     model_type = "qwen3_5_text"
     architecture = "Qwen3_5ForCausalLM"
@@ -56,6 +56,7 @@ class Qwen35(Family):
                 },
                 "gdn": {
                     "num_heads": theirs.linear_num_value_heads,
+                    "num_qk_heads": theirs.linear_num_key_heads,
                     "head_dim": theirs.linear_key_head_dim,
                     "expand_v": theirs.linear_value_head_dim / theirs.linear_key_head_dim,
                     "conv_size": theirs.linear_conv_kernel_dim,
@@ -67,18 +68,6 @@ class Qwen35(Family):
             "tie_embeddings": bool(theirs.tie_word_embeddings),
             "norm_eps": eps,
         }
-
-    @override
-    def ungrouped(self, theirs: Any, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        heads, groups = theirs.linear_num_value_heads, theirs.linear_num_key_heads
-        if heads == groups:
-            return weights
-        keys = groups * theirs.linear_key_head_dim
-        found = dict(weights)
-        for name, value in weights.items():
-            if name.endswith(("in_proj_qkv.weight", "linear_attn.conv1d.weight")):
-                found[name] = repeated_keys(value, keys, groups, heads // groups)
-        return found
 
     @override
     def reason_against(self, config: ModelConfig) -> str | None:
@@ -121,7 +110,7 @@ class Qwen35(Family):
                 "rope_theta": attn.rope_theta,
                 "partial_rotary_factor": (attn.rotary_dim or attn.head_dim) / attn.head_dim,
             },
-            "linear_num_key_heads": gdn.num_heads,
+            "linear_num_key_heads": gdn.num_qk_heads,
             "linear_num_value_heads": gdn.num_heads,
             "linear_key_head_dim": gdn.head_dim,
             "linear_value_head_dim": gdn.value_dim,
@@ -154,8 +143,7 @@ class Qwen35(Family):
 
     def gdn_projections(self, theirs: str, ours: str, config: Any) -> Iterator[Weight]:
         """Yield the projections of a Gated DeltaNet's input."""
-        keys, values = config.num_heads * config.head_dim, config.num_heads * config.value_dim
-        widths = {"q": keys, "k": keys, "v": values}
+        widths = gdn_widths(config)
         projections = {f"{ours}.{name}_proj.weight": width for name, width in widths.items()}
         yield rows(f"{theirs}.in_proj_qkv.weight", projections)
         for name, other in (("z", "g"), ("b", "b"), ("a", "a")):

@@ -1,4 +1,4 @@
-"""Qwen3-Next: the layers of Qwen3.5, projected head by head, and experts of which one is shared."""
+"""Qwen3-Next: the layers of Qwen3.5, projected key by key, and experts of which one is shared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pretrain.model.spec import BlockSpec
 
 
 class Qwen3Next(Qwen35):
-    """Qwen3-Next. Heads of GDN that share a key get a copy of it each."""
+    """Qwen3-Next, whose experts may begin behind some blocks with MLPs."""
 
     model_type = "qwen3_next"
     architecture = "Qwen3NextForCausalLM"
@@ -37,26 +37,6 @@ class Qwen3Next(Qwen35):
             "shared_gate": True,
         }
         return {**super().model_of(theirs), "moe": experts}
-
-    @override
-    def ungrouped(self, theirs: Any, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        found = dict(super().ungrouped(theirs, weights))
-        keys, values = theirs.linear_key_head_dim, theirs.linear_value_head_dim
-        groups = theirs.linear_num_key_heads
-        each = theirs.linear_num_value_heads // groups
-        for name, value in weights.items():
-            # A group has its query, its key, and then what each of its heads has.
-            if name.endswith("in_proj_qkvz.weight"):
-                sizes = [keys, keys, each * values, each * values]
-            elif name.endswith("in_proj_ba.weight"):
-                sizes = [0, 0, each, each]
-            else:
-                continue
-            q, k, *of_heads = value.unflatten(0, (groups, -1)).split(sizes, 1)
-            shared = [x.repeat_interleave(each, 0) for x in (q, k)]
-            own = [x.unflatten(1, (each, -1)).flatten(0, 1) for x in of_heads]
-            found[name] = torch.cat([*shared, *own], 1).flatten(0, 1)
-        return found
 
     @override
     def reason_against(self, config: ModelConfig) -> str | None:
@@ -74,10 +54,12 @@ class Qwen3Next(Qwen35):
 
     @override
     def gdn_projections(self, theirs: str, ours: str, config: Any) -> Iterator[Weight]:
+        keys = config.num_qk_heads
+        heads = config.num_heads // keys  # of a key
         widths = {"q": config.head_dim, "k": config.head_dim}
-        widths |= {"v": config.value_dim, "g": config.value_dim}
-        yield _by_head(f"{theirs}.in_proj_qkvz.weight", ours, config.num_heads, widths)
-        yield _by_head(f"{theirs}.in_proj_ba.weight", ours, config.num_heads, {"b": 1, "a": 1})
+        widths |= dict.fromkeys("vg", heads * config.value_dim)
+        yield _by_key(f"{theirs}.in_proj_qkvz.weight", ours, keys, widths)
+        yield _by_key(f"{theirs}.in_proj_ba.weight", ours, keys, {"b": heads, "a": heads})
 
     @override
     def mlp_weights(self, theirs: str, ours: str, spec: BlockSpec) -> Iterator[Weight]:
@@ -91,14 +73,14 @@ class Qwen3Next(Qwen35):
         return one_by_one(name, value)
 
 
-def _by_head(theirs: str, ours: str, num_heads: int, widths: Mapping[str, int]) -> Weight:
-    """Return a weight that has the rows of several projections of ours head after head."""
+def _by_key(theirs: str, ours: str, num_keys: int, widths: Mapping[str, int]) -> Weight:
+    """Return a weight that has the rows of several projections, ``widths`` of each, key by key."""
 
     def split(x: Tensor) -> Sequence[Tensor]:
-        parts = x.unflatten(0, (num_heads, -1)).split([*widths.values()], 1)
+        parts = x.unflatten(0, (num_keys, -1)).split([*widths.values()], 1)
         return [part.flatten(0, 1) for part in parts]
 
     def join(parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([x.unflatten(0, (num_heads, -1)) for x in parts], 1).flatten(0, 1)
+        return torch.cat([x.unflatten(0, (num_keys, -1)) for x in parts], 1).flatten(0, 1)
 
     return Weight(theirs, tuple(f"{ours}.{name}_proj.weight" for name in widths), split, join)

@@ -13,7 +13,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from pretrain.data.sequences import Sequences
-from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
+from pretrain.nn.linear import (
+    ReadsSharedInput,
+    column_input,
+    column_linear,
+    group_linear,
+    head_shared,
+    row_linear,
+)
+from pretrain.nn.maximal_update import Role
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, accumulation_dtype, heads
 from pretrain.nn.mixers.mitigations import DELTA_RULE, recur
 from pretrain.nn.mixers.parts import (
@@ -46,6 +54,8 @@ class DeltaRuleMixer(Mixer):
     over_time = "ops"
 
     output_gate: ClassVar[bool] = True
+    q_proj: ReadsSharedInput
+    k_proj: ReadsSharedInput
 
     def __init__(self, config: Any, context: LayerContext):
         super().__init__(config, context)
@@ -54,11 +64,18 @@ class DeltaRuleMixer(Mixer):
         self.num_heads = parallel.local(config.num_heads, "num_heads")
         self.substeps = self.householder(config)
         self.mitigable = DELTA_RULE if self.decays(config) else DELTA_RULE[1:]
-        k_dim = config.num_heads * config.head_dim
-        v_dim = config.num_heads * config.value_dim
+        qk_heads = qk_heads_of(config)
+        k_dim, v_dim = qk_heads * config.head_dim, config.num_heads * config.value_dim
         k_steps, v_steps = self.substeps * k_dim, self.substeps * v_dim
-        self.q_proj = column_linear(parallel, d, k_dim, context.std)
-        self.k_proj = column_linear(parallel, d, k_steps, context.std)
+        self.qk_heads = max(qk_heads // parallel.tensor_size, 1)
+        if qk_heads == config.num_heads:
+            self.q_proj = column_linear(parallel, d, k_dim, context.std)
+            self.k_proj = column_linear(parallel, d, k_steps, context.std)
+        else:
+            # With the model they become more too, unless all heads share one.
+            role: Role = "bottleneck" if qk_heads == 1 else "hidden"
+            keys: Any = (parallel, d, qk_heads, config.head_dim, context.std, "num_qk_heads")
+            self.q_proj, self.k_proj = (group_linear(*keys, role=role) for _ in "qk")
         self.v_proj = column_linear(parallel, d, v_steps, context.std)
         if self.output_gate:
             self.g_proj = column_linear(parallel, d, v_dim, context.std)
@@ -70,13 +87,10 @@ class DeltaRuleMixer(Mixer):
             parallel, d, self.substeps * config.num_heads, context.std, precise=True
         )
         self.o_proj = row_linear(parallel, v_dim, d, context.output_std)
-        widths = {"q": k_dim, "k": k_steps, "v": v_steps}
-        add_short_convolutions(
-            self,
-            parallel,
-            {n: w // parallel.tensor_size for n, w in widths.items()},
-            config.conv_size,
-        )
+        size = self.qk_heads * config.head_dim
+        widths = {"q": size, "k": self.substeps * size, "v": v_steps // parallel.tensor_size}
+        shared = "qk" if qk_heads < parallel.tensor_size else ""
+        add_short_convolutions(self, parallel, widths, config.conv_size, shared=shared)
         self.norm = replicated_parameter(parallel, (config.value_dim,), constant(1.0))
 
     @classmethod
@@ -99,7 +113,8 @@ class DeltaRuleMixer(Mixer):
             convolve(self, name, getattr(self, f"{name}_proj")(x), sequences, state, new_state)
             for name in "qkv"
         )
-        q, k, v = heads_of(q, self.num_heads, 1), self._steps(k), self._steps(v)
+        q = heads_of(q, self.qk_heads, 1)
+        k, v = heads_of(k, self.qk_heads, self.substeps), self._steps(v)
         beta = self._steps(self.b_proj(x).transpose(0, 1))[..., 0]
         beta = beta.to(accumulation_dtype(self.parallel.dtype)).sigmoid() * (
             1 + self.config.allow_neg_eigval
@@ -138,14 +153,19 @@ class DeltaRuleMixer(Mixer):
         return recur(
             self,
             delta_rule,
-            l2_norm(q),
-            l2_norm(k),
+            self._of_all_heads(l2_norm(q)),
+            self._of_all_heads(l2_norm(k)),
             v,
             beta,
             log_decay=log_decay,
             num_householder=self.substeps,
             **options,
         )
+
+    def _of_all_heads(self, x: Tensor) -> Tensor:
+        """Give each head the query or key ``[B, T, H, K]`` that it shares."""
+        times = self.num_heads // self.qk_heads
+        return x if times == 1 else x.repeat_interleave(times, 2)
 
     def gated_norm(self, y: Tensor, norm: Tensor, gate: Tensor) -> Tensor:
         """Return y ``[B, T, H, V]`` normalised, times what the output gate makes of ``gate``."""
@@ -172,6 +192,11 @@ class DeltaRuleMixer(Mixer):
     @override
     def check(cls, config: Any, hidden_size: int) -> None:
         integral(config.head_dim * config.expand_v, "head_dim * expand_v")
+        if config.num_heads % qk_heads_of(config):
+            raise ValueError(
+                f"num_qk_heads is {config.num_qk_heads}, which does not divide num_heads "
+                f"{config.num_heads}"
+            )
         steps = cls.householder(config)
         if config.chunk_size < steps:
             raise ValueError(
@@ -180,9 +205,16 @@ class DeltaRuleMixer(Mixer):
 
     @classmethod
     @override
+    def sharded_counts(cls, config: Any, hidden_size: int) -> dict[str, int]:
+        shared = qk_heads_of(config)
+        more = {} if shared == config.num_heads else {"num_qk_heads": shared}
+        return {"num_heads": config.num_heads, **more}
+
+    @classmethod
+    @override
     def num_parameters(cls, config: Any, hidden_size: int) -> int:
         n, h = cls.householder(config), config.num_heads
-        k_dim, v_dim = h * config.head_dim, h * config.value_dim
+        k_dim, v_dim = qk_heads_of(config) * config.head_dim, h * config.value_dim
         gate, decay = cls.output_gate, cls.decays(config)
         widths = k_dim * (1 + n) + v_dim * (n + 1 + gate) + h * (n + decay)
         convolutions = config.conv_size * (k_dim * (1 + n) + v_dim * n)
@@ -192,7 +224,7 @@ class DeltaRuleMixer(Mixer):
     @override
     def flops_per_token(cls, config: Any, hidden_size: int, seq_len: int) -> int:
         n, h = cls.householder(config), config.num_heads
-        k_dim, v_dim = h * config.head_dim, h * config.value_dim
+        k_dim, v_dim = qk_heads_of(config) * config.head_dim, h * config.value_dim
         widths = k_dim * (1 + n) + v_dim * (n + 1 + cls.output_gate) + h * (n + cls.decays(config))
         return 2 * hidden_size * widths + h * delta_rule_flops(
             config.head_dim, config.value_dim, config.chunk_size, n
@@ -202,7 +234,13 @@ class DeltaRuleMixer(Mixer):
     @override
     def state_bytes(cls, config: Any, hidden_size: int, seq_len: int) -> int:
         k, v, h, n = config.head_dim, config.value_dim, config.num_heads, cls.householder(config)
-        return 4 * h * k * v + 2 * max(config.conv_size - 1, 0) * h * (k + n * (k + v))
+        inputs = qk_heads_of(config) * k * (1 + n) + h * n * v
+        return 4 * h * k * v + 2 * max(config.conv_size - 1, 0) * inputs
+
+
+def qk_heads_of(config: Any) -> int:
+    """Return the heads of queries and keys, which several heads may share."""
+    return int(getattr(config, "num_qk_heads", None) or config.num_heads)
 
 
 def heads_of(x: Tensor, num_heads: int, steps: int) -> Tensor:

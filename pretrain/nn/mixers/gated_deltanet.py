@@ -20,10 +20,13 @@ class GatedDeltaNetConfig(MixerConfig):
     # Of all keys together as a share of the model's width, and of one at most, where not given.
     key_share: ClassVar[float] = 0.75
     widest_key: ClassVar[int] = 256
+    head_counts: ClassVar[tuple[str, ...]] = ("num_heads", "num_qk_heads")
 
     num_heads: Derived = setting(None, minimum=1)
     """Heads; null: as many as make the keys of all heads together about 0.75 times as wide as the
     model."""
+    num_qk_heads: Derived = setting(None, minimum=1)
+    """Heads of queries and of keys, a divisor of ``num_heads``, which share them; null: as many."""
     head_dim: Derived = setting(None, minimum=1)
     """Width K of a key; null: the largest power of two that is at most 256 and a quarter of the
     model's width, or with ``num_heads`` given the head's share of the keys."""
@@ -49,7 +52,8 @@ class GatedDeltaNetConfig(MixerConfig):
         sizes = delta_rule_sizes(
             hidden_size, self.num_heads, self.head_dim, self.key_share, self.widest_key
         )
-        return replace(self, num_heads=sizes[0], head_dim=sizes[1])
+        qk_heads = self.num_qk_heads or sizes[0]
+        return replace(self, num_heads=sizes[0], num_qk_heads=qk_heads, head_dim=sizes[1])
 
 
 @register("gdn")

@@ -19,10 +19,6 @@ from tests.helpers.exported_models import settings_of
 from tests.helpers.families import (
     CONFIGS,
     VOCAB,
-    olmo_hybrid,
-    qwen3_5,
-    qwen3_next,
-    randomised,
     tiny,
 )
 from tests.helpers.relative_error import relative_error
@@ -57,18 +53,6 @@ def test_logits_are_theirs(pair):
         first, states = ours.forward_with_state(ids[:, :21], None)
         second, _ = ours.forward_with_state(ids[:, 21:], states)
     assert relative_error(torch.cat([first, second], 1), expected) < 2e-5
-
-
-@pytest.mark.parametrize("make", [qwen3_5, qwen3_next, olmo_hybrid])
-def test_heads_that_share_a_key_get_a_copy_each(make):
-    theirs = randomised(make(key_heads=2))
-    (family,) = (f for f in FAMILIES if f.model_type == theirs.config.model_type)
-    config = build_config(ModelConfig, family.model_of(theirs.config), "import")
-    ours = build_model(config, VOCAB, seed=0).eval()
-    to_ours(family, ours, family.ungrouped(theirs.config, theirs.state_dict()))
-    ids = tokens(2, 20)
-    with torch.no_grad():
-        assert relative_error(ours(ids), theirs(ids).logits) < 2e-5
 
 
 def test_texts_are_theirs(pair):

@@ -35,7 +35,13 @@ COMMON = {
     "use_cache": False,
 }
 KINDS: dict[str, dict[str, Any]] = {
-    "GatedDeltaNet": {"num_heads": 2, "head_dim": 16, "expand_v": 1, "allow_neg_eigval": True},
+    "GatedDeltaNet": {
+        "num_heads": 2,
+        "num_v_heads": 4,
+        "head_dim": 16,
+        "expand_v": 1,
+        "allow_neg_eigval": True,
+    },
     "DeltaNet": {"num_heads": 2, "norm_eps": 1e-5},
     "GLA": {"num_heads": 2, "fuse_norm": False},
     "RetNet": {"num_heads": 2, "tie_word_embeddings": True, "fuse_norm": False},
