@@ -27,6 +27,7 @@ from pretrain.training.engine import Engine
 from tests.helpers import parallel_worker
 from tests.helpers.parallel_worker import settings, start
 from tests.helpers.recursion_kinds import KINDS
+from tests.helpers.small_mixers import SMALL
 from tests.helpers.small_model import VOCAB
 from tests.helpers.small_training import STATE, batches
 
@@ -44,7 +45,11 @@ MODELS = {
         residual_scale=0.5,
         logit_scale=0.5,
     ),
-    "muon": settings("kda attn gru gdn"),
+    "muon": settings(
+        "kda attn gru gdn",
+        mixers={name: SMALL[name][0] for name in ("kda", "gru")}
+        | {"attn": SMALL["attn"][-2], "gdn": SMALL["gdn"][-1]},  # all heads normed, shared keys
+    ),
     **{
         f"loop-{kind}": settings("gdn attn gru gdn", recursion=recursion)
         for kind, recursion in KINDS.items()

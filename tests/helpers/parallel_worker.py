@@ -85,7 +85,7 @@ MODELS = {
         "gdn attn m2rnn gdn",
         tie_embeddings=False,
         mixers={
-            "gdn": SMALL["gdn"][0],
+            "gdn": SMALL["gdn"][-1],  # shared keys
             "attn": {"num_heads": 4, "qk_norm": True, "qk_norm_over": "width"},
             "m2rnn": SMALL["m2rnn"][0],
         },
