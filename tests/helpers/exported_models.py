@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "options": {
         "block_norm": "sandwich",
         "block_norms": {"attn": "post"},
+        "mixers": {**settings().mixers, "attn": SMALL["attn"][-2]},
         "logit_softcap": 5.0,
         "embedding_scale": 0.5,
         "residual_scale": 0.7,
