@@ -14,6 +14,7 @@ def main() -> int:
     quiet_process()
     commands: dict[str, Callable[[], Callable[[Sequence[str]], int]]] = {
         "chat": _chat,
+        "exits": _exits,
         "paths": _paths,
         "report": _report,
         "sample": _sample,
@@ -31,6 +32,12 @@ def main() -> int:
 # Imported one at a time: no command should wait for what only another needs.
 def _chat() -> Callable[[Sequence[str]], int]:
     from evals.chat import main
+
+    return main
+
+
+def _exits() -> Callable[[Sequence[str]], int]:
+    from evals.exits import main
 
     return main
 

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evals.exit_options import add_options as add_exit_options
+from evals.exit_options import exit_rule, given_exits
+from evals.exit_options import mark as exit_mark
 from evals.mitigations import add_options, apply_options, given_options
 from evals.mitigations import mark as state_mark
 from evals.tables import show_perplexity, show_positions, show_scores, show_tasks
@@ -42,11 +45,15 @@ def main(arguments: Sequence[str]) -> int:
     from pretrain.inference.load import load_model
     from pretrain.parallel.processes import stop_processes
 
-    averaged = given.weights == "ema"
+    averaged, exits = given.weights == "ema", given_exits(given)
+    rule = exit_rule(exits)
+    if rule is not None and "positions" in names:
+        raise UserError(f"positions is scored with all passes, but --exit is {rule}")
     loaded = load_model(
         given.checkpoint,
         recurrences=given.recurrences,
         averaged=averaged,
+        exits=rule,
         dtype=DTYPES[given.precision],
     )
     extra: dict[str, Any] = {} if given.precision == "float32" else {"precision": given.precision}
@@ -63,6 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     mitigations = given_options(given)
     apply_options(loaded, mitigations, given.data)
     extra.update(mitigations)
+    extra.update(exits)
     for name in (n for n in names if n in HELD_OUT):
         _score_held_out(name, loaded, given, extra)
     if harness:
@@ -130,7 +138,8 @@ def _score_hugging_face(given: argparse.Namespace, names: Sequence[str]) -> int:
     from evals.harness.hugging_face import evaluate_hugging_face
 
     source = given.checkpoint.removeprefix(HF)
-    for option in ("bos", "weights", "recurrences", "layer_path", *given_options(given)):
+    own = ("bos", "weights", "recurrences", "layer_path")
+    for option in (*own, *given_exits(given), *given_options(given)):
         value = getattr(given, option)
         if value != _parser().get_default(option):
             raise UserError(
@@ -165,6 +174,7 @@ def _mark(extra: dict[str, Any], options: tuple[Any, ...]) -> str:
     if "recurrences" in extra:
         mark += f"-recurrences-{extra['recurrences']}"
     mark += f"-path-{extra['layer_path']}" if "layer_path" in extra else ""
+    mark += exit_mark(extra)
     mark += state_mark({name: extra[name] for name in extra if name.startswith("state_")})
     if any(options):
         mark += "-" + hashlib.sha256(repr(options).encode()).hexdigest()[:8]
@@ -194,8 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals",
         description="Score a checkpoint. 'python -m evals tasks' lists tasks, 'sample' continues a "
-        "text and 'chat' does so turn by turn, 'paths' searches layer paths, 'scaling' fits "
-        "scaling laws to runs, 'report' writes a page about runs.",
+        "text and 'chat' does so turn by turn, 'exits' scores depths of recursive models, 'paths' "
+        "searches layer paths, 'scaling' fits scaling laws to runs, 'report' writes a page about "
+        "runs.",
     )
     parser.add_argument(
         "checkpoint",
@@ -210,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--recurrences",
-        type=_positive,
+        type=positive,
         help="passes through the loop of a recursive model (the configured number)",
     )
     parser.add_argument(
@@ -232,9 +243,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     held_out = parser.add_argument_group("perplexity and positions")
     held_out.add_argument("--data", help="a prepared data directory (the run's)")
-    held_out.add_argument("--window", type=_positive, help="tokens per window (training length)")
+    held_out.add_argument("--window", type=positive, help="tokens per window (training length)")
     held_out.add_argument(
-        "--stride", type=_positive, help="tokens between windows (half the window)"
+        "--stride", type=positive, help="tokens between windows (half the window)"
     )
     held_out.add_argument(
         "--carry-state", action="store_true", help="carry the mixers' states from window to window"
@@ -246,20 +257,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     held_out.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=positive,
         help="score a random sample of the windows, of about this many tokens (all)",
     )
     held_out.add_argument("--seed", type=_number, help="of the sample (0)")
     held_out.add_argument(
-        "--factor", type=_positive, help="positions: sequence length / training length (16)"
+        "--factor", type=positive, help="positions: sequence length / training length (16)"
     )
-    held_out.add_argument("--sequences", type=_positive, help="positions: number of sequences (8)")
+    held_out.add_argument("--sequences", type=positive, help="positions: number of sequences (8)")
     tasks = parser.add_argument_group("tasks of lm-eval")
-    tasks.add_argument("--limit", type=_positive, help="documents of each task (all)")
+    tasks.add_argument("--limit", type=positive, help="documents of each task (all)")
     tasks.add_argument("--num-fewshot", type=_number, help="examples per prompt (the task's)")
     tasks.add_argument(
         "--max-length",
-        type=_positive,
+        type=positive,
         help="tokens per request; longer ones lose their beginning (training length)",
     )
     tasks.add_argument(
@@ -269,13 +280,15 @@ def _parser() -> argparse.ArgumentParser:
         "an imported model's tokenizer does (imported models: model, others: document)",
     )
     tasks.add_argument(
-        "--tokens-per-pass", type=_positive, default=8192, help="tokens per forward pass (8192)"
+        "--tokens-per-pass", type=positive, default=8192, help="tokens per forward pass (8192)"
     )
+    add_exit_options(parser)
     add_options(parser)
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Return the number that an option is given, from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from 1")
     return int(text)

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from evals.exit_options import add_options as add_exit_options
+from evals.exit_options import exit_rule, given_exits
 from evals.mitigations import add_options, apply_options, given_options
 from evals.parallel_sampling import add_parallel_options, parallel_of
 from pretrain.common.errors import UserError
 from pretrain.inference.generate import LARGEST_SEED, generate
 from pretrain.inference.hugging_face import HuggingFaceModel, HuggingFaceText, load_hugging_face
 from pretrain.inference.load import LoadedModel, load_model
+from pretrain.inference.speculate import Drafts, Speculation, speculate
 from pretrain.inference.wavefront import Draw, WavefrontReport, check_loop, wavefront_ids
 from pretrain.inference.wavefront_rules import Wavefront
 from pretrain.parallel.processes import local_device
@@ -40,6 +43,7 @@ class Sampling:
     top_p: float | None = None
     stop: Sequence[str] = ()
     seed: int = 0
+    speculation: Speculation | None = None
     parallel: Wavefront | None = None
 
 
@@ -103,6 +107,7 @@ class OwnCompletion(Completion):
     def __init__(self, loaded: LoadedModel, prompt_ids: list[int], sampling: Sampling) -> None:
         super().__init__(prompt_ids, sampling)
         self._loaded = loaded
+        self.drafts = Drafts()
         self.report: WavefrontReport | None = None
         drawn: dict[str, Any] = {
             "vocab_size": loaded.candidates,
@@ -112,9 +117,16 @@ class OwnCompletion(Completion):
             "seed": sampling.seed,
         }
         ends: dict[str, Any] = {"max_tokens": sampling.max_tokens, "stop_ids": loaded.stop_ids}
-        if sampling.parallel is None:
-            self._ids = generate(loaded.model, prompt_ids, **drawn, **ends)
-        else:
+        if sampling.speculation is not None:
+            self._ids = speculate(
+                loaded.model,
+                prompt_ids,
+                sampling.speculation,
+                vocab_size=loaded.candidates,
+                drafts=self.drafts,
+                **ends,
+            )
+        elif sampling.parallel is not None:
             self.report = WavefrontReport()
             self._ids = wavefront_ids(
                 loaded.model,
@@ -124,6 +136,8 @@ class OwnCompletion(Completion):
                 **ends,
                 report=self.report,
             )
+        else:
+            self._ids = generate(loaded.reader, prompt_ids, **drawn, **ends)
 
     @override
     def ids(self) -> Iterator[int]:
@@ -239,6 +253,18 @@ class Writer:
         """Return the tokens of the texts that it was trained on, where that is known."""
         return None if isinstance(self.model, HuggingFaceModel) else self.model.run.train.seq_len
 
+    def depth(self) -> str:
+        """Say how deep tokens have gone since this was asked last; nothing without exits."""
+        exits = None if isinstance(self.model, HuggingFaceModel) else self.model.exits
+        if exits is None or not exits.used:
+            return ""
+        used = exits.take_summary()
+        share = used["flops_per_token"] / used["flops_per_token_of_all_passes"]
+        return (
+            f"{used['mean_passes']:.2f} of {exits.times} passes per token, "
+            f"{used['flops_per_token'] / 1e6:,.2f} MFLOP ({share:.0%} of those of all passes)"
+        )
+
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the ids of a text to continue, opened as the model knows texts."""
         model = self.model
@@ -276,6 +302,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         help="hf:NAME: run the Python code that comes with the model",
     )
     add_parallel_options(parser)
+    add_exit_options(parser)
     add_options(parser)
 
 
@@ -323,9 +350,9 @@ def open_writer(given: argparse.Namespace) -> Writer:
     """Load the model that the options name. Raises UserError where it cannot be."""
     if given.recurrences is not None and given.recurrences < 1:
         raise UserError(f"--recurrences is {given.recurrences}, expected 1 or more")
-    wanted = given_options(given)
+    wanted, exits = given_options(given), given_exits(given)
     if given.checkpoint.startswith(HF):
-        named = {"recurrences": given.recurrences, **wanted}
+        named = {"recurrences": given.recurrences, **exits, **wanted}
         if given.weights != "last":
             named["weights"] = given.weights
         for option, value in named.items():
@@ -338,7 +365,10 @@ def open_writer(given: argparse.Namespace) -> Writer:
         trusted = given.trust_remote_code
         return Writer(load_hugging_face(source, device=local_device(), trust_remote_code=trusted))
     loaded = load_model(
-        given.checkpoint, recurrences=given.recurrences, averaged=given.weights == "ema"
+        given.checkpoint,
+        recurrences=given.recurrences,
+        averaged=given.weights == "ema",
+        exits=exit_rule(exits),
     )
     apply_options(loaded, wanted)
     if given.parallel:

@@ -78,6 +78,12 @@ def parallel_of(given: argparse.Namespace) -> Wavefront | None:
         raise UserError(
             f"--parallel is for models with recurrent depth of runs, not for {given.checkpoint}"
         )
+    for option in ("exit", "speculate"):
+        if getattr(given, option, None) is not None:
+            raise UserError(
+                f"--{option} is {getattr(given, option)}, but --parallel has passes of its own; "
+                "expected one of them"
+            )
     found = Wavefront(**values, dampened=not given.constant_noise, published=given.published)
     found.check("--")
     return found

@@ -33,19 +33,30 @@ from pretrain.data.batches import PreparedData
 from pretrain.data.manifest import Manifest
 from pretrain.data.sequences import Sequences
 from pretrain.data.validation import validation_batches
+from pretrain.inference.exiting import ExitingModel
 from pretrain.inference.load import LoadedModel
 from pretrain.model.language_model import LanguageModel
 
 
 @torch.no_grad()
-def score(model: LanguageModel, batch: list[Window]) -> list[np.ndarray]:
-    """Return the negative log-likelihoods in nats of each window's scored targets, in float64."""
+def score(model: LanguageModel | ExitingModel, batch: list[Window]) -> list[np.ndarray]:
+    """Return the negative log-likelihoods in nats of each window's scored targets, in float64.
+
+    With exits, what those tokens used is added to what the model has.
+    """
     device = next(model.parameters()).device
     lengths = [len(w.inputs) for w in batch]
     inputs = torch.from_numpy(np.concatenate([w.inputs for w in batch])[None]).to(device)
     targets = torch.from_numpy(np.concatenate([w.targets for w in batch])[None]).to(device)
     packed = Sequences.from_lengths(lengths, device)
-    losses = model(inputs, targets, sequences=packed)[0].double().cpu().numpy()
+    if isinstance(model, ExitingModel):
+        reading = model.read(inputs, None, sequences=packed)
+        found = -model.score(reading.rows, targets[0])[0]
+        counts = [np.arange(len(w.inputs)) >= len(w.inputs) - w.scored for w in batch]
+        model.used.append(reading.used.take(np.concatenate(counts)))
+    else:
+        found = model(inputs, targets, sequences=packed)[0]
+    losses = found.double().cpu().numpy()
     parts = np.split(losses, np.cumsum(lengths)[:-1])
     return [part[-w.scored :] for part, w in zip(parts, batch, strict=True)]
 
@@ -71,7 +82,8 @@ def evaluate_perplexity(
     Raises UserError for settings that do not fit together or data of another tokenizer.
     """
     if training_windows:
-        _only_training_windows(window, stride, carry_state, max_tokens)
+        exits = None if loaded.exits is None else str(loaded.exits.rule)
+        _only_training_windows(window, stride, carry_state, max_tokens, exits)
     if seed is not None and max_tokens is None:
         raise UserError(f"--seed is {seed}, but only --max-tokens draws a sample; give both")
     window = window or loaded.run.train.seq_len
@@ -100,6 +112,7 @@ def evaluate_perplexity(
     return {
         "task": "perplexity",
         **total,
+        **({} if loaded.exits is None else {"depth": loaded.exits.take_summary()}),
         "perplexity": float(torch.tensor(total["nats_per_token"], dtype=torch.float64).exp()),
         # As if every source had as much text as training takes of it.
         "nats_per_token_by_training_weights": sum(
@@ -123,8 +136,8 @@ def evaluate_perplexity(
     }
 
 
-def _only_training_windows(*others: int | bool | None) -> None:
-    names = ("--window", "--stride", "--carry-state", "--max-tokens")
+def _only_training_windows(*others: int | bool | str | None) -> None:
+    names = ("--window", "--stride", "--carry-state", "--max-tokens", "--exit")
     given = [name for name, value in zip(names, others, strict=True) if value]
     if given:
         raise UserError(
@@ -182,25 +195,30 @@ def _score_documents(
             seen = len(numbers)
         else:
             windows = (documents.window(i) for i in numbers)
-            parts = _score_windows(loaded.model, windows, sizes, tokens_per_pass)
+            parts = _score_windows(loaded.reader, windows, sizes, tokens_per_pass)
             seen = len({documents.document_of(i) for i in numbers})
         found.append(Scores(label, weight, np.array(parts, np.float64), available, seen))
     return found
 
 
 def _score_windows(
-    model: LanguageModel, windows: Iterable[Window], sizes: np.ndarray, tokens_per_pass: int
+    model: LanguageModel | ExitingModel,
+    windows: Iterable[Window],
+    sizes: np.ndarray,
+    tokens_per_pass: int,
 ) -> list[tuple[float, int, int]]:
     """Return (nats, tokens, bytes) of each window, as many in a pass as fit."""
     parts: list[tuple[float, int, int]] = []
-    for batch in _passes(windows, tokens_per_pass):
+    if isinstance(model, ExitingModel):
+        tokens_per_pass = min(tokens_per_pass, model.tokens_at_once)
+    for batch in in_passes(windows, tokens_per_pass):
         for w, nats in zip(batch, score(model, batch), strict=True):
             text_bytes = int(sizes[w.targets[-w.scored :]].sum())
             parts.append((float(nats.sum()), w.scored, text_bytes))
     return parts
 
 
-def _passes(windows: Iterable[Window], tokens_per_pass: int) -> Iterator[list[Window]]:
+def in_passes(windows: Iterable[Window], tokens_per_pass: int) -> Iterator[list[Window]]:
     """Yield neighbours of so many tokens at most; a longer window is alone."""
     waiting: list[Window] = []
     size = 0
@@ -217,7 +235,7 @@ def _passes(windows: Iterable[Window], tokens_per_pass: int) -> Iterator[list[Wi
 @torch.no_grad()
 def _score_with_state(loaded: LoadedModel, document: np.ndarray, window: int) -> float:
     """Return a document's negative log-likelihood, carrying the state from window to window."""
-    model, total, states = loaded.model, 0.0, None
+    model, total, states = loaded.reader, 0.0, None
     device = next(model.parameters()).device
     ids = torch.from_numpy(np.concatenate([[loaded.opening_id], document])).to(device)
     for start in range(0, len(document), window):

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from evals.completions import (
+    HF,
     OwnCompletion,
+    Sampling,
     add_sampling_options,
     check_utf8,
     open_writer,
     sampling_of,
 )
 from pretrain.common.errors import UserError
+from pretrain.inference.load import LoadedModel
+from pretrain.inference.speculate import Speculation
 from pretrain.parallel.processes import stop_processes
 
 
@@ -25,6 +30,12 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m evals sample", description="Continue a text with a model."
     )
     add_sampling_options(parser, max_tokens=256)
+    parser.add_argument(
+        "--speculate",
+        metavar="K[:PASSES]",
+        help="draft K tokens with the first passes of a loop (1) and check them with all: the same "
+        "text as without, at --temperature 0",
+    )
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", default="", help="text to continue (a new document)")
     text.add_argument("--prompt-file", type=Path, help="UTF-8 text; - reads the standard input")
@@ -32,7 +43,11 @@ def main(arguments: Sequence[str]) -> int:
     sampling = sampling_of(given)
     check_utf8("--prompt", given.prompt or "")
     prompt = given.prompt if given.prompt_file is None else _read(given.prompt_file)
+    if given.speculate is not None:
+        sampling = _speculating(given, sampling)
     writer = open_writer(given)
+    if sampling.speculation is not None and isinstance(writer.model, LoadedModel):
+        sampling.speculation.check(writer.model.model)
     completion = writer.complete(writer.prompt_ids(prompt), sampling)
     seen = writer.training_length
     if seen is not None and len(completion.prompt_ids) + given.max_tokens > seen:
@@ -54,8 +69,25 @@ def main(arguments: Sequence[str]) -> int:
     )
     if isinstance(completion, OwnCompletion) and completion.report is not None:
         print(completion.report.describe(), file=sys.stderr)
+    if sampling.speculation is not None and isinstance(completion, OwnCompletion):
+        print(completion.drafts, file=sys.stderr)
+    if depth := writer.depth():
+        print(depth, file=sys.stderr)
     stop_processes()
     return 0
+
+
+def _speculating(given: argparse.Namespace, sampling: Sampling) -> Sampling:
+    """Return sampling with drafts. Raises UserError where they cannot be."""
+    speculation = Speculation.parse(given.speculate)
+    what = f"--speculate is {speculation}, which"
+    if given.checkpoint.startswith(HF):
+        raise UserError(f"{what} is for checkpoints of runs, not for {given.checkpoint}")
+    if sampling.temperature > 0:
+        raise UserError(f"{what} gives greedy texts, but --temperature is {sampling.temperature}")
+    if given.exit is not None:
+        raise UserError(f"{what} checks drafts with all passes, but --exit is {given.exit}")
+    return dataclasses.replace(sampling, speculation=speculation)
 
 
 def _read(path: Path) -> str:

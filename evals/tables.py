@@ -23,6 +23,11 @@ def show_perplexity(result: dict[str, Any], path: Path) -> None:
         weighted = result["nats_per_token_by_training_weights"]
         table.add_row("nats per token, sources by weight", f"{weighted:.4f}")
     table.add_row("perplexity per token", f"{result['perplexity']:,.2f}")
+    if depth := result.get("depth"):
+        table.add_row("passes of a token", f"{depth['mean_passes']:.2f}")
+        most = depth["flops_per_token_of_all_passes"] / 1e6
+        used = f"{depth['flops_per_token'] / 1e6:,.2f} of {most:,.2f}"
+        table.add_row("MFLOP of a token, of all passes", used)
     for quantity in ("documents", "tokens", "bytes"):
         table.add_row(quantity, f"{result[quantity]:,}")
     carried = result["carry_state"]
@@ -119,6 +124,12 @@ def show_scores(checkpoint: str, results: dict[str, dict[str, Any]], paths: Sequ
             about = ["", "", "", ""]
     show_table(table)
     for name, result in results.items():
+        if depth := result.get("depth"):
+            print(
+                f"{name}: {depth['mean_passes']:.2f} passes and "
+                f"{depth['flops_per_token'] / 1e6:,.2f} MFLOP of a token, of "
+                f"{depth['flops_per_token_of_all_passes'] / 1e6:,.2f} with all passes"
+            )
         if result.get("cut_requests"):
             print(
                 f"{name}: {result['cut_requests']:,} requests were longer than "

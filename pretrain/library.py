@@ -17,6 +17,7 @@ from pretrain.common.config_loader import ConfigError, build_config, nearest
 from pretrain.common.dtypes import DTYPES
 from pretrain.common.errors import UserError
 from pretrain.config import ModelConfig
+from pretrain.inference.exits import ExitRule
 from pretrain.inference.hugging_face import HuggingFaceModel, load_hugging_face
 from pretrain.inference.load import LoadedModel, load_model
 from pretrain.model import build
@@ -114,18 +115,21 @@ def load(
     device: torch.device | str | None = None,
     averaged: bool = False,
     recurrences: int | None = None,
+    exits: ExitRule | str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel | HuggingFaceModel:
     """Load a trained model and its tokenizer: a run, one of its checkpoints, or ``hf:NAME``.
 
     dtype, device: as in :func:`build_model`. averaged: weights averaged over steps
     (optimizer.ema_decay). recurrences: passes through the loop of a recursive model instead of the
-    configured number. trust_remote_code: of ``hf:`` models, run the code that comes with one.
-    Raises UserError naming what is wrong.
+    configured number. exits: when a token leaves that loop, such as ``"kl:1e-3"``, or an ExitRule;
+    what tokens used is ``.exits.summary()`` then. trust_remote_code: of ``hf:`` models, run the
+    code that comes with one. Raises UserError naming what is wrong.
     """
     dtype, home = _dtype("load", dtype), _device("load", device)
     if str(source).startswith("hf:"):
-        for option, given in (("averaged", averaged), ("recurrences", recurrences)):
+        own = {"averaged": averaged, "recurrences": recurrences, "exits": exits}
+        for option, given in own.items():
             if given not in (None, False):
                 raise UserError(f"load: {option} is {given}, expected none for {source}")
         name = str(source).removeprefix("hf:")
@@ -135,7 +139,12 @@ def load(
             )
     with _HOME_DECIDES:
         return load_model(
-            source, dtype=dtype, averaged=averaged, recurrences=recurrences, device=home
+            source,
+            dtype=dtype,
+            averaged=averaged,
+            recurrences=recurrences,
+            exits=exits,
+            device=home,
         )
 
 

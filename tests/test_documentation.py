@@ -26,6 +26,7 @@ PAGES = [
     "docs/launching.md",
     "docs/evaluation.md",
     "docs/depth.md",
+    "docs/exits.md",
     "docs/scaling.md",
     "docs/laptop-to-cluster.md",
     "docs/reproduce-a-table.md",

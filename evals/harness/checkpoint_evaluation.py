@@ -21,7 +21,7 @@ def harness_model(
     tokens_per_pass: int = 8192,
 ) -> HarnessModel:
     """Return a loaded model behind lm-eval's interface; settings as :func:`evaluate_checkpoint`."""
-    scorer = StateScorer(loaded.model, loaded.candidates, tokens_per_pass=tokens_per_pass)
+    scorer = StateScorer(loaded.reader, loaded.candidates, tokens_per_pass=tokens_per_pass)
     length = max_length or loaded.run.train.seq_len
     if bos == "model":
         return ImportedHarnessModel(scorer, loaded, length)
@@ -61,4 +61,6 @@ def evaluate_checkpoint(
     for tasks in loaded_tasks:
         model.cut = 0
         results = evaluate_tasks(model, tasks, limit=limit, num_fewshot=num_fewshot)
+        if loaded.exits is not None:
+            about["depth"] = loaded.exits.take_summary()
         yield from ((name, {**result, **about}) for name, result in results.items())

@@ -21,6 +21,7 @@ def check_carried(config: RunConfig, where: str) -> None:
         return
     sampling = "fixed" if recursion is None else recursion.sampling
     offsets = 0 if recursion is None else recursion.position_offsets
+    exits = 0.0 if recursion is None or recursion.coda == 0 else recursion.exit_weight
     for name, value, expected, why in (
         ("train.batch_warmup_steps", train.batch_warmup_steps, 0, "the same rows in every step"),
         ("train.segment_tokens", train.segment_tokens, None, "rows computed as a whole"),
@@ -28,6 +29,7 @@ def check_carried(config: RunConfig, where: str) -> None:
         ("parallel.zero_backend", parallel.zero_backend, "megatron", "the backend that saves them"),
         ("model.recursion.sampling", sampling, "fixed", "a state for every pass"),
         ("model.recursion.position_offsets", offsets, 0, "positions that go on"),
+        ("model.recursion.exit_weight", exits, 0, "a coda that is passed once"),
         *(
             [("parallel.tensor", parallel.tensor, 1, "all heads where noise is drawn")]
             if train.carry_state_noise

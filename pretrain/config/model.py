@@ -120,6 +120,13 @@ class RecursionConfig(Config):
     """Sum of halting probabilities beyond which a token's output is complete."""
     ponder_weight: float = setting(0.01, minimum=0)
     """Weight of the number of passes in the training loss, with ``halting``."""
+    exit_weight: float = setting(0.0, minimum=0)
+    """Weight in the training loss of what every earlier pass would predict, for tokens that leave
+    the loop early: each pass but the last goes through coda, norm and head too. 0.1 keeps the last
+    pass good (arXiv 2410.20672)."""
+    exit_distill: bool = False
+    """Whether earlier passes learn the last pass's distribution, by the KL divergence from it,
+    instead of the next token; the last pass learns nothing from them."""
 
 
 @dataclass

@@ -57,6 +57,16 @@ def _check_recursion(recursion: RecursionConfig, where: str, section: str) -> No
             f"{where}: {section}position_offsets is {recursion.position_offsets}, but step_signal "
             f"{recursion.step_signal} has no positions; expected coordinate, or 0"
         )
+    if recursion.exit_distill and recursion.exit_weight == 0:
+        raise ConfigError(
+            f"{where}: {section}exit_distill is true, but {section}exit_weight is 0, expected it "
+            "above 0"
+        )
+    if recursion.exit_weight > 0 and recursion.halting:
+        raise ConfigError(
+            f"{where}: {section}exit_weight is {recursion.exit_weight} with halting, whose output "
+            "is a mean over the passes; expected exit_weight 0"
+        )
     if recursion.halting and recursion.backprop_last is not None:
         raise ConfigError(
             f"{where}: {section}backprop_last is {recursion.backprop_last}; with halting every "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.common.errors import UserError
+from pretrain.inference.exiting import ExitingModel
 from pretrain.model.language_model import LanguageModel
 
 LARGEST_SEED = 2**63  # torch's generators take no larger ones
@@ -16,7 +17,7 @@ LARGEST_SEED = 2**63  # torch's generators take no larger ones
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel,
+    model: LanguageModel | ExitingModel,
     prompt: list[int],
     *,
     max_tokens: int,

@@ -11,12 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
+from pretrain.inference.exiting import ExitingModel
 from pretrain.inference.generate import choose
 from pretrain.inference.prefix_tree import Node, prefix_tree
 from pretrain.model.language_model import LanguageModel
@@ -85,7 +86,7 @@ class StateScorer(Scorer):
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageModel | ExitingModel,
         candidates: int,
         *,
         tokens_per_pass: int = 8192,
@@ -94,6 +95,8 @@ class StateScorer(Scorer):
         self.model, self.candidates = model, candidates
         # Who sees a prompt's first tokens at once needs it in one pass.
         self._ahead = tokens_seen_ahead(model.model_config)
+        if isinstance(model, ExitingModel):
+            tokens_per_pass = min(tokens_per_pass, model.tokens_at_once)
         self.tokens_per_pass = tokens_per_pass
         self.share_prefixes = share_prefixes and not self._ahead
         self.device = next(model.parameters()).device
@@ -268,7 +271,7 @@ class _Wanted:
             pending += [(child, end) for child in node.children]
 
     def score(
-        self, nodes: list[Node], x: Tensor, ends: Tensor, model: LanguageModel, candidates: int
+        self, nodes: list[Node], x: Tensor, ends: Tensor, model: Any, candidates: int
     ) -> None:
         """Add the scores of a pass's nodes to the pairs that count them."""
         rows, targets, counted = list[int](), list[int](), list[list[int]]()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pretrain.config import ModelConfig
+from pretrain.config import ModelConfig, RecursionConfig
 from pretrain.model.depth_lora import linear_shapes
 from pretrain.model.shared import shared_tables
 from pretrain.model.spec import BlockSpec, block_specs, passes
@@ -51,14 +51,24 @@ def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:
         if times > 1 and recursion is not None and recursion.backprop_last is not None:
             through = min(times, recursion.backprop_last)
         flops.append(block_flops(config, spec, seq_len) * (times + 2.0 * through))
+    if recursion is not None and recursion.coda:
+        coda = slice(len(flops) - recursion.coda, None)
+        flops[coda] = [cost * outputs(recursion) for cost in flops[coda]]
     return flops
 
 
-def block_lora_parameters(config: ModelConfig, spec: BlockSpec) -> int:
+def outputs(recursion: RecursionConfig | None) -> int:
+    """Return how often training computes coda and head: of every pass, where exits are learned."""
+    return 1 if recursion is None or recursion.exit_weight == 0 else recursion.times
+
+
+def block_lora_parameters(
+    config: ModelConfig, spec: BlockSpec, *, mixer_alone: bool = False
+) -> int:
     """Count the parameters of one pass's low-rank differences of one block in the loop.
 
     They are rank (d_in + d_out) for every linear layer, whose shapes are read off layers that are
-    built without memory.
+    built without memory. ``mixer_alone`` leaves out those of the MLP or experts.
     """
     recursion = config.recursion
     if recursion is None or recursion.lora_rank == 0:
@@ -66,7 +76,9 @@ def block_lora_parameters(config: ModelConfig, spec: BlockSpec) -> int:
     with torch.device("meta"):
         context = LayerContext(config.hidden_size, 0.0, 0.0, ParallelContext(), number=spec.number)
         layers: list[nn.Module] = [spec.mixer(spec.config, context)]
-        if spec.moe is not None:
+        if mixer_alone:
+            pass
+        elif spec.moe is not None:
             layers.append(MoE(spec.moe, context))
         elif config.mlp.kind != "none":
             width = config.mlp.width(config.hidden_size)
@@ -132,6 +144,7 @@ class ModelCounts:
         recomputed: see :func:`recomputed_flops`.
         idle_parameters: those of the experts that a token does not go through.
         loop_blocks: the first block in the loop and the first after it, None without a loop.
+        exit_flops: forward FLOPs per token of the output of one earlier pass in training.
     """
 
     parameters: int
@@ -144,6 +157,7 @@ class ModelCounts:
     recomputed: tuple[int, int] = (0, 0)
     idle_parameters: int = 0
     loop_blocks: tuple[int, int] | None = None
+    exit_flops: int = 0
 
     def describe(self) -> str:
         """Return the sizes of the model in words: parameters, those of a token, and loops."""
@@ -166,7 +180,8 @@ class ModelCounts:
         times = self.times if times is None else times
         through = times if self.backprop_last is None else min(times, self.backprop_last)
         outside = self.flops_per_token - self.times * self.loop_flops
-        return 3 * outside + self.loop_flops * (times + 2 * through)
+        exits = 3 * self.exit_flops * max(times - 1, 0)
+        return 3 * outside + self.loop_flops * (times + 2 * through) + exits
 
     def hardware_flops(self, times: float | None = None) -> float:
         """Add what activation checkpointing of blocks computes again to :meth:`training_flops`."""
@@ -187,7 +202,7 @@ def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCoun
     flops = [block_flops(config, spec, seq_len) for spec in specs]
     states = [s.mixer.state_bytes(s.config, d, seq_len) for s in specs]
     repeats, loop_flops, total = passes(config), 0, sum(flops)
-    loop_blocks = None
+    loop_blocks, exit_flops = None, 0
     if recursion is not None:
         loop_blocks = recursion.prelude, len(specs) - recursion.coda
         inside = slice(*loop_blocks)
@@ -196,6 +211,8 @@ def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCoun
         parameters += beside + recursion.times * lora
         loop_flops = sum(flops[inside]) + beside_flops + 2 * lora
         total += recursion.times * loop_flops - sum(flops[inside])
+        if recursion.exit_weight > 0:
+            exit_flops = 2 * vocab_size * d + sum(flops[inside.stop :])
     return ModelCounts(
         parameters=parameters,
         embedding_parameters=embedding,
@@ -211,4 +228,5 @@ def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCoun
             if spec.moe is not None
         ),
         loop_blocks=loop_blocks,
+        exit_flops=exit_flops,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
 from pretrain.nn.linear import VocabParallelEmbedding, column_input
@@ -14,6 +16,7 @@ from pretrain.nn.norm import LayerNorm, RMSNorm
 from pretrain.nn.parameters import DescribedModule
 from pretrain.ops.cross_entropy.linear_cross_entropy import linear_cross_entropy
 from pretrain.ops.cross_entropy.sharded_cross_entropy import sharded_cross_entropy
+from pretrain.ops.cross_entropy.sharded_divergence import sharded_divergence
 from pretrain.ops.cross_entropy.target_scores import target_scores
 from pretrain.parallel.collectives import gather_last_axis
 from pretrain.parallel.context import ParallelContext
@@ -99,3 +102,46 @@ class WithHead(DescribedModule):
             z_loss_weight=z_loss,
         )
         return losses.view_as(targets)
+
+    def _exit_losses(
+        self, earlier: Sequence[Tensor], x: Tensor, targets: Tensor, distill: bool
+    ) -> Tensor:
+        """Return ``[B, T]``: what the outputs ``earlier`` of passes lose, summed over them.
+
+        The cross entropy of targets ``[B, T]``, or with ``distill`` the KL divergence from the
+        distributions of the last pass, whose output is x and takes no gradient.
+        """
+        at_once = max(self.logits_at_once // (self.vocab_size // self.context.tensor_size), 1)
+        aims = targets.t().flatten()
+        teacher = None
+        if distill:
+            with torch.no_grad():
+                teacher = column_input(self._head_input(x), self.context).flatten(0, 1)
+        total: Tensor | float = 0.0
+        for state in earlier:
+            rows = column_input(self._head_input(state), self.context).flatten(0, 1)
+            if teacher is not None:
+                pieces = zip(teacher.split(at_once), rows.split(at_once), strict=True)
+                # Their logits are computed again in the backward pass, as those of the loss are.
+                found = [checkpoint(self._divergence, a, b, use_reentrant=False) for a, b in pieces]
+                total = total + torch.cat(found)
+                continue
+            total = total + linear_cross_entropy(
+                rows,
+                self._head_weight,
+                aims,
+                tokens_at_once=at_once,
+                group=self.context.group,
+                softcap=self.model_config.logit_softcap,
+            )
+        return cast(Tensor, total).view(targets.t().shape).t()
+
+    def _divergence(self, teacher: Tensor, rows: Tensor) -> Tensor:
+        """Return the KL divergence ``[N]`` from the distributions after ``teacher`` ``[N, d]``."""
+        with torch.no_grad():
+            aim = self._wide_logits(teacher)
+        return sharded_divergence(aim, self._wide_logits(rows), self.context.group)
+
+    def _wide_logits(self, rows: Tensor) -> Tensor:
+        logits = self._capped(nn.functional.linear(rows, self._head_weight))
+        return logits.to(accumulation_dtype(logits.dtype))

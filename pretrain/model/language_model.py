@@ -88,12 +88,12 @@ class LanguageModel(WithHead):
         )
         self.blocks = make_blocks(config, stage.blocks, layer, self.tables)
         self.recursion: Recursion | None = None
-        self._loop = range(0)
+        self.loop = range(0)  # the blocks that a recursive model runs several times
         if recursion is not None and recursion.prelude in stage.blocks:
             self.recursion = Recursion(recursion, d, config.init_std, inner, seq_len)
-            self._loop = range(recursion.prelude, len(specs) - recursion.coda)
+            self.loop = range(recursion.prelude, len(specs) - recursion.coda)
             if recursion.lora_rank:
-                for index in self._loop:
+                for index in self.loop:
                     add_depth_lora(self.blocks[index], recursion.times, recursion.lora_rank, inner)
         if stage.last:
             self.final_norm = NORMS[config.norm](d, config.norm_eps, context)
@@ -158,7 +158,10 @@ class LanguageModel(WithHead):
         if targets is not None and scored is None and comes_in_segments(self, tokens):
             return segmented_losses(self, tokens, targets, packed)
         firsts: dict[str, FirstValues] = {}
-        x, _, ponder = self._hidden(tokens, packed, None, with_states=False, firsts=firsts)
+        earlier: list[Tensor] = []
+        x, _, ponder = self._hidden(
+            tokens, packed, None, with_states=False, firsts=firsts, earlier=earlier
+        )
         if not self.stage.last:
             return viewless(self._on_the_way.pack(x, firsts))
         if targets is None:
@@ -169,6 +172,9 @@ class LanguageModel(WithHead):
         losses = self._losses(x, targets.t().contiguous()).t()
         if ponder is not None and self.training:
             losses = cast(Recursion, self.recursion).with_cost(losses, ponder)
+        if earlier and self.recursion is not None:
+            exits = self._exit_losses(earlier, x, targets, self.recursion.config.exit_distill)
+            losses = self.recursion.with_exits(losses, exits)
         return losses
 
     def hidden_states(
@@ -240,7 +246,7 @@ class LanguageModel(WithHead):
 
     def blocks_by_state(self, times: int | None = None) -> list[int]:
         """Return the number of the block that each state is of, with ``times`` passes of a loop."""
-        loop, local = self._loop, self.stage.blocks
+        loop, local = self.loop, self.stage.blocks
         if self.recursion is None:
             return [*(local if self.layer_path is None else self.layer_path)]
         times = times or self.recursion.num_passes()
@@ -255,11 +261,13 @@ class LanguageModel(WithHead):
         with_states: bool,
         drop: DropAt | None = None,
         firsts: dict[str, FirstValues] | None = None,
+        earlier: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[State], Tensor | None]:
         """Return the last block's output ``[T, B, d]``, the states, and a loop's ponder cost.
 
         ``drop`` is the dropout of a call with states, which without it has none; ``firsts`` takes
-        what first blocks hand on.
+        what first blocks hand on, and ``earlier`` what the output would be after fewer passes,
+        where the loss has a part of it.
         """
         firsts = {} if firsts is None else firsts
         if sequences is not None and self.stage.first:
@@ -285,22 +293,34 @@ class LanguageModel(WithHead):
         if self.recursion is None:
             x = run(x, local if self.layer_path is None else self.layer_path)
         else:
-            x = run(x, range(local.start, self._loop.start))
+            x = run(x, range(local.start, self.loop.start))
+            before = list[Tensor]() if earlier is not None and self.recursion.learns_exits else None
             positions = None
             if self.recursion.config.step_signal == "coordinate":
                 positions = token_positions(tokens, sequences, states, self.context)
             x, ponder = self.recursion(
                 x,
-                lambda state, index: run(state, self._loop, depth=index),
+                lambda state, index: run(state, self.loop, depth=index),
                 all_passes=with_states,
                 positions=positions,
+                earlier=before,
             )
-            if self.recursion.config.normalize_state:
-                x = self.final_norm(x)
-            x = run(x, range(self._loop.stop, local.stop))
+            coda, handed = range(self.loop.stop, local.stop), dict(firsts)
+            x = run(self.after_loop(x), coda)
+            for state in before or ():
+                x_before = self.after_loop(state)
+                x_before = self.run_blocks(
+                    x_before, coda, sequences, drop=drop, firsts=dict(handed)
+                )
+                cast(list[Tensor], earlier).append(x_before)
         if carried is not None:
             carried.leave(new_states)
         return x, new_states, ponder
+
+    def after_loop(self, state: Tensor) -> Tensor:
+        """Return what the coda takes of the loop's state."""
+        recursion = cast(Recursion, self.recursion)
+        return self.final_norm(state) if recursion.config.normalize_state else state
 
     def run_blocks(
         self,

@@ -63,6 +63,7 @@ class Recursion(nn.Module):
         self._rank, self._world_size = 0, 1
         self._passes: list[int] = []
         self._ponder: list[Tensor] = []
+        self._exits: list[Tensor] = []
         d = hidden_size
         if config.adapter:
             self.adapter = self._replicated((d, 2 * d), normal(std), role="hidden")
@@ -84,15 +85,19 @@ class Recursion(nn.Module):
         self._rank, self._world_size = rank, world_size
 
     def metrics(self) -> dict[str, float]:
-        """Return and reset the mean number of passes and, with halting, mean ponder cost per token.
+        """Return and reset the mean number of passes and, per token, of what the loss has besides.
 
-        Both are over the training micro-batches since the last call.
+        That is the ponder cost, with halting, and the losses of earlier passes. Means are over the
+        training micro-batches since the last call.
         """
         passes, self._passes = self._passes, []
         ponder, self._ponder = self._ponder, []
         found = {"recurrences": sum(passes) / len(passes)} if passes else {}
         if ponder:
             found["ponder_cost"] = float(torch.stack(ponder).mean())
+        exits, self._exits = self._exits, []
+        if exits:
+            found["exit_loss"] = float(torch.stack(exits).mean())
         return found
 
     def set_times(self, times: int | None) -> None:
@@ -123,6 +128,11 @@ class Recursion(nn.Module):
         self._passes.append(times)
         return times
 
+    @property
+    def learns_exits(self) -> bool:
+        """Return whether the loss has a part of the earlier passes."""
+        return self.training and self.config.exit_weight > 0
+
     def forward(
         self,
         x: Tensor,
@@ -130,6 +140,7 @@ class Recursion(nn.Module):
         *,
         all_passes: bool,
         positions: Tensor | None = None,
+        earlier: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the loop on x ``[T, B, d]``, the prelude's output.
 
@@ -137,8 +148,8 @@ class Recursion(nn.Module):
         where all tokens have halted, because the blocks' states are needed. So does training, where
         every process must use every parameter, sequence parallelism, where none sees all tokens,
         and ``in_step``. ``positions`` of the tokens ``[T, B]`` must be there where the signal is of
-        coordinates. Returns the last state and, with halting, each token's ponder cost ``[T,
-        B]``.
+        coordinates. ``earlier`` takes the state after every pass but the last. Returns the last
+        state and, with halting, each token's ponder cost ``[T, B]``.
         """
         config, times = self.config, self.num_passes()
         through = times
@@ -166,6 +177,8 @@ class Recursion(nn.Module):
                 halting.add(torch.sigmoid(logit)[..., 0], new, last=index == times - 1)
                 if not all_passes and halting.all_done():
                     break
+            if earlier is not None and index < times - 1:
+                earlier.append(new)
             state = new
         if halting is None:
             return state, None
@@ -181,6 +194,15 @@ class Recursion(nn.Module):
         if self._context.sequence_parallel:
             ponder = gather_sequence(ponder, self._context.group, reduce_gradient=False)
         cost = self.config.ponder_weight * ponder.t()
+        return losses + (cost - cost.detach())
+
+    def with_exits(self, losses: Tensor, exits: Tensor) -> Tensor:
+        """Return losses ``[B, T]`` with the gradient of ``exits`` ``[B, T]``, summed over passes.
+
+        In the gradient, not in the value: the loss stays that of the last pass.
+        """
+        self._exits.append(exits.detach().mean())
+        cost = self.config.exit_weight * exits
         return losses + (cost - cost.detach())
 
     def pass_input(

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from pretrain.config import ModelConfig
 from pretrain.config.model_checks import check_stages
-from pretrain.model.counts import training_flops_by_block
+from pretrain.model.counts import outputs, training_flops_by_block
 from pretrain.model.spec import block_specs
 
 
@@ -36,8 +36,8 @@ def split_into_stages(
     """Split the model into ``count`` stages, first to last.
 
     The blocks of a recursive loop stay together: a pipeline goes through every stage once. With
-    ``normalize_state`` or ``halting`` so do the loop and all that follows it, which share
-    parameters or the loss.
+    ``normalize_state``, ``halting`` or ``exit_weight`` so do the loop and all that follows it,
+    which share parameters or the loss.
 
     Raises ConfigError where there are more stages than that leaves.
     """
@@ -48,7 +48,7 @@ def split_into_stages(
     head = 3 * 2 * vocab_size * config.hidden_size
     costs = [float(sum(flops[i] for i in unit)) for unit in units]
     if _tied_to_head(config):
-        costs[-1] += head
+        costs[-1] += head * outputs(config.recursion)
     else:
         costs.append(head)
     ends = balance(costs, count)
@@ -110,7 +110,9 @@ def balance(costs: Sequence[float], count: int) -> list[int]:
 
 def _tied_to_head(config: ModelConfig) -> bool:
     recursion = config.recursion
-    return recursion is not None and (recursion.normalize_state or recursion.halting)
+    return recursion is not None and (
+        recursion.normalize_state or recursion.halting or recursion.exit_weight > 0
+    )
 
 
 def _units(config: ModelConfig, where: str) -> list[range]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from pretrain.common.dtypes import DTYPES
 from pretrain.config import ModelConfig, ParallelConfig, RunConfig
-from pretrain.model.counts import ModelCounts, count_model
+from pretrain.model.counts import ModelCounts, count_model, outputs
 from pretrain.model.spec import block_specs
 from pretrain.model.stages import Stage, split_into_stages
 from pretrain.planner.cost import Cost
@@ -291,6 +291,9 @@ class Planner:
                 yield from ((units.blocks[units.kinds[i]], trained) for i in loop)
             rest = range(loop.stop, blocks.stop)
             yield from ((units.blocks[units.kinds[i]], True) for i in rest)
+            for _ in range(outputs(recursion) - 1):
+                yield from ((units.blocks[units.kinds[i]], True) for i in rest)
+                yield units.head, True
         if stage.last:
             yield units.head, True
 

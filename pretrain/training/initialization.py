@@ -9,6 +9,7 @@ decomposition of what each pass lost.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.common.errors import UserError
-from pretrain.config import InitializeConfig
+from pretrain.config import InitializeConfig, RecursionConfig
 from pretrain.model.build import build_model
 from pretrain.model.depth_lora import DepthLoRA
 from pretrain.model.language_model import LanguageModel
@@ -73,6 +74,12 @@ def _copy_by_name(origins: Sequence[nn.Module], *targets: nn.Module) -> None:
                 parameter.copy_(values[name])
 
 
+def _loop(model: LanguageModel) -> RecursionConfig | None:
+    """Return the settings of a model's loop but those of its loss alone."""
+    loop = model.model_config.recursion
+    return loop and dataclasses.replace(loop, exit_weight=0.0, exit_distill=False)
+
+
 @torch.no_grad()
 def fill_from(
     model: LanguageModel, source: LanguageModel, config: InitializeConfig, where: str
@@ -81,7 +88,7 @@ def fill_from(
     recursion = model.model_config.recursion
     _check_same_settings(model, source, where)
     if source.recursion is not None:
-        if source.model_config.recursion != recursion:
+        if _loop(source) != _loop(model):
             raise UserError(
                 f"{where} holds a recursive model; expected one without a loop, or the same loop"
             )

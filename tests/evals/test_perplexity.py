@@ -81,6 +81,8 @@ def loaded(corpus, window=16):
     vocab_size = 384
     model = build_model(settings(), vocab_size, seed=0, dtype=torch.float64).eval()
     return SimpleNamespace(
+        reader=model,
+        exits=None,
         model=model,
         tokenizer=tokenizer,
         opening_id=tokenizer.eod_id,

@@ -25,6 +25,9 @@ def loaded(corpus, pattern="gdn attn", seq_len=16, **changes) -> Any:
     tokenizer = Tokenizer.load(corpus)
     return SimpleNamespace(
         model=model.eval(),
+        reader=model,
+        exits=None,
+        candidates=tokenizer.vocab_size,
         tokenizer=tokenizer,
         opening_id=tokenizer.eod_id,
         opening="the end-of-document token",

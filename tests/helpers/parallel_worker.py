@@ -126,6 +126,8 @@ MODELS = {
             "state_init": "random",
             "backprop_last": 2,
             "normalize_state": True,
+            "exit_weight": 0.3,
+            "exit_distill": True,
         },
     ),
     # Micro-batches of a step are of two lengths.

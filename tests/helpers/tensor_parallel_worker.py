@@ -77,6 +77,8 @@ def cases():
     for name, recursion in KINDS.items():
         recursion = {**recursion, "backprop_last": None if "halting" in recursion else 2}
         blocks = UNIVERSAL_BLOCKS if name == "published" else {"block_norm": "sandwich"}
+        if name in ("looped", "depth"):
+            recursion |= {"exit_weight": 0.3, "exit_distill": name == "depth"}
         found[f"recursion-{name}"] = settings(
             "gdn attn para_gru gdn",
             {m: SMALL[m][0] for m in ("gdn", "attn", "para_gru")},

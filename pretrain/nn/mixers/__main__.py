@@ -159,7 +159,8 @@ model:
 
 `block_norm: sandwich` and `scale_embeddings: true` belong to the recurrent-depth recipe.
 `initialize: {checkpoint: runs/dense, method: stepwise, lora: svd}` starts from a trained model.
-`python -m evals runs/NAME --recurrences 64` scores with another number of passes.
+`python -m evals runs/NAME --recurrences 64` scores with another number of passes, and `--exit` lets
+each token leave by itself ([exits](exits.md)).
 [Depth](depth.md) shows how models with recurrent depth write several tokens at once, and has the
 recipe of the Universal Transformer.
 """

@@ -219,6 +219,35 @@ class Attention(Mixer):
         return {"k": k, "v": v, "lengths": lengths}
 
     @override
+    def carried_state(
+        self, x: Tensor, sequences: Sequences | None, state: State, made: State
+    ) -> State:
+        """Append the keys and values of the last pass: those of a deeper one would be the same."""
+        if sequences is None:
+            sequences = Sequences.of_rows(x.shape[1], x.shape[0], x.device)
+        have = made["lengths"].tolist()
+        new = [min(a, b) for a, b in zip(sequences.lengths, have, strict=True)]
+        k, v = (
+            torch.cat(
+                [
+                    part[len(part) - count :]
+                    for part, count in zip(made[name].split(have), new, strict=True)
+                ]
+            )
+            for name in "kv"
+        )
+        k, v, both = _append(state, k, v, Sequences.from_lengths(new, k.device))
+        return {**self._visible(k, v, both), "seen": made["seen"]}
+
+    @override
+    def shortened_state(self, state: State, tokens: int) -> State | None:
+        if self.config.window is not None or len(state["lengths"]) != 1:
+            return None
+        kept = len(state["k"]) - tokens
+        counts = {name: state[name] - tokens for name in ("lengths", "seen")}
+        return {"k": state["k"][:kept], "v": state["v"][:kept], **counts}
+
+    @override
     def init_state(self, batch_size: int) -> State:
         device, dtype = self.parallel.device, self.parallel.dtype
         empty = torch.zeros(0, self.num_kv_heads, self.head_dim, dtype=dtype, device=device)

@@ -209,6 +209,20 @@ class Mixer(DescribedModule, ABC):
         """
         return {name: torch.cat([state[name] for state in states]) for name in states[0]}
 
+    def carried_state(
+        self, x: Tensor, sequences: Sequences | None, state: State, made: State
+    ) -> State:
+        """Return ``state``, of a deeper pass of a loop, behind tokens that do not make that pass.
+
+        x is what they gave this layer in their last pass and ``made`` the state behind them in it;
+        the deeper pass reads them as that one did.
+        """
+        return self(x, sequences=sequences, state=state)[1]
+
+    def shortened_state(self, state: State, tokens: int) -> State | None:
+        """Return one sequence's state as it was ``tokens`` tokens ago, None where that is lost."""
+        return None
+
     def metrics(self) -> dict[str, float]:
         """Return and reset the metrics that the layer accumulated since the last call.
 
