@@ -318,7 +318,7 @@ def sampling_of(given: argparse.Namespace) -> Sampling:
         given.top_p,
         given.stop,
         given.seed,
-        parallel_of(given),
+        parallel=parallel_of(given),
     )
 
 

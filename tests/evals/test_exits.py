@@ -25,7 +25,7 @@ from tests.helpers.relative_error import relative_error
 
 pytestmark = pytest.mark.usefixtures("processes")
 VOCAB = 50
-LOOPS = {name: loop for name, loop in KINDS.items() if name != "halting"}
+LOOPS = {name: loop for name, loop in KINDS.items() if not loop.get("halting")}
 
 
 def make(recursion=RECURRENT_DEPTH, pattern="gdn attn swa gdn", **changes):
@@ -307,6 +307,8 @@ def test_models_that_tokens_cannot_leave_are_refused():
         with_exits(make(None), "kl")
     with pytest.raises(UserError, match="halts by itself"):
         with_exits(make(KINDS["halting"]), "kl")
+    with pytest.raises(UserError, match="passes add coordinates"):
+        with_exits(make({"times": 3, "step_signal": "coordinate"}), "kl")
     with pytest.raises(UserError, match="min_passes is 4, but the loop makes 3 passes"):
         with_exits(make(), "kl", min_passes=4)
     with pytest.raises(UserError, match="rwkv7 blocks in the loop hand values"):

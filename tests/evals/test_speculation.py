@@ -43,7 +43,7 @@ def drafted(model, prompt, how, **options):
     return list(speculate(model, prompt, how, **{"vocab_size": VOCAB - 1, **options}))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "published"])
 @pytest.mark.parametrize("pattern", ["gdn attn swa gdn", "4*attn"])
 def test_ids_are_those_of_greedy_decoding(kind, pattern):
     model = make({**KINDS[kind], "times": 4}, pattern)
