@@ -6,7 +6,7 @@ pretrain plan CONFIG`` says what a run will need and cost; ``python -m pretrain 
 checks that sizes do not follow the model's width; ``python -m pretrain merge RUN`` averages the
 weights of its checkpoints; ``python -m pretrain export CHECKPOINT FOLDER``
 and ``import NAME RUN`` convert to and from Hugging Face; ``python -m pretrain layers`` prints the
-table of all layers.
+table of all layers; ``python -m pretrain replay FILE`` repeats a step that was not finite.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _COMMANDS = {
     "layers": "pretrain.nn.mixers.__main__.main",
     "merge": "pretrain.merge.command.main",
     "plan": "pretrain.planner.report.main",
+    "replay": "pretrain.training.replay.main",
     "verify": "pretrain.training.verify.main",
 }
 
@@ -53,7 +54,7 @@ def main() -> int:
         "'python -m pretrain merge RUN' averages the weights of its checkpoints, "
         "'python -m pretrain export CHECKPOINT FOLDER' writes a Hugging Face model, 'python -m "
         "pretrain import NAME RUN' makes a run of one, 'python -m pretrain layers' prints the "
-        "table of all layers.",
+        "table of all layers, 'python -m pretrain replay FILE' repeats a step that was not finite.",
         epilog="Exit status: 0 done, 2 bad input, 3 a loss that is not finite, "
         "75 stopped by a signal and saved: run the same command again.",
     )

@@ -100,6 +100,11 @@ class RunDirectory:
         return self.path / "metrics-rolled-back.jsonl"
 
     @property
+    def blocks_file(self) -> Path:
+        """Return the file of the statistics of blocks at a step, a JSON object per line."""
+        return self.path / "blocks.jsonl"
+
+    @property
     def log_file(self) -> Path:
         """Return the file of what was on the screen, with times."""
         return self.path / "log.txt"
@@ -159,21 +164,19 @@ class RunDirectory:
         """Return the folder of torch.profiler's traces, one per process."""
         return self.path / "profiles"
 
+    def replay_file(self, step: int) -> Path:
+        """Return the file that repeats a step that was not finite."""
+        return self.path / "replay" / f"step-{step}.pt"
+
     # Contents of the files
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of the metrics that are complete and have their step and tokens."""
-        rows = []
-        for line in self.metrics_file.read_text(errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and all(
-                isinstance(row.get(key), int) for key in ("step", "tokens")
-            ):
-                rows.append(row)
-        return rows
+        return _rows_of(self.metrics_file)
+
+    def read_blocks(self) -> list[dict[str, Any]]:
+        """Return the statistics of blocks, a row per step that has them; none without the file."""
+        return _rows_of(self.blocks_file) if self.blocks_file.is_file() else []
 
     def measured_at(self, step: int) -> set[str]:
         """Return the names of what the metrics have of a step, null where it was not finite."""
@@ -184,8 +187,11 @@ class RunDirectory:
 
     def write_metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Replace the metrics by ``rows``."""
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in finite_or_null(rows))
-        write_bytes(self.metrics_file, text.encode())
+        _write_rows(self.metrics_file, rows)
+
+    def write_blocks(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Replace the statistics of blocks by ``rows``."""
+        _write_rows(self.blocks_file, rows)
 
     def read_config(self) -> RunConfig:
         """Return the settings of the run. Raises ConfigError where they are missing or damaged."""
@@ -427,6 +433,25 @@ def overall_speed(rows: Sequence[dict[str, Any]]) -> float | None:
             seconds += (row["tokens"] - tokens) / row["tokens_per_second"]
             tokens = row["tokens"]
     return tokens / seconds if seconds else None
+
+
+def _rows_of(file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in file.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and all(
+            isinstance(row.get(key), int) for key in ("step", "tokens")
+        ):
+            rows.append(row)
+    return rows
+
+
+def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in finite_or_null(rows))
+    write_bytes(file, text.encode())
 
 
 # Folders of checkpoints

@@ -20,6 +20,7 @@ PAGES = [
     "README.md",
     "docs/data.md",
     "docs/training.md",
+    "docs/observing.md",
     "docs/long-context.md",
     "docs/planner.md",
     "docs/phases.md",

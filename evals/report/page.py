@@ -11,14 +11,16 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from evals.report.blocks import draw_blocks
 from evals.report.figures import draw_losses, draw_speeds
-from evals.report.runs import Group, find_runs, grouped, matches_of
+from evals.report.runs import Group, Run, find_runs, grouped, matches_of
 from evals.report.scores import score_names
 from pretrain.common.files import write_bytes
 from pretrain.common.outputs import check_folder
 from pretrain.common.screen import readable
 
 _MOST_NAMES = 4  # in the title
+_MOST_MAPS = 6  # of blocks: each picture is as large as all curves
 TITLES = {"tokens": "Loss by tokens", "flops": "Loss by training FLOPs", "seconds": "Loss by time"}
 
 
@@ -58,6 +60,7 @@ def make_report(
     path = draw_speeds(groups, out / "speed.png")
     if path is not None:
         pictures.append(_picture("Speed", path))
+    maps = _maps_of_blocks([run for group in groups for run in group.runs], out)
     scaling = _scaling(paths, out) if fits else []
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"])
@@ -65,6 +68,7 @@ def make_report(
     html = environment.get_template("report.html.j2").render(
         title=title or _title(paths),
         pictures=pictures,
+        maps=maps,
         scaling=scaling,
         table=_table(groups),
         notes=[*matches_of(paths), *notes],
@@ -85,6 +89,18 @@ def _title(paths: Sequence[str | Path]) -> str:
 def _picture(heading: str, path: Path) -> dict[str, str]:
     data = base64.b64encode(path.read_bytes()).decode()
     return {"heading": heading, "data": f"data:image/png;base64,{data}", "name": path.name}
+
+
+def _maps_of_blocks(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
+    """Return the pictures of the best runs that have statistics of blocks."""
+    found: list[dict[str, str]] = []
+    for number, run in enumerate(runs, 1):
+        if len(found) == _MOST_MAPS:
+            break
+        path = draw_blocks(run, out / f"blocks-{number}.png")
+        if path is not None:
+            found.append(_picture(run.name, path))
+    return found
 
 
 def _table(groups: Sequence[Group]) -> dict[str, Any]:

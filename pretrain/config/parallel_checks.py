@@ -48,6 +48,11 @@ def check_parallel(config: RunConfig, where: str) -> None:
             f"{where}: parallel.offload is nvme with parallel.zero_stage {stage}, expected 3: "
             "DeepSpeed moves no other state to files; or offload=cpu"
         )
+    if parallel.offload == "nvme" and config.logging.blocks:
+        raise ConfigError(
+            f"{where}: logging.blocks is {config.logging.blocks} with parallel.offload nvme, "
+            "expected 0: gradients and weights are in files between the passes and the update"
+        )
     if (parallel.offload == "nvme") != (parallel.offload_path is not None):
         raise ConfigError(
             f"{where}: parallel.offload is {parallel.offload} and parallel.offload_path "

@@ -75,6 +75,10 @@ class TrainConfig(Config):
     stabilisers (arXiv 2507.02782)."""
     nonfinite: Literal["stop", "skip"] = setting("stop")
     """What a loss or gradient that is not finite does to the run: end it, or skip the step."""
+    find_origin: bool = True
+    """Whether a step that is not finite is run again, to name the block, operation, process and
+    document that made it, and to write a file with which ``python -m pretrain replay`` repeats
+    it."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     """What a sudden rise of the loss does."""
     threads: int | None = setting(None, minimum=1, maximum=1024)
@@ -160,6 +164,9 @@ class LoggingConfig(Config):
     every: int = setting(10, minimum=1)
     """Steps between lines of the log and of the metrics, which have a step's loss and the mean
     since the line before."""
+    blocks: int = setting(0, minimum=0)
+    """Steps between statistics of every block in ``blocks.jsonl``: sizes of activations, gradients,
+    weights and updates, gates and states; 0: none. Such a step holds the weights twice."""
     wandb: Literal["disabled", "offline", "online"] = setting("disabled")
     """Whether metrics are mirrored to Weights & Biases."""
     wandb_project: str = "pretrain"

@@ -307,6 +307,17 @@ class TrainingBatches:
         mix = self.order.mixes[0]
         return self.order.locate(mix, index, self._read_before(mix, 0))[:2]
 
+    def describe_place(self, step: int, row: int, token: int, *, offset: Offset = 0) -> str:
+        """Return in words where in the data a token of sequence ``row`` of a step's batch lies."""
+        mix = self._mix_at(step)
+        first = (self._tokens_of(mix, step) + mix.skipped(offset)) // mix.seq_len
+        before = self._read_before(mix, offset)
+        source, number, begin = self.order.locate(mix, first + row, before)
+        name = mix.names[source]
+        if name in self.packed:
+            return f"row {number:,} of the packed rows of {name}"
+        return f"token {number * mix.window + begin + token:,} of {name}"
+
     def epochs(self, step: int, *, offset: Offset = 0) -> list[float]:
         """Return how often each of :attr:`names` has been seen when ``step`` steps are done."""
         seen = dict.fromkeys(self.names, Fraction(0))

@@ -363,11 +363,16 @@ class LanguageModel(WithHead):
 
     def metrics(self) -> dict[str, float]:
         """Return and reset the metrics that the blocks of this process accumulated."""
+        found = self.mixer_metrics()
+        for experts in self.experts():
+            merge_metrics(found, experts.metrics())
+        return found
+
+    def mixer_metrics(self) -> dict[str, float]:
+        """Return and reset those of the mixers alone."""
         found: dict[str, float] = {}
         for index in self.stage.blocks:
             merge_metrics(found, cast(Block, self.blocks[index]).mixer.metrics())
-        for experts in self.experts():
-            merge_metrics(found, experts.metrics())
         return found
 
     def update_biases(self) -> None:

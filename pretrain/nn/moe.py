@@ -248,6 +248,11 @@ class MoE(nn.Module):
             found["dropped_tokens"], self._dropped = float(self._dropped), None
         return found
 
+    @property
+    def step_load(self) -> Tensor | None:
+        """Return the choices of each expert in the step at hand, of this process's tokens."""
+        return self._seen
+
     def forget_load(self) -> None:
         """Forget the load that the next :meth:`update_bias` would go by."""
         self._seen = None

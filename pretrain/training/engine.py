@@ -43,6 +43,10 @@ class StepResult:
 class Engine:
     """This process's stages of the model, wrapped, and their optimizer."""
 
+    local_sum: Tensor
+    """The summed loss of this process's micro-batches in the last step, on a pipeline's last
+    stage."""
+
     def __init__(
         self,
         model: LanguageModel | Sequence[LanguageModel],
@@ -77,12 +81,7 @@ class Engine:
         does a loss for which ``skip_if`` (not with DeepSpeed) says so, on every process. After such
         a step rows that carry states begin again without one.
         """
-        for states in self._carried():
-            states.expect(batches)
-        sums = self.backend.forward_backward(batches)
-        sum_over_replicas(sums)
-        loss = float(sums[0] / sums[1].clamp_min(1))
-        masked = float(sums[2] / sums[3].clamp_min(1)) if len(sums) > 2 else None
+        loss, masked = self.passes(batches)
         if skip_if is not None and skip_if(loss):
             self.forget_carried()
             return StepResult(loss=loss, grad_norm=None, applied=False, masked_loss=masked)
@@ -93,6 +92,19 @@ class Engine:
         else:
             self.forget_carried()
         return StepResult(loss=loss, grad_norm=norm, applied=applied, masked_loss=masked)
+
+    def passes(self, batches: Sequence[Batch]) -> tuple[float, float | None]:
+        """Run the forward and backward passes of :meth:`train_step` alone.
+
+        Returns its loss, and that of masked tokens where some are.
+        """
+        for states in self._carried():
+            states.expect(batches)
+        sums = self.backend.forward_backward(batches)
+        self.local_sum = sums[0].clone()
+        sum_over_replicas(sums)
+        masked = float(sums[2] / sums[3].clamp_min(1)) if len(sums) > 2 else None
+        return float(sums[0] / sums[1].clamp_min(1)), masked
 
     def carried_state(self) -> State:
         """Return what this process's rows carry from step to step, if anything; its own tensors."""

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -61,6 +61,7 @@ class RunLog:
         self.seconds_before = add_start(directory, step)
         repeats = self._keep_metrics_up_to(step)
         self._file = LinesFile(directory.metrics_file)
+        self._blocks = LinesFile(directory.blocks_file) if config.blocks else None
         self._text = LinesFile(directory.log_file)
         try:
             self._trackers = open_trackers(config, directory, step, repeats=repeats)
@@ -84,6 +85,7 @@ class RunLog:
 
         Returns whether there were any to repeat.
         """
+        self._keep_blocks_up_to(step)
         if not self.directory.metrics_file.exists():
             return False
         rows = self.directory.read_metrics()
@@ -91,18 +93,29 @@ class RunLog:
         self.directory.write_metrics(kept)
         return len(kept) < len(rows)
 
+    def _keep_blocks_up_to(self, step: int) -> None:
+        rows = self.directory.read_blocks()
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            self.directory.write_blocks(kept)
+
     def rewind(self, step: int) -> None:
         """Continue from an earlier step; the lines after it go to a separate file."""
         if not self.active:
             return
         self._file.flush()
         self._file.close()
+        if self._blocks is not None:
+            self._blocks.flush()
+            self._blocks.close()
         dropped = [row for row in self.directory.read_metrics() if row["step"] > step]
         with contextlib.closing(LinesFile(self.directory.rolled_back_metrics_file)) as file:
             for row in dropped:
                 file.write(json.dumps(finite_or_null(row), allow_nan=False))
         self._keep_metrics_up_to(step)
         self._file = LinesFile(self.directory.metrics_file)
+        if self._blocks is not None:
+            self._blocks = LinesFile(self.directory.blocks_file)
         for tracker in self._trackers:
             tracker.rewind(step)
 
@@ -121,6 +134,21 @@ class RunLog:
         self._write(self._file, json.dumps(clean, allow_nan=False))
         for tracker in self._trackers:
             tracker.record(clean)
+
+    def blocks(self, step: int, tokens: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Write the statistics of blocks, each named in its ``block``; trackers get the numbers."""
+        if not self.active or self._blocks is None:
+            return
+        clean = finite_or_null({"step": step, "tokens": tokens, "blocks": list(rows)})
+        self._write(self._blocks, json.dumps(clean, allow_nan=False))
+        numbers = {
+            f"blocks/{row['block']}/{name}": value
+            for row in clean["blocks"]
+            for name, value in row.items()
+            if name != "block" and isinstance(value, int | float)
+        }
+        for tracker in self._trackers:
+            tracker.record({"step": step, **numbers})
 
     def step(self, values: dict[str, Any], seconds_left: float) -> None:
         """Report a training step: in the metrics, and as the live line or a plain one."""
@@ -154,7 +182,7 @@ class RunLog:
         if self._refusals is None:
             return
         try:
-            for file in (self._file, self._text):
+            for file in filter(None, (self._file, self._blocks, self._text)):
                 file.flush()
         except OSError:
             self._refusals += 1
@@ -186,8 +214,8 @@ class RunLog:
             return
         try:
             if self._refusals is not None:
-                self._file.flush()
-                self._text.flush()
+                for file in filter(None, (self._file, self._blocks, self._text)):
+                    file.flush()
         except OSError as error:
             with contextlib.suppress(OSError):
                 lost = f"error: {explain_write_error(error)}; its last lines are lost"
@@ -199,6 +227,8 @@ class RunLog:
         if self._screen_lost:
             flush_output()
         self._file.close()
+        if self._blocks is not None:
+            self._blocks.close()
         self._text.close()
         for tracker in self._trackers:
             tracker.close()

@@ -47,6 +47,10 @@ class LayerMetrics:
         """Add what the layers of ``engine`` have measured since they were last asked."""
         merge_metrics(self._found, engine.layer_metrics())
 
+    def add(self, found: dict[str, float]) -> None:
+        """Add what was taken of a layer by somebody else."""
+        merge_metrics(self._found, found)
+
     def take(self) -> dict[str, float]:
         """Return all that was collected, and forget it."""
         found, self._found = self._found, {}

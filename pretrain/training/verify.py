@@ -123,6 +123,7 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
     config.train.spikes.policy = "none"
     config.eval.tasks, config.callbacks = [], []
     config.logging.wandb, config.logging.tensorboard = "disabled", False
+    config.logging.blocks = 0
     config.logging.every, config.sample.tokens, config.validation.every = 1, 0, 0
     config.validation.tokens, config.checkpoint.resume = 1, None
     config.checkpoint.every, config.checkpoint.keep_last = steps // 2, 2

@@ -20,6 +20,7 @@ from evals.report.runs import find_runs, grouped, matches_of
 from evals.report.scores import score_names
 from evals.scaling import Curve
 from pretrain.common.errors import UserError
+from pretrain.run_directory import RunDirectory
 from tests.helpers.nasty_names import random_names
 from tests.helpers.scaling_runs import run_directory
 
@@ -107,6 +108,28 @@ def test_a_branch_says_what_it_goes_on_from(tmp_path):
     found, notes = find_runs([tmp_path])
     assert len(grouped(found)) == 2
     assert any("decayed is a branch of runs/trunk, step 100 (12,800 tokens)" in n for n in notes)
+
+
+def test_blocks_are_drawn_where_a_run_has_their_statistics(tmp_path, capsys):
+    for name, level in (("with", 3.0), ("without", 3.5)):
+        run_directory(tmp_path, rows(level), name, optimizer={"lr": level * 1e-3})
+    lines = [
+        {
+            "step": step,
+            "tokens": step * 128,
+            "blocks": [
+                {"block": "embedding", "weight_rms": 0.1},
+                {"block": 0, "mixer": "attn", "weight_rms": 0.2, "logit_bound": None},
+            ],
+        }
+        for step in (50, 100, 150)
+    ]
+    RunDirectory(tmp_path / "with").write_blocks(lines)
+    assert main([str(tmp_path), "--out", str(tmp_path / "out"), "--no-fits"]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("Statistics of the blocks of") == 1
+    assert "Statistics of the blocks of with" in page
+    assert [p.name for p in (tmp_path / "out").glob("blocks-*.png")] == ["blocks-1.png"]
 
 
 def test_borders_of_phases_are_noted(tmp_path):

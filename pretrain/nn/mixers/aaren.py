@@ -98,6 +98,7 @@ class Aaren(Mixer):
             initial_state=None if state is None else state["log_sum"],
         )
         weight = weight.to(v.dtype)
+        self.note(log_decay=log_decay)
         y, mean = linear_attention(
             torch.ones_like(weight),
             weight,
@@ -109,6 +110,10 @@ class Aaren(Mixer):
             initial_state=None if state is None else state["mean"],
         )
         return self.o_proj(y.flatten(2).transpose(0, 1)), {"mean": mean, "log_sum": log_sum}
+
+    @override
+    def memory(self, state: State) -> Tensor | None:
+        return state.get("mean")
 
     @override
     def init_state(self, batch_size: int) -> State:

@@ -167,6 +167,7 @@ class Mixer(DescribedModule, ABC):
     mitigable: tuple[str, ...] = ()
     mitigations: Mitigations | None = None
     depth: int = 0  # the pass of a loop that runs, from 0; set by the model
+    watcher: Callable[[Mapping[str, Tensor]], None] | None = None  # while a step is watched
     parallel: ParallelContext
     num_heads: int  # of this process, where it has heads
 
@@ -229,6 +230,23 @@ class Mixer(DescribedModule, ABC):
         A key ending in ``_max`` is reduced by the largest over layers and processes, others by sum.
         """
         return {}
+
+    def note(self, **values: Tensor | None) -> None:
+        """Show numbers of a forward pass to whoever watches the step; a mixer need not call it.
+
+        ``log_decay``, of any shape, are logarithms of decays, whose mean is the memory's horizon.
+        ``query_norm`` and ``key_norm`` ``[B, T, H]``, the scale included, bound attention's logits.
+        Of anything else, gates, the mean is taken.
+        """
+        if self.watcher is not None:
+            self.watcher({name: v for name, v in values.items() if v is not None})
+
+    def memory(self, state: State) -> Tensor | None:
+        """Return what of a state is rewritten at every token ``[N, ...]``, if anything.
+
+        Four axes are a matrix for each head, ``[N, H, K, V]``.
+        """
+        return state.get("recurrent")
 
     @classmethod
     def check(cls, config: Any, hidden_size: int) -> None:

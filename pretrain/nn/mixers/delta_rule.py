@@ -122,6 +122,7 @@ class DeltaRuleMixer(Mixer):
         log_decay = None
         if self.decays(self.config):
             log_decay = softplus_decay(self.a_proj(x), self.A_log, self.dt_bias).transpose(0, 1)
+        self.note(beta=beta)
         y = self.recurrence(
             q,
             k,

@@ -113,6 +113,10 @@ class ClassicalRNN(Mixer):
         return self.o_proj(y.flatten(2).transpose(0, 1)), new_state
 
     @override
+    def memory(self, state: State) -> Tensor | None:
+        return state.get("c", state.get("h"))
+
+    @override
     def init_state(self, batch_size: int) -> State:
         kind, shape = CELLS[self.cell], (batch_size, self.num_heads, self.head_dim)
         dtype, device = accumulation_dtype(self.parallel.dtype), self.parallel.device

@@ -81,6 +81,7 @@ class GatedDeltaNet2(KimiDeltaAttention):
     ) -> Tensor:
         erase = _gate(heads(self.b_proj(x), self.num_heads), 1 + self.config.allow_neg_eigval)
         write = _gate(heads(self.w_proj(x), self.num_heads), 1)
+        self.note(erase=erase, write=write)
         return recur(self, gdn2, q, k, v, erase, write, log_decay=log_decay, **options)
 
     @classmethod

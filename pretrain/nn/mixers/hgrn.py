@@ -117,6 +117,7 @@ class HGRN(Mixer):
             for name in "if"
         )
         closing, log_f = forget_above(f, lower_bound(self))
+        self.note(log_decay=log_f)
         y, new_state["recurrent"] = diagonal_scan(
             None,
             silu_gate(closing, i),

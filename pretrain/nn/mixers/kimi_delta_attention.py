@@ -149,6 +149,7 @@ class KimiDeltaAttention(Mixer):
         """Return the recurrence's output ``[B, T, H, V]``; its final state goes into new_state."""
         beta = self.b_proj(x).to(accumulation_dtype(x.dtype)).sigmoid().transpose(0, 1)
         beta = beta * (1 + self.config.allow_neg_eigval)
+        self.note(beta=beta)
         return recur(
             self,
             delta_rule,

@@ -120,6 +120,7 @@ class LightNet(Mixer):
             sequences=sequences,
             initial_state=None if state is None else state["log_sum"],
         )
+        self.note(log_decay=log_decay)
         y, recurrent = linear_attention(
             q,
             weight,

@@ -168,6 +168,7 @@ class Mamba3(Mixer):
             getattr(self, f"{name}_proj")(x).transpose(0, 1) for name in ("dt", "a", "trapezoid")
         )
         step, log_decay, now, later = _gates(dt, a, trapezoid, self.dt_bias)
+        self.note(log_decay=log_decay, step=step)
         angles = None
         last_angles = before["angle"]
         if self.num_angles:

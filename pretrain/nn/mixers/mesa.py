@@ -123,13 +123,16 @@ class Mesa(Mixer):
             ).unflatten(-1, (self.num_heads, -1))
             for name in "qk"
         )
+        beta = biased_sigmoid(self.b_proj(x), self.b_bias).transpose(0, 1)
+        log_decay = _log_sigmoid(self.a_proj(x), self.a_bias).transpose(0, 1)
+        self.note(log_decay=log_decay, beta=beta)
         y, last = mesa(
             l2_norm(q),
             l2_norm(k),
             heads(self.v_proj(x), self.num_heads),
-            biased_sigmoid(self.b_proj(x), self.b_bias).transpose(0, 1),
+            beta,
             _ridge(self.ridge, self.config.ridge_floor).unflatten(0, (self.num_heads, -1)),
-            log_decay=_log_sigmoid(self.a_proj(x), self.a_bias).transpose(0, 1),
+            log_decay=log_decay,
             iterations=self.config.iterations,
             sequences=sequences,
             chunk_size=self.config.chunk_size,

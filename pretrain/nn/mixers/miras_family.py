@@ -185,6 +185,7 @@ class MirasMixer(Mixer):
         )
         log_decay = _log_decay(*self._gate("a", x))
         rate = _rate(*self._gate("r", x), self.config.highest_rate)
+        self.note(log_decay=log_decay, rate=rate)
         names = [f"memory_{number}" for number in range(len(self.config.shapes))]
         y, new = miras(
             l2_norm(q),
@@ -218,6 +219,10 @@ class MirasMixer(Mixer):
         """Return a gate ``[T, B, H * D]`` before its bias and nonlinearity, and the bias."""
         down, up = self.get_submodule(f"{name}_down"), self.get_submodule(f"{name}_up")
         return up(down(x)), self.get_parameter(f"{name}_bias")
+
+    @override
+    def memory(self, state: State) -> Tensor | None:
+        return state.get("memory_0_now")
 
     @override
     def init_state(self, batch_size: int) -> State:

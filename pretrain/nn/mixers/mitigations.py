@@ -82,6 +82,8 @@ def recur(
     ``write_scale`` scales. ``gates_scaled``: decays and writes were scaled before. What is carried
     on goes into ``new_state``.
     """
+    if not gates_scaled:
+        mixer.note(log_decay=log_decay)
     wanted = mixer.mitigations
     initial = None if state is None else state["recurrent"]
     if wanted is not None and not gates_scaled:

@@ -183,6 +183,7 @@ def normalized_memory(
     log_f, wanted = F.logsigmoid(f), mixer.mitigations
     if wanted is not None:  # of the gates, not of what the stabilizer makes of them
         log_f, i = log_f * wanted.decay_scale, i + math.log(wanted.write_scale)
+    mixer.note(log_decay=log_f)
     config: Any = mixer.config
     dtype = accumulation_dtype(q.dtype)
     m, new_state["max"], change = _stabilizer(

@@ -159,6 +159,10 @@ class ParaRNNMixer(Mixer):
             "recurrent": matrix_state(self.parallel, *shape),
         }
 
+    @override
+    def memory(self, state: State) -> Tensor | None:
+        return state["recurrent"].flatten(2)  # channels, no matrices
+
     def metrics(self) -> dict[str, float]:
         """Return Newton's largest residual, most steps, and sequences that fell back to steps."""
         report, self.newton = self.newton, NewtonReport()

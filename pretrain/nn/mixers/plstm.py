@@ -132,6 +132,7 @@ class PLSTM(Mixer):
         source, mark, direct = (
             self.get_parameter(f"{name}_gate").sigmoid().expand(transition.shape) for name in "smd"
         )
+        self.note(source=source, mark=mark, direct=direct)
         y, new_state["recurrent"] = plstm(
             q,
             k,

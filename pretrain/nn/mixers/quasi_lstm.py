@@ -90,15 +90,21 @@ class QuasiLSTM(Mixer):
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         i, f, z, g = (getattr(self, f"{name}_proj")(x).transpose(0, 1) for name in "ifzg")
+        log_decay = _log_forget(f, self.f_bias)
+        self.note(log_decay=log_decay)
         c, cell = diagonal_scan(
             None,
             _write(i, self.i_bias, z, self.z_bias),
             None if state is None else state["cell"],
-            log_decay=_log_forget(f, self.f_bias),
+            log_decay=log_decay,
             sequences=sequences,
         )
         y = self.o_proj(_read(c, g, self.g_bias).transpose(0, 1))
         return y + self.o_bias.to(y.dtype), {"cell": cell}
+
+    @override
+    def memory(self, state: State) -> Tensor | None:
+        return state.get("cell")
 
     @override
     def init_state(self, batch_size: int) -> State:

@@ -220,6 +220,7 @@ class RWKV7(Mixer):
             self._split(self.up["a"](self.down["a"](x_a))),
             *(self._vector(name) for name in ("rate_bias", "erase_scale", "rate_share")),
         )
+        self.note(log_decay=log_decay)
         y, new_state["recurrent"] = dplr(
             r,
             k,

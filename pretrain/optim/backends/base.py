@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,8 @@ class UpdateBackend(ABC):
     modules: list[Any]
     optimizer: Any
     step_seed: tuple[int, int] = (0, 0)
+    # Called in a step when its gradients are complete, before clipping and the update.
+    gradients_are_ready: Callable[[], None] | None = None
 
     @abstractmethod
     def __init__(
@@ -58,6 +60,10 @@ class UpdateBackend(ABC):
         Returns (global gradient norm before clipping, whether the weights were updated).
         """
 
+    def forget_gradients(self) -> None:
+        """Leave out the update after :meth:`forward_backward`; every process must call."""
+        return
+
     @abstractmethod
     def gather_weights(self) -> None:
         """Gather weights that the next forward pass would gather late; every process must call."""
@@ -75,8 +81,20 @@ class UpdateBackend(ABC):
         """
 
     @abstractmethod
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what updates change, by the parameter's name: each element on one process alone."""
+
+    @abstractmethod
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the gradients as :meth:`masters` does, while they are ready."""
+
+    @abstractmethod
     def loaded(self, num_updates: int) -> None:
         """Update what depends on loaded weights and state, of ``num_updates`` updates."""
+
+    def _tell_of_gradients(self) -> None:
+        if self.gradients_are_ready is not None:
+            self.gradients_are_ready()
 
     def set_hyperparameters(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
         """Set this step's hyper-parameters on an optimizer's groups; nothing else applies them.

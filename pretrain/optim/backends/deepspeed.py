@@ -243,15 +243,18 @@ class DeepSpeedBackend(DeepSpeedState):
             return self._step_replicated(loss)
         if not self._own_backward:
             self.optimizer.reduce_gradients(pipeline_parallel=True)
+            self._tell_of_gradients()
             self.optimizer.step()
             self.optimizer.zero_grad()
         else:
+            self._tell_of_gradients()
             self._engine.step()
         return float(self.optimizer._global_grad_norm), not self.optimizer.overflow
 
     def _step_replicated(self, loss: float) -> tuple[float, bool]:
         """Update under ZeRO-0: DeepSpeed reduces, but its own clipping reports no norm."""
         self._engine.allreduce_gradients()
+        self._tell_of_gradients()
         parameters = [p for _, p in self._named]
         counted = [
             _gradient(p)
@@ -266,6 +269,23 @@ class DeepSpeedBackend(DeepSpeedState):
                 clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, norm)
         self.optimizer.step()
         return norm, True
+
+    def forget_gradients(self) -> None:
+        """Have DeepSpeed skip the step that its own backward passes have begun."""
+        if not self._own_backward:
+            return
+        if self.stage == 3:  # what it skips a step by
+            found: dict[str, Any] = {"_get_norm_groups": lambda: [math.nan]}
+        else:
+            found = {"check_grad_overflow": True, "has_overflow": lambda *_, **__: True}
+        kept = {name: vars(self.optimizer)[name] for name in found if name in vars(self.optimizer)}
+        vars(self.optimizer).update(found)
+        try:
+            self._engine.step()
+        finally:
+            for name in found:
+                del vars(self.optimizer)[name]
+            vars(self.optimizer).update(kept)
 
     def gather_weights(self) -> None:
         """Return at once: DeepSpeed's step ends with gathered weights, or ZeRO-3 has none."""

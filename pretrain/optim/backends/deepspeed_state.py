@@ -55,6 +55,45 @@ class DeepSpeedState(UpdateBackend):
             if not saving or writes(name, p, replicas=1)
         }
 
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what this process updates, one copy of what several do; not what is in files."""
+        for name, parameter in self._counted():
+            if self.stage == 0:
+                yield name, parameter
+            elif self.stage == 3:
+                yield name, self._held_of_three(parameter, self._flat_of_three(parameter, "param"))
+            else:
+                yield name, parameter._hp_mapping.hp_fragment
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield their gradients, as DeepSpeed has reduced them."""
+        for name, parameter in self._counted():
+            if self.stage == 0:
+                if parameter.grad is not None:
+                    yield name, parameter.grad
+            elif self.stage == 3:
+                values = self.optimizer.get_local_fp32_grad_for_param(parameter)
+                yield name, self._held_of_three(parameter, values)
+            else:
+                mapping, index = parameter._hp_mapping, parameter._index_in_param_group
+                values = mapping.get_lp_grad_fragment(index).view(-1)
+                address = mapping.lp_fragment_address
+                if values.numel() > address.numel:
+                    values = values.narrow(0, address.start, address.numel)
+                yield name, values
+
+    def _counted(self) -> Iterator[tuple[str, Any]]:
+        replicas = self.replicas if self.stage == 0 else 1
+        for name, parameter in self._named:
+            here = self.stage not in (1, 2) or parameter._hp_mapping is not None
+            if here and parameter.requires_grad and writes(name, parameter, replicas=replicas):
+                yield name, parameter
+
+    def _held_of_three(self, parameter: Any, values: Tensor) -> Tensor:
+        """Return this process's values of a parameter without the padding behind the last."""
+        start = data_parallel_rank_and_size()[0] * values.numel()
+        return values.view(-1)[: max(0, min(values.numel(), parameter.ds_numel - start))]
+
     def optimizer_state(self, *, saving: bool) -> State:
         """Return the state of everything that this process updates."""
         state: State = {}
@@ -121,8 +160,8 @@ class DeepSpeedState(UpdateBackend):
     def _part_of_three(self, parameter: Any, values: Tensor) -> Boxes:
         """Return this process's box of a parameter that ZeRO-3 cuts in equal, padded ranges."""
         start = data_parallel_rank_and_size()[0] * values.numel()
-        held = max(0, min(values.numel(), parameter.ds_numel - start))
-        return flat_part(parameter, start, values.view(-1)[:held], tuple(parameter.ds_shape))
+        held = self._held_of_three(parameter, values)
+        return flat_part(parameter, start, held, tuple(parameter.ds_shape))
 
     def loaded(self, num_updates: int) -> None:
         """Set the step counts, and the copies that DeepSpeed keeps of what was loaded."""

@@ -215,6 +215,7 @@ class MegatronBackend(UpdateBackend):
         with device_scope():
             self.optimizer.prepare_grads()
             norm = self._gradient_norm()
+            self._tell_of_gradients()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 return norm, False
             if self.config.clip_grad > 0:
@@ -285,6 +286,17 @@ class MegatronBackend(UpdateBackend):
                 )
                 add_boxes(state, optimizer_key(key, name), boxes)
         return state
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what this process updates, one copy of what several do."""
+        replicas = 1 if self.sharded or self.layer_wise else self.replicas
+        for name, parameter, _, main, _ in self._mains():
+            if writes(name, parameter, replicas=replicas):
+                yield name, main
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield their gradients."""
+        return ((name, main.grad) for name, main in self.masters() if main.grad is not None)
 
     def _mains(self) -> Iterator[tuple[str, nn.Parameter, _Home, Any, int | None]]:
         """Walk over all that this process updates.

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pretrain.training.callbacks.base import Callback, Decision
+from pretrain.training.callbacks.blocks import LogBlocks
 from pretrain.training.callbacks.loading import as_callbacks, load_callback
 from pretrain.training.callbacks.log import LogSteps
 from pretrain.training.callbacks.non_finite import StopNonFinite
+from pretrain.training.callbacks.origin import FindOrigin
 from pretrain.training.callbacks.phases import MarkPhases
 from pretrain.training.callbacks.profiler import Profiler
 from pretrain.training.callbacks.sample import Sample, Summary
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Callback",
     "Decision",
+    "FindOrigin",
+    "LogBlocks",
     "LogSteps",
     "MarkPhases",
     "Profiler",
@@ -56,8 +60,13 @@ def default_callbacks(config: RunConfig) -> list[Callback]:
     policy = _SPIKE_POLICIES.get(config.train.spikes.policy)
     if policy is not None:
         callbacks.append(policy())
+    # What made a step not finite is said before the run is given up for it.
+    if config.train.find_origin:
+        callbacks.append(FindOrigin())
     # Giving up a run comes before logging the step.
     callbacks += [StopNonFinite(), TellTimeLeft(), LogSteps()]
+    if config.logging.blocks:
+        callbacks.append(LogBlocks())
     if config.phases:
         callbacks.append(MarkPhases())
     # Validation before the save, so that a run killed after it does not validate again; evaluation

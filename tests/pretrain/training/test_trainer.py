@@ -279,6 +279,7 @@ def test_the_order_of_the_default_callbacks(run):
     assert [type(callback).__name__ for callback in default_callbacks(config)] == [
         "WatchProcesses",
         "SkipSpikes",
+        "FindOrigin",
         "StopNonFinite",
         "TellTimeLeft",
         "LogSteps",

@@ -1,0 +1,243 @@
+"""Statistics by block: right under every layout, and training is bit for bit what it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.common.config_loader import ConfigError
+from pretrain.config import LoggingConfig, ParallelConfig, load_run_config
+from pretrain.nn.mixers import registry
+from pretrain.run_directory import RunDirectory, find_checkpoint
+from pretrain.training.block_statistics import BlockStatistics
+from pretrain.training.log import RunLog
+from pretrain.training.metrics import LayerMetrics
+from pretrain.training.trainer import Trainer
+from tests.helpers import blocks_worker
+from tests.helpers.blocks_worker import CASES
+from tests.helpers.parallel_worker import step_of
+from tests.helpers.processes import run_on
+from tests.helpers.small_training import batches
+from tests.helpers.training_run import QUICK, Run
+
+pytestmark = [pytest.mark.usefixtures("processes")]
+
+# Of what a solver left over, and of how far it went.
+ROUNDED = ("newton_residual_max", "newton_iterations_max", "newton_fallbacks")
+
+
+@pytest.fixture(scope="module")
+def four_processes(tmp_path_factory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("blocks") / "found.json"
+    run_on(4, blocks_worker.__name__, file)
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+@cache
+def one_process(model):
+    return blocks_worker.watch(model, ParallelConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_layout_finds_what_one_process_finds(name, four_processes):
+    expected, found = one_process(CASES[name][0]), four_processes[name]
+    assert [row["block"] for row in found] == [row["block"] for row in expected]
+    for row, wanted in zip(found, expected, strict=True):
+        assert sorted(row) == sorted(wanted)
+        for key, value in wanted.items():
+            if isinstance(value, str):
+                assert row[key] == value
+            elif key not in ROUNDED:
+                assert np.allclose(row[key], value, rtol=2e-3 if "update" in key else 1e-4), (
+                    wanted["block"],
+                    key,
+                    row[key],
+                    value,
+                )
+
+
+@pytest.mark.parametrize(
+    "checkpointing",
+    ["block", *(pytest.param(x, marks=pytest.mark.slow) for x in ("none", "selective"))],
+)
+def test_training_is_bit_for_bit_the_same(checkpointing, tmp_path, corpus):
+    """Also the metrics of layers, which both logs have."""
+    found = []
+    for every in (0, 2):
+        run = Run(tmp_path, corpus, f"run-{every}", steps=4)
+        pattern = "model.pattern=gdn attn para_gru"
+        kept = f"train.activation_checkpointing={checkpointing}"
+        overrides = [*QUICK, pattern, kept, f"logging.blocks={every}", "checkpoint.every=4"]
+        assert Trainer(run.config, overrides=overrides).fit().status == "completed"
+        files = sorted(find_checkpoint(run.directory).glob("*.distcp"))
+        timed = ("tokens_per_second", "seconds", "total_seconds", "memory")
+        rows = [{k: v for k, v in row.items() if k not in timed} for row in run.metrics]
+        found.append((rows, [file.read_bytes() for file in files]))
+    assert found[0][1] and found[0] == found[1]
+    rows = RunDirectory(run.directory).read_blocks()
+    assert [row["step"] for row in rows] == [2, 4]
+    assert [block["block"] for block in rows[0]["blocks"]] == ["embedding", 0, 1, 2, "head"]
+
+
+def _watched(pattern, rows=4, checkpointing="none", **changes):
+    """The rows of a step by block, the model as it was before, and as it is after it."""
+    before = blocks_worker.model_of(pattern, **changes)
+    engine = blocks_worker.engine_of(pattern, rows, checkpointing, **changes)
+    statistics = BlockStatistics(engine, LayerMetrics())
+    statistics.open()
+    step_of(engine, 0, rows)
+    statistics.close()
+    found = {row["block"]: row for row in statistics.rows()}
+    return found, before, engine.parts[0]
+
+
+def _rms(tensors):
+    return float(torch.cat([t.detach().flatten() for t in tensors]).double().square().mean().sqrt())
+
+
+def test_numbers_are_those_of_the_definitions():
+    found, before, after = _watched("gdn attn gdn", tie_embeddings=False)
+    kept: dict[int, list[Any]] = {}
+    count = 0.0
+    for number in range(3):
+        before.blocks[number].register_forward_hook(
+            lambda _, __, output, number=number: kept.setdefault(number, []).append(output)
+        )
+    for batch in batches(0, rows=4, micro_batch_size=1):
+        losses = before(batch.tokens, batch.targets, sequences=batch.sequences)
+        (losses * batch.loss_mask).sum().backward()
+        count += float(batch.loss_mask.sum())
+    for number in range(3):
+        row, weights = found[number], dict(before.blocks[number].named_parameters())
+        updated = dict(after.blocks[number].named_parameters())
+        assert np.isclose(row["activation_rms"], _rms(x for x, _ in kept[number]), rtol=1e-5)
+        assert np.isclose(row["weight_rms"], _rms(weights.values()), rtol=1e-6)
+        gradients = [w.grad / count for w in weights.values()]
+        assert np.isclose(row["gradient_rms"], _rms(gradients), rtol=1e-4)
+        largest = max(float(g.abs().max()) for g in gradients)
+        assert np.isclose(row["gradient_max"], largest, rtol=1e-4)
+        moved = [updated[name] - w for name, w in weights.items()]
+        assert np.isclose(row["update_rms"], _rms(moved), rtol=1e-4)
+        mixer = [w for name, w in weights.items() if name.startswith("mixer.")]
+        assert np.isclose(row["mixer_weight_rms"], _rms(mixer), rtol=1e-6)
+        assert row["update_ratio"] == row["update_rms"] / row["weight_rms"]
+    states = torch.cat([state["recurrent"] for _, state in kept[0]]).detach().double()
+    norm = float(states.square().sum((1, 2, 3)).mean().sqrt())
+    assert np.isclose(found[0]["state_norm"], norm, rtol=1e-5)
+    values = torch.linalg.svdvals(states)
+    ranks = values.square().sum(-1).square() / values.pow(4).sum(-1)
+    assert np.isclose(found[0]["state_rank"], float(ranks.mean()), rtol=1e-4)
+    assert 1 <= found[0]["state_rank"] <= 4
+    assert found[0]["horizon"] > 0 and 0 < found[0]["beta_mean"] < 1
+
+
+def test_recomputed_passes_are_counted_once():
+    expected, *_ = _watched("gdn attn para_gru")
+    for checkpointing in ("block", "selective"):
+        found, *_ = _watched("gdn attn para_gru", checkpointing=checkpointing)
+        assert found == expected
+
+
+def test_logits_are_below_their_bound():
+    """With one key and query for all tokens, the bound is the logit."""
+    found, before, _ = _watched("attn", mixers={"attn": {"num_heads": 2, "rope_theta": None}})
+    largest = 0.0
+    mixer = before.blocks[0].mixer
+    attend = mixer.attend
+
+    def looking(q, k, *others):
+        nonlocal largest
+        logits = torch.einsum("bthd,bshd->bhts", q, k) * mixer.head_dim**-0.5
+        largest = max(largest, float(logits.abs().max()))
+        return attend(q, k, *others)
+
+    mixer.attend = looking
+    for batch in batches(0, rows=4, micro_batch_size=1):
+        before(batch.tokens, batch.targets, sequences=batch.sequences)
+    assert 0.2 * found[0]["logit_bound"] < largest <= found[0]["logit_bound"] * (1 + 1e-5)
+
+
+def test_numbers_that_are_not_finite_are_a_share():
+    engine = blocks_worker.engine_of("gdn attn", 4)
+    with torch.no_grad():
+        engine.parts[0].get_parameter("blocks.1.mlp.up_proj.weight")[0, :2] = math.nan
+    statistics = BlockStatistics(engine, LayerMetrics())
+    statistics.open()
+    step_of(engine, 0, 4)
+    statistics.close()
+    row = statistics.rows()[2]
+    share = 2 / sum(p.numel() for p in engine.parts[0].blocks[1].parameters())
+    assert np.isclose(row["weight_nonfinite"], share) and row["gradient_nonfinite"] == 1
+    assert np.isfinite(row["weight_rms"]) and row["gradient_rms"] is None
+
+
+# What each mixer shows of itself, beside sizes.
+_OWN = {
+    "horizon": "aaren comba delta_product gdn gdn2 gla hgrn hgrn2 kda lightnet m2rnn mamba mamba2 "
+    "mamba3 memora mesa mlstm mlstm_v1 moneta quasi_lstm retnet rwkv7 yaad",
+    "logit_bound": "attn sliced_attn swa",
+    "beta_mean": "comba deltanet delta_product gdn kda mesa",
+    "state_rank": "comba delta_product deltanet gdn gdn2 gla hgrn2 jrt kda lightnet linear_attn "
+    "m2rnn mamba2 mamba3 memora mesa mlstm mlstm_v1 moneta plstm retnet rwkv7 yaad",
+    "newton_residual_max": "para_gru para_lstm",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", registry())
+def test_every_mixer_shows_what_it_has(name):
+    found, *_ = _watched(name, rows=2)
+    row = found[0]
+    assert {key for key in _OWN if key in row} == {
+        k for k, who in _OWN.items() if name in who.split()
+    }
+    assert all(np.isfinite(value) for value in row.values() if isinstance(value, float))
+    assert "horizon" not in row or row["horizon"] > 0
+
+
+def test_weights_in_files_are_refused(tmp_path, corpus):
+    run = Run(tmp_path, corpus, "run")
+    settings = ["offload=nvme", "offload_path=/tmp", "zero_backend=deepspeed", "zero_stage=3"]
+    overrides = ["logging.blocks=5", *(f"parallel.{setting}" for setting in settings)]
+    with pytest.raises(ConfigError, match=r"is 5 with parallel[.]offload nvme"):
+        load_run_config(run.config, overrides)
+
+
+class _Tracker:
+    def __init__(self):
+        self.found = []
+
+    def record(self, values):
+        self.found.append(values)
+
+    def rewind(self, step):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_lines_of_steps_that_come_again_are_dropped(tmp_path):
+    directory, rows = RunDirectory(tmp_path), [{"block": 3, "mixer": "gdn", "horizon": np.inf}]
+    directory.metrics_file.touch()
+    for step, kept in ((0, []), (10, [10])):
+        log = RunLog(directory, LoggingConfig(blocks=10), active=True, num_steps=40, step=step)
+        log._trackers = [tracker := _Tracker()]
+        assert [row["step"] for row in directory.read_blocks()] == kept
+        for number in (10, 20, 30):
+            if number > step:
+                log.blocks(number, 32 * number, [rows[0] | {"weight_rms": 0.5}])
+        assert tracker.found[-1] == {"step": 30, "blocks/3/weight_rms": 0.5}
+        log.rewind(20)
+        log.blocks(30, 960, rows)
+        log.close()
+    assert [row["step"] for row in directory.read_blocks()] == [10, 20, 30]
+    assert directory.read_blocks()[-1]["blocks"] == [{**rows[0], "horizon": None}]
