@@ -29,7 +29,7 @@ from pretrain.config.prefix import check_prefix
 from pretrain.config.run import RunConfig
 from pretrain.config.schedule import SCHEDULES, ScheduleConfig, fraction_of_steps
 from pretrain.config.segments import check_segments
-from pretrain.config.train import TrainConfig
+from pretrain.config.train import ProfileConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def _check_run(config: RunConfig, where: str) -> None:
                 f"{where}: {key} is {text!r}, expected text without control characters such as "
                 f"{found}"
             )
+    _check_profile(config.profile, where)
     if (train.steps is None) == (train.tokens is None):
         raise ConfigError(
             f"{where}: train.steps is {train.steps} and train.tokens {train.tokens}, "
@@ -84,6 +85,15 @@ def _check_run(config: RunConfig, where: str) -> None:
     _check_kept(config, where)
     for name, schedule, steps in RunPlan(config, where).schedules():
         _check_schedule(schedule, steps, where, name)
+
+
+def _check_profile(profile: ProfileConfig, where: str) -> None:
+    steps = profile.steps
+    if steps and (len(steps) != 2 or steps[0] > steps[1]):
+        raise ConfigError(
+            f"{where}: profile.steps is {steps}, expected the first and the last step to trace, "
+            "such as [10, 12]"
+        )
 
 
 def _check_settings(config: RunConfig, where: str) -> None:

@@ -21,6 +21,7 @@ from pretrain.config.train import (
     CheckpointConfig,
     EvalConfig,
     LoggingConfig,
+    ProfileConfig,
     SampleConfig,
     TrainConfig,
     ValidationConfig,
@@ -72,6 +73,8 @@ class RunConfig(Config):
     """Saving and resuming."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Log and metrics."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Where the time and the memory of some steps go."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Text generated when the run ends."""
     callbacks: list[str] = field(default_factory=list)

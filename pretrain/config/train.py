@@ -179,6 +179,16 @@ class LoggingConfig(Config):
 
 
 @dataclass
+class ProfileConfig(Config):
+    """A trace of some steps by torch.profiler, in the folder ``profiles`` of the run directory."""
+
+    steps: list[int] = setting(factory=list, minimum=1)
+    """The first and the last step to trace, as ``[10, 12]``; empty: none."""
+    memory: bool = True
+    """Whether a picture of the memory of these steps is drawn too."""
+
+
+@dataclass
 class EvalConfig(Config):
     """Tasks of ``python -m evals`` while training."""
 

@@ -82,6 +82,7 @@ from pretrain.training.setup import (
     state_of,
     vocabulary_of,
 )
+from pretrain.training.wall_time import Kind, WallTime
 
 
 class Trainer:
@@ -117,6 +118,8 @@ class Trainer:
     writer: CheckpointWriter
     stop: StopSignals
     interval: Interval
+    wall_time: WallTime
+    """What this start's time is spent on."""
     layer_metrics: LayerMetrics
 
     # About the step that was done last:
@@ -178,6 +181,7 @@ class Trainer:
         check_outside_data(self.run_directory.path, self._where)
         with only_run(str(self.run_directory)):
             self._start, self.result, self.stopping = time.monotonic(), None, False
+            self.wall_time = WallTime(self._start)
             try:
                 return self._fit()
             finally:
@@ -204,17 +208,17 @@ class Trainer:
         return on_main_process(lambda: self.run_directory.measured_at(self.state.step))
 
     @contextlib.contextmanager
-    def paused(self, work: str) -> Iterator[None]:
-        """Do ``work`` whose time does not count as training's."""
+    def paused(self, work: str, kind: Kind = "other") -> Iterator[None]:
+        """Do ``work`` whose time does not count as training's, but as ``kind``."""
         self.announce(work)
-        with self.interval.paused():
+        with self.interval.paused(), self.wall_time.spent_on(kind):
             yield
 
     @contextlib.contextmanager
     def evaluating(self, work: str) -> Iterator[None]:
         """Do ``work`` that runs the model: neither its time nor its metrics are training's."""
         self.layer_metrics.collect(self.engine)
-        with self.paused(work):
+        with self.paused(work, "evaluate"):
             yield
         self.engine.layer_metrics()
 
@@ -403,6 +407,7 @@ class Trainer:
 
     def _loop(self) -> str:
         """Train up to the last step, unless something ends the run; return its status."""
+        self.wall_time.switch("other")
         while self.state.step < self.num_steps:
             for callback in self.callbacks:
                 callback.before_step()
@@ -412,7 +417,8 @@ class Trainer:
                 return NON_FINITE
             if decision is Decision.ROLLED_BACK:
                 continue
-            self.stopping = any_process(self.stop.received)
+            with self.wall_time.spent_on("wait"):
+                self.stopping = any_process(self.stop.received)
             for callback in self.callbacks:
                 callback.between_steps()
             if self.stopping:  # after the last step too: what is due then is made up for later
@@ -429,9 +435,12 @@ class Trainer:
         self.engine.begin_step(config.seed, step, rank, size)
         self.lr = self.plan.learning_rate(step)
         self.announce(f"reading the data of step {step + 1}")
-        local_batches = self._ahead.micro_batches(step, rank, size, offset=state.offset)
+        with self.wall_time.spent_on("data"):
+            local_batches = self._ahead.micro_batches(step, rank, size, offset=state.offset)
         self.announce(f"step {step + 1}")
-        result = self.engine.train_step(local_batches, self.lr, self._skip_if())
+        with self.wall_time.spent_on("train"):
+            result = self.engine.train_step(local_batches, self.lr, self._skip_if())
+        self.wall_time.count_step()
         tokens = self.plan.batch_tokens(step)
         state.step += 1
         state.tokens += tokens

@@ -12,6 +12,7 @@ from pretrain.training.callbacks.non_finite import StopNonFinite
 from pretrain.training.callbacks.origin import FindOrigin
 from pretrain.training.callbacks.phases import MarkPhases
 from pretrain.training.callbacks.profiler import Profiler
+from pretrain.training.callbacks.rank_times import NameSlowestRank
 from pretrain.training.callbacks.sample import Sample, Summary
 from pretrain.training.callbacks.save import Save
 from pretrain.training.callbacks.spikes import RollBackSpikes, SkipSpikes
@@ -29,6 +30,7 @@ __all__ = [
     "LogBlocks",
     "LogSteps",
     "MarkPhases",
+    "NameSlowestRank",
     "Profiler",
     "RollBackSpikes",
     "Sample",
@@ -64,9 +66,11 @@ def default_callbacks(config: RunConfig) -> list[Callback]:
     if config.train.find_origin:
         callbacks.append(FindOrigin())
     # Giving up a run comes before logging the step.
-    callbacks += [StopNonFinite(), TellTimeLeft(), LogSteps()]
+    callbacks += [StopNonFinite(), TellTimeLeft(), LogSteps(), NameSlowestRank()]
     if config.logging.blocks:
         callbacks.append(LogBlocks())
+    if config.profile.steps:
+        callbacks.append(Profiler(*config.profile.steps, memory=config.profile.memory))
     if config.phases:
         callbacks.append(MarkPhases())
     # Validation before the save, so that a run killed after it does not validate again; evaluation

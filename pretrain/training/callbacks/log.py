@@ -49,9 +49,10 @@ class LogSteps(Callback):
         self._speed = trainer.interval.tokens_per_second()
         trainer.layer_metrics.collect(trainer.engine)
         local = {**trainer.layer_metrics.take(), "memory_max": float(peak_memory_bytes())}
-        layers = all_reduce_metrics(local)
+        with trainer.wall_time.spent_on("wait"):
+            layers = all_reduce_metrics(local)
+            recursion = first_of_pipeline(trainer.engine.recursion_metrics())
         memory = int(layers.pop("memory_max"))
-        recursion = first_of_pipeline(trainer.engine.recursion_metrics())
         if layers.get("newton_fallbacks"):
             trainer.log.say(
                 f"step {state.step}: Newton's method did not converge on "
@@ -75,6 +76,7 @@ class LogSteps(Callback):
             "epochs": max(epochs),
             "seconds": trainer.seconds(),
             "total_seconds": round(trainer.log.seconds_before + trainer.seconds(), 3),
+            **trainer.wall_time.metrics(),
             **recursion,
             **layers,
         }

@@ -49,6 +49,7 @@ class Summary(Callback):
         trainer, config, directory = self.trainer, self.trainer.config, self.trainer.run_directory
         log = trainer.log
         curve = plot_loss_curve(directory, config.name, trainer.data.bigram_entropy)
+        log.say(f"wall time    {trainer.wall_time.describe()}")
         log.say(f"loss curve   {curve}")
         checkpoint = directory.last_checkpoint()
         log.say(f"checkpoint   {checkpoint}")

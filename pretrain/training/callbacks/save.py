@@ -42,12 +42,12 @@ class Save(Callback):
 
     def on_complete(self) -> None:
         """Wait for the last checkpoint."""
-        self.trainer.announce("finishing")
-        self._finish()
+        with self.trainer.paused("finishing", "save"):
+            self._finish()
 
     def _save(self) -> None:
         trainer = self.trainer
-        with trainer.paused(f"saving step {trainer.state.step}"):
+        with trainer.paused(f"saving step {trainer.state.step}", "save"):
             trainer.writer.wait()
             unreachable = on_main_process(trainer.run_directory.why_unreachable)
             if unreachable is not None:
@@ -64,8 +64,8 @@ class Save(Callback):
         saved = trainer.writer.wait()
         while trainer.writer.failures:
             trainer.log.say(f"saving step {trainer.state.step} again in {pause:g} seconds")
-            trainer.announce("waiting to save again")
-            time.sleep(pause)
+            with trainer.paused("waiting to save again", "save"):
+                time.sleep(pause)
             pause *= 2
             self._save()
             saved = trainer.writer.wait()

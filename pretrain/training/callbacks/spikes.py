@@ -82,6 +82,7 @@ class RollBackSpikes(Callback):
             self._detector.add(loss)
             return None
         trainer.forget_metrics()
+        trainer.wall_time.undo_steps(spike - state.step)
         # Saved, so that the data is skipped even if the run is killed now.
         trainer.writer.save(trainer.engine, state)
         log.rewind(state.step)

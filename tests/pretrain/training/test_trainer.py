@@ -283,6 +283,7 @@ def test_the_order_of_the_default_callbacks(run):
         "StopNonFinite",
         "TellTimeLeft",
         "LogSteps",
+        "NameSlowestRank",
         "Validate",
         "Save",
         "Sample",
