@@ -1,6 +1,7 @@
 """Start a run, or a grid of runs, on this machine or on Slurm: ``python -m launch CONFIG``.
 
-``status``, ``cancel`` and ``logs`` handle started runs; ``measure`` times a grid's members.
+``status``, ``cancel`` and ``logs`` handle started runs; ``measure`` times a grid's members;
+``decide`` starts the runs that tell which of several arms is better.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ COMMANDS = ("status", "cancel", "logs", "measure")
 def main(command: Sequence[str] | None = None) -> int:
     """Run ``command``, by default of ``sys.argv``, and return the exit status."""
     command = sys.argv[1:] if command is None else command
+    if command[:1] and command[0] == "decide":
+        from launch.decisions.command import decide
+
+        return decide(command[1:])
     if command[:1] and command[0] in COMMANDS:
         from launch import commands
 
@@ -37,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Start a run, or a grid of runs, on this machine or on a Slurm cluster. "
         "Finished members are skipped and stopped ones resume. 'python -m launch status CONFIG' "
         "shows their progress, 'cancel CONFIG' ends them, 'logs RUN [--follow]' prints their "
-        "output, 'measure GRID' times the members for grid.match: time.",
+        "output, 'measure GRID' times the members for grid.match: time, "
+        "'decide FILE' says which of several arms is better.",
         epilog="Exit status: 0 all done (or submitted), 1 some failed, 2 bad input, 75 stopped and "
         "saved (run the same command again to resume).",
     )

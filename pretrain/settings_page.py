@@ -42,6 +42,11 @@ _PAGES = (
         "launch.cluster:ClusterConfig",
     ),
     (
+        "Deciding",
+        "The section `decide` of a file, for `python -m launch decide`, see [decide](decide.md).",
+        "launch.decisions.settings:DecideConfig",
+    ),
+    (
         "Planning",
         "A machine's YAML file, for `python -m pretrain plan --hardware`.",
         "pretrain.planner.hardware:Hardware",

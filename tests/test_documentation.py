@@ -25,6 +25,7 @@ PAGES = [
     "docs/planner.md",
     "docs/phases.md",
     "docs/launching.md",
+    "docs/decide.md",
     "docs/evaluation.md",
     "docs/depth.md",
     "docs/exits.md",

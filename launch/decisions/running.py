@@ -1,0 +1,119 @@
+"""The runs of a decision: started here or on Slurm, and their results."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evals.scaling.decide import Run
+from launch.commands import states_of
+from launch.decisions.plan import Plan
+from launch.grid import Grid, Member
+from launch.local import run_queue
+from launch.members import DONE, FAILED, QUEUED, RUNNING, check_same_settings
+from launch.slurm import submit
+from pretrain.common.errors import UserError
+from pretrain.run_arguments import expand_paths
+from pretrain.run_directory import CONFIG_FILE, RunDirectory
+
+Show = Callable[[str], None]
+
+
+def members_of(plan: Plan, runs: Sequence[Run]) -> list[Member]:
+    """Return the members that runs stand for."""
+    return [plan.members[run.arm, run.cell, run.seed] for run in runs]
+
+
+def execute(plan: Plan, runs: Sequence[Run], options: Any, show: Show) -> list[Run] | None:
+    """Make the runs that are not made yet, and return them with their values.
+
+    None where they have not ended: they were stopped, or are in Slurm's queue. A failed run has no
+    value, and is not started again without ``--retry-failed``.
+    """
+    members = members_of(plan, runs)
+    grid = Grid(plan.name, plan.path, plan.directory, members)
+    states = states_of(grid)
+    again = {DONE, QUEUED, RUNNING} | (set() if options.retry_failed else {FAILED})
+    wanted = [member for member in members if states[member.name].state not in again]
+    for member in members:
+        check_same_settings(member)
+    if wanted and options.cluster:
+        from launch.cluster import load_cluster
+
+        job, _ = submit(load_cluster(options.cluster), grid, wanted, options.at_once)
+        show(f"submitted job {job} with {len(wanted)} runs; the same command goes on after them")
+        return None
+    if wanted:
+        run_queue(
+            wanted,
+            at_once=options.at_once or 1,
+            processes=options.processes,
+            show=lambda member, what: show(f"{member.name}: {what}"),
+        )
+    states = states_of(grid)
+    found = []
+    for run, member in zip(runs, members, strict=True):
+        state = states[member.name]
+        if state.state == FAILED:
+            show(f"{member.name} failed: {state.reason}; the decision goes on without this size")
+        elif state.state != DONE:
+            show(f"{member.name} is {state.state}; the same command goes on")
+            return None
+        found.append(replace(run, value=value_of(member.config.run_directory, plan, state.state)))
+    return found
+
+
+def value_of(folder: Path, plan: Plan, state: str) -> float:
+    """Return a run's metric, the last one logged; not a number for a failed run."""
+    if state == FAILED:
+        return math.nan
+    key = "valid_loss" if plan.settings.metric == "loss" else plan.settings.metric
+    rows = RunDirectory(folder).read_metrics()
+    values = [row[key] for row in rows if key in row]
+    if not values:
+        known = sorted({name for row in rows for name in row if "loss" in name or "/" in name})
+        raise UserError(
+            f"{folder} has no {key} in its metrics, which is decide.metric; expected one of: "
+            + ", ".join(known)
+        )
+    return math.nan if values[-1] is None else float(values[-1])
+
+
+def asked(plan: Plan, words: Sequence[str], show: Show) -> list[Run]:
+    """Return finished runs of any folder that have the settings of a member of the plan.
+
+    Raises UserError where none has.
+    """
+    found: dict[tuple[str, Any, int], Run] = {}
+    prices = {(run.arm, run.cell, run.seed): run for run in plan.runs}
+    for path in expand_paths(words):
+        folders = [path] if (path / CONFIG_FILE).exists() else sorted(path.iterdir())
+        for folder in (f for f in folders if (f / CONFIG_FILE).exists()):
+            key = _match(plan, folder)
+            if key is None:
+                show(f"{folder}: no arm, size and seed of the plan has its settings; left out")
+                continue
+            value = value_of(folder, plan, DONE)
+            found.setdefault(key, replace(prices[key], value=value))
+    if not found:
+        raise UserError(f"--ask: no run of {', '.join(words)} is one of the plan's, expected some")
+    return list(found.values())
+
+
+def _match(plan: Plan, folder: Path) -> tuple[str, Any, int] | None:
+    saved = RunDirectory(folder).read_config()
+    for key, member in plan.members.items():
+        config = copy.deepcopy(member.config)
+        if config.plan.tokens != saved.plan.tokens:
+            continue
+        config.directory = str(folder)
+        try:
+            check_same_settings(Member(member.name, {}, config))
+        except UserError:
+            continue
+        return key
+    return None
