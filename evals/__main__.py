@@ -15,6 +15,7 @@ def main() -> int:
     commands: dict[str, Callable[[], Callable[[Sequence[str]], int]]] = {
         "chat": _chat,
         "exits": _exits,
+        "layers": _layers,
         "paths": _paths,
         "report": _report,
         "sample": _sample,
@@ -38,6 +39,12 @@ def _chat() -> Callable[[Sequence[str]], int]:
 
 def _exits() -> Callable[[Sequence[str]], int]:
     from evals.exits import main
+
+    return main
+
+
+def _layers() -> Callable[[Sequence[str]], int]:
+    from evals.layers import main
 
     return main
 

@@ -204,9 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals",
         description="Score a checkpoint. 'python -m evals tasks' lists tasks, 'sample' continues a "
-        "text and 'chat' does so turn by turn, 'exits' scores depths of recursive models, 'paths' "
-        "searches layer paths, 'scaling' fits scaling laws to runs, 'report' writes a page about "
-        "runs.",
+        "text and 'chat' does so turn by turn, 'exits' scores depths of recursive models, 'layers' "
+        "ranks attention layers by what converting them costs, 'paths' searches layer paths, "
+        "'scaling' fits scaling laws to runs, 'report' writes a page about runs.",
     )
     parser.add_argument(
         "checkpoint",

@@ -29,6 +29,7 @@ PAGES = [
     "docs/evaluation.md",
     "docs/depth.md",
     "docs/exits.md",
+    "docs/convert.md",
     "docs/scaling.md",
     "docs/laptop-to-cluster.md",
     "docs/reproduce-a-table.md",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.common.errors import ConfigError, nearest, short
+from pretrain.common.merging import merged
 from pretrain.common.shipped_configs import find_config
 from pretrain.common.yaml_text import parse_value, read_file
 
@@ -69,20 +70,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: extends is {short(extends)}, expected a file or a list of files"
         )
-    merged: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     files = [find_config(base, beside=path) for base in bases]
     for part in (*(_read(file, (*seen, resolved)) for file in files), values):
         if "grid" in part:  # replaced, not merged: axes make sense together
-            merged.pop("grid", None)
-        merged = _merged(merged, part)
-    return merged
-
-
-def _merged(below: Any, above: Any) -> Any:
-    """Return what ``above`` says, and of mappings also what ``below`` alone says."""
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+            found.pop("grid", None)
+        found = merged(found, part)
+    return found
 
 
 def _override(config: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -122,4 +116,4 @@ def _assign(config: dict[str, Any], key: str, value: Any, *, merge: bool = False
             holder = holder[place]
         else:
             before = holder.get(name) if isinstance(holder, dict) else holder[place]
-            holder[place] = _merged(before, value) if merge else value
+            holder[place] = merged(before, value) if merge else value

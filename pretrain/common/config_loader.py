@@ -89,6 +89,27 @@ def check_of(schema: type) -> Callable[[F], F]:
     return register
 
 
+_completions: dict[type, list[Callable[[dict[str, Any], str], dict[str, Any]]]] = {}
+
+
+def completes(
+    schema: type,
+) -> Callable[[Callable[[dict[str, Any], str], dict[str, Any]]], Callable[..., Any]]:
+    """Return a decorator that lets a function complete what a file says of ``schema``.
+
+    It is called with the values, overrides included, and the file that messages begin with, before
+    any is checked, and returns them with those that follow from others.
+    """
+
+    def register(
+        complete: Callable[[dict[str, Any], str], dict[str, Any]],
+    ) -> Callable[..., Any]:
+        _completions.setdefault(schema, []).append(complete)
+        return complete
+
+    return register
+
+
 def setting(
     default: Any = dataclasses.MISSING,
     *,
@@ -142,6 +163,8 @@ def load_config(
         if isinstance(mark, int) and mark > known:
             raise ConfigError(f"{where}: format is {mark}, expected at most {known}: {LATER}")
     kept = {key: value for key, value in values.items() if key not in ignore}
+    for complete in _completions.get(schema, ()):
+        kept = complete(kept, where)
     try:
         return build_config(schema, kept, where)
     except UnknownSettingError as error:
@@ -150,9 +173,12 @@ def load_config(
         raise ConfigError(f"{error}; {LATER}") from None
 
 
-def build_config(schema: type[T], values: Any, where: str) -> T:
-    """Return a checked ``schema`` instance from plain values (dicts, lists, numbers, strings)."""
-    return cast(T, _convert_dataclass(schema, values, "", where))
+def build_config(schema: type[T], values: Any, where: str, section: str = "") -> T:
+    """Return a checked ``schema`` instance from plain values (dicts, lists, numbers, strings).
+
+    ``section``: the dotted name of the setting that it is, for messages.
+    """
+    return cast(T, _convert_dataclass(schema, values, section, where))
 
 
 def validate(instance: Any, where: str) -> None:

@@ -33,13 +33,21 @@ class InitializeConfig(Config):
     """Start from another run's weights."""
 
     checkpoint: str
-    """A run directory or one of its checkpoints."""
+    """A run directory or one of its checkpoints; an imported model is a run directory too."""
     method: Literal["stepwise", "average", "lower"] = setting("stepwise")
     """Which of its blocks become the loop of a recursive model: ``stepwise`` takes equally spaced
     ones, first and last among them, ``average`` means of neighbours, ``lower`` the first ones
     (arXiv 2410.20672)."""
     lora: Literal["svd", "zero"] = setting("svd")
     """Whether the low-rank differences of a loop start from what the loop lost, or from nothing."""
+    convert: dict[str, Literal["qkvo", "none"]] = field(default_factory=dict)
+    """By a mixer of the model's pattern that its blocks there do not have, what it begins as:
+    ``qkvo`` takes over the projections of the attention layer in its place (sizes that are not set
+    are that layer's), ``none`` begins anew. Everything but mixers is taken as it is, see
+    docs/convert.md."""
+    keep: list[int] | None = setting(None, minimum=0)
+    """Blocks, counted from 0, that stay attention, where all others become the one mixer of
+    ``convert``: makes the model's settings from its own. Null: ``model.pattern`` says it."""
 
 
 @dataclass

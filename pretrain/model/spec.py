@@ -9,9 +9,11 @@ from typing import Any
 
 from pretrain.common.config_loader import ConfigError, build_config, check_of, nearest
 from pretrain.config import ModelConfig, MoEConfig
+from pretrain.config.conversion import sizes_of_converted
 from pretrain.config.model_checks import check_loop
-from pretrain.model.pattern import parse_pattern
+from pretrain.config.pattern import parse_pattern
 from pretrain.nn.mixers import Mixer, registry
+from pretrain.nn.mixers.attention import Attention
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,49 @@ def with_sizes(config: ModelConfig, where: str = "config") -> ModelConfig:
         mixers[spec.name] = {**mixers.get(spec.name, {}), **dataclasses.asdict(spec.config)}
     mlp = dataclasses.replace(config.mlp, intermediate_size=config.mlp.width(config.hidden_size))
     return dataclasses.replace(config, mixers=mixers, mlp=mlp)
+
+
+@sizes_of_converted
+def converted_settings(
+    name: str, given: dict[str, Any], source: ModelConfig, where: str = "config"
+) -> dict[str, Any]:
+    """Return the settings of a mixer that takes over the attention of ``source``, over ``given``.
+
+    Raises ConfigError where it cannot, or there is none.
+    """
+    known, kind = registry(), given.get("kind", name)
+    if kind not in known:
+        raise ConfigError(
+            f"{where}: initialize.convert has the unknown mixer '{kind}'"
+            f"{nearest(str(kind), list(known))}; known: {', '.join(known)}"
+        )
+    specs = block_specs(source, "initialize.checkpoint")
+    attention = next((spec for spec in specs if issubclass(spec.mixer, Attention)), None)
+    if attention is None:
+        raise ConfigError(
+            f"{where}: initialize.convert.{name} is qkvo, but initialize.checkpoint is "
+            f"'{source.pattern}', which has no attention to take it from"
+        )
+    return {**sizes_taken_over(name, known[kind], attention, source.hidden_size, where), **given}
+
+
+def sizes_taken_over(
+    name: str, mixer: type[Mixer], attention: BlockSpec, hidden_size: int, where: str
+) -> dict[str, Any]:
+    """Return the settings with which ``mixer``, ``name`` in the pattern, fits an attention layer.
+
+    Raises ConfigError where it has none.
+    """
+    if mixer.conversion is None:
+        able = [name for name, other in registry().items() if other.conversion is not None]
+        raise ConfigError(
+            f"{where}: initialize.convert.{name} is qkvo, which it cannot take over; expected "
+            f"none, or one of the mixers that can: {', '.join(able)}"
+        )
+    try:
+        return mixer.conversion.sizes(dataclasses.asdict(attention.config), hidden_size)
+    except ValueError as error:
+        raise ConfigError(f"{where}: initialize.convert.{name} is qkvo, but {error}") from None
 
 
 def passes(config: ModelConfig) -> list[int]:

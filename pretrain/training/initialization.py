@@ -5,6 +5,9 @@ source's blocks between the target's prelude and coda stand for its loop: at pas
 replaces block b K + k. ``stepwise`` keeps K of them equally spaced, ``lower`` the first K,
 ``average`` the mean over passes; the low-rank differences start from the truncated singular value
 decomposition of what each pass lost.
+
+Mixers that ``initialize.convert`` names begin as attention layers of the source, or anew; see
+:mod:`pretrain.training.conversion`.
 """
 
 from __future__ import annotations
@@ -14,14 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pretrain.common.errors import UserError
 from pretrain.config import InitializeConfig, RecursionConfig
+from pretrain.config.conversion import kept_pattern, written_pattern
 from pretrain.model.build import build_model
-from pretrain.model.depth_lora import DepthLoRA
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
+from pretrain.nn.mixers.conversion import own_parameters
+from pretrain.training.conversion import Taken, low_rank, put, taken_of, values_of
 
 
 def initialize_from(
@@ -108,38 +113,33 @@ def fill_from(
         )
     if middle < looped:
         raise UserError(f"{where} has {middle} blocks for the loop, expected at least its {looped}")
-    if lora and model.context.tensor_size > 1:
-        raise UserError(
-            "initialize.lora=svd needs tensor parallel size 1: no process has the full matrices"
-        )
     chosen = _chosen(chosen_by, looped, middle, times)
-    _check_same_blocks(
-        model,
-        source,
-        [
-            *([i] for i in range(prelude)),
-            *([prelude + i for i in group] for group in chosen),
-            *([len(source.blocks) - coda + i] for i in range(coda)),
-        ],
-        where,
-    )
+    origins = [
+        *([i] for i in range(prelude)),
+        *([prelude + i for i in group] for group in chosen),
+        *([len(source.blocks) - coda + i] for i in range(coda)),
+    ]
+    _check_kept(model, source, config, where)
+    taken = _check_blocks(model, source, origins, config, where)
 
     _copy(model.embedding, [source.embedding], where)
     _copy(model.final_norm, [source.final_norm], where)
-    _copy(model.tables, [source.tables], where)
+    put(
+        model.tables,
+        [own_parameters(source.tables)],
+        where,
+        begin_anew=tuple(f"{name}." for name in config.convert),
+    )
     if not model.model_config.tie_embeddings:
         tied = source.model_config.tie_embeddings
         _copy(model.head, [source.embedding if tied else source.head], where)
     for k, target in enumerate(model.blocks):
-        if k < prelude:
-            _copy(target, [source.blocks[k]], where)
-        elif k < prelude + looped:
-            _copy(target, [source.blocks[prelude + i] for i in chosen[k - prelude]], where)
-            if lora:
-                replaced = [source.blocks[prelude + b * looped + k - prelude] for b in range(times)]
-                _low_rank(target, replaced)
-        else:
-            _copy(target, [source.blocks[k - len(model.blocks)]], where)
+        how = taken[k]
+        found = [values_of(target, source.blocks[i], how) for i in origins[k]]
+        put(target, found, where, begin_anew=() if how == "whole" else ("mixer.",))
+        if lora and prelude <= k < prelude + looped:
+            replaced = [source.blocks[prelude + b * looped + k - prelude] for b in range(times)]
+            low_rank(target, [values_of(target, block, how) for block in replaced], model.context)
 
 
 def _chosen(method: str, looped: int, middle: int, times: int) -> list[list[int]]:
@@ -172,57 +172,39 @@ def _check_same_settings(model: LanguageModel, source: LanguageModel, where: str
         raise UserError(f"{where} has an untied head, which model.tie_embeddings=true would drop")
 
 
-def _check_same_blocks(
-    model: LanguageModel, source: LanguageModel, origins: list[list[int]], where: str
+def _check_kept(
+    model: LanguageModel, source: LanguageModel, config: InitializeConfig, where: str
 ) -> None:
+    """Check that a model whose pattern is set has the one that ``initialize.keep`` stands for."""
+    if config.keep is None or model.recursion is not None or not config.convert:
+        return
+    expected = kept_pattern(source.model_config, next(iter(config.convert)), config, "run")
+    found = [spec.name for spec in block_specs(model.model_config)]
+    if found != expected:
+        raise UserError(
+            f"model.pattern is '{model.model_config.pattern}', but initialize.keep {config.keep} "
+            f"makes '{written_pattern(expected)}' of {where}; expected one of them to be left out"
+        )
+
+
+def _check_blocks(
+    model: LanguageModel,
+    source: LanguageModel,
+    origins: list[list[int]],
+    config: InitializeConfig,
+    where: str,
+) -> list[Taken]:
+    """Return how the mixer of each block begins. Raises UserError where a source does not fit."""
     wanted, there = block_specs(model.model_config), block_specs(source.model_config)
-    for k, (spec, indices) in enumerate(zip(wanted, origins, strict=True)):
-        for i in indices:
-            if there[i].identity != spec.identity:
-                raise UserError(
-                    f"block {k} of the model is {spec.name} {spec.identity}, but block {i} of "
-                    f"{where} is {there[i].name} {there[i].identity}"
-                )
+    return [
+        taken_of(
+            k, spec, {i: there[i] for i in indices}, model.model_config.hidden_size, config, where
+        )
+        for k, (spec, indices) in enumerate(zip(wanted, origins, strict=True))
+    ]
 
 
 def _copy(target: nn.Module | None, origins: Sequence[nn.Module], where: str) -> None:
-    """Set every parameter to the mean of the origins' of the same name.
-
-    Low-rank differences and residual scales are set only where the origins have them.
-    """
+    """Set every parameter to the mean of the origins' of the same name."""
     assert target is not None
-    values = [_by_name(origin) for origin in origins]
-    for name, parameter in _by_name(target).items():
-        found = [v[name] for v in values if name in v]
-        if not found and name.endswith((".lora_a", ".lora_b", "residual_scales")):
-            continue
-        shapes = {tuple(f.shape) for f in found}
-        if len(found) != len(values) or shapes != {tuple(parameter.shape)}:
-            raise UserError(
-                f"{where}: {type(target).__name__}'s {name} has the shapes {sorted(shapes)}, "
-                f"expected {tuple(parameter.shape)}"
-            )
-        parameter.copy_(torch.stack(found).mean(0))
-
-
-def _by_name(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters by the names they have without low-rank differences around them."""
-    return {name.replace("inner.", ""): p for name, p in module.named_parameters()}
-
-
-def _low_rank(target: nn.Module, replaced: list[nn.Module]) -> None:
-    """Set each pass's lora_b lora_a to the best approximation of (replaced - shared)."""
-    for name, module in target.named_modules():
-        if not isinstance(module, DepthLoRA):
-            continue
-        rank = module.lora_a.shape[1]
-        module.lora_a.zero_()
-        module.lora_b.zero_()
-        for depth, origin in enumerate(replaced):
-            full = origin.get_parameter(f"{name.replace('inner.', '')}.weight")
-            lost = (full - module.weight).to(torch.promote_types(full.dtype, torch.float32))
-            u, s, v = torch.linalg.svd(lost, full_matrices=False)
-            r = min(rank, len(s))
-            root = s[:r].sqrt()
-            module.lora_b[depth, :, :r] = u[:, :r] * root
-            module.lora_a[depth, :r] = root[:, None] * v[:r]
+    put(target, [own_parameters(origin) for origin in origins], where)

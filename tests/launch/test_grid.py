@@ -12,7 +12,7 @@ from launch.expansion import load_grid
 from launch.matching import counts_of
 from launch.throughput import write_throughput
 from pretrain.common.config_loader import ConfigError
-from pretrain.model.pattern import parse_pattern
+from pretrain.config.pattern import parse_pattern
 from pretrain.model.spec import block_specs
 
 ROOT = Path(__file__).parents[2]

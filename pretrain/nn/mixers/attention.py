@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -26,6 +27,7 @@ from pretrain.nn.mixers.base import (
     register,
     states_wanted,
 )
+from pretrain.nn.mixers.conversion import QKVO, Conversion
 from pretrain.nn.mixers.sizes import attention_heads
 from pretrain.nn.norm import sharded_rms_norm
 from pretrain.nn.parameters import constant, replicated_parameter, sharded_parameter
@@ -81,6 +83,12 @@ class AttentionConfig(MixerConfig):
         )
 
 
+def _same_but_window(attention: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
+    """Return the settings of attention that takes over another one's weights."""
+    names = {field.name for field in fields(AttentionConfig)} - {"window"}
+    return {name: attention[name] for name in names}
+
+
 @register("attn")
 class Attention(Mixer):
     """Softmax attention, as a mixer.
@@ -92,6 +100,7 @@ class Attention(Mixer):
     config_class = AttentionConfig
     counts_tokens = True
     over_time: ClassVar[Literal["state", "ops", "cells"]] = "ops"
+    conversion = Conversion(_same_but_window, QKVO, rest=True)
     card = MixerCard(
         "softmax attention",
         "o_t = sum_j softmax_j(q_t k_j / sqrt D) v_j",

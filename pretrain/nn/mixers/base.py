@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pretrain.common.config_loader import Config
 from pretrain.data.sequences import Sequences
+from pretrain.nn.mixers.conversion import Conversion
 from pretrain.nn.parameters import DescribedModule
 from pretrain.nn.shared_tables import SharedTable, TableRow
 from pretrain.parallel.context import ParallelContext
@@ -156,6 +157,7 @@ class Mixer(DescribedModule, ABC):
     card: ClassVar[MixerCard]
     over_time: ClassVar[Literal["state", "ops", "cells"]] = "state"
     speed_settings: ClassVar[tuple[str, ...]] = ("chunk_size",)  # that change nothing but speed
+    conversion: ClassVar[Conversion | None] = None  # how it begins as attention; None: it cannot
     # In the state, what only gets longer: of one sequence, an earlier state's is a prefix.
     growing_states: tuple[str, ...] = ()
     # What is packed: of each sequence its last tokens, as many as the state's ``lengths`` says.

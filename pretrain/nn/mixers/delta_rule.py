@@ -23,6 +23,7 @@ from pretrain.nn.linear import (
 )
 from pretrain.nn.maximal_update import Role
 from pretrain.nn.mixers.base import LayerContext, Mixer, State, accumulation_dtype, heads
+from pretrain.nn.mixers.conversion import QKVO, Conversion, slow_decay, value_sizes
 from pretrain.nn.mixers.mitigations import DELTA_RULE, recur
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
@@ -52,6 +53,7 @@ class DeltaRuleMixer(Mixer):
     """
 
     over_time = "ops"
+    conversion = Conversion(value_sizes, QKVO, slow_decay)
 
     output_gate: ClassVar[bool] = True
     q_proj: ReadsSharedInput

@@ -21,6 +21,7 @@ from pretrain.nn.mixers.base import (
     heads,
     register,
 )
+from pretrain.nn.mixers.conversion import QKVO, Conversion, slow_decay, value_sizes
 from pretrain.nn.mixers.kimi_delta_attention import (
     KimiDeltaAttention,
     KimiDeltaAttentionConfig,
@@ -54,6 +55,7 @@ class GatedDeltaNet2(KimiDeltaAttention):
     """Gated DeltaNet-2, as a mixer; its state is that of Kimi delta attention."""
 
     config_class = GatedDeltaNet2Config
+    conversion = Conversion(value_sizes, QKVO, slow_decay)
     card = MixerCard(
         "Gated DeltaNet-2",
         "S_t = (I - k_t^T (b_t k_t)) Diag(a_t) S_{t-1} + k_t^T (w_t v_t);  o_t = q_t S_t",

@@ -5,6 +5,7 @@ log decay = logsigmoid(W2 W1 x + b) / 16 with W1 to 16 channels. No convolution,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -15,6 +16,7 @@ from typing_extensions import override
 from pretrain.common.config_loader import Derived, setting
 from pretrain.nn.linear import ReplicatedLinear, column_linear
 from pretrain.nn.mixers.base import LayerContext, MixerCard, heads, register
+from pretrain.nn.mixers.conversion import QKVO, Conversion, value_sizes
 from pretrain.nn.mixers.linear_family import LinearFamilyConfig, LinearFamilyMixer
 from pretrain.nn.mixers.parts import gate_parameter, power_of_two
 from pretrain.nn.mixers.sizes import heads_for, integral, split_width
@@ -58,6 +60,12 @@ class GatedLinearAttention(LinearFamilyMixer):
 
     config_class = GatedLinearAttentionConfig
     per_channel = True
+    conversion = Conversion(
+        value_sizes,
+        QKVO,
+        # sigmoid(a_bias) ** (1 / gate_normalizer) = exp(-0.01), nearly 0.99
+        lambda config: {"a_bias": -math.log(math.expm1(0.01 * config.gate_normalizer))},
+    )
     card = MixerCard(
         "Gated linear attention",
         "S_t = Diag(a_t) S_{t-1} + k_t^T v_t;  o_t = q_t S_t",

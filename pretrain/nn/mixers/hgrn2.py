@@ -7,8 +7,9 @@ depth (see :mod:`pretrain.nn.mixers.lower_bounds`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +27,7 @@ from pretrain.nn.mixers.base import (
     heads,
     register,
 )
+from pretrain.nn.mixers.conversion import Conversion, head_sizes
 from pretrain.nn.mixers.lower_bounds import (
     LowerBound,
     add_lower_bound,
@@ -77,6 +79,16 @@ class HGRN2Config(MixerConfig):
         return self.num_heads, self.head_dim, value_dim
 
 
+def _sizes_of_attention(attention: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
+    """Return the settings with an attention layer's heads, which must be as wide as the model."""
+    sizes = head_sizes(attention, hidden_size)
+    if (width := sizes["num_heads"] * sizes["head_dim"]) != hidden_size:
+        raise ValueError(
+            f"its values are as wide as the model, {hidden_size}, and the attention's {width}"
+        )
+    return sizes
+
+
 @register("hgrn2")
 class HGRN2(Mixer):
     """HGRN2, as a mixer.
@@ -87,6 +99,8 @@ class HGRN2(Mixer):
     config_class = HGRN2Config
     over_time = "ops"
     mitigable = ALL
+    # Keys are what the forget gates leave, so that they are learnt anew.
+    conversion = Conversion(_sizes_of_attention, {"q_proj": "q", "i_proj": "v", "o_proj": "o"})
     card = MixerCard(
         "HGRN2",
         "S_t = Diag(f_t) S_{t-1} + (1 - f_t)^T v_t;  o_t = q_t S_t",

@@ -32,6 +32,7 @@ from pretrain.nn.mixers.base import (
     heads,
     register,
 )
+from pretrain.nn.mixers.conversion import QKVO, Conversion, head_sizes, slow_decay
 from pretrain.nn.mixers.mitigations import DELTA_RULE, recur
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
@@ -94,6 +95,7 @@ class KimiDeltaAttention(Mixer):
     config_class: ClassVar[type[MixerConfig]] = KimiDeltaAttentionConfig
     over_time = "ops"
     mitigable: tuple[str, ...] = DELTA_RULE
+    conversion = Conversion(head_sizes, QKVO, slow_decay)
     card = MixerCard(
         "Kimi delta attention",
         "S_t = (I - b_t k_t^T k_t) Diag(a_t) S_{t-1} + b_t k_t^T v_t;  o_t = q_t S_t",

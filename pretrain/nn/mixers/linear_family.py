@@ -16,6 +16,7 @@ from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
 from pretrain.nn.mixers.base import LayerContext, Mixer, MixerConfig, State, heads
+from pretrain.nn.mixers.conversion import QKVO, Conversion, value_sizes
 from pretrain.nn.mixers.mitigations import ALL, recur
 from pretrain.nn.mixers.parts import linear_attention_flops, matrix_state
 from pretrain.nn.mixers.sizes import heads_for, integral, per_head, split_width
@@ -63,6 +64,7 @@ class LinearFamilyMixer(Mixer):
 
     over_time = "ops"
     mitigable: tuple[str, ...] = ALL
+    conversion = Conversion(value_sizes, QKVO)
 
     output_gate: ClassVar[bool] = True
     per_channel: ClassVar[bool] = False  # whether there is a decay for each key channel

@@ -9,8 +9,9 @@ acts on each group's width. Models of it alone usually have no MLP (``mlp: {kind
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +29,7 @@ from pretrain.nn.mixers.base import (
     heads,
     register,
 )
+from pretrain.nn.mixers.conversion import Conversion
 from pretrain.nn.mixers.mitigations import ALL, recur
 from pretrain.nn.mixers.parts import (
     add_short_convolutions,
@@ -88,6 +90,17 @@ class Mamba2Config(MixerConfig):
         return integral(inner / self.head_dim, "hidden_size * expand / head_dim")
 
 
+def _sizes_of_attention(attention: Mapping[str, Any], hidden_size: int) -> dict[str, Any]:
+    """Return the settings with a group of B and C for every head of an attention layer."""
+    num_heads, head_dim = attention["num_heads"], attention["head_dim"]
+    return {
+        "expand": num_heads * head_dim / hidden_size,
+        "head_dim": head_dim,
+        "state_size": head_dim,
+        "num_groups": num_heads,
+    }
+
+
 @register("mamba2")
 class Mamba2(Mixer):
     """Mamba-2, as a mixer.
@@ -98,6 +111,9 @@ class Mamba2(Mixer):
     config_class = Mamba2Config
     over_time = "ops"
     mitigable = ALL
+    conversion = Conversion(
+        _sizes_of_attention, {"x_proj": "v", "b_proj": "k", "c_proj": "q", "o_proj": "o"}
+    )
     card = MixerCard(
         "Mamba-2",
         "S_t = a_t S_{t-1} + B_t^T (D_t x_t);  y_t = C_t S_t + D x_t",

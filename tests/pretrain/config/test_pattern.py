@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.model.pattern import parse_pattern
+from pretrain.config.pattern import parse_pattern
 
 KNOWN = ("attn", "gdn", "m2rnn")
 
