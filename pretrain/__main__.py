@@ -4,9 +4,10 @@
 pretrain verify CONFIG`` checks that a layout of processes trains the same model; ``python -m
 pretrain plan CONFIG`` says what a run will need and cost; ``python -m pretrain coordinates CONFIG``
 checks that sizes do not follow the model's width; ``python -m pretrain merge RUN`` averages the
-weights of its checkpoints; ``python -m pretrain export CHECKPOINT FOLDER``
-and ``import NAME RUN`` convert to and from Hugging Face; ``python -m pretrain layers`` prints the
-table of all layers; ``python -m pretrain replay FILE`` repeats a step that was not finite.
+weights of its checkpoints; ``python -m pretrain cache-teacher CONFIG`` writes what a teacher says
+of a run's tokens; ``python -m pretrain export CHECKPOINT FOLDER`` and ``import NAME RUN`` convert
+to and from Hugging Face; ``python -m pretrain layers`` prints the table of all layers; ``python -m
+pretrain replay FILE`` repeats a step that was not finite.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pretrain.common.quiet import quiet_process
 from pretrain.parallel.launcher_watch import watch_launcher
 
 _COMMANDS = {
+    "cache-teacher": "pretrain.training.cache_teacher.main",
     "coordinates": "pretrain.training.coordinates.main",
     "export": "pretrain.export.hugging_face.export_command",
     "import": "pretrain.export.importing.import_command",
@@ -52,6 +54,7 @@ def main() -> int:
         "pretrain plan CONFIG' estimates what a run will need and cost, 'python -m pretrain "
         "coordinates CONFIG' checks that activations and updates do not follow the model's width, "
         "'python -m pretrain merge RUN' averages the weights of its checkpoints, "
+        "'python -m pretrain cache-teacher CONFIG' writes what a teacher says of a run's tokens, "
         "'python -m pretrain export CHECKPOINT FOLDER' writes a Hugging Face model, 'python -m "
         "pretrain import NAME RUN' makes a run of one, 'python -m pretrain layers' prints the "
         "table of all layers, 'python -m pretrain replay FILE' repeats a step that was not finite.",

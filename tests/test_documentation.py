@@ -24,6 +24,7 @@ PAGES = [
     "docs/long-context.md",
     "docs/planner.md",
     "docs/phases.md",
+    "docs/distill.md",
     "docs/launching.md",
     "docs/decide.md",
     "docs/evaluation.md",

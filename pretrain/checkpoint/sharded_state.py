@@ -62,8 +62,11 @@ class StateOfTraining(Protocol):
     def optimizer_state(self, *, saving: bool) -> State:
         """Return the optimizer state's local boxes; when saving, those that this rank writes."""
 
-    def loaded(self, num_updates: int) -> None:
-        """Finish loading a checkpoint after ``num_updates`` updates."""
+    def loaded(self, num_updates: int, num_held: int = 0) -> None:
+        """Finish loading a checkpoint after ``num_updates`` updates.
+
+        In the first ``num_held`` of them some parameters were held.
+        """
 
 
 class HoldsState(Protocol):

@@ -33,6 +33,7 @@ from pretrain.common.config_loader import LATER, build_config, flattened
 from pretrain.common.errors import ConfigError, UnknownSettingError, UserError
 from pretrain.common.files import file_sha256
 from pretrain.config import ModelConfig, legacy, load_saved_config
+from pretrain.model.freezing import matches
 from pretrain.model.spec import block_specs
 from pretrain.run_directory import CONFIG_FILE
 
@@ -57,6 +58,7 @@ class CheckpointState:
         unlogged_loss: Sum of the losses of the applied steps since the log's last line, each
             weighted by its batch as a share of ``train.global_batch_tokens``.
         unlogged_steps: Sum of those weights.
+        aligned: Updates among the steps that aligned new mixers with a teacher alone.
     """
 
     step: int
@@ -74,6 +76,7 @@ class CheckpointState:
     save: int = 0
     unlogged_loss: float = 0.0
     unlogged_steps: float = 0.0
+    aligned: int = 0
     skipped_data: list[list[int]] = field(default_factory=list)
     phases: list[dict[str, Any]] = field(default_factory=list)
     format: int = legacy.FORMAT  # of ``model``, see pretrain/config/legacy.py
@@ -209,7 +212,7 @@ def load_checkpoint(checkpoint: Path, engine: HoldsState) -> None:
     carried = engine.carried_state()
     if carried:
         _load(carried, checkpoint)
-    engine.backend.loaded(state.step - state.skipped)
+    engine.backend.loaded(state.step - state.skipped, state.aligned)
 
 
 def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) -> None:
@@ -226,7 +229,8 @@ def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) 
         raise UserError(
             f"{checkpoint} has no averaged weights: it was trained with optimizer.ema_decay 0"
         )
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    frozen = load_saved_config(checkpoint / CONFIG_FILE).frozen
+    trained = {n: p for n, p in model.named_parameters() if not matches(n, frozen)}
     averages = {n: torch.empty(p.shape, dtype=torch.float32) for n, p in trained.items()}
     _load(
         {optimizer_key("ema", n): full_part(p, averages[n]) for n, p in trained.items()},

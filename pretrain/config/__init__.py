@@ -3,6 +3,7 @@
 from pretrain.common.config_loader import ConfigError, to_yaml
 from pretrain.config.checks import check_run_config, load_run_config
 from pretrain.config.data import DataConfig, DataSource, PrefixConfig
+from pretrain.config.distill import DistillConfig
 from pretrain.config.model import MLPConfig, ModelConfig, MoEConfig, RecursionConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ZERO_BACKENDS, ParallelConfig
@@ -31,6 +32,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DataSource",
+    "DistillConfig",
     "EvalConfig",
     "InitializeConfig",
     "LoggingConfig",

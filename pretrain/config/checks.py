@@ -20,6 +20,7 @@ from pretrain.common.text import control_character
 from pretrain.config.branch import settle_branch
 from pretrain.config.carried import check_carried
 from pretrain.config.conversion import check_conversion
+from pretrain.config.distill_checks import check_distill
 from pretrain.config.model_checks import check_stages
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
@@ -83,6 +84,7 @@ def _check_run(config: RunConfig, where: str) -> None:
     for number in range(len(config.phases)):
         _check_settings(phase_settings(config, number), f"{where}, phases[{number}]")
     check_phases(config, where)
+    check_distill(config, where)
     _check_kept(config, where)
     check_conversion(config, where)
     for name, schedule, steps in RunPlan(config, where).schedules():

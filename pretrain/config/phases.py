@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from pretrain.common.config_loader import Config, ConfigError, check_of, setting
 from pretrain.config.data import DataConfig, DataSource
+from pretrain.config.distill import PhaseDistill
 from pretrain.config.schedule import ScheduleConfig, ScheduleKind
 
 
@@ -64,6 +65,8 @@ class PhaseConfig(Config):
     """Peak of its ``schedule``; null: the learning rate where it begins."""
     schedule: PhaseSchedule | None = None
     """The learning rate from here on; null: as planned before."""
+    distill: PhaseDistill | None = None
+    """How it learns from the teacher; null: as ``distill`` has it."""
 
 
 @check_of(PhaseConfig)

@@ -77,6 +77,8 @@ class RunPlan:
     def __init__(self, config: RunConfig, where: str | None = None):
         self._where = where or f"run '{config.name}'"
         self._train = config.train
+        self._align_share = 0.0 if config.distill is None else config.distill.align_steps
+        self._aligned_by_phases = any(p.distill and p.distill.align for p in config.phases)
         # Batches of one size or of a warm-up are the run's own to count.
         self._batches = (
             [p.global_batch_tokens or config.train.global_batch_tokens for p in config.phases]
@@ -139,6 +141,18 @@ class RunPlan:
         """Return the learning rate of optimizer step ``step``, counted from 0."""
         rates = next((r for r in self._rates if step < r.last), self._rates[-1])
         return rates.at(step)
+
+    @property
+    def aligned_steps(self) -> int:
+        """Return the number of steps, at the beginning, that align new mixers with a teacher."""
+        leading = 0
+        for phase in self.phases:
+            distill = phase.config.distill
+            if not self._aligned_by_phases or distill is None or distill.align_steps == 0:
+                break
+            leading = phase.last
+        share = 0.0 if self._aligned_by_phases else self._align_share
+        return leading or math.ceil(Fraction(str(share)) * self.num_steps)
 
     def schedules(self) -> list[tuple[str, ScheduleConfig, int]]:
         """Return each schedule with the setting that it is, and the steps it is planned for."""
@@ -265,11 +279,19 @@ def phase_settings(config: RunConfig, number: int) -> RunConfig:
         global_batch_tokens=phase.global_batch_tokens or config.train.global_batch_tokens,
     )
     rows = phase.micro_batch_size or config.parallel.micro_batch_size
+    distill, own = config.distill, phase.distill
+    if distill is not None and own is not None:
+        given = {n: getattr(own, n) for n in ("weight", "temperature", "reverse")}
+        changes = {name: value for name, value in given.items() if value is not None}
+        distill = replace(distill, **changes)
+    if distill is not None and any(p.distill and p.distill.align for p in config.phases):
+        distill = replace(distill, align_steps=float(own is not None and own.align))
     return replace(
         config,
         data=config.data if phase.data is None else phase.data.over(config.data),
         train=train,
         parallel=replace(config.parallel, micro_batch_size=rows),
+        distill=distill,
         phases=[],
     )
 

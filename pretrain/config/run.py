@@ -11,6 +11,7 @@ from pretrain.common.errors import ConfigError, UnknownSettingError
 from pretrain.config import legacy
 from pretrain.config.branch import BranchConfig, branch_step
 from pretrain.config.data import DataConfig
+from pretrain.config.distill import DistillConfig
 from pretrain.config.model import ModelConfig
 from pretrain.config.optimizer import OptimizerConfig
 from pretrain.config.parallel import ParallelConfig
@@ -89,6 +90,8 @@ class RunConfig(Config):
     """Classes of yours that act beside the steps of the run, as ``my_module.MyCallback``."""
     initialize: InitializeConfig | None = None
     """Another run's weights to start from; null: random ones."""
+    distill: DistillConfig | None = None
+    """A teacher to learn from; null: the text alone."""
     branch: BranchConfig | None = None
     """Another run's step to go on from; null: the run begins anew."""
     directory: str | None = None
@@ -105,6 +108,11 @@ class RunConfig(Config):
     def plan(self) -> RunPlan:
         """Return the steps of all phases, with their sizes and learning rates."""
         return RunPlan(self)
+
+    @property
+    def frozen(self) -> list[str]:
+        """Return the patterns of all parameters that do not learn."""
+        return [*self.train.freeze, *([] if self.distill is None else self.distill.freeze)]
 
     @property
     def first_step(self) -> int:

@@ -81,6 +81,9 @@ class TrainConfig(Config):
     it."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     """What a sudden rise of the loss does."""
+    freeze: list[str] = field(default_factory=list)
+    """Parameters that do not learn and have no optimizer state, by patterns of their names, or of
+    the names of modules that hold them: ``embedding``, ``blocks.*.mlp``, ``blocks.0``."""
     threads: int | None = setting(None, minimum=1, maximum=1024)
     """Threads of torch in each process; null: torch's own choice."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences, segment_of, without_waiting
+from pretrain.data.teacher_top import TeacherTop
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Batch:
             in which the same row of the step before ended.
         masked: ``[1, T]`` float32, the weight of a token that the inputs hide and the targets have:
             the loss of prefixes, see :mod:`.prefixes`; None where there is none.
+        top: What a teacher said of the tokens, ids and log-probabilities ``[1, T, k]`` and the rest
+            ``[1, T]``, where it is read from a cache.
     """
 
     tokens: Tensor
@@ -33,6 +36,12 @@ class Batch:
     sequences: Sequences
     continues: tuple[bool, ...] | None = None
     masked: Tensor | None = None
+    top: TeacherTop | None = None
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """Return what a model is given beside tokens and targets."""
+        return {"sequences": self.sequences, "mask": self.loss_mask, "top": self.top}
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -63,4 +72,7 @@ class Batch:
     ) -> Batch:
         tokens, targets, mask = map(function, (self.tokens, self.targets, self.loss_mask))
         masked = None if self.masked is None else function(self.masked)
-        return Batch(tokens, targets, mask, sequences, continues, masked)
+        top = self.top
+        if top is not None:
+            top = TeacherTop(*(function(x) for x in vars(top).values()))
+        return Batch(tokens, targets, mask, sequences, continues, masked, top)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from pretrain.common.errors import UserError
 from pretrain.config import ModelConfig
 from pretrain.model.language_model import LanguageModel
+from pretrain.model.spec import block_specs
 from pretrain.model.stages import split_into_stages
 from pretrain.nn.parameters import fill_parameters
 from pretrain.parallel.context import CellsOverSegments, ParallelContext, current_context
@@ -139,3 +140,28 @@ def empty_stages(
         model.vp_stage = None if parts is None else part
         models.append(model)
     return models
+
+
+def split_like(
+    stages: Sequence[LanguageModel], config: ModelConfig, vocab_size: int, seq_len: int, where: str
+) -> list[LanguageModel]:
+    """Make the stages of another model beside this process's ``stages``, on the meta device.
+
+    They have the same blocks where both models have as many, so that these can be compared. Raises
+    ConfigError, beginning with ``where``, for a model that is not as many stages.
+    """
+    context, state = stages[0].context, groups()
+    own = stages[0].model_config
+    alike = config.recursion is None is own.recursion
+    if alike and len(block_specs(config, where)) == len(block_specs(own)):
+        divided = [stage.stage for stage in stages]
+    else:
+        count = 1 if state is None else state.get_pipeline_model_parallel_world_size()
+        rank = 0 if state is None else state.get_pipeline_model_parallel_rank()
+        every = split_into_stages(config, vocab_size, seq_len, count * len(stages), where)
+        divided = every[rank::count]
+    with torch.device("meta"):
+        return [
+            LanguageModel(config, vocab_size, context, stage=stage, seq_len=seq_len)
+            for stage in divided
+        ]

@@ -143,6 +143,7 @@ class ModelCounts:
         backprop_last: passes that gradients go through, None for all.
         recomputed: see :func:`recomputed_flops`.
         idle_parameters: those of the experts that a token does not go through.
+        teacher_flops: forward FLOPs of the teacher that training runs beside the model.
         loop_blocks: the first block in the loop and the first after it, None without a loop.
         exit_flops: forward FLOPs per token of the output of one earlier pass in training.
     """
@@ -158,6 +159,7 @@ class ModelCounts:
     idle_parameters: int = 0
     loop_blocks: tuple[int, int] | None = None
     exit_flops: int = 0
+    teacher_flops: int = 0
 
     def describe(self) -> str:
         """Return the sizes of the model in words: parameters, those of a token, and loops."""
@@ -175,13 +177,14 @@ class ModelCounts:
         """Return forward and backward FLOPs per token, with ``times`` passes through the loop.
 
         None means the configured number. Backward is twice forward, over the passes that gradients
-        go through.
+        go through. A teacher beside the model is counted as if it ran in every step.
         """
         times = self.times if times is None else times
         through = times if self.backprop_last is None else min(times, self.backprop_last)
         outside = self.flops_per_token - self.times * self.loop_flops
         exits = 3 * self.exit_flops * max(times - 1, 0)
-        return 3 * outside + self.loop_flops * (times + 2 * through) + exits
+        own = 3 * outside + self.loop_flops * (times + 2 * through) + exits
+        return own + self.teacher_flops
 
     def hardware_flops(self, times: float | None = None) -> float:
         """Add what activation checkpointing of blocks computes again to :meth:`training_flops`."""

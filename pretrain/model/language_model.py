@@ -34,6 +34,9 @@ from pretrain.parallel.megatron import viewless
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from pretrain.data.teacher_top import TeacherTop
+    from pretrain.model.distillation import Distillation
+
 
 class LanguageModel(WithHead):
     """A causal language model over packed sequences, or one stage of it.
@@ -48,6 +51,7 @@ class LanguageModel(WithHead):
     segment_tokens: int | None = None  # of a row's losses; see pretrain.model.segmented
     carried: CarriedStates | None = None  # of rows from step to step, in training
     layer_path: tuple[int, ...] | None = None  # see pretrain.inference.layer_paths
+    distilled: Distillation | None = None  # what training learns from a teacher
     # While open, gradients that add up are not reduced yet.
     reduction_paused: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -117,7 +121,8 @@ class LanguageModel(WithHead):
     @property
     def border_width(self) -> int:
         """Return the width of what the stages of a pipeline send each other."""
-        return self.model_config.hidden_size + self._on_the_way.width
+        taught = 0 if self.distilled is None else self.distilled.width
+        return self.model_config.hidden_size + self._on_the_way.width + taught
 
     @property
     def embedding_factor(self) -> float:
@@ -128,7 +133,10 @@ class LanguageModel(WithHead):
 
     def set_input_tensor(self, tensor: Sequence[Tensor | None]) -> None:
         """Receive the previous stage's output ``[T, B, d]`` from megatron-core's schedules."""
-        self._received = tensor[0]
+        received = tensor[0]
+        if self.distilled is not None and received is not None:
+            received = self.distilled.receive(received)
+        self._received = received
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Return what the first and the last stage both hold a copy of, for megatron-core."""
@@ -143,6 +151,8 @@ class LanguageModel(WithHead):
         cu_seqlens: Tensor | None = None,
         scored: Tensor | None = None,
         candidates: int | None = None,
+        mask: Tensor | None = None,
+        top: TeacherTop | None = None,
     ) -> Tensor:
         """Compute the losses of ``targets``, or logits: tokens, targets ``[B, T]`` int64.
 
@@ -152,18 +162,23 @@ class LanguageModel(WithHead):
         Returns each target's cross entropy ``[B, T]`` in nats, float32 or wider; without targets,
         the logits ``[B, T, vocab]`` (this rank's shard of the vocabulary). A stage that is not
         the last returns the input of the next one, ``[T, B, d]``. With ``scored``, ``[M]``
-        numbers of tokens of one row: :meth:`score` of their targets.
+        numbers of tokens of one row: :meth:`score` of their targets. Where it learns from a
+        teacher, metrics count targets by ``mask`` ``[B, T]``, and ``top`` is what the teacher said
+        of the tokens, if it is not here.
         """
         packed = given_sequences("the model", sequences, cu_seqlens)
         if targets is not None and scored is None and comes_in_segments(self, tokens):
             return segmented_losses(self, tokens, targets, packed)
+        if self.distilled is not None and self.training and targets is not None:
+            return self.distilled.losses(tokens, targets, packed, mask, top)
         firsts: dict[str, FirstValues] = {}
         earlier: list[Tensor] = []
         x, _, ponder = self._hidden(
             tokens, packed, None, with_states=False, firsts=firsts, earlier=earlier
         )
         if not self.stage.last:
-            return viewless(self._on_the_way.pack(x, firsts))
+            sent = self._on_the_way.pack(x, firsts)
+            return viewless(sent if self.distilled is None else self.distilled.pack(sent))
         if targets is None:
             return self._logits(x).transpose(0, 1)
         if scored is not None:
@@ -366,6 +381,8 @@ class LanguageModel(WithHead):
         found = self.mixer_metrics()
         for experts in self.experts():
             merge_metrics(found, experts.metrics())
+        if self.distilled is not None:
+            merge_metrics(found, self.distilled.metrics())
         return found
 
     def mixer_metrics(self) -> dict[str, float]:

@@ -137,7 +137,8 @@ def sum_tables(parts: Sequence[LanguageModel], gradient: Callable[[nn.Parameter]
     for spec in shared_tables(config):
         path = f"tables.{spec.kind}.{spec.name}.weight"
         found = [dict(part.named_parameters()).get(path) for part in parts]
-        gradients = [gradient(weight) for weight in found if weight is not None]
+        learning = [weight for weight in found if weight is not None and weight.requires_grad]
+        gradients = [gradient(weight) for weight in learning]
         shape = len(spec.blocks), context.local(spec.width, spec.name)
         dtype = torch.promote_types(context.dtype, torch.float32)
         total = torch.zeros(shape, dtype=dtype, device=context.home)

@@ -83,6 +83,7 @@ class ParameterInfo:
         tied: Whether other stages of a pipeline hold a copy of it: of a tied embedding, or a table.
         copy: Whether it is not the first one, so counts in no norm and is written to no checkpoint.
         max_lr: What its peak learning rate is at most; None: no limit.
+        waits: Whether it is left as it is while a model's new mixers are aligned with a teacher.
     """
 
     init: Initializer
@@ -95,6 +96,7 @@ class ParameterInfo:
     tied: bool = False
     copy: bool = False
     max_lr: float | None = None
+    waits: bool = False
 
 
 def describe(parameter: nn.Parameter, info: ParameterInfo) -> nn.Parameter:

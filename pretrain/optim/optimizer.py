@@ -78,7 +78,8 @@ class Optimizer(torch.optim.Optimizer):
     """An optimizer that updates each group by its rule.
 
     Groups have lr, betas, eps, weight_decay, step; ``rule``, the name of the rule, AdamW if absent;
-    and ema_decay, of the weights' average ``ema`` in the state, 0 for none.
+    ema_decay, of the weights' average ``ema`` in the state, 0 for none; and ``held``, with which a
+    group is left out.
     """
 
     def __init__(
@@ -112,6 +113,8 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
+            if group.get("held"):
+                continue
             # Counted also where this process holds none of the group's parameters.
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]

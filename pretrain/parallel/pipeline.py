@@ -181,7 +181,7 @@ def _full_rounds(batches: list[Batch]) -> list[Batch]:
 def _forward_step(batches: Iterator[Batch], module: nn.Module) -> tuple[Tensor, partial[Any]]:
     batch = local_part(next(batches)).to(local_device())
     with model_scope():
-        output = module(batch.tokens, batch.targets, sequences=batch.sequences)
+        output = module(batch.tokens, batch.targets, **batch.seen)
     return output, partial(_loss, batch=batch)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from pretrain.checkpoint.teacher import count_run, teacher_beside
 from pretrain.common.dtypes import DTYPES
 from pretrain.config import ModelConfig, ParallelConfig, RunConfig
-from pretrain.model.counts import ModelCounts, count_model, outputs
+from pretrain.model.counts import ModelCounts, outputs
 from pretrain.model.spec import block_specs
 from pretrain.model.stages import Stage, split_into_stages
 from pretrain.planner.cost import Cost
@@ -37,6 +39,15 @@ class _Pass:
     flops: float
 
 
+@dataclass(frozen=True)
+class _Taught:
+    """A teacher's part in a stage: seconds and FLOPs of a micro-batch, and bytes of weights."""
+
+    forward: float = 0.0
+    flops: float = 0.0
+    weights: float = 0.0
+
+
 @dataclass
 class Planner:
     """A planner of one run on one kind of hardware; simulations are cached."""
@@ -55,7 +66,20 @@ class Planner:
     @property
     def counts(self) -> ModelCounts:
         """Return the model's parameters and FLOPs."""
-        return count_model(self.config.model, self.vocab_size, self.config.train.seq_len)
+        return count_run(self.config, self.vocab_size, self.config.train.seq_len)
+
+    @functools.cached_property
+    def teacher(self) -> Planner | None:
+        """Return the planner of the teacher that runs beside the model, None without one.
+
+        It has the model's layout.
+        """
+        state = teacher_beside(self.config)
+        if state is None:
+            return None
+        train = replace(self.config.train, segment_tokens=None)
+        config = replace(self.config, model=state.model_config, distill=None, train=train)
+        return Planner(config, state.vocab_size, self.hardware, self.software)
 
     def units(
         self,
@@ -171,7 +195,7 @@ class Planner:
     def _stages(
         self, parallel: ParallelConfig, units: Units, data: int, micro_batches: int
     ) -> list[StageEstimate]:
-        stages, segment = [], self.config.train.segment_tokens
+        stages, segment, teacher = [], self.config.train.segment_tokens, self.teacher
         over_context = OverContext(self.hardware, parallel, self._seconds)
         held_at_once = units if segment is None else self.units(parallel, "none", segment=segment)
         for rank, local in enumerate(self._local_stages(parallel)):
@@ -181,6 +205,9 @@ class Planner:
             held, experts = count_kinds(tensors), count_kinds(expert_tensors)
             memory = self._memory.held(parallel, tensors, expert_tensors, data * parallel.context)
             memory.update(self._memory.activations(parallel, at_once, rank, micro_batches, memory))
+            taught = _Taught() if teacher is None else teacher._taught(parallel, rank)
+            if taught.weights:
+                memory["teacher"] = taught.weights
             units_passed = [pair for chain in chains for pair in chain]
             forward = self._pass([unit.forward for unit, _ in units_passed], parallel)
             trained_units = [unit for unit, trained in units_passed if trained]
@@ -205,7 +232,11 @@ class Planner:
                     parameters=sum(held.values()),
                     expert_parameters=sum(experts.values()),
                     memory=memory,
-                    forward=forward.seconds + routing / 2 + exchanged.forward + idle.forward,
+                    forward=forward.seconds
+                    + routing / 2
+                    + exchanged.forward
+                    + idle.forward
+                    + taught.forward,
                     backward=backward.seconds
                     + again
                     + twice * forward.seconds
@@ -213,7 +244,7 @@ class Planner:
                     + routing / 2
                     + exchanged.backward
                     + idle.backward,
-                    hardware_flops=(1 + twice) * forward.flops + backward.flops,
+                    hardware_flops=(1 + twice) * forward.flops + backward.flops + taught.flops,
                     tensor_bytes=(1 + twice) * forward.sent + backward.sent,
                     tensor_seconds=(1 + twice) * forward.waits + backward.waits,
                     expert_bytes=routed,
@@ -224,6 +255,16 @@ class Planner:
                 )
             )
         return stages
+
+    def _taught(self, parallel: ParallelConfig, rank: int) -> _Taught:
+        """Return what this model costs a process of a pipeline stage as the teacher of another."""
+        units, local = self.units(parallel, "none"), self._local_stages(parallel)[rank]
+        passed = [pair for stage in local for pair in self._chain(stage, units)]
+        forward = self._pass([unit.forward for unit, _ in passed], parallel)
+        exchanged = OverContext(self.hardware, parallel, self._seconds).exchanges(passed).forward
+        held = self._held_tensors(parallel, local, units)
+        weights = sum(n * kind[0].itemsize for tensors in held for kind, n in tensors)
+        return _Taught(forward.seconds + exchanged, forward.flops, float(weights))
 
     def _pass(
         self, costs: Sequence[Cost], parallel: ParallelConfig, *, backward: bool = False

@@ -17,6 +17,7 @@ from pretrain.common.metrics import merge_metrics
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data.batch import Batch
 from pretrain.model.carried import CarriedStates
+from pretrain.model.distillation import Recipe
 from pretrain.model.language_model import LanguageModel
 from pretrain.optim.backends.base import make_backend
 from pretrain.parallel.pipeline import local_part, run_schedule, score_schedule
@@ -62,10 +63,17 @@ class Engine:
                 if part.recursion is not None:
                     part.recursion.in_step = True
         self.backend = make_backend(self.parts, config, parallel, micro_batches)
+        self.recipe: Callable[[int], Recipe] | None = None  # of a step, where there is a teacher
 
     def begin_step(self, seed: int, step: int, rank: int = 0, world_size: int = 1) -> None:
         """See :meth:`pretrain.model.language_model.LanguageModel.begin_step`."""
         self.backend.step_seed = (seed, step)
+        if self.recipe is not None:
+            recipe = self.recipe(step)
+            self.backend.hold(recipe.align)
+            for part in self.parts:
+                if part.distilled is not None:
+                    part.distilled.begin_step(recipe)
         for part in self.parts:
             part.begin_step(seed, step, rank, world_size)
 
@@ -86,11 +94,11 @@ class Engine:
             self.forget_carried()
             return StepResult(loss=loss, grad_norm=None, applied=False, masked_loss=masked)
         norm, applied = self.backend.optimizer_step(lr, loss)
-        if applied:
+        if not applied:
+            self.forget_carried()
+        elif not self.backend.holding:
             for part in self.parts:
                 part.update_biases()
-        else:
-            self.forget_carried()
         return StepResult(loss=loss, grad_norm=norm, applied=applied, masked_loss=masked)
 
     def passes(self, batches: Sequence[Batch]) -> tuple[float, float | None]:

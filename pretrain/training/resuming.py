@@ -126,6 +126,7 @@ def checkpoint_to_resume(
                 + " would repeat or skip data; "
                 + ("expected its trunk's" if branches_off else "choose another name for a new run")
             )
+    _check_what_learns(found, before, config, state.step)
     shards, now_shards = before.parallel.tensor, config.parallel.tensor
     if config.train.carry_state and shards != now_shards:
         raise UserError(
@@ -137,6 +138,20 @@ def checkpoint_to_resume(
     if rise is not None and not force:
         raise UserError(_refuse_rise(found, config, *rise))
     return found
+
+
+def _check_what_learns(checkpoint: Path, before: RunConfig, config: RunConfig, step: int) -> None:
+    """Raise UserError where other parameters learned before ``step`` than the settings say."""
+    aligned = [min(c.plan.aligned_steps, step) for c in (before, config)]
+    for name, was, now in (
+        ("train.freeze and distill.freeze", sorted(before.frozen), sorted(config.frozen)),
+        ("distill.align_steps, in steps so far,", *aligned),
+    ):
+        if was != now:
+            raise UserError(
+                f"{checkpoint} was trained with {name} {was}, the config says {now}; expected the "
+                f"same to resume, or a new run with initialize.checkpoint={checkpoint}"
+            )
 
 
 def describe_changes(checkpoint: Path, config: RunConfig) -> str | None:

@@ -31,8 +31,10 @@ from pretrain.parallel.processes import (
     world_size,
 )
 from pretrain.run_directory import RunDirectory
+from pretrain.training.distilling import learn_from_teacher
 from pretrain.training.engine import Engine
 from pretrain.training.environment import describe_environment
+from pretrain.training.freezing import freeze
 from pretrain.training.initialization import initialize_from
 from pretrain.training.preflight import cells_over_segments
 
@@ -108,6 +110,8 @@ def build_engine(
             multiply_in_float8(stage, stage.context)
     if config.initialize is not None and checkpoint is None:
         initialize_from(stages, config.initialize, data.tokenizer.sha256)
+    freeze(stages, config.frozen)
+    recipe = None if config.distill is None else learn_from_teacher(stages, config, data)
     _, replicas = data_parallel_rank_and_size()
     rows = config.parallel.micro_batch_size
     micro_batches = train.global_batch_tokens // (train.seq_len * rows * replicas)
@@ -115,6 +119,7 @@ def build_engine(
         for stage in stages:
             stage.carried = CarriedStates(stage, micro_batches, rows, train.carry_state_noise)
     engine = Engine(stages, config.optimizer, config.parallel, micro_batches)
+    engine.recipe = recipe
     if checkpoint is not None:
         load_checkpoint(checkpoint, engine)
     return engine
@@ -171,6 +176,7 @@ def state_of(
         recent_losses=saved.recent_losses,
         unlogged_loss=saved.unlogged_loss,
         unlogged_steps=saved.unlogged_steps,
+        aligned=saved.aligned,
     )
 
 

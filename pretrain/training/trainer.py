@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint.state import CheckpointState
+from pretrain.checkpoint.teacher import count_run
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.dtypes import DTYPES
@@ -29,7 +30,7 @@ from pretrain.data.batches import (
     open_data,
 )
 from pretrain.data.manifest import check_outside_data
-from pretrain.model.counts import ModelCounts, count_model
+from pretrain.model.counts import ModelCounts
 from pretrain.model.float8 import count_projections
 from pretrain.model.layout import check_layout
 from pretrain.model.spec import check_model, with_sizes
@@ -82,6 +83,7 @@ from pretrain.training.setup import (
     state_of,
     vocabulary_of,
 )
+from pretrain.training.teacher_cache import open_cache
 from pretrain.training.wall_time import Kind, WallTime
 
 
@@ -267,7 +269,7 @@ class Trainer:
         self._order_data(None)
         vocab_size = vocabulary_of(config, self.data, self._where)
         config.model.vocab_size = vocab_size  # saved with the other sizes
-        self.counts = count_model(config.model, vocab_size, config.train.seq_len)
+        self.counts = count_run(config, vocab_size, config.train.seq_len)
         self._warnings = preflight(
             config, vocab_size, self.counts.parameters, self.batches, force=self.force
         )
@@ -318,6 +320,7 @@ class Trainer:
             self.announce("starting")
         self.engine = build_engine(config, self.data, vocab_size, checkpoint)
         self.state = state_of(config, self.data, self._history, vocab_size, checkpoint)
+        self._cache = open_cache(config, self.plan, self.data, self._history)
         self.interval, self.layer_metrics = Interval(), LayerMetrics()
         if is_main_process():
             describe_run(self.run_directory, config, self.counts, vocab_size)
@@ -437,6 +440,8 @@ class Trainer:
         self.announce(f"reading the data of step {step + 1}")
         with self.wall_time.spent_on("data"):
             local_batches = self._ahead.micro_batches(step, rank, size, offset=state.offset)
+            if self._cache is not None:
+                self._cache.add(local_batches, step, rank, size)
         self.announce(f"step {step + 1}")
         with self.wall_time.spent_on("train"):
             result = self.engine.train_step(local_batches, self.lr, self._skip_if())
@@ -445,6 +450,7 @@ class Trainer:
         state.step += 1
         state.tokens += tokens
         state.skipped += not result.applied
+        state.aligned += result.applied and self.engine.backend.holding
         self.interval.count(tokens)
         self.result = result
         return result

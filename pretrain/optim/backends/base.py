@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pretrain.checkpoint.sharded_state import State
 from pretrain.config import OptimizerConfig, ParallelConfig
 from pretrain.data.batch import Batch
 from pretrain.model.language_model import LanguageModel
+from pretrain.nn.parameters import info_of
 
 # By the names of parallel.zero_backend.
 BACKENDS = {
@@ -30,11 +32,14 @@ class UpdateBackend(ABC):
     """
 
     config: OptimizerConfig
+    parts: list[LanguageModel]
     modules: list[Any]
     optimizer: Any
     step_seed: tuple[int, int] = (0, 0)
     # Called in a step when its gradients are complete, before clipping and the update.
     gradients_are_ready: Callable[[], None] | None = None
+    holding = False  # whether parameters whose description says that they wait stay as they are
+    _hooks: Sequence[Any] = ()
 
     @abstractmethod
     def __init__(
@@ -89,8 +94,28 @@ class UpdateBackend(ABC):
         """Yield the gradients as :meth:`masters` does, while they are ready."""
 
     @abstractmethod
-    def loaded(self, num_updates: int) -> None:
-        """Update what depends on loaded weights and state, of ``num_updates`` updates."""
+    def loaded(self, num_updates: int, num_held: int = 0) -> None:
+        """Update what depends on loaded weights and state, of ``num_updates`` updates.
+
+        In the first ``num_held`` of them parameters that wait were held.
+        """
+
+    def hold(self, holding: bool) -> None:
+        """Leave parameters that wait, and their state, as they are from now on, or do not.
+
+        Their gradients become zero, so that they count in no norm.
+        """
+        if holding == self.holding:
+            return
+        self.holding = holding
+        for hook in self._hooks:
+            hook.remove()
+        parameters = [p for part in self.parts for p in part.parameters()] if holding else []
+        self._hooks = [
+            p.register_hook(torch.zeros_like)
+            for p in parameters
+            if p.requires_grad and info_of(p).waits
+        ]
 
     def _tell_of_gradients(self) -> None:
         if self.gradients_are_ready is not None:
@@ -110,6 +135,10 @@ class UpdateBackend(ABC):
         for group in groups:
             group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"] / group["lr_mult"]
+            if group.get("waits"):
+                group["held"] = self.holding
+                if self.holding:  # for an optimizer that does not know of it
+                    group["lr"] = group["weight_decay"] = 0.0
             group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
             group["ema_decay"] = self.config.ema_decay
             group.update(own)

@@ -109,7 +109,7 @@ class DeepSpeedBackend(DeepSpeedState):
         self.config, dtype = config, parts[0].context.dtype
         self._own_backward = self.stage > 1
         self._micro_batches, self._scale = num_micro_batches, 1.0
-        self._sequence = [p for _, p in self._named if info_of(p).sum_gradient]
+        self._sequence = [p for _, p in self._learning if info_of(p).sum_gradient]
         megatron = prepare(parts)
         if self._own_backward:
             for parameter in self._sequence:
@@ -128,19 +128,19 @@ class DeepSpeedBackend(DeepSpeedState):
 
     def _initialize(self, dtype: torch.dtype, parallel: ParallelConfig) -> Any:
         deepspeed = _import_deepspeed()
-        parameters: list[Any] = [p for _, p in self._named]
-        groups: dict[tuple[float, float], list[Any]] = {}
+        parameters: list[Any] = [p for _, p in self._learning]
+        groups: dict[tuple[float, float, bool], list[Any]] = {}
         for p in parameters:
             info = info_of(p)
             multiple = lr_multiple(info, self.config.kind, self.config.lr)
-            multiples = (float(info.weight_decay), multiple)
-            groups.setdefault(multiples, []).append(p)
+            key = (float(info.weight_decay), multiple, info.waits)
+            groups.setdefault(key, []).append(p)
         # Where the state is elsewhere, so is the update.
         home = local_device().type if parallel.offload == "device" else "cpu"
         # Without a learning rate at first: ZeRO-3 begins with a step that only makes state.
         optimizer = torch.optim.AdamW(
             [
-                {"params": groups[key], "wd_mult": key[0], "lr_mult": key[1]}
+                {"params": groups[key], "wd_mult": key[0], "lr_mult": key[1], "waits": key[2]}
                 for key in sorted(groups, reverse=True)
             ],
             lr=0.0,
@@ -218,7 +218,7 @@ class DeepSpeedBackend(DeepSpeedState):
         sums = no_sums(batches)
         for number, batch in enumerate(batches):
             batch = batch.to(local_device())
-            losses = self._engine(batch.tokens, batch.targets, sequences=batch.sequences)
+            losses = self._engine(batch.tokens, batch.targets, **batch.seen)
             total, found = weighted_losses(losses, batch)
             sums += found
             # It divides by the number of micro-batches.
@@ -233,12 +233,19 @@ class DeepSpeedBackend(DeepSpeedState):
             return
         for part in self.parts:
             weight = part.shared_embedding_or_output_weight()
-            if part.share_embeddings_and_output_weights and weight is not None:
+            learns = weight is not None and weight.requires_grad
+            if part.share_embeddings_and_output_weights and weight is not None and learns:
                 dist.all_reduce(_gradient(weight), group=group)
 
     def optimizer_step(self, lr: float, loss: float) -> tuple[float, bool]:
         """Update by DeepSpeed, which skips a step whose gradients are not finite."""
         self.set_hyperparameters(self.optimizer.param_groups, lr)
+        found = self._update(loss)
+        if self.holding:
+            self._uncount_held()
+        return found
+
+    def _update(self, loss: float) -> tuple[float, bool]:
         if self.stage == 0:
             return self._step_replicated(loss)
         if not self._own_backward:
@@ -255,7 +262,7 @@ class DeepSpeedBackend(DeepSpeedState):
         """Update under ZeRO-0: DeepSpeed reduces, but its own clipping reports no norm."""
         self._engine.allreduce_gradients()
         self._tell_of_gradients()
-        parameters = [p for _, p in self._named]
+        parameters = [p for _, p in self._learning]
         counted = [
             _gradient(p)
             for p in parameters

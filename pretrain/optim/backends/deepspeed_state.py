@@ -22,6 +22,7 @@ from pretrain.checkpoint.sharded_state import (
 )
 from pretrain.common.errors import UserError
 from pretrain.model.language_model import LanguageModel
+from pretrain.nn.parameters import info_of
 from pretrain.optim import adamw
 from pretrain.optim.backends.base import UpdateBackend
 from pretrain.parallel.processes import data_parallel_rank_and_size
@@ -43,6 +44,7 @@ class DeepSpeedState(UpdateBackend):
         self._named: list[tuple[str, Any]] = [
             named for part in self.parts for named in part.named_parameters()
         ]
+        self._learning = [(name, p) for name, p in self._named if p.requires_grad]
         self._read: dict[tuple[str, int], Tensor] = {}  # out of files, while a checkpoint is loaded
 
     def weights_state(self, *, saving: bool) -> State:
@@ -84,9 +86,9 @@ class DeepSpeedState(UpdateBackend):
 
     def _counted(self) -> Iterator[tuple[str, Any]]:
         replicas = self.replicas if self.stage == 0 else 1
-        for name, parameter in self._named:
+        for name, parameter in self._learning:
             here = self.stage not in (1, 2) or parameter._hp_mapping is not None
-            if here and parameter.requires_grad and writes(name, parameter, replicas=replicas):
+            if here and writes(name, parameter, replicas=replicas):
                 yield name, parameter
 
     def _held_of_three(self, parameter: Any, values: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class DeepSpeedState(UpdateBackend):
         """Return the state of everything that this process updates."""
         state: State = {}
         self._read = self._read_files() if self.stage == 3 else {}
-        for name, parameter in self._named:
+        for name, parameter in self._learning:
             replicas = self.replicas if self.stage == 0 else 1
             if saving and not writes(name, parameter, replicas=replicas):
                 continue
@@ -136,7 +138,7 @@ class DeepSpeedState(UpdateBackend):
     def _mains(self) -> list[Any]:
         """Return what the optimizer updates: parameters, or this process's flat ranges of them."""
         if self.stage == 0:
-            return [parameter for _, parameter in self._named]
+            return [parameter for _, parameter in self._learning]
         if self.stage == 3:
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return list(self.optimizer.single_partition_of_fp32_groups)
@@ -163,12 +165,13 @@ class DeepSpeedState(UpdateBackend):
         held = self._held_of_three(parameter, values)
         return flat_part(parameter, start, held, tuple(parameter.ds_shape))
 
-    def loaded(self, num_updates: int) -> None:
+    def loaded(self, num_updates: int, num_held: int = 0) -> None:
         """Set the step counts, and the copies that DeepSpeed keeps of what was loaded."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         for group, main in enumerate(self._mains()):
             with self._in_memory(group, changed=True):
-                self._moments(inner, main)["step"].fill_(float(num_updates))
+                held = num_held * self._waits(group)
+                self._moments(inner, main)["step"].fill_(float(num_updates - held))
                 for parameter in self._of_group(group):
                     self._fill_three(parameter)
         self._read = {}
@@ -178,16 +181,30 @@ class DeepSpeedState(UpdateBackend):
         if self.low_precision or self.stage in (0, 3):
             return
         # float32: the weights are their own masters, but DeepSpeed keeps a copy.
-        for _, parameter in self._named:
+        for _, parameter in self._learning:
             if parameter._hp_mapping is not None:
                 parameter._hp_mapping.update_hp()
+
+    def _waits(self, number: int) -> bool:
+        """Return whether what the optimizer updates, by its number in ``_mains``, is to wait."""
+        if self.stage == 0:
+            return info_of(self._learning[number][1]).waits
+        group = self.optimizer.sub_group_to_group_id[number] if self.stage == 3 else number
+        return bool(self.optimizer.param_groups[group].get("waits"))
+
+    def _uncount_held(self) -> None:
+        """Have what was held begin with the first step in which it is not."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        for number, main in enumerate(self._mains()):
+            if self._waits(number):
+                self._moments(inner, main)["step"].zero_()
 
     def check_alignment(self) -> None:
         """Raise UserError where DeepSpeed would read a gradient from a file to unaligned memory.
 
         Direct reading cannot begin there, and DeepSpeed checks for no errors.
         """
-        for name, parameter in self._named:
+        for name, parameter in self._learning:
             position = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             group, start, count = position
             moved = self.optimizer._swappable_optimizer_subgroup(group) and 4 * count >= 2**20
@@ -214,7 +231,9 @@ class DeepSpeedState(UpdateBackend):
         if self.stage < 3:
             return []
         positions = self.optimizer.grad_position
-        return [p for _, p in self._named if positions[self.optimizer.get_param_id(p)][0] == group]
+        return [
+            p for _, p in self._learning if positions[self.optimizer.get_param_id(p)][0] == group
+        ]
 
     def _read_files(self) -> dict[tuple[str, int], Tensor]:
         """Return copies of the optimizer's state as far as it is in files."""

@@ -152,6 +152,9 @@ class MegatronBackend(UpdateBackend):
                 for module, part in zip(self.modules, parts, strict=True):
                     _gather_before_use(module, part)
             self.optimizer = self._make_optimizer()
+        for part in parts:
+            if part.distilled is not None:  # whoever reduces gradients waits for all of them
+                part.distilled.touches = True
         for module, part in zip(self.modules, parts, strict=True):
             if part.segment_tokens is not None:
                 part.reduction_paused = partial(_paused, module)
@@ -184,6 +187,8 @@ class MegatronBackend(UpdateBackend):
             selects = rule(config.kind).selects
             groups[config.kind] = (lambda p: selects(info_of(p)), {"rule": config.kind})
         parameters = [p for part in self.parts for p in part.parameters()]
+        if any(info_of(p).waits for p in parameters):
+            groups["waiting"] = (lambda p: info_of(p).waits, {"waits": True})
         multiples = {lr_multiple(info_of(p), config.kind, config.lr) for p in parameters}
         for number in multiples - {1.0}:
             groups[f"lr {number}"] = (
@@ -225,6 +230,9 @@ class MegatronBackend(UpdateBackend):
             self.optimizer.step_with_ready_grads()
             if self.layer_wise:
                 self.optimizer.allgather_params()
+        for group in self.optimizer.param_groups:
+            if group.get("held"):
+                group["step"] = 0  # which a fused optimizer has counted
         return norm, True
 
     def _add_noise(self) -> None:
@@ -337,8 +345,8 @@ class MegatronBackend(UpdateBackend):
         found = {key: moments[key] for key in state_keys(group)}
         return {**found, "param": main} if self.low_precision else found
 
-    def loaded(self, num_updates: int) -> None:
+    def loaded(self, num_updates: int, num_held: int = 0) -> None:
         """Set the step counts of the optimizer's groups."""
         for optimizer in self._optimizers():
             for group in optimizer.optimizer.param_groups:
-                group["step"] = num_updates
+                group["step"] = num_updates - num_held * bool(group.get("waits"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pretrain.model.counts import count_model
+from pretrain.checkpoint.teacher import count_run
+from pretrain.model.distillation import mean_metrics
 from pretrain.parallel.processes import all_reduce_metrics, first_of_pipeline, world_size
 from pretrain.training.callbacks.base import Callback, Decision
 from pretrain.training.engine import StepResult
@@ -52,6 +53,7 @@ class LogSteps(Callback):
         with trainer.wall_time.spent_on("wait"):
             layers = all_reduce_metrics(local)
             recursion = first_of_pipeline(trainer.engine.recursion_metrics())
+        mean_metrics(layers)
         memory = int(layers.pop("memory_max"))
         if layers.get("newton_fallbacks"):
             trainer.log.say(
@@ -85,8 +87,8 @@ class LogSteps(Callback):
         """Return the shares of the peak that the model's FLOPs, and the hardware's, are."""
         train = self.trainer.plan.phase_at(self.trainer.state.step - 1).config.train
         if train.seq_len not in self._counts:
-            model, rows = self.trainer.config.model, self.trainer.state.vocab_size
-            self._counts[train.seq_len] = count_model(model, rows, train.seq_len)
+            config, rows = self.trainer.config, self.trainer.state.vocab_size
+            self._counts[train.seq_len] = count_run(config, rows, train.seq_len)
         counts = self._counts[train.seq_len]
         flops_per_token = {"mfu": counts.training_flops(recurrences)}
         if train.activation_checkpointing == "block":

@@ -1,0 +1,40 @@
+"""Parameters that do not learn, by patterns of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pretrain.common.errors import UserError
+from pretrain.model.freezing import matches
+from pretrain.model.language_model import LanguageModel
+from pretrain.parallel.processes import gather
+
+
+def freeze(stages: Sequence[LanguageModel], patterns: Sequence[str]) -> None:
+    """Have the parameters that patterns match need no gradient; every process must call.
+
+    Raises UserError for a pattern that matches nothing, and where a stage has nothing to learn.
+    """
+    if not patterns:
+        return
+    found, learns = set[str](), []
+    for stage in stages:
+        left = 0
+        for name, parameter in stage.named_parameters():
+            found |= {pattern for pattern in patterns if matches(name, [pattern])}
+            parameter.requires_grad_(not matches(name, patterns))
+            left += parameter.requires_grad
+        learns.append(left > 0)
+    everyone = gather((found, all(learns)))
+    matched = set().union(*(names for names, _ in everyone))
+    for pattern in patterns:
+        if pattern not in matched:
+            raise UserError(
+                f"train.freeze or distill.freeze has '{pattern}', which matches no parameter; "
+                "expected names or patterns such as embedding, blocks.0, blocks.*.mlp"
+            )
+    if not all(learning for _, learning in everyone):
+        raise UserError(
+            f"train.freeze and distill.freeze, {', '.join(patterns)}, leave a stage of the model "
+            "nothing to learn; expected fewer patterns, or a smaller parallel.pipeline"
+        )
