@@ -69,6 +69,17 @@ class Run:
             time.sleep(0.001)
 
 
+def untimed(row):
+    """A line of the metrics without what depends on the machine and its load."""
+    timed = ("tokens_per_second", "mfu", "memory", "goodput", "time_to_first_step")
+    seconds = ("seconds", "total_seconds")
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in (*timed, *seconds) and not name.startswith("time/")
+    }
+
+
 def whole_lines(run):
     """Rows of the metrics that have been written to their end."""
     path = run.directory / "metrics.jsonl"

@@ -23,7 +23,7 @@ from pretrain.data.batches import PreparedData
 from pretrain.run_directory import RunDirectory
 from pretrain.training.trainer import Trainer
 from tests.helpers.processes import run_on
-from tests.helpers.training_run import Run, whole_lines
+from tests.helpers.training_run import Run, untimed, whole_lines
 
 pytestmark = pytest.mark.usefixtures("no_groups")
 STEPS = 9
@@ -58,8 +58,7 @@ def configured(run, phases=(), **train):
 
 def rows(directory):
     text = (directory / "metrics.jsonl").read_text()
-    timed = ("tokens_per_second", "mfu", "memory", "seconds", "total_seconds")
-    return [{k: v for k, v in json.loads(x).items() if k not in timed} for x in text.splitlines()]
+    return [untimed(json.loads(line)) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")
