@@ -14,6 +14,7 @@ from evals.exit_options import mark as exit_mark
 from evals.mitigations import add_options, apply_options, given_options
 from evals.mitigations import mark as state_mark
 from evals.tables import show_perplexity, show_positions, show_scores, show_tasks
+from pretrain.common.argument_types import count, positive
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_name, write_json
 from pretrain.common.outputs import check_folder
@@ -260,14 +261,14 @@ def _parser() -> argparse.ArgumentParser:
         type=positive,
         help="score a random sample of the windows, of about this many tokens (all)",
     )
-    held_out.add_argument("--seed", type=_number, help="of the sample (0)")
+    held_out.add_argument("--seed", type=count, help="of the sample (0)")
     held_out.add_argument(
         "--factor", type=positive, help="positions: sequence length / training length (16)"
     )
     held_out.add_argument("--sequences", type=positive, help="positions: number of sequences (8)")
     tasks = parser.add_argument_group("tasks of lm-eval")
     tasks.add_argument("--limit", type=positive, help="documents of each task (all)")
-    tasks.add_argument("--num-fewshot", type=_number, help="examples per prompt (the task's)")
+    tasks.add_argument("--num-fewshot", type=count, help="examples per prompt (the task's)")
     tasks.add_argument(
         "--max-length",
         type=positive,
@@ -285,16 +286,3 @@ def _parser() -> argparse.ArgumentParser:
     add_exit_options(parser)
     add_options(parser)
     return parser
-
-
-def positive(text: str) -> int:
-    """Return the number that an option is given, from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from 1")
-    return int(text)
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from 0")
-    return int(text)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from evals.commands import positive
 from evals.exit_options import add_options, exit_rule, given_exits
 from evals.held_out import Documents, Scores, Window, bits_per_byte, open_held_out, sample
 from evals.perplexity import in_passes, score
+from pretrain.common.argument_types import positive
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_name, write_json
 from pretrain.common.outputs import check_folder

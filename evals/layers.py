@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from evals.held_out import Documents, Window, open_held_out, ratio, sample
+from pretrain.common.argument_types import count, positive
 from pretrain.common.errors import UserError, nearest
 from pretrain.common.files import file_name, write_json
 from pretrain.common.outputs import check_folder
@@ -283,29 +284,17 @@ def _parser() -> argparse.ArgumentParser:
         default="kl",
         help="kl, recall or both, of which the first ranks (kl)",
     )
-    parser.add_argument("--keep", type=_count, help="layers to keep (a quarter of them)")
+    parser.add_argument("--keep", type=count, help="layers to keep (a quarter of them)")
     parser.add_argument("--data", help="a prepared data directory (the run's)")
     parser.add_argument(
-        "--tokens", type=_positive, default=16_384, help="tokens of validation text (16384)"
+        "--tokens", type=positive, default=16_384, help="tokens of validation text (16384)"
     )
-    parser.add_argument("--seed", type=_count, default=0, help="of which text is drawn (0)")
+    parser.add_argument("--seed", type=count, default=0, help="of which text is drawn (0)")
     parser.add_argument(
         "--recall", default="passkey", help="task whose answers are generated (passkey)"
     )
     parser.add_argument(
-        "--max-length", type=_positive, help="tokens of its requests (training length)"
+        "--max-length", type=positive, help="tokens of its requests (training length)"
     )
-    parser.add_argument("--limit", type=_positive, default=100, help="documents of it (100)")
+    parser.add_argument("--limit", type=positive, default=100, help="documents of it (100)")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from 0")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from 1")
-    return int(text)

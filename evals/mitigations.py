@@ -6,6 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
+from pretrain.common.argument_types import positive
 from pretrain.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "own at the end of held-out texts of the training length (no limit)",
     )
     group.add_argument(
-        "--state-norm-every", type=_count, help="tokens after which it is limited, each time (1)"
+        "--state-norm-every", type=positive, help="tokens after which it is limited, each time (1)"
     )
     group.add_argument(
-        "--state-window", type=_count, help="tokens that a state holds, the last ones (all)"
+        "--state-window", type=positive, help="tokens that a state holds, the last ones (all)"
     )
 
 
@@ -103,9 +104,3 @@ def _limit(text: str) -> float | str:
         return text if text == BY_TRAINING else _number(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error} or '{BY_TRAINING}'") from None
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from 1")
-    return int(text)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from pretrain.common.argument_types import positive
 from pretrain.common.errors import EXIT_STOPPED, UserError, run_command
 from pretrain.common.screen import show_table
 
@@ -56,15 +57,15 @@ def _parser() -> argparse.ArgumentParser:
         help="show the members, the plan and the job script; start nothing",
     )
     parser.add_argument(
-        "--at-once", type=_positive, help="members at a time (default: 1 here, all on Slurm)"
+        "--at-once", type=positive, help="members at a time (default: 1 here, all on Slurm)"
     )
     parser.add_argument(
         "--processes",
-        type=_positive,
+        type=positive,
         help="processes per run on this machine (default: tensor x pipeline, one model)",
     )
     parser.add_argument(
-        "--nodes", type=_positive, help="nodes of a Slurm job (default: the cluster's file)"
+        "--nodes", type=positive, help="nodes of a Slurm job (default: the cluster's file)"
     )
     parser.add_argument("--retry-failed", action="store_true", help="start failed members again")
     parser.add_argument(
@@ -183,12 +184,6 @@ def _run_here(arguments: Any, grid: Any, members: Any, failed: bool) -> int:
     if len(members) == 1:
         return statuses[members[0].name]
     return EXIT_FAILED if any(statuses.values()) or failed else 0
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pretrain.common.argument_types import positive
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_name, write_json
 from pretrain.common.screen import plain_console, titled_table
@@ -244,13 +245,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", help="a run directory or one of its checkpoints/step-N")
     parser.add_argument("--task", required=True, help="a multiple-choice task")
     parser.add_argument(
-        "--questions", type=_positive, default=100, help="of the task, the first ones (100)"
+        "--questions", type=positive, default=100, help="of the task, the first ones (100)"
     )
     parser.add_argument(
-        "--evaluations", type=_positive, default=40, help="paths to try, and of each control (40)"
+        "--evaluations", type=positive, default=40, help="paths to try, and of each control (40)"
     )
-    parser.add_argument("--num-fewshot", type=_positive, help="examples per prompt (the task's)")
-    parser.add_argument("--max-length", type=_positive, help="tokens per request (training length)")
+    parser.add_argument("--num-fewshot", type=positive, help="examples per prompt (the task's)")
+    parser.add_argument("--max-length", type=positive, help="tokens per request (training length)")
     parser.add_argument("--seed", type=int, default=0, help="of halves, search and controls (0)")
     parser.add_argument(
         "--exploration", type=float, default=0.3, help="weight of what was tried little (0.3)"
@@ -264,9 +265,3 @@ def _parser() -> argparse.ArgumentParser:
         help="compare plain likelihoods, not those over the choice's own behind an empty prompt",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found '{text}', expected a whole number from 1")
-    return int(text)

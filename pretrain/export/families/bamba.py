@@ -26,6 +26,7 @@ from pretrain.export.families.base import (
 from pretrain.export.families.mamba2 import (
     check_mamba2,
     mamba2_difference,
+    mamba_sizes,
     mixer_weights,
 )
 from pretrain.model.spec import block_specs
@@ -107,14 +108,7 @@ class Bamba(Family):
                 "rope_theta": attention.rope_theta,
                 "partial_rotary_factor": 0.5,
             },
-            "mamba_n_heads": mamba.num_heads(config.hidden_size),
-            "mamba_d_head": mamba.head_dim,
-            "mamba_n_groups": mamba.num_groups,
-            "mamba_d_state": mamba.state_size,
-            "mamba_d_conv": mamba.conv_size,
-            "mamba_expand": int(mamba.expand),
-            "mamba_conv_bias": True,
-            "mamba_proj_bias": False,
+            **mamba_sizes(mamba, config.hidden_size),
             "attention_bias": False,
             "mlp_bias": False,
             "hidden_act": "silu",

@@ -80,6 +80,17 @@ def gdn_widths(config: Any) -> dict[str, int]:
     return {"q": keys, "k": keys, "v": config.num_heads * config.value_dim}
 
 
+def gdn_sizes(config: Any) -> dict[str, int]:
+    """Return the settings of their Gated DeltaNet's sizes."""
+    return {
+        "linear_num_key_heads": config.num_qk_heads,
+        "linear_num_value_heads": config.num_heads,
+        "linear_key_head_dim": config.head_dim,
+        "linear_value_head_dim": config.value_dim,
+        "linear_conv_kernel_dim": config.conv_size,
+    }
+
+
 def gdn_convolutions(theirs: str, ours: str, config: Any) -> Weight:
     """Return the taps of a Gated DeltaNet's queries, keys and values, which are one weight."""
     taps = {f"{ours}.{name}_conv": width for name, width in gdn_widths(config).items()}

@@ -23,7 +23,12 @@ from pretrain.export.families.base import (
     settings_by_mixer,
 )
 from pretrain.export.families.experts import expert_difference, expert_weights
-from pretrain.export.families.mamba2 import check_mamba2, mamba2_difference, mixer_weights
+from pretrain.export.families.mamba2 import (
+    check_mamba2,
+    mamba2_difference,
+    mamba_sizes,
+    mixer_weights,
+)
 from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import registry
 
@@ -135,14 +140,7 @@ class GraniteHybrid(Family):
             "embedding_multiplier": config.embedding_scale,
             "residual_multiplier": config.residual_scale,
             "logits_scaling": 1 / config.logit_scale,
-            "mamba_n_heads": mamba.num_heads(config.hidden_size),
-            "mamba_d_head": mamba.head_dim,
-            "mamba_n_groups": mamba.num_groups,
-            "mamba_d_state": mamba.state_size,
-            "mamba_d_conv": mamba.conv_size,
-            "mamba_expand": int(mamba.expand),
-            "mamba_conv_bias": True,
-            "mamba_proj_bias": False,
+            **mamba_sizes(mamba, config.hidden_size),
             "attention_bias": False,
             "hidden_act": "silu",
             "max_position_embeddings": seq_len,

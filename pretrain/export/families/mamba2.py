@@ -27,6 +27,20 @@ from pretrain.model.spec import block_specs
 _LONGEST = 2048  # tokens that the published models were trained on; nothing limits them
 
 
+def mamba_sizes(mamba: Any, hidden_size: int) -> dict[str, Any]:
+    """Return the settings of the Mamba-2 layers of their hybrids."""
+    return {
+        "mamba_n_heads": mamba.num_heads(hidden_size),
+        "mamba_d_head": mamba.head_dim,
+        "mamba_n_groups": mamba.num_groups,
+        "mamba_d_state": mamba.state_size,
+        "mamba_d_conv": mamba.conv_size,
+        "mamba_expand": int(mamba.expand),
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+    }
+
+
 def mixer_weights(theirs: str, ours: str, config: Any, hidden_size: int) -> Iterator[Weight]:
     """Yield the weights of one Mamba-2 mixer of settings ``config``."""
     heads = config.num_heads(hidden_size)
