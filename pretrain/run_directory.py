@@ -20,14 +20,18 @@ from pretrain.checkpoint_folders import (
 )
 from pretrain.common.errors import UserError
 from pretrain.common.files import finite_or_null, write_bytes, write_json
-from pretrain.common.run_files import LAUNCH_CONFIG_FILE, METRICS_FILE
+from pretrain.common.run_files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    LAUNCH_CONFIG_FILE,
+    METRICS_FILE,
+)
 from pretrain.config import ConfigError, RunConfig, legacy, load_saved_config, to_yaml
 from pretrain.run_lock import LockedDirectory
 
 if TYPE_CHECKING:
     import pandas
 
-CONFIG_FILE = "config.yaml"  # of a run, and of each of its checkpoints
 _COLUMNS = [  # of the metrics of every run
     *("step", "tokens", "loss", "loss_mean", "lr", "grad_norm", "tokens_per_second", "mfu"),
     *("memory", "skipped", "epochs", "seconds", "total_seconds"),
@@ -128,7 +132,7 @@ class RunDirectory(LockedDirectory):
     @property
     def checkpoints(self) -> Path:
         """Return the folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def evals(self) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+CONFIG_FILE = "config.yaml"  # of a run, and of each of its checkpoints
+CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints
 METRICS_FILE = "metrics.jsonl"  # of a run that has begun
 LAUNCH_CONFIG_FILE = "launch.yaml"  # of one that was launched
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pretrain.checkpoint_folders import FILES_FILE, latest_in
 from pretrain.common.config_loader import ConfigError, build_config, check_of, completes, nearest
 from pretrain.common.merging import merged
+from pretrain.common.run_files import CHECKPOINTS, CONFIG_FILE
 from pretrain.config.model import ModelConfig
 from pretrain.config.pattern import parse_pattern
 from pretrain.config.run import InitializeConfig, RunConfig, load_saved_config
@@ -88,12 +89,12 @@ def complete_model(values: dict[str, Any], where: str) -> dict[str, Any]:
 def _source_of(checkpoint: str) -> ModelConfig | None:
     path = Path(checkpoint)
     if not (path / FILES_FILE).is_file():
-        found = latest_in(path / "checkpoints") or latest_in(path)
+        found = latest_in(path / CHECKPOINTS) or latest_in(path)
         if found is None:
             return None
         path = found
     try:
-        return load_saved_config(path / "config.yaml").model
+        return load_saved_config(path / CONFIG_FILE).model
     except ConfigError:
         return None
 

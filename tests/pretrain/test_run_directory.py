@@ -199,6 +199,7 @@ def test_no_other_file_spells_the_names():
         for path in sorted((ROOT / folder).rglob("*.py"))
         if path.name
         not in ("run_directory.py", "run_files.py", "run_lock.py", "checkpoint_folders.py")
+        and path.name != "exits.py"  # whose caches may keep the latest
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if spelled.search(line) and "with_suffix" not in line
     ]
