@@ -14,12 +14,13 @@ def next_step(manifest: Manifest, output: Path, data_config: Path) -> str:
     """Return a line that names a run's config with this data, or the setting to put into one.
 
     Configs are looked for where this project keeps them: in ``runs``, beside the data config's
-    folder.
+    folder; the demo comes first.
     """
     if not manifest.counts("train").tokens:
         return "next: add documents, because there is none to train on"
     folder = find_config(data_config).parent.parent
-    for path in sorted((folder / "runs").rglob("*.yaml")):
+    found = sorted((folder / "runs").rglob("*.yaml"), key=lambda p: (p.stem != "demo", p))
+    for path in found:
         if output.resolve() in _data_of(path):
             named = data_config.parent.parent / path.relative_to(folder)
             return f"next: python -m pretrain {named}"

@@ -2,8 +2,8 @@
 
 ``initialize.keep`` stands for a pattern made from the source's, and a mixer that takes over an
 attention layer has that layer's sizes. Both are filled in before settings are checked, from what
-the source's checkpoint was saved with. What sizes those are, only mixers
-know, see :func:`sizes_of_converted`.
+the source's checkpoint was saved with. What sizes those are, only mixers know, see
+:func:`pretrain.config.converted_sizes.sizes_of_converted`.
 """
 
 from __future__ import annotations
@@ -11,33 +11,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pretrain.checkpoint_folders import FILES_FILE, latest_in
 from pretrain.common.config_loader import ConfigError, build_config, check_of, completes, nearest
 from pretrain.common.merging import merged
 from pretrain.common.run_files import CHECKPOINTS, CONFIG_FILE
+from pretrain.config.converted_sizes import SIZES
 from pretrain.config.model import ModelConfig
 from pretrain.config.pattern import parse_pattern
 from pretrain.config.run import InitializeConfig, RunConfig, load_saved_config
 
 ATTENTION = ("attn", "swa", "sliced_attn")  # mixers that others can begin as
-
-Sizes = Callable[[str, dict[str, Any], ModelConfig, str], dict[str, Any]]
-S = TypeVar("S", bound=Sizes)
-_sizes: list[Sizes] = []
-
-
-def sizes_of_converted(function: S) -> S:
-    """Let a function fill in the settings of a mixer that takes over an attention layer.
-
-    It is called with the mixer's name in the pattern, the settings that are given, the source's
-    model and the file that messages begin with.
-    """
-    _sizes.append(function)
-    return function
 
 
 @check_of(InitializeConfig)
@@ -79,7 +66,7 @@ def complete_model(values: dict[str, Any], where: str) -> dict[str, Any]:
         for name, how in initialize.convert.items():
             given = mixers.get(name) or {}
             if how == "qkvo" and isinstance(given, dict):
-                for sizes in _sizes:
+                for sizes in SIZES:
                     given = sizes(name, given, source, where)
                 mixers[name] = given
         model = {**model, "mixers": mixers}

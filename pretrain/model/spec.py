@@ -9,7 +9,7 @@ from typing import Any
 
 from pretrain.common.config_loader import ConfigError, build_config, check_of, nearest
 from pretrain.config import ModelConfig, MoEConfig
-from pretrain.config.conversion import sizes_of_converted
+from pretrain.config.converted_sizes import sizes_of_converted
 from pretrain.config.model_checks import check_loop
 from pretrain.config.pattern import parse_pattern
 from pretrain.nn.mixers import Mixer, registry

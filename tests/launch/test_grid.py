@@ -329,6 +329,8 @@ def test_grids_that_come_with_the_project(path):
         check_trunk(found)
     elif path.stem == "loss-curves-tiny":  # for fits, after no paper
         assert {m.config.schedule.kind for m in found.members} == {"cosine", "wsd", "two_stage"}
+    elif path.stem == "convert-tiny":  # what to take of a teacher, after no paper
+        assert {m.config.train.num_steps for m in found.members} == {120}
     elif path.stem.endswith("-tiny"):
         steps = sum(m.config.train.num_steps for m in found.members)
         assert steps <= 500, "minutes on a CPU"

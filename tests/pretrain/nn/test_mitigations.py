@@ -84,7 +84,7 @@ def by_op(wanted, tensors, steps, lengths, state):
     options: dict[str, Any] = {} if steps == 1 else {"num_householder": steps}
     new_state: dict[str, torch.Tensor] = {}
     y = recur(
-        cast(Any, SimpleNamespace(mitigations=wanted)),
+        cast(Any, SimpleNamespace(mitigations=wanted, note=lambda **_: None)),
         op,
         *inputs,
         state=state,
