@@ -1,7 +1,7 @@
 """Start a run, or a grid of runs, on this machine or on Slurm: ``python -m launch CONFIG``.
 
 ``status``, ``cancel`` and ``logs`` handle started runs; ``measure`` times a grid's members;
-``decide`` starts the runs that tell which of several arms is better.
+``decide`` starts the runs that tell which of several arms is better, ``watch`` shows runs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ def main(command: Sequence[str] | None = None) -> int:
         from launch.decisions.command import decide
 
         return decide(command[1:])
+    if command[:1] and command[0] == "watch":
+        from launch.watch.command import watch
+
+        return watch(command[1:])
     if command[:1] and command[0] in COMMANDS:
         from launch import commands
 
@@ -44,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "Finished members are skipped and stopped ones resume. 'python -m launch status CONFIG' "
         "shows their progress, 'cancel CONFIG' ends them, 'logs RUN [--follow]' prints their "
         "output, 'measure GRID' times the members for grid.match: time, "
-        "'decide FILE' says which of several arms is better.",
+        "'decide FILE' says which of several arms is better, "
+        "'watch [DIR]' follows runs on a page.",
         epilog="Exit status: 0 all done (or submitted), 1 some failed, 2 bad input, 75 stopped and "
         "saved (run the same command again to resume).",
     )

@@ -20,7 +20,7 @@ from launch import throughput
 from launch.branches import can_begin, describe_wait
 from launch.directories import load_targets
 from launch.expansion import load_grid
-from launch.grid import Grid
+from launch.grid import Grid, Member
 from launch.matching import counts_of
 from launch.members import (
     DONE,
@@ -180,15 +180,24 @@ def load(path: str, words: Sequence[str]) -> tuple[Grid, dict[str, MemberState]]
 def states_of(grid: Grid) -> dict[str, MemberState]:
     """Return the members' states by name, from their run directories and Slurm's queue."""
     states = {member.name: member_state(member) for member in grid.members}
-    for name, (state, reason) in queue_states(grid.members).items():
+    add_queue(states, grid.members, queue_states(grid.members))
+    return states
+
+
+def add_queue(
+    states: dict[str, MemberState],
+    members: Sequence[Member],
+    queue: dict[str, tuple[str, str]],
+) -> None:
+    """Add to members' states, by name, what Slurm's ``queue`` says, and what branches wait for."""
+    for name, (state, reason) in queue.items():
         if states[name].state != DONE:
             states[name].state = QUEUED if state == "PENDING" else RUNNING
             states[name].reason = reason if state == "PENDING" else ""
-    for member in grid.members:
+    for member in members:
         found = states[member.name]
         if found.state in (WAITING, QUEUED) and not can_begin(member.config):
             found.reason = describe_wait(member.config)
-    return states
 
 
 def console_of() -> Console:

@@ -87,18 +87,26 @@ def member_state(member: Member, *, held: bool = True) -> MemberState:
         if validations:
             found.valid_loss = validations[-1]["valid_loss"]
             found.valid_bits_per_byte = validations[-1].get("valid_bits_per_byte")
+    found.state, found.reason = stage_of(member.config, found.step, held=held)
+    return found
+
+
+def stage_of(config: RunConfig, step: int, *, held: bool = True) -> tuple[str, str]:
+    """Return a run's state, and why it failed if it did; ``step`` is the last one it has logged.
+
+    ``held``: also check whether a process is training there, or a launcher is at it.
+    """
+    directory = RunDirectory(config.run_directory)
     launched = directory.read_launch()
     if held and (directory.is_locked() or is_claimed(directory)):
-        found.state = RUNNING
-    elif _is_complete(directory, member.config, launched.get("status")):
-        found.state = DONE
-    elif launched.get("status") == EXIT_STOPPED:
-        found.state = STOPPED
-    elif launched.get("status") not in (None, 0):
-        found.state, found.reason = FAILED, launched.get("reason") or ""
-    elif launched or found.step:
-        found.state = STOPPED
-    return found
+        return RUNNING, ""
+    if _is_complete(directory, config, launched.get("status")):
+        return DONE, ""
+    if launched.get("status") == EXIT_STOPPED:
+        return STOPPED, ""
+    if launched.get("status") not in (None, 0):
+        return FAILED, launched.get("reason") or ""
+    return STOPPED if launched or step else WAITING, ""
 
 
 def check_same_settings(member: Member) -> None:

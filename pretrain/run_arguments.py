@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.common.errors import UserError
-from pretrain.run_directory import METRICS_FILE, RunDirectory
+from pretrain.common.run_files import LAUNCH_CONFIG_FILE, METRICS_FILE
+from pretrain.run_directory import RunDirectory
 
 GRID_FILE = "grid.json"
 # What `python -m launch` writes beside the runs of a grid: `runs/GRID/*` names these too.
@@ -48,11 +49,13 @@ def runs_of(path: Path) -> list[RunDirectory]:
     return [run] if run.metrics_file.is_file() else runs_below(path)
 
 
-def runs_below(folder: Path) -> list[RunDirectory]:
+def runs_below(folder: Path, *, launched: bool = False) -> list[RunDirectory]:
     """Return every run at or below ``folder`` that has metrics, ordered by path.
 
-    Links to folders are followed; a run that is met twice is listed once.
+    ``launched``: also those that have none yet, but were launched. Links to folders are followed; a
+    run that is met twice is listed once.
     """
+    files_of_runs = {METRICS_FILE, *([LAUNCH_CONFIG_FILE] if launched else [])}
     found, seen = list[Path](), set[str]()
     for here, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
@@ -63,7 +66,7 @@ def runs_below(folder: Path) -> list[RunDirectory]:
         # Links last: a run is known by its own path, if that is met too.
         links = {name for name in folders if (Path(here) / name).is_symlink()}
         folders[:] = [*sorted({*folders} - links), *sorted(links)]
-        if METRICS_FILE in files:
+        if files_of_runs.intersection(files):
             found.append(Path(here) / METRICS_FILE)
             folders[:] = [name for name in folders if name != "checkpoints"]
     return [RunDirectory(path.parent) for path in sorted(found)]
