@@ -212,8 +212,7 @@ class FollowedRun:
         if self._unreadable:
             found.append(Alert(WARNING, self._unreadable))
         failure = self._failure(state)
-        if failure:
-            found.append(Alert(BAD, failure))
+        found += [] if failure is None else [failure]
         ratio = metrics.last.get("slowest_rank_ratio")
         said = self._log.since(self._start, saved=self._saved, ratio=ratio)
         found += said
@@ -225,22 +224,25 @@ class FollowedRun:
             found += [] if quiet is None else [quiet]
         return found
 
-    def _failure(self, state: MemberState) -> str:
-        """Return why the run failed, or ended without having been asked to; empty where neither."""
+    def _failure(self, state: MemberState) -> Alert | None:
+        """Return why the run failed, or that it ended without having been asked to."""
         if state.state == FAILED:
-            return f"failed: {(state.reason or 'its output says why').removeprefix('error: ')}"
+            reason = (state.reason or "its output says why").removeprefix("error: ")
+            return Alert(BAD, f"failed: {reason}")
         if state.state != STOPPED or not self._start:
-            return ""
+            return None
         file = self.directory.failure_file
         written = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(_written(file)))
         if written >= self._start:
-            return f"failed: {file.read_text(errors='replace').splitlines()[0]}"
+            first = file.read_text(errors="replace").partition("\n")[0]
+            return Alert(BAD, f"failed: {first}")
         asked = self.directory.read_launch().get("status") == EXIT_STOPPED
         if asked or self._log.stopped >= self._start:
-            return ""
-        return (
+            return None
+        return Alert(
+            WARNING,
             f"ended after step {state.step:,}, and its log does not say why; the same command "
-            "resumes it"
+            "resumes it",
         )
 
 

@@ -234,7 +234,7 @@ def test_alerts_of_runs(tmp_path):
     assert texts(found["failed"]) == ["bad: failed: out of memory"]
     assert texts(found["crashed"]) == ["bad: failed: process 1 of 2 on a: KeyError"]
     (killed,) = texts(found["killed"])
-    assert killed.startswith("bad: ended after step 20, and its log does not say why")
+    assert killed.startswith("warning: ended after step 20, and its log does not say why")
     assert any("damaged/config.yaml" in text for text in texts(found["damaged"]))
     (quiet,) = texts(found["stuck"])
     assert quiet.startswith("warning: has written nothing since ")
@@ -357,4 +357,4 @@ def test_the_page_in_one_file(tmp_path, capsys):
     assert main(["watch", str(folder), "--once", str(out.with_suffix(".json"))]) == 0
     again = json.loads(out.with_suffix(".json").read_text())
     assert again["runs"] == state["runs"]
-    assert texts(state["runs"][0])[-1] == "warning: </script><script>alert(1)</script>"
+    assert "warning: </script><script>alert(1)</script>" in texts(state["runs"][0])
