@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from pretrain.common.argument_types import count
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_bytes
 from pretrain.common.outputs import check_file
@@ -29,7 +30,7 @@ def watch(arguments: Sequence[str]) -> int:
         metavar="DIR",
         help="directories of runs or grids, folders of them, or globs (runs)",
     )
-    parser.add_argument("--port", type=int, default=PORT, help=f"of 127.0.0.1 ({PORT}); 0: any")
+    parser.add_argument("--port", type=count, default=PORT, help=f"of 127.0.0.1 ({PORT}); 0: any")
     parser.add_argument(
         "--once",
         type=Path,
@@ -37,7 +38,7 @@ def watch(arguments: Sequence[str]) -> int:
         help="write the page as it is now (.html), or its numbers (.json), and end",
     )
     options = parser.parse_intermixed_args(arguments)
-    if not 0 <= options.port <= 65535:
+    if options.port > 65535:
         raise UserError(f"--port is {options.port}, expected a number from 0 to 65535")
     if options.once is not None:
         if options.once.suffix not in _ENDINGS:

@@ -24,7 +24,7 @@ from launch.watch.server import WatchServer
 from launch.watch.watched import Watched
 from pretrain.common.errors import UserError
 from pretrain.run_directory import RunDirectory
-from tests.launch.test_watch import add_rows, make_run, rows
+from tests.helpers.watched_runs import add_rows, make_run, rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
