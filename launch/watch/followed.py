@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.commands import add_queue
 from launch.grid import Member
-from launch.members import FAILED, RUNNING, STOPPED, MemberState, stage_of
+from launch.members import DONE, FAILED, RUNNING, STOPPED, MemberState, stage_of
 from launch.watch.alerts import BAD, WARNING, Alert, LogAlerts, LossAlerts, silence, worst_first
 from launch.watch.curves import Curve
 from launch.watch.tail import Tail
@@ -22,6 +22,7 @@ from pretrain.run_time import read_starts
 _POSITIONS = ("step", "tokens", "hours")
 TRAINED = (*_POSITIONS, "loss", "tokens_per_second")
 VALIDATED = (*_POSITIONS, "valid_loss", "valid_bits_per_byte")
+_NUMBERS = (*TRAINED, *VALIDATED, "loss_mean", "seconds", "total_seconds", "slowest_rank_ratio")
 _SECONDS_BETWEEN_LOOKS = 20.0  # at a run of which no file has changed
 
 
@@ -53,6 +54,8 @@ class Metrics:
         if not isinstance(row, dict) or any(
             not isinstance(row.get(k), int) for k in ("step", "tokens")
         ):
+            return
+        if not all(isinstance(row.get(name), int | float | None) for name in _NUMBERS):
             return
         if "loss" in row:
             self._add_step(row)
@@ -122,7 +125,8 @@ class FollowedRun:
             self._read_settings()
         if any(noted):
             self._read_start()
-        due = now - self._looked > _SECONDS_BETWEEN_LOOKS
+        # To see that a run is done may take reading all its metrics.
+        due = self._stage[0] != DONE and now - self._looked > _SECONDS_BETWEEN_LOOKS
         if grown or held or due or any(settings + noted):
             self._looked = now
             self._look_at_stage()

@@ -60,12 +60,13 @@ class Watched:
             self._refresh()
             token, _, number = since.partition("-")
             known = int(number) if token == self._token and number.isdecimal() else -1
+            runs = [run for run in self._runs.values() if run.told]
             return {
                 "version": f"{self._token}-{self._version}",
                 "title": self.title,
                 "now": time.time(),
-                "order": [run.name for run in self._runs.values()],
-                "runs": [run.told for run in self._runs.values() if run.version > known],
+                "order": [run.name for run in runs],
+                "runs": [run.told for run in runs if run.version > known],
             }
 
     def _refresh(self) -> None:
@@ -80,8 +81,10 @@ class Watched:
             self._queue = queue_states([member for member in members if member is not None])
         version = self._version + 1
         for run in self._runs.values():
-            if run.refresh(self._queue):
-                run.version = self._version = version
+            # A file or a folder may go while it is read: the next search leaves the run out.
+            with contextlib.suppress(OSError, UserError):
+                if run.refresh(self._queue):
+                    run.version = self._version = version
         self._refreshed = time.monotonic()
 
     def _search(self) -> None:

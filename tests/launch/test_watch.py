@@ -278,6 +278,18 @@ def test_only_what_has_changed_is_told(tmp_path):
     assert len(now(watched)["runs"]) == 2
 
 
+def test_damaged_lines_are_passed_over(tmp_path):
+    directory = make_run(tmp_path / "runs")
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21}\n[1]\nnull\n{"step": 21, "tokens": 9, "loss": "x"}\n\0\0\n{"ste')
+    watched = Watched([str(tmp_path / "runs")])
+    assert watched.state()["runs"][0]["step"] == 20
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('p": 21, "tokens": 2688, "loss": 2.5}\n')
+    (run,) = now(watched)["runs"]
+    assert (run["step"], run["loss"]) == (21, 2.5)
+
+
 def test_a_run_itself_and_several_folders(tmp_path):
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     assert Watched([str(first)]).state()["order"] == ["run"]
