@@ -103,7 +103,8 @@ def note_grid(grid: Grid) -> None:
         return
     grid.directory.mkdir(parents=True, exist_ok=True)
     names = [member.name for member in grid.members]
-    noted = {"config": str(grid.path), "match": grid.match, "members": names}
+    labels = {member.name: member.labels for member in grid.members}
+    noted = {"config": str(grid.path), "match": grid.match, "members": names, "labels": labels}
     write_json(grid.directory / GRID_FILE, noted)
     for member in grid.members:
         if _config_of(member.config.run_directory) is None:

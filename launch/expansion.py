@@ -86,7 +86,8 @@ def load_grid(path: str | Path, overrides: Sequence[str] = (), *, measuring: boo
         if member:
             config.name, config.directory = f"{name}-{member}", str(directory / member)
         check_model(config.model, where)
-        members.append(Member(member, changes, config))
+        labels = {key: choice.label for key, choice in point.items() if key in differing}
+        members.append(Member(member, changes, config, labels))
     _check_names(members, str(path))
     how = (section or {}).get("match")
     if how is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ class Member:
     """One run of a grid.
 
     ``name`` is made of the settings that differ between members, "" where none does; ``changes``
-    are the settings that it adds to those of the file, by dotted name.
+    are the settings that it adds to those of the file, by dotted name; ``labels`` what the grid
+    calls the values of those that differ between members.
     """
 
     name: str
     changes: dict[str, Any]
     config: RunConfig
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

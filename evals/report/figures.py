@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from evals.report.runs import Group
-from evals.scaling.figures import save
+from evals.report.groups import Group
+from evals.scaling.figures import add_legend, save
 from pretrain.common.plots import plot_text
 
+COLORS = [to_hex(f"C{index}") for index in range(10)]
 STYLES = ["-", "--", ":", "-."]
 
 
 def color_of(index: int) -> tuple[str, str]:
-    """Return the color and line style of a group by its index."""
-    return f"C{index % 10}", STYLES[index // 10 % len(STYLES)]
+    """Return the color and line style of a group by its index, in pictures and on the page."""
+    return COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
 
 
 def draw_losses(groups: Sequence[Group], over: str, path: Path) -> Path | None:
@@ -51,8 +53,7 @@ def draw_losses(groups: Sequence[Group], over: str, path: Path) -> Path | None:
     axes.set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.02)
     labels = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
     axes.set(xlabel=labels[over], ylabel="loss (nats per token)")
-    if len(groups) <= 20:
-        axes.legend(fontsize=7)
+    figure.set_figheight(5 + add_legend(figure, axes, 8))
     return save(figure, path)
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
+from markupsafe import Markup
 
 from evals.report.blocks import draw_blocks
 from evals.report.figures import draw_losses, draw_speeds
-from evals.report.runs import Group, Run, find_runs, grouped, matches_of
-from evals.report.scores import score_names
+from evals.report.groups import grouped
+from evals.report.runs import Run, find_runs, matches_of
+from evals.report.tables import make_tables, shared
 from pretrain.common.files import write_bytes
 from pretrain.common.outputs import check_folder
-from pretrain.common.screen import readable
 
 _MOST_NAMES = 4  # in the title
 _MOST_MAPS = 6  # of blocks: each picture is as large as all curves
@@ -70,7 +71,10 @@ def make_report(
         pictures=pictures,
         maps=maps,
         scaling=scaling,
-        table=_table(groups),
+        tables=make_tables(groups),
+        shared=shared(groups),
+        css=Markup(_read("report.css")),
+        script=Markup(_read("report.js")),
         notes=[*matches_of(paths), *notes],
         counts=f"{len(runs)} runs, {len(groups)} settings",
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -84,6 +88,10 @@ def _title(paths: Sequence[str | Path]) -> str:
     names = [Path(path).resolve().name for path in paths]
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _read(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def _picture(heading: str, path: Path) -> dict[str, str]:
@@ -101,60 +109,6 @@ def _maps_of_blocks(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
         if path is not None:
             found.append(_picture(run.name, path))
     return found
-
-
-def _table(groups: Sequence[Group]) -> dict[str, Any]:
-    """Return the table's columns and rows; a cell has a text and a value to sort by."""
-    settings = list(dict.fromkeys(k for g in groups for k in g.differing))
-    scores = score_names([s for g in groups for r in g.runs for s in r.scores])
-    measures: list[tuple[str, Any, str]] = [
-        ("parameters", lambda r: r.parameters, "{:,.0f}"),
-        ("tokens", lambda r: r.tokens[-1], "{:,.0f}"),
-        ("final loss", lambda r: r.final, "{:.4f}"),
-        ("best loss", lambda r: r.best, "{:.4f}"),
-        ("validation loss", lambda r: r.valid[-1][1] if r.valid else None, "{:.4f}"),
-        ("bits per byte", lambda r: r.valid[-1][2] if r.valid else None, "{:.4f}"),
-        ("tokens/s", lambda r: r.tokens_per_second, "{:,.0f}"),
-        ("MFU %", lambda r: None if r.mfu is None else 100 * r.mfu, "{:.1f}"),
-        ("hours", lambda r: r.seconds[-1] / 3600, "{:,.3f}"),
-        *(
-            (
-                name,
-                lambda r, k=kind: next((s.value for s in r.scores if s.kind == k), None),
-                "{:.4f}",
-            )
-            for kind, name in scores.items()
-        ),
-    ]
-    rows = []
-    for group in groups:
-        cells = [_cell(group.differing.get(k)) for k in settings] or [_cell(group.label)]
-        seeds = len(group.runs)
-        cells.append({"text": str(seeds), "sort": seeds})
-        for _, value, form in measures:
-            found = group.mean([value(run) for run in group.runs])
-            if found is None:
-                cells.append({"text": "", "sort": ""})
-                continue
-            mean, spread = found
-            text = form.format(mean) + (f" ± {form.format(spread)}" if spread else "")
-            cells.append({"text": text, "sort": mean})
-        states = sorted({run.state for run in group.runs})
-        cells.append({"text": "; ".join(states), "sort": states[0]})
-        rows.append(cells)
-    names = [*(settings or ["run"]), "runs", *(name for name, _, _ in measures), "state"]
-    kept = [i for i in range(len(names)) if any(row[i]["text"] for row in rows)]
-    numbers = [any(not isinstance(row[i]["sort"], str) for row in rows) for i in kept]
-    columns = [{"name": names[i], "number": n} for i, n in zip(kept, numbers, strict=True)]
-    return {"columns": columns, "rows": [[row[i] for i in kept] for row in rows]}
-
-
-def _cell(value: Any) -> dict[str, Any]:
-    if value is None:
-        return {"text": "-", "sort": ""}
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return {"text": str(value), "sort": str(value)}
-    return {"text": readable(value, 6) if isinstance(value, float) else f"{value:,}", "sort": value}
 
 
 def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,8 @@ from pretrain.run_directory import METRICS_FILE, RunDirectory, overall_speed
 from pretrain.run_time import count_starts, total_seconds
 from pretrain.training.branching import describe_parent
 
+_TIMES = "time/"  # of metrics: seconds by what they were spent on
+_CUT = 80  # letters from which on a member's name is not all of it
 LAST = 5  # logged losses whose mean is the final loss
 # Settings that do not change what is trained.
 _IRRELEVANT = (
@@ -52,7 +53,8 @@ class Run:
     per token, bits per byte or None) of every validation; ``borders`` (step, tokens, name) of every
     phase after the first; ``scores`` the results of evaluations.
     ``resolved`` are the settings by which runs are compared, ``settings`` the same as they are
-    shown; ``parent`` is what a branch goes on from.
+    shown; ``labels`` those that a grid sets, as the grid names their values; ``parent`` is what a
+    branch goes on from; ``spent`` are the seconds of all starts by what they were spent on.
     """
 
     name: str
@@ -75,6 +77,8 @@ class Run:
     validation_tokens: int = 0
     parent: dict[str, Any] = field(default_factory=dict)
     borders: list[tuple[float, float, str]] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
 
     @property
     def final(self) -> float:
@@ -93,29 +97,16 @@ class Run:
         return None if self.flops_per_token is None else self.tokens * self.flops_per_token
 
     @property
+    def goodput(self) -> float | None:
+        """The share of the time of all starts that trained, None where not known."""
+        total = sum(self.spent.values())
+        return self.spent.get("train", 0.0) / total if total else None
+
+    @property
     def state(self) -> str:
         """The word "done", or how far the run is."""
         done = int(self.steps[-1])
         return "done" if done >= self.num_steps else f"step {done:,} of {self.num_steps:,}"
-
-
-@dataclass
-class Group:
-    """Runs that differ only in their seed; ``label`` lists the settings in which groups differ."""
-
-    label: str
-    differing: dict[str, Any]
-    runs: list[Run]
-
-    def mean(self, values: Sequence[float | None]) -> tuple[float, float | None] | None:
-        """Return the mean, and the standard deviation over several seeds.
-
-        Returns None where a run has no value.
-        """
-        known = [v for v in values if v is not None]
-        if not known or len(known) < len(values):
-            return None
-        return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
 def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
@@ -224,7 +215,56 @@ def read_run(directory: RunDirectory) -> Run | None:
             for r in every
             if r.get("phase_begins", 1) > 1
         ],
+        grid_labels(directory.path, settings),
+        _spent(every),
     )
+
+
+def _spent(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the seconds by what they were spent on, over all starts of a run.
+
+    Every line has those of its start so far: the last line of each start counts.
+    """
+    found, before = dict[str, float](), dict[str, float]()
+    for row in rows:
+        now = {
+            name.removeprefix(_TIMES): float(value)
+            for name, value in row.items()
+            if name.startswith(_TIMES) and isinstance(value, int | float)
+        }
+        if now and sum(now.values()) < sum(before.values()):
+            found = {name: found.get(name, 0) + before.get(name, 0) for name in {**found, **before}}
+        before = now or before
+    return {name: found.get(name, 0) + before.get(name, 0) for name in {**found, **before}}
+
+
+def grid_labels(directory: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Return what a grid calls the values of a member's settings, by dotted name.
+
+    Grids of earlier versions noted the members' names alone, which say the same.
+    """
+    for path in (directory, directory.resolve()):
+        grid = read_grid(path.parent)
+        labels = grid.get("labels")
+        noted = labels.get(path.name) if isinstance(labels, dict) else None
+        if isinstance(noted, dict):
+            return {name: str(label) for name, label in noted.items() if name != "seed"}
+        members = grid.get("members")
+        if isinstance(members, list) and path.name in members and len(path.name) < _CUT:
+            parts = [part.partition("=") for part in path.name.split(",")]
+            return {_dotted(name, settings): label for name, _, label in parts if name != "seed"}
+    return {}
+
+
+def _dotted(short: str, settings: dict[str, Any]) -> str:
+    """Return the only setting or section of this last part, or else the part itself."""
+    sections = {
+        ".".join(parts[:count])
+        for parts in (name.split(".") for name in settings)
+        for count in range(1, len(parts) + 1)
+    }
+    found = [name for name in sections if f".{name}".endswith(f".{short}")]
+    return found[0] if len(found) == 1 else short
 
 
 def _settings(
@@ -254,47 +294,6 @@ def _settings(
     }
     shown |= {name: "no" if section is None else "yes" for name, section in sections.items()}
     return shown, {**shown, "model.pattern": " ".join(names)}
-
-
-def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Group runs that differ only in their seed, in the order of their final loss."""
-    keys = sorted({k for run in runs for k in run.settings})
-    # A setting of a mixer or section that a run lacks is no difference beside that.
-    differing = [
-        k
-        for k in keys
-        if len({json.dumps(r.resolved[k], sort_keys=True) for r in runs if k in r.resolved}) > 1
-    ]
-    by_settings: dict[str, list[Run]] = {}
-    for run in runs:
-        values = json.dumps([run.resolved.get(k) for k in differing], sort_keys=True)
-        by_settings.setdefault(values, []).append(run)
-    short = _short_names(differing)
-    groups = []
-    for members in by_settings.values():
-        settings = {short[k]: members[0].settings.get(k) for k in differing}
-        words = [f"{k}={_value(v)}" for k, v in settings.items()]
-        groups.append(Group(", ".join(words) or members[0].name, settings, members))
-    return sorted(groups, key=lambda g: float(np.mean([r.final for r in g.runs])))
-
-
-def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Shorten each dotted name to as few of its last parts as make it unique."""
-    names = {}
-    for key in keys:
-        parts = key.split(".")
-        for count in range(1, len(parts) + 1):
-            name = ".".join(parts[-count:])
-            if sum(k == name or k.endswith("." + name) for k in keys) == 1:
-                break
-        names[key] = name
-    return names
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, float):  # two values never look alike
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return "-" if value is None else str(value)
 
 
 def matches_of(paths: Sequence[str | Path]) -> list[str]:

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from evals.report.figures import draw_losses
+from evals.report.groups import grouped
 from evals.report.laws import scaling_sets
 from evals.report.page import main
-from evals.report.runs import find_runs, grouped, matches_of
+from evals.report.runs import find_runs, matches_of
 from evals.report.scores import score_names
+from evals.report.tables import make_tables, shared
 from evals.scaling import Curve
 from pretrain.common.errors import UserError
 from pretrain.run_directory import RunDirectory
@@ -246,6 +248,83 @@ def test_models_that_differ_stay_apart(tmp_path):
         "moe=no, pattern=attn attn, recursion=no",
         "moe=no, pattern=attn, recursion=yes",
     ]
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "attn": {"pattern": "2*attn", "mlp": {"intermediate_size": 40}},
+    "hybrid": {"pattern": "gru attn", "mlp": {"intermediate_size": 32}},
+    "gru": {"pattern": "2*gru", "mlp": {"intermediate_size": 24}},
+}
+
+
+def arms_of_a_grid(folder, seeds=1, *, labels=True):
+    """Three arms matched in parameters, best first; without labels as older grids noted them."""
+    folder.mkdir()
+    noted = {}
+    for number, (arm, model) in enumerate(ARMS.items()):
+        mixers = {"attn": {"num_heads": 2}, "gru": {}}
+        for seed in range(seeds):
+            name = f"pattern={arm},seed={seed}"
+            noted[name] = {"model.pattern": arm, "seed": str(seed)}
+            model = {"hidden_size": 8, "mixers": mixers, **model}
+            run_directory(folder, rows(3.0 + number), name, seed=seed, model=model)
+    grid = {"members": list(noted), **({"labels": noted} if labels else {})}
+    (folder / "grid.json").write_text(json.dumps(grid))
+    return folder
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_grids_labels_name_its_arms(labels, tmp_path):
+    folder = arms_of_a_grid(tmp_path / "grid", seeds=2, labels=labels)
+    groups = grouped(find_runs([folder])[0])
+    assert [(g.label, len(g.runs)) for g in groups] == [("attn", 2), ("hybrid", 2), ("gru", 2)]
+    assert [g.differing for g in groups] == [{"pattern": arm} for arm in ARMS]
+    assert [g.others["intermediate_size"] for g in groups] == [40, 32, 24]
+    results, *_, others = make_tables(groups)
+    names = [column["name"] for column in results["columns"]]
+    assert names[:3] == ["run", "pattern", "final loss"]
+    assert [column["name"] for column in others["columns"]] == ["run", "intermediate_size"]
+    assert {"name": "model.hidden_size", "value": "8"} in shared(groups)
+
+
+def test_labels_that_do_not_tell_arms_apart_are_not_trusted(tmp_path):
+    """Runs of no grid beside it; two grids that call different patterns the same."""
+    folder = arms_of_a_grid(tmp_path / "grid")
+    model = {"hidden_size": 8, "pattern": "3*attn", "mixers": {"attn": {"num_heads": 2}}}
+    run_directory(tmp_path, rows(2.0), "alone", model=model)
+    labels = [group.label for group in grouped(find_runs([tmp_path])[0])]
+    assert labels[0].endswith("pattern=3*attn") and len(set(labels)) == 4
+    (tmp_path / "alone/config.yaml").unlink()
+    grid = json.loads((folder / "grid.json").read_text())
+    for noted in grid["labels"].values():
+        noted["model.pattern"] = "same"
+    (folder / "grid.json").write_text(json.dumps(grid))
+    labels = [group.label for group in grouped(find_runs([tmp_path])[0])]
+    assert labels[0] == "intermediate_size=40, pattern=2*attn"
+
+
+def test_few_settings_name_arms_that_differ_in_many(tmp_path):
+    for number in range(4):
+        many: dict[str, Any] = {}
+        many |= {"optimizer": {"lr": 1e-3 * (number + 1), "weight_decay": 0.1 * number}}
+        many |= {"schedule": {"kind": "cosine", "warmup_steps": number}}
+        many |= {"train": {"steps": 200 + number, "seq_len": 16, "global_batch_tokens": 128}}
+        run_directory(tmp_path, rows(3.0 + number), f"r{number}", **many)
+    groups = grouped(find_runs([tmp_path])[0])
+    assert len(groups[0].differing) < 4 <= len(groups[0].differing) + len(groups[0].others)
+    assert len({group.label for group in groups}) == 4
+
+
+def test_time_is_told_by_what_it_was_spent_on(tmp_path):
+    """Of two starts: 10 s that trained and 10 s that did not, then 30 s and 10 s."""
+    lines = rows(3.0)[:-1]
+    for number, row in enumerate(lines, 1):
+        late = number > 10
+        row["time/train"] = (number - 10) * 1.0 if late else number * 1.0
+        row["time/start"] = 10.0
+    (run,), _ = find_runs([run_directory(tmp_path, lines)])
+    assert run.spent == {"train": 40.0, "start": 20.0}
+    assert run.goodput == pytest.approx(40 / 60)
 
 
 def test_names_are_text_on_the_page_and_in_pictures(tmp_path):

@@ -122,7 +122,10 @@ def test_bad_input_is_one_sentence(grid, tmp_path, words, message):
 def test_what_the_launcher_notes_of_a_grid(grid, tmp_path):
     noted = json.loads((grid.directory / "grid.json").read_text())
     config = str(tmp_path / "grid.yaml")
-    assert noted == {"config": config, "match": "tokens", "members": NAMES}
+    labels = {
+        name: {"optimizer.lr": name[3:].partition(",")[0], "seed": name[-1]} for name in NAMES
+    }
+    assert noted == {"config": config, "match": "tokens", "members": NAMES, "labels": labels}
     note_grid(load_targets([str(grid.directory)]))
     assert json.loads((grid.directory / "grid.json").read_text()) == noted
 
