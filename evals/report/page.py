@@ -13,16 +13,17 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
 from evals.report.blocks import draw_blocks
+from evals.report.curves import MOST_POINTS, make_curves
 from evals.report.figures import draw_losses, draw_speeds
 from evals.report.groups import grouped
 from evals.report.runs import Run, find_runs, matches_of
 from evals.report.tables import make_tables, shared
+from evals.report.times import times_by_arm
 from pretrain.common.files import write_bytes
 from pretrain.common.outputs import check_folder
 
 _MOST_NAMES = 4  # in the title
 _MOST_MAPS = 6  # of blocks: each picture is as large as all curves
-TITLES = {"tokens": "Loss by tokens", "flops": "Loss by training FLOPs", "seconds": "Loss by time"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -53,14 +54,9 @@ def make_report(
     runs, notes = find_runs(paths)
     groups = grouped(runs)
     out.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for over, heading in TITLES.items():
-        path = draw_losses(groups, over, out / f"loss-by-{over}.png")
-        if path is not None:
-            pictures.append(_picture(heading, path))
-    path = draw_speeds(groups, out / "speed.png")
-    if path is not None:
-        pictures.append(_picture("Speed", path))
+    for over in ("tokens", "flops", "seconds"):
+        draw_losses(groups, over, out / f"loss-by-{over}.png")
+    draw_speeds(groups, out / "speed.png")
     maps = _maps_of_blocks([run for group in groups for run in group.runs], out)
     scaling = _scaling(paths, out) if fits else []
     environment = Environment(
@@ -68,7 +64,10 @@ def make_report(
     )
     html = environment.get_template("report.html.j2").render(
         title=title or _title(paths),
-        pictures=pictures,
+        curves=make_curves(groups),
+        most_points=MOST_POINTS,
+        borders=any(run.borders for run in runs),
+        times=times_by_arm(groups),
         maps=maps,
         scaling=scaling,
         tables=make_tables(groups),

@@ -358,7 +358,7 @@ def test_the_page_holds_all_of_it(runs, tmp_path):
         "grid: members are matched in flops",
         "± 0.0200",
         "step 50 of 200",
-        "Loss by training FLOPs",
+        "training loss",
         "perplexity bits per byte",
         "25.0",
         "5 runs, 3 settings",
@@ -398,7 +398,8 @@ def test_no_law_spans_architectures():
     assert (what, chosen, sized) == ("of 2*(gru attn), 128 parameters", [*others, falling], False)
 
 
-# What a reader does: sort by the last numeric column, twice; then say what is seen.
+# What a reader does: sort by the final loss, twice; point at the curves, zoom, smooth, change axes,
+# hide an arm; then say what is seen, to the page that this one is in.
 PROBE = """<script>
 const errors = [];
 addEventListener("error", (event) => errors.push(event.message || "a file"), true);
@@ -407,26 +408,74 @@ addEventListener("load", () => {
     .findIndex((head) => head.textContent === "final loss");
   const values = () => [...document.querySelectorAll("#runs tbody tr")]
     .map((row) => Number(row.cells[column].dataset.sort));
-  const button = document.querySelectorAll("#runs th button")[column];
-  button.click();
+  const head = document.querySelectorAll("#runs th")[column];
+  head.querySelector("button").click();
   const up = values();
-  button.click();
-  document.body.dataset.seen = JSON.stringify({
-    errors, up, down: values(),
-    pictures: [...document.images].map((image) => image.naturalWidth),
-    wide: document.documentElement.scrollWidth, screen: innerWidth,
-  });
+  head.querySelector("button").click();
+  const down = values();
+  const canvas = document.querySelector("#chart canvas"), box = canvas.getBoundingClientRect();
+  const get = (name) => document.getElementById("chart-" + name);
+  const point = (kind, x, y) => canvas.dispatchEvent(new PointerEvent(kind, {
+    clientX: box.left + x * box.width, clientY: box.top + y * box.height }));
+  const set = (name, value) => {
+    get(name).value = value;
+    get(name).dispatchEvent(new Event(name === "smooth" ? "input" : "change"));
+  };
+  const check = (name) => get(name).click();
+  const legend = () => [...document.querySelectorAll("#legend button")].map((b) => b.textContent);
+  const pictures = { plain: canvas.toDataURL() }, told = { ends: legend() };
+  const keep = (name) => { pictures[name] = canvas.toDataURL(); };
+  for (let y = 0.05; y < 0.9 && document.querySelector(".tip").hidden; y += 0.05)
+    point("pointermove", 0.5, y);
+  told.tip = document.querySelector(".tip").innerText;
+  told.where = get("where").textContent;
+  told.middle = legend();
+  point("pointerleave", 0, 0);
+  point("pointerdown", 0.4, 0.5); point("pointermove", 0.7, 0.5); point("pointerup", 0.7, 0.5);
+  point("pointerleave", 0, 0);
+  keep("zoomed");
+  told.zoomed = !get("out").disabled;
+  get("out").click();
+  keep("again");
+  told.out = get("out").disabled;
+  set("smooth", 80); keep("smooth"); told.smooth = get("smooth-text").textContent;
+  set("smooth", 0);
+  for (const name of ["log-x", "log-y", "seeds"]) { check(name); keep(name); check(name); }
+  told.x = [...get("x").options].map((option) => option.value);
+  told.y = [...get("y").options].map((option) => option.value);
+  for (const name of told.x.slice(1)) { set("x", name); keep(name); }
+  set("x", "tokens");
+  for (const name of told.y.slice(1)) { set("y", name); keep(name); }
+  set("y", "training loss");
+  document.querySelector("#legend button").click();
+  keep("hidden"); told.hidden = legend();
+  parent.postMessage({
+    errors, up, down, told, width: innerWidth, wide: document.documentElement.scrollWidth,
+    differing: new Set(Object.values(pictures)).size, same: pictures.plain === pictures.again,
+    pictures: Object.keys(pictures).length, loss: head.getBoundingClientRect().right,
+    overflows: [...document.querySelectorAll(".scroll")]
+      .filter((part) => part.scrollWidth > part.clientWidth).length,
+  }, "*");
 });
 </script>"""
+FRAMES = """<body data-seen="">
+<script>
+const seen = [];
+addEventListener("message", (event) => {
+  seen.push(event.data);
+  document.body.dataset.seen = JSON.stringify(seen);
+});
+</script>
+<iframe src="report.html" style="border: 0; width: 1280px; height: 900px"></iframe>
+<iframe src="report.html" style="border: 0; width: 390px; height: 800px"></iframe>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
-@pytest.mark.parametrize("width", [1200, 500])
-def test_a_browser_shows_it(width, runs, tmp_path):
-    main([str(runs), "--out", str(tmp_path / "out")])
-    page = tmp_path / "out/report.html"
-    page.write_text(page.read_text().replace("<body>", "<body>" + PROBE))
+def seen_by_a_browser(page, profile):
+    """Return what PROBE says of the page, by its width."""
     assert CHROMIUM is not None
+    page.write_text(page.read_text().replace("<body>", "<body>" + PROBE))
+    frames = page.with_name("frames.html")
+    frames.write_text(FRAMES)
     done = subprocess.run(
         [
             CHROMIUM,
@@ -438,10 +487,11 @@ def test_a_browser_shows_it(width, runs, tmp_path):
             "--disable-background-networking",
             "--disable-component-update",
             "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"--window-size={width},900",
+            f"--user-data-dir={profile}",
+            "--window-size=1800,1000",
+            "--virtual-time-budget=20000",
             "--dump-dom",
-            page.as_uri(),
+            frames.as_uri(),
         ],
         capture_output=True,
         text=True,
@@ -449,14 +499,36 @@ def test_a_browser_shows_it(width, runs, tmp_path):
         timeout=120,
     )
     (seen,) = re.findall(r'data-seen="(.*?)"', done.stdout)
-    found = json.loads(html.unescape(seen))
-    assert found["errors"] == []
-    assert found["up"] == sorted(found["up"])
-    assert found["down"] == found["up"][::-1]
-    assert len(found["up"]) == 3
-    assert len(found["pictures"]) >= 4
-    assert min(found["pictures"]) > 500
-    assert found["wide"] <= found["screen"], "no sideways scrolling of the page itself"
+    return {found["width"]: found for found in json.loads(html.unescape(seen))}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_a_browser_shows_it(runs, tmp_path):
+    main([str(runs), "--out", str(tmp_path / "out"), "--no-fits"])
+    seen = seen_by_a_browser(tmp_path / "out/report.html", tmp_path / "profile")
+    assert sorted(seen) == [390, 1280]
+    for width, found in seen.items():
+        assert found["errors"] == []
+        assert found["up"] == sorted(found["up"])
+        assert found["down"] == found["up"][::-1]
+        assert len(found["up"]) == 3
+        assert found["wide"] <= width, "no sideways scrolling of the page itself"
+        assert found["loss"] <= width, "the final loss is seen without scrolling"
+        told = found["told"]
+        assert found["same"] and found["differing"] == found["pictures"] - 1, "each is another"
+        assert told["zoomed"] and told["out"]
+        assert told["x"] == ["tokens", "flops", "seconds", "step"]
+        assert told["y"] == ["training loss", "validation loss", "bits per byte"]
+        assert re.match(r"lr=0\.\d+\n\d\.\d{4}( ± \d\.\d{4})?\nstep \d+\n", told["tip"]), told[
+            "tip"
+        ]
+        assert told["where"].startswith("values at 1") and told["where"].endswith(" tokens")
+        assert told["smooth"].startswith("mean of up to")
+        assert told["ends"][0].startswith("lr=0.0032.7") and told["hidden"][0] == "lr=0.003"
+        assert re.fullmatch(r"lr=0\.001\d\.\d{4} ± 0\.0200", told["ends"][1])
+        assert told["middle"][0] != told["ends"][0]
+        assert told["middle"][2] == "lr=0.0001", "which has ended before"
+    assert seen[1280]["overflows"] == 0, "nothing is cut off"
 
 
 @pytest.mark.parametrize(
