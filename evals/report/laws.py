@@ -18,6 +18,10 @@ from pretrain.common.screen import readable
 SAMPLES = 40  # of the bootstrap
 # Settings of a model that differ between the sizes of one architecture.
 _SIZES = re.compile(r"(_size|_heads|_dim|vocab|init_std)$")
+_NONE = (
+    "No law is fitted: these runs are neither three sizes of one architecture nor one size with "
+    "several schedules. python -m evals scaling fit fits a law to the runs that it is given."
+)
 _OTHERS = ("data.path", "data.blend", "optimizer.kind")
 
 
@@ -38,10 +42,12 @@ def architecture(curve: Curve) -> str:
 
 
 def scaling_sets(curves: Sequence[Curve]) -> list[tuple[str, list[Curve], bool]]:
-    """Return (heading, curves, whether the law includes N) for each law that can be fitted.
+    """Return (heading, curves, whether the law includes N) for each law that means something.
 
     Laws never span architectures. Of each, one law with N is fitted to at least three sizes, and
-    otherwise one to each size that was trained with several schedules.
+    otherwise one to each size that was trained with several schedules. Models of one width and one
+    pattern that differ in parts, such as the size of a state, are no sizes of one architecture, and
+    one schedule at several learning rates is not several schedules.
     """
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
@@ -51,24 +57,34 @@ def scaling_sets(curves: Sequence[Curve]) -> list[tuple[str, list[Curve], bool]]
         pattern = members[0].labels.get("model.pattern", f"architecture {number}")
         of = f"of {pattern}, " if len(groups) > 1 else ""
         sizes = sorted({c.parameters for c in members if c.parameters is not None})
-        if len(sizes) >= 3:
+        if min(len(sizes), len({_shape(c) for c in members})) >= 3:
             sets.append((f"{of or 'of '}all sizes", members, True))
             continue
         for n in sizes:
             chosen = [c for c in members if c.parameters == n]
-            if len({(c.schedule_key, c.peak) for c in chosen}) > 1:
+            schedules: dict[float, set[str]] = {}
+            for c in chosen:
+                schedules.setdefault(c.peak, set()).add(c.schedule_key)
+            if any(len(keys) > 1 for keys in schedules.values()):
                 sets.append((f"{of or 'of '}{n:,.0f} parameters", chosen, False))
     return sets
 
 
+def _shape(curve: Curve) -> Any:
+    """Return what makes a size of an architecture: its width and its blocks, or else N."""
+    names = ("model.hidden_size", "model.pattern", "model.recursion.times")
+    shape = tuple(str(curve.labels.get(name)) for name in names)
+    return shape if "model.hidden_size" in curve.labels else curve.parameters
+
+
 def scaling_sections(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:
-    """Fit laws to the loss curves; a sentence reports what cannot be fitted."""
+    """Fit laws to the loss curves; a sentence reports what cannot be fitted, without a heading."""
     from evals.scaling.figures import draw_curves
 
     try:
         curves, skipped = read_curves(paths, Reading())
     except UserError as error:
-        return [{"heading": "Scaling fit", "sentences": [str(error)]}]
+        return [{"sentences": [f"No law is fitted: {error}"]}]
     sections = []
     for number, (what, chosen, sized) in enumerate(scaling_sets(curves)):
         section: dict[str, Any] = {"heading": f"Loss curves {what}", "sentences": list(skipped)}
@@ -78,7 +94,7 @@ def scaling_sections(paths: Sequence[str | Path], out: Path) -> list[dict[str, A
             law = curve_law(choice.law, chosen, sized)
             found = bootstrap(fit(law, chosen), chosen, SAMPLES)
         except UserError as error:
-            section["sentences"].append(str(error))
+            sections[-1] = {"sentences": [f"No law is fitted to the loss curves {what}: {error}"]}
             continue
         path = draw_curves(found, chosen, out / f"scaling-{number}.png")
         section["file"], section["title"] = path, law.title
@@ -101,12 +117,5 @@ def scaling_sections(paths: Sequence[str | Path], out: Path) -> list[dict[str, A
             f"error of the fitted curves: {mean:.3f} % on average, {end:.3f} % at their ends",
         ]
     if not sections:
-        sections.append(
-            {
-                "heading": "Scaling fit",
-                "sentences": [
-                    "No size was trained with several schedules, so no loss-curve law is fitted."
-                ],
-            }
-        )
+        sections.append({"sentences": [_NONE]})
     return sections

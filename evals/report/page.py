@@ -1,9 +1,8 @@
-"""Write the report: a self-contained ``report.html``, and its pictures as PNG files too."""
+"""Write the report: a self-contained ``report.html``, and pictures as PNG files beside it."""
 
 from __future__ import annotations
 
 import argparse
-import base64
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from evals.report.blocks import draw_blocks
 from evals.report.curves import MOST_POINTS, make_curves
 from evals.report.figures import draw_losses, draw_speeds
 from evals.report.groups import grouped
+from evals.report.pictures import Pictures
 from evals.report.runs import Run, find_runs, matches_of
 from evals.report.tables import make_tables, shared
 from evals.report.times import times_by_arm
@@ -57,8 +57,9 @@ def make_report(
     for over in ("tokens", "flops", "seconds"):
         draw_losses(groups, over, out / f"loss-by-{over}.png")
     draw_speeds(groups, out / "speed.png")
-    maps = _maps_of_blocks([run for group in groups for run in group.runs], out)
-    scaling = _scaling(paths, out) if fits else []
+    pictures = Pictures()
+    scaling = _scaling(paths, out, pictures) if fits else []
+    maps = _maps_of_blocks([run for group in groups for run in group.runs], out, pictures)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"])
     )
@@ -93,12 +94,7 @@ def _read(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
-def _picture(heading: str, path: Path) -> dict[str, str]:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return {"heading": heading, "data": f"data:image/png;base64,{data}", "name": path.name}
-
-
-def _maps_of_blocks(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
+def _maps_of_blocks(runs: Sequence[Run], out: Path, pictures: Pictures) -> list[dict[str, str]]:
     """Return the pictures of the best runs that have statistics of blocks."""
     found: list[dict[str, str]] = []
     for number, run in enumerate(runs, 1):
@@ -106,15 +102,15 @@ def _maps_of_blocks(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
             break
         path = draw_blocks(run, out / f"blocks-{number}.png")
         if path is not None:
-            found.append(_picture(run.name, path))
+            found.append(pictures.embed(run.name, path))
     return found
 
 
-def _scaling(paths: Sequence[str | Path], out: Path) -> list[dict[str, Any]]:
+def _scaling(paths: Sequence[str | Path], out: Path, pictures: Pictures) -> list[dict[str, Any]]:
     from evals.report.laws import scaling_sections
 
     sections = scaling_sections(paths, out)
     for section in sections:
         if "file" in section:
-            section["picture"] = _picture(section["title"], section["file"])
+            section["picture"] = pictures.embed(section["title"], section["file"])
     return sections

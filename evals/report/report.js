@@ -44,7 +44,7 @@ for (const table of document.querySelectorAll("table.sorted")) {
     : seconds >= 120 ? number(seconds / 60) + " min" : number(seconds) + " s";
   const shown = (axis, value) => axis === "seconds" ? duration(value) : number(value);
 
-  function smoothed(values, width) {  // the mean of as many neighbours on both sides
+  function smoothed(values, width) {  // the mean of neighbours, of few where it falls steeply
     if (!width) return values;
     const sums = [0], counts = [0];
     values.forEach((v, i) => {
@@ -55,7 +55,7 @@ for (const table of document.querySelectorAll("table.sorted")) {
     while (last >= 0 && values[last] === null) last -= 1;
     return values.map((v, i) => {
       if (v === null) return null;
-      const reach = Math.min(width, i, last - i), a = i - reach, b = i + reach + 1;
+      const reach = Math.min(width, i >> 1), a = i - reach, b = Math.min(i + reach, last) + 1;
       return counts[b] > counts[a] ? (sums[b] - sums[a]) / (counts[b] - counts[a]) : null;
     });
   }
@@ -161,11 +161,14 @@ for (const table of document.querySelectorAll("table.sorted")) {
       g.fillText(t.toFixed(Math.min(decimals, 5)), left - 6, p);
     }
     g.textAlign = "center"; g.textBaseline = "bottom";
-    const units = { 1: "seconds", 60: "minutes", 3600: "hours" };
-    g.fillText(axis === "seconds" ? units[unit] : AXES[axis], left + wide / 2, height - 2);
+    const over = axis !== "seconds" ? AXES[axis]
+      : { 1: "seconds", 60: "minutes", 3600: "hours" }[unit];
+    const quantityText = `${quantity} (${units[quantity]})`;
+    canvas.setAttribute("aria-label", `${quantityText} over ${over}, ${drawn.length} runs`);
+    g.fillText(over, left + wide / 2, height - 2);
     g.save();
     g.translate(11, top + high / 2); g.rotate(-Math.PI / 2); g.textBaseline = "middle";
-    g.fillText(`${quantity} (${units[quantity]})`, 0, 0);
+    g.fillText(quantityText, 0, 0);
     g.restore();
     g.save();
     g.beginPath(); g.rect(left, top, wide, high); g.clip();

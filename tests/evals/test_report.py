@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evals.report.figures import draw_losses
 from evals.report.groups import grouped
 from evals.report.laws import scaling_sets
 from evals.report.page import main
+from evals.report.pictures import Pictures
 from evals.report.runs import find_runs, matches_of
 from evals.report.scores import score_names
 from evals.report.tables import make_tables, shared
@@ -398,6 +400,76 @@ def test_no_law_spans_architectures():
     assert (what, chosen, sized) == ("of 2*(gru attn), 128 parameters", [*others, falling], False)
 
 
+def test_laws_are_only_fitted_where_they_mean_something(tmp_path):
+    """No law of learning rates alone, nor of state sizes; the page says why there is none."""
+    steps, lr = np.arange(1, 50), np.full(50, 1e-3)
+
+    def curve(dim: int, peak: float) -> Curve:
+        labels = {"model.pattern": "gdn", "model.hidden_size": 64, "model.mixers.gdn.head_dim": dim}
+        loss = np.ones(49)
+        return Curve(f"{dim} {peak}", steps, loss, lr * peak, 1, 100.0 + dim, labels=labels)
+
+    states = [curve(dim, 1.0) for dim in (8, 16, 32)]
+    rates = [curve(8, peak) for peak in (1.0, 2.0, 3.0)]
+    assert scaling_sets(states) == scaling_sets(rates) == []
+    short = replace(rates[0], lr=np.linspace(1e-3, 0, 50))
+    ((_, chosen, sized),) = scaling_sets([*rates, short])
+    assert (chosen, sized) == ([*rates, short], False)
+    folder = arms_of_a_grid(tmp_path / "grid")
+    assert main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert "No law is fitted: these runs are neither" in page
+    assert "Loss curves" not in page
+
+
+@pytest.mark.slow
+def test_thirty_runs_fit_in_three_megabytes(tmp_path):
+    """With 2,000 logged losses each, and maps of 48 blocks."""
+    rng = np.random.default_rng(0)
+    names = (
+        "activation_rms",
+        "gradient_rms",
+        "weight_rms",
+        "update_ratio",
+        "horizon",
+        "state_norm",
+    )
+    for number in range(30):
+        lines = rows(3.0 + 0.01 * number, steps=2000, every=1)
+        for row in lines[:-1]:
+            row["loss"] += 0.05 * rng.normal()
+        lines[-1]["valid_loss"] += 0.01 * rng.normal()
+        train = {"steps": 2000, "seq_len": 16, "global_batch_tokens": 128}
+        config = {"optimizer": {"lr": 1e-4 * (number + 1)}, "train": train}
+        directory = run_directory(tmp_path, lines, f"run-{number:02}", **config)
+        watched = [
+            {
+                "step": step,
+                "tokens": step * 128,
+                "blocks": [
+                    {"block": i, "mixer": "attn", **{name: float(rng.random()) for name in names}}
+                    for i in range(48)
+                ],
+            }
+            for step in range(20, 2001, 20)
+        ]
+        RunDirectory(directory).write_blocks(watched)
+    out = tmp_path / "out"
+    assert main([str(tmp_path), "--out", str(out), "--no-fits"]) == 0
+    page = out / "report.html"
+    assert page.stat().st_size < 3e6
+    assert page.read_text().count("Statistics of the blocks of") == 6
+
+
+def test_pictures_beyond_a_pages_room_lie_beside_it(tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    size = len(Pictures().embed("one", tmp_path / "red.png")["data"])
+    pictures = Pictures(most_bytes=size)
+    first, second = (pictures.embed(name, tmp_path / "red.png") for name in ("one", "two"))
+    assert first["data"].startswith("data:image/png;base64,")
+    assert second == {"heading": "two", "data": "", "name": "red.png"}
+
+
 # What a reader does: sort by the final loss, twice; point at the curves, zoom, smooth, change axes,
 # hide an arm; then say what is seen, to the page that this one is in.
 PROBE = """<script>
@@ -429,6 +501,7 @@ addEventListener("load", () => {
     point("pointermove", 0.5, y);
   told.tip = document.querySelector(".tip").innerText;
   told.where = get("where").textContent;
+  told.label = canvas.getAttribute("aria-label");
   told.middle = legend();
   point("pointerleave", 0, 0);
   point("pointerdown", 0.4, 0.5); point("pointermove", 0.7, 0.5); point("pointerup", 0.7, 0.5);
@@ -523,6 +596,7 @@ def test_a_browser_shows_it(runs, tmp_path):
             "tip"
         ]
         assert told["where"].startswith("values at 1") and told["where"].endswith(" tokens")
+        assert told["label"] == "training loss (nats per token) over tokens, 3 runs"
         assert told["smooth"].startswith("mean of up to")
         assert told["ends"][0].startswith("lr=0.0032.7") and told["hidden"][0] == "lr=0.003"
         assert re.fullmatch(r"lr=0\.001\d\.\d{4} ± 0\.0200", told["ends"][1])
