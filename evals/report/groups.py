@@ -93,7 +93,8 @@ def _axes(members: Sequence[Sequence[Run]], differing: Sequence[str]) -> tuple[l
     runs = [run for own in members for run in own]
     if len(members) < 2 or not all(run.labels for run in runs):
         return [], set()
-    kept, covered, partitions = list[str](), set[str](), list[list[int]]()
+    kept, covered = list[str](), set[str]()
+    places: list[tuple[str | None, ...]] = [()] * len(members)
     for axis in dict.fromkeys(name for run in runs for name in run.labels):
         below = [k for k in differing if k == axis or k.startswith(f"{axis}.")]
         values: dict[str | None, set[str]] = {}
@@ -104,11 +105,10 @@ def _axes(members: Sequence[Sequence[Run]], differing: Sequence[str]) -> tuple[l
         one_each = all(len({run.labels.get(axis) for run in own}) == 1 for own in members)
         if len(values) < 2 or not below or not one_each or any(len(v) > 1 for v in told):
             continue
-        covered.update(below)
-        labels = [own[0].labels.get(axis) for own in members]
-        partition = [labels.index(label) for label in labels]
-        if partition not in partitions:  # of axes that advance together, one says it
-            partitions.append(partition)
+        split = [(*at, own[0].labels.get(axis)) for at, own in zip(places, members, strict=True)]
+        if len(set(split)) > len(set(places)):  # others follow from these, and are shown below
+            places = split
+            covered.update(below)
             kept.append(axis)
     return kept, covered
 

@@ -103,7 +103,7 @@ for (const table of document.querySelectorAll("table.sorted")) {
     if (!(x1 > -Infinity)) return null;
     if (x1 === x0) { x0 *= 0.99; x1 = x1 * 1.01 + 1e-9; }
     const room = 0.04 * (y1 - y0) || Math.abs(0.01 * y0) || 1;
-    return { x0: logX ? x0 : Math.min(x0, 0), x1, y0: logY ? y0 * 0.995 : y0 - room, y1: y1 + room };
+    return { x0: logX ? x0 : Math.min(x0, 0), x1: x1 * 1.01, y0: logY ? y0 * 0.995 : y0 - room, y1: y1 + room };
   }
 
   function ticks(a, b, log, count) {

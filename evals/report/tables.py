@@ -163,5 +163,14 @@ def _cell(value: Any) -> dict[str, Any]:
     if value is None:
         return {"text": "-", "sort": ""}
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return {"text": str(value), "sort": str(value)}
+        return {"text": str(value), "sort": _as_number(str(value))}
     return {"text": readable(value, 6) if isinstance(value, float) else f"{value:,}", "sort": value}
+
+
+def _as_number(label: str) -> float | str:
+    """Return what a column is sorted by where a grid's label is a number."""
+    try:
+        number = float(label)
+    except ValueError:
+        return label
+    return number if math.isfinite(number) else label

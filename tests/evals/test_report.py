@@ -213,6 +213,27 @@ def test_labels_that_do_not_tell_arms_apart_are_not_trusted(tmp_path):
     assert labels[0] == "intermediate_size=40, pattern=2*attn"
 
 
+def test_axes_that_follow_from_others_are_told_apart_from_the_names(tmp_path):
+    """Rates that go with the pattern are a column of their own, and sort as numbers."""
+    folder = arms_of_a_grid(tmp_path / "grid")
+    grid = json.loads((folder / "grid.json").read_text())
+    for number, (name, noted) in enumerate(grid["labels"].items(), 1):
+        noted["optimizer.lr"] = f"{number}e-3"
+        config = folder / name / "config.yaml"
+        config.write_text(config.read_text().replace("lr: 0.001", f"lr: {0.001 * number}"))
+    (folder / "grid.json").write_text(json.dumps(grid))
+    groups = grouped(find_runs([folder])[0])
+    assert [g.label for g in groups] == list(ARMS)
+    assert [g.others["lr"] for g in groups] == pytest.approx([0.001, 0.002, 0.003])
+    for noted in grid["labels"].values():
+        del noted["model.pattern"]
+    (folder / "grid.json").write_text(json.dumps(grid))
+    groups = grouped(find_runs([folder])[0])
+    assert [g.label for g in groups] == ["lr=1e-3", "lr=2e-3", "lr=3e-3"]
+    assert [row[1]["sort"] for row in make_tables(groups)[0]["rows"]] == [0.001, 0.002, 0.003]
+    assert [g.others["pattern"] for g in groups] == ["2*attn", "gru attn", "2*gru"]
+
+
 def test_few_settings_name_arms_that_differ_in_many(tmp_path):
     for number in range(4):
         many: dict[str, Any] = {}
