@@ -67,7 +67,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             words = [_word(name, label) for name, label in shown.items() if label is not None]
         others = {short[k]: own[0].settings.get(k) for k in rest if k not in named}
         label = (" / " if axes else ", ").join(words)
-        groups.append(Group(label or own[0].name, shown, own, others))
+        groups.append(Group(label or _names(own), shown, own, others))
     _tell_apart(groups)
     return sorted(groups, key=lambda g: float(np.mean([r.final for r in g.runs])))
 
@@ -83,6 +83,12 @@ def shared_settings(runs: Sequence[Run]) -> dict[str, Any]:
             for run in runs
         )
     }
+
+
+def _names(runs: Sequence[Run]) -> str:
+    """Return a name for the only group."""
+    more = len(runs) - 1
+    return runs[0].name + (f" and {more} more" if more else "")
 
 
 def _axes(members: Sequence[Sequence[Run]], differing: Sequence[str]) -> tuple[list[str], set[str]]:

@@ -76,7 +76,7 @@ def make_report(
         css=Markup(_read("report.css")),
         script=Markup(_read("report.js")),
         notes=[*matches_of(paths), *notes],
-        counts=f"{len(runs)} runs, {len(groups)} settings",
+        counts=f"{_count(len(runs), 'run')}, {_count(len(groups), 'setting')}",
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     page = out / "report.html"
@@ -88,6 +88,10 @@ def _title(paths: Sequence[str | Path]) -> str:
     names = [Path(path).resolve().name for path in paths]
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _read(name: str) -> str:

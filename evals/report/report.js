@@ -103,7 +103,8 @@ for (const table of document.querySelectorAll("table.sorted")) {
     if (!(x1 > -Infinity)) return null;
     if (x1 === x0) { x0 *= 0.99; x1 = x1 * 1.01 + 1e-9; }
     const room = 0.04 * (y1 - y0) || Math.abs(0.01 * y0) || 1;
-    return { x0: logX ? x0 : Math.min(x0, 0), x1: x1 * 1.01, y0: logY ? y0 * 0.995 : y0 - room, y1: y1 + room };
+    return { x0: logX ? x0 : Math.min(x0, 0), x1: x1 * 1.01,
+      y0: logY ? y0 * 0.995 : y0 - room, y1: y1 + room };
   }
 
   function ticks(a, b, log, count) {
@@ -154,7 +155,8 @@ for (const table of document.querySelectorAll("table.sorted")) {
     }
     g.textAlign = "right"; g.textBaseline = "middle";
     const levels = ticks(box.y0, box.y1, logY, Math.max(2, high / 50));
-    const decimals = Math.max(0, ...levels.map((t) => (String(Number(t.toPrecision(6))).split(".")[1] || "").length));
+    const decimalsOf = (t) => (String(Number(t.toPrecision(6))).split(".")[1] || "").length;
+    const decimals = Math.max(0, ...levels.map(decimalsOf));
     for (const t of levels) {
       const p = Y(t);
       g.beginPath(); g.moveTo(left, p); g.lineTo(left + wide, p); g.stroke();
@@ -164,7 +166,8 @@ for (const table of document.querySelectorAll("table.sorted")) {
     const over = axis !== "seconds" ? AXES[axis]
       : { 1: "seconds", 60: "minutes", 3600: "hours" }[unit];
     const quantityText = `${quantity} (${units[quantity]})`;
-    canvas.setAttribute("aria-label", `${quantityText} over ${over}, ${drawn.length} runs`);
+    const count = drawn.length === 1 ? "1 curve" : `${drawn.length} curves`;
+    canvas.setAttribute("aria-label", `${quantityText} over ${over}, ${count}`);
     g.fillText(over, left + wide / 2, height - 2);
     g.save();
     g.translate(11, top + high / 2); g.rotate(-Math.PI / 2); g.textBaseline = "middle";
@@ -241,7 +244,10 @@ for (const table of document.querySelectorAll("table.sorted")) {
 
   function index(xs, x) {  // of the value nearest to x, of ascending values
     let [a, b] = [0, xs.length - 1];
-    while (b - a > 1) { const m = (a + b) >> 1; if (xs[m] !== null && xs[m] <= x) a = m; else b = m; }
+    while (b - a > 1) {
+      const m = (a + b) >> 1;
+      if (xs[m] !== null && xs[m] <= x) a = m; else b = m;
+    }
     return xs[b] !== null && Math.abs(xs[b] - x) < Math.abs(xs[a] - x) ? b : a;
   }
 
@@ -292,7 +298,7 @@ for (const table of document.querySelectorAll("table.sorted")) {
     lines.push(value.toFixed(4) + (spread === null ? "" : ` ± ${spread.toFixed(4)}`));
     for (const name of ["step", "tokens", "flops", "seconds"]) {
       const found = s.curve[name] && s.curve[name][i];
-      if (found === null || found === undefined) continue;
+      if (!found) continue;
       lines.push(name === "step" ? `step ${number(found)}` : name === "seconds" ? duration(found)
         : `${number(found)} ${name === "flops" ? "FLOPs" : "tokens"}`);
     }
@@ -302,7 +308,8 @@ for (const table of document.querySelectorAll("table.sorted")) {
       return part;
     }));
     const space = tip.offsetWidth + 16;
-    tip.style.left = Math.max(0, near.px + space > view.width ? near.px - space : near.px + 12) + "px";
+    const across = near.px + space > view.width ? near.px - space : near.px + 12;
+    tip.style.left = Math.max(0, across) + "px";
     tip.style.top = Math.max(0, Math.min(near.py + 10, view.height - tip.offsetHeight - 4)) + "px";
   }
 
@@ -312,7 +319,8 @@ for (const table of document.querySelectorAll("table.sorted")) {
       y: Math.min(Math.max(event.clientY - box.top, top), box.height - bottom) };
   };
   const zoomTo = (x0, x1, y0, y1) => {
-    zoom = { x0: Math.min(x0, x1), x1: Math.max(x0, x1), y0: Math.min(y0, y1), y1: Math.max(y0, y1) };
+    const [a, b] = [Math.min(x0, x1), Math.max(x0, x1)];
+    zoom = { x0: a, x1: b, y0: Math.min(y0, y1), y1: Math.max(y0, y1) };
   };
   canvas.addEventListener("pointerdown", (event) => {
     drag = at = place(event);

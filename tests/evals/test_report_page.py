@@ -268,7 +268,7 @@ def test_a_browser_shows_it(runs, tmp_path):
             "tip"
         ]
         assert told["where"].startswith("values at 1") and told["where"].endswith(" tokens")
-        assert told["label"] == "training loss (nats per token) over tokens, 3 runs"
+        assert told["label"] == "training loss (nats per token) over tokens, 3 curves"
         assert told["smooth"].startswith("mean of up to")
         assert told["ends"][0].startswith("lr=0.0032.7") and told["hidden"][0] == "lr=0.003"
         assert re.fullmatch(r"lr=0\.001\d\.\d{4} ± 0\.0200", told["ends"][1])
