@@ -19,7 +19,8 @@ class Group:
     """Runs that differ only in their seed.
 
     ``label`` names it among the groups. ``differing`` are the settings in the label, as a grid
-    names their values if it does; ``others`` those in which groups differ besides.
+    names their values if it does; ``others`` those in which groups differ besides, and what a
+    grid's names stand for.
     """
 
     label: str
@@ -57,6 +58,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     axes, covered = _axes(members, differing)
     rest = [k for k in differing if k not in covered]
     named = [] if axes else _telling(members, rest)
+    behind = [k for k in differing if k in covered and not _says_all(members, axes, k)]
     short = _short_names([*axes, *differing])
     groups = []
     for own in members:
@@ -65,7 +67,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         words = [f"{name}={_value(value)}" for name, value in shown.items()]
         if axes:
             words = [_word(name, label) for name, label in shown.items() if label is not None]
-        others = {short[k]: own[0].settings.get(k) for k in rest if k not in named}
+        below = [k for k in differing if k in behind or (k in rest and k not in named)]
+        others = {short[k]: own[0].settings.get(k) for k in below}
         label = (" / " if axes else ", ").join(words)
         groups.append(Group(label or _names(own), shown, own, others))
     _tell_apart(groups)
@@ -117,6 +120,22 @@ def _axes(members: Sequence[Sequence[Run]], differing: Sequence[str]) -> tuple[l
             covered.update(below)
             kept.append(axis)
     return kept, covered
+
+
+def _says_all(members: Sequence[Sequence[Run]], axes: Sequence[str], name: str) -> bool:
+    """Return whether the labels of an axis are the values of this setting, as they are written."""
+    return name in axes and all(
+        run.labels.get(name) is None or _alike(run.labels[name], run.settings.get(name))
+        for own in members
+        for run in own
+    )
+
+
+def _alike(label: str, value: Any) -> bool:
+    try:
+        return float(label) == float(value)
+    except (TypeError, ValueError):
+        return label.lower() == str(value).lower()
 
 
 def _telling(members: Sequence[Sequence[Run]], differing: Sequence[str]) -> list[str]:

@@ -339,7 +339,11 @@ for (const table of document.querySelectorAll("table.sorted")) {
     draw();
   });
   canvas.addEventListener("pointercancel", () => { drag = at = null; draw(); });
-  canvas.addEventListener("pointerleave", () => { if (!drag) { at = null; draw(); } });
+  canvas.addEventListener("pointerleave", (event) => {
+    if (drag || event.pointerType === "touch") return;  // a finger leaves what it has touched
+    at = null;
+    draw();
+  });
   canvas.addEventListener("dblclick", () => { zoom = null; draw(); });
   control("out").addEventListener("click", () => { zoom = null; at = null; draw(); });
   for (const name of ["x", "y", "log-x", "log-y"])

@@ -193,7 +193,9 @@ def test_a_grids_labels_name_its_arms(labels, tmp_path):
     results, *_, others = make_tables(groups)
     names = [column["name"] for column in results["columns"]]
     assert names[:3] == ["run", "pattern", "final loss"]
-    assert [column["name"] for column in others["columns"]] == ["run", "intermediate_size"]
+    below = [column["name"] for column in others["columns"]]
+    assert below == ["run", "intermediate_size", "pattern"]
+    assert groups[1].others["pattern"] == "gru attn"
     assert {"name": "model.hidden_size", "value": "8"} in shared(groups)
 
 
@@ -230,6 +232,7 @@ def test_axes_that_follow_from_others_are_told_apart_from_the_names(tmp_path):
     (folder / "grid.json").write_text(json.dumps(grid))
     groups = grouped(find_runs([folder])[0])
     assert [g.label for g in groups] == ["lr=1e-3", "lr=2e-3", "lr=3e-3"]
+    assert "lr" not in groups[0].others, "which the labels are"
     assert [row[1]["sort"] for row in make_tables(groups)[0]["rows"]] == [0.001, 0.002, 0.003]
     assert [g.others["pattern"] for g in groups] == ["2*attn", "gru attn", "2*gru"]
 
