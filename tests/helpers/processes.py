@@ -11,7 +11,7 @@ import array
 import atexit
 import json
 import os
-import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -88,11 +88,17 @@ class Process:
             self._read += found
         self.pid = int(self._read.split(b"\n")[0])
 
+    def _has_more(self, seconds: float | None) -> bool:
+        """Wait for more of the report; not by select(), which knows no descriptor above 1,023."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._report, selectors.EVENT_READ)
+            return bool(selector.select(seconds))
+
     def poll(self, seconds: float | None = 0) -> int | None:
         """Return the exit status, or None if the process has not ended within the time."""
         if self.returncode is not None:
             return self.returncode
-        if self._read.count(b"\n") < 2 and select.select([self._report], [], [], seconds)[0]:
+        if self._read.count(b"\n") < 2 and self._has_more(seconds):
             self._read += os.read(self._report, 64) or b"-1\n"
         if self._read.count(b"\n") > 1:
             self.returncode = int(self._read.split(b"\n")[1])

@@ -72,7 +72,7 @@ class Run:
 def untimed(row):
     """A line of the metrics without what depends on the machine and its load."""
     timed = ("tokens_per_second", "mfu", "memory", "goodput", "time_to_first_step")
-    seconds = ("seconds", "total_seconds")
+    seconds = ("seconds", "total_seconds", "slowest_rank", "slowest_rank_ratio")
     return {
         name: value
         for name, value in row.items()
