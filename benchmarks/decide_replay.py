@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def main() -> None:
             print("  " + _words(label, kept.get(f"{suite.name}/{label}", make)), flush=True)
         for level in LEVELS:
             modes = {
-                "all arms in one decision": lambda: _together(suite, level),  # noqa: B023
-                "each pair alone": lambda: _alone(suite, level, options.pairs),  # noqa: B023
+                "all arms in one decision": partial(_together, suite, level),
+                "each pair alone": partial(_alone, suite, level, options.pairs),
             }
             for mode, make in modes.items():
                 if mode == "each pair alone" and not options.pairs:
@@ -201,7 +202,7 @@ def _synthetic(kept: Kept, count: int) -> None:
     for kind in KINDS:
         for prior in (TASK, LOSS):
             name = f"synthetic/{kind}/{prior.name}/{count}"
-            found = kept.get(name, lambda: _play_made_up(kind, prior, count))  # noqa: B023
+            found = kept.get(name, partial(_play_made_up, kind, prior, count))
             print("  " + _words(f"{kind}, prior of a {prior.name}", found), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What a search over layer paths shows beyond luck.
+"""Tell what a search over layer paths shows beyond luck.
 
 With the answer as reward a search knows the answer: 200 guesses among four choices contain the
 right one almost surely. So every figure comes with what the same number of other trials reaches:
@@ -55,7 +55,7 @@ class Trials:
 
 @dataclass
 class Finding:
-    """What trials of one kind have found."""
+    """Hold what trials of one kind have found."""
 
     found: float
     """Share of the wrong answers of the unchanged model for which some trial is right."""

@@ -98,7 +98,7 @@ class Run:
 
     @property
     def goodput(self) -> float | None:
-        """The share of the time of all starts that trained, None where not known."""
+        """Return the share of all starts' time that trained, None where not known."""
         total = sum(self.spent.values())
         return self.spent.get("train", 0.0) / total if total else None
 

@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def rule(self) -> Rule:
-        """The rule of the settings."""
+        """Return the rule of the settings."""
         s = self.settings
         return Rule(s.confidence, s.margin, s.budget, span=s.span)
 
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def by_data(self) -> bool:
-        """Whether the arms are corpora."""
+        """Return whether the arms are corpora."""
         return any(key.startswith(_CORPUS) for arm in self.settings.arms.values() for key in arm)
 
     def content(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """The hash of the content."""
+        """Return the hash of the content."""
         text = json.dumps(self.content(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -41,9 +41,14 @@ def show_prices(plan: Plan, console: Console, show: Callable[[str], None]) -> No
     for arm, target in plan.targets.items():
         flops = plan.counted[arm]
         table.add_row(
-            arm, "target", "", f"{target.tokens:,.0f}", readable(flops["6nd"]),
-            readable(flops["flops"]), f"{target.cost / total:.1%}",
-        )  # fmt: skip
+            arm,
+            "target",
+            "",
+            f"{target.tokens:,.0f}",
+            readable(flops["6nd"]),
+            readable(flops["flops"]),
+            f"{target.cost / total:.1%}",
+        )
     show_table(table, console)
     members = [m for (_, _, seed), m in plan.members.items() if seed == 0]
     print_plans(console, members, settings.hardware, 1)

@@ -54,7 +54,8 @@ def replay(options: argparse.Namespace, show: Callable[[str], None]) -> int:
         nats=options.prior == "loss",
     )
     total = target.cost * len(arms)
-    for number, (step, done) in enumerate(steps(campaign, table)):  # noqa: B007
+    for number, played in enumerate(steps(campaign, table)):
+        step, done = played
         show(step_words(number, step, total))
     slope = step.posterior.observations.slope(at) if step.posterior is not None else None
     show(verdict_words(step, campaign.targets, options.confidence, done, slope))

@@ -60,8 +60,10 @@ def test_the_marginal_likelihood_and_the_mean_are_those_of_the_full_gaussian() -
     rows = sorted(runs, key=lambda r: (r.arm, r.cell, r.seed))
     arm = np.array([seen.arms.index(r.arm) for r in rows])
     cell = np.array([seen.cells.index(r.cell) for r in rows])
-    middle = {c: np.mean([np.mean([r.value for r in runs if (r.arm, r.cell) == (a, c)])
-                          for a in ARMS]) for c in seen.cells}  # fmt: skip
+    by_arm = {
+        c: [[r.value for r in runs if (r.arm, r.cell) == (a, c)] for a in ARMS] for c in seen.cells
+    }
+    middle = {c: np.mean([np.mean(values) for values in by_arm[c]]) for c in seen.cells}
     u = np.array([-(r.value - middle[r.cell]) / seen.slope(r.cell) for r in rows])
     places = seen.positions()
     full = covariance_of(posterior.draws, slice(None), places, places)[draw]

@@ -1,4 +1,4 @@
-"""What goes wrong with runs and metrics, and what is said of it."""
+"""Find what goes wrong with runs and metrics, and say so."""
 
 from __future__ import annotations
 

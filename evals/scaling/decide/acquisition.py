@@ -1,4 +1,4 @@
-"""What a run could tell: the expected fall of the verdict's entropy, per FLOP."""
+"""Weigh what a run could tell: the expected fall of the verdict's entropy, per FLOP."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Candidate:
 
     @property
     def cell(self) -> Cell:
-        """The size and length."""
+        """Return the size and length."""
         return self.runs[0].cell
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The arms."""
+        """Return the arms."""
         return tuple(run.arm for run in self.runs)
 
     @property
     def cost(self) -> float:
-        """What all of it costs."""
+        """Return the cost of all of it."""
         return sum(run.cost for run in self.runs)
 
 

@@ -40,7 +40,7 @@ class CommonCurve:
 
     @property
     def flat(self) -> bool:
-        """Whether the metric does not fall at all."""
+        """Return whether the metric does not fall at all."""
         return bool(self.weights @ self.coefficients[:, 1:].sum(1) <= 0)
 
 

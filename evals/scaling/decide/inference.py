@@ -51,7 +51,7 @@ class Blocks:
 
 @dataclass
 class Posterior:
-    """What is believed after some runs; ``mean`` and ``covariance`` are of u at the target."""
+    """Hold what is believed after some runs; ``mean`` and ``covariance`` are of u at the target."""
 
     observations: Observations
     draws: Draws
@@ -62,7 +62,7 @@ class Posterior:
 
     @property
     def effective(self) -> float:
-        """The effective number of draws."""
+        """Return the effective number of draws."""
         return float(1 / (self.weights**2).sum())
 
     def difference(self, a: str, b: str) -> tuple[Array, Array]:

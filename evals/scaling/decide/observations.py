@@ -1,4 +1,4 @@
-"""What a set of runs says of each arm: differences in compute by size and length."""
+"""Take from a set of runs what it says of each arm: differences in compute by size and length."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Observations:
 
     @property
     def runs(self) -> int:
-        """The number of runs that say something."""
+        """Return the number of runs that say something."""
         return int(self.count.sum())
 
     def position(self, arm: str, cell: Cell) -> tuple[float, float]:

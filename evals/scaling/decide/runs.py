@@ -30,7 +30,7 @@ class Run:
 
     @property
     def cell(self) -> Cell:
-        """The size and length, which arms share."""
+        """Return the size and length, which arms share."""
         return self.parameters, self.tokens
 
     @property
