@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
-import subprocess
 from typing import Any
 
 import numpy as np
@@ -17,11 +15,10 @@ from evals.report.page import main
 from evals.report.pictures import Pictures
 from pretrain.common.errors import UserError
 from pretrain.run_directory import RunDirectory
+from tests.helpers.browser import needs_chromium, seen_in_a_browser
 from tests.helpers.nasty_names import random_names
 from tests.helpers.report_runs import grid_of_seeds, rows
 from tests.helpers.scaling_runs import run_directory
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture
@@ -217,37 +214,14 @@ addEventListener("message", (event) => {
 
 def seen_by_a_browser(page, profile):
     """Return what PROBE says of the page, by its width."""
-    assert CHROMIUM is not None
     page.write_text(page.read_text().replace("<body>", "<body>" + PROBE))
     frames = page.with_name("frames.html")
     frames.write_text(FRAMES)
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            f"--user-data-dir={profile}",
-            "--window-size=1800,1000",
-            "--virtual-time-budget=20000",
-            "--dump-dom",
-            frames.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    (seen,) = re.findall(r'data-seen="(.*?)"', done.stdout)
-    return {found["width"]: found for found in json.loads(html.unescape(seen))}
+    seen = seen_in_a_browser(frames.as_uri(), profile, window="1800,1000", milliseconds=20_000)
+    return {found["width"]: found for found in seen}
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+@needs_chromium
 def test_a_browser_shows_it(runs, tmp_path):
     main([str(runs), "--out", str(tmp_path / "out"), "--no-fits"])
     seen = seen_by_a_browser(tmp_path / "out/report.html", tmp_path / "profile")

@@ -8,7 +8,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,9 +23,8 @@ from launch.watch.server import WatchServer
 from launch.watch.watched import Watched
 from pretrain.common.errors import UserError
 from pretrain.run_directory import RunDirectory
+from tests.helpers.browser import needs_chromium, seen_in_a_browser
 from tests.helpers.watched_runs import add_rows, make_run, rows
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def serve(watched):
@@ -163,7 +161,7 @@ class Growing(Watched):
         return found
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+@needs_chromium
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_follows_runs(width, tmp_path, monkeypatch):
     folder, whole = tmp_path / "runs", module.page()
@@ -177,35 +175,13 @@ def test_a_browser_follows_runs(width, tmp_path, monkeypatch):
     frame = f'<body><iframe srcdoc="{inner}" style="width:{width}px;height:1200px;border:0">'
     monkeypatch.setattr(module, "page", lambda: frame)
     server = serve(Growing([str(folder)]))
-    assert CHROMIUM is not None
     try:
-        done = subprocess.run(
-            [
-                CHROMIUM,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-quic",
-                "--no-first-run",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                f"--user-data-dir={tmp_path / 'profile'}",
-                "--window-size=1400,1300",
-                "--virtual-time-budget=9000",
-                "--dump-dom",
-                server.url,
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
+        found = seen_in_a_browser(
+            server.url, tmp_path / "profile", window="1400,1300", milliseconds=9000
         )
     finally:
         server.shutdown()
         server.server_close()
-    (seen,) = re.findall(r'data-seen="(.*?)"', done.stdout)
-    found = json.loads(html.unescape(seen))
     assert found["errors"] == []
     assert found["screen"] == width
     assert found["wide"] == [], "nothing is cut off, no sideways scrolling"
