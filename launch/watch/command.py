@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,9 +56,7 @@ def watch(arguments: Sequence[str]) -> int:
         print(f"written to {options.once}")
         return 0
     with WatchServer(watched, options.port) as server, contextlib.suppress(KeyboardInterrupt):
-        # In a thread: Ctrl-C, which only this one hears, shall not fall into a request.
-        threading.Thread(target=server.serve_forever, daemon=True).start()
         runs = f"{len(watched)} run{'s' if len(watched) > 1 else ''}"
         print(f"{server.url} follows {runs} in {watched.title}; Ctrl-C ends it", flush=True)
-        threading.Event().wait()
+        server.serve_forever()
     return 0

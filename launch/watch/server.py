@@ -107,8 +107,13 @@ class WatchServer(ThreadingHTTPServer):
         return f"http://{ADDRESS}:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report an error of the server's; a browser that has gone is none."""
+        """Report an error of the server's; a browser that has gone is none, nor is Ctrl-C.
+
+        That closes a connection which has just been taken (EBADF).
+        """
         import sys
 
-        if not isinstance(sys.exception(), ConnectionError):
+        error = sys.exception()
+        ended = isinstance(error, OSError) and error.errno == errno.EBADF
+        if not ended and not isinstance(error, ConnectionError):
             super().handle_error(request, client_address)
