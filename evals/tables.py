@@ -8,12 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
-from evals.held_out import TRAINING_WINDOWS
 from pretrain.common.screen import show_table, titled_table
 
 
 def show_perplexity(result: dict[str, Any], path: Path) -> None:
     """Print a result of :func:`evals.perplexity.evaluate_perplexity`, written to ``path``."""
+    from evals.held_out import TRAINING_WINDOWS  # with torch, for which --help need not wait
+
     table = titled_table(f"{result['checkpoint']}: held-out text", "measure", "value")
     table.add_row("bits per byte", _with_error(result, "bits_per_byte"), style="bold")
     for directory, entropy in result["byte_entropy"].items():
