@@ -198,7 +198,8 @@ class SentencePieceTokenizer(Tokenizer):
     @cached_property
     def lossless(self) -> bool:
         """Return whether every text comes back unchanged, by the model's parts and a probe."""
-        every = "".join(chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000)
+        codes = np.r_[0:0xD800, 0xE000 : sys.maxunicode + 1]  # every character but surrogates
+        every = codes.astype("<u4").tobytes().decode("utf-32-le")
         normalized = self._model.normalize(every).replace(_SPACE, " ")
         return (
             self._has_bytes and normalized == every.replace(_SPACE, " ") and self._restores(_PROBE)

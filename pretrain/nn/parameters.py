@@ -242,7 +242,9 @@ def fill_parameters(
         info = info_of(parameter)
         if parameter.is_meta:
             home = torch.get_default_device() if device is None else device
-            filled = nn.Parameter(torch.empty_like(parameter, device=home), parameter.requires_grad)
+            # Of a tensor without memory, empty_like would import sympy.
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=home)
+            filled = nn.Parameter(values, parameter.requires_grad)
             vars(filled).update(vars(parameter))
             owner._parameters[key] = parameter = filled
         _draw(parameter, parameter, info.init, f"{seed}:{prefix}{name}")
