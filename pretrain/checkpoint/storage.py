@@ -14,10 +14,20 @@ from typing import Protocol, cast
 import torch.distributed as dist
 
 from pretrain.checkpoint.sharded_state import State
+from pretrain.common.deferred_imports import deferred_imports
 
 WRITTEN = "torch_distributed"
 # By module: the file by which a checkpoint of that format is recognised.
 FORMATS = {"torch_distributed": ".metadata"}
+_OF_CHECKPOINTS = ("torch.distributed.checkpoint", "torch.distributed._state_dict_utils")
+# What torch's checkpoints import for tensors and shards that ours have not, sympy with it: most of
+# their time. Each with the module that defines its classes.
+_USED_BY_NO_CHECKPOINT = {
+    "torch.distributed.elastic.agent.server.api": "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.fsdp._shard_utils": "torch.distributed.fsdp._shard_utils",
+    "torch.distributed.tensor": "torch.distributed.tensor",
+    "torch.distributed.tensor._utils": "torch.distributed.tensor",
+}
 
 
 class StorageFormat(Protocol):
@@ -35,7 +45,8 @@ class StorageFormat(Protocol):
 
 def storage(name: str = WRITTEN) -> StorageFormat:
     """Return the module of a format."""
-    return cast(StorageFormat, importlib.import_module(f"pretrain.checkpoint.{name}"))
+    with deferred_imports(_OF_CHECKPOINTS, _USED_BY_NO_CHECKPOINT):
+        return cast(StorageFormat, importlib.import_module(f"pretrain.checkpoint.{name}"))
 
 
 def save_state(state: State, folder: Path, group: dist.ProcessGroup | None) -> None:

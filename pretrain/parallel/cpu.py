@@ -17,9 +17,28 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from pretrain.common.deferred_imports import deferred_imports
 from pretrain.common.garbage import paused_collection
 
 _NOT_ON_A_CPU = ("triton", "torch.utils.tensorboard")
+# What megatron-core imports for its own inference, checkpoints and fully sharded data parallel,
+# torch's distributed tensors, and a compiler for NCCL: a third of its time. Each with the module
+# that defines its classes.
+_USED_BY_NO_LAYOUT = {
+    **{
+        name: name
+        for name in (
+            "megatron.core.distributed.fsdp.mcore_fsdp_adapter",
+            "megatron.core.distributed.torch_fully_sharded_data_parallel",
+            "megatron.core.inference.contexts",
+            "megatron.core.transformer.fsdp_dtensor_checkpoint",
+            "torch.utils.cpp_extension",
+        )
+    },
+    "megatron.core.inference_params": "megatron.core.inference.contexts",
+    "torch.distributed._tensor": "torch.distributed.tensor",
+    "torch.distributed.tensor.placement_types": "torch.distributed.tensor",
+}
 
 
 @contextlib.contextmanager
@@ -33,7 +52,7 @@ def importing_megatron() -> Iterator[None]:
     """
     with paused_collection(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if torch.cuda.is_available() or "megatron.core" in sys.modules:
+        if torch.cuda.is_available():
             yield
             return
         compiler = torch.compile
@@ -42,7 +61,8 @@ def importing_megatron() -> Iterator[None]:
         modules: dict[str, Any] = dict.fromkeys(hidden)  # None: "no such module"
         sys.modules.update(modules)
         try:
-            yield
+            with deferred_imports(["megatron"], _USED_BY_NO_LAYOUT):
+                yield
         finally:
             torch.compile = compiler
             for name in hidden:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
+import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
-from pretrain.parallel.cpu import device_scope, model_scope
+from pretrain.parallel.cpu import device_scope, importing_megatron, model_scope
 from pretrain.parallel.processes import context_group, groups, local_device
 
 
@@ -127,14 +129,12 @@ def _through(
 
     ``in_segments``: whether context-parallel ranks share each of them, or have their own.
     """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     length, context = group[0].tokens.shape[1], context_group()
     if context is not None and not in_segments:
         length *= context.size()  # by which the schedule divides it
     iterators = [iter(group) for _ in modules]
     with device_scope():
-        found: list[Any] = get_forward_backward_func()(
+        found: list[Any] = _schedules().get_forward_backward_func()(
             forward_step_func=_sent_whole(step) if len(modules) > 1 else step,
             data_iterator=iterators if len(modules) > 1 else iterators[0],
             model=list(modules) if len(modules) > 1 else modules[0],
@@ -144,6 +144,14 @@ def _through(
             forward_only=forward_only,
         )
     return found
+
+
+@functools.cache
+def _schedules() -> Any:
+    """Return megatron-core's schedules, with what they import in their first step."""
+    with importing_megatron():
+        importlib.import_module("megatron.core.transformer.multi_token_prediction")
+        return importlib.import_module("megatron.core.pipeline_parallel")
 
 
 def _sent_whole(step: Callable[..., Any]) -> Callable[..., Any]:
