@@ -47,8 +47,9 @@ def importing_megatron() -> Iterator[None]:
 
     megatron-core compiles its fused functions where they are defined, and to name
     ``torch.compile`` imports the compiler: half of a process's start, for nothing on a CPU. So are
-    Triton and TensorBoard, which it imports where it finds them. What it warns of then, that
-    libraries for GPUs are missing, helps nobody.
+    Triton and TensorBoard, which it imports where it finds them. Other libraries and parts of its
+    own are imported when something of them is used. What it warns of then, that libraries for GPUs
+    are missing, helps nobody.
     """
     with paused_collection(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
