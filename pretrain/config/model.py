@@ -14,9 +14,10 @@ BlockNorm = Literal["pre", "sandwich", "post", "sum"]
 class MLPConfig(Config):
     """The feed-forward network of a block."""
 
-    kind: Literal["swiglu", "gelu", "relu", "none"] = setting("swiglu")
-    """SwiGLU (arXiv 2002.05202), two matrices with GELU or ReLU between them, or no network at
-    all."""
+    kind: Literal["swiglu", "gelu", "relu", "rwkv", "none"] = setting("swiglu")
+    """SwiGLU (arXiv 2002.05202), two matrices with GELU or ReLU between them, RWKV-7's channel
+    mixing (arXiv 2503.14456: two matrices with a squared ReLU between them, whose input is mixed
+    with that of the token before; published with ``ratio: 4``), or no network at all."""
     ratio: float = setting(8 / 3, above=0)
     """Inner channels as a multiple of ``hidden_size``. With SwiGLU's third matrix 8/3 makes as many
     parameters as the customary 4 without it."""

@@ -25,7 +25,7 @@ def _check_mlp(model: ModelConfig, where: str, section: str) -> None:
     if model.moe is not None and model.mlp.kind == "none":
         raise ConfigError(
             f"{where}: {section}moe takes the place of MLPs, but {section}mlp.kind is none; "
-            "expected swiglu, gelu or relu"
+            "expected swiglu, gelu, relu or rwkv"
         )
 
 

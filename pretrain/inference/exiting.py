@@ -22,11 +22,13 @@ from pretrain.data.sequences import Sequences
 from pretrain.inference.depth_used import DepthUsed, depth_summary
 from pretrain.inference.exits import ExitRule, Watch
 from pretrain.model.block import Block, FirstValues
+from pretrain.model.block_states import MLP_SHIFT, StateOwner
 from pretrain.model.depth_lora import set_depth
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.recursion import Recursion
 from pretrain.model.spec import block_specs, tokens_seen_ahead
-from pretrain.nn.mixers import State
+from pretrain.nn.channel_mixing import ChannelMixing
+from pretrain.nn.mixers import Mixer, State
 
 _NUMBERS_AT_ONCE = 2**27  # 0.5 GiB in float32
 
@@ -116,7 +118,7 @@ class ExitingModel(nn.Module):
         """Return the states of some of the sequences, in the order of ``indices``."""
         *layers, seen = states
         selected = [
-            self._mixer(index).select_state(state, indices)
+            self._owner(index).select_state(state, indices)
             for index, state in zip(self._blocks_by_state(), layers, strict=True)
         ]
         return [*selected, {"seen": seen["seen"][indices]}]
@@ -124,8 +126,11 @@ class ExitingModel(nn.Module):
     def _blocks_by_state(self) -> list[int]:
         return self.model.blocks_by_state(1 if self._shared else self.times)
 
-    def _mixer(self, index: int) -> Any:
-        return cast(Block, self.model.blocks[index]).mixer
+    def _block(self, index: int) -> Block:
+        return cast(Block, self.model.blocks[index])
+
+    def _owner(self, index: int) -> StateOwner:
+        return self._block(index).states
 
     @torch.no_grad()
     def read(
@@ -177,7 +182,7 @@ class ExitingModel(nn.Module):
         """Return the states of several groups of texts as those of all of them, in order."""
         blocks = self._blocks_by_state()
         joined = [
-            self._mixer(index).join_states([states[i] for states in groups])
+            self._owner(index).join_states([states[i] for states in groups])
             for i, index in enumerate(blocks)
         ]
         return [*joined, {"seen": torch.cat([states[-1]["seen"] for states in groups])}]
@@ -235,7 +240,7 @@ class _Loop:
         self.outputs = torch.zeros_like(self.passes)
         self._running = torch.ones_like(self.passes, dtype=torch.bool)
         self._made: list[list[State]] = []  # by pass
-        self._read: dict[int, Tensor] = {}  # by block: what its mixer read of each token last
+        self._read: dict[nn.Module, Tensor] = {}  # what each layer read of each token last
 
     def run(self) -> None:
         """Make passes until every token has left."""
@@ -277,22 +282,21 @@ class _Loop:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Let the mixers read of each token that has left what they read of it last."""
+        """Let what looks at other tokens read of each that has left what it read of it last."""
 
-        def hold(index: int) -> Any:
-            def hook(mixer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-                x, *others = arguments
-                if index in self._read:
-                    x = torch.where(self._running[..., None], x, self._read[index])
-                self._read[index] = x
-                return (x, *others)
-
-            return hook
+        def hold(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, *others = arguments
+            if layer in self._read:
+                x = torch.where(self._running[..., None], x, self._read[layer])
+            self._read[layer] = x
+            return (x, *others)
 
         with ExitStack() as stack:
             for index in self._blocks:
-                mixer = self._exiting._mixer(index)
-                stack.callback(mixer.register_forward_pre_hook(hold(index)).remove)
+                block = self._exiting._block(index)
+                for layer in (block.mixer, block.mlp):
+                    if isinstance(layer, Mixer | ChannelMixing):
+                        stack.callback(layer.register_forward_pre_hook(hold).remove)
             yield
 
     def _logits(self) -> Tensor:
@@ -321,14 +325,17 @@ class _Loop:
 
     def _deeper(self, index: int, number: int) -> State:
         """Return a block's state of pass ``index``, which no token has made."""
-        block = cast(Block, self._model.blocks[self._blocks[number]])
-        mixer, x = block.mixer, self._read[self._blocks[number]]
+        block = self._exiting._block(self._blocks[number])
+        mixer, x = block.mixer, self._read[block.mixer]
         old, made = self._before(index), self._made[-1][number]
         set_depth(block, index)
         state = None if old is None else old[number]
-        if self._exiting._lora:
-            return mixer(x, sequences=self._sequences, state=state)[1]
-        return made if state is None else mixer.carried_state(x, self._sequences, state, made)
+        if self._exiting._lora:  # the pass has weights of its own, which the last input has not
+            own = mixer(x, sequences=self._sequences, state=state)[1]
+            return {**own, **{name: made[name] for name in made if name == MLP_SHIFT}}
+        if state is None:
+            return made
+        return block.states.carried_state(x, self._sequences, state, made)
 
     def _last_states(self) -> list[State]:
         """Return each block's state behind each text's last pass; there is one token of each."""
@@ -340,12 +347,12 @@ class _Loop:
         back = torch.argsort(torch.cat(rows))
         found = []
         for number, index in enumerate(self._blocks):
-            mixer = self._exiting._mixer(index)
+            owner = self._exiting._owner(index)
             parts = [
-                mixer.select_state(self._made[n - 1][number], some)
+                owner.select_state(self._made[n - 1][number], some)
                 for n, some in zip(numbers, rows, strict=True)
             ]
-            found.append(mixer.select_state(mixer.join_states(parts), back))
+            found.append(owner.select_state(owner.join_states(parts), back))
         return found
 
 

@@ -163,7 +163,7 @@ class _Writer:
     def _without(self, after: list[State], wrong: int, right: Sequence[int]) -> list[State]:
         """Return the states behind the tokens that stay: ``after`` has ``wrong`` more."""
         shorter = [
-            cast(Block, self._model.blocks[index]).mixer.shortened_state(state, wrong)
+            cast(Block, self._model.blocks[index]).states.shortened_state(state, wrong)
             for index, state in zip(self._model.blocks_by_state(), after, strict=True)
         ]
         if all(state is not None for state in shorter):

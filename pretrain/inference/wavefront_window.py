@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pretrain.data.sequences import Sequences
 from pretrain.model.block import Block, FirstValues
+from pretrain.model.block_states import StateOwner
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.recursion import Recursion
-from pretrain.nn.mixers import Mixer, State
+from pretrain.nn.mixers import State
 
 
 def sections(model: LanguageModel) -> tuple[range, range, range]:
@@ -25,8 +26,8 @@ def sections(model: LanguageModel) -> tuple[range, range, range]:
 def of_row(model: LanguageModel, states: Sequence[State], row: int) -> list[State]:
     """Return those of one row among the states of several, one for each block."""
     chosen = torch.tensor([row], device=next(model.parameters()).device)
-    mixers = _mixers(model)
-    return [m.select_state(state, chosen) for m, state in zip(mixers, states, strict=True)]
+    owners = _owners(model)
+    return [owner.select_state(state, chosen) for owner, state in zip(owners, states, strict=True)]
 
 
 class Window:
@@ -40,7 +41,7 @@ class Window:
     ) -> None:
         """Embed the windows' tokens; ``caches`` are each row's states before its window."""
         self._model, self._tokens, self._caches = model, tokens, caches
-        self._sections, self._mixers = sections(model), _mixers(model)
+        self._sections, self._owners = sections(model), _owners(model)
         self.lengths = [len(row) for row in tokens]
         device = next(model.parameters()).device
         self._sequences = Sequences.from_lengths(self.lengths, device)
@@ -48,8 +49,8 @@ class Window:
         packed = torch.tensor([[token for row in tokens for token in row]], device=device)
         self.embedded = model.embed(packed, self._firsts)
         self._before = [
-            states[0] if len(states) == 1 else mixer.join_states(states)
-            for mixer, states in zip(self._mixers, zip(*caches, strict=True), strict=True)
+            states[0] if len(states) == 1 else owner.join_states(states)
+            for owner, states in zip(self._owners, zip(*caches, strict=True), strict=True)
         ]
         self._after: dict[int, State] = {}
 
@@ -72,8 +73,8 @@ class Window:
         the blocks run once more on that, from what entered the last pass and the coda, ``[T, 1,
         d]``: the second number is how many positions did.
         """
-        states = [self._after[index] for index in range(len(self._mixers))]
-        cut = all(map(_can_be_cut, self._mixers, states))
+        states = [self._after[index] for index in range(len(self._owners))]
+        cut = all(map(_can_be_cut, self._owners, states))
         rows = list(enumerate(zip(counts, self.lengths, strict=True)))
         short = [] if cut else [row for row, (count, length) in rows if 0 < count < length]
         again = self._again(short, counts, entering, hidden) if short else []
@@ -101,17 +102,17 @@ class Window:
         for x, blocks in ((entering, loop), (hidden, coda)):
             pieces = x.split(self.lengths)
             prefix.run(torch.cat([pieces[row][: counts[row]] for row in rows]), blocks)
-        states = [prefix._after[index] for index in range(len(self._mixers))]
+        states = [prefix._after[index] for index in range(len(self._owners))]
         return [of_row(self._model, states, place) for place in range(len(rows))]
 
 
-def _mixers(model: LanguageModel) -> list[Mixer]:
-    return [cast(Block, block).mixer for block in model.blocks]
+def _owners(model: LanguageModel) -> list[StateOwner]:
+    return [cast(Block, block).states for block in model.blocks]
 
 
-def _can_be_cut(mixer: Mixer, state: State) -> bool:
+def _can_be_cut(owner: StateOwner, state: State) -> bool:
     """Return whether a state is but what each token has added to it."""
-    return set(state) == {*mixer.growing_states, "lengths", "seen"}
+    return set(state) == {*owner.growing_states, "lengths", "seen"}
 
 
 def _without_last(state: State, count: int) -> State:

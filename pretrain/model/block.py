@@ -12,13 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
 from pretrain.data.sequences import Sequences
+from pretrain.model.block_states import MLP_SHIFT, StateOwner, WithMLPState, split_state
 from pretrain.model.depth_lora import set_depth
 from pretrain.model.spec import BlockSpec, block_specs
+from pretrain.nn.channel_mixing import ChannelMixing
 from pretrain.nn.dropout import DropAt
 from pretrain.nn.mixers import LayerContext, State
 from pretrain.nn.mixers.base import without_states
 from pretrain.nn.mixers.over_segments import mix
-from pretrain.nn.mlp import MLP
+from pretrain.nn.mlp import MLP, make_mlp
 from pretrain.nn.moe import MoE
 from pretrain.nn.norm import NORMS
 from pretrain.nn.parameters import (
@@ -49,13 +51,13 @@ class Block(nn.Module):
         d, parallel, norm = config.hidden_size, context.parallel, NORMS[config.norm]
         self.mixer_norm = norm(d, config.norm_eps, parallel)
         self.mixer = spec.mixer(spec.config, context)
-        self.mlp: MLP | MoE | None = None
+        self.mlp: MLP | ChannelMixing | MoE | None = None
         if config.mlp.kind != "none":
             self.mlp_norm = norm(d, config.norm_eps, parallel)
             if spec.moe is not None:
                 self.mlp = MoE(spec.moe, context)
             else:
-                self.mlp = MLP(config.mlp.kind, config.mlp.width(d), context)
+                self.mlp = make_mlp(config.mlp.kind, config.mlp.width(d), context)
         self.index, self.sandwich = context.index, spec.norm == "sandwich"
         self.post, self.sum = spec.norm == "post", spec.norm == "sum"
         self.scale = config.residual_scale
@@ -72,6 +74,13 @@ class Block(nn.Module):
                 parallel, (4 if self.mlp is not None else 2,), constant(1.0)
             )
             self.residual_scales = used_on_local_tokens(weights, parallel)
+
+    @property
+    def states(self) -> StateOwner:
+        """Return who handles the states of this block: its mixer, unless the MLP has one too."""
+        if isinstance(self.mlp, ChannelMixing):
+            return WithMLPState(self.mixer, self.mlp)
+        return self.mixer
 
     def _add(self, x: Tensor, y: Tensor, sum_number: int) -> Tensor:
         """Return the residual stream with what the mixer (0) or the MLP (1) adds."""
@@ -91,13 +100,16 @@ class Block(nn.Module):
         handover: Handover | None = None,
         first: FirstValues | None = None,
     ) -> tuple[Tensor, State]:
-        """Run x ``[T, B, d]`` through the block; returns the same shape and the mixer's state.
+        """Run x ``[T, B, d]`` through the block; returns the same shape and the block's state.
 
         ``drop`` applies dropout to what mixer and MLP add, at pass ``depth`` of a loop.
         ``handover``: what a segment of a row has received, where the block may run again.
         ``first``: as for mixers, see :meth:`.Mixer.first_values`.
         """
         handover = handover or Handover()
+        last: Tensor | None = None
+        if state is not None and isinstance(self.mlp, ChannelMixing):
+            state, last = split_state(state)
         inner = x if self.post or self.sum else self.mixer_norm(x)
         y, state = mix(self.mixer, inner, sequences, state, handover, first)
         y = self.mixer_norm(y) if self.post else y
@@ -108,7 +120,11 @@ class Block(nn.Module):
             x = self.mixer_norm(x)
         if self.mlp is not None:
             inner = x if self.post or self.sum else self.mlp_norm(x)
-            y = self.mlp(inner)
+            if isinstance(self.mlp, ChannelMixing):
+                y, last = self.mlp(inner, sequences=sequences, last=last)
+                state = state if last is None else {**state, MLP_SHIFT: last}
+            else:
+                y = self.mlp(inner)
             y = self.mlp_norm(y) if self.post else y
             x = self._add(x, y if drop is None else drop(y, (self.index, depth, 1)), 1)
             if self.sandwich:

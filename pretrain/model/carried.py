@@ -23,12 +23,13 @@ from torch import Tensor
 
 from pretrain.common.config_loader import ConfigError
 from pretrain.data.sequences import Sequences, without_waiting
-from pretrain.nn.mixers.base import Mixer, State, accumulation_dtype
+from pretrain.nn.mixers.base import State, accumulation_dtype
 from pretrain.parallel.processes import data_parallel_rank_and_size
 
 if TYPE_CHECKING:
     from pretrain.data.batch import Batch
     from pretrain.model.block import Block
+    from pretrain.model.block_states import StateOwner
     from pretrain.model.language_model import LanguageModel
 
 Shape = tuple[int, ...]
@@ -37,9 +38,10 @@ _NOISE = 3  # which of a step's streams of random numbers, see pretrain.model.re
 
 @dataclass(frozen=True)
 class _Layer:
-    """A mixer at one pass of a loop, and its states: of each row of all micro-batches, by name."""
+    """A block at one pass of a loop, and its states: of each row of all micro-batches, by name."""
 
-    mixer: Mixer
+    owner: StateOwner
+    mixer: str
     block: int
     depth: int
     values: State
@@ -47,8 +49,8 @@ class _Layer:
     def state_of(self, rows: slice) -> State:
         """Return the state of some rows as the mixer has it."""
         state = {name: value[rows] for name, value in self.values.items()}
-        for name in self.mixer.windowed_states:
-            places = torch.arange(self.mixer.state_window, device=state[name].device)
+        for name in self.owner.windowed_states:
+            places = torch.arange(self.owner.state_window, device=state[name].device)
             state[name] = state[name][places < state["lengths"][:, None]]
         return state
 
@@ -56,8 +58,8 @@ class _Layer:
         """Keep the state of some rows."""
         for name, value in state.items():
             kept = self.values[name][rows]
-            if name in self.mixer.windowed_states:
-                places = torch.arange(self.mixer.state_window, device=value.device)
+            if name in self.owner.windowed_states:
+                places = torch.arange(self.owner.state_window, device=value.device)
                 kept.zero_()
                 kept[places < state["lengths"][:, None]] = value
             else:
@@ -66,7 +68,7 @@ class _Layer:
     def forget(self) -> None:
         """Begin again from states before any token."""
         count = len(next(iter(self.values.values())))
-        for name, value in _initial(self.mixer, count).items():
+        for name, value in _initial(self.owner, self.mixer, count).items():
             self.values[name].copy_(value)
 
 
@@ -86,9 +88,10 @@ class CarriedStates:
         times = None if model.recursion is None else model.recursion.config.times
         passes = Counter[int]()
         for index in model.blocks_by_state(times):
-            mixer = cast("Block", model.blocks[index]).mixer
-            values = _initial(mixer, micro_batches * rows)
-            self._layers.append(_Layer(mixer, index, passes[index], values))
+            block = cast("Block", model.blocks[index])
+            owner, name = block.states, type(block.mixer).__name__
+            values = _initial(owner, name, micro_batches * rows)
+            self._layers.append(_Layer(owner, name, index, passes[index], values))
             passes[index] += 1
         self._continues: list[tuple[bool, ...]] = []
         self._seeds, self._rank, self._world_size = (0, 0), 0, 1
@@ -128,8 +131,8 @@ class CarriedStates:
         states = []
         for layer in self._layers:
             kept = self._noisy(layer, layer.state_of(self._slots(number)), number)
-            joined = layer.mixer.join_states([kept, layer.mixer.init_state(1)])
-            states.append(layer.mixer.select_state(joined, chosen))
+            joined = layer.owner.join_states([kept, layer.owner.init_state(1)])
+            states.append(layer.owner.select_state(joined, chosen))
         return states
 
     @torch.no_grad()
@@ -138,7 +141,7 @@ class CarriedStates:
         assert self._lasts is not None
         rows = self._slots(self._entered - 1)
         for layer, state in zip(self._layers, states, strict=True):
-            layer.keep(rows, layer.mixer.select_state(state, self._lasts))
+            layer.keep(rows, layer.owner.select_state(state, self._lasts))
         self._lasts = None
 
     def forget(self) -> None:
@@ -177,7 +180,7 @@ class CarriedStates:
         """Return the state of a micro-batch's rows with noise, which each row draws by itself."""
         if self._noise == 0:
             return state
-        exact = {*layer.mixer.windowed_states, *layer.mixer.exact_states}
+        exact = {*layer.owner.windowed_states, *layer.owner.exact_states}
         first = (number * self._world_size + self._rank) * self._rows
         found = dict(state)
         for place, name in enumerate(sorted(state)):
@@ -197,20 +200,20 @@ class CarriedStates:
         return (wide + self._noise * wide.square().mean().sqrt() * noise).to(value.dtype)
 
 
-def _initial(mixer: Mixer, rows: int) -> State:
+def _initial(owner: StateOwner, mixer: str, rows: int) -> State:
     """Return the states of rows before any token, each tensor with memory of its own.
 
     Raises ConfigError where they are not of one size.
     """
     state = {}
-    for name, value in mixer.init_state(rows).items():
-        if name in mixer.windowed_states:
-            state[name] = value.new_zeros(rows, mixer.state_window, *value.shape[1:])
+    for name, value in owner.init_state(rows).items():
+        if name in owner.windowed_states:
+            state[name] = value.new_zeros(rows, owner.state_window, *value.shape[1:])
         elif len(value) == rows:
             state[name] = value.clone()
         else:
             raise ConfigError(
-                f"train.carry_state is true, but '{name}' in the state of {type(mixer).__name__} "
+                f"train.carry_state is true, but '{name}' in the state of {mixer} "
                 f"is {tuple(value.shape)} for {rows} sequences; expected one entry for each, or "
                 "windowed_states that name it (docs/add-a-layer.md)"
             )

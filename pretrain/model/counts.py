@@ -12,7 +12,7 @@ from pretrain.model.depth_lora import linear_shapes
 from pretrain.model.shared import shared_tables
 from pretrain.model.spec import BlockSpec, block_specs, passes
 from pretrain.nn.mixers import LayerContext
-from pretrain.nn.mlp import MLP, mlp_parameters
+from pretrain.nn.mlp import make_mlp, mlp_matrices, mlp_parameters, mlp_state_bytes
 from pretrain.nn.moe import MoE
 from pretrain.parallel.context import ParallelContext
 
@@ -32,11 +32,17 @@ def block_parameters(config: ModelConfig, spec: BlockSpec) -> int:
 def block_flops(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
     """Return the matrix-multiply FLOPs of one token's forward pass through one block."""
     d = config.hidden_size
-    mlp = 2 * mlp_parameters(config.mlp.kind, d, config.mlp.width(d))
+    mlp = 2 * mlp_matrices(config.mlp.kind, d, config.mlp.width(d))
     if spec.moe is not None:
         mlp = MoE.flops_per_token(spec.moe, d)
     later = spec.mixer.added_later(spec.config, d)[1] if spec.later else 0
     return spec.mixer.flops_per_token(spec.config, d, seq_len) + later + mlp
+
+
+def block_state_bytes(config: ModelConfig, spec: BlockSpec, seq_len: int) -> int:
+    """Return the bytes of one sequence's state in one block after ``seq_len`` tokens."""
+    mlp = mlp_state_bytes(config.mlp.kind, config.hidden_size) if spec.moe is None else 0
+    return spec.mixer.state_bytes(spec.config, config.hidden_size, seq_len) + mlp
 
 
 def training_flops_by_block(config: ModelConfig, seq_len: int) -> list[float]:
@@ -82,7 +88,7 @@ def block_lora_parameters(
             layers.append(MoE(spec.moe, context))
         elif config.mlp.kind != "none":
             width = config.mlp.width(config.hidden_size)
-            layers.append(MLP(config.mlp.kind, width, context))
+            layers.append(make_mlp(config.mlp.kind, width, context))
     total = sum(sum(shape) for layer in layers for shape in linear_shapes(layer))
     return recursion.lora_rank * total
 
@@ -203,7 +209,7 @@ def count_model(config: ModelConfig, vocab_size: int, seq_len: int) -> ModelCoun
     )
     parameters += sum(table.parameters for table in shared_tables(config))
     flops = [block_flops(config, spec, seq_len) for spec in specs]
-    states = [s.mixer.state_bytes(s.config, d, seq_len) for s in specs]
+    states = [block_state_bytes(config, spec, seq_len) for spec in specs]
     repeats, loop_flops, total = passes(config), 0, sum(flops)
     loop_blocks, exit_flops = None, 0
     if recursion is not None:

@@ -255,7 +255,7 @@ class LanguageModel(WithHead):
     def select_states(self, states: list[State], indices: Tensor) -> list[State]:
         """Return the states of some of the sequences, in the order of ``indices``."""
         return [
-            cast(Block, self.blocks[index]).mixer.select_state(state, indices)
+            cast(Block, self.blocks[index]).states.select_state(state, indices)
             for index, state in zip(self.blocks_by_state(), states, strict=True)
         ]
 

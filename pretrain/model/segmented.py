@@ -23,8 +23,9 @@ from torch import Tensor
 
 from pretrain.data.sequences import Sequences
 from pretrain.model.block import Block
+from pretrain.model.block_states import StateOwner
 from pretrain.nn.mixers import State
-from pretrain.nn.mixers.base import Mixer, without_states
+from pretrain.nn.mixers.base import without_states
 from pretrain.nn.moe import MoE
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ class _Row:
     loads: dict[MoE, Tensor] = field(default_factory=dict)
 
     @property
-    def mixers(self) -> list[Mixer]:
-        return [cast(Block, self.model.blocks[index]).mixer for index in self.model.stage.blocks]
+    def owners(self) -> list[StateOwner]:
+        return [cast(Block, self.model.blocks[index]).states for index in self.model.stage.blocks]
 
     def losses(self, *, keep: bool = False) -> Tensor:
         """Return all losses ``[1, T]``; ``keep``: for :meth:`backward` to follow."""
@@ -173,8 +174,8 @@ class _Row:
         model, count = self.model, len(segment.lengths)
         if states is not None and count > 1:
             states = [
-                mixer.join_states([state, mixer.init_state(count - 1)])
-                for mixer, state in zip(self.mixers, states, strict=True)
+                owner.join_states([state, owner.init_state(count - 1)])
+                for owner, state in zip(self.owners, states, strict=True)
             ]
         # Made anew, because it holds what layers derive from it, such as masks.
         pieces = Sequences.from_lengths(segment.lengths, self.tokens.device)
@@ -189,8 +190,8 @@ class _Row:
         if count > 1:
             last = torch.tensor([count - 1], device=x.device)
             after = [
-                mixer.select_state(state, last)
-                for mixer, state in zip(self.mixers, after, strict=True)
+                owner.select_state(state, last)
+                for owner, state in zip(self.owners, after, strict=True)
             ]
         return losses, after
 
@@ -209,8 +210,8 @@ class _Row:
         earlier = self.borders[-2]
         if states is None or earlier is None:
             return
-        for mixer, state in zip(self.mixers, earlier, strict=True):
-            for name in mixer.growing_states:
+        for owner, state in zip(self.owners, earlier, strict=True):
+            for name in owner.growing_states:
                 state[name] = state[name].to("meta")  # its length alone
 
     def _own(
@@ -233,8 +234,8 @@ class _Row:
         self, states: list[State] | None, later: list[State] | None
     ) -> list[State] | None:
         """Return the states at a border, with what was only kept at the one behind it."""
-        for mixer, state, full in zip(self.mixers, states or (), later or (), strict=False):
-            for name in mixer.growing_states:
+        for owner, state, full in zip(self.owners, states or (), later or (), strict=False):
+            for name in owner.growing_states:
                 if state[name].is_meta:
                     state[name] = full[name][: len(state[name])]
         return states

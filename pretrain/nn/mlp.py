@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.nn.channel_mixing import ChannelMixing
 from pretrain.nn.linear import column_input, column_linear, row_linear
 from pretrain.nn.mixers.base import LayerContext
 from pretrain.ops.elementwise.gating import swiglu
@@ -38,6 +39,25 @@ class MLP(nn.Module):
         return y
 
 
+def make_mlp(kind: str, intermediate_size: int, context: LayerContext) -> MLP | ChannelMixing:
+    """Make the MLP of a kind that is not ``none``."""
+    if kind == "rwkv":
+        return ChannelMixing(intermediate_size, context)
+    return MLP(kind, intermediate_size, context)
+
+
+def mlp_matrices(kind: str, hidden_size: int, intermediate_size: int) -> int:
+    """Return the parameters of an MLP's matrices, half of its matrix-multiply FLOPs per token."""
+    count = {"swiglu": 3, "gelu": 2, "relu": 2, "rwkv": 2, "none": 0}[kind]
+    return count * hidden_size * intermediate_size
+
+
 def mlp_parameters(kind: str, hidden_size: int, intermediate_size: int) -> int:
-    """Return the parameters of an MLP, which are half of its matrix-multiply FLOPs per token."""
-    return {"swiglu": 3, "gelu": 2, "relu": 2, "none": 0}[kind] * hidden_size * intermediate_size
+    """Return the parameters of an MLP: RWKV's mixes its input by a vector, too."""
+    vectors = hidden_size if kind == "rwkv" else 0
+    return mlp_matrices(kind, hidden_size, intermediate_size) + vectors
+
+
+def mlp_state_bytes(kind: str, hidden_size: int) -> int:
+    """Return the bytes of what an MLP carries from token to token, in bfloat16."""
+    return 2 * hidden_size if kind == "rwkv" else 0

@@ -20,6 +20,7 @@ from pretrain.inference.generate import generate
 from pretrain.inference.score import Pair, Prompt, StateScorer
 from pretrain.model.build import build_model
 from pretrain.nn.mixers import attention
+from tests.helpers.channel_mixing import CHANNELS, with_output
 from tests.helpers.recursion_kinds import KINDS, RECURRENT_DEPTH
 from tests.helpers.relative_error import relative_error
 
@@ -123,11 +124,15 @@ def test_greedy_texts_of_a_threshold_of_0_and_of_one_pass(cache):
         ("depth", "kl", "latest"),
         ("lora", "latent", "shared"),
         ("depth", "kl", "shared"),
+        ("depth channels", "latent", "latest"),
+        ("lora channels", "latent", "latest"),
+        ("lora channels", "latent", "shared"),
     ],
 )
 def test_tokens_together_one_by_one_and_packed_leave_alike(kind, criterion, cache):
     """Together, their layers read a token's last input again; one by one, states are told of it."""
-    model = make({**LOOPS[kind], "times": 4})
+    kind, _, mlp = kind.partition(" ")
+    model = with_output(make({**LOOPS[kind], "times": 4}, **(CHANNELS if mlp else {})))
     exiting = with_exits(model, middling(model, criterion, cache), cache, min_passes=2)
     lengths = [7, 1, 12]
     tokens = torch.randint(VOCAB, (1, 20), generator=torch.Generator().manual_seed(2))

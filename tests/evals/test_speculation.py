@@ -11,13 +11,14 @@ from pretrain.config import ModelConfig
 from pretrain.inference.generate import generate
 from pretrain.inference.speculate import Drafts, Speculation, speculate
 from pretrain.model.build import build_model
+from tests.helpers.channel_mixing import CHANNELS, with_output
 from tests.helpers.recursion_kinds import KINDS, RECURRENT_DEPTH
 
 pytestmark = pytest.mark.usefixtures("processes")
 VOCAB = 30
 
 
-def make(recursion, pattern="gdn attn swa gdn", std=0.3):
+def make(recursion, pattern="gdn attn swa gdn", std=0.3, **changes):
     values = {
         "hidden_size": 24,
         "pattern": pattern,
@@ -29,6 +30,7 @@ def make(recursion, pattern="gdn attn swa gdn", std=0.3):
         "mlp": {"ratio": 2},
         "init_std": std,
         "recursion": recursion,
+        **changes,
     }
     config = build_config(ModelConfig, values, "test")
     return build_model(config, VOCAB, seed=0, dtype=torch.float64)
@@ -56,6 +58,12 @@ def test_ids_are_those_of_greedy_decoding(kind, pattern):
         assert drafts.checks + drafts.accepted == 12  # after the first, which the prompt gives
     assert model.training
     assert model.recursion.times is None
+
+
+def test_ids_where_mlps_have_a_state():
+    model = with_output(make({**KINDS["looped"], "times": 4}, "4*attn", **CHANNELS))
+    how = Speculation(4, 1)
+    assert drafted(model, [3, 1, 4], how, max_tokens=13) == greedy(model, [3, 1, 4], 13)
 
 
 def test_a_loop_that_has_settled_accepts_everything():

@@ -18,6 +18,7 @@ from pretrain.inference.wavefront import (
 )
 from pretrain.inference.wavefront_rules import Row, Wavefront
 from tests.helpers import processes
+from tests.helpers.channel_mixing import CHANNELS, with_output
 from tests.helpers.recursion_kinds import KINDS, RECURRENT_DEPTH
 from tests.helpers.small_model import VOCAB, make
 from tests.helpers.training_run import Run
@@ -29,6 +30,7 @@ KINDS_OF_MODEL: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("4*attn", {}),
     "recurrent": ("gdn para_gru gdn attn", {}),
     "first values": ("rwkv7 attn rwkv7 gdn", {}),
+    "channels": ("4*attn", {}),
     "learned signal": ("4*attn", {"step_signal": "learned", "times": 20}),
     "coordinates": ("2*attn 2*gdn", {"step_signal": "coordinate", "state_init": "input"}),
 }
@@ -49,7 +51,9 @@ def contraction(kind="attention"):
         },
         recursion=recursion,
         block_norm="sandwich",
+        **(CHANNELS if kind == "channels" else {}),
     ).eval()
+    with_output(model)
     with torch.no_grad():
         model.recursion.adapter[:, :24] *= 0.3
     return model

@@ -1,5 +1,7 @@
 """Trains layers that take values of the first one of their kind, on two processes.
 
+With RWKV's channel mixing as the MLP, too.
+
 ``torchrun --nproc-per-node 2 -m tests.helpers.first_values_worker FILE``, see
 test_first_values.py.
 """
@@ -32,6 +34,7 @@ from pretrain.parallel.processes import (
     stop_processes,
 )
 from pretrain.training.engine import Engine
+from tests.helpers.channel_mixing import CHANNELS, with_output
 from tests.helpers.parallel_worker import OPTIMIZER, SEQ_LEN, start
 from tests.helpers.small_model import VOCAB
 from tests.helpers.small_training import batches
@@ -159,6 +162,8 @@ def step(
             activation_checkpointing=checkpointing,
         )
         rank, size = data_parallel_rank_and_size()
+        for stage in stages:
+            with_output(stage)
         engine = Engine(stages, OPTIMIZER, parallel, 4 // size)
         engine.begin_step(0, 0, rank, size)
         rows = batches(0, rows=4, micro_batch_size=1)[rank::size]
@@ -172,6 +177,7 @@ def main(path: Path) -> None:
     for name, parallel in LAYOUTS.items():
         start(parallel)
         found[name] = gather(step(parallel))
+        found[f"{name}-channels"] = gather(step(parallel, **CHANNELS))
         if name in ("tp2-sequence", "pp2"):
             found[f"{name}-block"] = gather(step(parallel, "block"))
             found[f"{name}-selective"] = gather(step(parallel, "selective"))

@@ -31,7 +31,11 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     ],
     "retnet": [{"num_heads": 2, "chunk_size": 8}, {"num_heads": 3, "rope_theta": None}],
     "gla": [{"num_heads": 2, "gate_rank": 3, "chunk_size": 16}],
-    "hgrn": [{"conv_size": 3, "lower_bound": "own"}, {"expand": 1.5}],
+    "hgrn": [
+        {"conv_size": 3, "lower_bound": "own"},
+        {"expand": 1.5},
+        {"complex_state": True, "conv_size": 3},
+    ],
     "hgrn2": [
         {"head_dim": 4, "chunk_size": 8},
         {"num_heads": 3, "head_dim": 5, "lower_bound": "shared"},

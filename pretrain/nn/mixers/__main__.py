@@ -49,15 +49,21 @@ token once more than other layers, in both passes: steps, B and C are made of al
 
 **Scans.** `hgrn` and `quasi_lstm` are diagonal: chunks of a sequence are scanned side by side, and
 the backward pass is one scan in reverse. `hgrn` shares its lower bounds over depth, as in the paper
-(`lower_bound: own`: bounds of each layer), and may have short convolutions (`conv_size: 4`);
+(`lower_bound: own`: bounds of each layer), may have short convolutions (`conv_size: 4`), and with
+`complex_state: true` states that turn from token to token, as the paper's do;
 `quasi_lstm` is made for a stream of text: `train: {carry_state: true, seq_len: 512}`.
 
 **Diagonal plus low rank.** `rwkv7`, `gdn2` and `comba` erase by a key of their own, and are what
 `pretrain.ops.dplr` computes: `S_t = Diag(a_t) S_{t-1} + p_t^T (e_t S_{t-1}) + k_t^T v_t`.
 `rwkv7` is RWKV-7's time mixing with its published start. The first `rwkv7` block of a model hands
 its values on to all later ones (`value_residual`), through pipelines too. Its output projection
-starts at 0 unless `zero_output: false`. The model's own MLP follows in place of RWKV's channel
-mixing.
+starts at 0 unless `zero_output: false`.
+
+**MLPs that see the token before.** `mlp: {kind: rwkv, ratio: 4}` is RWKV-7's channel mixing, behind
+layers of any kind: `W_down relu(W_up (x + mu (x' - x)))^2`, where x' is the input at the token
+before, 0 at a document's first. `pattern: "12*rwkv7"` with it and `norm: layer` are RWKV-7's
+blocks. That input is part of a block's state, beside its mixer's, so generation, exports, segments,
+carried rows and early exits have it. The output projection starts at 0, as published.
 
 **Softmaxes over the past.** `lightnet` and `aaren` never forget by a gate: a token weighs
 `exp(x_t - z_t)` with `z_t` the log-sum-exp of the logits so far, and what came before is scaled

@@ -9,8 +9,8 @@ Each of six inputs mixes a token's x with that of the token before, x_c = x + mu
     y = W_o ((norm(o) + (sum over channels of r k rho) v) gate), the norm per head
 
 Later layers of a model mix the first one's values into theirs, v + (v_first - v) sigmoid(v_0 + B_v
-A_v x_v). Parameters start as published. What follows the layer is the model's own MLP, not RWKV's
-channel mixing.
+A_v x_v). Parameters start as published. What follows the layer is the model's own MLP, which is
+RWKV's channel mixing with ``model.mlp.kind: rwkv``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from typing_extensions import override
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import (
-    ColumnParallelLinear,
     ReplicatedLinear,
     column_input,
     column_linear,
@@ -43,21 +42,19 @@ from pretrain.nn.mixers.base import (
     accumulation_dtype,
     heads,
     register,
-    states_wanted,
 )
 from pretrain.nn.mixers.parts import dplr_flops, gate_parameter, matrix_state, power_of_two
-from pretrain.nn.mixers.rwkv7_start import MIX_EXPONENTS, ByChannel, Mix, Orthogonal
+from pretrain.nn.mixers.rwkv7_start import MIX_EXPONENTS, ByChannel, Mix, start_orthogonal
 from pretrain.nn.mixers.sizes import heads_for, per_head, split_width
 from pretrain.nn.parameters import (
     Initializer,
-    change_info,
     constant,
     replicated_parameter,
     sharded_parameter,
 )
-from pretrain.ops import dplr, short_convolution
+from pretrain.nn.token_shift import mixed, no_token_before, token_before
+from pretrain.ops import dplr
 from pretrain.ops.elementwise.fusing import fused
-from pretrain.parallel.context import ParallelContext
 
 _LEAST_LOG_DECAY = -math.exp(-0.5)
 
@@ -156,16 +153,16 @@ class RWKV7(Mixer):
         d, width, parallel = context.hidden_size, config.width, context.parallel
         self.hidden_size = d
         self.num_heads = parallel.local(config.num_heads, "num_heads")
-        self.r_proj = _orthogonal(column_linear(parallel, d, width, 1.0), parallel, 1.0)
-        self.k_proj = _orthogonal(column_linear(parallel, d, width, 1.0), parallel, 0.1)
-        self.v_proj = _orthogonal(column_linear(parallel, d, width, 1.0), parallel, 1.0)
+        self.r_proj = start_orthogonal(column_linear(parallel, d, width, 1.0), parallel, 1.0)
+        self.k_proj = start_orthogonal(column_linear(parallel, d, width, 1.0), parallel, 0.1)
+        self.v_proj = start_orthogonal(column_linear(parallel, d, width, 1.0), parallel, 1.0)
         self.later = config.value_residual and context.number > 0
         self.down, self.up = nn.ModuleDict(), nn.ModuleDict()
         ranks = config.ranks | ({"v": config.value_rank} if self.later else {})
         for name, rank in ranks.items():
             self.down[name] = ReplicatedLinear(parallel, d, rank, 0.0)
             up = column_linear(parallel, rank, width, 1.0, role="input", precise=True)
-            self.up[name] = _orthogonal(up, parallel, 0.1)
+            self.up[name] = start_orthogonal(up, parallel, 0.1)
         output_std = 0.0 if config.zero_output else context.output_std
         self.o_proj = row_linear(parallel, width, d, output_std)
 
@@ -199,18 +196,12 @@ class RWKV7(Mixer):
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel)
         new_state: State = {}
-        before, last = short_convolution(
-            x.transpose(0, 1),
-            _shift_taps(x),
-            sequences=sequences,
-            initial_state=None if state is None else state["shift"],
-            final_state=states_wanted(),
-        )
+        before, last = token_before(x, sequences, None if state is None else state["shift"])
         if last is not None:
             new_state["shift"] = last
         mix = torch.stack([getattr(self, f"mix_{name}") for name in MIX_EXPONENTS])
         mix = head_shared(mix, self.parallel)
-        x_r, x_w, x_k, x_v, x_a, x_g = _mixed(x, before.transpose(0, 1), mix)
+        x_r, x_w, x_k, x_v, x_a, x_g = mixed(x, before, mix)
         r, v = self._split(self.r_proj(x_r)), self._split(self._values(x_v, first))
         log_decay = _log_decay(
             self._split(self.up["w"](torch.tanh(self.down["w"](x_w)))), self._vector("decay_bias")
@@ -264,9 +255,7 @@ class RWKV7(Mixer):
         config, parallel = self.config, self.parallel
         shape = (self.num_heads, config.head_dim, config.head_dim)
         return {
-            "shift": torch.zeros(
-                batch_size, 1, self.hidden_size, dtype=parallel.dtype, device=parallel.device
-            ),
+            "shift": no_token_before(parallel, batch_size, self.hidden_size),
             "recurrent": matrix_state(parallel, batch_size, *shape),
         }
 
@@ -308,30 +297,6 @@ class RWKV7(Mixer):
     @override
     def state_bytes(cls, config: RWKV7Config, hidden_size: int, seq_len: int) -> int:
         return 4 * config.width * config.head_dim + 2 * hidden_size
-
-
-def _orthogonal(
-    layer: ColumnParallelLinear, parallel: ParallelContext, gain: float
-) -> ColumnParallelLinear:
-    """Let a layer start from an orthogonal matrix times ``gain``.
-
-    Its norm is the same at every width, as is wanted, where that of a Gaussian grows: what
-    maximal-update parametrization takes from it by its role, or would have to add, is undone.
-    """
-    change_info(layer.weight, init=Orthogonal(gain * parallel.width**0.5))
-    return layer
-
-
-def _shift_taps(x: Tensor) -> Tensor:
-    """Return the taps of a convolution that gives the token before."""
-    return F.pad(x.new_ones(x.shape[-1], 1), (0, 1))
-
-
-@fused
-def _mixed(x: Tensor, before: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
-    """Return ``x + mu (before - x)`` for each row mu of ``mix``."""
-    change = before - x
-    return tuple(x + mu * change for mu in mix.to(x.dtype))
 
 
 @fused

@@ -11,6 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pretrain.nn.linear import ColumnParallelLinear
+from pretrain.nn.parameters import change_info
+from pretrain.parallel.context import ParallelContext
+
 MIX_EXPONENTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 
 
@@ -23,6 +27,18 @@ class Orthogonal:
     def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Return float32 values of ``shape``."""
         return torch.nn.init.orthogonal_(torch.empty(shape), self.gain, generator)
+
+
+def start_orthogonal(
+    layer: ColumnParallelLinear, parallel: ParallelContext, gain: float
+) -> ColumnParallelLinear:
+    """Let a layer start from an orthogonal matrix times ``gain``.
+
+    Its norm is the same at every width, as is wanted, where that of a Gaussian grows: what
+    maximal-update parametrization takes from it by its role, or would have to add, is undone.
+    """
+    change_info(layer.weight, init=Orthogonal(gain * parallel.width**0.5))
+    return layer
 
 
 @dataclass(frozen=True)

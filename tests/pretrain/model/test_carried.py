@@ -13,6 +13,7 @@ from pretrain.common.config_loader import ConfigError
 from pretrain.data.batches import pack_rows
 from pretrain.model.carried import CarriedStates
 from pretrain.nn.mixers import State, registry
+from tests.helpers.channel_mixing import CHANNELS, with_output
 from tests.helpers.recursion_kinds import KINDS
 from tests.helpers.relative_error import relative_error
 from tests.helpers.small_mixers import SMALL
@@ -108,6 +109,10 @@ def test_hybrids_with_gradient_accumulation_and_checkpointing(pattern, checkpoin
 @pytest.mark.parametrize("kind", ["looped", "lora", "halting"])
 def test_loops_carry_a_state_for_every_pass(kind):
     check(small("gdn gru swa", recursion={**KINDS[kind], "ponder_weight": 0}), text())
+
+
+def test_mlps_that_have_a_state():
+    check(with_output(small("gdn swa", **CHANNELS)), text())
 
 
 def test_other_micro_batches_are_refused():

@@ -14,6 +14,7 @@ from pretrain.model.counts import count_model
 from pretrain.model.shared import FirstValuesOnTheWay
 from pretrain.parallel.context import ParallelContext
 from tests.helpers import first_values_worker
+from tests.helpers.channel_mixing import CHANNELS
 from tests.helpers.first_values_worker import ALONE, LOOPED, known, settings, step
 from tests.helpers.processes import run_on
 from tests.helpers.relative_error import relative_error
@@ -150,8 +151,9 @@ def compare(processes: Any, expected: Any, tensor_size: int) -> None:
 
 @pytest.mark.slow
 def test_every_layout_equals_one_process(two_processes):
-    expected = step(ALONE)
+    expected, channels = step(ALONE), step(ALONE, **CHANNELS)
     for name, processes in two_processes.items():
         if name != "pp2-loop":
-            compare(processes, expected, 2 if name.startswith("tp2") else 1)
+            wanted = channels if name.endswith("channels") else expected
+            compare(processes, wanted, 2 if name.startswith("tp2") else 1)
     compare(two_processes["pp2-loop"], step(ALONE, **LOOPED), 1)

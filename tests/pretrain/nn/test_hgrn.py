@@ -49,7 +49,10 @@ def gates(layer, x, bound=None):
         )
     bound = torch.sigmoid(layer.lower_bound) if bound is None else bound
     f = bound + (1 - bound) * torch.sigmoid(f)
-    return (1 - f) * F.silu(i), f
+    if not layer.config.complex_state:
+        return (1 - f) * F.silu(i), f
+    turn = torch.complex(torch.cos(layer.angle), torch.sin(layer.angle))
+    return (1 - f) * torch.complex(F.silu(i[:, ::2]), F.silu(i[:, 1::2])), f * turn
 
 
 def definition(layer, x, lengths, bound=None):
@@ -61,11 +64,16 @@ def definition(layer, x, lengths, bound=None):
             h = f[t] * h + c[t]
             outputs.append(h)
     y = torch.stack(outputs)
+    if layer.config.complex_state:  # real and imaginary parts in turn
+        y = torch.stack([y.real, y.imag], -1).flatten(-2)
     y = y / (y.square().mean(-1, keepdim=True) + layer.config.norm_eps).sqrt() * layer.norm
     return (y * F.silu(x @ layer.g_proj.weight.T)) @ layer.o_proj.weight.T
 
 
-@pytest.mark.parametrize("settings", [{}, {"expand": 1.5, "conv_size": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"expand": 1.5, "conv_size": 4}, {"complex_state": True, "expand": 0.5, "conv_size": 3}],
+)
 def test_outputs_and_gradients_are_those_of_the_equations(settings):
     layer, x = build(**settings), inputs(sum(LENGTHS))
     found, _ = layer(x, sequences=Sequences.from_lengths(LENGTHS))
@@ -111,6 +119,19 @@ def test_its_state_is_that_of_linear_attention_with_a_head_for_each_channel():
     options: dict[str, Any] = {"log_decay": f.log()[None], "scale": 1.0}
     _, expected = linear_attention(one, one, c[None, ..., None], **options)
     assert relative_error(layer(x)[1]["recurrent"], expected[..., 0, 0]) < 1e-12
+
+
+def test_complex_states_without_an_angle_are_two_real_ones():
+    layer, real, x = build(complex_state=True), build(), inputs(30)
+    with torch.no_grad():
+        assert layer.angle[0] == 1  # and falls as frequencies of rotary positions do
+        assert layer.angle[12].item() == pytest.approx(0.01)
+        layer.angle.zero_()
+        real.f_proj.weight.copy_(layer.f_proj.weight)
+        for part in range(2):
+            real.i_proj.weight.copy_(layer.i_proj.weight[part::2])
+            last = layer(x)[1]["recurrent"]
+            assert relative_error(last[..., part], real(x)[1]["recurrent"]) < 1e-12
 
 
 def test_bounds_rise_with_depth_and_a_bound_of_one_freezes_the_state():
