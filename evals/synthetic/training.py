@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from evals.synthetic.rows import Rows
 from evals.synthetic.settings import SyntheticConfig
 from evals.synthetic.tasks import TASKS, make_rows
 from evals.synthetic.windows import Windows
@@ -150,19 +151,12 @@ def test(model: LanguageModel, config: SyntheticConfig, length: int) -> dict[str
     """Measure accuracy and loss on rows of ``length`` that no training step has seen.
 
     accuracy: share of scored targets that are right; rows: share of rows in which all are; last:
-    accuracy on the last positions of the rows; loss, and tail_loss over the last quarter of the
-    row, in nats; by_position: accuracy at each position, null where nothing is scored.
+    accuracy on the last positions of the rows; loss, tail_loss over the last quarter of the row,
+    and end_loss over as many positions at its end as a quarter of a training row has, in nats;
+    by_position: accuracy at each position, null where nothing is scored.
     """
     model.eval()
-    rows = make_rows(
-        config.task,
-        seed=config.seed,
-        stream="test",
-        index=length,
-        rows=config.test_rows,
-        length=length,
-        options=config.options(),
-    )
+    rows = _test_rows(config, length)
     found, losses = [], []
     at_once = max(1, config.batch_size * config.length // rows.tokens.shape[1])
     for part, targets in zip(
@@ -176,7 +170,7 @@ def test(model: LanguageModel, config: SyntheticConfig, length: int) -> dict[str
     right = (torch.cat(found).numpy() == rows.targets) & rows.scored
     lost = np.where(rows.scored, torch.cat(losses).numpy(), 0).sum(0)
     counts, hits = rows.scored.sum(0), right.sum(0)
-    late = len(counts) - len(counts) // 4
+    late, end = len(counts) - len(counts) // 4, len(counts) - config.length // 4
     return {
         "length": length,
         "accuracy": _share(hits.sum(), counts.sum()),
@@ -184,8 +178,30 @@ def test(model: LanguageModel, config: SyntheticConfig, length: int) -> dict[str
         "last": _share(hits[-LAST:].sum(), counts[-LAST:].sum()),
         "loss": _share(lost.sum(), counts.sum()),
         "tail_loss": _share(lost[late:].sum(), counts[late:].sum()),
+        "end_loss": _share(lost[end:].sum(), counts[end:].sum()),
         "by_position": [_share(hit, count) for hit, count in zip(hits, counts, strict=True)],
     }
+
+
+def _test_rows(config: SyntheticConfig, length: int) -> Rows:
+    """Return test rows of ``length``; of text, the ends of the longest ones.
+
+    So the last tokens are the same at every length, and what differs is their context alone.
+    """
+    drawn = length
+    if config.task == "bytes":
+        drawn = max(length, *(factor * config.length for factor in config.test_factors))
+    rows = make_rows(
+        config.task,
+        seed=config.seed,
+        stream="test",
+        index=drawn,
+        rows=config.test_rows,
+        length=drawn,
+        options=config.options(),
+    )
+    end = slice(drawn - length, None)
+    return Rows(rows.tokens[:, end], rows.targets[:, end], rows.scored[:, end])
 
 
 def _share(hits: float, count: int) -> float | None:

@@ -55,7 +55,7 @@ def test_every_claim_can_be_read_and_is_affordable():
         for config in configs:
             lengths = [f"{factor}x" for factor in config.test_factors]
             passes = [f", {n} passes" for n in config.test_recurrences] or [""]
-            scores = ("accuracy", "rows", "last", "loss", "tail_loss")
+            scores = ("accuracy", "rows", "last", "loss", "tail_loss", "end_loss")
             known = {f"{s} {x}{p}" for s in scores for x in lengths for p in passes}
             known |= {"window", "final loss"}
             arms = [arm for arm in claim.arms if claim.config(arm, 1, name) == config]

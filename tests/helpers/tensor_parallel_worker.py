@@ -57,6 +57,7 @@ def settings(pattern, mixers, **changes):
 def cases():
     """Name to settings: each mixer alone, one key/value head, and loops over a hybrid."""
     found = {name: settings(f"2*{name}", {name: SMALL[name][0]}) for name in registry()}
+    found["hgrn-complex"] = settings("2*hgrn", {"hgrn": SMALL["hgrn"][2]})
     found["one-kv-head"] = settings("attn", {"attn": {"num_heads": 4, "num_kv_heads": 1}})
     found["attn-options"] = settings("2*attn", {"attn": SMALL["attn"][-1]})
     found["attn-norms"] = settings("2*attn", {"attn": SMALL["attn"][-2]}, block_norm="post")

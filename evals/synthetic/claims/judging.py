@@ -9,7 +9,7 @@ from typing import Any
 from evals.synthetic.claims.schema import Claim, Criterion
 from pretrain.common.errors import UserError
 
-SCORES = ("accuracy", "rows", "last", "loss", "tail_loss")
+SCORES = ("accuracy", "rows", "last", "loss", "tail_loss", "end_loss")
 Measures = Mapping[str, float]
 
 
@@ -33,7 +33,7 @@ def measures_of(result: Mapping[str, Any]) -> dict[str, float]:
         passes = f", {score['passes']} passes" if "passes" in score else ""
         factor = f"{score['length'] // length}x"
         for name in SCORES:
-            if score[name] is not None:
+            if score.get(name) is not None:  # results kept from before have not all of them
                 found[f"{name} {factor}{passes}"] = score[name]
     return found
 
