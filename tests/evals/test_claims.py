@@ -12,7 +12,7 @@ from evals.synthetic import __main__ as synthetic
 from evals.synthetic.claims import command
 from evals.synthetic.claims.checks import annealing_law, para_rnn
 from evals.synthetic.claims.judging import judge, measures_of
-from evals.synthetic.claims.schema import Claim, claim_names, load_claim
+from evals.synthetic.claims.schema import Claim, claim_names, load_claim, reduced_claim
 from evals.synthetic.settings import SyntheticConfig
 from evals.synthetic.training import learning_rate, run
 from pretrain.common.config_loader import build_config
@@ -27,7 +27,8 @@ settings: {task: parity, pattern: gru, hidden_size: 8, length: 8, test_rows: 8, 
 arms: {short: {steps: 1}, long: {steps: 2}}
 holds: HOLDS
 """
-CHEAP = ["parity-eigenvalues", "para-rnn"]
+ONE = '[{arm: short, measure: "loss 1x", at_most: 9}]'
+REDUCED = ["counting", "delta-product-s3", "nonlinear-state-tracking", "parity-eigenvalues"]
 
 
 @pytest.fixture
@@ -115,26 +116,36 @@ def test_criteria_count_seeds_and_differences():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHEAP)
-def test_the_cheapest_claims_hold(name, tmp_path, alone):
-    if name == "para-rnn":  # without its times: machines of tests are shared
-        claim = load_claim(name)
-        for arm, settings in claim.arms.items():
-            measures = para_rnn({**claim.settings, **settings, "lengths": [64, 300]}, 1, run)
-            (bound,) = [c.at_most for c in claim.holds if c.arm == arm and c.measure == "error"]
-            assert bound is not None and 0 < measures["error"] <= bound
-        return
-    assert synthetic.main(["claim", name, "--output", str(tmp_path)]) == 0
+@pytest.mark.parametrize("name", REDUCED)
+def test_reduced_claims_hold_and_with_arms_exchanged_they_do_not(name, tmp_path, alone):
+    assert synthetic.main(["claim", name, "--reduced", "--output", str(tmp_path)]) == 0
+    outcome = json.loads((tmp_path / f"{name}-reduced" / "outcome.json").read_text())
+    claim, arms = reduced_claim(load_claim(name), name), [*outcome["measures"]]
+    assert arms == [*claim.arms]
+    first, *others = outcome["measures"].values()
+    found = dict(zip(arms, [*others, first], strict=True))
+    verdicts = judge(claim, {a: {int(s): m for s, m in by.items()} for a, by in found.items()})
+    assert not all(verdict.held for verdict in verdicts)
 
 
 @pytest.mark.slow
-def test_a_claim_with_its_arms_exchanged_does_not_hold(tmp_path, monkeypatch, alone):
-    claim = load_claim("parity-eigenvalues")
-    first, second = claim.arms
-    claim.arms = {first: claim.arms[second], second: claim.arms[first]}
-    claim.seeds = claim.seeds[:1]
-    monkeypatch.setattr(command, "load_claim", lambda name: claim)
-    assert command.main(["exchanged", "--output", str(tmp_path)]) == 1
+def test_newtons_method_equals_stepping_as_claimed():
+    """The claim para-rnn without its times: machines of tests are shared."""
+    claim = load_claim("para-rnn")
+    for arm, settings in claim.arms.items():
+        measures = para_rnn({**claim.settings, **settings, "lengths": [64, 300]}, 1, run)
+        (bound,) = [c.at_most for c in claim.holds if c.arm == arm and c.measure == "error"]
+        assert bound is not None and 0 < measures["error"] <= bound
+
+
+def test_a_reduced_claim_has_the_criteria_of_its_arms():
+    text = SMALL.replace("HOLDS", '[{arm: long, measure: "loss 1x", at_most: 9, seeds: 2}]')
+    text += "reduced: {minutes: 0.1, seeds: [1], settings: {length: 4}, arms: [long]}"
+    claim = build_config(Claim, yaml.safe_load(text), "text")
+    small = reduced_claim(claim, "text")
+    assert [*small.arms] == ["long"] and small.seeds == [1] and small.holds[0].seeds == 1
+    config = small.config("long", 1, "text")
+    assert (config.length, config.steps, config.hidden_size) == (4, 2, 8)
 
 
 def test_the_annealing_law_is_fitted_to_some_schedules_and_tested_on_another():
@@ -201,6 +212,9 @@ def test_measures_of_a_loop_and_of_windows():
         ("[{arm: long, measure: x}]", "expected exactly one of at_least and at_most"),
         ("[{arm: long, measure: x, at_most: 1, seeds: 3}]", "seeds is 3, expected at most 2"),
         ("[]", "expected at least one each of arms, holds and seeds"),
+        (f"{ONE}\nreduced: {{minutes: 1, seeds: [5]}}", r"reduced.seeds is .5., expected some of"),
+        (f"{ONE}\nreduced: {{minutes: 1, seeds: [0], arms: [lng]}}", r"names 'lng' .did you mean"),
+        (f"{ONE}\nreduced: {{minutes: 1, seeds: [0], arms: [long]}}", "no criterion is left"),
     ],
 )
 def test_a_wrong_claim_is_one_sentence(tmp_path, monkeypatch, holds, message):
@@ -213,6 +227,7 @@ def test_a_wrong_claim_is_one_sentence(tmp_path, monkeypatch, holds, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["claim", "n-parity", "--reduced"], "'n-parity' has no reduced form, expected one of: c"),
         (["claim", "n-party"], "there is no claim 'n-party' .did you mean 'n-parity'"),
         (["table", "--out", "x.md", "--mixers", "gruu"], "--mixers names 'gruu' .did you mean"),
         (["table", "--out", "x.md", "--tasks", "s4"], "--tasks names 's4'.*no task of the table"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from evals.synthetic.claims.checks import CHECKS
 from evals.synthetic.claims.judging import judge, measures_of, sentence
-from evals.synthetic.claims.schema import Claim, claim_names, load_claim
+from evals.synthetic.claims.schema import Claim, claim_names, load_claim, reduced_claim
 from evals.synthetic.claims.showing import draw, table_of, verdict_line
 from evals.synthetic.results import result_of
 from evals.synthetic.settings import SyntheticConfig
@@ -32,17 +32,22 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m evals.synthetic claim", description=__doc__)
     parser.add_argument("name", help="a claim's name, or 'list'")
     parser.add_argument("--output", default=OUTPUT, help=f"folder of the results ({OUTPUT})")
+    parser.add_argument(
+        "--reduced", action="store_true", help="the claim's small form, if it has one"
+    )
     options = parser.parse_args(arguments)
     console = plain_console(soft_wrap=True)
     if options.name == "list":
         for known in claim_names():
             console.print("\n".join(_lines(known)))
         return 0
-    claim = load_claim(options.name)
+    name, claim = options.name, load_claim(options.name)
+    if options.reduced:
+        name, claim = f"{name}-reduced", reduced_claim(claim, name)
     check_folder(Path(options.output), "--output")
     start_processes()
     try:
-        return run_claim(options.name, claim, Path(options.output) / options.name)
+        return run_claim(name, claim, Path(options.output) / name)
     finally:
         stop_processes()
 
@@ -117,5 +122,11 @@ def _lines(name: str) -> list[str]:
         lines.append(
             f"  holds if {sentence(criterion)}"
             f"{f', for {criterion.seeds} of the seeds' if some else ''}"
+        )
+    if claim.reduced is not None:
+        small = reduced_claim(claim, name)
+        lines.append(
+            f"  --reduced: {small.minutes:g} CPU minutes, {len(small.arms)} arms by "
+            f"{len(small.seeds)} seeds"
         )
     return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pretrain.common.config_loader import (
     setting,
 )
 from pretrain.common.errors import UserError
+from pretrain.common.merging import merged
 
 FOLDER = Path(__file__).parent
 
@@ -42,6 +43,20 @@ class Criterion(Config):
 
 
 @dataclass
+class Reduced(Config):
+    """A small form of a claim, which tests run: the same criteria for fewer and smaller runs."""
+
+    minutes: float = setting(above=0)
+    """CPU minutes of all of it on one core."""
+    seeds: list[int] = setting()
+    """Its seeds, some of the claim's."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What is set over the settings of every arm."""
+    arms: list[str] = field(default_factory=list)
+    """The arms that it has, with the criteria of no others; empty: all."""
+
+
+@dataclass
 class Claim(Config):
     """A claim of a paper, and the runs that decide whether it holds here."""
 
@@ -63,6 +78,8 @@ class Claim(Config):
     """What all arms share."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Seeds of every arm; those that settings were chosen on are not among them."""
+    reduced: Reduced | None = None
+    """What ``--reduced`` runs; null: there is no such form."""
     check: str | None = None
     """A function of :mod:`.checks` that measures the arms instead of training them."""
 
@@ -99,6 +116,53 @@ def load_claim(name: str, folder: Path = FOLDER) -> Claim:
     return claim
 
 
+def reduced_claim(claim: Claim, name: str) -> Claim:
+    """Return the small form of a claim as a claim; raises UserError where there is none."""
+    reduced = claim.reduced
+    if reduced is None:
+        known = [other for other in claim_names() if load_claim(other).reduced is not None]
+        raise UserError(
+            f"claim '{name}' has no reduced form, expected one of: {', '.join(known)}, or the "
+            "command without --reduced"
+        )
+    arms = {arm: claim.arms[arm] for arm in reduced.arms or claim.arms}
+    holds = [
+        replace(criterion, seeds=criterion.seeds and min(criterion.seeds, len(reduced.seeds)))
+        for criterion in claim.holds
+        if {criterion.arm, criterion.minus_arm or criterion.arm} <= set(arms)
+    ]
+    return replace(
+        claim,
+        minutes=reduced.minutes,
+        seeds=reduced.seeds,
+        arms={arm: merged(values, reduced.settings) for arm, values in arms.items()},
+        holds=holds,
+        reduced=None,
+    )
+
+
+def _check_reduced(claim: Claim, reduced: Reduced, where: str) -> None:
+    for arm in reduced.arms:
+        if arm not in claim.arms:
+            raise ConfigError(
+                f"{where}: reduced.arms names '{arm}'{nearest(arm, list(claim.arms))}, expected "
+                f"some of: {', '.join(claim.arms)}"
+            )
+    if not reduced.seeds or not set(reduced.seeds) <= set(claim.seeds):
+        raise ConfigError(
+            f"{where}: reduced.seeds is {reduced.seeds}, expected some of the claim's: "
+            f"{', '.join(map(str, claim.seeds))}"
+        )
+    small = reduced_claim(claim, where)
+    if not small.holds:
+        raise ConfigError(
+            f"{where}: reduced.arms is {reduced.arms}, of which no criterion is left, expected the "
+            "arms of at least one"
+        )
+    for arm in small.arms:
+        small.config(arm, small.seeds[0], f"{where}: reduced")
+
+
 def _check(claim: Claim, where: str) -> None:
     if not (claim.arms and claim.holds and claim.seeds):
         raise ConfigError(f"{where}: expected at least one each of arms, holds and seeds")
@@ -125,3 +189,5 @@ def _check(claim: Claim, where: str) -> None:
     if claim.check is None:
         for arm in claim.arms:
             claim.config(arm, claim.seeds[0], where)
+    if claim.reduced is not None:
+        _check_reduced(claim, claim.reduced, where)
