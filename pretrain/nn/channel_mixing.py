@@ -16,8 +16,8 @@ from pretrain.data.sequences import Sequences
 from pretrain.nn.linear import column_input, column_linear, head_shared, row_linear
 from pretrain.nn.mixers.base import LayerContext
 from pretrain.nn.mixers.rwkv7_start import Mix, start_orthogonal
+from pretrain.nn.mixers.token_shift import mixed, no_token_before, token_before
 from pretrain.nn.parameters import replicated_parameter
-from pretrain.nn.token_shift import mixed, no_token_before, token_before
 from pretrain.ops.elementwise.fusing import fused
 
 

@@ -46,13 +46,13 @@ from pretrain.nn.mixers.base import (
 from pretrain.nn.mixers.parts import dplr_flops, gate_parameter, matrix_state, power_of_two
 from pretrain.nn.mixers.rwkv7_start import MIX_EXPONENTS, ByChannel, Mix, start_orthogonal
 from pretrain.nn.mixers.sizes import heads_for, per_head, split_width
+from pretrain.nn.mixers.token_shift import mixed, no_token_before, token_before
 from pretrain.nn.parameters import (
     Initializer,
     constant,
     replicated_parameter,
     sharded_parameter,
 )
-from pretrain.nn.token_shift import mixed, no_token_before, token_before
 from pretrain.ops import dplr
 from pretrain.ops.elementwise.fusing import fused
 
