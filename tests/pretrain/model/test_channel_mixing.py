@@ -28,6 +28,7 @@ from tests.helpers.small_model import VOCAB
 pytestmark = pytest.mark.usefixtures("processes")
 TOKENS = torch.arange(40)[None] * 7 % VOCAB
 LENGTHS = [13, 1, 26]
+EXPERTS = {"num_experts": 4, "intermediate_size": 16, "first_dense": 2}  # the last block's alone
 LOOP = {"prelude": 1, "times": 2}
 
 
@@ -116,9 +117,9 @@ def test_documents_stay_apart_bit_for_bit():
     assert not torch.equal(one[:, 13], other[:, 13])
 
 
-@pytest.mark.parametrize("recursion", [None, LOOP])
-def test_token_by_token_equals_all_at_once(recursion):
-    model = model_of(recursion=recursion).eval()
+@pytest.mark.parametrize("changes", [{}, {"recursion": LOOP}, {"moe": EXPERTS}])
+def test_token_by_token_equals_all_at_once(changes):
+    model = model_of(**changes).eval()
     states, logits = None, []
     for token in TOKENS[:, :9].split(1, 1):
         y, states = model.forward_with_state(token, states)
