@@ -1,11 +1,14 @@
 """Measure what dividing a row over processes costs: work, bytes, waiting, and memory by length.
 
-``python -m benchmarks.context_cpu [work] [bytes] [stagger] [memory] [planned]`` measures on
-this machine's CPU, over gloo; all of it where nothing is named.
+``python -m benchmarks.context_cpu [work] [products] [bytes] [stagger] [memory] [planned]`` measures
+on this machine's CPU, over gloo; all of it where nothing is named.
 
 * work: CPU seconds of an op, forward and backward, on a segment in the middle of a row that one
   document fills, by those of the same op on as many tokens alone (of full attention, by a rank's
   share of the whole row's), in the same run.
+* products: FLOPs of the matrix products of the same ops on that segment, by those alone, where
+  states are gathered and where they go from rank to rank (``parallel.context_scans``). They are
+  counted on one process, with nobody to exchange with.
 * bytes: what a layer of each kind sends on a rank with neighbours on both sides, forward and
   backward, by the plan for the same layer.
 * stagger: slots that a chain of layers takes, one slot being a layer over a segment, against
@@ -35,6 +38,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.context_stagger import LAYERS, stagger
 from pretrain.common.config_files import load_values
@@ -50,6 +54,7 @@ from pretrain.ops import (
     linear_attention,
     short_convolution,
 )
+from pretrain.ops.chain import planned_chain
 from pretrain.parallel.processes import (
     context_group,
     is_main_process,
@@ -57,11 +62,12 @@ from pretrain.parallel.processes import (
     stop_processes,
 )
 from pretrain.planner.estimate import Planner
+from pretrain.planner.fake_group import CONTEXT, fake_group
 from pretrain.planner.hardware import load_hardware
 from pretrain.planner.messages import bytes_sent, group_of
 from pretrain.planner.units import busiest_segment
 
-PARTS = ("work", "bytes", "stagger", "memory", "planned")
+PARTS = ("work", "products", "bytes", "stagger", "memory", "planned")
 RANKS = {"work": 3, "bytes": 4, "stagger": 4}
 TOKENS, ROUNDS = 2048, 5  # of a segment; the shortest round counts
 WHOLE_ROW = "attention over 6 heads"
@@ -91,6 +97,13 @@ def main() -> None:
         print(f"{'op':<40}{'alone':>9}{'segment':>9}{'ratio':>7}")
         for name, (alone, segment) in found["work"].items():
             print(f"{name:<40}{alone:>9.3f}{segment:>9.3f}{segment / alone:>7.2f}")
+    if "products" in parts:
+        print("\nproducts: FLOPs of matrix products on a segment in the middle, by those alone")
+        print(f"{'op':<40}{'gather':>8}{'ring':>7}")
+        for name in _cases():
+            if name != WHOLE_ROW:
+                ratios = [products_ratio(name, ring=ring) for ring in (False, True)]
+                print(f"{name:<40}{ratios[0]:>8.2f}{ratios[1]:>7.2f}")
     if "bytes" in found:
         print(
             f"\nbytes: a layer of width {WIDTH} on {FEW} tokens of each of 4 ranks, float32; "
@@ -151,14 +164,14 @@ def _work_as_rank(parts: list[str], file: Path) -> None:
 Op = Callable[..., tuple[Any, ...]]
 
 
-def _cases() -> dict[str, tuple[Op, Callable[[], list[Tensor]]]]:
+def _cases(tokens: int = TOKENS) -> dict[str, tuple[Op, Callable[[], list[Tensor]]]]:
     """Return ops, each with what makes its tensors."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape)
 
     def keys(heads: int, dim: int, steps: int = 1) -> Tensor:
-        return normalize(normal(1, TOKENS * steps, heads, dim), dim=-1)
+        return normalize(normal(1, tokens * steps, heads, dim), dim=-1)
 
     def decays(*shape: int) -> Tensor:
         return -0.1 * torch.rand(*shape)
@@ -168,9 +181,9 @@ def _cases() -> dict[str, tuple[Op, Callable[[], list[Tensor]]]]:
         return [
             keys(heads, key),
             keys(heads, key, steps),
-            normal(1, TOKENS * steps, heads, value),
-            torch.rand(1, TOKENS * steps, heads),
-            decays(1, TOKENS, *of_decay),
+            normal(1, tokens * steps, heads, value),
+            torch.rand(1, tokens * steps, heads),
+            decays(1, tokens, *of_decay),
         ]
 
     def run_delta(steps: int, *tensors: Tensor, sequences: Sequences) -> tuple[Any, ...]:
@@ -186,7 +199,7 @@ def _cases() -> dict[str, tuple[Op, Callable[[], list[Tensor]]]]:
 
     def linear(channels: bool) -> list[Tensor]:
         of_decay = (8, 64) if channels else (8,)
-        return [keys(8, 64), keys(8, 64), normal(1, TOKENS, 8, 128), decays(1, TOKENS, *of_decay)]
+        return [keys(8, 64), keys(8, 64), normal(1, tokens, 8, 128), decays(1, tokens, *of_decay)]
 
     found: dict[str, tuple[Op, Callable[[], list[Tensor]]]] = {
         "linear attention, decay by head": (run_linear, partial(linear, False)),
@@ -204,15 +217,15 @@ def _cases() -> dict[str, tuple[Op, Callable[[], list[Tensor]]]]:
     found |= {
         "short convolution, 4 taps": (
             short_convolution,
-            lambda: [normal(1, TOKENS, 512), normal(512, 4)],
+            lambda: [normal(1, tokens, 512), normal(512, 4)],
         ),
         WHOLE_ROW: (
             only(attention),
-            lambda: [normal(1, TOKENS, 6, 64) for _ in range(3)],
+            lambda: [normal(1, tokens, 6, 64) for _ in range(3)],
         ),
         "attention, window 256": (
             only(partial(attention, window=256)),
-            lambda: [normal(1, TOKENS, 6, 64) for _ in range(3)],
+            lambda: [normal(1, tokens, 6, 64) for _ in range(3)],
         ),
     }
     return found
@@ -244,6 +257,27 @@ def _cpu_seconds(op: Op, tensors: list[Tensor], sequences: Sequences) -> float:
     output = op(*tensors, sequences=sequences)[0]
     output.backward(torch.ones_like(output))
     return time.process_time() - begun
+
+
+def products_ratio(name: str, *, ring: bool, tokens: int = TOKENS) -> float:
+    """Return the FLOPs of an op's products on the second of three segments, by those alone."""
+    op, make = _cases(tokens)[name]
+    group = fake_group(1, 3, CONTEXT)
+    row = Sequences.from_lengths([3 * tokens])
+    counts = []
+    with planned_chain(group):
+        for sequences in (
+            Sequences.from_lengths([tokens]),
+            segment_of(row, 1, 3, group, ring=ring),
+        ):
+            torch.manual_seed(0)
+            tensors = [x.requires_grad_() for x in make()]
+            with FlopCounterMode(display=False) as counter:
+                output = op(*tensors, sequences=sequences)[0]
+                output.backward(torch.ones_like(output))
+            counts.append(counter.get_total_flops())
+    alone, segment = counts
+    return segment / alone if alone else 1.0
 
 
 # What layers send.

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.data.sequences import Segment, Sequences, segment_of
 from pretrain.nn.mixers.base import Mixer, State
 from pretrain.nn.mixers.over_segments import mix
-from pretrain.parallel.segments import Handover, open_chain
+from pretrain.ops.chain import open_chain
+from pretrain.parallel.segments import Handover
 
 LAYERS, SLOT = 8, 0.05  # seconds
 

@@ -27,6 +27,11 @@ class ParallelConfig(Config):
     ``elman``, ``m2rnn``): ``heads``, each some of the heads over the whole row, or ``chain``, one
     after another from the state of the one before. ``auto``: as is planned to be faster on GPUs of
     a known kind, ``chain`` on others, and on CPUs ``heads`` where there are enough."""
+    context_scans: Literal["auto", "gather", "ring"] = setting("auto")
+    """How context-parallel processes get the states of linear attention's family, delta rules and
+    diagonal recurrences: ``gather``, those of all segments at once, or ``ring``, each from the
+    process before, which it waits for. A ring sends less, and a delta rule is computed once.
+    ``auto``: ``ring`` for two processes, where nobody waits longer for it, else ``gather``."""
     pipeline: int = setting(1, minimum=1)
     """Pipeline stages that the blocks are split into, balanced by their FLOPs."""
     virtual_pipeline: int = setting(1, minimum=1)
@@ -62,6 +67,11 @@ class ParallelConfig(Config):
     def weights_size(self) -> int:
         """Return the number of processes that hold one copy of the weights."""
         return self.tensor * self.pipeline
+
+    @property
+    def ring_scans(self) -> bool:
+        """Return whether scanned states go from one context-parallel process to the next."""
+        return self.context_scans == "ring" or (self.context_scans == "auto" and self.context == 2)
 
     @property
     def one_has_all(self) -> bool:

@@ -54,9 +54,9 @@ class Batch:
             lambda x: without_waiting(x, device), self.sequences.to(device), self.continues
         )
 
-    def segment(self, rank: int, size: int, group: Any = None) -> Batch:
+    def segment(self, rank: int, size: int, group: Any = None, *, ring: bool = False) -> Batch:
         """Return segment ``rank`` of ``size`` of the row; see :func:`.segment_of`."""
-        sequences = segment_of(self.sequences, rank, size, group)
+        sequences = segment_of(self.sequences, rank, size, group, ring=ring)
         length = sequences.num_tokens
         return self._changed(lambda x: x[:, rank * length : (rank + 1) * length], sequences)
 

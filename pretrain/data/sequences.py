@@ -249,6 +249,8 @@ class Segment:
         through: For each segment, whether no sequence begins in it, at its first token included.
         group: The context-parallel ranks, of which each has one segment; None: they follow one
             another on one process.
+        ring: Whether states of recurrences that are linear in them go from rank to rank, each of
+            which waits for the one before; otherwise all ranks gather those of all.
     """
 
     row: Sequences
@@ -258,9 +260,17 @@ class Segment:
     continues: tuple[bool, ...]
     through: tuple[bool, ...]
     group: Any = None
+    ring: bool = False
+
+    def crosses(self, by: int) -> bool:
+        """Return whether a sequence goes on over this segment's start (-1) or end (+1)."""
+        border = self.rank + (by > 0)
+        return border < self.size and self.continues[border]
 
 
-def segment_of(row: Sequences, rank: int, size: int, group: Any = None) -> Sequences:
+def segment_of(
+    row: Sequences, rank: int, size: int, group: Any = None, *, ring: bool = False
+) -> Sequences:
     """Return the pieces of ``row``'s sequences in its segment ``rank`` of ``size``.
 
     Empty sequences are left out; a piece's prefix is its part of the sequence's. Raises ValueError
@@ -281,7 +291,7 @@ def segment_of(row: Sequences, rank: int, size: int, group: Any = None) -> Seque
     cuts = [first, *sorted(s for s in starts if first < s < last), last]
     pieces = Sequences.from_lengths((b - a for a, b in itertools.pairwise(cuts)), row.device)
     seen = first - max((s for s in starts if s <= first), default=0)
-    pieces.segment = Segment(row.to("cpu"), rank, size, seen, continues, through, group)
+    pieces.segment = Segment(row.to("cpu"), rank, size, seen, continues, through, group, ring)
     if row.prefixes is not None:
         lengths = zip(row.lengths, ends, row.prefixes, strict=True)
         prefix_ends = {end - n: end - n + prefix for n, end, prefix in lengths if n}

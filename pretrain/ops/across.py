@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pretrain.data.sequences import Segment, Sequences
+from pretrain.ops.chain import receive, send
 
 
 def crossing(sequences: Sequences) -> Segment | None:
@@ -32,17 +33,51 @@ def crossing(sequences: Sequences) -> Segment | None:
 
 
 def scan(segment: Segment, transition: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the state that enters this segment, without a gradient, and all ranks' transitions.
+    """Return the state that enters this segment, without a gradient, and transitions by rank.
+
+    The transitions are those of all ranks, of a ring this one's, as :func:`scan_back` wants them.
 
     ``end`` ``[H, K, V]`` is the state after the last piece where it starts from zeros,
     ``transition`` ``[H, K, K]`` what multiplies a state that goes through the segment, or of decays
     alone ``[H, K or 1, 1]``. The state is zeros where no sequence enters.
     """
-    transitions, ends = gather(segment, transition.detach(), end.detach())
+    transition, end = transition.detach(), end.detach()
+    if segment.ring:
+        state = pass_on(segment, +1, end, transition)
+        return (torch.zeros_like(end) if state is None else state), transition[None]
+    transitions, ends = gather(segment, transition, end)
     state = torch.zeros_like(end)
     for rank in range(segment.rank):
         state = ends[rank] + (multiply(transitions[rank], state) if segment.through[rank] else 0)
     return (state if segment.continues[segment.rank] else torch.zeros_like(end)), transitions
+
+
+def pass_on(segment: Segment, by: int, end: Tensor, transition: Tensor) -> Tensor | None:
+    """Return what the neighbour on one side has sent, and send on what this segment makes of it.
+
+    That is ``end``, and ``transition`` times what has come where it goes through the whole segment.
+    ``by``: +1 for states, -1 for gradients, which go back. None where nothing comes.
+    """
+    through = segment.through[segment.rank]
+    if not through:  # nobody has to wait for what comes
+        to_neighbour(segment, by, end)
+    found = from_neighbour(segment, by, end)
+    if through:
+        to_neighbour(segment, by, end if found is None else end + multiply(transition, found))
+    return found
+
+
+def from_neighbour(segment: Segment, by: int, like: Tensor) -> Tensor | None:
+    """Return what the rank ``by`` before this one has sent, None where no sequence crosses."""
+    if not segment.crosses(-by):
+        return None
+    return receive(segment, -by, [(like.shape, like.dtype)], like.device)[0]
+
+
+def to_neighbour(segment: Segment, by: int, x: Tensor) -> None:
+    """Send a tensor to the rank ``by`` further, where a sequence crosses the border between."""
+    if segment.crosses(by):
+        send(segment, by, [x])
 
 
 def multiply(transition: Tensor, state: Tensor) -> Tensor:
@@ -62,7 +97,7 @@ def carry(
 
     The backward pass adds what later segments pass back to the gradient of the last state.
     ``reads`` ``[L_0, H, K]`` is by what each token of the first piece multiplies the state that
-    entered, ``first`` the transition over that piece, ``transitions`` those of all segments.
+    entered, ``first`` the transition over that piece, ``transitions`` what :func:`scan` returned.
     """
     result: tuple[Tensor, Tensor] = _Carry.apply(output, states, segment, reads, transitions, first)
     return result
@@ -95,12 +130,26 @@ class _Carry(torch.autograd.Function):
             wide, read = d_states.dtype, d_output[0, : len(reads)]
             entered = torch.einsum("thk,thv->hkv", reads.to(wide), read.to(wide))
             entered += multiply(first.mT if first.shape[-1] > 1 else first, d_states[0])
-        (all_entered,) = gather(segment, entered)
-        left = left_gradient(segment, all_entered, transitions)
+        left = scan_back(segment, entered, transitions)
         if left is not None:
             d_states = d_states.clone()
             d_states[-1] += left
         return d_output, d_states, None, None, None, None
+
+
+def scan_back(segment: Segment, entered: Tensor, transitions: Tensor) -> Tensor | None:
+    """Return the gradient of what left this segment, None where nothing did.
+
+    ``entered`` is that of what entered it, seen from this segment alone, ``transitions`` what
+    :func:`scan` has returned.
+    """
+    if segment.ring:
+        (transition,) = transitions
+        return pass_on(
+            segment, -1, entered, transition.mT if transition.shape[-1] > 1 else transition
+        )
+    (all_entered,) = gather(segment, entered)
+    return left_gradient(segment, all_entered, transitions)
 
 
 def left_gradient(segment: Segment, entered: Tensor, transitions: Tensor) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.batch import Batch
+from pretrain.ops.chain import is_ring
 from pretrain.parallel.cpu import device_scope, importing_megatron, model_scope
 from pretrain.parallel.processes import context_group, groups, local_device
 
@@ -114,7 +115,7 @@ def local_part(batch: Batch) -> Batch:
     group = context_group()
     if group is None:
         return batch
-    return batch.segment(group.rank(), group.size(), group)
+    return batch.segment(group.rank(), group.size(), group, ring=is_ring(group))
 
 
 def _through(

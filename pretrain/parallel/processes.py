@@ -16,10 +16,10 @@ from torch import Tensor
 from pretrain.common.metrics import merge_metrics
 from pretrain.config.checks import check_world_size
 from pretrain.config.parallel import ParallelConfig
+from pretrain.ops.chain import close_chains, open_chain
 from pretrain.parallel.cpu import importing_megatron
 from pretrain.parallel.gpu_environment import prepare_gpu
 from pretrain.parallel.launcher_watch import processes_met, watch_launcher
-from pretrain.parallel.segments import close_chains, open_chain
 
 T = TypeVar("T")
 
@@ -85,7 +85,8 @@ def start_processes(config: ParallelConfig | None = None) -> bool:
         distributed_timeout_minutes=2 * config.timeout_minutes,
     )
     if config.context > 1:
-        open_chain(parallel_state.get_context_parallel_group(), timeout)
+        group = parallel_state.get_context_parallel_group()
+        open_chain(group, timeout, ring=config.ring_scans)
     processes_met()
     return True
 

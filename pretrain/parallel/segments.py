@@ -8,11 +8,6 @@ sequences alone: where no sequence goes on, nothing is.
 
 from __future__ import annotations
 
-import datetime
-import math
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,53 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.data.sequences import Segment, Sequences
+from pretrain.ops.chain import Kept, Kind, receive, send
 
 State = dict[str, Tensor]
-_Kind = tuple[Sequence[int], torch.dtype]  # a tensor's shape and dtype
-
-# The communicators of states, by context group. States wait for one another through all layers;
-# other messages between the same ranks would come in between.
-_chains: dict[Any, Any] = {}
-_sending: deque[tuple[Any, Tensor]] = deque()
-_MOST_SENDING = 16  # messages that nobody has waited for
-
-
-def open_chain(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
-    """Make the communicator that states go through; every rank of ``group`` must call."""
-    _chains[group] = dist.new_group(
-        dist.get_process_group_ranks(group), timeout=timeout, use_local_synchronization=True
-    )
-
-
-@contextmanager
-def planned_chain(group: dist.ProcessGroup) -> Iterator[None]:
-    """Let states go through ``group`` itself, which only counts them, while open."""
-    _chains[group] = group
-    try:
-        yield
-    finally:
-        del _chains[group]
-        kept = [(sending, message) for sending, message in _sending if not message.is_meta]
-        _sending.clear()
-        _sending.extend(kept)
-
-
-def close_chains() -> None:
-    """Forget all communicators, which end with torch's process groups."""
-    _chains.clear()
-    _sending.clear()
 
 
 class Handover:
     """The state that one layer receives, and the one that it sends, in one forward pass.
 
-    A checkpointed block runs again in the backward pass, when its neighbours have moved on: it gets
-    what it has received once more, and sends nothing.
+    Attributes:
+        kept: What was received, for a block that runs again.
     """
 
     def __init__(self) -> None:
-        self._received: list[Tensor] | None = None
-        self._sent = False
+        self.kept = Kept()
 
     def receive(self, segment: Segment, empty: State, trained: bool) -> State:
         """Return the state that the segment's first sequence goes on from.
@@ -75,19 +37,18 @@ class Handover:
         has a gradient on the other ranks; the state then has one too, and else none.
         """
         names = sorted(empty)
-        if self._received is None:
-            kinds: list[_Kind] = [(empty[name].shape, empty[name].dtype) for name in names]
-            device = empty[names[0]].device
-            if _grows(empty):
-                (sizes,) = _receive(segment, -1, [((len(names),), torch.int64)], device)
-                kinds = [
-                    ((size, *shape[1:]), dtype)
-                    for size, (shape, dtype) in zip(sizes.tolist(), kinds, strict=True)
-                ]
-            self._received = _receive(segment, -1, kinds, device)
+        kinds: list[Kind] = [(empty[name].shape, empty[name].dtype) for name in names]
+        device = empty[names[0]].device
+        if _grows(empty):
+            (sizes,) = receive(segment, -1, [((len(names),), torch.int64)], device)
+            kinds = [
+                ((size, *shape[1:]), dtype)
+                for size, (shape, dtype) in zip(sizes.tolist(), kinds, strict=True)
+            ]
+        received = receive(segment, -1, kinds, device)
         # In the graph wherever the rank before waits for the gradient, and nowhere else.
         anchor = torch.zeros((), requires_grad=trained)
-        found = _Received.apply(anchor, segment, *self._received)
+        found = _Received.apply(anchor, segment, *received)
         return dict(zip(names, found, strict=True))
 
     def send(self, segment: Segment, y: Tensor, state: State, empty: State) -> Tensor:
@@ -96,12 +57,10 @@ class Handover:
         Returns y, whose backward pass waits for the state's gradient.
         """
         tensors = [state[name] for name in sorted(empty)]
-        if not self._sent:
-            self._sent = True
-            if _grows(empty):
-                sizes = [len(tensor) for tensor in tensors]
-                _send(segment, +1, [torch.tensor(sizes, device=y.device)])
-            _send(segment, +1, tensors)
+        if _grows(empty):
+            sizes = [len(tensor) for tensor in tensors]
+            send(segment, +1, [torch.tensor(sizes, device=y.device)])
+        send(segment, +1, tensors)
         result: Tensor = _Sent.apply(y, segment, *tensors)
         return result
 
@@ -124,7 +83,7 @@ class _Received(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-        _send(ctx.segment, -1, [g for g, real in zip(gradients, ctx.floating, strict=True) if real])
+        send(ctx.segment, -1, [g for g, real in zip(gradients, ctx.floating, strict=True) if real])
         return (None, None, *(None for _ in gradients))
 
 
@@ -140,31 +99,9 @@ class _Sent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kinds = [(shape, dtype) for shape, dtype in ctx.kinds if dtype.is_floating_point]
-        received = iter(_receive(ctx.segment, +1, kinds, gradients[0].device))
+        received = iter(receive(ctx.segment, +1, kinds, gradients[0].device))
         of_states = [next(received) if dtype.is_floating_point else None for _, dtype in ctx.kinds]
         return gradients[0], None, *of_states
-
-
-def _send(segment: Segment, by: int, tensors: Sequence[Tensor]) -> None:
-    """Start to send tensors, as one message, to the rank ``by`` further."""
-    message = torch.cat([x.detach().contiguous().view(-1).view(torch.uint8) for x in tensors])
-    chain = _chains[segment.group]
-    _sending.append((chain.send([message], segment.rank + by, 0), message))
-    while len(_sending) > _MOST_SENDING:
-        _sending.popleft()[0].wait()
-
-
-def _receive(
-    segment: Segment, by: int, kinds: Sequence[_Kind], device: torch.device
-) -> list[Tensor]:
-    """Wait for a message from the rank ``by`` further, and return its tensors."""
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in kinds]
-    message = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    chain = _chains[segment.group]
-    chain.recv([message], segment.rank + by, 0).wait()
-    parts = zip(message.split(sizes), kinds, strict=True)
-    # Copies: in the message numbers do not lie where their size wants them.
-    return [part.clone().view(dtype).view(shape) for part, (shape, dtype) in parts]
 
 
 def keys_so_far(

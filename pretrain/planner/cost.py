@@ -58,6 +58,8 @@ class Cost:
         context_bytes: Bytes sent between context-parallel processes.
         context_messages: Collectives and messages between them.
         kernels: How often each kernel runs; not whole where costs were extrapolated.
+        turn: What runs between what is received from a neighbour and what is then sent to the
+            next one; None where nothing is received.
     """
 
     peak: float = 0.0
@@ -69,6 +71,7 @@ class Cost:
     context_bytes: float = 0.0
     context_messages: float = 0.0
     kernels: dict[Kernel, float] = field(default_factory=dict)
+    turn: Cost | None = None
     _table: KernelTable | None = field(default=None, repr=False, compare=False)
 
     def table(self) -> KernelTable:
@@ -87,6 +90,9 @@ class Cost:
         kernels = dict(self.kernels)
         for kernel, number in other.kernels.items():
             kernels[kernel] = kernels.get(kernel, 0.0) + times * number
+        turn = self.turn
+        if turn is not None and other.turn is not None:
+            turn = turn.plus(other.turn, times)
         return Cost(
             self.peak + times * other.peak,
             self.kept + times * other.kept,
@@ -97,4 +103,5 @@ class Cost:
             self.context_bytes + times * other.context_bytes,
             self.context_messages + times * other.context_messages,
             {kernel: number for kernel, number in kernels.items() if number},
+            turn,
         )

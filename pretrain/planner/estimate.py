@@ -98,7 +98,7 @@ class Planner:
             parallel = replace(parallel, micro_batch_size=1)
         chain = parallel.context > 1 and parallel.context_cells == "chain"
         layout = (parallel.tensor, parallel.sequence, parallel.micro_batch_size, parallel.context)
-        key = (*layout, chain, checkpointing, simulate, segment)
+        key = (*layout, chain, parallel.ring_scans, checkpointing, simulate, segment)
         if key not in self.simulations:
             train = self.config.train
             self.simulations[key] = measure_units(

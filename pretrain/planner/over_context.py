@@ -43,7 +43,7 @@ class OverContext:
         return Waits(seconds[0], seconds[1], sent)
 
     def chain_waits(self, passed: Passed) -> Waits:
-        """Return the waiting for states that are handed from segment to segment.
+        """Return the waiting for states that are handed from segment to segment, rings included.
 
         A rank is in a layer while the rank before is in the next one. So l layers that hand states
         on take the time of l, and of as many more as there are segments behind the first; they
@@ -62,8 +62,12 @@ class OverContext:
             costs = unit.forward, unit.backward
             if unit.unchained is not None:
                 longest, costs = max(longest, self._alone(unit, direction)), unit.unchained
+            turn, exchanged = costs[direction].turn, costs[direction].context_messages
+            if turn is not None and unit.unchained is None:  # a ring; halos come from neighbours
+                longest = max(longest, max(self.seconds(turn)) + self._messages(costs[direction]))
+                exchanged = 0
             routed = unit.routed and self.parallel.expert > 1
-            if costs[direction].context_messages or routed:  # all ranks meet
+            if exchanged or routed:  # all ranks meet
                 total, longest = total + longest, 0.0
         return total + longest
 

@@ -55,6 +55,7 @@ class Candidate:
             "sequence": str(parallel.sequence).lower(),
             "context": parallel.context,
             "context_cells": parallel.context_cells,
+            "context_scans": parallel.context_scans,
             "expert": parallel.expert,
             "pipeline": parallel.pipeline,
             "virtual_pipeline": parallel.virtual_pipeline,

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class Simulation(TorchDispatchMode):
         super().__init__()
         self._live = 0
         self._cost = Cost()
+        self._received: Cost | None = None  # what had been counted when a message came
         self._base = 0
         self._known: dict[int, Any] = {}
         fused = software.elementwise == "fused"
@@ -96,7 +98,7 @@ class Simulation(TorchDispatchMode):
 
     def measure(self, function: Callable[[], Any]) -> tuple[Any, Cost]:
         """Return the result of ``function``, and its cost; what the result holds is ``kept``."""
-        self._cost, self._base = Cost(), self._live
+        self._cost, self._base, self._received = Cost(), self._live, None
         result = function()
         self._cost.kept = self._live - self._base
         return result, self._cost
@@ -188,6 +190,11 @@ class Simulation(TorchDispatchMode):
         if group.group_desc == CONTEXT:
             self._cost.context_bytes += sent
             self._cost.context_messages += "recv" not in function.__name__
+            if "recv" in function.__name__:
+                self._cost.turn, self._received = Cost(), self._cost.plus(Cost(), 0)
+            elif function.__name__.startswith("send") and self._received is not None:
+                self._cost.turn = replace(self._cost.plus(self._received, -1), turn=None)
+                self._received = None
         else:
             self._cost.bytes_sent += sent
             self._cost.collectives += group.size() > 1

@@ -30,8 +30,8 @@ from pretrain.nn.mixers import Mixer
 from pretrain.nn.mixers.over_segments import beyond_segments
 from pretrain.nn.moe import MoE
 from pretrain.nn.parameters import info_of
+from pretrain.ops.chain import planned_chain
 from pretrain.optim.optimizer import rule_of
-from pretrain.parallel.segments import planned_chain
 from pretrain.planner.cost import Cost
 from pretrain.planner.fake_group import planned_context
 from pretrain.planner.simulation import (
@@ -201,6 +201,7 @@ class _Measurement:
         self.model, self.seq_len = model, seq_len
         self.device, self.software = device, software
         self.rows, self.segments = parallel.micro_batch_size, parallel.context
+        self.ring = parallel.ring_scans
         self.token_shards = parallel.tensor if parallel.sequence else 1
 
     def all(self) -> Units:
@@ -334,7 +335,11 @@ class _Measurement:
         if self.segments > 1:
             context = self.model.context
             sequences = segment_of(
-                sequences, context.context_rank, self.segments, context.context_group
+                sequences,
+                context.context_rank,
+                self.segments,
+                context.context_group,
+                ring=self.ring,
             )
         x = self._hidden(sequences.num_tokens)
         drop = None if self.model.dropout is None else self.model.dropout.next_micro_batch()

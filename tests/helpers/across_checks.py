@@ -33,10 +33,10 @@ def counted():
             setattr(dist, name, collective)
 
 
-def number_sent(case, lengths, group, rank, size):
+def number_sent(case, lengths, group, rank, size, ring=False):
     """Return how many collectives forward and backward begin on a segment of a row."""
     generator = torch.Generator().manual_seed(1)
-    pieces = segment_of(Sequences.from_lengths(lengths), rank, size, group)
+    pieces = segment_of(Sequences.from_lengths(lengths), rank, size, group, ring=ring)
     tensors = [x.requires_grad_() for x in case.tensors(generator, pieces.num_tokens)]
     with counted() as found:
         y, _ = case.run(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from pretrain.data.sequences import Sequences, segment_of
+from pretrain.ops.chain import open_chain
 from tests.helpers.across_cases import CASES
 from tests.helpers.across_checks import (
     check_halo,
@@ -50,11 +52,22 @@ def error(found, expected):
     return float(worst.detach().nan_to_num(nan=float("inf")))
 
 
-def compare(case, lengths, group, rank, size):
+# Cases whose states also go from rank to rank, and the layouts that they do so in.
+RING = {
+    "linear_attention 0 channel 0.3 True 6",
+    "delta_rule 1 head 0.3 True 6",
+    "delta_rule 2 channel 0.3 False 6",
+    "delta_rule 1 channel 0.3 True 6 recurrent",
+    "diagonal_scan torch.complex128 True",
+}
+RING_LAYOUTS = ("one", "four", "short")
+
+
+def compare(case, lengths, group, rank, size, ring=False):
     """Return the largest error of this rank's part of the row."""
     generator = torch.Generator().manual_seed(sum(map(ord, case.name)) + len(lengths))
     row = Sequences.from_lengths(lengths)
-    pieces = segment_of(row, rank, size, group)
+    pieces = segment_of(row, rank, size, group, ring=ring)
     ends = torch.tensor([0, *lengths]).cumsum(0)
     length = TOKENS // size
     tensors = case.tensors(generator, TOKENS)
@@ -109,8 +122,12 @@ def main():
     dist.init_process_group("gloo")
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     own, wanted = dist.get_rank(), sys.argv[1:]
+    world = dist.group.WORLD
+    assert world is not None
+    for group in (pairs[own // 2], world):
+        open_chain(group, timedelta(minutes=2))
     found = {}
-    for size, group, rank in ((2, pairs[own // 2], own % 2), (4, dist.group.WORLD, own)):
+    for size, group, rank in ((2, pairs[own // 2], own % 2), (4, world, own)):
         place = group, rank, size
 
         def largest(name, errors, size=size):
@@ -126,6 +143,14 @@ def main():
                 continue
             names = case.layouts or LAYOUTS
             largest(case.name, [compare(case, LAYOUTS[name], *place) for name in names])
+            if case.name in RING:
+                rows = [LAYOUTS[name] for name in RING_LAYOUTS]
+                errors = [compare(case, lengths, *place, ring=True) for lengths in rows]
+                largest(f"{case.name}: ring", errors)
+                largest(
+                    f"{case.name}: ring gathers",
+                    [float(number_sent(case, CROSSING, *place, ring=True))],
+                )
             largest(f"{case.name}: touched", [touched_by_the_first(case, CROSSING, *place)])
             for name, lengths in (("sent", CROSSING), ("sent apart", APART)):
                 largest(f"{case.name}: {name}", [float(number_sent(case, lengths, *place))])

@@ -59,6 +59,7 @@ MODELS |= {"block": MODELS["hybrid"], "selective": MODELS["hybrid"]}
 MODELS |= dict.fromkeys(("experts", "experts-block"), parallel_worker.MODELS["experts"])
 LAYOUTS = {
     "cp4": ParallelConfig(context=4),
+    "cp4-ring": ParallelConfig(context=4, context_scans="ring"),
     "cp4-zero0": ParallelConfig(context=4, zero_stage=0),
     "cp2-dp2": ParallelConfig(context=2),
     "cp2-dp2-zero0": ParallelConfig(context=2, zero_stage=0),
@@ -81,9 +82,9 @@ CASES = (
     | {
         f"{model}-{layout}": (model, layout)
         for model, layouts in {
-            "recurrent": ("cp4", "cp2-tp2-sequence", "cp2-pp2"),
+            "recurrent": ("cp4", "cp4-ring", "cp2-tp2-sequence", "cp2-pp2"),
             "muon": ("cp4", "cp2-dp2-zero0"),
-            "block": ("cp4", "cp2-pp2", "cp2-tp2-sequence"),
+            "block": ("cp4", "cp4-ring", "cp2-pp2", "cp2-tp2-sequence"),
             "selective": ("cp4",),
             "experts": ("cp4", "cp4-ep2", "cp2-ep4", "cp2-tp2-sequence", "cp2-pp2"),
             "experts-block": ("cp2-ep4",),

@@ -1,6 +1,6 @@
 """Every mixer over the segments of a row, in real processes; see test_segments.py.
 
-``python -m tests.helpers.segment_worker FILE``, on four processes.
+``python -m tests.helpers.segment_worker FILE [NAME ...]``, on four processes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pretrain.model.block import Block, run_block
 from pretrain.model.build import build_model
 from pretrain.nn.mixers import registry
 from pretrain.nn.mixers.over_segments import beyond_segments
+from pretrain.ops.chain import open_chain
 from pretrain.parallel.processes import (
     context_group,
     gather,
@@ -33,7 +34,6 @@ from pretrain.parallel.processes import (
     start_processes,
     stop_processes,
 )
-from pretrain.parallel.segments import open_chain
 from pretrain.planner.messages import bytes_sent, group_of
 from pretrain.planner.units import busiest_segment
 from tests.helpers.small_mixers import SMALL
@@ -127,11 +127,13 @@ def compare(block: Block, lengths: list[int], groups: list[Any], modes: list[str
         rank, size = group.rank(), group.size()
         length = TOKENS // size
         own = slice(rank * length, (rank + 1) * length)
-        pieces = segment_of(row, rank, size, group)
+        # On two ranks states go in a ring, as they do in training.
+        pieces = segment_of(row, rank, size, group, ring=size == 2 or mode == "ring")
         with_states = mode in ("states", "by state")
         y, states, d_x, grads = references[with_states]
         with by_its_state(block.mixer) if mode == "by state" else contextlib.nullcontext():
-            found = run(block, x[own], pieces, weights[own], with_states, mode)
+            checkpointing = "block" if mode == "ring" else mode
+            found = run(block, x[own], pieces, weights[own], with_states, checkpointing)
         pairs = {"output": (found[0], y[own]), "input's gradient": (found[2], d_x[own])}
         for name, gradient in found[3].items():
             dist.all_reduce(gradient, group=group)
@@ -174,7 +176,7 @@ def compare_frozen(groups: list[Any]) -> Errors:
         row, length = Sequences.from_lengths(lengths), TOKENS // group.size()
         own = slice(group.rank() * length, (group.rank() + 1) * length)
         expected = gradients(x, row, weights)
-        pieces = segment_of(row, group.rank(), group.size(), group)
+        pieces = segment_of(row, group.rank(), group.size(), group, ring=True)
         found = gradients(x[own], pieces, weights[own])
         for gradient in found:
             dist.all_reduce(gradient, group=group)
@@ -198,11 +200,12 @@ class _Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def sent_bytes(block: Block, groups: list[Any]) -> dict[str, float]:
+def sent_bytes(block: Block, groups: list[Any], ring: bool = False) -> dict[str, float]:
     """The bytes that this rank sends in float32, both ways, by the number of processes."""
     row, found = Sequences.from_lengths([TOKENS]), {}
     for group in groups:
-        pieces = segment_of(row, group.rank(), group.size(), group)
+        in_ring = ring or group.size() == 2
+        pieces = segment_of(row, group.rank(), group.size(), group, ring=in_ring)
         x = torch.ones(pieces.num_tokens, 1, 24, requires_grad=True)
         with _Sent() as sent:
             y, _ = run_block(block, x, pieces, 0, None)
@@ -223,21 +226,23 @@ def add_example_layer() -> str:
     return name
 
 
-def main(file: Path) -> None:
+def main(file: Path, wanted: list[str]) -> None:
     add_example_layer()
     start_processes(ParallelConfig(context=4))
     groups = [context_group(), dist.new_subgroups(2)[0]]
     open_chain(groups[1], datetime.timedelta(minutes=2))
     found: dict[str, tuple[float, str]] = compare_frozen(groups)
     sent: dict[str, dict[str, float]] = {}
-    for name in sorted(registry()):
+    for name in wanted or sorted(registry()):
         for number, values in enumerate(SMALL.get(name, [{}])):
             if number == 0:
-                sent[name] = sent_bytes(block_of(name, values, torch.float32), groups)
+                single = block_of(name, values, torch.float32)
+                sent[name] = sent_bytes(single, groups)
+                sent[f"{name} ring"] = sent_bytes(single, groups[:1], ring=True)
             block = block_of(name, values)
             modes = ["states", "block", "selective"] if number == 0 else ["states"]
             if block.mixer.over_time == "ops" and number == 0:
-                modes.append("by state")
+                modes += ["by state", "ring"]
             for layout, lengths in LAYOUTS.items():
                 for key, error in compare(block, lengths, groups, modes).items():
                     found[f"{name} {number}, {layout}, {key}"] = error
@@ -256,11 +261,12 @@ def main(file: Path) -> None:
         worst = {key: max(each[key] for each, _ in everyone) for key in found}
         own = {str(size): busiest_segment(1, size) for size in (2, 4)}
         planned = {
-            key: {size: everyone[rank][1][key][size] for size, rank in own.items()} for key in sent
+            key: {size: everyone[own[size]][1][key][size] for size in sizes}
+            for key, sizes in sent.items()
         }
         file.write_text(json.dumps({"errors": worst, "sent": planned}))
     stop_processes()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from pretrain.data.sequences import Sequences, pieces_alone
+from pretrain.data.sequences import Segment, Sequences, pieces_alone
 from pretrain.nn.mixers.base import Mixer, State, states_if, states_wanted
 from pretrain.parallel.segments import Handover
 
@@ -40,13 +41,26 @@ def mix(
         return run(x, sequences=sequences, state=state)
     if state is not None:
         raise ValueError("a segment of a row takes its state from the segment before, found one")
-    if beyond_segments(mixer):
-        return run(x, sequences=sequences)
+    with handover.kept.running():
+        if beyond_segments(mixer):
+            return run(x, sequences=sequences)
+        return _handed_on(run, mixer, x, sequences, segment, handover)
+
+
+def _handed_on(
+    run: Callable[..., tuple[Tensor, State]],
+    mixer: Mixer,
+    x: Tensor,
+    sequences: Sequences,
+    segment: Segment,
+    handover: Handover,
+) -> tuple[Tensor, State]:
     pieces, following = pieces_alone(sequences), segment.rank + 1
     sends = following < segment.size and segment.continues[following]
     if not sends and not segment.continues[segment.rank]:
         return run(x, sequences=pieces)
     empty = mixer.init_state(1)
+    state: State | None = None
     if segment.continues[segment.rank]:
         state = handover.receive(segment, empty, _is_trained(mixer, x))
         if pieces.count > 1:

@@ -100,6 +100,8 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             written[chunk] -= w[chunk] @ states[chunk]
             state[:count] *= decay.over_chunk[chunk]
             state[:count] += k_end[chunk].mT @ written[chunk]
+        if crossing is not None:
+            crossing.entered(state)
         pairs = decay.pairs(q, k)
         output = (decay.to_query * q) @ states + pairs @ written
 
@@ -129,8 +131,8 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             d_state[:count] *= decay.over_chunk[chunk]
             d_state[:count] += d_read[chunk] - w[chunk].mT @ d_written[chunk]
 
-        if crossing is not None and crossing.enters:
-            d_state[crossing.first_row] = 0  # the segment before has been told
+        if crossing is not None:
+            crossing.left(d_state)
 
         x = t.mT @ d_written
         d_a = (x @ written.mT).tril_(-1).neg_()

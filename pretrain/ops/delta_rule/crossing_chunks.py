@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Segment, Sequences
-from pretrain.ops.across import crossing, gather, left_gradient, scan
+from pretrain.ops.across import crossing, from_neighbour, scan, scan_back, to_neighbour
 from pretrain.ops.shared.chunk_decay import ScalarDecay, VectorDecay
 
 
@@ -39,13 +39,15 @@ class CrossingChunks:
     @property
     def enters(self) -> bool:
         """Whether the first piece goes on from the segment before."""
-        return self.segment.continues[self.segment.rank]
+        return self.segment.crosses(-1)
 
     @property
-    def leaves(self) -> bool:
-        """Whether the last piece goes on in the next segment."""
-        following = self.segment.rank + 1
-        return following < self.segment.size and self.segment.continues[following]
+    def hands_on(self) -> bool:
+        """Whether the one piece here goes through to the next rank as the recurrence itself ends.
+
+        In a ring no map of the segment is wanted then.
+        """
+        return self.segment.ring and self.segment.through[self.segment.rank]
 
     def enter(
         self,
@@ -60,28 +62,36 @@ class CrossingChunks:
         ``w`` ``[n, H, C, K]``, ``values`` (U) and ``k_end`` are those of the n chunks. Returns the
         transitions over all ranks' segments, for :meth:`leave`.
         """
-        key_dim, value_dim = state.shape[-2:]
+        if self.hands_on:
+            received = from_neighbour(self.segment, +1, state[self.first_row])
+            assert received is not None
+            state[self.first_row] = received
+            return state.new_empty(0)
+        key_dim = state.shape[-2]
         end = torch.zeros_like(state[0])
         transition = end.new_zeros(len(end), key_dim, key_dim)
-        if self.leaves:
+        if self.segment.crosses(+1):
             if self.segment.through[self.segment.rank]:
+                # From the end: a chunk's part of E is a product with what it writes, not a loop.
                 transition = transition + torch.eye(key_dim, dtype=end.dtype, device=end.device)
+                for chunk in reversed(self.last):
+                    write = transition @ k_end[chunk].mT
+                    end += write @ values[chunk]
+                    transition = decay.over_chunk[chunk].mT * transition - write @ w[chunk]
             else:
-                end, transition = state[self.last_row], transition[..., :0]
-            both = torch.cat([end, transition], -1)
-            for chunk in self.last:
-                written = (w[chunk] @ both).neg_()
-                written[..., :value_dim] += values[chunk]
-                both = (decay.over_chunk[chunk] * both).add_(k_end[chunk].mT @ written)
-            end = both[..., :value_dim]
-            if transition.shape[-1]:
-                transition = both[..., value_dim:]
-            else:
-                transition = end.new_zeros(len(end), key_dim, key_dim)
+                end = state[self.last_row]
+                for chunk in self.last:
+                    written = values[chunk] - w[chunk] @ end
+                    end = decay.over_chunk[chunk] * end + k_end[chunk].mT @ written
         entering, transitions = scan(self.segment, transition, end)
         if self.enters:
             state[self.first_row] = entering
         return transitions
+
+    def entered(self, state: Tensor) -> None:
+        """Send on the final states, where nothing was known of them before."""
+        if self.hands_on:
+            to_neighbour(self.segment, +1, state[self.last_row])
 
     def leave(
         self,
@@ -98,6 +108,11 @@ class CrossingChunks:
         ``d_read`` ``[n, H, K, V]`` and ``d_written`` ``[n, H, C, V]`` are what outputs pass to
         their chunk's start and to what is written in it.
         """
+        if self.hands_on:
+            left = from_neighbour(self.segment, -1, d_state[self.last_row])
+            if left is not None:
+                d_state[self.last_row] += left
+            return
         entered = torch.zeros_like(d_state[0])
         if self.enters:
             entered = d_state[self.first_row]
@@ -105,10 +120,16 @@ class CrossingChunks:
                 d_new = d_written[chunk] + k_end[chunk] @ entered
                 entered = decay.over_chunk[chunk] * entered + d_read[chunk]
                 entered -= w[chunk].mT @ d_new
-        (all_entered,) = gather(self.segment, entered)
-        left = left_gradient(self.segment, all_entered, transitions)
+        left = scan_back(self.segment, entered, transitions)
         if left is not None:
             d_state[self.last_row] += left
+
+    def left(self, d_state: Tensor) -> None:
+        """Pass the gradient of the state that entered back; here nobody has one any more."""
+        if self.hands_on:
+            to_neighbour(self.segment, -1, d_state[self.first_row])
+        if self.enters:
+            d_state[self.first_row] = 0
 
 
 def crossing_chunks(sequences: Sequences, chunk_size: int) -> CrossingChunks | None:

@@ -10,6 +10,7 @@ import torch
 from pretrain.data.sequences import Sequences, segment_of
 from pretrain.ops import RATState, attention, rat
 from tests.helpers.across_cases import CASES
+from tests.helpers.across_worker import RING
 from tests.helpers.processes import run_on
 
 NAMES = [case.name for case in CASES]
@@ -42,6 +43,13 @@ def test_only_crossing_sequences_are_sent(found, name):
     for size in (2, 4):
         assert found[f"{name}: sent apart on {size}"] == 0
         assert found[f"{name}: sent on {size}"] >= 2  # forward and backward
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", sorted(RING))
+def test_states_that_go_from_rank_to_rank_are_those_that_are_gathered(found, name, size):
+    assert found[f"{name}: ring on {size}"] < 1e-10
+    assert found[f"{name}: ring gathers on {size}"] == 0
 
 
 @pytest.mark.parametrize("size", [2, 4])

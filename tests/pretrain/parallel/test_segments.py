@@ -55,25 +55,28 @@ def test_blocks_that_do_not_train_leave_no_rank_waiting(four_processes):
 CELLS = [name for name, mixer in sorted(registry().items()) if mixer.over_time == "cells"]
 
 
-def planned_unit(name, values, size, cells):
+def planned_unit(name, values, size, cells, scans="auto"):
     config = RunConfig(
         "test",
         settings(name, {name: values}),
         train=TrainConfig(steps=1, seq_len=TOKENS, precision="float32"),
     )
     planner = Planner(config, 16, load_hardware(ROOT / "configs/hardware/cpu.yaml"))
-    layout = ParallelConfig(context=size, micro_batch_size=1, context_cells=cells)
+    layout = ParallelConfig(
+        context=size, micro_batch_size=1, context_cells=cells, context_scans=scans
+    )
     return planner.units(layout, "none").blocks[name]
 
 
-def bytes_by_the_table(name, mixer, config, size, over_heads):
+def bytes_by_the_table(name, mixer, config, size, over_heads, ring=False):
     """docs/parallel.md, for a document that fills the row, in float32; None where there is none."""
     tokens, states = TOKENS / size, mixer.init_state(1)
     both = 2 if size > 2 else 1  # the ranks at the ends of a row send to one side
     convolved = sum(x.nbytes for key, x in states.items() if key.endswith(("conv", "shift")))
     matrices = [x for x in states.values() if x.ndim == 4]
     floating = sum(x.nbytes for x in states.values() if x.is_floating_point())
-    if mixer.over_time != "ops" and not over_heads:
+    scanned = mixer.over_time == "ops" and name not in ("attn", "swa", "rat", *NEWTON)
+    if (mixer.over_time != "ops" and not over_heads) or (scanned and (ring or size == 2)):
         return both * floating
     if name in CELLS_OF_OPS:
         moved = 4 * tokens * 24 * (CELLS_OF_OPS[name].gates + 1) + floating
@@ -137,6 +140,20 @@ def test_bytes_are_those_of_the_plan_and_of_the_table(name, size, four_processes
         assert sent > 0  # final states too, which are as large as all else of so few tokens
     else:
         assert sent == pytest.approx(table, rel=0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gdn", "gla", "hgrn", "kda", "mamba", "mamba2", "rwkv7"])
+def test_bytes_of_a_ring_are_those_of_the_plan_and_of_the_table(name, four_processes):
+    values, sent = SMALL[name][0], four_processes["sent"][f"{name} ring"]["4"]
+    unit = planned_unit(name, values, 4, "chain", "ring")
+    planned = unit.forward.context_bytes + unit.backward.context_bytes
+    (spec,) = block_specs(settings(name, {name: values}))
+    mixer = segment_worker.block_of(name, values, torch.float32).mixer
+    table = bytes_by_the_table(name, mixer, spec.config, 4, over_heads=False, ring=True)
+    assert planned == pytest.approx(sent, rel=0.002)
+    assert sent == pytest.approx(table, rel=0.002)
+    assert sent < four_processes["sent"][name]["4"]
 
 
 @pytest.mark.parametrize("name", ["attn", "gdn", "rat"])
