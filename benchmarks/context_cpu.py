@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.context_stagger import LAYERS, stagger
 from pretrain.common.config_files import load_values
 from pretrain.common.config_loader import build_config
+from pretrain.common.errors import UserError
 from pretrain.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from pretrain.data.sequences import Sequences, segment_of
 from pretrain.model.block import Block, run_block
@@ -109,10 +111,12 @@ def main() -> None:
             f"\nbytes: a layer of width {WIDTH} on {FEW} tokens of each of 4 ranks, float32; "
             "sequential cells in a chain"
         )
-        print(f"{'layer':<16}{'sent':>14}{'planned':>14}{'ratio':>7}")
-        for name, sent in found["bytes"].items():
-            planned = _planned_bytes(name, RANKS["bytes"])
-            print(f"{name:<16}{sent:>14,.0f}{planned:>14,.0f}{sent / planned:>7.3f}")
+        heads = [f"{'sent':>14}{'planned':>14}{'ratio':>7}", f"{'in a ring':>12}{'ratio':>7}"]
+        print(f"{'layer':<16}{heads[0]}{heads[1]}")
+        for name, (sent, in_ring) in found["bytes"].items():
+            planned = [_planned_bytes(name, RANKS["bytes"], ring) for ring in (False, True)]
+            print(f"{name:<16}{sent:>14,.0f}{_by(sent, planned[0])}", end="")
+            print(f"{in_ring:>12,.0f}{in_ring / planned[1]:>7.3f}" if in_ring != sent else "")
     if "stagger" in found:
         print(f"\nstagger: slots of {LAYERS} layers, measured (and by who waited for whom)")
         print(f"{'ranks':<8}{'expected':>9}{'forward':>15}{'backward':>15}{'checkpointed':>18}")
@@ -301,31 +305,48 @@ class _Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _bytes() -> dict[str, float]:
-    group, found = context_group(), dict[str, float]()
+def _bytes() -> dict[str, tuple[float, float]]:
+    """Return what the busiest rank sends for each layer, by gathered states and in a ring."""
+    group, found = context_group(), {}
     assert group is not None
     size = group.size()
-    pieces = segment_of(Sequences.from_lengths([FEW * size]), group.rank(), size, group)
+    row = Sequences.from_lengths([FEW * size])
     for name in sorted(registry()):
         block = build_model(_model(name), 16, seed=0).blocks[0]
         assert isinstance(block, Block)
-        x = torch.randn(FEW, 1, WIDTH, requires_grad=True)
-        with _Sent() as sent:
-            run_block(block, x, pieces, 0, None)[0].sum().backward()
-        totals: list[Any] = [None] * size
-        dist.all_gather_object(totals, sent.total)
-        found[name] = totals[busiest_segment(1, size)]
+        both = []
+        for ring in (False, True):
+            pieces = segment_of(row, group.rank(), size, group, ring=ring)
+            x = torch.randn(FEW, 1, WIDTH, requires_grad=True)
+            with _Sent() as sent:
+                run_block(block, x, pieces, 0, None)[0].sum().backward()
+            totals: list[Any] = [None] * size
+            dist.all_gather_object(totals, sent.total)
+            both.append(totals[busiest_segment(1, size)])
+        found[name] = both[0], both[1]
     return found
 
 
-def _planned_bytes(name: str, size: int) -> float:
-    """Return the bytes that the plan has for a layer of each of ``size`` ranks."""
+def _by(sent: float, planned: float) -> str:
+    if math.isnan(planned):
+        return f"{'not planned':>14}"
+    return f"{planned:>14,.0f}{sent / planned:>7.3f}"
+
+
+def _planned_bytes(name: str, size: int, ring: bool) -> float:
+    """Return the bytes that the plan has for a layer of each of ``size`` ranks, nan without one."""
     tokens = FEW * size
     train = TrainConfig(steps=1, seq_len=tokens, precision="float32", global_batch_tokens=tokens)
     run = RunConfig("benchmark", _model(name), train=train)
     planner = Planner(run, 16, load_hardware("configs/hardware/cpu.yaml"))
-    layout = ParallelConfig(context=size, micro_batch_size=1, context_cells="chain")
-    unit = planner.units(layout, "none").blocks[name]
+    scans: Literal["gather", "ring"] = "ring" if ring else "gather"
+    layout = ParallelConfig(
+        context=size, micro_batch_size=1, context_cells="chain", context_scans=scans
+    )
+    try:
+        unit = planner.units(layout, "none").blocks[name]
+    except UserError:  # a state that grows
+        return math.nan
     return unit.forward.context_bytes + unit.backward.context_bytes
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from pretrain.common.config_loader import ConfigError
 from pretrain.config import ModelConfig, PrefixConfig, RunConfig, checks
 from pretrain.config.checks import ModelLimits
 from pretrain.model.float8 import check_float8_layout
-from pretrain.model.spec import block_specs, check_model
+from pretrain.model.spec import BlockSpec, block_specs, check_model
 from pretrain.model.stages import most_stages
-from pretrain.nn.mixers.base import SHAREABLE
+from pretrain.nn.mixers.base import SHAREABLE, LayerContext
+from pretrain.parallel.context import ParallelContext
 
 ENDLESS = 2**40  # tokens, more than any window
 
@@ -40,6 +43,7 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
     if config.train.carry_state:
         _check_states(config.model, where)
     _check_cells(config, where)
+    _check_handed_on(config, where)
     checks.check_layout(config, model_limits(config.model, where), count, where)
     if config.train.precision == "fp8":
         check_float8_layout(config.model, config.parallel.tensor, where)
@@ -48,14 +52,41 @@ def check_layout(config: RunConfig, count: int, where: str) -> None:
 def _check_states(config: ModelConfig, where: str) -> None:
     """Raise ConfigError where a layer's state grows, which rows cannot carry on for ever."""
     for spec in block_specs(config, where):
-        short, long = (
-            spec.mixer.state_bytes(spec.config, config.hidden_size, n)
-            for n in (ENDLESS, 2 * ENDLESS)
-        )
-        if short != long:
+        if _grows(spec, config.hidden_size):
             raise ConfigError(
                 f"{where}: train.carry_state is true, but the state of mixer '{spec.name}' grows "
                 "with the text; expected layers with a state of one size, such as swa"
+            )
+
+
+def _grows(spec: BlockSpec, hidden_size: int) -> bool:
+    """Return whether the state of a block's mixer grows with the text."""
+    short, long = (
+        spec.mixer.state_bytes(spec.config, hidden_size, n) for n in (ENDLESS, 2 * ENDLESS)
+    )
+    return short != long
+
+
+def _check_handed_on(config: RunConfig, where: str) -> None:
+    """Raise ConfigError where the next segment could not tell how large a layer's state is.
+
+    One whose state grows says so by packing it along its first axis, as attention's keys are.
+    """
+    size, hidden_size = config.parallel.context, config.model.hidden_size
+    if size == 1:
+        return
+    for spec in block_specs(config.model, where):
+        if spec.mixer.over_time != "state" or not _grows(spec, hidden_size):
+            continue
+        context = LayerContext(hidden_size, 0.0, 0.0, ParallelContext(), number=spec.number)
+        with torch.device("meta"):
+            state = spec.mixer(spec.config, context).init_state(1)
+        if all(tensor.shape[:1] == (1,) for tensor in state.values()):
+            raise ConfigError(
+                f"{where}: parallel.context is {size}, but the state of mixer '{spec.name}' grows "
+                "with the text along another axis than its first; expected parallel.context 1, or "
+                "what grows packed along the first axis, with a select_state and, where joining is "
+                "more than torch.cat, a join_states of its own (docs/add-a-layer.md)"
             )
 
 

@@ -1,4 +1,4 @@
-"""Layers that are handed on by their states take turns: what rank waits for what, in slots."""
+"""What rank waits for what, in slots, and the work that segments of a row add."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from benchmarks.context_cpu import products_ratio
 from benchmarks.context_stagger import LAYERS
 from tests.helpers.processes import run_on
 
@@ -21,3 +22,13 @@ def test_a_chain_of_layers_staggers_over_ranks(tmp_path):
         assert forward == backward == expected
         # Each layer is computed again in a slot of its own, from what it has received before.
         assert checkpointed == expected + LAYERS
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("delta rule 64 x 64", 1.24), ("delta rule 64 x 128, decay by channel", 1.25)],
+)
+def test_a_segment_of_a_delta_rule_takes_few_products_more_and_in_a_ring_none(name, most):
+    gathered, in_ring = (products_ratio(name, ring=ring, tokens=256) for ring in (False, True))
+    assert 1.1 < gathered < most
+    assert in_ring == 1

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import random
 import re
 import sys
 import types
@@ -49,6 +50,13 @@ LAYOUTS = {
     "long tail": [5, 43],
 }
 Errors = dict[str, tuple[float, str]]  # by case: how large, and of what
+
+
+def random_lengths(name: str) -> list[int]:
+    """Lengths that add up to the row, drawn for a mixer."""
+    draw = random.Random(name)
+    cuts = sorted(draw.sample(range(1, TOKENS), draw.randint(1, 6)))
+    return [b - a for a, b in itertools.pairwise([0, *cuts, TOKENS])]
 
 
 def block_of(name: str, values: dict[str, object], dtype: torch.dtype = torch.float64) -> Block:
@@ -246,6 +254,9 @@ def main(file: Path, wanted: list[str]) -> None:
             for layout, lengths in LAYOUTS.items():
                 for key, error in compare(block, lengths, groups, modes).items():
                     found[f"{name} {number}, {layout}, {key}"] = error
+            if number == 0:
+                for key, error in compare(block, random_lengths(name), groups, modes[:1]).items():
+                    found[f"{name} {number}, random, {key}"] = error
         if registry()[name].over_time == "cells":
             single, block = (
                 over_heads(block_of(name, {"num_heads": 4}, dtype))

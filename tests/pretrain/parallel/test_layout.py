@@ -25,6 +25,7 @@ from pretrain.config import (
 )
 from pretrain.model.layout import check_layout
 from pretrain.model.stages import Stage, balance, split_into_stages
+from pretrain.nn.mixers import registry
 from pretrain.nn.parameters import info_of
 from pretrain.parallel.context import current_context
 from pretrain.parallel.megatron import transformer_config
@@ -112,6 +113,16 @@ def test_what_depends_on_a_whole_micro_batch_is_not_shared_over_time(section, va
         setattr(getattr(config, section), name, given)
     with pytest.raises(ConfigError, match=f"context is 2 {message}"):
         check_run_config(config, "test")
+
+
+def test_states_whose_size_the_next_process_cannot_know_are_not_handed_on(monkeypatch):
+    kind, config = registry()["sliced_attn"], run_config("2*sliced_attn", context=2)
+    check_layout(config, 2, "test")  # packed along the first axis
+    monkeypatch.setattr(kind, "init_state", lambda self, n: {"k": torch.zeros(n, 0, 4)})
+    check_layout(run_config("2*sliced_attn"), 2, "test")
+    message = "context is 2, but the state of mixer 'sliced_attn' grows .* along another axis"
+    with pytest.raises(ConfigError, match=message):
+        check_layout(config, 2, "test")
 
 
 @pytest.mark.parametrize(

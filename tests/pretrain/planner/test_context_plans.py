@@ -32,7 +32,8 @@ def planner(pattern, rows=1, seq_len=SEQ_LEN, hardware="h100", hidden_size=256, 
 
 
 def estimate(pattern, context, rows=1, devices=None, **given):
-    layout = {name: given.pop(name) for name in ("context_cells", "expert") if name in given}
+    names = "context_cells", "context_scans", "expert"
+    layout = {name: given.pop(name) for name in names if name in given}
     parallel = ParallelConfig(context=context, micro_batch_size=rows, **layout)
     return planner(pattern, rows, **given).estimate(parallel, devices or context)
 
@@ -61,6 +62,20 @@ def test_layers_that_hand_states_on_wait_for_the_segments_before_once():
     assert one / waiting("m2rnn", 2) == pytest.approx(3 / 2, rel=0.1)
     alone = estimate("m2rnn", 1).seconds["compute"] / 4
     assert 3 * 0.5 * alone < one < 3.3 * alone
+
+
+def test_a_ring_of_scans_waits_once_for_a_state_and_sends_less():
+    ring, longer, gather = (
+        estimate(pattern, 4, context_scans=scans)
+        for pattern, scans in (("gdn", "ring"), ("4*gdn", "ring"), ("4*gdn", "gather"))
+    )
+    one, many = (e.seconds["waiting for states"] for e in (ring, longer))
+    assert many == pytest.approx(one, rel=0.01)
+    assert 0 < one < ring.seconds["compute"] / 2
+    assert gather.seconds["waiting for states"] == 0
+    assert longer.sent["context parallel"] < gather.sent["context parallel"] / 2
+    two, same = (estimate("gdn", 2, context_scans=scans) for scans in ("auto", "ring"))
+    assert two.seconds == same.seconds
 
 
 def test_what_is_computed_again_does_not_wait():
