@@ -177,15 +177,13 @@ def batches(micro_batches: int, seq_len: int = SEQ_LEN) -> list[Any]:
     return [pack_rows(row, eod_id=0) for row in rows]
 
 
-def make(
-    config: ModelConfig, parallel: ParallelConfig, seq_len: int, count: int
-) -> tuple[Engine, int]:
+def make(config: ModelConfig, parallel: ParallelConfig, seq_len: int) -> tuple[Engine, int]:
     """Return an engine, and the number of this rank's parameters."""
     stages = build_stages(
         config, VOCAB, seed=0, seq_len=seq_len, sequence_parallel=parallel.sequence
     )
     local = sum(p.numel() for stage in stages for p in stage.parameters())
-    return Engine(stages, OptimizerConfig(), parallel, count), local
+    return Engine(stages, OptimizerConfig(), parallel), local
 
 
 def costs() -> None:
@@ -200,7 +198,7 @@ def costs() -> None:
         start(parallel)
         rank, size = data_parallel_rank_and_size()
         before = held_bytes()
-        engine, parameters = make(model_config(), parallel, SEQ_LEN, MICRO_BATCHES // size)
+        engine, parameters = make(model_config(), parallel, SEQ_LEN)
         local = batches(MICRO_BATCHES)[rank::size]
         formula = expected_bytes(parallel, engine, parameters)
         engine.train_step(local, 1e-3)
@@ -316,7 +314,7 @@ def bubble() -> None:
     for stages, parts in ((2, 1), (2, 2), (2, 4), (4, 1), (4, 2)):
         parallel = ParallelConfig(pipeline=stages, virtual_pipeline=parts)
         start(parallel)
-        engine, _ = make(config, parallel, seq_len, 1)
+        engine, _ = make(config, parallel, seq_len)
         for part in engine.parts:
             _keep_time(part, 1 / parts)
         for count in COUNTS:

@@ -109,12 +109,7 @@ def measure(config: RunConfig, name: str, steps: int, tokens: int, profile: Path
     model = build_model(config.model, vocab_size, seed=0, dtype=dtype)
     if config.train.precision == "fp8":
         multiply_in_float8(model, model.context)
-    engine = Engine(
-        model,
-        config.optimizer,
-        config.parallel,
-        MICRO_BATCHES,
-    )
+    engine = Engine(model, config.optimizer, config.parallel)
     data, number = batches(vocab_size, length, tokens), 0
 
     def step() -> None:

@@ -158,8 +158,13 @@ def measure(arguments: Sequence[str]) -> int:
         grid = load_grid(options.config, options.overrides, measuring=True)
     console, speeds = console_of(), {}
     for member in grid.members:
-        speeds[member.name] = throughput.measure(member.config, options.steps, options.processes)
-        console.print(f"{member.name or grid.name}: {speeds[member.name]:,.0f} tokens/s")
+        speed = throughput.measure(member.config, options.steps, options.processes)
+        speeds[member.name] = speed.tokens_per_second
+        phases = ", ".join(f"{name} {found:,.0f}" for name, found in speed.phases.items())
+        console.print(
+            f"{member.name or grid.name}: {speed.tokens_per_second:,.0f} tokens/s"
+            + (f" ({phases})" if phases else "")
+        )
     console.print(f"written to {throughput.write_throughput(grid.directory, speeds)}")
     return 0
 

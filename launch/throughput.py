@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from launch.local import command_of, environment_of, processes_of
 from pretrain.common.config_loader import ConfigError
@@ -41,15 +42,38 @@ def read_throughput(directory: Path, names: Sequence[str]) -> dict[str, float]:
     return {name: float(found[name]) for name in names}
 
 
-def measure(config: RunConfig, steps: int, processes: int | None) -> float:
-    """Train for a few steps and return the median tokens per second over ``steps`` of them.
+class Speed(NamedTuple):
+    """The tokens per second of a run, and of each of its phases, by name, if it has any."""
 
-    Raises UserError when the run fails.
+    tokens_per_second: float
+    phases: dict[str, float]
+
+
+def measure(config: RunConfig, steps: int, processes: int | None) -> Speed:
+    """Train each phase for a few steps, and return the median tokens per second over ``steps``.
+
+    That of a run in phases is its tokens by the time that they take together. Raises UserError when
+    the run fails.
     """
+    if not config.phases:
+        return Speed(_measure(config, steps, processes), {})
+    known, speeds, seconds = dict[tuple[int, ...], float](), dict[str, float](), 0.0
+    plan = config.plan
+    for phase in plan.phases:
+        own = phase.config
+        sizes = own.train.seq_len, own.train.global_batch_tokens, own.parallel.micro_batch_size
+        if sizes not in known:
+            known[sizes] = _measure(own, steps, processes)
+        speeds[phase.name] = known[sizes]
+        seconds += phase.tokens / known[sizes]
+    return Speed(plan.tokens / seconds, speeds)
+
+
+def _measure(config: RunConfig, steps: int, processes: int | None) -> float:
     config = copy.deepcopy(config)
     train = config.train
     train.steps, train.tokens = steps + _WARMUP_STEPS, None
-    config.phases = []  # the speed of the run's own settings
+    train.batch_warmup_steps, train.batch_warmup_start = 0, None
     config.schedule.warmup_steps, config.schedule.kind = 0, "constant"
     config.validation.every, config.validation.tokens, config.sample.tokens = 0, 1, 0
     config.checkpoint.every, config.logging.every = 10**9, 1

@@ -18,6 +18,7 @@ from evals.scaling.schedules import (
     interpolated_lr,
     largest_difference,
     parse_schedule,
+    rates_of_equal_steps,
     rises_from_0,
     schedule_lr,
 )
@@ -59,11 +60,18 @@ def token_unit(logs: list[Log]) -> float:
     return next(unit * power for unit in (1, 2, 5, 10) if unit * power >= least * (1 - 1e-9))
 
 
-def build(log: Log, reading: OneReading, unit: float = 1.0, lr: Array | None = None) -> Built:
+def build(
+    log: Log,
+    reading: OneReading,
+    unit: float = 1.0,
+    lr: Array | None = None,
+    tokens: Array | None = None,
+) -> Built:
     """Clean a log and add a learning rate for every step.
 
-    unit: tokens of a step, where the log counts tokens; lr: that of every step where it is known.
-    Raises UserError where there is nothing to fit.
+    unit: tokens of a step, where the log counts tokens; lr: that of every step where it is known;
+    tokens: those before each step and after the last, where it is known that steps have different
+    numbers. Raises UserError where there is nothing to fit.
     """
     warnings = list[str]()
     _check(log)
@@ -109,14 +117,18 @@ def build(log: Log, reading: OneReading, unit: float = 1.0, lr: Array | None = N
             f"{step[-1]:,}; choose an earlier --from-step"
         )
     step, loss = step[kept], loss[kept]
-    clock = log.clock.ordered() if log.clock is not None else None
-    if clock is not None and not counts_tokens(log):
+    clock, seen = log.clock.ordered() if log.clock is not None else None, None
+    if tokens is not None:
+        per_step = per_step or float(tokens[-1] - tokens[-2])
+        seen = tokens / per_step
+        warnings.append(f"its batch size changes; steps of {per_step:,.0f} tokens are counted")
+    elif clock is not None and not counts_tokens(log):
         per_step, varying = _tokens_per_step(clock, log.clock_is, per_step, warnings)
-        if varying:
-            seen = _seen(clock, len(lr))
-            step, loss, lr = _onto_tokens(seen, step, loss, lr)
-            warmup = round(seen[min(warmup, len(seen) - 1)])
-            begins = None if begins is None else round(seen[begins])
+        seen = _seen(clock, len(lr)) if varying else None
+    if seen is not None:
+        step, loss, lr = _onto_equal_steps(seen, step, loss, lr)
+        warmup = round(seen[min(warmup, len(seen) - 1)])
+        begins = None if begins is None else round(seen[begins])
     if reading.smooth:
         loss = _smoothed(loss, reading.smooth)
         warnings.append(f"the loss is an exponential mean with factor {reading.smooth}")
@@ -295,14 +307,13 @@ def _seen(clock: Series, count: int) -> Array:
     return seen
 
 
-def _onto_tokens(
+def _onto_equal_steps(
     seen: Array, step: NDArray[np.int64], loss: Array, lr: Array
 ) -> tuple[NDArray[np.int64], Array, Array]:
     """Count steps of equal size, see :func:`_seen`, of which one may hold several of the old."""
-    at = np.searchsorted(seen, np.arange(max(math.ceil(seen[-1]), 1)), side="right") - 1
     new = np.round(seen[step])
     middle, mean = means(new, loss, new)
-    return middle.astype(np.int64), mean, lr[np.clip(at, 0, len(lr) - 1)]
+    return middle.astype(np.int64), mean, rates_of_equal_steps(seen, lr)
 
 
 def _smoothed(loss: Array, factor: float) -> Array:

@@ -25,7 +25,12 @@ from evals.scaling.extrapolating import outside_of
 from evals.scaling.fitting import Fit, load_fit
 from evals.scaling.intervals import ends_of
 from evals.scaling.parameters import Array
-from evals.scaling.schedules import run_lr
+from evals.scaling.schedules import (
+    rates_of_equal_steps,
+    run_lr,
+    tokens_of_steps,
+    tokens_per_step,
+)
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.common.screen import plain_console, show_table, titled_table
@@ -90,8 +95,11 @@ def predict_merge(found: Fit, name: str, noted: dict[str, Any], directory: Path)
     """Return the law's prediction for the decay that a merge stands for."""
     merged, trunk = RunDirectory(directory), RunDirectory(noted["run"])
     config = merged.read_config()
-    lr = run_lr(config, trunk)
-    steps = noted["steps"]
+    lr, steps, batch = run_lr(config, trunk), noted["steps"], tokens_per_step(config.plan)
+    tokens = tokens_of_steps(config.plan)
+    if tokens is not None:  # a law's steps are of one size
+        steps = np.round(tokens[steps] / batch).astype(int).tolist()
+        lr = rates_of_equal_steps(tokens / batch, lr)
     sizes = trunk.read_model()
     flat = Curve(
         name,
@@ -100,7 +108,7 @@ def predict_merge(found: Fit, name: str, noted: dict[str, Any], directory: Path)
         lr[: steps[-1]],
         end_of_warmup(lr),
         float(sizes["parameters"]) if sizes else None,
-        float(config.train.global_batch_tokens),
+        batch,
     )
     decayed = dataclasses.replace(flat, lr=decay_of(lr, steps, noted["weights"]))
     gain = float(found.predict(flat)[-1] - found.predict(decayed)[-1])

@@ -18,7 +18,7 @@ from evals.scaling.manifest import Source, sources_of
 from evals.scaling.parameters import Array
 from evals.scaling.points_tables import is_points_table, read_points
 from evals.scaling.reading import Reading
-from evals.scaling.schedules import run_lr, tokens_per_step
+from evals.scaling.schedules import run_lr, tokens_of_steps, tokens_per_step
 from pretrain.common.config_loader import flattened
 from pretrain.common.errors import UserError
 from pretrain.run_arguments import distinct_names, expand_paths, runs_of
@@ -64,8 +64,8 @@ def read_curves(
             built.append(build(one.log, own, unit))
             continue
         config = one.run.read_config()
-        lr = run_lr(config, one.run)
-        built.append(build(one.log, own, unit, lr))
+        lr, tokens = run_lr(config, one.run), tokens_of_steps(config.plan)
+        built.append(build(one.log, own, unit, lr, tokens))
         _describe(built[-1].curve, one.run, own.embeddings)
     trunks = {b.curve.name: own.branch_of for b, own in zip(built, readings, strict=True)}
     join_branches(built, trunks, known)
@@ -154,7 +154,7 @@ def _describe(curve: Curve, run: RunDirectory, embeddings: bool) -> None:
         apart = 0 if embeddings else found["embedding_parameters"]
         curve.parameters = curve.parameters or float(found["parameters"] - apart)
         curve.flops_per_token = float(found["training_flops_per_token"])
-    curve.tokens_per_step = curve.tokens_per_step or tokens_per_step(config.plan, str(run))
+    curve.tokens_per_step = curve.tokens_per_step or tokens_per_step(config.plan)
     curve.labels |= flattened(dataclasses.asdict(config))
 
 

@@ -46,15 +46,30 @@ def run_lr(config: RunConfig, run: RunDirectory) -> Array:
     return lr
 
 
-def tokens_per_step(plan: RunPlan, where: str) -> float:
-    """Return the tokens of every step. Raises UserError where phases have batches of their own."""
-    sizes = sorted({phase.config.train.global_batch_tokens for phase in plan.phases})
-    if len(sizes) > 1:
-        raise UserError(
-            f"{where}: its phases have batches of {', '.join(f'{size:,}' for size in sizes)} "
-            "tokens, but laws count steps of one size; expected one global_batch_tokens"
-        )
-    return float(sizes[0])
+def tokens_per_step(plan: RunPlan) -> float:
+    """Return the tokens of a run's last step, those of every step of a law."""
+    return float(plan.batch_tokens(plan.num_steps - 1))
+
+
+def tokens_of_steps(plan: RunPlan) -> Array | None:
+    """Return the tokens (T + 1,) before each of T steps and after the last one.
+
+    None where all steps have equally many.
+    """
+    sizes = np.array([plan.batch_tokens(step) for step in range(plan.num_steps)], dtype=float)
+    if (sizes == sizes[0]).all():
+        return None
+    return np.concatenate([[0.0], np.cumsum(sizes)])
+
+
+def rates_of_equal_steps(seen: Array, lr: Array) -> Array:
+    """Return the learning rate of every step of equal size.
+
+    seen: (T + 1,) such steps before each of T steps of other sizes, and after the last one; lr:
+    the rates of those.
+    """
+    whole = np.arange(max(math.ceil(seen[-1]), 1))
+    return lr[np.clip(np.searchsorted(seen, whole, side="right") - 1, 0, len(lr) - 1)]
 
 
 def parse_schedule(text: str) -> tuple[ScheduleConfig, float, int]:

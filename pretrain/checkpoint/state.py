@@ -204,14 +204,17 @@ def _model_settings(model: ModelConfig) -> dict[str, Any]:
     return flattened(settings)
 
 
-def load_checkpoint(checkpoint: Path, engine: HoldsState) -> None:
-    """Load weights and optimizer state into an engine whose model has the checkpoint's shape."""
+def load_checkpoint(checkpoint: Path, engine: HoldsState, *, carried: bool = True) -> None:
+    """Load weights and optimizer state into an engine whose model has the checkpoint's shape.
+
+    ``carried``: also what rows carry, of which the engine has as many.
+    """
     state = read_state(checkpoint)
     _load(engine.backend.weights_state(saving=False), checkpoint)
     _load(engine.backend.optimizer_state(saving=False), checkpoint)
-    carried = engine.carried_state()
-    if carried:
-        _load(carried, checkpoint)
+    states = engine.carried_state() if carried else {}
+    if states:
+        _load(states, checkpoint)
     engine.backend.loaded(state.step - state.skipped, state.aligned)
 
 

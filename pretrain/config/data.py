@@ -78,7 +78,7 @@ class DataConfig(Config):
     window: int | None = setting(None, minimum=2)
     """Tokens of the windows of text whose order is drawn, a multiple of every ``seq_len``; null:
     the longest ``seq_len`` of all phases. Shorter sequences are the pieces of a window, in their
-    order."""
+    order. Not with ``best_fit``, which has no windows."""
     verify: Literal["size", "sha256"] = setting("size")
     """What is checked of every file before training: its size, or its hash, for which all of the
     data is read."""

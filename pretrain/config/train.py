@@ -68,7 +68,8 @@ class TrainConfig(Config):
     the step before, without gradients through it (truncated back-propagation through time). Rows
     then read on from step to step; a new document begins without a state as ever."""
     carry_steps: int = setting(64, minimum=1)
-    """With ``carry_state``, the steps for which a row reads on before it goes to another place."""
+    """With ``carry_state``, the steps for which a row reads on before it goes to another place;
+    where phases have several lengths, those of sequences as long as ``data.window``."""
     carry_state_noise: float = setting(0.0, minimum=0)
     """Standard deviation of normal noise on carried states, as a multiple of the root mean square
     of a layer's state of one row; not on keys and values of a window, normalisers, and

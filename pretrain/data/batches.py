@@ -7,7 +7,7 @@ a source the samples come in a pseudorandom order that is a new one every epoch,
 Nothing is stored: the loader's state is the number of the step.
 
 With ``train.carry_state`` rows read on instead: row r of a step continues row r of the step before,
-through a span of ``train.carry_steps`` samples of one source, and then goes to another span. Spans
+through a span of ``train.carry_steps`` windows of one source, and then goes to another span. Spans
 are dealt as samples are else, and rows reach the end of theirs in turn, not all at one step.
 
 The end-of-document token opens the next document: it is the first input of every document, so each
@@ -27,10 +27,11 @@ import torch
 
 from pretrain.common.errors import UserError
 from pretrain.config import DataConfig, PrefixConfig, TrainConfig
-from pretrain.config.plan import RunPlan
+from pretrain.config.plan import Phase, RunPlan
 from pretrain.data.batch import Batch
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import Mix, Offset, Order, Progress
+from pretrain.data.packed_order import PackedOrder
 from pretrain.data.packing import PackedRows, describe_cuts, packed
 from pretrain.data.prefixes import generator_of, with_prefixes
 from pretrain.data.reading_on import ReadingOn
@@ -154,18 +155,26 @@ class _Sizes(Protocol):
 
 
 class _Part(NamedTuple):
-    """Steps with the same data, in samples of one length."""
+    """Steps with the same data, in samples of one length, and in ``rows`` where those read on."""
 
     first: int
     last: int | None
     seq_len: int
     window: int
     data: PreparedData
+    rows: int | None = None
 
     def goes_on_in(self, other: _Part) -> bool:
         """Return whether ``other`` reads the same mix in the same pieces."""
-        sizes = (self.seq_len, self.window) == (other.seq_len, other.window)
-        return sizes and self.data.has_the_mix_of(other.data)
+        sizes = (self.seq_len, self.window, self.rows)
+        same = sizes == (other.seq_len, other.window, other.rows)
+        return same and self.data.has_the_mix_of(other.data)
+
+
+def _part(phase: Phase, data: PreparedData, window: int) -> _Part:
+    train = phase.config.train
+    rows = train.global_batch_tokens // train.seq_len if train.carry_state else None
+    return _Part(phase.first, phase.last, train.seq_len, window, data, rows)
 
 
 class TrainingBatches:
@@ -183,7 +192,8 @@ class TrainingBatches:
         seed: int,
         prefix: PrefixConfig | None = None,
     ):
-        part = _Part(0, None, config.seq_len, config.seq_len, data)
+        rows = config.global_batch_tokens // config.seq_len if config.carry_state else None
+        part = _Part(0, None, config.seq_len, config.seq_len, data, rows)
         self._set_up([part], config, config, seed, DataConfig(prefix=prefix))
         self._micro_batch_sizes: list[tuple[int | None, int]] = [(None, micro_batch_size)]
 
@@ -194,7 +204,7 @@ class TrainingBatches:
         """Return the batches of a run, from the data of each of its phases and its windows."""
         parts: list[_Part] = []
         for phase, data, window in zip(plan.phases, phases, windows, strict=True):
-            part = _Part(phase.first, phase.last, phase.config.train.seq_len, window, data)
+            part = _part(phase, data, window)
             if parts and parts[-1].goes_on_in(part):
                 # One mix: its shares stay exact over the border.
                 part = part._replace(first=parts.pop().first)
@@ -220,27 +230,26 @@ class TrainingBatches:
         self._before: dict[tuple[int, Offset], list[Progress]] = {}
         self.eod_id = self._tokenizer.eod_id
         self.streams: dict[str, TokenStream] = {}
-        self.packed: dict[str, PackedRows] = {}
+        self.packed: dict[tuple[str, int], PackedRows] = {}
         found = []
-        for first, last, length, window, data in parts:
+        for first, last, length, window, data, _ in parts:
             for name, stream in zip(data.sources, data.train, strict=True):
-                if name not in self.streams:
-                    self.streams[name] = stream
-                    if settings.packing == "best_fit":
-                        self.packed[name] = PackedRows(stream, length, self.eod_id)
+                stream = self.streams.setdefault(name, stream)
+                if settings.packing == "best_fit" and (name, length) not in self.packed:
+                    self.packed[name, length] = PackedRows(stream, length, self.eod_id)
             total = sum(Fraction(w) for w in data.weights)
             weights = [Fraction(w) / total for w in data.weights]
             windows = [self._windows(name, length, window) for name in data.sources]
             found.append(Mix(first, last, length, window, data.sources, weights, windows))
-        self.order = Order(found, seed)
-        if config.carry_state:  # with one mix, see the checks of settings
-            rows = config.global_batch_tokens // config.seq_len
-            self.order = ReadingOn(found[0], seed, rows, config.carry_steps)
+        self.order = PackedOrder(found, seed, self.packed) if self.packed else Order(found, seed)
+        rows = [part.rows for part in parts if part.rows is not None]
+        if rows:
+            self.order = ReadingOn(found, seed, rows, config.carry_steps)
 
     def _windows(self, name: str, seq_len: int, window: int) -> int:
         """Return the number of windows of a source, at least one."""
-        if name in self.packed:
-            count = len(self.packed[name])
+        if self.packed:
+            count = len(self.packed[name, seq_len])
         else:
             count = (len(self.streams[name]) - 1) // window
         if count < 1:
@@ -271,7 +280,7 @@ class TrainingBatches:
 
         ``offset``: data that rollbacks skipped.
         """
-        mix = self._mix_at(step)
+        mix = self.mix_at(step)
         sizes = self._micro_batch_sizes
         micro = next(rows for last, rows in sizes if last is None or step < last)
         first = (self._tokens_of(mix, step) + mix.skipped(offset)) // mix.seq_len
@@ -285,17 +294,18 @@ class TrainingBatches:
         before = self._read_before(mix, offset)
         rows: list[Any] = []
         for index in indices:
+            if isinstance(self.order, PackedOrder):
+                rows.append(self.order.read(mix, index, before))
+                continue
             source, number, token = self.order.locate(mix, index, before)
-            name = mix.names[source]
-            if name in self.packed:
-                rows.append(self.packed[name].read(number))
-            else:
-                start = number * mix.window + token
-                rows.append(self.streams[name].read(start, mix.seq_len + 1))
+            start = number * mix.window + token
+            rows.append(self.streams[mix.names[source]].read(start, mix.seq_len + 1))
         if self.packed:
             batch = Batch(*packed(rows))
         else:
-            goes_on = [self.order.span(i)[1] > 0 for i in indices] if self.order.reads_on else None
+            goes_on = None
+            if self.order.reads_on:
+                goes_on = [self.order.span(mix, i)[1] > 0 for i in indices]
             batch = pack_rows(np.stack(rows), self.eod_id, goes_on)
         if self._prefix is None:
             return batch
@@ -309,12 +319,15 @@ class TrainingBatches:
 
     def describe_place(self, step: int, row: int, token: int, *, offset: Offset = 0) -> str:
         """Return in words where in the data a token of sequence ``row`` of a step's batch lies."""
-        mix = self._mix_at(step)
+        mix = self.mix_at(step)
         first = (self._tokens_of(mix, step) + mix.skipped(offset)) // mix.seq_len
         before = self._read_before(mix, offset)
         source, number, begin = self.order.locate(mix, first + row, before)
         name = mix.names[source]
-        if name in self.packed:
+        if self.packed:
+            left = number - len(self.packed[name, mix.seq_len])
+            if left >= 0:
+                return f"row {left:,} of the packed rows of what was left of {name}"
             return f"row {number:,} of the packed rows of {name}"
         return f"token {number * mix.window + begin + token:,} of {name}"
 
@@ -333,7 +346,8 @@ class TrainingBatches:
         """Return in words how many documents are cut by ends of sequences, by their length."""
         return describe_cuts(self.order.mixes, self.streams, self.packed)
 
-    def _mix_at(self, step: int) -> Mix:
+    def mix_at(self, step: int) -> Mix:
+        """Return the mix of a step."""
         return next(mix for mix in self.order.mixes if mix.has(step))
 
     def _tokens_of(self, mix: Mix, step: int) -> int:

@@ -13,6 +13,7 @@ read in the epoch are passed over until no other is left.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -55,7 +56,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class _Used:
+class Used:
     """The first ``taken`` of ``count`` windows of so many tokens, by the order of ``key``."""
 
     window: int
@@ -80,7 +81,7 @@ class Progress:
     count: int
     epoch: int = 0
     read: int = 0
-    used: tuple[_Used, ...] = ()
+    used: tuple[Used, ...] = ()
 
 
 class Order:
@@ -91,9 +92,9 @@ class Order:
 
     def __init__(self, mixes: Sequence[Mix], seed: int):
         self.mixes, self.seed = mixes, seed
-        self._free: dict[tuple[str, Progress], _FreeWindows] = {}
+        self._free: dict[tuple[str, Progress], Free] = {}
 
-    def span(self, index: int) -> tuple[int, int]:
+    def span(self, mix: Mix, index: int) -> tuple[int, int]:
         """Return the number of what a row reads without a break, and the sample's place in it."""
         return index, 0
 
@@ -128,10 +129,14 @@ class Order:
             ]
             if each is mix:
                 return found
-            counts = shares_of(total // each.seq_len, each.weights)
-            for name, progress, count in zip(each.names, found, counts, strict=True):
-                known[name] = replace(progress, read=progress.read + count * each.seq_len)
+            read = self._read_of(each, total // each.seq_len)
+            for name, progress, tokens_read in zip(each.names, found, read, strict=True):
+                known[name] = replace(progress, read=progress.read + tokens_read)
         raise ValueError("the mix is none of the order's")
+
+    def _read_of(self, mix: Mix, samples: int) -> list[int]:
+        """Return how many tokens the first samples of a mix read of each of its sources."""
+        return [count * mix.seq_len for count in shares_of(samples, mix.weights)]
 
     def _going_on(self, name: str, progress: Progress | None, mix: Mix, count: int) -> Progress:
         """Return where a mix begins to read a source, of which it has ``count`` windows."""
@@ -140,11 +145,11 @@ class Order:
         if progress.window == mix.window:
             return replace(progress, read=-(-progress.read // mix.seq_len) * mix.seq_len)
         number, epoch, used = -(-progress.read // progress.window), progress.epoch, progress.used
-        key = self._key(name, epoch)
+        key, ordered = self._key(name, epoch), progress.count
         if used:
             free = self._free_windows(name, progress)
             if number == 0 or free.at(number - 1) is not None:
-                key, number = free.key, free.candidates(number)
+                key, number, ordered = free.key, free.candidates(number), free.count
             else:
                 number, epoch, used = number - len(free.found), epoch + 1, ()
         if not used:
@@ -152,26 +157,51 @@ class Order:
             epoch += more
             key = self._key(name, epoch)
         if number:
-            used = (*used, _Used(progress.window, progress.count, key, number))
+            used = (*used, Used(progress.window, ordered, key, number))
         return Progress(mix.window, count, epoch, 0, used)
 
-    def _free_windows(self, name: str, progress: Progress) -> _FreeWindows:
+    def _free_windows(self, name: str, progress: Progress) -> Free:
         begun = replace(progress, read=0)
         if (name, begun) not in self._free:
             key = self._key(name, progress.epoch, progress.window)
-            self._free[name, begun] = _FreeWindows(begun, key)
+            self._free[name, begun] = self._find_free(name, begun, key)
         return self._free[name, begun]
+
+    def _find_free(self, name: str, progress: Progress, key: bytes) -> Free:
+        return FreeWindows(progress, key)
 
     def _key(self, name: str, *numbers: int) -> bytes:
         text = ":".join(map(str, (self.seed, name, *numbers)))
         return hashlib.sha256(text.encode()).digest()
 
 
-class _FreeWindows:
-    """The windows of which nothing was read, in the order of ``key``; found as they are needed."""
+class Free(ABC):
+    """What is left of a source in an epoch, in the order of ``key``.
+
+    Attributes:
+        count: How many windows are ordered.
+        found: Those of which nothing was read, as far as they are known.
+    """
+
+    found: Sequence[int]
 
     def __init__(self, progress: Progress, key: bytes):
-        self.progress, self.key = progress, key
+        self.progress, self.key, self.count = progress, key, progress.count
+
+    @abstractmethod
+    def at(self, number: int) -> int | None:
+        """Return the window of a number, None where there are fewer."""
+
+    @abstractmethod
+    def candidates(self, number: int) -> int:
+        """Return how many windows of the order are the first ``number`` free ones, and others."""
+
+
+class FreeWindows(Free):
+    """The windows of which nothing was read, found as they are needed."""
+
+    def __init__(self, progress: Progress, key: bytes):
+        super().__init__(progress, key)
         self.found: list[int] = []
         self._candidates: list[int] = []  # how many were looked at up to each
         self._next = 0

@@ -39,20 +39,44 @@ class PackedRows:
 
     Documents longer than a row are cut into rows and a rest; then, of some thousands at once, the
     longest piece comes first, into the fullest row that has room for it (arXiv 2404.10830).
+
+    ``left``: first tokens and lengths of what to pack of the documents; None: all of them.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, eod_id: int):
+    def __init__(
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        eod_id: int,
+        left: tuple[np.ndarray, np.ndarray] | None = None,
+    ):
         self.stream, self.seq_len, self.eod_id = stream, seq_len, eod_id
-        lengths = stream.document_lengths()
-        self.documents, self.cut = len(lengths), int((lengths > seq_len).sum())
-        starts, sizes, rows = _pieces(lengths, seq_len)
+        if left is None:
+            lengths = stream.document_lengths()
+            left = np.cumsum(lengths) - lengths, lengths
+        self.documents, self.cut = len(left[1]), int((left[1] > seq_len).sum())
+        starts, sizes, rows, owners = _pieces(*left, seq_len)
         order = np.argsort(rows, kind="stable")
-        self._starts, self._sizes = starts[order], sizes[order]
+        self._starts, self._sizes, self._owners = starts[order], sizes[order], owners[order]
         self._first = np.searchsorted(rows[order], np.arange(int(rows.max(initial=-1)) + 2))
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self._first) - 1
+
+    def without(self, read: np.ndarray, seq_len: int) -> PackedRows:
+        """Return other rows, of ``seq_len`` tokens, of what the rows of the mask ``read`` lack.
+
+        Neighbouring pieces of one document are one again.
+        """
+        kept = np.flatnonzero(~np.repeat(read, np.diff(self._first)))
+        kept = kept[np.argsort(self._starts[kept])]
+        starts, sizes, owners = self._starts[kept], self._sizes[kept], self._owners[kept]
+        goes_on = (starts[1:] == starts[:-1] + sizes[:-1]) & (owners[1:] == owners[:-1])
+        begins = np.flatnonzero(np.append(True, ~goes_on)[: len(kept)])
+        ends = np.append(0, np.cumsum(sizes))
+        lengths = np.diff(np.append(ends[begins], ends[-1]))
+        return PackedRows(self.stream, seq_len, self.eod_id, (starts[begins], lengths))
 
     def read(self, number: int) -> Row:
         """Return a row."""
@@ -71,19 +95,21 @@ class PackedRows:
         return Row(inputs, targets, [*lengths, rest] if rest else lengths, at)
 
 
-def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return first token, size and row of every piece of the documents of a stream."""
+def _pieces(
+    starts: np.ndarray, lengths: np.ndarray, seq_len: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return first token, size, row and document of every piece of documents, or parts of them."""
     counts = -(-lengths // seq_len)
     document = np.repeat(np.arange(len(lengths)), counts)
     within = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    first = (np.cumsum(lengths) - lengths)[document] + within * seq_len
+    first = starts[document] + within * seq_len
     sizes = np.minimum(lengths[document] - within * seq_len, seq_len)
     rows, done = np.empty(len(sizes), np.int64), 0
     for start in range(0, len(sizes), _TOGETHER):
         found, count = best_fit(sizes[start : start + _TOGETHER].tolist(), seq_len)
         rows[start : start + _TOGETHER] = done + np.array(found, np.int64)
         done += count
-    return first, sizes, rows
+    return first, sizes, rows, document
 
 
 def best_fit(sizes: list[int], capacity: int) -> tuple[list[int], int]:
@@ -136,14 +162,18 @@ def cut_documents(stream: TokenStream, seq_len: int) -> tuple[int, int]:
 
 
 def describe_cuts(
-    mixes: Sequence[Mix], streams: Mapping[str, TokenStream], packed: Mapping[str, PackedRows]
+    mixes: Sequence[Mix],
+    streams: Mapping[str, TokenStream],
+    packed: Mapping[tuple[str, int], PackedRows],
 ) -> str:
     """Return in words how many documents are cut by ends of sequences, by their length."""
     parts, rows = [], packed.values()
     for length in sorted({mix.seq_len for mix in mixes}):
         names = {name for mix in mixes if mix.seq_len == length for name in mix.names}
         found = [
-            (packed[n].cut, packed[n].documents) if packed else cut_documents(streams[n], length)
+            (packed[n, length].cut, packed[n, length].documents)
+            if packed
+            else cut_documents(streams[n], length)
             for n in names
         ]
         cut, documents = (sum(numbers) for numbers in zip(*found, strict=True))

@@ -53,16 +53,15 @@ class Engine:
         model: LanguageModel | Sequence[LanguageModel],
         config: OptimizerConfig,
         parallel: ParallelConfig | None = None,
-        micro_batches: int = 1,
     ):
-        """Wrap the stages; ``micro_batches`` per process and step are for DeepSpeed alone."""
+        """Wrap the stages."""
         self.parts = [model] if isinstance(model, LanguageModel) else list(model)
         parallel = parallel or ParallelConfig()
         if parallel.expert > 1 or parallel.context > 1:  # every pass of a loop exchanges something
             for part in self.parts:
                 if part.recursion is not None:
                     part.recursion.in_step = True
-        self.backend = make_backend(self.parts, config, parallel, micro_batches)
+        self.backend = make_backend(self.parts, config, parallel)
         self.recipe: Callable[[int], Recipe] | None = None  # of a step, where there is a teacher
 
     def begin_step(self, seed: int, step: int, rank: int = 0, world_size: int = 1) -> None:

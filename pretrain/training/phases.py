@@ -42,6 +42,8 @@ def windows_of(plan: RunPlan, past: tuple[int, Sequence[dict[str, Any]]] | None)
     the windows that they began with, and so have later ones whose sequences are pieces of them.
     """
     lengths = [phase.config.train.seq_len for phase in plan.phases]
+    if plan.phases[0].config.data.packing == "best_fit":
+        return lengths  # what is packed is ordered, not windows
     given = plan.phases[0].config.data.window
     if past is None:
         return [given or max(lengths)] * len(lengths)

@@ -178,7 +178,7 @@ def _engine(config: RunConfig, values: dict[str, Any]) -> Engine:
     else:
         checkpoint = None if values["checkpoint"] is None else Path(values["checkpoint"])
         _load(stages[0], checkpoint, values["step"])
-    return Engine(stages, config.optimizer, ParallelConfig(), len(values["batches"]))
+    return Engine(stages, config.optimizer, ParallelConfig())
 
 
 def _load(model: Any, checkpoint: Path | None, step: int) -> None:

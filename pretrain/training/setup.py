@@ -24,6 +24,7 @@ from pretrain.model.build import build_stages, padded_vocab_size
 from pretrain.model.carried import CarriedStates
 from pretrain.model.counts import ModelCounts
 from pretrain.model.float8 import multiply_in_float8
+from pretrain.model.language_model import LanguageModel
 from pretrain.parallel.processes import (
     data_parallel_rank_and_size,
     on_every_process,
@@ -112,17 +113,23 @@ def build_engine(
         initialize_from(stages, config.initialize, data.tokenizer.sha256)
     freeze(stages, config.frozen)
     recipe = None if config.distill is None else learn_from_teacher(stages, config, data)
-    _, replicas = data_parallel_rank_and_size()
-    rows = config.parallel.micro_batch_size
-    micro_batches = train.global_batch_tokens // (train.seq_len * rows * replicas)
-    if train.carry_state:
-        for stage in stages:
-            stage.carried = CarriedStates(stage, micro_batches, rows, train.carry_state_noise)
-    engine = Engine(stages, config.optimizer, config.parallel, micro_batches)
+    if train.carry_state:  # as of the step before, whose states the checkpoint has
+        step = 0 if checkpoint is None else read_state(checkpoint).step
+        carry_states(stages, config.plan.phase_at(max(step - 1, 0)).config)
+    engine = Engine(stages, config.optimizer, config.parallel)
     engine.recipe = recipe
     if checkpoint is not None:
         load_checkpoint(checkpoint, engine)
     return engine
+
+
+def carry_states(stages: Sequence[LanguageModel], phase: RunConfig) -> None:
+    """Have the rows of a phase of these settings carry states, of which they have none yet."""
+    train, rows = phase.train, phase.parallel.micro_batch_size
+    _, replicas = data_parallel_rank_and_size()
+    micro_batches = train.global_batch_tokens // (train.seq_len * rows * replicas)
+    for stage in stages:
+        stage.carried = CarriedStates(stage, micro_batches, rows, train.carry_state_noise)
 
 
 def _shard_at_once(

@@ -69,7 +69,7 @@ def roll_back(
     target = on_main_process(newest)
     if target is None:
         return None
-    load_checkpoint(target, engine)
+    load_checkpoint(target, engine, carried=False)
     engine.forget_carried()  # rows go on elsewhere
     saved = read_state(target)
     skips = [list(skip) for skip in state.offset]

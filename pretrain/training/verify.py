@@ -2,7 +2,7 @@
 
 Trains a few steps three times with the real command, in a temporary folder: on one process; under
 the configured layout; and under it again, resumed from the checkpoint halfway. Losses, gradient
-norms and final weights are compared and printed.
+norms and final weights are compared and printed. A run in phases does a few steps of each.
 """
 
 from __future__ import annotations
@@ -91,7 +91,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain verify", description=__doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps, an even number (4)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=4,
+        help="optimizer steps, an even number (4); phases share them, each has one at least",
+    )
     parser.add_argument(
         "--processes",
         type=int,
@@ -103,23 +108,51 @@ def main(arguments: list[str]) -> int:
     if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes is {options.processes}, expected at least 1")
     config = load_run_config(options.config, options.overrides)
-    processes = options.processes or _default_processes(config)
+    processes = options.processes or default_processes(config)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         return _verify(config, options.config, Path(folder), options.steps, processes)
 
 
-def _default_processes(config: RunConfig) -> int:
-    """Return two replicas' processes, or one's where the batch is no multiple of two's."""
+def default_processes(config: RunConfig) -> int:
+    """Return two replicas' processes, or one's where a batch is no multiple of two's."""
     size = config.parallel.model_size
-    two = 2 * config.train.seq_len * config.parallel.micro_batch_size
-    return size if size > 1 and config.train.global_batch_tokens % two else 2 * size
+    divides = all(
+        c.train.global_batch_tokens % (2 * c.train.seq_len * c.parallel.micro_batch_size) == 0
+        for c in (config, *(phase.config for phase in config.plan.phases))
+    )
+    return 2 * size if size == 1 or divides else size
+
+
+def shorten(config: RunConfig, steps: int) -> int:
+    """Make a run's settings those of ``steps`` steps, or of somewhat more where phases share them.
+
+    Every phase has equally many, and the number of all is even. Returns that.
+    """
+    train, first = config.train, steps
+    if config.phases:
+        batches = [phase.config.train.global_batch_tokens for phase in config.plan.phases]
+        each = max(steps // len(batches), 1)
+        each += each * len(batches) % 2
+        steps, done = each * len(batches), 0
+        for phase, batch in zip(config.phases, batches, strict=True):
+            done += each * batch
+            phase.until, phase.until_tokens = None, done
+            if phase.schedule is not None:
+                phase.schedule.warmup_steps = 0
+        train.steps, train.tokens = None, done
+        train.batch_warmup_steps, train.batch_warmup_start = 0, None
+        own = [number for number, phase in enumerate(config.phases) if phase.schedule is not None]
+        first = each * own[0] if own else steps
+    else:
+        train.steps, train.tokens = steps, None
+    flat = int(first - fraction_of_steps(config.schedule.decay_fraction, first))
+    config.schedule.warmup_steps = min(config.schedule.warmup_steps, first // 2, flat)
+    return steps
 
 
 def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: int) -> int:
-    config.train.steps, config.train.tokens, config.phases = steps, None, []
+    steps = shorten(config, steps)
     # Settings that fit a run of so few steps and its few checkpoints.
-    flat = int(steps - fraction_of_steps(config.schedule.decay_fraction, steps))
-    config.schedule.warmup_steps = min(config.schedule.warmup_steps, steps // 2, flat)
     config.train.spikes.policy = "none"
     config.eval.tasks, config.callbacks = [], []
     config.logging.wandb, config.logging.tensorboard = "disabled", False
@@ -152,8 +185,10 @@ def _verify(config: RunConfig, path: str, folder: Path, steps: int, processes: i
     limits = LIMITS[config.train.precision]
     if config.optimizer.kind == "muon":  # which orthogonalises in bf16
         limits = dataclasses.replace(limits, later=max(limits.later, LIMITS["bf16"].first))
+    phases = f" of {len(config.phases)} phases" if config.phases else ""
     print_table(
-        f"{config.name}: largest relative differences in loss and gradient norm, {steps} steps",
+        f"{config.name}: largest relative differences in loss and gradient norm, {steps} steps"
+        + phases,
         dict(zip(("one process", "uninterrupted"), results, strict=True)),
         limits,
     )

@@ -356,5 +356,15 @@ def test_a_run_in_phases_has_the_learning_rates_of_all_of_them(tmp_path):
     assert curve.tokens_per_step == 128
     first["global_batch_tokens"] = 256
     folder = run_directory(tmp_path, rows(steps), "grown", phases=phases)
-    with pytest.raises(UserError, match="its phases have batches of 128, 256 tokens, but laws"):
-        one(folder)
+    curve, plan = one(folder), load_saved_config(folder / "config.yaml").plan
+    # Steps of 128 tokens are counted, as at the end: each of the first 67 is two of them.
+    assert (plan.phases[0].last, plan.num_steps, curve.tokens_per_step) == (67, 200, 128)
+    assert len(curve.lr) == 267
+    expected = np.repeat([plan.learning_rate(step) for step in range(200)], [2] * 67 + [1] * 133)
+    assert np.array_equal(curve.lr, expected)
+    logged = steps[steps > 19]
+    assert curve.step.tolist() == [2 * s if s <= 67 else s + 67 for s in logged]
+    assert curve.tokens is not None
+    assert curve.tokens.tolist() == [plan.tokens_before(s) for s in logged]
+    assert np.array_equal(curve.loss, losses(logged))
+    assert any("its batch size changes; steps of 128 tokens" in w for w in curve.warnings)

@@ -55,15 +55,15 @@ def model_of(pattern: str, checkpointing: str = "none", **changes: Any) -> Langu
     return build_model(config, VOCAB, seed=0, activation_checkpointing=checkpointing)
 
 
-def engine_of(pattern: str, rows: int, checkpointing: str = "none", **changes: Any) -> Engine:
+def engine_of(pattern: str, checkpointing: str = "none", **changes: Any) -> Engine:
     """Return the engine of one process."""
     model = model_of(pattern, checkpointing, **changes)
-    return Engine(model, parallel_worker.OPTIMIZER, ParallelConfig(), rows)
+    return Engine(model, parallel_worker.OPTIMIZER, ParallelConfig())
 
 
 def watch(model: str, parallel: ParallelConfig) -> list[dict[str, Any]]:
     """Return what is found in the first step."""
-    engine = parallel_worker.make(model, parallel, ROWS)
+    engine = parallel_worker.make(model, parallel)
     statistics = BlockStatistics(engine, LayerMetrics())
     statistics.open()
     step_of(engine, 0, ROWS)

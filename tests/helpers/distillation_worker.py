@@ -143,8 +143,7 @@ def make(
     for stage in stages:
         if at_once is not None:
             stage.logits_at_once = at_once * VOCAB
-    rows = ROWS // data_parallel_rank_and_size()[1]
-    engine = Engine(stages, run.optimizer, parallel, rows)
+    engine = Engine(stages, run.optimizer, parallel)
     engine.recipe = recipe
     return engine
 

@@ -164,7 +164,7 @@ def step(
         rank, size = data_parallel_rank_and_size()
         for stage in stages:
             with_output(stage)
-        engine = Engine(stages, OPTIMIZER, parallel, 4 // size)
+        engine = Engine(stages, OPTIMIZER, parallel)
         engine.begin_step(0, 0, rank, size)
         rows = batches(0, rows=4, micro_batch_size=1)[rank::size]
         sums = engine.backend.forward_backward(rows)

@@ -107,7 +107,7 @@ def train(settings, parallel):
     for stage in stages:
         stage.segment_tokens = settings["segment_tokens"]
     optimizer = OptimizerConfig(kind=settings["optimizer"])
-    engine = Engine(stages, optimizer, parallel, rows // micro // size)
+    engine = Engine(stages, optimizer, parallel)
     generator = np.random.default_rng(0)
     for step in range(STEPS):
         engine.begin_step(0, step, rank, size)

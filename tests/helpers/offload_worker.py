@@ -87,7 +87,7 @@ def compare(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         stages = build_stages(
             settings(**MODEL), VOCAB, seed=0, seq_len=33, dtype=dtype, filled=shard_parameters
         )
-        return Engine(stages, OPTIMIZER, parallel, 2)
+        return Engine(stages, OPTIMIZER, parallel)
 
     def steps(engine: Engine, *numbers: int) -> list[tuple[float, float | None]]:
         rank, size = data_parallel_rank_and_size()

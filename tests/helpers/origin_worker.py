@@ -71,7 +71,7 @@ def as_dict(found: Found) -> dict[str, Any]:
 
 def look(parallel: ParallelConfig) -> dict[str, Any]:
     """What is found: of a mixer, of a gradient, and without a plant; and how training goes on."""
-    engine = parallel_worker.make("planted", parallel, ROWS)
+    engine = parallel_worker.make("planted", parallel)
     local = step_batches()
     results: dict[str, Any] = {}
     guilty = dist.get_rank() == dist.get_world_size() - 1
@@ -88,7 +88,7 @@ def look(parallel: ParallelConfig) -> dict[str, Any]:
     engine.begin_step(0, 0, *data_parallel_rank_and_size())
     results["none"] = as_dict(search(engine, local, 0, 0))
     results["after"] = [parallel_worker.step_of(engine, step, ROWS) for step in range(2)]
-    other = parallel_worker.make("planted", parallel, ROWS)
+    other = parallel_worker.make("planted", parallel)
     results["without"] = [parallel_worker.step_of(other, step, ROWS) for step in range(2)]
     return results
 

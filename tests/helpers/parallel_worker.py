@@ -383,7 +383,7 @@ def start(parallel, size=None):
     return True
 
 
-def make(model, parallel, rows, seed=0):
+def make(model, parallel, seed=0):
     stages = build_stages(
         MODELS[model],
         VOCAB,
@@ -403,7 +403,7 @@ def make(model, parallel, rows, seed=0):
     optimizer = OPTIMIZERS.get(model, OPTIMIZER)
     if parallel.zero_backend == "deepspeed":
         optimizer = OPTIMIZER
-    return Engine(stages, optimizer, parallel, rows // data_parallel_rank_and_size()[1])
+    return Engine(stages, optimizer, parallel)
 
 
 def rows_of(parallel):
@@ -422,7 +422,7 @@ def step_of(engine, step, rows, lengths=(SEQ_LEN,)):
 
 def train(model, parallel, rows):
     """(loss, gradient norm) of a few steps, and the validation loss behind them."""
-    engine = make(model, parallel, rows)
+    engine = make(model, parallel)
     lengths = (SEQ_LEN, 16) if model == "lengths" else (SEQ_LEN,)
     results = [step_of(engine, step, rows, lengths) for step in range(STEPS)]
     rank, size = data_parallel_rank_and_size()
@@ -436,7 +436,7 @@ def train_across(model, names, folder):
     for step, name in enumerate(names):
         if not start(ALL_LAYOUTS[name], FEWER.get(name)):
             continue
-        engine = make(model, ALL_LAYOUTS[name], ACROSS_ROWS, seed=step)  # what is not loaded shows
+        engine = make(model, ALL_LAYOUTS[name], seed=step)  # what is not loaded shows
         if step > 0:
             load_checkpoint(find_checkpoint(folder), engine)
         results.append(step_of(engine, step, ACROSS_ROWS))

@@ -44,7 +44,7 @@ class Sending:
 
 def make(parallel: ParallelConfig) -> Engine:
     stages = build_stages(MODEL, VOCAB, seed=0, seq_len=SEQ_LEN)
-    return Engine(stages, OPTIMIZER, parallel, MICRO_BATCHES)
+    return Engine(stages, OPTIMIZER, parallel)
 
 
 def gradients(engine: Engine) -> tuple[float, dict[str, torch.Tensor]]:

@@ -76,7 +76,7 @@ def engine_of(parallel: ParallelConfig, dtype: torch.dtype) -> Engine:
         dtype=dtype,
         sequence_parallel=parallel.sequence,
     )
-    return Engine(stages, OPTIMIZER, parallel, 4 // data_parallel_rank_and_size()[1])
+    return Engine(stages, OPTIMIZER, parallel)
 
 
 def gradients(parallel: ParallelConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

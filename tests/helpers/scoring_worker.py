@@ -43,7 +43,7 @@ ROWS = 4  # of a training step
 
 def run(model: str, parallel: Any, *, score: bool = True) -> dict[str, Any]:
     """Two training steps and scores before each; ``score=False``: the steps alone."""
-    engine = make(model, parallel, ROWS)
+    engine = make(model, parallel)
     config: Any = RunConfig(
         "test", MODELS[model], parallel=parallel, eval=EvalConfig(tokens_per_pass=64)
     )

@@ -47,7 +47,6 @@ class UpdateBackend(ABC):
         parts: Sequence[LanguageModel],
         config: OptimizerConfig,
         parallel: ParallelConfig,
-        num_micro_batches: int,
     ): ...
 
     @abstractmethod
@@ -148,9 +147,8 @@ def make_backend(
     parts: Sequence[LanguageModel],
     config: OptimizerConfig,
     parallel: ParallelConfig,
-    num_micro_batches: int,
 ) -> UpdateBackend:
     """Make the backend that ``parallel.zero_backend`` names; process groups must exist."""
     module, _, name = BACKENDS[parallel.zero_backend].rpartition(".")
     kind: type[UpdateBackend] = getattr(importlib.import_module(module), name)
-    return kind(parts, config, parallel, num_micro_batches)
+    return kind(parts, config, parallel)

@@ -102,13 +102,12 @@ class DeepSpeedBackend(DeepSpeedState):
         parts: Sequence[LanguageModel],
         config: OptimizerConfig,
         parallel: ParallelConfig,
-        num_micro_batches: int,
     ):
         # Before DeepSpeed shards the parameters: names, shapes and marks are the model's own.
         self._take(parts, parallel.zero_stage)
         self.config, dtype = config, parts[0].context.dtype
         self._own_backward = self.stage > 1
-        self._micro_batches, self._scale = num_micro_batches, 1.0
+        self._scale = 1.0
         self._sequence = [p for _, p in self._learning if info_of(p).sum_gradient]
         megatron = prepare(parts)
         if self._own_backward:
@@ -169,7 +168,7 @@ class DeepSpeedBackend(DeepSpeedState):
             zero["sub_group_size"] = _IN_FILES
         settings = {
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": self._micro_batches if self._own_backward else 1,
+            "gradient_accumulation_steps": 1,  # of any number; steps say which one is their last
             "gradient_clipping": self.config.clip_grad if self.stage else 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
@@ -207,23 +206,18 @@ class DeepSpeedBackend(DeepSpeedState):
         return sums
 
     def _own_forward_backward(self, batches: Sequence[Batch]) -> Tensor:
-        if len(batches) != self._micro_batches:
-            raise UserError(
-                f"{len(batches)} micro-batches per step, but DeepSpeed was set up for "
-                f"{self._micro_batches}"
-            )
         if self.stage == 3:
             # It keeps the last step's gradient of a parameter that has none in this one.
             self.optimizer.grad_partitions_flat_buffer.zero_()
         sums = no_sums(batches)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(batches, 1):
+            self._engine.set_gradient_accumulation_boundary(number == len(batches))
             batch = batch.to(local_device())
             losses = self._engine(batch.tokens, batch.targets, **batch.seen)
             total, found = weighted_losses(losses, batch)
             sums += found
-            # It divides by the number of micro-batches.
-            self._engine.backward(total * (self._scale * self._micro_batches))
-            if number < len(batches) - 1:
+            self._engine.backward(total * self._scale)
+            if number < len(batches):
                 self._engine.step()  # counts the micro-batch; optimizer_step does the last one's
         return sums
 

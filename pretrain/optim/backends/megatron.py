@@ -124,7 +124,6 @@ class MegatronBackend(UpdateBackend):
         parts: Sequence[LanguageModel],
         config: OptimizerConfig,
         parallel: ParallelConfig,
-        num_micro_batches: int = 1,
     ):
         self.parts, self.config = list(parts), config
         self.replicas = replica_rank_and_size()[1]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.training.callbacks.base import Callback, Decision
 from pretrain.training.callbacks.blocks import LogBlocks
+from pretrain.training.callbacks.carry import CarryStates
 from pretrain.training.callbacks.loading import as_callbacks, load_callback
 from pretrain.training.callbacks.log import LogSteps
 from pretrain.training.callbacks.non_finite import StopNonFinite
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Callback",
+    "CarryStates",
     "Decision",
     "FindOrigin",
     "LogBlocks",
@@ -73,6 +75,8 @@ def default_callbacks(config: RunConfig) -> list[Callback]:
         callbacks.append(Profiler(*config.profile.steps, memory=config.profile.memory))
     if config.phases:
         callbacks.append(MarkPhases())
+        if config.train.carry_state:
+            callbacks.append(CarryStates())
     # Validation before the save, so that a run killed after it does not validate again; evaluation
     # after it: one that fails, or is stopped, costs no training.
     callbacks += [Validate(), Save()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 
+from pretrain.config import RunConfig
 from pretrain.config.branch import settle_branch
 from pretrain.inference.generate import generate
 from pretrain.parallel.processes import is_main_process
@@ -53,13 +54,7 @@ class Summary(Callback):
         log.say(f"loss curve   {curve}")
         checkpoint = directory.last_checkpoint()
         log.say(f"checkpoint   {checkpoint}")
-        longer = copy.deepcopy(config)
-        if config.train.steps is not None:
-            longer.train.steps = 2 * config.train.steps
-            twice = f"train.steps={longer.train.steps}"
-        else:
-            longer.train.tokens = 2 * (config.train.tokens or 0)
-            twice = f"train.tokens={longer.train.tokens}"
+        longer, twice = _doubled(config)
         settle_branch(longer, config.name)
         needed = "" if checkpoint is None else how_to_extend(checkpoint, longer)
         log.say(f"resume       run the same command again; {twice}{needed} doubles the run")
@@ -70,3 +65,29 @@ class Summary(Callback):
             f"cat {directory.metrics_file}",
         ]
         log.say("next         " + "\n             ".join(commands))
+
+
+def _doubled(config: RunConfig) -> tuple[RunConfig, str]:
+    """Return the settings of a run twice as long that begins as this one, and what they change.
+
+    Phases end where they did, of which shares of more tokens would be other places.
+    """
+    longer = copy.deepcopy(config)
+    train = longer.train
+    if config.train.steps is not None and not config.phases:
+        train.steps = 2 * config.train.steps
+        return longer, f"train.steps={train.steps}"
+    total = config.train.tokens or config.plan.tokens
+    train.steps, train.tokens = None, 2 * total
+    changed = f"train.tokens={train.tokens}"
+    if config.train.steps is not None:
+        changed = f"train.steps=null {changed}"
+    if not config.phases:
+        return longer, changed
+    ends = [config.plan.tokens_before(phase.last) for phase in config.plan.phases[:-1]]
+    for phase, end in zip(longer.phases, [*ends, None], strict=True):
+        phase.until, phase.until_tokens = None, end
+    if [vars(phase) for phase in longer.phases] == [vars(phase) for phase in config.phases]:
+        return longer, changed
+    stay = f"until_tokens {', '.join(map(str, ends))} and none for the last"
+    return longer, f"{changed} and the ends of phases where they are ({stay})"

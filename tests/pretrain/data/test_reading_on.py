@@ -78,7 +78,7 @@ def test_an_epoch_reads_every_span_once_and_the_next_in_another_order(data):
     spans = batches.samples[0] // 6
     firsts = {}
     for index in range(3 * batches.samples[0]):
-        span, place = batches.order.span(index)
+        span, place = batches.order.span(batches.mix_at(0), index)
         if place == 5:
             firsts[span] = batches.locate(index)[1] - 5
     epochs = [[firsts[s] for s in range(e * spans, (e + 1) * spans)] for e in range(2)]

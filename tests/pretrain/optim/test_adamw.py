@@ -63,7 +63,7 @@ def test_every_backend_trains_and_resumes_with_the_fused_update(
         return [engine.train_step(batches(step), 1e-2) for step in steps]
 
     def new():
-        return Engine(make(dtype), OPTIMIZER, parallel, micro_batches=2)
+        return Engine(make(dtype), OPTIMIZER, parallel)
 
     reference = trained(new(), range(4))
     monkeypatch.setattr(adamw, "implementation", lambda device_type: "fused")

@@ -76,6 +76,6 @@ def test_whole_matrices_dealt_out_are_updated_as_on_every_process(model, four_pr
 def test_checkpoints_load_under_every_other_layout(name, four_processes):
     model, layouts = ACROSS[name]
     rows = parallel_worker.ACROSS_ROWS
-    engine = parallel_worker.make(model, _alone(model), rows)
+    engine = parallel_worker.make(model, _alone(model))
     expected = [parallel_worker.step_of(engine, step, rows) for step in range(len(layouts))]
     assert np.allclose(four_processes[name], expected, rtol=TOLERANCE.get(model, FLOAT32))

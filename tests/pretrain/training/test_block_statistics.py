@@ -88,7 +88,7 @@ def test_training_is_bit_for_bit_the_same(checkpointing, tmp_path, corpus):
 def _watched(pattern, rows=4, checkpointing="none", **changes):
     """The rows of a step by block, the model as it was before, and as it is after it."""
     before = blocks_worker.model_of(pattern, **changes)
-    engine = blocks_worker.engine_of(pattern, rows, checkpointing, **changes)
+    engine = blocks_worker.engine_of(pattern, checkpointing, **changes)
     statistics = BlockStatistics(engine, LayerMetrics())
     statistics.open()
     step_of(engine, 0, rows)
@@ -164,7 +164,7 @@ def test_logits_are_below_their_bound():
 
 
 def test_numbers_that_are_not_finite_are_a_share():
-    engine = blocks_worker.engine_of("gdn attn", 4)
+    engine = blocks_worker.engine_of("gdn attn")
     with torch.no_grad():
         engine.parts[0].get_parameter("blocks.1.mlp.up_proj.weight")[0, :2] = math.nan
     statistics = BlockStatistics(engine, LayerMetrics())

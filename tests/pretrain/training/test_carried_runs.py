@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import signal
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from pretrain.checkpoint_folders import checkpoint_name
 from pretrain.common.config_loader import ConfigError
 from pretrain.common.errors import UserError
 from pretrain.config import SpikeConfig, load_run_config
+from pretrain.config.phases import PhaseConfig, PhaseData
 from pretrain.data.batches import open_data
 from pretrain.model.spec import with_sizes
 from pretrain.run_directory import RunDirectory
@@ -73,23 +75,99 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, corpus):
     assert run.losses == whole.losses
 
 
+def in_phases(run, other):
+    """Settings of a run with other lengths, then other text, then other batches."""
+    config = load_run_config(run.config, CARRIED)
+    config.train.steps, config.train.tokens = None, 128 * 9
+    config.train.carry_steps, config.checkpoint.keep_last = 2, 20
+    config.phases = [
+        PhaseConfig(until=0.3, seq_len=16, micro_batch_size=4),
+        PhaseConfig(until=0.6, data=PhaseData(path=str(other))),
+        PhaseConfig(until=0.8, micro_batch_size=1),
+        PhaseConfig(global_batch_tokens=64),
+    ]
+    return config
+
+
+@pytest.fixture(scope="module")
+def phased(tmp_path_factory, corpus, other_corpus):
+    """A finished run in phases, and after which steps rows carry something."""
+    run = Run(tmp_path_factory.mktemp("carried"), corpus, "phased")
+    watching = Watching(None)
+    assert Trainer(in_phases(run, other_corpus), callbacks=watching).fit().status == "completed"
+    return run, watching
+
+
+def test_where_a_phase_has_other_rows_they_are_dealt_anew_and_begin_without_states(phased):
+    run, watching = phased
+    log = RunDirectory(run.directory).log_file.read_text()
+    dealt = [line.split(":")[-2].split()[-1] for line in log.splitlines() if "dealt anew" in line]
+    assert dealt == ["3", "6", "8"]
+    assert [watching.rows[step] for step in range(1, 11)] == [8] * 3 + [4] * 5 + [2] * 2
+    assert all(watching.carried.values())
+    assert watching.begun == {0: False, 3: False, 6: False, 8: False}
+
+
+@pytest.mark.parametrize(
+    "steps", [[3, 8], pytest.param([1, 2, 4, 5, 6, 7, 9], marks=pytest.mark.slow)]
+)
+def test_a_run_in_phases_is_resumed_bit_for_bit_at_borders_and_elsewhere(
+    phased, tmp_path, corpus, other_corpus, steps
+):
+    whole, _ = phased
+    for step in steps:
+        parts = Run(tmp_path, corpus, f"from-{step}")
+        saved, copied = (
+            RunDirectory(run.directory).checkpoints / checkpoint_name(step)
+            for run in (whole, parts)
+        )
+        shutil.copytree(saved, copied)
+        Trainer(in_phases(parts, other_corpus)).fit()
+        expected, found = ([x for x in run.losses if x["step"] > step] for run in (whole, parts))
+        assert len(expected) >= 10 - step
+        assert found == expected, step
+
+
+def test_windows_that_later_phases_cannot_read_on_in_are_refused(phased, tmp_path, corpus):
+    whole, _ = phased
+    parts = Run(tmp_path, corpus, "parts")
+    saved, copied = (
+        RunDirectory(run.directory).checkpoints / checkpoint_name(3) for run in (whole, parts)
+    )
+    shutil.copytree(saved, copied)
+    config = in_phases(parts, corpus)
+    config.phases[1].seq_len = 64
+    config.phases[1].micro_batch_size = 1
+    with pytest.raises(UserError, match="read on in windows of 32 tokens, but a later phase has"):
+        Trainer(config).fit()
+
+
 class Watching(Callback):
     """Does something behind a step, and keeps whether rows then carry anything."""
 
     def __init__(self, step, action=None, *, skips=False):
-        self.step, self.action, self.skips, self.carried = step, action, skips, {}
+        self.step, self.action, self.skips = step, action, skips
+        self.carried, self.rows, self.begun = {}, {}, {}
 
     def skip_update(self, loss):
         return self.skips and self.trainer.state.step + 1 == self.step
+
+    def before_step(self):
+        step = self.trainer.state.step
+        if step == self.trainer.plan.phase_at(step).first:
+            self.begun[step] = self._carries()
 
     def between_steps(self):
         if self.trainer.state.step == self.step and self.action is not None:
             self.action(self.trainer)
         states = self.trainer.engine.carried_state()
+        self.rows[self.trainer.state.step] = next(iter(states.values())).full_shape[1]
+        self.carried[self.trainer.state.step] = self._carries()
+
+    def _carries(self):
+        states = self.trainer.engine.carried_state()
         values = [boxes.parts for name, boxes in states.items() if name.endswith("recurrent")]
-        self.carried[self.trainer.state.step] = any(
-            bool(values.any()) for parts in values for values in parts.values()
-        )
+        return any(bool(values.any()) for parts in values for values in parts.values())
 
 
 def watched(tmp_path, corpus, *arguments, **options):
@@ -129,6 +207,27 @@ def test_after_a_rollback_rows_begin_again(tmp_path, corpus):
 
     _, carried = watched(tmp_path, corpus, 4, back)
     assert carried == {1: False, 2: True, 3: True}
+
+
+def test_a_rollback_over_the_border_of_a_phase_deals_rows_anew(tmp_path, corpus, other_corpus):
+    run = Run(tmp_path, corpus, "rolled")
+    gone_back: list[Any] = []
+
+    def back(trainer):
+        if gone_back:
+            trainer.stop.request("the test")
+            return
+        trainer.writer.wait()
+        trainer.config.train.spikes = SpikeConfig(rollback_steps=2)
+        gone_back.append(
+            roll_back(trainer.config, trainer.engine, trainer.writer.directory, trainer.state)
+        )
+
+    Trainer(in_phases(run, other_corpus), callbacks=Watching(5, back)).fit()
+    assert [found.name for found in gone_back] == ["step-00000002"]
+    log = RunDirectory(run.directory).log_file.read_text()
+    dealt = [line.split(":")[-2].split()[-1] for line in log.splitlines() if "dealt anew" in line]
+    assert dealt == ["3", "2", "3"]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_micro_batches_may_be_of_different_lengths(lengths, parallel):
     generator = np.random.default_rng(0)
     parts = [pack_rows(generator.integers(0, VOCAB, (1, n + 1)), eod_id=7) for n in lengths]
     parts[0].loss_mask[:, 2:] = 0
-    result = Engine(make(), OPTIMIZER, parallel, len(parts)).train_step(parts, 1e-2)
+    result = Engine(make(), OPTIMIZER, parallel).train_step(parts, 1e-2)
     model = make()
     losses = [model(b.tokens, b.targets, sequences=b.sequences) * b.loss_mask for b in parts]
     expected = sum(x.sum() for x in losses) / sum(b.loss_mask.sum() for b in parts)
@@ -101,7 +101,7 @@ def test_what_is_not_finite_updates_nothing(where, parallel):
             model.final_norm.register_forward_hook(lambda *x: x[-1] * scale[0])
         elif weight.requires_grad:
             weight.register_hook(lambda g: g * scale[0])
-        return Engine(model, OPTIMIZER, parallel, micro_batches=2)
+        return Engine(model, OPTIMIZER, parallel)
 
     found, reference = engine(), engine()
     found.train_step(batches(0), 1e-2)

@@ -51,7 +51,7 @@ def make(parallel):
     weight = model.final_norm.weight
     if weight.requires_grad:
         weight.register_hook(lambda g: g * (math.inf if spoilt[0] == "gradient" else 1.0))
-    return config, Engine(model, OPTIMIZER, parallel, micro_batches=2), spoilt
+    return config, Engine(model, OPTIMIZER, parallel), spoilt
 
 
 def step(engine, number, skip_if=None):

@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.usefixtures("processes")]
 def engine_of(pattern, checkpointing="none", **changes):
     config = settings(pattern, **changes)
     model = build_model(config, VOCAB, seed=0, activation_checkpointing=checkpointing)
-    return Engine(model, OPTIMIZER, ParallelConfig(), 2)
+    return Engine(model, OPTIMIZER, ParallelConfig())
 
 
 def found_in(engine):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import re
 import shutil
 import signal
 from types import SimpleNamespace
@@ -16,49 +16,15 @@ from pretrain.checkpoint.state import read_state
 from pretrain.checkpoint_folders import checkpoint_step, list_checkpoints
 from pretrain.common.config_loader import to_yaml
 from pretrain.common.errors import UserError
-from pretrain.config import DataSource, load_run_config
 from pretrain.config.branch import BranchConfig
 from pretrain.config.phases import PhaseConfig, PhaseData, PhaseSchedule
 from pretrain.data.batches import PreparedData
 from pretrain.run_directory import RunDirectory
 from pretrain.training.trainer import Trainer
-from tests.helpers.processes import run_on
-from tests.helpers.training_run import Run, untimed, whole_lines
+from tests.helpers.phased_runs import STEPS, configured, rows, three_phases
+from tests.helpers.training_run import Run, whole_lines
 
 pytestmark = pytest.mark.usefixtures("no_groups")
-STEPS = 9
-
-
-def three_phases(other):
-    """Other data and shorter sequences, then longer ones in larger batches while the rate falls."""
-    return [
-        PhaseConfig(name="short", until=0.3, seq_len=16, micro_batch_size=4),
-        PhaseConfig(name="mixed", until=0.6, data=PhaseData(blend=[DataSource(str(other))])),
-        PhaseConfig(
-            name="long",
-            seq_len=64,
-            global_batch_tokens=256,
-            micro_batch_size=1,
-            schedule=PhaseSchedule(final_ratio=0.5),
-        ),
-    ]
-
-
-def configured(run, phases=(), **train):
-    config = load_run_config(run.config)
-    config.train.steps, config.train.tokens = None, 128 * STEPS
-    config.phases = list(phases)
-    config.schedule.kind, config.sample.tokens = "constant", 0
-    config.checkpoint.every, config.checkpoint.keep_last = 1, 100
-    config.validation.every = 2
-    for name, value in train.items():
-        setattr(config.train, name, value)
-    return config
-
-
-def rows(directory):
-    text = (directory / "metrics.jsonl").read_text()
-    return [untimed(json.loads(line)) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +148,33 @@ def test_phases_of_the_future_may_change_and_those_of_the_past_may_not(run, phas
     assert marks == [(0, "short"), (3, "mixed"), (7, "new"), (8, "long")]
 
 
+@pytest.mark.parametrize(
+    "ends",
+    [
+        {"until_tokens": 384},
+        pytest.param({"until": 0.5}, marks=pytest.mark.slow),
+        pytest.param({"steps": 4}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_in_phases_is_extended_as_it_says_at_its_end(run, ends):
+    steps = ends.get("steps")
+    config = configured(run, [PhaseConfig(until=0.5), PhaseConfig()])
+    config.train.tokens, config.train.steps = (None, steps) if steps else (512, None)
+    if "until_tokens" in ends:
+        config.phases = [PhaseConfig(until_tokens=384), PhaseConfig(until_tokens=512)]
+    Trainer(config).fit()
+    log = RunDirectory(run.directory).log_file.read_text()
+    border = config.plan.tokens_before(config.plan.phases[0].last)
+    (said,) = re.findall(r"run the same command again; (.*) doubles the run", log)
+    places = f"the ends of phases where they are (until_tokens {border} and none for the last)"
+    assert said == ("train.steps=null " if steps else "") + f"train.tokens=1024 and {places}"
+    config.train.steps, config.train.tokens = None, 1024
+    config.phases = [PhaseConfig(until_tokens=border), PhaseConfig()]
+    assert Trainer(config).fit().step == 8
+    log = RunDirectory(run.directory).log_file.read_text()
+    assert log.count("run the same command again; train.tokens=2048 doubles the run") == 1
+
+
 def test_a_run_without_phases_goes_on_in_phases(run, other_corpus):
     Trainer(configured(run, steps=4, tokens=None)).fit()
     new = [
@@ -218,22 +211,31 @@ def test_a_rollback_over_a_border_skips_the_data_of_each_phase(run, phased):
     state = read_state(checkpoints / "step-00000005")
     trainer.config.train.spikes.rollback_steps, trainer.config.train.spikes.skip_steps = 2, 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pretrain.training.spikes.load_checkpoint", lambda *_: None)
+        patch.setattr("pretrain.training.spikes.load_checkpoint", lambda *_, **__: None)
         patch.setattr("pretrain.training.spikes.on_main_process", lambda function: function())
         roll_back(trainer.config, engine, checkpoints, state)
     assert (state.step, state.data_offset) == (2, 4 * 128)
     assert state.offset == ((2, 128), (3, 3 * 128))
 
 
-def test_best_fit_packing_trains(run):
-    config = configured(run, steps=3, tokens=None)
+def test_best_fit_packing_trains_over_lengths_and_goes_on_bit_for_bit(run, other_corpus):
+    """From a checkpoint within the second phase, and from the border after it."""
+    config = configured(run, three_phases(other_corpus))
     config.data.packing = "best_fit"
     Trainer(config).fit()
+    whole = rows(run.directory)
+    for step in (4, 6):
+        for path in list_checkpoints(RunDirectory(run.directory).checkpoints):
+            if checkpoint_step(path) > step:
+                shutil.rmtree(path)
+        (RunDirectory(run.directory).checkpoints / "latest").unlink()
+        Trainer(copy.deepcopy(config)).fit()
+        assert rows(run.directory) == whole, step
     log = RunDirectory(run.directory).log_file.read_text()
     assert "% of their tokens are empty" in log
     concatenated = copy.deepcopy(config)
-    concatenated.data.packing, concatenated.train.steps = "concatenate", 4
-    with pytest.raises(UserError, match=r"data.packing best_fit, the config says concatenate"):
+    concatenated.data.packing = "concatenate"
+    with pytest.raises(UserError, match=r"data.packing \(.*\) best_fit, the config says conc"):
         Trainer(concatenated).fit()
 
 
@@ -250,25 +252,6 @@ def test_phases_of_another_tokenizer_are_refused(run, monkeypatch):
     monkeypatch.setattr(phases, "open_data", opened)
     with pytest.raises(UserError, match=r"phases\[1\].data was made with another tokenizer"):
         Trainer(config).fit()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout", [{"context": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}]
-)
-def test_phases_are_the_same_under_every_layout(run, phased, layout, tmp_path):
-    config = copy.deepcopy(phased)
-    config.directory = str(tmp_path / "parallel")
-    for name, value in layout.items():
-        setattr(config.parallel, name, value)
-    path = tmp_path / "parallel.yaml"
-    path.write_text(to_yaml(config))
-    run_on(2, "pretrain", path)
-    for one, two in zip(rows(run.directory), rows(tmp_path / "parallel"), strict=True):
-        assert one.keys() == two.keys()
-        for key, value in one.items():
-            wanted = value if isinstance(value, str) else pytest.approx(value, rel=2e-4)
-            assert two[key] == wanted, (one["step"], key)
 
 
 def test_a_branch_reads_other_data_in_a_phase_of_its_own(run, other_corpus, tmp_path):

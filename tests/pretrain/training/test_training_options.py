@@ -350,10 +350,6 @@ def test_spikes_are_skipped_or_rolled_back(tmp_path, corpus):
         ),
         ({"deepspeed": True, "optimizer": OptimizerConfig(ema_decay=0.9)}, "ema_decay is 0.9"),
         ({"deepspeed": True, "train.spikes": SpikeConfig(policy="skip")}, "policy is skip"),
-        (
-            {"deepspeed": True, "train.batch_warmup_steps": 5, "train.batch_warmup_start": 64},
-            "one number of micro-batches",
-        ),
     ],
 )
 def test_what_does_not_go_together_is_named(changes, message):

@@ -7,10 +7,18 @@ import math
 import pytest
 import torch
 
-from pretrain.config import OptimizerConfig
+from pretrain.common.config_loader import build_config
+from pretrain.config import OptimizerConfig, RunConfig, check_run_config
 from pretrain.model.build import build_model
 from pretrain.training.engine import Engine
-from pretrain.training.verify import LIMITS, Comparison, largest_difference, moves_apart
+from pretrain.training.verify import (
+    LIMITS,
+    Comparison,
+    default_processes,
+    largest_difference,
+    moves_apart,
+    shorten,
+)
 from tests.helpers import processes
 from tests.helpers.small_model import VOCAB, settings
 from tests.helpers.small_training import batches
@@ -94,6 +102,54 @@ def test_moves_of_biases_are_counted():
     assert Comparison("a layout", 0.0, 0.0, 0.0, 1, 8).within(LIMITS["float32"])
     assert not Comparison("a layout", 0.0, 0.0, 0.0, 2, 8).within(LIMITS["float32"])
     assert not Comparison("a layout", 0.0, 0.0, 0.0, math.nan, 8).within(LIMITS["float32"])
+
+
+def phased(**changes):
+    values = {
+        "name": "x",
+        "model": {"hidden_size": 8, "pattern": "attn"},
+        "data": {"path": "x"},
+        "schedule": {"kind": "wsd", "warmup_steps": 100},
+        "train": {"tokens": 10**6, "seq_len": 16, "global_batch_tokens": 128},
+        "parallel": {"micro_batch_size": 2},
+        "phases": [
+            {"until": 0.3, "seq_len": 8, "global_batch_tokens": 64},
+            {"until": 0.6, "data": {"path": "y"}, "schedule": {"warmup_steps": 50}},
+            {},
+        ],
+        **changes,
+    }
+    config = build_config(RunConfig, values, "x.yaml")
+    check_run_config(config, "x.yaml")
+    return config
+
+
+@pytest.mark.parametrize(("steps", "each"), [(2, 2), (4, 2), (6, 2), (12, 4)])
+def test_a_run_in_phases_is_shortened_to_steps_of_each(steps, each):
+    config = phased()
+    assert shorten(config, steps) == 3 * each
+    check_run_config(config, "x.yaml")
+    plan = config.plan
+    assert [(p.first, p.last) for p in plan.phases] == [
+        (number * each, (number + 1) * each) for number in range(3)
+    ]
+    assert [plan.batch_tokens(n * each) for n in range(3)] == [64, 128, 128]
+    assert [p.config.train.seq_len for p in plan.phases] == [8, 16, 16]
+    assert plan.phases[1].config.data.path == "y"
+    alone = phased(phases=[])
+    assert shorten(alone, steps) == steps == alone.plan.num_steps
+
+
+def test_processes_suit_the_batches_of_every_phase():
+    assert default_processes(phased(parallel={"tensor": 2, "micro_batch_size": 2})) == 4
+    small = [{"until": 0.5, "global_batch_tokens": 32}, {}]
+    assert (
+        default_processes(phased(parallel={"tensor": 2, "micro_batch_size": 1}, phases=small)) == 4
+    )
+    small[0]["global_batch_tokens"] = 16
+    assert (
+        default_processes(phased(parallel={"tensor": 2, "micro_batch_size": 1}, phases=small)) == 2
+    )
 
 
 @pytest.mark.slow
