@@ -42,12 +42,7 @@ _MIXERS |= {"delta_product"}
 _SOURCES = {
     "mpt": Software(elementwise="eager", attention="flash1", logits_bytes=10.0),
     "titan": Software(logits_bytes=10.0, recomputed_products=0.5, state_bytes=16.0),
-    "kempner": Software(
-        logits_bytes=10.0,
-        overlaps_tensor=False,
-        keeps_gathered=True,
-        state_bytes=8.0,
-    ),
+    "kempner": Software(logits_bytes=8.0, overlaps_tensor=False, state_bytes=8.0),
     "m2rnn": Software(shares_keys=True),  # Mamba-2 by the kernels of mamba_ssm
     "fms": Software(logits_bytes=10.0, recomputed_products=0.5),
 }
@@ -57,6 +52,10 @@ _SPLIT_LOGITS = {"titan"}
 # Programs whose torch.compile takes the loss too: of logits they store those of bf16, and their
 # gradient.
 _COMPILED_LOSS = {"titan"}
+# Programs that shard weights and moments, 6 bytes a parameter of bf16, and reduce gradients with a
+# step's last micro-batch alone: whole ones add up until then, in float32.
+_REDUCES_LAST = {"kempner"}
+_IN_GIB = {"kempner"}  # sources that give memory in GiB
 
 _RUN_COLUMNS = (
     *("id", "gpu", "num_gpus", "parameters", "hidden", "heads", "kv_heads", "mlp_kind"),
@@ -225,6 +224,8 @@ def _run(row: Row, precision: Literal["bf16", "fp8"]) -> MeasuredRun:
     if source in _SPLIT_LOGITS:
         share = software.logits_bytes / parallel.tensor
         software = dataclasses.replace(software, logits_bytes=share)
+    if source in _REDUCES_LAST and devices > 1 and train.global_batch_tokens > tokens:
+        software = dataclasses.replace(software, state_bytes=6.0, whole_gradients=4.0)
     memory = row.number("memory_gb")
     full = row.one_of("specified", "part", "full") == "full"
     described = full if kind == "transformer" and not moe else micro > 0
@@ -238,7 +239,7 @@ def _run(row: Row, precision: Literal["bf16", "fp8"]) -> MeasuredRun:
         devices,
         software,
         measured,
-        None if memory is None else memory * 1e9,
+        None if memory is None else memory * (2**30 if source in _IN_GIB else 1e9),
         not micro,
         described,
         _PER_NODE.get(source, 8),

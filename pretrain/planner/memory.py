@@ -69,11 +69,9 @@ class Memory:
         passes = adamw.implementation(self.hardware.device) != "fused"
         update = passes * 4.0 * max(stepped.values()) / shards
         if self.software.state_bytes is not None:
-            whole = 2.0 * total if self.software.keeps_gathered and data > 1 else 0.0
             share = self.software.state_bytes * total / shards
-            return {"weights": share, "gradients": 0.0, "optimizer": 0.0, "update": 0.0} | {
-                "communication": whole
-            }
+            whole = self.software.whole_gradients * total
+            return {"weights": share, "gradients": whole, "optimizer": 0.0, "update": 0.0}
         if parallel.zero_backend == "megatron":
             states = [(n, n * self._state_bytes(kind)) for kind, n in tensors]
             layer_wise = self.layer_wise(parallel) and shards > 1

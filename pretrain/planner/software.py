@@ -36,7 +36,7 @@ class Software:
     """Share of the forward pass's matrix products that selective checkpointing computes again."""
     logits_bytes: float = 0.0
     """Bytes per logit of all tokens that are stored at once, on every process; 0: as here."""
-    keeps_gathered: bool = False
-    """Whether weights that ZeRO-3 gathered stay until the backward pass."""
     state_bytes: float | None = None
     """Bytes per parameter of weights, gradients and optimizer together; None: as here."""
+    whole_gradients: float = 0.0
+    """Beside ``state_bytes``, bytes per parameter of gradients that no sharding divides."""

@@ -118,6 +118,21 @@ def test_torchtitan_keeps_a_share_of_the_logits_on_each_tensor_parallel_gpu():
     assert logits["titan-020"] == logits["titan-002"] / 8
 
 
+def test_memory_follows_from_what_a_program_keeps():
+    """Whole gradients until a step's last micro-batch, everything else in shards."""
+    runs = {run.id: run for run in read_runs()[0]}
+    software = {name: runs[f"kempner-{name}"].software for name in ("001", "014")}
+    kept = {name: (s.state_bytes, s.whole_gradients) for name, s in software.items()}
+    assert kept == {"001": (8, 0), "014": (6, 4)}  # one GPU shards nothing
+    assert runs["kempner-014"].memory == 93.2 * 2**30
+    run = runs["kempner-014"]
+    estimate, _ = Calibration([run], []).estimate(run, Constants())
+    share = 70.55e9 / 4 / 8  # of the parameters, by tensor and data parallelism
+    assert estimate.memory["weights"] == pytest.approx(6 * share, rel=0.01)
+    assert estimate.memory["gradients"] == pytest.approx(4 * 8 * share, rel=0.01)
+    assert estimate.peak_memory == pytest.approx(run.memory, rel=0.15)
+
+
 def test_constants_that_made_speeds_are_found_again():
     """Runs whose speeds the planner itself gave with other constants."""
     runs = [run for run in read_runs()[0] if run.id in ("mpt-013", "mpt-016", "mpt-041", "mpt-052")]
