@@ -15,11 +15,12 @@ from pretrain.model.stages import Stage, split_into_stages
 from pretrain.planner.cost import Cost
 from pretrain.planner.figures import Estimate, StageEstimate
 from pretrain.planner.hardware import Hardware
+from pretrain.planner.kinds import ParameterKind, learning
 from pretrain.planner.memory import Memory
 from pretrain.planner.over_context import OverContext
 from pretrain.planner.software import Software
 from pretrain.planner.step_time import StepTime
-from pretrain.planner.units import ParameterKind, Unit, Units, count_kinds, measure_units
+from pretrain.planner.units import Unit, Units, measure_units
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Planner:
         state = teacher_beside(self.config)
         if state is None:
             return None
-        train = replace(self.config.train, segment_tokens=None)
+        train = replace(self.config.train, segment_tokens=None, freeze=[])
         config = replace(self.config, model=state.model_config, distill=None, train=train)
         return Planner(config, state.vocab_size, self.hardware, self.software)
 
@@ -111,6 +112,7 @@ class Planner:
                 precision=train.precision,
                 activation_checkpointing=checkpointing,
                 optimizer=self.config.optimizer.kind,
+                frozen=self.config.frozen,
                 simulate=simulate,
             )
         return self.simulations[key]
@@ -202,7 +204,7 @@ class Planner:
             at_once = [list(self._chain(stage, held_at_once)) for stage in local]
             chains = [list(self._chain(stage, units)) for stage in local]
             tensors, expert_tensors = self._held_tensors(parallel, local, units)
-            held, experts = count_kinds(tensors), count_kinds(expert_tensors)
+            learns = [learning(held) for held in (tensors, expert_tensors)]
             memory = self._memory.held(parallel, tensors, expert_tensors, data * parallel.context)
             memory.update(self._memory.activations(parallel, at_once, rank, micro_batches, memory))
             taught = _Taught() if teacher is None else teacher._taught(parallel, rank)
@@ -215,7 +217,6 @@ class Planner:
             exchanged = over_context.exchanges(units_passed)
             idle = over_context.chain_waits(units_passed)
             again = sum(self._again_seconds(unit.forward) for unit in trained_units)
-            gathered = sum(held.values()) + sum(experts.values())
             twice = segment is not None  # forward, all of it
             travels = [(u.routed, 1 + trained + twice) for u, trained in units_passed]
             routed = self._routed_bytes(parallel, sum(n * ways for n, ways in travels))
@@ -229,8 +230,10 @@ class Planner:
             stages.append(
                 StageEstimate(
                     blocks=[stage.blocks for stage in local],
-                    parameters=sum(held.values()),
-                    expert_parameters=sum(experts.values()),
+                    parameters=sum(n for _, n in tensors),
+                    expert_parameters=sum(n for _, n in expert_tensors),
+                    learning=learns[0],
+                    learning_experts=learns[1],
                     memory=memory,
                     forward=forward.seconds
                     + routing / 2
@@ -240,7 +243,7 @@ class Planner:
                     backward=backward.seconds
                     + again
                     + twice * forward.seconds
-                    + self._added_seconds(parallel, gathered)
+                    + self._added_seconds(parallel, sum(learns))
                     + routing / 2
                     + exchanged.backward
                     + idle.backward,
@@ -314,7 +317,17 @@ class Planner:
         return 2.0 * width * tokens * (parallel.expert - 1) / parallel.expert
 
     def _chain(self, stage: Stage, units: Units) -> Iterator[tuple[Unit, bool]]:
-        """Yield the units a micro-batch passes in a stage, and whether gradients pass them too."""
+        """Yield the units a micro-batch passes in a stage, and whether gradients pass them too.
+
+        They do not pass what comes before everything that learns.
+        """
+        needed = not stage.first
+        for unit, trained in self._passed(stage, units):
+            needed = needed or unit.learns or any(t.learns for t in units.tables.values())
+            yield unit, trained and needed
+
+    def _passed(self, stage: Stage, units: Units) -> Iterator[tuple[Unit, bool]]:
+        """Yield the same, where all parameters learn."""
         recursion = self.config.model.recursion
         if stage.first:
             yield units.embedding, True

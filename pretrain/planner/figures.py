@@ -15,6 +15,8 @@ class StageEstimate:
         blocks: The blocks of each model chunk.
         parameters: Parameters of the process, without those of experts.
         expert_parameters: Parameters of its experts.
+        learning: Those of ``parameters`` that learn.
+        learning_experts: Those of ``expert_parameters`` that learn.
         memory: Bytes by kind, at the moment when they are most.
         forward: Seconds of one micro-batch, with the exchanges of tensor and expert parallelism.
         backward: The same of the backward pass.
@@ -31,6 +33,8 @@ class StageEstimate:
     blocks: list[range]
     parameters: int
     expert_parameters: int
+    learning: int
+    learning_experts: int
     memory: dict[str, float]
     forward: float
     backward: float

@@ -18,8 +18,9 @@ from pretrain.model.spec import block_specs, passes
 from pretrain.optim import adamw
 from pretrain.optim.optimizer import GATHERED_AT_ONCE, rule
 from pretrain.planner.hardware import Hardware
+from pretrain.planner.kinds import ParameterKind, count_kinds, learning
 from pretrain.planner.software import Software
-from pretrain.planner.units import ParameterKind, Unit, count_kinds
+from pretrain.planner.units import Unit
 
 _DEEPSPEED_BUCKET = 200_000_000  # elements
 LIVE_PARAMETERS = 1_000_000_000  # that DeepSpeed's ZeRO-3 keeps gathered
@@ -58,7 +59,7 @@ class Memory:
         """Return the bytes of weights, gradients, optimizer state and of an update in progress."""
         held = count_kinds(tensors)
         low_precision = self.config.train.precision != "float32"
-        total = sum(held.values())
+        total, learned = sum(held.values()), learning(tensors)
         weights = float(sum(n * kind[0].itemsize for kind, n in held.items()))
         shards = data if parallel.zero_stage else 1
         stepped = Counter[bool]()
@@ -73,34 +74,34 @@ class Memory:
             whole = self.software.whole_gradients * total
             return {"weights": share, "gradients": whole, "optimizer": 0.0, "update": 0.0}
         if parallel.zero_backend == "megatron":
-            states = [(n, n * self._state_bytes(kind)) for kind, n in tensors]
+            states = [(n, n * self._state_bytes(kind)) for kind, n in tensors if kind[2]]
             layer_wise = self.layer_wise(parallel) and shards > 1
             if layer_wise:
                 # What others have updated comes in pieces.
                 update = max(update, min(weights, float(GATHERED_AT_ONCE)))
             return {
                 "weights": weights,
-                "gradients": 4.0 * total,
+                "gradients": 4.0 * learned,
                 "optimizer": _largest_share(states, shards)
                 if layer_wise
                 else sum(size for _, size in states) / shards,
                 "update": update,
             }
         width = 2 if low_precision else 4
-        bucket = 4.0 * min(_DEEPSPEED_BUCKET, total)
-        moments = (8.0 if parallel.zero_stage == 0 else 12.0) * total / shards
+        bucket = 4.0 * min(_DEEPSPEED_BUCKET, learned)
+        moments = (8.0 if parallel.zero_stage == 0 else 12.0) * learned / shards
         if parallel.offload == "nvme" or (
             parallel.offload == "cpu" and self.hardware.device != "cpu"
         ):
             moments = 0.0  # not in this device's memory
         memory = {
             "weights": float(width * total),
-            "gradients": float(width * total),
+            "gradients": float(width * learned),
             "optimizer": moments,
             "update": update,
         }
         if parallel.zero_stage >= 2:
-            memory["gradients"] = 4.0 * total / data
+            memory["gradients"] = 4.0 * learned / data
             # A CPU's memory counts when it is written to: see ``activations``.
             memory["communication"] = 0.0 if self._fills_late(parallel) else bucket
         if parallel.zero_stage == 3:
@@ -111,6 +112,7 @@ class Memory:
     def _state_bytes(self, kind: ParameterKind) -> float:
         """Return what is kept of an element: moments, average, float32 copy."""
         dtype, _, name = kind
+        assert name is not None
         copies = len(rule(name).STATE_KEYS) + (self.config.optimizer.ema_decay > 0)
         return 4.0 * (copies + (dtype != torch.float32))
 
@@ -146,7 +148,7 @@ class Memory:
                     if unit.name == "head":
                         head = max(unit.forward.peak, unit.backward.peak)
                     worst = max(worst, held + unit.backward.peak + filled)
-                    filled += late * unit.parameters.total()
+                    filled += late * learning(unit.tensors)
         if self.software.logits_bytes and any(
             u.name == "head" for chain in chains for u, _ in chain
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.config import ModelConfig
@@ -14,7 +15,7 @@ from pretrain.model.counts import (
 )
 from pretrain.model.shared import shared_tables
 from pretrain.model.spec import block_specs, passes
-from pretrain.planner.units import block_kinds
+from pretrain.planner.kinds import block_kinds
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,26 @@ class Part:
     flops: int
 
 
-def model_parts(config: ModelConfig, vocab_size: int, seq_len: int) -> list[Part]:
+def model_parts(
+    config: ModelConfig, vocab_size: int, seq_len: int, kinds: Sequence[str] | None = None
+) -> list[Part]:
     """Return the embedding, the kinds of blocks, their tables, the rest of a loop, and the head.
 
     Their parameters and FLOPs add up to those of :func:`pretrain.model.counts.count_model`.
+    ``kinds`` are the blocks' where they differ by more than the model, as by what is frozen.
     """
     d, recursion = config.hidden_size, config.recursion
-    kinds, specs, repeats = block_kinds(config), block_specs(config), passes(config)
+    plain, specs, repeats = block_kinds(config), block_specs(config), passes(config)
+    kinds = plain if kinds is None else kinds
     numbers, used = Counter(kinds), Counter[str]()
     for kind, times in zip(kinds, repeats, strict=True):
         used[kind] += times
     parts = [Part("embedding", 1, 1, vocab_size * d, 0)]
     for kind, number in numbers.items():
-        spec = specs[kinds.index(kind)]
+        index = kinds.index(kind)
+        spec = specs[index]
         parameters, flops = block_parameters(config, spec), block_flops(config, spec, seq_len)
-        if recursion is not None and kind != spec.kind:
+        if recursion is not None and plain[index] != spec.kind:
             lora = block_lora_parameters(config, spec)
             parameters, flops = parameters + recursion.times * lora, flops + 2 * lora
         parts.append(Part(kind, number, used[kind], parameters, flops))

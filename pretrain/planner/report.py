@@ -259,7 +259,7 @@ def _parts_table(planner: Planner, estimate: Estimate, units: Units) -> Table:
     config, seq_len = planner.config.model, planner.config.train.seq_len
     tokens = seq_len * estimate.parallel.micro_batch_size
     sharing = estimate.parallel.tensor * estimate.parallel.context
-    parts = model_parts(config, planner.vocab_size, seq_len)
+    parts = model_parts(config, planner.vocab_size, seq_len, units.kinds)
     for part, unit in zip(parts, units.each(), strict=True):
         number = part.number
         through = f"{number}" if part.used in (0, number) else f"{number} x {part.used / number:g}"

@@ -65,14 +65,14 @@ class StepTime:
         copies = replicas * parallel.tensor // parallel.expert  # of an expert
         times, gradients_late = self._exchanges(parallel, micro_batches, width)
         exchanged = times * max(
-            s.parameters * (replicas - 1) / replicas + s.expert_parameters * (copies - 1) / copies
+            s.learning * (replicas - 1) / replicas + s.learning_experts * (copies - 1) / copies
             for s in stages
         )
         in_node = max(per_node // parallel.tensor, 1)
         if parallel.zero_stage == 3:
             numbers = [s.parameters + s.expert_parameters for s in stages]
-            again = max(n * _gathered_again(n) for n in numbers) * (data - 1) / data
-            exchanged += micro_batches * width * again
+            gathered = max(n * (1 + _gathered_again(n)) for n in numbers) * (data - 1) / data
+            exchanged += micro_batches * width * gathered
             exposed = micro_batches * max(self._gather_waits(s, data, in_node) for s in stages)
         else:
             exposed = hardware.group_seconds(exchanged, 2 * (replicas > 1), replicas, in_node)
@@ -81,8 +81,8 @@ class StepTime:
         dense_shards, expert_shards = (replicas, copies) if parallel.zero_stage else (1, 1)
         whole = 2.0 / data if parallel.zero_stage == 3 else 8.0
         moved = max(
-            s.parameters * (28.0 / dense_shards + whole)
-            + s.expert_parameters * (28.0 / expert_shards + whole)
+            s.learning * (28.0 / dense_shards + whole)
+            + s.learning_experts * (28.0 / expert_shards + whole)
             for s in stages
         )
         seconds = {
@@ -117,10 +117,11 @@ class StepTime:
         width = DTYPES[self.config.train.precision].itemsize
         once = number * width * (data - 1) / data
         again = _gathered_again(number)
+        reduced = (stage.learning + stage.learning_experts) / number
         calls = 2 * sum(len(blocks) for blocks in stage.blocks)
         times = [
             self.hardware.group_seconds(once * share, calls * n, data, in_node)
-            for share, n in ((1.0, 1), (1.0 + again, 2))
+            for share, n in ((1.0, 1), (reduced + again, 2))
         ]
         works = (stage.forward, stage.backward)
         return sum(
@@ -130,9 +131,10 @@ class StepTime:
     def _exchanges(
         self, parallel: ParallelConfig, micro_batches: int, width: int
     ) -> tuple[float, bool]:
-        """Return (bytes per parameter that data-parallel ranks exchange in a step, whether late).
+        """Return (bytes that data-parallel ranks exchange in a step, whether late).
 
-        Late means during the last backward pass.
+        They are those per parameter that learns, without weights that ZeRO-3 gathers. Late means
+        during the last backward pass.
         """
         if parallel.zero_backend == "megatron":
             # Gradients are float32; without ZeRO they are all-reduced, there and back, and so they
@@ -140,7 +142,7 @@ class StepTime:
             if self.memory.layer_wise(parallel):
                 return 8.0 + width, True
             return (8.0 if parallel.zero_stage == 0 else 4.0 + width), True
-        times = {0: 2, 1: 3, 2: 2 * micro_batches + 1, 3: 2 * micro_batches}
+        times = {0: 2, 1: 3, 2: 2 * micro_batches + 1, 3: micro_batches}
         return float(width * times[parallel.zero_stage]), parallel.zero_stage > 1
 
 

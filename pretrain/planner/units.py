@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,7 @@ from pretrain.ops.chain import planned_chain
 from pretrain.optim.optimizer import rule_of
 from pretrain.planner.cost import Cost
 from pretrain.planner.fake_group import planned_context
+from pretrain.planner.kinds import ParameterKind, block_kinds, count_kinds, freeze, frozen_part
 from pretrain.planner.simulation import (
     Simulation,
     TooManyOperationsError,
@@ -45,10 +46,6 @@ from pretrain.planner.software import Software
 # shorter sequences and extrapolated.
 _PATIENCE = 40_000
 _FEW = 3_000  # so many are simulated before it is asked whether there is a loop
-
-
-ParameterKind = tuple[torch.dtype, bool, str]
-"""Of a parameter: (dtype, weight decay, update rule)."""
 
 
 @dataclass
@@ -75,6 +72,11 @@ class Unit:
         """Return the elements of this process's parameters by kind, experts apart."""
         return count_kinds(self.tensors)
 
+    @property
+    def learns(self) -> bool:
+        """Return whether any of its parameters learns."""
+        return any(kind[2] is not None for kind, _ in (*self.tensors, *self.expert_tensors))
+
 
 @dataclass
 class Units:
@@ -82,7 +84,7 @@ class Units:
 
     Attributes:
         blocks: One of each kind, by the kind's name.
-        kinds: The kind of every block of the pattern.
+        kinds: The kind of every block of the pattern; see :func:`block_kinds`, and what is frozen.
         loop: What a loop has besides its blocks, if there is one.
         tables: What the blocks of one name in the pattern share, by it; work on it is the blocks'.
     """
@@ -100,25 +102,6 @@ class Units:
         return [self.embedding, *self.blocks.values(), *self.tables.values(), *loop, self.head]
 
 
-def count_kinds(tensors: Iterable[tuple[ParameterKind, int]]) -> Counter[ParameterKind]:
-    """Return how many elements there are of each kind."""
-    found = Counter[ParameterKind]()
-    for kind, count in tensors:
-        found[kind] += count
-    return found
-
-
-def block_kinds(config: ModelConfig) -> list[str]:
-    """Return the kind of every block; those in a loop differ by what it adds to them."""
-    kinds, recursion = [spec.kind for spec in block_specs(config)], config.recursion
-    if recursion is not None:
-        added = ", LoRA" if recursion.lora_rank else ""
-        added += ", scaled" if recursion.residual_scales else ""
-        for index in range(recursion.prelude, len(kinds) - recursion.coda):
-            kinds[index] += added
-    return kinds
-
-
 def measure_units(
     config: ModelConfig,
     vocab_size: int,
@@ -130,13 +113,15 @@ def measure_units(
     precision: str,
     activation_checkpointing: str,
     optimizer: str,
+    frozen: Sequence[str] = (),
     simulate: bool = True,
 ) -> Units:
     """Simulate every kind of unit; without ``simulate`` only count what each holds.
 
     The tensor, sequence and context parallelism and the micro-batch size are those of ``parallel``,
-    ``device`` is the type of the device (``cuda``, ``cpu``). Raises UserError for layers whose
-    messages between segments depend on what they have seen.
+    ``device`` is the type of the device (``cuda``, ``cpu``). ``frozen`` are patterns of parameters
+    that do not learn. Raises UserError for layers whose messages between segments depend on what
+    they have seen, and for patterns that match nothing, or everything.
     """
     context = planned_context(
         DTYPES[precision],
@@ -152,6 +137,7 @@ def measure_units(
         )
     if precision == "fp8":
         multiply_in_float8(model, context)
+    freeze(model, frozen)
     if software.logits_bytes:
         model.logits_at_once = 2**62
     return _Measurement(model, parallel, device, software, seq_len, optimizer, simulate).all()
@@ -206,6 +192,7 @@ class _Measurement:
 
     def all(self) -> Units:
         model, kinds = self.model, block_kinds(self.model.model_config)
+        kinds = [k + frozen_part(b) for k, b in zip(kinds, model.blocks, strict=True)]
         blocks = {}
         for index, kind in enumerate(kinds):
             if kind not in blocks:
@@ -260,7 +247,8 @@ class _Measurement:
             for p in module.parameters():
                 info = info_of(p)
                 of_expert = info.shard is not None and info.shard.over == "expert"
-                kind = (p.dtype, info.weight_decay, rule_of(info, self.optimizer))
+                rule = rule_of(info, self.optimizer) if p.requires_grad else None
+                kind = (p.dtype, info.weight_decay, rule)
                 (expert_tensors if of_expert else tensors).append((kind, p.numel()))
             routed += sum(tokens * m.config.top_k for m in module.modules() if isinstance(m, MoE))
         return Unit(name, tensors, expert_tensors, routed, *self._over_time(measure))
@@ -313,6 +301,7 @@ class _Measurement:
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             for p in self.model.parameters()
+            if p.requires_grad
         ]
         try:
             group = self.model.context.context_group
@@ -322,7 +311,9 @@ class _Measurement:
             ):
                 simulation.exclude([*self.model.parameters(), *inputs])
                 output, ahead = simulation.measure(forward)
-                _, back = simulation.measure(lambda: output.backward(torch.empty_like(output)))
+                back = Cost()
+                if output.requires_grad:
+                    _, back = simulation.measure(lambda: output.backward(torch.empty_like(output)))
                 # Relative to what was there before the forward pass.
                 back.peak += ahead.kept
         finally:

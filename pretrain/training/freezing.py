@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pretrain.common.errors import UserError
-from pretrain.model.freezing import matches
+from pretrain.model.freezing import check_matched, matches
 from pretrain.model.language_model import LanguageModel
 from pretrain.parallel.processes import gather
 
@@ -27,12 +27,7 @@ def freeze(stages: Sequence[LanguageModel], patterns: Sequence[str]) -> None:
         learns.append(left > 0)
     everyone = gather((found, all(learns)))
     matched = set().union(*(names for names, _ in everyone))
-    for pattern in patterns:
-        if pattern not in matched:
-            raise UserError(
-                f"train.freeze or distill.freeze has '{pattern}', which matches no parameter; "
-                "expected names or patterns such as embedding, blocks.0, blocks.*.mlp"
-            )
+    check_matched(patterns, matched)
     if not all(learning for _, learning in everyone):
         raise UserError(
             f"train.freeze and distill.freeze, {', '.join(patterns)}, leave a stage of the model "

@@ -22,6 +22,7 @@ from pretrain.parallel.processes import (
     stop_processes,
 )
 from pretrain.training.engine import Engine
+from pretrain.training.freezing import freeze
 from tests.helpers.parallel_worker import start
 
 VOCAB, STEPS = 8192, 2
@@ -39,6 +40,7 @@ def case(
     model=None,
     optimizer="adamw",
     segment_tokens=None,
+    freeze=(),
     **parallel,
 ):
     """A model of width 512 (one with what this test is about in it) under a layout."""
@@ -52,6 +54,7 @@ def case(
         "precision": precision,
         "checkpointing": checkpointing,
         "segment_tokens": segment_tokens,
+        "freeze": list(freeze),
         "optimizer": optimizer,
     }
 
@@ -66,6 +69,7 @@ CASES = {
     "dp2-bf16": case("2*(gdn attn)", precision="bf16", model={"hidden_size": 768}),
     "dp2-segments": case("2*(gdn mamba2)", seq_len=4096, rows=2, segment_tokens=512),
     "dp2-muon": case("2*(gdn attn)", optimizer="muon"),
+    "dp2-frozen": case("4*gdn", freeze=("embedding", "blocks.[01]", "blocks.3.mlp")),
     "tp2-sequence": case("2*(attn mamba2)", tensor=2, sequence=True, seq_len=1024, rows=2),
     "pp2": case("2*(gdn attn)", pipeline=2, model={"tie_embeddings": False}),
     "ep2": case("2*(gdn attn)", expert=2, model=EXPERTS, seq_len=1024, rows=2),
@@ -106,6 +110,7 @@ def train(settings, parallel):
     )
     for stage in stages:
         stage.segment_tokens = settings["segment_tokens"]
+    freeze(stages, settings["freeze"])
     optimizer = OptimizerConfig(kind=settings["optimizer"])
     engine = Engine(stages, optimizer, parallel)
     generator = np.random.default_rng(0)

@@ -25,6 +25,7 @@ def run_config(settings):
         activation_checkpointing=settings["checkpointing"],
         segment_tokens=settings.get("segment_tokens"),
         carry_state=settings.get("carry_state", False),
+        freeze=settings.get("freeze", []),
     )
     optimizer = OptimizerConfig(kind=settings.get("optimizer", "adamw"))
     model = build_config(ModelConfig, settings["model"], "case")

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 
 from pretrain.common.config_loader import build_config
-from pretrain.config import ModelConfig
+from pretrain.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from pretrain.model.counts import count_model
+from pretrain.planner.estimate import Planner
+from pretrain.planner.hardware import load_hardware
 from pretrain.planner.parts import model_parts
 from tests.helpers.planner_figures import plan
 from tests.helpers.small_mixers import SMALL
@@ -25,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe": {"moe": {"num_experts": 4, "top_k": 2, "intermediate_size": 32, "first_dense": 1}},
     "recursion": {"recursion": {"prelude": 1, "coda": 1, "times": 2, "adapter": True}},
     "halting": {"recursion": {"times": 2, "step_signal": "learned", "halting": True}},
+    "exits": {"recursion": {"prelude": 1, "coda": 1, "times": 3, "exit_weight": 0.1}},
     "lora": {"recursion": LORA},
     "lora-inside": {"pattern": "3*attn gdn attn", "recursion": {"prelude": 1, "coda": 1, **LORA}},
     "lora-moe": {
@@ -40,6 +43,16 @@ def test_parts_add_up_to_the_model(name):
     counts, parts = count_model(config, VOCAB, 64), model_parts(config, VOCAB, 64)
     assert sum(part.number * part.parameters for part in parts) == counts.parameters
     assert sum(part.used * part.flops for part in parts) == counts.flops_per_token
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_has_its_gradient_and_state_once(name):
+    config = build_config(ModelConfig, {**BASE, **MODELS[name]}, "case")
+    train = TrainConfig(steps=1, seq_len=64)
+    planner = Planner(RunConfig("test", config, train=train), VOCAB, load_hardware("cpu"))
+    (held,) = planner.state_memory(ParallelConfig(), 1)
+    whole = 4 * planner.counts.parameters
+    assert held == {"weights": whole, "gradients": whole, "optimizer": 2 * whole}
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-inside"])

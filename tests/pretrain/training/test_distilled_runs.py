@@ -208,6 +208,9 @@ def test_the_plan_counts_the_teacher(run, teacher, tmp_path):
     assert mine.hardware_flops - without.hardware_flops == pytest.approx(
         its.flops_per_token * tokens, rel=0.1
     )
+    config.train.freeze = ["embedding"]  # of the student: the teacher has nothing that learns
+    its_planner = Planner(config, state.vocab_size, hardware).teacher
+    assert its_planner is not None and its_planner.config.frozen == []
     cached = at(config, tmp_path, cache="cache")
     assert (
         "teacher"
