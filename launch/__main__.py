@@ -126,12 +126,19 @@ def _start(arguments: argparse.Namespace) -> int:
         console.print(f"would start {len(members)} of {len(grid.members)}")
         if cluster.hardware is not None:
             print_plans(console, members, cluster.hardware, count)
+        if cluster.kind == "local":
+            _print_notes(_too_large_here(members, arguments))
         if cluster.kind == "slurm" and members:
             script = render(cluster, grid, members, arguments.at_once, force=arguments.force)
             console.print(script, soft_wrap=True)
             check_script(script)
         return 0
     check_trunks(members, str(grid.path))
+    if cluster.kind == "local":
+        too_large = _too_large_here(members, arguments)
+        if len(too_large) > 1 or arguments.force:
+            _print_notes(too_large)
+        _refuse_unless_forced(too_large, str(grid.path), "starts", arguments)
     if len(grid.members) > 1:
         note_grid(grid)
     if not members:
@@ -141,13 +148,9 @@ def _start(arguments: argparse.Namespace) -> int:
         too_large = []
         if cluster.hardware is not None:
             too_large = print_plans(console, members, cluster.hardware, count)
-        if too_large and not arguments.force:
-            raise UserError(
-                f"{grid.path}: {too_large[0]}"
-                + (f", and {len(too_large) - 1} other members" if len(too_large) > 1 else "")
-                + "; python -m pretrain plan CONFIG --search shows what fits, --force submits it "
-                "as it is"
-            )
+            plan = "python -m pretrain plan CONFIG --search shows what fits"
+            too_large = [f"{sentence}; {plan}" for sentence in too_large]
+        _refuse_unless_forced(too_large, str(grid.path), "submits", arguments)
         job, path = submit(
             cluster,
             grid,
@@ -160,6 +163,31 @@ def _start(arguments: argparse.Namespace) -> int:
         console.print(f"submitted job {job}, {path}\nstatus  {again}")
         return 0
     return _run_here(arguments, grid, members, bool(failed))
+
+
+def _too_large_here(members: Any, arguments: argparse.Namespace) -> list[str]:
+    from launch.fitting import what_does_not_fit
+
+    return what_does_not_fit(members, arguments.processes, arguments.at_once or 1)
+
+
+def _print_notes(sentences: Sequence[str]) -> None:
+    from launch.commands import console_of
+
+    for sentence in sentences:
+        console_of().print(f"note: {sentence}", soft_wrap=True)
+
+
+def _refuse_unless_forced(
+    too_large: Sequence[str], where: str, does: str, arguments: argparse.Namespace
+) -> None:
+    """Raise UserError with the first of the sentences about what does not fit, if there are any."""
+    if not too_large or arguments.force:
+        return
+    raise UserError(
+        f"{where}: {too_large[0]}; --force {does} it as it is"
+        + (f"; nor do {len(too_large) - 1} other members, see above" if len(too_large) > 1 else "")
+    )
 
 
 def _run_here(arguments: Any, grid: Any, members: Any, failed: bool) -> int:

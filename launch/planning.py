@@ -34,9 +34,7 @@ def print_plans(
     whys: list[str] = []
     too_large: list[str] = []
     for member in members:
-        config = member.config
-        sections: list[Any] = [config.model, config.train, config.parallel, *config.phases]
-        key = json.dumps([dataclasses.asdict(section) for section in sections])
+        key = shape_of(member.config)
         if key not in plans:
             plans[key] = plan(member.config, hardware, devices)
         found = plans[key]
@@ -72,6 +70,14 @@ def print_plans(
     for remark in [*remarks, *too_large, *dict.fromkeys(whys)]:
         console.print(f"note: {remark}")
     return too_large
+
+
+def shape_of(config: RunConfig) -> str:
+    """Return what a run's plan depends on: runs in which it is equal have one plan."""
+    sections: list[Any] = [config.model, config.train, config.parallel, *config.phases]
+    sections += [] if config.distill is None else [config.distill]
+    optimizer = [config.optimizer.kind, config.optimizer.ema_decay > 0]
+    return json.dumps([*map(dataclasses.asdict, sections), optimizer])
 
 
 def plan(config: RunConfig, hardware: str, devices: int) -> dict[str, Any] | str:

@@ -166,7 +166,8 @@ class Planner:
     def state_memory(self, parallel: ParallelConfig, devices: int) -> list[dict[str, float]]:
         """Return the bytes of ``weights``, ``gradients`` and ``optimizer`` by pipeline stage.
 
-        They are there in every step, whatever the micro-batches; nothing is simulated.
+        They are there in every step, whatever the micro-batches; nothing is simulated. So are those
+        of a ``teacher``, where there is one beside the model.
         """
         units = self.units(parallel, "none", simulate=False)
         data, kinds = devices // parallel.weights_size, ("weights", "gradients", "optimizer")
@@ -174,7 +175,17 @@ class Planner:
             self._memory.held(parallel, *self._held_tensors(parallel, local, units), data)
             for local in self._local_stages(parallel)
         ]
-        return [{kind: memory[kind] for kind in kinds} for memory in states]
+        found = [{kind: memory[kind] for kind in kinds} for memory in states]
+        if self.teacher is not None:
+            taught = self.teacher.units(parallel, "none", simulate=False)
+            for memory, local in zip(found, self.teacher._local_stages(parallel), strict=True):
+                memory["teacher"] = self.teacher._weights(parallel, local, taught)
+        return found
+
+    def _weights(self, parallel: ParallelConfig, local: Sequence[Stage], units: Units) -> float:
+        """Return the bytes of the weights that a process has."""
+        held = self._held_tensors(parallel, local, units)
+        return float(sum(n * kind[0].itemsize for tensors in held for kind, n in tensors))
 
     def _local_stages(self, parallel: ParallelConfig) -> list[list[Stage]]:
         """Return the model chunks of each pipeline stage."""
@@ -265,9 +276,8 @@ class Planner:
         passed = [pair for stage in local for pair in self._chain(stage, units)]
         forward = self._pass([unit.forward for unit, _ in passed], parallel)
         exchanged = OverContext(self.hardware, parallel, self._seconds).exchanges(passed).forward
-        held = self._held_tensors(parallel, local, units)
-        weights = sum(n * kind[0].itemsize for tensors in held for kind, n in tensors)
-        return _Taught(forward.seconds + exchanged, forward.flops, float(weights))
+        weights = self._weights(parallel, local, units)
+        return _Taught(forward.seconds + exchanged, forward.flops, weights)
 
     def _pass(
         self, costs: Sequence[Cost], parallel: ParallelConfig, *, backward: bool = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,20 @@ def free_memory() -> float:
         return float(torch.cuda.mem_get_info()[0] + unused)  # an earlier run may have left it
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min([float(psutil.virtual_memory().available), *_left_in_groups()]) / processes
+
+
+def free_on_gpus() -> float:
+    """Return the bytes that are free on the GPU with the fewest, without using one from here.
+
+    Another process looks: a process that has asked keeps some of the memory until it ends. Without
+    an answer it is infinite.
+    """
+    program = "import torch; n = torch.cuda.device_count(); "
+    program += "print(min(torch.cuda.mem_get_info(i)[0] for i in range(n)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    return float(done.stdout) if done.returncode == 0 else float("inf")
 
 
 def _left_in_groups() -> Iterator[float]:

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,21 @@ _LAYOUT = (
     *("tensor", "sequence", "pipeline", "virtual_pipeline", "expert"),
     *("zero_stage", "zero_backend"),
 )
+_WHAT = "the weights, gradients and optimizer state of a process"
 _MOST_EPOCHS = 4  # up to so many, repeated data is worth almost as much as new, arXiv 2305.16264
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a machine has for a run: bytes for each of its processes, and how many there are."""
+
+    free: float
+    processes: int
+
+    def describe(self) -> str:
+        """Return the memory in words."""
+        where = "on its GPU" if torch.cuda.is_available() else "for it on this machine"
+        return f"{self.free / 1e9:,.1f} GB are free {where}"
 
 
 def preflight(
@@ -117,41 +132,58 @@ def check_memory(config: RunConfig, vocab_size: int, parameters: int, count: int
     number of processes. The message names a layout that fits. Returns a warning where the inputs of
     the blocks, which a forward pass keeps at least, do not fit beside it.
     """
-    free, parallel, train = free_memory(), config.parallel, config.train
+    room = Room(free_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    parallel, train = config.parallel, config.train
     tokens = train.seq_len * parallel.micro_batch_size
-    width = DTYPES[train.precision].itemsize * config.model.hidden_size
-    if _MOST_BYTES_PER_PARAMETER * parameters + tokens * width < free / 2:
+    inputs = tokens * DTYPES[train.precision].itemsize * config.model.hidden_size
+    most = most_state_bytes(config, parameters)
+    if most is not None and most + inputs < room.free / 2:
         return None  # whatever the layout; the planner need not be loaded
     from pretrain.model.spec import passes
+
+    state, why = state_that_fits(config, vocab_size, count, room)
+    if why is not None:
+        raise UserError(f"{config.name} does not fit: {why}; --force starts it as it is")
+    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    inputs *= sum(passes(config.model)) / parallel.pipeline / shards
+    if state + inputs <= room.free:
+        return None
+    return (
+        f"{_WHAT} take {state / 1e9:,.1f} GB and the inputs of its blocks, which are only "
+        f"a part of the activations, {inputs / 1e9:,.1f} GB, but {room.describe()}; expected a "
+        "smaller parallel.micro_batch_size, or another layout (python -m pretrain plan)"
+    )
+
+
+def most_state_bytes(config: RunConfig, parameters: int) -> float | None:
+    """Return the most that a process's state can take under any layout, None where unknown."""
+    return None if config.distill is not None else float(_MOST_BYTES_PER_PARAMETER * parameters)
+
+
+def state_that_fits(
+    config: RunConfig, vocab_size: int, count: int, room: Room
+) -> tuple[float, str | None]:
+    """Return the bytes of a process's state, of ``count``, and why they do not fit, if so.
+
+    With it a layout is named that would fit.
+    """
     from pretrain.planner.estimate import Planner
     from pretrain.planner.hardware import Hardware
 
-    cuda = torch.cuda.is_available()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda, here = torch.cuda.is_available(), room.processes
     machine = Hardware(
         "this machine",
-        memory_gb=max(free, 1.0) / 1e9,
+        memory_gb=max(room.free, 1.0) / 1e9,
         device="cuda" if cuda else "cpu",
         devices_per_node=max(here, torch.cuda.device_count()) if cuda else here,
     )
     planner = Planner(config, vocab_size, machine)
-    state = max(sum(stage.values()) for stage in planner.state_memory(parallel, count))
-    what = "the weights, gradients and optimizer state of"
-    there = f"{free / 1e9:,.1f} GB are free {'on its GPU' if cuda else 'for it on this machine'}"
-    if state > free:
-        raise UserError(
-            f"{config.name} does not fit: {what} a process take {state / 1e9:,.1f} GB, but "
-            f"{there}; {_advice(planner, count, free)}; --force starts it as it is"
-        )
-    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    blocks = sum(passes(config.model)) / parallel.pipeline
-    inputs = blocks * tokens * width / shards
-    if state + inputs <= free:
-        return None
-    return (
-        f"{what} a process take {state / 1e9:,.1f} GB and the inputs of its blocks, which are only "
-        f"a part of the activations, {inputs / 1e9:,.1f} GB, but {there}; expected a smaller "
-        "parallel.micro_batch_size, or another layout (python -m pretrain plan)"
+    state = max(sum(stage.values()) for stage in planner.state_memory(config.parallel, count))
+    if state <= room.free:
+        return state, None
+    return state, (
+        f"{_WHAT} take {state / 1e9:,.1f} GB, but {room.describe()}; "
+        f"{_advice(planner, count, room.free)}"
     )
 
 
