@@ -75,6 +75,7 @@ CASES = {
     "ep2": case("2*(gdn attn)", expert=2, model=EXPERTS, seq_len=1024, rows=2),
     "zero3-deepspeed": case("2*(gdn attn)", zero_stage=3, rows=2, **DEEPSPEED),
     "cp2": case("2*(gdn attn)", context=2, seq_len=2048, rows=2),
+    "cp2-newton": case("2*(para_gru rat)", context=2, seq_len=2048, rows=2),
 }
 # On four processes.
 FOUR_CASES = {
