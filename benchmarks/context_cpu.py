@@ -312,6 +312,8 @@ def _bytes() -> dict[str, tuple[float, float]]:
     size = group.size()
     row = Sequences.from_lengths([FEW * size])
     for name in sorted(registry()):
+        if name == "sliced_attn":
+            continue  # what it hands on grows, and no plan has that
         block = build_model(_model(name), 16, seed=0).blocks[0]
         assert isinstance(block, Block)
         both = []
