@@ -132,6 +132,18 @@ def test_cells_go_over_heads_on_a_cpu_where_there_are_enough():
         assert (found.seconds["waiting for states"] > 0) == (method == "chain")
 
 
+@pytest.mark.parametrize(("name", "states"), [("para_gru", 1), ("para_lstm", 2)])
+def test_kernels_of_para_rnn_go_over_channels(name, states):
+    """docs/parallel.md: as other cells over heads; no rounds of borders."""
+    size, width, tokens = 4, 256, 4096
+    layout = ParallelConfig(context=size, micro_batch_size=1)
+    unit = planner(name, seq_len=tokens).units(layout, "none").blocks[name]
+    state, convolved = 4 * states * width, 2 * 2 * 3 * width
+    each = 2 * tokens / size * width * (3 + 1) + state
+    expected = (size - 1) / size * 2 * each + state / size + convolved
+    assert unit.forward.context_bytes + unit.backward.context_bytes == pytest.approx(expected)
+
+
 def test_too_few_heads_are_refused():
     config = planner("gru", mixers={"gru": {"num_heads": 2}}).config
     config.parallel = ParallelConfig(context=4, micro_batch_size=1, context_cells="heads")
