@@ -135,7 +135,7 @@ def check_memory(config: RunConfig, vocab_size: int, parameters: int, count: int
     room = Room(free_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     parallel, train = config.parallel, config.train
     tokens = train.seq_len * parallel.micro_batch_size
-    inputs = tokens * DTYPES[train.precision].itemsize * config.model.hidden_size
+    inputs = float(tokens * DTYPES[train.precision].itemsize * config.model.hidden_size)
     most = most_state_bytes(config, parameters)
     if most is not None and most + inputs < room.free / 2:
         return None  # whatever the layout; the planner need not be loaded
