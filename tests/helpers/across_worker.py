@@ -63,29 +63,47 @@ RING = {
 RING_LAYOUTS = ("one", "four", "short")
 
 
-def compare(case, lengths, group, rank, size, ring=False):
-    """Return the largest error of this rank's part of the row."""
+def whole_row(case, lengths):
+    """Return what a case gives of a row and is compared with, and the weights of its loss."""
     generator = torch.Generator().manual_seed(sum(map(ord, case.name)) + len(lengths))
-    row = Sequences.from_lengths(lengths)
-    pieces = segment_of(row, rank, size, group, ring=ring)
+    given = (
+        case.tensors(generator, TOKENS),
+        case.parameters(generator),
+        case.states(generator, len(lengths)),
+    )
+    whole = [[x.clone().requires_grad_() for x in kind] for kind in given]
+    y, finals = case.run(*whole, Sequences.from_lengths(lengths))
+    weights = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (y, *finals)]
+    loss = sum((x * w).sum() for x, w in zip((y, *finals), weights, strict=True))
+    gradients = torch.autograd.grad(loss, [x for kind in whole for x in kind])
+    return given, y.detach(), [x.detach() for x in finals], weights, gradients
+
+
+def shared_out(case, names):
+    """Return every whole row by its layout, each computed by one rank and sent to the others."""
+    found = [None] * len(names)
+    for number, name in enumerate(names):
+        if number % dist.get_world_size() == dist.get_rank():
+            found[number] = whole_row(case, LAYOUTS[name])
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return {
+        name: everyone[number % dist.get_world_size()][number] for number, name in enumerate(names)
+    }
+
+
+def compare(case, lengths, expected_row, group, rank, size, ring=False):
+    """Return the largest error of this rank's part of the row."""
+    (tensors, parameters, states), y, finals, (weight, *weights), expected = expected_row
+    pieces = segment_of(Sequences.from_lengths(lengths), rank, size, group, ring=ring)
     ends = torch.tensor([0, *lengths]).cumsum(0)
     length = TOKENS // size
-    tensors = case.tensors(generator, TOKENS)
-    parameters = case.parameters(generator)
-    states = case.states(generator, len(lengths))
     begins = [i for i in range(len(lengths)) if rank * length <= ends[i] < (rank + 1) * length]
     stops = [i for i in range(len(lengths)) if rank * length < ends[i + 1] <= (rank + 1) * length]
     assert pieces.segment is not None
     entered = int(pieces.segment.continues[rank])
     left = rank + 1 < size and pieces.segment.continues[rank + 1]
-
-    whole = [x.clone().requires_grad_() for x in (*tensors, *parameters, *states)]
     n, m = len(tensors), len(tensors) + len(parameters)
-    y, finals = case.run(whole[:n], whole[n:m], whole[m:], row)
-    weight = torch.randn(y.shape, generator=generator, dtype=y.dtype)
-    weights = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in finals]
-    loss = (y * weight).sum() + sum((x * w).sum() for x, w in zip(finals, weights, strict=True))
-    expected = torch.autograd.grad(loss, whole)
 
     def mine(x):
         steps = x.shape[1] // TOKENS
@@ -126,36 +144,45 @@ def main():
     assert world is not None
     for group in (pairs[own // 2], world):
         open_chain(group, timedelta(minutes=2))
+    # Of segments of half a row each of two pairs has every second case.
+    places = {2: (pairs[own // 2], own % 2, 2), 4: (world, own, 4)}
     found = {}
-    for size, group, rank in ((2, pairs[own // 2], own % 2), (4, world, own)):
-        place = group, rank, size
 
-        def largest(name, errors, size=size):
-            worst = torch.tensor(max(errors), dtype=torch.float64)
-            dist.all_reduce(worst, dist.ReduceOp.MAX)
-            found[f"{name} on {size}"] = float(worst)
+    def largest(name, size, errors):
+        worst = torch.tensor(max(errors, default=-1.0), dtype=torch.float64)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        found[f"{name} on {size}"] = float(worst)
 
-        if wanted == ["long"]:
-            largest("long sums", [check_long_sums(*place)])
+    def here(size, given):
+        return list(given)[own // 2 :: 2] if size == 2 else given
+
+    for number, case in enumerate(CASES if wanted != ["long"] else ()):
+        if wanted and not case.name.startswith(tuple(wanted)):
             continue
-        for case in CASES:
-            if wanted and not case.name.startswith(tuple(wanted)):
-                continue
-            names = case.layouts or LAYOUTS
-            largest(case.name, [compare(case, LAYOUTS[name], *place) for name in names])
+        rows = shared_out(case, list(case.layouts or LAYOUTS))
+        for size, place in places.items():
+            errors = [compare(case, LAYOUTS[n], rows[n], *place) for n in here(size, rows)]
+            largest(case.name, size, errors)
             if case.name in RING:
-                rows = [LAYOUTS[name] for name in RING_LAYOUTS]
-                errors = [compare(case, lengths, *place, ring=True) for lengths in rows]
-                largest(f"{case.name}: ring", errors)
-                largest(
-                    f"{case.name}: ring gathers",
-                    [float(number_sent(case, CROSSING, *place, ring=True))],
-                )
-            largest(f"{case.name}: touched", [touched_by_the_first(case, CROSSING, *place)])
-            for name, lengths in (("sent", CROSSING), ("sent apart", APART)):
-                largest(f"{case.name}: {name}", [float(number_sent(case, lengths, *place))])
+                names = here(size, RING_LAYOUTS)
+                errors = [compare(case, LAYOUTS[n], rows[n], *place, ring=True) for n in names]
+                largest(f"{case.name}: ring", size, errors)
+                gathers = float(number_sent(case, CROSSING, *place, ring=True))
+                largest(f"{case.name}: ring gathers", size, [gathers])
+            if size == 2 and number % 2 != own // 2:
+                touched, sent = [], ([], [])
+            else:
+                touched = [touched_by_the_first(case, CROSSING, *place)]
+                sent = [[float(number_sent(case, n, *place))] for n in (CROSSING, APART)]
+            largest(f"{case.name}: touched", size, touched)
+            largest(f"{case.name}: sent", size, sent[0])
+            largest(f"{case.name}: sent apart", size, sent[1])
+    for size, place in places.items():
+        if wanted == ["long"]:
+            largest("long sums", size, [check_long_sums(*place)])
         for check in () if wanted else (check_halo, check_scan, check_heads):
-            largest(check.__name__, [check(lengths, *place) for lengths in LAYOUTS.values()])
+            errors = [check(lengths, *place) for lengths in here(size, LAYOUTS.values())]
+            largest(check.__name__, size, errors)
     if own == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
