@@ -33,7 +33,7 @@ from tests.helpers.small_training import STATE, batches
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.2, clip_grad=0.5)
 MUON = dataclasses.replace(OPTIMIZER, kind="muon", ema_decay=0.9, gradient_noise=1e-4)
-STEPS, SEQ_LEN, ROWS = 3, 32, 4
+STEPS, SEQ_LEN, ROWS = 2, 32, 4
 
 MODELS = {
     "hybrid": settings("gdn attn m2rnn swa", tie_embeddings=False, dropout=0.2),

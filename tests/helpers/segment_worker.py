@@ -14,6 +14,8 @@ import random
 import re
 import sys
 import types
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ LAYOUTS = {
     "short": [1, 2, 9, 1, 1, 10, 1, 11, 12],
     "long tail": [5, 43],
 }
+STATES = ("states", "by state")  # modes that look at states too
 Errors = dict[str, tuple[float, str]]  # by case: how large, and of what
 
 
@@ -104,6 +107,7 @@ def run(block, x, sequences, weights, with_states, checkpointing="none"):
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in block.named_parameters()
     }
+    states = [{name: tensor.detach() for name, tensor in state.items()} for state in states]
     return y.detach(), states, x.grad, grads
 
 
@@ -125,23 +129,39 @@ def by_its_state(mixer):
         del mixer.over_time
 
 
-def compare(block: Block, lengths: list[int], groups: list[Any], modes: list[str]) -> Errors:
-    """The largest relative differences of this rank's segments from the whole row's."""
+def shared_out(jobs: list[Callable[[], Any]]) -> list[Any]:
+    """Return what the jobs give, each done by one rank and sent to the others."""
+    size = dist.get_world_size()
+    found = gather([job() for job in jobs[dist.get_rank() :: size]])
+    return [found[number % size][number // size] for number in range(len(jobs))]
+
+
+def compare(
+    block: Block, lengths: list[int], groups: list[Any], modes: list[str], turn: int = 0
+) -> Errors:
+    """The largest relative differences of this rank's segments from the whole row's.
+
+    Of two pairs of ranks, each has every second case of segments of half a row.
+    """
     generator = torch.Generator().manual_seed(1)
     x, weights = torch.randn(2, TOKENS, 1, 24, generator=generator, dtype=torch.float64)
     row = Sequences.from_lengths(lengths)
     ends = torch.tensor(lengths).cumsum(0).tolist()
-    references = {with_states: run(block, x, row, weights, with_states) for with_states in (0, 1)}
+    needed = sorted({mode in STATES for mode in modes})
+    rows = shared_out([partial(run, block, x, row, weights, kind) for kind in needed])
+    references = dict(zip(needed, rows, strict=True))
     errors: Errors = {}
-    for group, mode in itertools.product(groups, modes):
+    for group, (number, mode) in itertools.product(groups, enumerate(modes)):
         rank, size = group.rank(), group.size()
         if mode == "ring" and size == 2:
             continue  # as all others are
+        if size == 2 and (number + turn) % 2 != dist.get_rank() // 2:
+            continue
         length = TOKENS // size
         own = slice(rank * length, (rank + 1) * length)
         # On two ranks states go in a ring, as they do in training.
         pieces = segment_of(row, rank, size, group, ring=size == 2 or mode == "ring")
-        with_states = mode in ("states", "by state")
+        with_states = mode in STATES
         y, states, d_x, grads = references[with_states]
         with by_its_state(block.mixer) if mode == "by state" else contextlib.nullcontext():
             checkpointing = "block" if mode == "ring" else mode
@@ -247,7 +267,7 @@ def main(file: Path, wanted: list[str]) -> None:
     open_chain(groups[1], datetime.timedelta(minutes=2))
     found: dict[str, tuple[float, str]] = compare_frozen(groups)
     sent: dict[str, dict[str, float]] = {}
-    for name in wanted or sorted(registry()):
+    for place, name in enumerate(wanted or sorted(registry())):
         for number, values in enumerate(SMALL.get(name, [{}])):
             if number == 0:
                 single = block_of(name, values, torch.float32)
@@ -255,16 +275,18 @@ def main(file: Path, wanted: list[str]) -> None:
                 sent[name] = sent_bytes(single, groups, long)
                 sent[f"{name} ring"] = sent_bytes(single, groups[:1], long, ring=True)
             block = block_of(name, values)
-            modes = ["states", "block", "selective"] if number == 0 else ["states"]
-            if block.mixer.over_time == "ops" and number == 0:
-                modes += ["by state", "ring"]
-            for layout, lengths in LAYOUTS.items():
-                if layout not in ("one", "crossing"):
-                    modes = [mode for mode in modes if mode != "ring"]
-                for key, error in compare(block, lengths, groups, modes).items():
+            for turn, (layout, lengths) in enumerate(LAYOUTS.items(), place):
+                modes = ["states"]
+                if number == 0:  # the kinds of checkpointing in turn
+                    modes.append(("block", "selective")[turn % 2])
+                if block.mixer.over_time == "ops" and number == 0:
+                    modes.append("by state")
+                    if layout in ("one", "crossing"):
+                        modes.append("ring")
+                for key, error in compare(block, lengths, groups, modes, turn).items():
                     found[f"{name} {number}, {layout}, {key}"] = error
             if number == 0:
-                for key, error in compare(block, random_lengths(name), groups, modes[:1]).items():
+                for key, error in compare(block, random_lengths(name), groups, ["states"], place).items():
                     found[f"{name} {number}, random, {key}"] = error
         if registry()[name].over_time == "cells":
             single, block = (
@@ -272,13 +294,15 @@ def main(file: Path, wanted: list[str]) -> None:
                 for dtype in (torch.float32, torch.float64)
             )
             sent[f"{name} over heads"] = sent_bytes(single, groups)
-            for layout, lengths in LAYOUTS.items():
-                modes = ["states", "block", "selective"]
-                for key, error in compare(block, lengths, groups, modes).items():
+            for turn, (layout, lengths) in enumerate(LAYOUTS.items(), place):
+                modes = ["states", ("block", "selective")[turn % 2]]
+                for key, error in compare(block, lengths, groups, modes, turn).items():
                     found[f"{name} over heads, {layout}, {key}"] = error
     everyone = gather((found, sent))
     if is_main_process():
-        worst = {key: max(each[key] for each, _ in everyone) for key in found}
+        errors: list[Errors] = [each for each, _ in everyone]
+        keys = dict.fromkeys(key for each in errors for key in each)
+        worst = {key: max(each[key] for each in errors if key in each) for key in keys}
         own = {str(size): busiest_segment(1, size) for size in (2, 4)}
         planned = {
             key: {size: everyone[own[size]][1][key][size] for size in sizes}

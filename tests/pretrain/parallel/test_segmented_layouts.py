@@ -37,9 +37,11 @@ def test_two_processes_equal_one(model, layout, two_processes):
     assert np.allclose(valid, expected_valid, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["tied", "untied", "options", "experts"])
-@pytest.mark.parametrize("size", [16, 8, 2])
-def test_three_steps_equal_those_without_segments(model, size):
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [("tied", 16), ("tied", 2), ("untied", 8), ("options", 16), ("experts", 8), ("lengths", 8)],
+)
+def test_steps_equal_those_without_segments(model, size):
     *steps, valid = train(model, size)
     *expected, expected_valid = train(model, None)
     assert np.allclose(steps, expected, rtol=1e-5)

@@ -66,15 +66,15 @@ def test_memory_is_what_four_processes_allocate(name):
 
 LIKE_WHOLE = {
     # A mask hides what lies beyond a window, but it is computed.
-    "swa": {"window": 128},
-    # Of 128 tokens both forms see as many pairs.
-    "sliced_attn": {"slice_size": 16, "stride": 8},
+    "swa": {"window": 64},
+    # Of 64 tokens both forms see as many pairs.
+    "sliced_attn": {"slice_size": 8, "stride": 8},
 }
 
 
 @pytest.fixture(scope="module")
 def every_mixer():
-    """A block of each kind, 256 tokens, MLP included."""
+    """A block of each kind, 64 tokens, MLP included."""
     model = {
         "hidden_size": 48,
         "pattern": " ".join(registry()),
@@ -84,9 +84,9 @@ def every_mixer():
     }
     settings = {
         "model": model,
-        "parallel": {"micro_batch_size": 2},
-        "seq_len": 128,
-        "rows": 2,
+        "parallel": {"micro_batch_size": 1},
+        "seq_len": 64,
+        "rows": 1,
         "precision": "float32",
         "checkpointing": "none",
     }
@@ -99,7 +99,7 @@ def test_flops_and_parameters_are_the_layers_own_counts(every_mixer, name):
     config = build_config(ModelConfig, settings["model"], "case")
     spec = next(s for s in block_specs(config) if s.name == name)
     assert found["parameters"][name] == block_parameters(config, spec)
-    counted = 256 * block_flops(config, spec, 128)
+    counted = 64 * block_flops(config, spec, 64)
     counted += spec.mixer.flops_per_pass(spec.config, config.hidden_size)
     # Newton's method solves scans, whose matrices' products are not the layer's own.
     assert found["forward"][name] == pytest.approx(counted, rel=0.005)
