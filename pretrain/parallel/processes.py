@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from pretrain.parallel.launcher_watch import processes_met, watch_launcher
 T = TypeVar("T")
 
 _named_here: list[str] = []  # environment variables that no launcher set
+_left: list[ParallelConfig] = []  # layouts whose groups ended; garbage may hold them
 _host_groups: list[dist.ProcessGroup] = []  # of all processes, where those of NCCL need the GPU
 
 
@@ -112,6 +114,7 @@ def process_groups(config: ParallelConfig) -> Iterator[None]:
     After an exception on one of several processes they are not left: that would wait for peers
     which may never come.
     """
+    _let_go_of_groups()
     had_groups, hook = dist.is_initialized(), sys.excepthook
     linear = torch.nn.functional.linear
     failed, started = True, False
@@ -122,6 +125,7 @@ def process_groups(config: ParallelConfig) -> Iterator[None]:
     finally:
         torch.nn.functional.linear = linear  # which DeepSpeed's ZeRO-3 replaces for good
         if not failed or world_size() == 1:
+            _left.append(config)
             state = groups()
             if not had_groups:
                 stop_processes()
@@ -130,6 +134,16 @@ def process_groups(config: ParallelConfig) -> Iterator[None]:
             elif started and state is not None:
                 close_chains()
                 state.destroy_model_parallel()
+
+
+def _let_go_of_groups() -> None:
+    """Collect what holds the groups of runs that have ended: objects in cycles, found late.
+
+    A run's groups have some 80 sockets and files, and a process has 1,024 at most.
+    """
+    if _left:
+        _left.clear()
+        gc.collect()
 
 
 def order_kernels(config: ParallelConfig) -> None:

@@ -59,7 +59,7 @@ def gradients_of(layer, x, sequences):
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-@settings_of_hypothesis(max_examples=5)
+@settings_of_hypothesis(max_examples=3)
 @example([700], 0)
 @example([1], 0)
 @example([0, 3, 0], 0)
@@ -282,13 +282,13 @@ GATES = (
 @pytest.mark.parametrize("name", registry())
 def test_extreme_gates_stay_finite(name, shift):
     """4096 steps of inputs that drive every gate to its ends, gradients included: decays next to 0
-    and 1, beta at 0 and at its most."""
+    and 1, beta at 0 and at its most. A quarter of them between the ends."""
     layer = build(name, SMALL.get(name, [{}])[-1], torch.float32)
     with torch.no_grad():
         for gate, parameter in layer.named_parameters():
             if gate in GATES:
                 parameter += shift
-    x = (100 * torch.randn(4096, 1, HIDDEN)).requires_grad_()
+    x = (100 * torch.randn(4096 if shift else 1024, 1, HIDDEN)).requires_grad_()
     y, state = layer(x)
     found = torch.autograd.grad(y.square().mean(), [x, *layer.parameters()], allow_unused=True)
     for tensor in (y, *found):

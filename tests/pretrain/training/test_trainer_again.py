@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -41,6 +43,20 @@ def test_a_request_to_stop_does_not_outlive_an_exception(run):
         trainer.fit()
     result = trainer.fit()
     assert (result.status, result.step) == ("completed", 4)
+
+
+def test_fits_one_after_another_do_not_use_up_descriptors(tmp_path, corpus):
+    """What holds a run's groups is found by the next one, should no collection happen between."""
+    opened = []
+    gc.disable()
+    try:
+        for name in "abc":
+            config = Run(tmp_path, corpus, name, steps=2).config
+            Trainer(config, overrides=QUICK).fit()
+            opened.append(psutil.Process().num_fds())
+    finally:
+        gc.enable()
+    assert opened[2] <= opened[1] + 5, opened
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
