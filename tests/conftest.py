@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small tensors gain nothing from a second thread, and threads that wait for each other on a busy
@@ -25,15 +27,21 @@ settings.register_profile("default", deadline=None, max_examples=12, derandomize
 settings.load_profile("default")
 
 
-def _durations_key(config):
-    """Return where pytest's cache keeps how long each file took, of this selection by markers."""
-    return "durations/" + (config.option.markexpr.replace(" ", "-") or "all")
+# By selection, roughly how many seconds the longest files took: for where no run has been before.
+SECONDS = json.loads((Path(__file__).parent / "helpers/seconds.json").read_text())
+
+
+def _selection(config):
+    """Return this selection by markers, as a name."""
+    return config.option.markexpr.replace(" ", "-") or "all"
 
 
 def pytest_collection_modifyitems(config, items):
     """Files that took longest the last time first, so that no worker ends long after the others;
-    without a last time, those with slow tests first."""
-    known = config.cache.get(_durations_key(config), {}) if hasattr(config, "cache") else {}
+    those that have never been run by ``SECONDS``, and with slow tests first."""
+    known = dict(SECONDS.get(_selection(config), {}))
+    if hasattr(config, "cache"):
+        known |= config.cache.get(f"durations/{_selection(config)}", {})
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (-known.get(item.location[0], 0), item.path not in slow))
 
@@ -55,7 +63,7 @@ def pytest_terminal_summary(terminalreporter, config):
             if isinstance(report, pytest.TestReport):
                 name = report.location[0]
                 took[name] = took.get(name, 0.0) + report.duration
-    config.cache.set(_durations_key(config), took)
+    config.cache.set(f"durations/{_selection(config)}", took)
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ PAGES = [
     "docs/reproduce-a-table.md",
 ]
 # What a reader does first is always tested; the rest is slow.
-FIRST = ("README.md", "docs/data.md", "docs/training.md")
+FIRST = ("README.md", "docs/data.md")
 # Whose commands have a test of their own, or which have none.
 OTHERS = {
     "docs/claims.md",
