@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,15 +82,11 @@ def whole_row(case, lengths):
 
 def shared_out(case, names):
     """Return every whole row by its layout, each computed by one rank and sent to the others."""
-    found = [None] * len(names)
-    for number, name in enumerate(names):
-        if number % dist.get_world_size() == dist.get_rank():
-            found[number] = whole_row(case, LAYOUTS[name])
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    return {
-        name: everyone[number % dist.get_world_size()][number] for number, name in enumerate(names)
-    }
+    size = dist.get_world_size()
+    everyone: list[Any] = [None] * size
+    own = [whole_row(case, LAYOUTS[name]) for name in names[dist.get_rank() :: size]]
+    dist.all_gather_object(everyone, own)
+    return {name: everyone[number % size][number // size] for number, name in enumerate(names)}
 
 
 def compare(case, lengths, expected_row, group, rank, size, ring=False):
@@ -170,13 +167,15 @@ def main():
                 gathers = float(number_sent(case, CROSSING, *place, ring=True))
                 largest(f"{case.name}: ring gathers", size, [gathers])
             if size == 2 and number % 2 != own // 2:
-                touched, sent = [], ([], [])
+                touched, sent, apart = [], [], []
             else:
                 touched = [touched_by_the_first(case, CROSSING, *place)]
-                sent = [[float(number_sent(case, n, *place))] for n in (CROSSING, APART)]
+                sent, apart = (
+                    [float(number_sent(case, lengths, *place))] for lengths in (CROSSING, APART)
+                )
             largest(f"{case.name}: touched", size, touched)
-            largest(f"{case.name}: sent", size, sent[0])
-            largest(f"{case.name}: sent apart", size, sent[1])
+            largest(f"{case.name}: sent", size, sent)
+            largest(f"{case.name}: sent apart", size, apart)
     for size, place in places.items():
         if wanted == ["long"]:
             largest("long sums", size, [check_long_sums(*place)])
