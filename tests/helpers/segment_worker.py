@@ -286,7 +286,9 @@ def main(file: Path, wanted: list[str]) -> None:
                 for key, error in compare(block, lengths, groups, modes, turn).items():
                     found[f"{name} {number}, {layout}, {key}"] = error
             if number == 0:
-                for key, error in compare(block, random_lengths(name), groups, ["states"], place).items():
+                for key, error in compare(
+                    block, random_lengths(name), groups, ["states"], place
+                ).items():
                     found[f"{name} {number}, random, {key}"] = error
         if registry()[name].over_time == "cells":
             single, block = (
