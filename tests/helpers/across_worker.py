@@ -156,13 +156,15 @@ def main():
     for number, case in enumerate(CASES if wanted != ["long"] else ()):
         if wanted and not case.name.startswith(tuple(wanted)):
             continue
-        rows = shared_out(case, list(case.layouts or LAYOUTS))
+        names = list(case.layouts or LAYOUTS)
+        in_ring = RING_LAYOUTS if case.name in RING else ()
+        rows = shared_out(case, list(dict.fromkeys([*names, *in_ring])))
         for size, place in places.items():
-            errors = [compare(case, LAYOUTS[n], rows[n], *place) for n in here(size, rows)]
+            errors = [compare(case, LAYOUTS[n], rows[n], *place) for n in here(size, names)]
             largest(case.name, size, errors)
-            if case.name in RING:
-                names = here(size, RING_LAYOUTS)
-                errors = [compare(case, LAYOUTS[n], rows[n], *place, ring=True) for n in names]
+            if in_ring:
+                ring = here(size, in_ring)
+                errors = [compare(case, LAYOUTS[n], rows[n], *place, ring=True) for n in ring]
                 largest(f"{case.name}: ring", size, errors)
                 gathers = float(number_sent(case, CROSSING, *place, ring=True))
                 largest(f"{case.name}: ring gathers", size, [gathers])
