@@ -23,7 +23,7 @@ MEASURES = {
     "gradient_rms": "gradients, RMS",
     "weight_rms": "weights, RMS",
     "update_ratio": "updates against weights",
-    "logit_bound": "attention logits, bound",
+    "logit_max": "attention logits, largest",
     "horizon": "memory horizon (tokens)",
     "state_norm": "states, norm",
     "state_rank": "states, effective rank",

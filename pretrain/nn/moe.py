@@ -29,6 +29,7 @@ from pretrain.nn.parameters import (
 )
 from pretrain.ops.elementwise.gating import sigmoid_gate, swiglu
 from pretrain.ops.shared.recomputation import recomputed, recomputing
+from pretrain.ops.shared.watching import is_backward_pass
 
 
 class MoE(nn.Module):
@@ -155,7 +156,7 @@ class MoE(nn.Module):
 
     def _count(self, load: Tensor | None = None, dropped: Tensor | None = None) -> None:
         """Count load and drops for log and bias, but not when a forward pass is recomputed."""
-        if not self.training or torch._C._current_graph_task_id() != -1:
+        if not self.training or is_backward_pass():
             return
         if load is not None:
             self._load = load if self._load is None else self._load + load

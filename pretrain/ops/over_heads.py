@@ -83,6 +83,14 @@ def over_heads(
     return result[None], list(finals)
 
 
+def has_heads(sequences: Sequences, num_heads: int) -> bool:
+    """Return whether this rank has any of the heads, or one of zeros that stands in."""
+    segment = sequences.segment
+    assert segment is not None
+    rank, size = segment.rank, segment.size
+    return rank * num_heads // size < (rank + 1) * num_heads // size
+
+
 def held_sequences(sequences: Sequences) -> slice:
     """Return which of the row's sequences that have tokens have a piece in this segment."""
     segment = sequences.segment

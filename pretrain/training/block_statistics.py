@@ -23,6 +23,7 @@ from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs
 from pretrain.nn.mixers import Mixer, State
 from pretrain.nn.moe import MoE
+from pretrain.ops.shared.watching import is_backward_pass
 from pretrain.parallel.processes import all_reduce_metrics
 from pretrain.training.engine import Engine
 from pretrain.training.metrics import LayerMetrics
@@ -92,10 +93,8 @@ class BlockStatistics:
     # Forward passes
 
     def _watch_block(self, name: str, block: Block) -> None:
-        context = block.mixer.parallel
-
         def after(_: Any, __: Any, given: dict[str, Any], output: tuple[Tensor, State]) -> None:
-            if not _is_recomputing():
+            if not is_backward_pass():
                 x, state = output
                 self._look(name, "activation", x, block.mixer)
                 self._look_at_memory(name, block.mixer, state, given.get("sequences"))
@@ -106,14 +105,13 @@ class BlockStatistics:
             self._watch_output(name, "mlp_activation", block.mlp, block.mixer)
 
         def noted(values: Mapping[str, Tensor]) -> None:
-            if not _is_recomputing():
-                self._look_at_gates(name, values, context.tensor_rank)
+            self._look_at_gates(name, values)
 
         block.mixer.watcher = noted
 
     def _watch_output(self, name: str, quantity: str, module: Any, owner: Any) -> None:
         def after(_: Any, arguments: Any, output: Any) -> None:
-            if not _is_recomputing():
+            if not is_backward_pass():
                 self._look(
                     name, quantity, output[0] if isinstance(output, tuple) else output, owner
                 )
@@ -127,17 +125,14 @@ class BlockStatistics:
             self._add_sizes(f"{name}/{quantity}", x)
 
     @torch.no_grad()
-    def _look_at_gates(self, name: str, values: Mapping[str, Tensor], rank: int) -> None:
-        values = dict(values)
-        if "query_norm" in values:
-            queries, keys = (values.pop(f"{what}_norm") for what in ("query", "key"))
-            queries, keys = (x.flatten(0, 1).amax(0) for x in (queries, keys))
-            keys = keys.repeat_interleave(len(queries) // len(keys))
-            for head, both in enumerate(zip(queries, keys, strict=True), rank * len(queries)):
-                for kind, norm in zip("qk", both, strict=True):
-                    self._add(f"{name}/logits/{kind}{head}_max", norm)
+    def _look_at_gates(self, name: str, values: Mapping[str, Tensor]) -> None:
         for gate, x in values.items():
             finite = x.isfinite()
+            if gate == "logits":
+                if x.numel():
+                    largest = torch.where(finite, x, -torch.inf).amax()
+                    self._add(f"{name}/logits/largest_max", largest)
+                continue
             self._add(f"{name}/{gate}/sum", torch.where(finite, x, 0).sum(dtype=torch.float64))
             self._add(f"{name}/{gate}/number", finite.sum())
 
@@ -225,11 +220,6 @@ def _blocks_of(part: LanguageModel) -> Iterator[tuple[int, Block]]:
         yield number, cast(Block, part.blocks[number])
 
 
-def _is_recomputing() -> bool:
-    """Return whether a forward pass is computed again for the backward pass, which is under way."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def _described(found: Mapping[str, dict[str, float]]) -> dict[str, Any]:
     """Return a block's numbers by the names that they are logged under."""
     row: dict[str, Any] = {}
@@ -243,9 +233,8 @@ def _described(found: Mapping[str, dict[str, float]]) -> dict[str, Any]:
             update, weight = row[f"{part}update_rms"], row[f"{part}weight_rms"]
             row[f"{part}update_ratio"] = update / weight if update is not None and weight else None
     if "logits" in found:
-        norms = found["logits"]
-        heads = {name[1:] for name in norms}
-        row["logit_bound"] = max(norms[f"q{head}"] * norms[f"k{head}"] for head in heads)
+        largest = found["logits"]["largest_max"]
+        row["logit_max"] = largest if math.isfinite(largest) else None
     for gate, stats in found.items():
         if gate == "log_decay":
             mean = _ratio(stats["sum"], stats["number"])

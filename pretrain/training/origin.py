@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,6 +21,7 @@ from pretrain.model.language_model import LanguageModel
 from pretrain.model.recursion import Recursion
 from pretrain.nn.linear import RowParallelLinear
 from pretrain.nn.moe import MoE
+from pretrain.ops.shared.watching import is_backward_pass
 from pretrain.parallel.processes import (
     context_group,
     data_parallel_rank_and_size,
@@ -118,7 +118,7 @@ class Search:
             y = output[0] if isinstance(output, tuple) else output
             if operation and isinstance(x, Tensor) and x.requires_grad:
                 x.register_hook(partial(self._look_at_gradient, part, name))
-            if self.first is None and not _is_recomputing() and isinstance(y, Tensor):
+            if self.first is None and not is_backward_pass() and isinstance(y, Tensor):
                 self._count += 1
                 if _is_finite(x) and not _is_finite(y):
                     self._keep(part, name, module, y)
@@ -129,11 +129,11 @@ class Search:
         """Count micro-batches, and look at the losses: the head is no module that is called."""
 
         def before(*_: Any) -> None:
-            if part is self._engine.parts[0] and not _is_recomputing():
+            if part is self._engine.parts[0] and not is_backward_pass():
                 self._micro_batch, self._count = self._micro_batch + 1, 0
 
         def after(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-            if part.stage.last and self.first is None and not _is_recomputing():
+            if part.stage.last and self.first is None and not is_backward_pass():
                 self._count += 1
                 if not _is_finite(output):
                     head = part.embedding if part.model_config.tie_embeddings else part.head
@@ -279,7 +279,3 @@ def _is_finite(x: Any) -> bool:
     return not (isinstance(x, Tensor) and x.is_floating_point()) or bool(
         x.detach().isfinite().all()
     )
-
-
-def _is_recomputing() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -35,7 +35,7 @@ def test_blocks_are_drawn_where_a_run_has_their_statistics(tmp_path, capsys):
             "tokens": step * 128,
             "blocks": [
                 {"block": "embedding", "weight_rms": 0.1},
-                {"block": 0, "mixer": "attn", "weight_rms": 0.2, "logit_bound": None},
+                {"block": 0, "mixer": "attn", "weight_rms": 0.2, "logit_max": None},
             ],
         }
         for step in (50, 100, 150)

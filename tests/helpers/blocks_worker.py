@@ -22,10 +22,17 @@ from pretrain.training.engine import Engine
 from pretrain.training.metrics import LayerMetrics
 from tests.helpers import parallel_worker
 from tests.helpers.parallel_worker import settings, start, step_of
+from tests.helpers.small_mixers import SMALL
 from tests.helpers.small_model import VOCAB
 
 ROWS = 8
+SOFTMAXES = ("attn", "swa", "sliced_attn", "rat", "tcnca", "aaren", "lightnet")
 parallel_worker.MODELS["watched"] = settings("gdn attn mamba2 para_gru", tie_embeddings=False)
+parallel_worker.MODELS["softmaxes"] = settings(
+    " ".join(SOFTMAXES),
+    mixers={name: SMALL[name][-1 if name == "rat" else 0] for name in SOFTMAXES},
+)
+parallel_worker.MODELS["cells"] = settings("lstm gru slstm para_gru para_lstm s4 s4d plstm")
 LAYOUTS = {
     "tp2-pp2-sequence": ParallelConfig(tensor=2, pipeline=2, sequence=True),
     "tp2-dp2": ParallelConfig(tensor=2),
@@ -47,6 +54,12 @@ CASES |= {
     "experts-ep2-dp4": ("experts", ParallelConfig(expert=2)),
     "experts-tp2-sequence-dp2": ("experts", ParallelConfig(tensor=2, sequence=True)),
 }
+# Whose gates and logits are found inside ops, which other ranks take part in.
+for model in ("softmaxes", "cells"):
+    CASES[f"{model}-cp2-tp2-sequence"] = model, LAYOUTS["cp2-tp2-sequence"]
+    CASES[f"{model}-cp4"] = model, ParallelConfig(context=4)
+CASES["cells-cp2-dp2"] = "cells", LAYOUTS["cp2-dp2"]  # a head for each rank
+CASES["softmaxes-tp2-pp2-sequence"] = "softmaxes", LAYOUTS["tp2-pp2-sequence"]
 
 
 def model_of(pattern: str, checkpointing: str = "none", **changes: Any) -> LanguageModel:

@@ -53,7 +53,7 @@ STEPS, SEQ_LEN = 2, 32
 
 
 # Newton's method stops at 1e-5 by itself, and how far below depends on what is solved together.
-EXACT = {"para_gru": {"tolerance": 1e-6}}
+EXACT = {name: {"tolerance": 1e-6} for name in ("para_gru", "para_lstm")}
 
 
 def settings(pattern, **changes):

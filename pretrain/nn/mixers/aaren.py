@@ -92,13 +92,14 @@ class Aaren(Mixer):
     ) -> tuple[Tensor, State]:
         x = column_input(x, self.parallel, self)
         k, v = (heads(projection(x), self.num_heads) for projection in (self.k_proj, self.v_proj))
+        scores = _scores(k, self.query)
         weight, log_decay, log_sum = log_sum_exp_gate(
-            _scores(k, self.query),
+            scores,
             sequences=sequences,
             initial_state=None if state is None else state["log_sum"],
         )
         weight = weight.to(v.dtype)
-        self.note(log_decay=log_decay)
+        self.note(log_decay=log_decay, logits=scores)
         y, mean = linear_attention(
             torch.ones_like(weight),
             weight,

@@ -167,9 +167,8 @@ class Attention(Mixer):
         k, v, sequences_k = k[0], v[0], sequences
         if state is not None:
             k, v, sequences_k = _append(state, k, v, sequences)
-        if self.watcher is not None:
-            scale = self.config.scale or self.head_dim**-0.5
-            self.note(query_norm=scale * q.norm(dim=-1), key_norm=k[None].norm(dim=-1))
+        if gate is not None and self.watch is not None:
+            self.note(output=gate.detach().sigmoid())
         y = self.attend(q, k[None], v[None], sequences, sequences_k)
         y = y.reshape(batch_size, length, self.num_heads * self.head_dim).transpose(0, 1)
         if gate is not None:
@@ -220,6 +219,7 @@ class Attention(Mixer):
             scale=self.config.scale,
             sequences=sequences,
             sequences_k=sequences_k,
+            watch=self.watch,
         )
 
     def _visible(self, k: Tensor, v: Tensor, sequences: Sequences) -> State:

@@ -17,6 +17,7 @@ from pretrain.data.sequences import Sequences
 from pretrain.nn.mixers.conversion import Conversion
 from pretrain.nn.parameters import DescribedModule
 from pretrain.nn.shared_tables import SharedTable, TableRow
+from pretrain.ops.shared.watching import Watch, is_backward_pass
 from pretrain.parallel.context import ParallelContext
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class Mixer(DescribedModule, ABC):
     mitigable: tuple[str, ...] = ()
     mitigations: Mitigations | None = None
     depth: int = 0  # the pass of a loop that runs, from 0; set by the model
-    watcher: Callable[[Mapping[str, Tensor]], None] | None = None  # while a step is watched
+    watcher: Watch | None = None  # while a step is watched
     parallel: ParallelContext
     num_heads: int  # of this process, where it has heads
 
@@ -233,15 +234,23 @@ class Mixer(DescribedModule, ABC):
         """
         return {}
 
+    @property
+    def watch(self) -> Watch | None:
+        """Return who watches this forward pass, None if nobody does.
+
+        What is computed again for the backward pass has been watched before.
+        """
+        return None if is_backward_pass() else self.watcher
+
     def note(self, **values: Tensor | None) -> None:
         """Show numbers of a forward pass to whoever watches the step; a mixer need not call it.
 
         ``log_decay``, of any shape, are logarithms of decays, whose mean is the memory's horizon.
-        ``query_norm`` and ``key_norm`` ``[B, T, H]``, the scale included, bound attention's logits.
-        Of anything else, gates, the mean is taken.
+        Of ``logits``, what a softmax over positions is of, the largest is taken, and of anything
+        else, gates, the mean.
         """
-        if self.watcher is not None:
-            self.watcher({name: v for name, v in values.items() if v is not None})
+        if (watch := self.watch) is not None:
+            watch({name: v for name, v in values.items() if v is not None})
 
     def memory(self, state: State) -> Tensor | None:
         """Return what of a state is rewritten at every token ``[N, ...]``, if anything.

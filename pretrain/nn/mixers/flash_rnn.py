@@ -107,6 +107,7 @@ class ClassicalRNN(Mixer):
             state_grad_clip=self.config.state_grad_clip,
             sequences=sequences,
             initial_state=None if state is None else tuple(state[name] for name in kind.states),
+            watch=self.watch,
         )
         y = rms_norm(y, head_shared(self.norm, self.parallel), self.config.norm_eps)
         new_state = dict(zip(kind.states, states, strict=True))

@@ -120,7 +120,7 @@ class LightNet(Mixer):
             sequences=sequences,
             initial_state=None if state is None else state["log_sum"],
         )
-        self.note(log_decay=log_decay)
+        self.note(log_decay=log_decay, logits=logits)
         y, recurrent = linear_attention(
             q,
             weight,

@@ -145,7 +145,7 @@ class M2RNN(Mixer):
         q, k = (t.unflatten(-1, (self.qk_heads, -1)) for t in (q, k))
         v = v.unflatten(-1, (self.num_heads, -1))
         forget = forget_gate(self.f_proj(x), self.A_log, self.dt_bias).transpose(0, 1)
-        self.note(log_decay=forget.log() if self.watcher is not None else None)
+        self.note(log_decay=forget.log() if self.watch is not None else None)
         y, new_state["recurrent"] = m2rnn(
             q,
             k,

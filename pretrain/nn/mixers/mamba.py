@@ -137,7 +137,7 @@ class Mamba(Mixer):
             sequences,
             self.config.chunk_size,
         )
-        if self.watcher is not None:  # which the scan makes for itself
+        if self.watch is not None:  # which the scan makes for itself
             with torch.no_grad():
                 self.note(log_decay=_discretised(step, self.dt_bias, self.A_log, u)[0])
         if sequences is None or crossing(sequences) is None:

@@ -140,6 +140,7 @@ class ParaRNNMixer(Mixer):
             tolerance=self.config.tolerance,
             fallback=self.config.fallback,
             report=self.newton,
+            watch=self.watch,
         )
         new_state["recurrent"] = states.unflatten(-1, (self.num_heads, -1))
         y = y.to(x.dtype).unflatten(-1, (self.num_heads, -1))

@@ -152,7 +152,10 @@ class PLSTM(Mixer):
     def _transition(self, x: Tensor) -> Tensor:
         """Return T ``[B, T, H, J, J]`` of what its projection gives, ``[B, T, H, J + 2 J^2]``."""
         size, x = self.config.transition_size, x.to(self.l_bias.dtype)
-        stretch = torch.tanh(5 * (x[..., :size] + self.l_bias))
+        angle = 5 * (x[..., :size] + self.l_bias)
+        stretch = torch.tanh(angle)
+        if self.watch is not None:
+            self.note(log_decay=_log_tanh(angle.detach().abs()))
         if size == 1:
             return stretch[..., None]
         matrices = (x[..., size:] + self.a_bias).unflatten(-1, (2, size, size))
@@ -208,6 +211,12 @@ def _turns(config: PLSTMConfig) -> int:
     """Return the numbers that a head's transition is made of."""
     size = config.transition_size
     return size if size == 1 else size + 2 * size**2
+
+
+def _log_tanh(x: Tensor) -> Tensor:
+    """Return log tanh(x) of x > 0, with a floor at which x is zero, exact where tanh is near 1."""
+    small = torch.exp(-2 * x.clamp_min(torch.finfo(x.dtype).eps))
+    return torch.log1p(-small) - torch.log1p(small)
 
 
 def _around_minus_five(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -117,6 +117,7 @@ class RAT(Mixer):
             )
             for name in "qk"
         )
+        self.note(average=gate)
         y, new = rat(
             q,
             k,
@@ -126,6 +127,7 @@ class RAT(Mixer):
             rope_theta=self.config.rope_theta,
             sequences=sequences,
             initial_state=None if state is None else RATState(**state),
+            watch=self.watch,
         )
         y = sigmoid_gate(y.flatten(2).transpose(0, 1), self.z_proj(x))
         return self.o_proj(y), dict(vars(new))

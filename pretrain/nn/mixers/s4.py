@@ -76,6 +76,8 @@ class S4(StateSpaceMixer):
     ) -> tuple[Tensor, Tensor | None]:
         spectrum = torch.complex(self.decay(), self.A_imag)
         a, b = recomputed(sampled, spectrum, pairs(self.P), self.B, self.dt_log.exp())
+        if self.watch is not None:  # the mean over eigenvalues of the logarithms of their sizes
+            self.note(log_decay=torch.linalg.slogdet(a.detach())[1] / a.shape[-1])
         return dense_lti(
             u,
             a,

@@ -75,6 +75,7 @@ class S4D(StateSpaceMixer):
         log_a, b = recomputed(
             discretized, self.decay(), self.A_imag, self.dt_log.exp(), self.B, rule
         )
+        self.note(log_decay=log_a.real)
         return lti(
             u,
             log_a,

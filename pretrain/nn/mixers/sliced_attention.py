@@ -75,7 +75,15 @@ class SlicedAttention(Attention):
             q = q[:, to_slices]
         if keys is not None:
             k, v = k[:, keys], v[:, keys]
-        y = attention(q, k, v, scale=self.config.scale, sequences=queries_of, sequences_k=keys_of)
+        y = attention(
+            q,
+            k,
+            v,
+            scale=self.config.scale,
+            sequences=queries_of,
+            sequences_k=keys_of,
+            watch=self.watch,
+        )
         return y if to_slices is None else y[:, torch.argsort(to_slices)]
 
     @classmethod

@@ -129,7 +129,8 @@ class StateSpaceMixer(Mixer):
         u = self.u_proj(x) if gated else x.narrow(-1, first, self.channels)
         u = u.transpose(0, 1)
         before = None if state is None else state["recurrent"]
-        y, last = self.run(u, sequences, before, final_state=states_wanted())
+        wanted = states_wanted() or self.watcher is not None
+        y, last = self.run(u, sequences, before, final_state=wanted)
         if gated:
             y = skip_silu_gate(y, u, self.D, self.g_proj(x).transpose(0, 1))
             result = self.o_proj(y.transpose(0, 1))

@@ -157,6 +157,8 @@ class TCNCA(Mixer):
         first = self.parallel.tensor_rank * self.channels
         part = mixed[..., first : first + self.channels]
         h, phi = self.h_proj(part) + self.o_proj(gated), self.phi_proj(part)
+        if self.watch is not None:
+            self.note(update=(phi + self.phi_bias).detach().sigmoid())
         return _mixed(h, self.h_bias, phi, self.phi_bias, own), new_state
 
     def _convolved(
@@ -232,7 +234,7 @@ class TCNCA(Mixer):
         v_all = v_all[None]
         if chosen is not None:
             k, v_all = k[:, chosen], v_all[:, chosen]
-        y = attention(q, k, v_all, sequences=queries_of, sequences_k=keys_of)
+        y = attention(q, k, v_all, sequences=queries_of, sequences_k=keys_of, watch=self.watch)
         return y.reshape(batch_size, length, self.num_heads * self.config.head_dim)
 
     def _queries(self, z: Tensor, which: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pretrain.data.sequences import Sequences, given_sequences
 from pretrain.ops.across import crossing
 from pretrain.ops.attention.definition import explicit_attention
+from pretrain.ops.attention.logits import largest_logit
 from pretrain.ops.attention.segmented import segmented_attention
 from pretrain.ops.shared.arguments import choose_backend, resolve_sequences
 from pretrain.ops.shared.planning import (
@@ -21,6 +22,7 @@ from pretrain.ops.shared.planning import (
     planned_attention,
     scaled_dot_product_attention,
 )
+from pretrain.ops.shared.watching import Watch
 
 BACKENDS = ("auto", "explicit", "sdpa", "varlen", "flash")
 
@@ -37,6 +39,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     backend: str = "auto",
+    watch: Watch | None = None,
 ) -> Tensor:
     """Attend causally from q ``[B, T, H, D]`` to k, v ``[B, S, Hkv, D]``, H a multiple of Hkv.
 
@@ -49,8 +52,9 @@ def attention(
     CUDA in bf16 or fp16 ``flash`` (flash-attn: version 3 on Hopper where it is installed, else 2)
     and ``varlen`` (what torch itself has of it). ``auto`` takes the last that it can, but ``sdpa``
     for ``varlen`` where sequences are of one length and without a past or a window: it need not
-    repeat the keys of grouped heads. Raises ValueError for shapes that do not fit or a backend that
-    this machine lacks.
+    repeat the keys of grouped heads. ``watch`` is shown the largest of the ``logits`` that are
+    computed here, which is half of the work of attention in float32. Raises ValueError for shapes
+    that do not fit or a backend that this machine lacks.
     """
     asked, fast = backend, fast_attention(q)
     backend = choose_backend("attention", backend, BACKENDS, "explicit", fast)
@@ -74,7 +78,7 @@ def attention(
                 "attention: sequences_k is given for a segment of a row, expected the keys of the "
                 "segment's own tokens"
             )
-        run = functools.partial(attention, scale=scale, window=window, backend=asked)
+        run = functools.partial(attention, scale=scale, window=window, backend=asked, watch=watch)
         return segmented_attention(
             lambda q, k, v, queries, keys: run(q, k, v, sequences=queries, sequences_k=keys),
             q,
@@ -84,6 +88,11 @@ def attention(
             queries,
             segment,
         )
+    if watch is not None and q.numel():
+        logit = largest_logit(
+            q.detach().flatten(0, 1), k.detach().flatten(0, 1), queries, keys, scale, window
+        )
+        watch({"logits": logit})
     if (asked, backend) == ("auto", "varlen") and _are_rows(queries, keys, window):
         backend = "sdpa"
     forms = {"explicit": explicit_attention, "sdpa": _sdpa, "varlen": _varlen, "flash": _flash}

@@ -27,6 +27,10 @@ class ElementwiseCell:
     def __init__(self, step: Callable[[Tensor, Tensor, Tensor], Tensor], num_states: int = 1):
         self.step, self.num_states = step, num_states
 
+    def log_keep(self, h: Tensor, x: Tensor, parameters: Tensor) -> Tensor | None:
+        """Return the logarithm of the gate that keeps a state, None where there is none."""
+        return None
+
     def linearize(self, h: Tensor, x: Tensor, parameters: Tensor) -> Linear:
         """Return f, its Jacobian ``[S, S, ..., D]`` (to, from), and what :meth:`vjp` needs."""
         columns = []

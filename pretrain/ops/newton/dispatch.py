@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Segment, Sequences, given_sequences, pieces_alone
@@ -33,6 +34,7 @@ from pretrain.ops.shared.arguments import (
     resolve_state,
 )
 from pretrain.ops.shared.autocast import without_autocast
+from pretrain.ops.shared.watching import Watch, one_step_before
 
 BACKENDS = ("auto", "sequential", "newton")
 
@@ -83,11 +85,12 @@ def elementwise_recurrence(
     sequences: Sequences | None,
     backend: str,
     options: NewtonOptions,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ``cell`` over x ``[B, T, G, D]``.
 
     This serves :func:`newton_recurrence`, ``para_gru`` and ``para_lstm``. Returns all states ``[B,
-    T, S, D]`` and the last ``[N, S, D]``.
+    T, S, D]`` and the last ``[N, S, D]``. ``watch`` is shown the gate that keeps a state.
     """
     if x.ndim != 4:
         raise ValueError(f"{op}: the input is {tuple(x.shape)}, expected [B, T, gates, D]")
@@ -102,7 +105,7 @@ def elementwise_recurrence(
     rows, parameters = x.flatten(0, 1).to(dtype), parameters.to(dtype)
     fast = "newton" if sequences.max_length > 1 else "sequential"
     backend = choose_backend(op, backend, BACKENDS, "sequential", fast)
-    segment = crossing(sequences)
+    begun, segment = state, crossing(sequences)
     if segment is not None:
         states, state = _on_segment(
             backend, cell, rows, parameters, state, sequences, segment, options
@@ -111,7 +114,29 @@ def elementwise_recurrence(
         states, state = sequential_recurrence(cell, rows, parameters, state, sequences)
     else:
         states, state = Newton.apply(rows, parameters, state, cell, sequences, options)
+    if watch is not None:
+        show_decay(watch, cell, rows, parameters, states, begun, sequences)
     return states.to(x.dtype).view(batch_size, length, cell.num_states, dim), state
+
+
+@torch.no_grad()
+def show_decay(
+    watch: Watch,
+    cell: ElementwiseCell,
+    rows: Tensor,
+    parameters: Tensor,
+    states: Tensor,
+    initial_state: Tensor,
+    sequences: Sequences,
+) -> None:
+    """Show ``log_decay`` of all steps, from the inputs ``[T, G, D]`` and states ``[T, S, D]``.
+
+    Where sequences lie on several ranks, all of them must call.
+    """
+    before = one_step_before(states, initial_state, sequences).to(rows.dtype)
+    log_decay = cell.log_keep(before.transpose(0, 1), rows.detach().transpose(0, 1), parameters)
+    if log_decay is not None:
+        watch({"log_decay": log_decay})
 
 
 def _on_segment(

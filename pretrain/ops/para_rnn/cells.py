@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -34,6 +35,10 @@ class ParaGRU(ElementwiseCell):
     def _step(h: Tensor, u: Tensor, a: Tensor) -> Tensor:
         z, _, c = ParaGRU._gates(h, u, a)
         return torch.lerp(h[0], c, z)[None]
+
+    @override
+    def log_keep(self, h: Tensor, x: Tensor, parameters: Tensor) -> Tensor:
+        return F.logsigmoid(-torch.addcmul(x[0], parameters[0], h[0]))
 
     @override
     def linearize(self, h: Tensor, x: Tensor, parameters: Tensor) -> Linear:
@@ -81,6 +86,11 @@ class ParaLSTM(ElementwiseCell):
         new = torch.lerp(z, cell, f)
         o = torch.addcmul(torch.addcmul(u[1], p[1], state), p[4], new).sigmoid()
         return torch.stack([new, o * torch.tanh(new)])
+
+    @override
+    def log_keep(self, h: Tensor, x: Tensor, parameters: Tensor) -> Tensor:
+        (a_f, _, _, c_f, _), (cell, state) = parameters, h
+        return F.logsigmoid(torch.addcmul(torch.addcmul(x[0], a_f, state), c_f, cell))
 
     @override
     def linearize(self, h: Tensor, x: Tensor, parameters: Tensor) -> Linear:

@@ -16,9 +16,9 @@ from torch import Tensor
 from pretrain.data.sequences import Sequences, given_sequences
 from pretrain.ops.across import crossing
 from pretrain.ops.newton.cell import ElementwiseCell
-from pretrain.ops.newton.dispatch import elementwise_recurrence
+from pretrain.ops.newton.dispatch import elementwise_recurrence, show_decay
 from pretrain.ops.newton.options import NewtonOptions, NewtonReport
-from pretrain.ops.over_heads import Ends, over_heads
+from pretrain.ops.over_heads import Ends, has_heads, over_heads
 from pretrain.ops.para_rnn.cells import ParaGRU, ParaLSTM
 from pretrain.ops.shared.arguments import (
     check_shapes,
@@ -29,6 +29,7 @@ from pretrain.ops.shared.arguments import (
     triton_fits,
 )
 from pretrain.ops.shared.autocast import without_autocast
+from pretrain.ops.shared.watching import Watch
 
 BACKENDS = ("auto", "sequential", "newton", "triton", "triton_shooting", "triton_steps")
 
@@ -47,6 +48,7 @@ def para_gru(
     tolerance: float | None = None,
     fallback: bool = True,
     report: NewtonReport | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ParaGRU over sequences.
 
@@ -66,7 +68,8 @@ def para_gru(
     segment's start that the next would make, is at most ``tolerance`` (default 1e-5, in float64
     1e-11), usually 3 (in float64 4). One that has not converged after ``iterations`` is computed
     step by step instead (in shooting what follows the start that still moves, to the end of the
-    tile), and ``report`` counts it; without ``fallback`` it stays as it is then.
+    tile), and ``report`` counts it; without ``fallback`` it stays as it is then. ``watch`` is shown
+    ``log_decay``, of the gate that keeps a state.
 
     Returns h of all steps ``[B, T, D]`` in u's dtype and the last, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
@@ -83,6 +86,7 @@ def para_gru(
         given_sequences("para_gru", sequences, cu_seqlens),
         backend,
         NewtonOptions(iterations, tolerance, fallback, report),
+        watch,
     )
     return output, final[:, 0]
 
@@ -102,6 +106,7 @@ def para_lstm(
     tolerance: float | None = None,
     fallback: bool = True,
     report: NewtonReport | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run ParaLSTM over sequences.
 
@@ -120,6 +125,7 @@ def para_lstm(
         given_sequences("para_lstm", sequences, cu_seqlens),
         backend,
         NewtonOptions(iterations, tolerance, fallback, report),
+        watch,
     )
 
 
@@ -133,6 +139,7 @@ def _para_rnn(
     sequences: Sequences | None,
     backend: str,
     options: NewtonOptions,
+    watch: Watch | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output ``[B, T, D]`` and the states ``[N, S, D]``."""
     dim = u.shape[-1]
@@ -162,6 +169,7 @@ def _para_rnn(
             sequences=sequences,
             backend=backend,
             options=options,
+            watch=watch,
         )
         return states[:, :, -1].to(u.dtype), final
 
@@ -189,6 +197,7 @@ def _para_rnn(
                 row,
                 backend,
                 options,
+                watch if has_heads(sequences, dim) else None,
             )
             return output, [(end.transpose(1, 2), [1] * row.count)]
 
@@ -198,6 +207,7 @@ def _para_rnn(
         )
         return output, end.transpose(1, 2)
     bias = parameters.new_zeros(3, dim) if bias is None else bias.to(wide)
+    kept: list[Tensor] | None = None if watch is None else []
     output, final, residuals, passes, failures = ParaRNN.apply(
         op,
         u.flatten(0, 1),
@@ -208,7 +218,11 @@ def _para_rnn(
         options.tolerance_in(wide),
         options.fallback,
         steps_are_faster(op, sequences, dim) if backend == "triton" else backend == "triton_steps",
+        kept,
     )
+    if watch is not None and kept:
+        inputs = u.flatten(0, 1) + bias
+        show_decay(watch, cell, inputs, parameters, kept[0], initial_state, sequences)
     if options.report is not None and len(residuals) and not u.is_meta:
         options.report.add(residuals.amax(), failures.sum(), sequences.count, passes.amax())
     return output.view(batch_size, length, dim), final

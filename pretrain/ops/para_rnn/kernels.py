@@ -93,7 +93,7 @@ class ParaRNN(torch.autograd.Function):
     D]`` to the output h ``[T, D]`` in u's dtype, the final states, the largest shift of a segment's
     start that was left and the most passes, for each part of the tokens and block of channels, and
     whether each sequence was stepped for want of convergence ``[N]``; all 0 where it is done in
-    steps from the start (``stepwise``).
+    steps from the start (``stepwise``). ``kept`` is given the states of all steps ``[T, S, D]``.
     """
 
     @staticmethod
@@ -109,6 +109,7 @@ class ParaRNN(torch.autograd.Function):
         tolerance: float,
         fallback: bool,
         stepwise: bool,
+        kept: list[Tensor] | None,
     ) -> tuple[Tensor, ...]:
         u, parameters, initial_state = (x.contiguous() for x in (u, parameters, initial_state))
         num_sequences, num_states, dim = initial_state.shape
@@ -163,6 +164,8 @@ class ParaRNN(torch.autograd.Function):
                 **sizes,
             )
         ctx.save_for_backward(u, parameters, initial_state, states)
+        if kept is not None:
+            kept.append(states)
         ctx.op, ctx.sequences = op, sequences
         ctx.mark_non_differentiable(residuals, passes, failures)
         return states[:, -1], final, residuals, passes, failures
@@ -196,4 +199,4 @@ class ParaRNN(torch.autograd.Function):
             D=dim,
             **sizes,
         )
-        return None, d_u, d_parameters.sum(0), d_initial, None, None, None, None, None
+        return None, d_u, d_parameters.sum(0), d_initial, *[None] * 6

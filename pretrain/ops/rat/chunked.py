@@ -8,6 +8,7 @@ from torch import Tensor
 from pretrain.data.sequences import Sequences
 from pretrain.ops.rat.definition import attend, rotate
 from pretrain.ops.rat.state import RATState
+from pretrain.ops.shared.watching import Watch
 
 
 def chunked_rat(
@@ -19,6 +20,7 @@ def chunked_rat(
     sequences: Sequences,
     chunk_size: int,
     theta: float | None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, RATState]:
     """Compute RAT with all chunks side by side.
 
@@ -77,9 +79,8 @@ def chunked_rat(
         visible = int(chunk_n[-1])
         earlier = torch.arange(visible, device=q.device)
         hidden = earlier[None, :] >= chunk_n[:, None]
-        outputs.append(
-            attend(q_n, local_n, all_keys[-1][:visible], all_values[-1][:visible], v_n, hidden)
-        )
+        seen = all_keys[-1][:visible], all_values[-1][:visible]
+        outputs.append(attend(q_n, local_n, *seen, v_n, hidden, watch))
     output = torch.cat(outputs) if outputs else torch.zeros_like(v)
     if not sequences.count:
         return output, state

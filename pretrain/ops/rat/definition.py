@@ -9,6 +9,7 @@ from pretrain.data.sequences import Sequences
 from pretrain.ops.attention.rotary import apply_rotary, rotary_embedding
 from pretrain.ops.rat.state import RATState
 from pretrain.ops.shared.arguments import sequence_rows
+from pretrain.ops.shared.watching import Watch
 
 
 def rotate(x: Tensor, chunks: Tensor, theta: float | None) -> Tensor:
@@ -19,17 +20,27 @@ def rotate(x: Tensor, chunks: Tensor, theta: float | None) -> Tensor:
 
 
 def attend(
-    q: Tensor, local: Tensor, keys: Tensor, values: Tensor, v: Tensor, hidden: Tensor | None
+    q: Tensor,
+    local: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Attend from q to keys, and to the query's local key, which has value v.
 
     q, v ``[R, H, D]``, local ``[R, H]`` (q against its local key), keys and values ``[S, H, D]``;
-    ``hidden`` ``[R, S]`` marks the keys that a query must not see.
+    ``hidden`` ``[R, S]`` marks the keys that a query must not see. ``watch`` is shown all others'
+    ``logits``.
     """
     logits = torch.einsum("rhd,shd->hrs", q, keys)
     if hidden is not None:
         logits = logits.masked_fill(hidden, -torch.inf)
-    weights = torch.cat([logits, local.t()[..., None]], -1).softmax(-1)
+    logits = torch.cat([logits, local.t()[..., None]], -1)
+    if watch is not None:
+        watch({"logits": logits.detach()})
+    weights = logits.softmax(-1)
     mixed = torch.einsum("hrs,shd->rhd", weights[..., :-1], values)
     return mixed + weights[..., -1].t()[..., None] * v
 
@@ -43,6 +54,7 @@ def recurrent_rat(
     sequences: Sequences,
     chunk_size: int,
     theta: float | None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, RATState]:
     """Compute RAT by its definition, token by token.
 
@@ -62,7 +74,9 @@ def recurrent_rat(
             at = torch.tensor([chunk], device=q.device)
             local = (q[t] * key[n]).sum(-1)
             rotated = rotate(q[t][None], at, theta)
-            outputs.append(attend(rotated, local[None], keys[n], values[n], value[n][None], None))
+            outputs.append(
+                attend(rotated, local[None], keys[n], values[n], value[n][None], None, watch)
+            )
             if offset == chunk_size - 1:
                 keys[n] = torch.cat([keys[n], rotate(key[n][None], at, theta)])
                 values[n] = torch.cat([values[n], value[n][None]])

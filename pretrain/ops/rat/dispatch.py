@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain.data.sequences import Sequences
 from pretrain.ops.across import crossing
-from pretrain.ops.over_heads import Ends, held_sequences, over_heads
+from pretrain.ops.over_heads import Ends, has_heads, held_sequences, over_heads
 from pretrain.ops.rat.chunked import chunked_rat
 from pretrain.ops.rat.definition import recurrent_rat
 from pretrain.ops.rat.state import RATState
@@ -26,6 +26,7 @@ from pretrain.ops.shared.arguments import (
     resolve_sequences,
 )
 from pretrain.ops.shared.autocast import without_autocast
+from pretrain.ops.shared.watching import Watch
 
 BACKENDS = ("auto", "recurrent", "chunked")
 
@@ -44,6 +45,7 @@ def rat(
     sequences: Sequences | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    watch: Watch | None = None,
 ) -> tuple[Tensor, RATState]:
     """Attend across chunks of gated averages.
 
@@ -52,7 +54,8 @@ def rat(
     sequences are packed.
 
     backend: ``recurrent`` is the definition, token by token; ``chunked`` (and ``auto``) advances
-    all chunks together. Returns the output in v's dtype and the state.
+    all chunks together. ``watch`` is shown the ``logits`` of chunks' ends and of tokens' own keys.
+    Returns the output in v's dtype and the state.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
     backend = choose_backend("rat", backend, BACKENDS, "recurrent", "chunked")
@@ -74,7 +77,10 @@ def rat(
                 "divided over ranks"
             )
         run = partial(rat, chunk_size=chunk_size, rope_theta=rope_theta, scale=scale)
-        return _over_heads(partial(run, backend=backend), (q, k, v, gate), sequences, chunk_size)
+        if not has_heads(sequences, num_heads):
+            watch = None  # zeros stand in
+        run = partial(run, backend=backend, watch=watch)
+        return _over_heads(run, (q, k, v, gate), sequences, chunk_size)
     state = initial_state
     if state is None:
         zeros = v.new_zeros(sequences.count, num_heads, dim, dtype=dtype)
@@ -98,7 +104,7 @@ def rat(
     q, k, v_wide, gate = (x.flatten(0, 1).to(dtype) for x in (q, k, v, gate))
     q = q * (dim**-0.5 if scale is None else scale)
     form = recurrent_rat if backend == "recurrent" else chunked_rat
-    output, state = form(q, k, v_wide, gate, state, sequences, chunk_size, rope_theta)
+    output, state = form(q, k, v_wide, gate, state, sequences, chunk_size, rope_theta, watch)
     return output.to(v.dtype).view(batch_size, length, num_heads, dim), state
 
 

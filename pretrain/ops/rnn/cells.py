@@ -64,6 +64,8 @@ class Cell:
         biases: rows of the bias.
         states: names of the states, the output first.
         initial: what each state starts from.
+        forget: the gate whose sigmoid is what is kept of a state; None: there is none.
+        shown: other gates that are sigmoids, by name.
     """
 
     step: Callable[[Tensor, Tensor, States], States]
@@ -71,11 +73,15 @@ class Cell:
     biases: int
     states: tuple[str, ...]
     initial: tuple[float, ...]
+    forget: int | None = None
+    shown: tuple[tuple[str, int], ...] = ()
 
 
 CELLS = {
     "elman": Cell(_elman, 1, 1, ("h",), (0.0,)),
-    "gru": Cell(_gru, 3, 4, ("h",), (0.0,)),
-    "lstm": Cell(_lstm, 4, 4, ("h", "c"), (0.0, 0.0)),
-    "slstm": Cell(_slstm, 4, 4, ("h", "c", "n", "m"), (0.0, 0.0, 0.0, -torch.inf)),
+    "gru": Cell(_gru, 3, 4, ("h",), (0.0,), 1, (("reset", 0),)),
+    "lstm": Cell(_lstm, 4, 4, ("h", "c"), (0.0, 0.0), 1, (("input", 0), ("output", 3))),
+    "slstm": Cell(
+        _slstm, 4, 4, ("h", "c", "n", "m"), (0.0, 0.0, 0.0, -torch.inf), 1, (("output", 3),)
+    ),
 }

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pretrain.data.sequences import Sequences
 from pretrain.ops.across import crossing
-from pretrain.ops.over_heads import Ends, over_heads
-from pretrain.ops.rnn.cells import CELLS
+from pretrain.ops.over_heads import Ends, has_heads, over_heads
+from pretrain.ops.rnn.cells import CELLS, Cell
 from pretrain.ops.rnn.checkpointed import CheckpointedRNN
 from pretrain.ops.rnn.definition import recurrent_rnn
 from pretrain.ops.shared.arguments import (
@@ -30,6 +30,7 @@ from pretrain.ops.shared.checkpointed_recurrence import (
     States,
     checkpointed_recurrence,
 )
+from pretrain.ops.shared.watching import Watch, one_step_before
 
 BACKENDS = ("auto", "recurrent", "checkpointed", "triton")
 # Channels of a head whose recurrent matrices can be read again for every token, by the bytes of a
@@ -50,6 +51,7 @@ def rnn(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
     checkpoint_every: int | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, States]:
     """Run a classical cell over sequences.
 
@@ -68,6 +70,7 @@ def rnn(
     states; on chip are the matrices of up to 128 channels (float32: 64).
     ``auto`` takes ``triton`` on CUDA where it can, ``checkpointed`` elsewhere.
 
+    ``watch`` is shown the cell's gates: ``log_decay`` of the one that keeps a state, and others.
     Returns h of all steps ``[B, T, H, D]`` in x's dtype and the final states, float32 or wider.
     Raises ValueError for shapes that do not fit, an unknown cell and an unknown backend.
     """
@@ -124,6 +127,7 @@ def rnn(
             return output, [(state, [1] * row.count) for state in ends]
 
         settings: dict[str, Any] = {
+            "watch": watch if has_heads(sequences, num_heads) else None,
             "cell": cell,
             "state_grad_clip": state_grad_clip,
             "backend": backend,
@@ -131,8 +135,12 @@ def rnn(
         }
         output, ended = over_heads(sequences, whole, [x.transpose(2, 3)], num_heads, states)
         return output, tuple(ended)
+    begun = states[0]
     if backend == "triton":
-        return _in_kernels(x, recurrent_weight, bias, cell, states, sequences, state_grad_clip)
+        y, states = _in_kernels(x, recurrent_weight, bias, cell, states, sequences, state_grad_clip)
+        if watch is not None:
+            watch(_gates(kind, x, recurrent_weight, bias, y, begun, sequences))
+        return y, states
     rows = x.flatten(0, 1).to(dtype)
     if kind.biases > kind.gates:
         rows = F.pad(rows, (0, 0, 0, 0, 0, kind.biases - kind.gates))
@@ -150,7 +158,34 @@ def rnn(
             sequences,
             checkpoint_every,
         )
-    return output.to(x.dtype).view(batch_size, length, num_heads, dim), states
+    y = output.to(x.dtype).view(batch_size, length, num_heads, dim)
+    if watch is not None:
+        watch(_gates(kind, x, recurrent_weight, bias, y, begun, sequences))
+    return y, states
+
+
+@torch.no_grad()
+def _gates(
+    kind: Cell,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    initial: Tensor,
+    sequences: Sequences,
+) -> dict[str, Tensor]:
+    """Return a cell's gates, which it keeps to itself, from the h ``[B, T, H, D]`` that it gave."""
+    before = one_step_before(y.flatten(0, 1), initial, sequences).to(initial.dtype)
+
+    def gate(row: int) -> Tensor:
+        product = torch.einsum("thd,hde->the", before, weight[:, :, row].to(initial.dtype))
+        found = product + x[:, :, row].flatten(0, 1)
+        return found if bias is None else found + bias[row]
+
+    gates = {name: torch.sigmoid(gate(row)) for name, row in kind.shown}
+    if kind.forget is not None:
+        gates["log_decay"] = F.logsigmoid(gate(kind.forget))
+    return gates
 
 
 def _in_kernels(

@@ -12,6 +12,7 @@ import torch
 from pretrain.data.sequences import Sequences
 from pretrain.ops import NewtonReport, para_gru, para_lstm
 from tests.helpers.kernel_cases import DEVICE, DTYPE, ON_GPU, TOLERANCE, compare, normal, packed
+from tests.helpers.relative_error import relative_error
 
 pytest.importorskip("triton")
 from pretrain.ops.para_rnn import kernels, parts
@@ -33,7 +34,7 @@ def para(op, dim, lengths, cu_seqlens, bound, report, iterations=10):
     shape = (len(lengths), dim) if op is para_gru else (len(lengths), 2, dim)
     state = (0.9 * torch.tanh(normal(*shape))).detach().requires_grad_()
 
-    def run(backend):
+    def run(backend, watch=None):
         given = None if backend == "sequential" else report
         return op(
             u,
@@ -44,6 +45,7 @@ def para(op, dim, lengths, cu_seqlens, bound, report, iterations=10):
             backend=backend,
             report=given,
             iterations=iterations,
+            watch=watch,
         )
 
     return run, [u, *weights, bias, state]
@@ -73,6 +75,22 @@ def test_steps(op, seed, monkeypatch):
     lengths, cu_seqlens = packed(draw, 20, 2)
     run, wanted = para(op, draw.choice((1, 6, 40)), lengths, cu_seqlens, 4.0, NewtonReport())
     compare(op, run, wanted, 1e-2 if ON_GPU else TOLERANCE, fast="triton_steps")
+
+
+@pytest.mark.parametrize("op", [para_gru, para_lstm])
+def test_gates_shown(op, monkeypatch):
+    """Whichever implementation runs; ParaLSTM's gate sees the cell states, which are no output."""
+    small_tiles(monkeypatch)
+    lengths = [9, 0, 1, 20]
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    run, _ = para(op, 5, lengths, cu_seqlens, 0.5, NewtonReport())
+    found: dict[str, torch.Tensor] = {}
+    for backend in ("sequential", "newton", "triton_shooting", "triton_steps"):
+        run(backend, lambda values, name=backend: found.update({name: values["log_decay"]}))
+    expected = found.pop("sequential")
+    assert len(found) == 3 and bool((expected < 0).all())
+    for decay in found.values():
+        assert relative_error(decay, expected) < max(TOLERANCE, 1e-9)
 
 
 @pytest.mark.parametrize(("op", "programs"), [(para_gru, 1), (para_lstm, 264)])

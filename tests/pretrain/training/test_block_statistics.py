@@ -65,15 +65,21 @@ def test_every_layout_finds_what_one_process_finds(name, four_processes):
 
 
 @pytest.mark.parametrize(
-    "checkpointing",
-    ["block", *(pytest.param(x, marks=pytest.mark.slow) for x in ("none", "selective"))],
+    ("checkpointing", "mixers"),
+    [
+        ("block", "gdn attn para_gru"),
+        *(
+            pytest.param(x, "rat swa para_lstm lstm s4 tcnca", marks=pytest.mark.slow)
+            for x in ("none", "selective", "block")
+        ),
+    ],
 )
-def test_training_is_bit_for_bit_the_same(checkpointing, tmp_path, corpus):
+def test_training_is_bit_for_bit_the_same(checkpointing, mixers, tmp_path, corpus):
     """Also the metrics of layers, which both logs have."""
     found = []
     for every in (0, 2):
         run = Run(tmp_path, corpus, f"run-{every}", steps=4)
-        pattern = "model.pattern=gdn attn para_gru"
+        pattern = f"model.pattern={mixers}"
         kept = f"train.activation_checkpointing={checkpointing}"
         overrides = [*QUICK, pattern, kept, f"logging.blocks={every}", "checkpoint.every=4"]
         assert Trainer(run.config, overrides=overrides).fit().status == "completed"
@@ -82,7 +88,8 @@ def test_training_is_bit_for_bit_the_same(checkpointing, tmp_path, corpus):
     assert found[0][1] and found[0] == found[1]
     rows = RunDirectory(run.directory).read_blocks()
     assert [row["step"] for row in rows] == [2, 4]
-    assert [block["block"] for block in rows[0]["blocks"]] == ["embedding", 0, 1, 2, "head"]
+    blocks = ["embedding", *range(len(mixers.split())), "head"]
+    assert [block["block"] for block in rows[0]["blocks"]] == blocks
 
 
 def _watched(pattern, rows=4, checkpointing="none", **changes):
@@ -144,25 +151,6 @@ def test_recomputed_passes_are_counted_once():
         assert found == expected
 
 
-def test_logits_are_below_their_bound():
-    """With one key and query for all tokens, the bound is the logit."""
-    found, before, _ = _watched("attn", mixers={"attn": {"num_heads": 2, "rope_theta": None}})
-    largest = 0.0
-    mixer = before.blocks[0].mixer
-    attend = mixer.attend
-
-    def looking(q, k, *others):
-        nonlocal largest
-        logits = torch.einsum("bthd,bshd->bhts", q, k) * mixer.head_dim**-0.5
-        largest = max(largest, float(logits.abs().max()))
-        return attend(q, k, *others)
-
-    mixer.attend = looking
-    for batch in batches(0, rows=4, micro_batch_size=1):
-        before(batch.tokens, batch.targets, sequences=batch.sequences)
-    assert 0.2 * found[0]["logit_bound"] < largest <= found[0]["logit_bound"] * (1 + 1e-5)
-
-
 def test_numbers_that_are_not_finite_are_a_share():
     engine = blocks_worker.engine_of("gdn attn")
     with torch.no_grad():
@@ -179,14 +167,53 @@ def test_numbers_that_are_not_finite_are_a_share():
 
 # What each mixer shows of itself, beside sizes.
 _OWN = {
-    "horizon": "aaren comba delta_product gdn gdn2 gla hgrn hgrn2 kda lightnet m2rnn mamba mamba2 "
-    "mamba3 memora mesa mlstm mlstm_v1 moneta quasi_lstm retnet rwkv7 yaad",
-    "logit_bound": "attn sliced_attn swa",
-    "beta_mean": "comba deltanet delta_product gdn kda mesa",
+    "horizon": "aaren comba delta_product gdn gdn2 gla gru hgrn hgrn2 kda lightnet lstm m2rnn "
+    "mamba mamba2 mamba3 memora mesa mlstm mlstm_v1 moneta para_gru para_lstm plstm quasi_lstm "
+    "retnet rwkv7 s4 s4d slstm yaad",
+    "logit_max": "aaren attn lightnet rat sliced_attn swa tcnca",
+    "state_norm": "aaren comba delta_product deltanet elman gdn gdn2 gla gru hgrn hgrn2 jrt kda "
+    "lightnet linear_attn lstm m2rnn mamba mamba2 mamba3 memora mesa mlstm mlstm_v1 moneta "
+    "para_gru para_lstm plstm quasi_lstm retnet rwkv7 s4 s4d slstm yaad",
     "state_rank": "comba delta_product deltanet gdn gdn2 gla hgrn2 jrt kda lightnet linear_attn "
     "m2rnn mamba2 mamba3 memora mesa mlstm mlstm_v1 moneta plstm retnet rwkv7 yaad",
     "newton_residual_max": "para_gru para_lstm",
+    "beta_mean": "comba deltanet delta_product gdn kda mesa",
+    "rate_mean": "memora moneta yaad",
+    "input_mean": "lstm",
+    "reset_mean": "gru",
+    "output_mean": "lstm slstm",
+    "average_mean": "rat",
+    "update_mean": "tcnca",
+    "erase_mean": "gdn2",
+    "source_mean": "plstm",
+    "step_mean": "mamba3",
 }
+# Why a mixer has no horizon.
+_NOTHING_DECAYS = {
+    "attn": "all tokens so far are seen",
+    "swa": "the window's tokens are seen, all alike",
+    "sliced_attn": "the slice's tokens are seen, all alike",
+    "rat": "averages decay inside chunks, whose ends are all seen",
+    "tcnca": "the chunk's tokens are seen, and those under convolutions",
+    "linear_attn": "a sum without decay",
+    "jrt": "a sum without decay",
+    "deltanet": "keys are overwritten; nothing else fades",
+    "elman": "no gate; its matrix mixes the whole state",
+}
+# Why one has no state that is rewritten at every token.
+_NOTHING_REWRITTEN = {
+    "attn": "keys and values of tokens",
+    "swa": "keys and values of tokens",
+    "sliced_attn": "keys and values of tokens",
+    "rat": "keys and values of chunks",
+    "tcnca": "inputs of convolutions, and of the chunk",
+}
+
+
+def test_every_mixer_says_what_it_has():
+    """A new one is asked what its memory's horizon and its state are."""
+    assert set(_OWN["horizon"].split()) | set(_NOTHING_DECAYS) == set(registry())
+    assert set(_OWN["state_norm"].split()) | set(_NOTHING_REWRITTEN) == set(registry())
 
 
 @pytest.mark.slow
