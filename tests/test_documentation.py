@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests.helpers import processes
+from tests.helpers.browser import CHROMIUM
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -50,6 +52,8 @@ OTHERS = {
     "docs/scaling-library.md",
 }
 COPIED = ("configs", "data_prep", "evals", "launch", "pretrain", "tests/data", "benchmarks/data")
+SCRIPTS = ("benchmarks/observing_pictures.py",)
+PICTURES = "runs/pictures"  # where a page's commands make its pictures of docs/pictures
 
 
 def commands(page):
@@ -67,6 +71,8 @@ def project(tmp_path_factory, corpus):
     for name in COPIED:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in SCRIPTS:
+        shutil.copy(ROOT / name, folder / name)
     (folder / "data").mkdir()
     shutil.copytree(corpus, folder / "data/stdlib")
     # A run to score: make demo's, but short.
@@ -141,3 +147,16 @@ def test_what_needs_gpus_says_so(page):
 def test_the_commands_of_a_page(page, project):
     for command in commands(page):
         run(project, command, interpreter=page == "docs/data.md")
+    for name in re.findall(r"\]\(pictures/(.*?)\)", (ROOT / page).read_text()):
+        of_a_page = "-watch" in name or "-report" in name
+        if CHROMIUM is not None or not of_a_page:
+            check_picture(project / PICTURES / name, ROOT / "docs/pictures" / name)
+
+
+def check_picture(made, shown):
+    """It was made, is as wide as the page shows it, and is not empty."""
+    with Image.open(made) as picture, Image.open(shown) as expected:
+        assert picture.width == expected.width, made.name
+        counts = sorted(n for n, _ in picture.convert("RGB").getcolors(1 << 24))
+        assert sum(counts[:-1]) > 0.02 * picture.width * picture.height, made.name
+    assert shown.stat().st_size < 100_000, shown.name

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from evals.report.runs import Run
 from evals.scaling.figures import save
@@ -53,7 +54,11 @@ def draw_blocks(run: Run, path: Path) -> Path | None:
         low, high = float(np.nanmin(values)), float(np.nanmax(values))
         norm = LogNorm(low, high if high > low else low * 1.01)
         image = axes.pcolormesh(_edges(steps), np.arange(len(names) + 1), values, norm=norm)
-        figure.colorbar(image, ax=axes)
+        bar = figure.colorbar(image, ax=axes, format=FuncFormatter(lambda x, _: f"{x:g}"))
+        if high < 20 * low:  # few powers of ten, or none
+            bar.set_ticks([x for x in MaxNLocator(5).tick_values(low, high) if low <= x <= high])
+        bar.ax.minorticks_off()
+        bar.ax.tick_params(labelsize=7)
         every = -(-len(names) // _MOST_LABELS)
         places = range(0, len(names), every)
         axes.set_yticks([i + 0.5 for i in places], [names[i] for i in places], fontsize=6)
@@ -64,7 +69,7 @@ def draw_blocks(run: Run, path: Path) -> Path | None:
     for axes in figure.axes:
         if not axes.collections and not axes.images:
             axes.set_visible(False)
-    return save(figure, path)
+    return save(figure, path, grid=False)
 
 
 def _label(block: dict[str, Any]) -> str:

@@ -45,7 +45,8 @@ def draw_losses(groups: Sequence[Group], over: str, path: Path) -> Path | None:
                 axes.axvline(
                     np.interp(border[1], run.tokens, x), color=color, linewidth=0.6, linestyle=":"
                 )
-            late += [run.loss[len(run.loss) // 10], run.loss.min()]
+            first = len(run.loss) // 10 if len(run.loss) >= 30 else 0
+            late += [run.loss[first], run.loss.min()]
             drawn += 1
     if not drawn:
         return None

@@ -90,7 +90,7 @@ for (const table of document.querySelectorAll("table.sorted")) {
   function bounds(found, logX, logY) {
     let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
     for (const s of found) for (const line of linesOf(s)) {
-      const n = line.length, skip = logX ? 0 : Math.floor(n / 10);  // the first fall is steep
+      const n = line.length, skip = logX || n < 30 ? 0 : Math.floor(n / 10);  // the first fall is steep
       line.forEach((v, i) => {
         const x = s.x[i];
         if (v === null || x === null || (logX && x <= 0) || (logY && v <= 0)) return;

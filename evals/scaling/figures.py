@@ -26,9 +26,9 @@ IN_AXES, MOST_SIZES = 10, 10  # lines that a legend inside the axes names, sizes
 LONG = 8  # times the shortest curve: from there on steps have a logarithmic axis
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure, with grid lines, and return its path."""
-    for axes in figure.axes:
+def save(figure: Figure, path: Path, *, grid: bool = True) -> Path:
+    """Write a figure, with grid lines unless they would lie on a map, and return its path."""
+    for axes in figure.axes if grid else ():
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_figure(path, figure, dpi=130)

@@ -33,11 +33,12 @@ function logTicks(low, high, count) {
   return tens.filter((_, i) => i % Math.ceil(tens.length / count) === 0);
 }
 
-// Of what curves come to after their first tenth, without what is far above the rest: a run that
-// diverges leaves the picture at its top rather than flatten the others.
+// Of what curves come to, long ones after their first tenth, without what is far above the rest: a
+// run that diverges leaves the picture at its top rather than flatten the others.
 function heights(lines) {
-  const values = lines.flatMap((line) =>
-    line.y.slice(Math.floor(line.y.length / 10)).filter((y) => y !== null)).sort((a, b) => a - b);
+  const late = (y) => y.slice(y.length < 30 ? 0 : Math.floor(y.length / 10));
+  const values = lines.flatMap((line) => late(line.y).filter((y) => y !== null))
+    .sort((a, b) => a - b);
   if (!values.length) return null;
   const at = (share) => values[Math.floor(share * (values.length - 1))];
   const high = Math.min(at(1), at(0.75) + 3 * Math.max(at(0.75) - at(0.25), 1e-3 * Math.abs(at(0.75))));
