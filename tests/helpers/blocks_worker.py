@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pretrain.config import ParallelConfig
 from pretrain.model.build import build_model
 from pretrain.model.language_model import LanguageModel
+from pretrain.nn.mixers import registry
 from pretrain.parallel.processes import stop_processes
 from pretrain.training.block_statistics import BlockStatistics
 from pretrain.training.engine import Engine
@@ -32,7 +33,10 @@ parallel_worker.MODELS["softmaxes"] = settings(
     " ".join(SOFTMAXES),
     mixers={name: SMALL[name][-1 if name == "rat" else 0] for name in SOFTMAXES},
 )
-parallel_worker.MODELS["cells"] = settings("lstm gru slstm para_gru para_lstm s4 s4d plstm")
+CELLS = ("lstm", "gru", "slstm", "para_gru", "para_lstm", "s4", "s4d", "plstm")
+parallel_worker.MODELS["cells"] = settings(" ".join(CELLS))
+OTHERS = [name for name in registry() if name not in (*SOFTMAXES, *CELLS, "gdn", "mamba2")]
+parallel_worker.MODELS["others"] = settings(" ".join(OTHERS))
 LAYOUTS = {
     "tp2-pp2-sequence": ParallelConfig(tensor=2, pipeline=2, sequence=True),
     "tp2-dp2": ParallelConfig(tensor=2),
@@ -60,6 +64,17 @@ for model in ("softmaxes", "cells"):
     CASES[f"{model}-cp4"] = model, ParallelConfig(context=4)
 CASES["cells-cp2-dp2"] = "cells", LAYOUTS["cp2-dp2"]  # a head for each rank
 CASES["softmaxes-tp2-pp2-sequence"] = "softmaxes", LAYOUTS["tp2-pp2-sequence"]
+CASES["others-cp2-tp2-sequence"] = "others", LAYOUTS["cp2-tp2-sequence"]
+CASES["experts-pp2-cp2"] = "experts", ParallelConfig(pipeline=2, context=2)
+CASES["experts-deepspeed-dp4-zero2"] = "experts", LAYOUTS["deepspeed-dp4-zero2"]
+# In which training is compared with that of nobody watching.
+COMPARED = (
+    "tp2-pp2-sequence",
+    "deepspeed-dp4-zero3",
+    "softmaxes-cp4",
+    "cells-cp4",
+    "experts-pp2-cp2",
+)
 
 
 def model_of(pattern: str, checkpointing: str = "none", **changes: Any) -> LanguageModel:
@@ -74,14 +89,15 @@ def engine_of(pattern: str, checkpointing: str = "none", **changes: Any) -> Engi
     return Engine(model, parallel_worker.OPTIMIZER, ParallelConfig())
 
 
-def watch(model: str, parallel: ParallelConfig) -> list[dict[str, Any]]:
-    """Return what is found in the first step."""
+def watch(model: str, parallel: ParallelConfig) -> dict[str, Any]:
+    """Return what is found in the first step, and what that step and the next one come to."""
     engine = parallel_worker.make(model, parallel)
     statistics = BlockStatistics(engine, LayerMetrics())
     statistics.open()
-    step_of(engine, 0, ROWS)
+    first = step_of(engine, 0, ROWS)
     statistics.close()
-    return statistics.rows()
+    rows = statistics.rows()
+    return {"rows": rows, "steps": [first, step_of(engine, 1, ROWS)]}
 
 
 def main() -> None:
@@ -90,6 +106,9 @@ def main() -> None:
     for name, (model, parallel) in CASES.items():
         start(parallel)
         found[name] = watch(model, parallel)
+        if name in COMPARED:
+            engine = parallel_worker.make(model, parallel, ROWS)
+            found[name]["without"] = [step_of(engine, step, ROWS) for step in range(2)]
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     stop_processes()

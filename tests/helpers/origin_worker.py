@@ -75,11 +75,12 @@ def look(parallel: ParallelConfig) -> dict[str, Any]:
     local = step_batches()
     results: dict[str, Any] = {}
     guilty = dist.get_rank() == dist.get_world_size() - 1
-    for name, module, backward in (
-        ("forward", "blocks.2.mixer_norm", False),
-        ("backward", "blocks.2.mlp", True),
+    for name, module, backward, value in (
+        ("forward", "blocks.2.mixer_norm", False, math.nan),
+        ("infinity", "blocks.2.mixer_norm", False, math.inf),
+        ("backward", "blocks.2.mlp", True, math.nan),
     ):
-        handles = plant(engine, module, math.nan, backward=backward) if guilty else []
+        handles = plant(engine, module, value, backward=backward) if guilty else []
         engine.begin_step(0, 0, *data_parallel_rank_and_size())
         assert not engine.train_step(local, 1e-3).applied
         results[name] = as_dict(search(engine, local, 0, 0))

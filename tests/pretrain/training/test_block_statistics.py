@@ -20,7 +20,7 @@ from pretrain.training.log import RunLog
 from pretrain.training.metrics import LayerMetrics
 from pretrain.training.trainer import Trainer
 from tests.helpers import blocks_worker
-from tests.helpers.blocks_worker import CASES
+from tests.helpers.blocks_worker import CASES, COMPARED
 from tests.helpers.parallel_worker import step_of
 from tests.helpers.processes import run_on
 from tests.helpers.small_training import batches
@@ -48,7 +48,7 @@ def one_process(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_layout_finds_what_one_process_finds(name, four_processes):
-    expected, found = one_process(CASES[name][0]), four_processes[name]
+    expected, found = one_process(CASES[name][0])["rows"], four_processes[name]["rows"]
     assert [row["block"] for row in found] == [row["block"] for row in expected]
     for row, wanted in zip(found, expected, strict=True):
         assert sorted(row) == sorted(wanted)
@@ -62,6 +62,13 @@ def test_every_layout_finds_what_one_process_finds(name, four_processes):
                     row[key],
                     value,
                 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPARED)
+def test_layouts_train_bit_for_bit_the_same(name, four_processes):
+    """Losses and gradient norms of the watched step, and of the next one."""
+    assert four_processes[name]["steps"] == four_processes[name]["without"]
 
 
 @pytest.mark.parametrize(

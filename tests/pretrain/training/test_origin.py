@@ -35,6 +35,9 @@ from tests.helpers.training_run import QUICK, Run
 pytestmark = [pytest.mark.usefixtures("processes")]
 
 
+KINDS = ((math.nan, "NaN"), (math.inf, "infinity"))
+
+
 def engine_of(pattern, checkpointing="none", **changes):
     config = settings(pattern, **changes)
     model = build_model(config, VOCAB, seed=0, activation_checkpointing=checkpointing)
@@ -52,7 +55,7 @@ def found_in(engine):
 @pytest.mark.parametrize("name", registry())
 def test_every_mixer_is_named(name):
     engine = engine_of(f"attn {name}")
-    for value, word in ((math.nan, "NaN"), (math.inf, "infinity")):
+    for value, word in KINDS:
         handles = plant(engine, "blocks.1.mixer", value)
         found, sentence = found_in(engine)
         assert found.event is not None and not found.finite
@@ -67,22 +70,26 @@ def test_every_mixer_is_named(name):
 @pytest.mark.parametrize(
     ("module", "backward", "words"),
     [
-        ("embedding", False, "made in the embedding,"),
-        ("final_norm", False, "made in the final norm,"),
-        ("blocks.1.mixer.o_proj", False, "made in block 1 (attn), mixer.o_proj,"),
-        ("blocks.0.mlp", False, "made in block 0 (gdn), mlp,"),
+        ("embedding", False, "is made in the embedding,"),
+        ("final_norm", False, "is made in the final norm,"),
+        ("blocks.1.mixer.o_proj", False, "is made in block 1 (attn), mixer.o_proj,"),
+        ("blocks.0.mlp", False, "is made in block 0 (gdn), mlp,"),
         ("blocks.0.mlp_norm", True, "the backward pass of block 0 (gdn), mlp_norm,"),
         ("blocks.1.mixer", True, "the backward pass of block 1 (attn), mixer,"),
     ],
 )
 def test_operations_are_named(module, backward, words, checkpointing):
     engine = engine_of("gdn attn gdn", checkpointing)
-    plant(engine, module, math.inf, backward=backward)
-    _, sentence = found_in(engine)
-    assert words in sentence
+    for value, word in KINDS:
+        handles = plant(engine, module, value, backward=backward)
+        _, sentence = found_in(engine)
+        assert words in sentence and f"the first {word} is" in sentence
+        for handle in handles:
+            handle.remove()
     assert re.search(r"in micro-batch \d, document \d+, token \d+$", sentence)
 
 
+@pytest.mark.parametrize(("value", "word"), KINDS)
 @pytest.mark.parametrize(
     ("weight", "words"),
     [
@@ -91,22 +98,23 @@ def test_operations_are_named(module, backward, words, checkpointing):
         ("embedding.weight", "the embedding, whose weight embedding.weight is not finite"),
     ],
 )
-def test_weights_that_are_not_finite_are_named(weight, words):
+def test_weights_that_are_not_finite_are_named(weight, words, value, word):
     engine = engine_of("gdn attn gdn", tie_embeddings=False)
     parameters = dict(engine.parts[0].named_parameters())
     with torch.no_grad():
-        parameters[weight][7] = math.nan
+        parameters[weight][7] = value
     assert words in found_in(engine)[1]
 
 
-def test_a_gradient_is_named():
+@pytest.mark.parametrize(("value", "word"), KINDS)
+def test_a_gradient_is_named(value, word):
     engine = engine_of("gdn attn gdn")
     weight = engine.parts[0].get_parameter("blocks.1.mixer.k_proj.weight")
-    weight.register_hook(lambda g: g * math.inf)
+    weight.register_hook(lambda g: g + value)
     found, sentence = found_in(engine)
     assert found.event is not None and found.event.parameter
     assert (
-        "the first infinity is in the gradient of blocks.1.mixer.k_proj.weight, made by the "
+        f"the first {word} is in the gradient of blocks.1.mixer.k_proj.weight, made by the "
         "backward pass of block 1 (attn), mixer.k_proj, on rank 0"
     ) in sentence
 
@@ -123,7 +131,12 @@ def two_processes(tmp_path_factory) -> dict[str, Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_process_is_named_and_training_goes_on_unchanged(layout, two_processes):
     results = two_processes[layout]
-    for kind, module in (("forward", "blocks.2.mixer_norm"), ("backward", "blocks.2.mlp")):
+    planted = (
+        ("forward", "blocks.2.mixer_norm"),
+        ("infinity", "blocks.2.mixer_norm"),
+        ("backward", "blocks.2.mlp"),
+    )
+    for kind, module in planted:
         event = results[kind]["event"]
         assert (event["module"], event["rank"]) == (module, 1)
         assert event["backward"] == (kind == "backward")

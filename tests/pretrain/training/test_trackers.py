@@ -150,6 +150,26 @@ def test_the_log_knows_which_lines_come_again(wandb, tmp_path):
     assert [steps_of(rows) for rows in wandb.runs.values()] == [[1, 2, 3], [3, 4, 5], [5, 6]]
 
 
+def test_both_get_the_same_names(wandb, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = LoggingConfig(wandb="offline", tensorboard=True, blocks=1)
+    directory = RunDirectory(tmp_path)
+    log = RunLog(directory, config, active=True, num_steps=9, step=0)
+    log.record({"step": 1, "tokens": 8, "loss": 1.5, "goodput": 0.5, "time/data": 0.25})
+    log.blocks(1, 8, [{"block": 3, "mixer": "gdn", "horizon": 4.0, "gradient_rms": 0.125}])
+    log.close()
+    events = EventAccumulator(str(directory.tensorboard))
+    events.Reload()
+    found = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+    (rows,) = wandb.runs.values()
+    assert found == {name: value for _, values in rows for name, value in values.items()}
+    assert {"loss", "goodput", "time/data", "blocks/3/horizon", "blocks/3/gradient_rms"} < set(
+        found
+    )
+
+
 def test_a_missing_library_leaves_nothing_open(wandb, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = LoggingConfig(wandb="offline", tensorboard=True)
