@@ -66,7 +66,7 @@ CASES["cells-cp2-dp2"] = "cells", LAYOUTS["cp2-dp2"]  # a head for each rank
 CASES["softmaxes-tp2-pp2-sequence"] = "softmaxes", LAYOUTS["tp2-pp2-sequence"]
 CASES["others-cp2-tp2-sequence"] = "others", LAYOUTS["cp2-tp2-sequence"]
 CASES["experts-pp2-cp2"] = "experts", ParallelConfig(pipeline=2, context=2)
-CASES["experts-deepspeed-dp4-zero2"] = "experts", LAYOUTS["deepspeed-dp4-zero2"]
+CASES["experts-dp4-zero0"] = "experts", LAYOUTS["dp4-zero0"]
 # In which training is compared with that of nobody watching.
 COMPARED = (
     "tp2-pp2-sequence",
