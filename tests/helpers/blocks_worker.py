@@ -107,7 +107,7 @@ def main() -> None:
         start(parallel)
         found[name] = watch(model, parallel)
         if name in COMPARED:
-            engine = parallel_worker.make(model, parallel, ROWS)
+            engine = parallel_worker.make(model, parallel)
             found[name]["without"] = [step_of(engine, step, ROWS) for step in range(2)]
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
