@@ -1,4 +1,4 @@
-"""Share a budget between size and tokens with any law of sizes, and draw its predictions."""
+"""Share a budget between size and tokens with any law of sizes, and draw predictions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evals.scaling.curves import Points
+from evals.scaling.extrapolating import refuse_moved
 from evals.scaling.figures import save
 from evals.scaling.fitting import Fit
-from evals.scaling.intervals import ends_of
 from evals.scaling.parameters import Array
-from evals.scaling.planning import SizeChoice
+from evals.scaling.planning import SizeChoice, outside_of_points, pair_of, size_choice
 from evals.scaling.point_intervals import point_interval
 
 STEPS = 1201  # sizes that are tried, in steps of 1 % or less
@@ -46,57 +46,37 @@ def best_allocation(
     """Return the N and D of the lowest predicted loss for ``flops`` = 6 N D.
 
     With limited data every run sees at most ``unique_tokens`` different tokens; with experts every
-    size has ``experts_ratio`` times as many parameters in all.
+    size has ``experts_ratio`` times as many parameters in all. Raises UserError where nothing
+    determines the answer.
     """
     low, high = found.domain["parameters"]
     least, most = found.domain["tokens"]
     middle = np.sqrt(np.sqrt(low * high / (least * most)) * flops / 6)
     sizes = middle * np.logspace(-DECADES, DECADES, STEPS)
     points = along_budget(sizes, flops, unique_tokens, experts_ratio)
+
+    def lowest(of: Fit) -> float:
+        return float(sizes[np.argmin(of.predict(points))])
+
+    refuse_moved(
+        found, lowest, "the best size", "fit runs of more sizes and more numbers of tokens for each"
+    )
     losses = found.predict(points)
     best = int(np.argmin(losses))
-    n = float(sizes[best])
-    ends: list[tuple[float, float] | None] = [None, None, None]
+    chosen, of_loss = None, None
     if found.samples is not None:
         chosen = sizes[np.argmin(found.predict_samples(points), axis=1)]
-        for i, values in enumerate((chosen, flops / (6 * chosen))):
-            ends[i] = (float(ends_of(values)[0]), float(ends_of(values)[1]))
-        below, above = point_interval(found, points.only([best]))
-        ends[2] = (float(below[0]), float(above[0]))
-    alike = sizes[losses <= 1.005 * losses[best]]
-    return SizeChoice(
+        of_loss = pair_of(point_interval(found, points.only([best])))
+    return size_choice(
         flops,
-        n,
-        flops / (6 * n),
+        float(sizes[best]),
         float(losses[best]),
-        ends[0],
-        ends[1],
-        ends[2],
-        (float(alike.min()), float(alike.max())),
+        sizes,
+        losses,
+        chosen,
+        of_loss,
+        extrapolates=outside_of_points(found, float(sizes[best]), float(points.tokens[best])),
     )
-
-
-def draw_allocation(
-    found: Fit,
-    choice: SizeChoice,
-    path: Path,
-    unique_tokens: float | None = None,
-    experts_ratio: float | None = None,
-) -> Path:
-    """Draw the predicted loss by model size for a budget, with its interval."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    sizes = choice.parameters * np.logspace(-1, 1, 101)
-    points = along_budget(sizes, choice.flops, unique_tokens, experts_ratio)
-    axes.plot(sizes, found.predict(points), color="tab:blue")
-    if found.samples is not None:
-        low, high = point_interval(found, points)
-        axes.fill_between(sizes, low, high, color="tab:blue", alpha=0.2, linewidth=0)
-    label = f"{choice.parameters:.3g} parameters, {choice.tokens:.3g} tokens"
-    axes.plot([choice.parameters], [choice.loss], "o", color="tab:orange", label=label)
-    axes.set(xscale="log", xlabel="parameters", ylabel="loss", title=f"{choice.flops:.3g} FLOPs")
-    axes.legend(fontsize=8)
-    return save(figure, path)
 
 
 def draw_predictions(
@@ -115,6 +95,11 @@ def draw_predictions(
         axes.plot(flops, predicted, "_", color=color, markersize=10, label=some.name)
         if seen:
             axes.plot(flops, some.loss, "x", color="black", label=f"{some.name}, logged")
+    fitted = found.domain["flops"][1]
+    furthest = max(float(np.max(np.asarray(some.flops))) for some in points)
+    if furthest > 1.001 * fitted:
+        label = f"beyond the fitted runs, up to {furthest / fitted:.3g} x"
+        axes.axvspan(fitted, furthest, color="gray", alpha=0.12, linewidth=0, label=label)
     axes.set(xscale="log", xlabel="training FLOPs", ylabel="loss", title=found.law.title)
     axes.legend(fontsize=8)
     return save(figure, path)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from evals.scaling.annealing_laws import CURVE_LAWS
 from evals.scaling.curves import Curve
@@ -17,6 +18,7 @@ from pretrain.common.errors import UserError
 
 ENOUGH = 600  # losses of all curves together, to choose a law by
 FOLDS = 6  # at most so many fits of each law hold something out
+SURE = 0.95  # that another law is better than the default, to replace it
 Sizes = tuple[bool, bool, bool]  # sized, size in annealing, size in progress
 
 
@@ -24,12 +26,14 @@ Sizes = tuple[bool, bool, bool]  # sized, size in annealing, size in progress
 class HeldOut:
     """A law's errors on held-out curves in percent, by the curve's name.
 
-    errors: mean absolute errors; ends: those of the last losses, with their sign.
+    errors: mean absolute errors; ends: those of the last losses, with their sign; folds: the curves
+    that were held out together, whose errors are alike.
     """
 
     law: str
     errors: dict[str, float]
     ends: dict[str, float]
+    folds: list[list[str]]
 
     @property
     def mean(self) -> float:
@@ -81,15 +85,17 @@ def _hold_out(
     options: Options | None,
 ) -> HeldOut:
     errors, ends, name = dict[str, float](), dict[str, float](), ""
+    folds = list[list[str]]()
     for fold in range(min(FOLDS, len(groups))):
         group = [i for members in groups[fold::FOLDS] for i in members]
         rest = [c for i, c in enumerate(curves) if i not in group]
         law = make(rest)
         name, found = law.name, fit(law, rest, options)
+        folds.append([curves[i].name for i in group])
         for i in group:
             errors[curves[i].name] = mape(found, curves[i])
             ends[curves[i].name] = end_error(found, curves[i])
-    return HeldOut(name, errors, ends)
+    return HeldOut(name, errors, ends, folds)
 
 
 def end_error(found: Fit, curve: Curve) -> float:
@@ -112,38 +118,46 @@ def choose_law(
     """Choose among the curve laws.
 
     With at least three schedules (or four sizes, for laws with N), each is predicted from the
-    others, and a law replaces the default only where it is better at the curves' ends by more than
-    a standard error. With fewer, the default is kept unless its memory is undetermined.
+    others. Where its memory is determined, a law replaces the default only if it is surely better
+    at the curves' ends, as few held-out curves favor one law or another by chance; elsewhere the
+    best one is chosen. With fewer schedules :func:`by_identifiability` decides.
     """
-    default = next(iter(CURVE_LAWS))
 
     def make(name: str) -> Callable[[Sequence[Curve]], Law]:
         return lambda chosen: curve_law(name, chosen, *sizes)
 
     hold_out = hold_out_sizes if any(sizes) else hold_out_schedules
     few = [_thinned(curve, max(20, ENOUGH // len(curves))) for curve in curves]
+    chosen = by_identifiability(few, sizes, options)
     try:
         results = [hold_out(make(name), few, options) for name in CURVE_LAWS]
     except UserError:
-        chosen = by_identifiability(curves, sizes, options)
         chosen.why = f"there are too few schedules to hold some out, and {chosen.why}"
         return chosen
-    what = "sizes" if any(sizes) else "schedules"
+    what = f"the ends of {len(results[0].folds)} held-out {'sizes' if any(sizes) else 'schedules'}"
     first, best = results[0], min(results, key=lambda r: r.end)
-    gain = np.abs([first.ends[n] for n in first.ends]) - np.abs([best.ends[n] for n in first.ends])
-    error = float(gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else np.inf
-    if best is not first and float(gain.mean()) > error:
-        why = (
-            f"the ends of held-out {what} are predicted with {best.end:.3f} % mean error, by the "
-            f"{first.law} law with {first.end:.3f} %"
-        )
-        return LawChoice(best.law, why, results)
-    others = ", ".join(f"{r.law} {r.end:.3f} %" for r in results[1:])
+    if chosen.law == first.law:
+        better = [r for r in results if _surely_better(r, first)]
+        best = min(better, key=lambda r: r.end, default=first)
+    others = ", ".join(f"{r.law} {r.end:.3f} %" for r in results if r is not best)
+    rest = "no other law is" if best is first else "it is"
     why = (
-        f"it predicts the ends of held-out {what} with {first.end:.3f} % mean error, and no other "
-        f"law is better by more than a standard error ({others})"
+        f"it predicts {what} with {best.end:.3f} % mean error, and {rest} surely better ({others})"
     )
-    return LawChoice(default, why, results)
+    if chosen.law != first.law:
+        why = f"it predicts {what} best, with {best.end:.3f} % mean error ({others})"
+    return LawChoice(best.law, why, results)
+
+
+def _surely_better(other: HeldOut, first: HeldOut) -> bool:
+    """Return whether the ends' errors are smaller by more than chance, as a t-test tells."""
+    gains = np.array(
+        [np.mean([abs(first.ends[n]) - abs(other.ends[n]) for n in fold]) for fold in first.folds]
+    )
+    if len(gains) < 2:
+        return False
+    error = float(gains.std(ddof=1) / np.sqrt(len(gains)))
+    return float(gains.mean()) > student_t.ppf(SURE, len(gains) - 1) * error
 
 
 def _thinned(curve: Curve, most: int) -> Curve:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from evals.scaling.allocation import along_budget
 from evals.scaling.arguments import (
     SCHEDULE,
     check_numbers,
@@ -240,7 +241,7 @@ def _plan(given: argparse.Namespace) -> int:
             given.out,
             "plan",
             {"size": dataclasses.asdict(size)},
-            lambda to: draw_sizes(found, chosen, to),
+            lambda to: draw_sizes(found, chosen, to, lambda n: along_budget(n, chosen.flops)),
         )
     if isinstance(found.law, DataConstrainedLaw | ExpertsLaw):
         return plan_points(given, found, console)

@@ -14,6 +14,7 @@ from pretrain.common.screen import readable
 if TYPE_CHECKING:
     from evals.scaling.fitting import Fit, Problem
 
+_SINGULAR = 1e-11  # share of the largest eigenvalue
 _SAME = 1.01  # objectives within 1 % count as equal
 
 
@@ -65,19 +66,37 @@ def covariance(
     return result
 
 
+def _collinear(found: Fit, problem: Problem) -> dict[str, str]:
+    """Return the linear parameters whose terms the data cannot tell apart, each with a reason."""
+    columns = problem.designs(found.theta)[0] / problem.loss[:, None]
+    norms = np.sqrt((columns**2).sum(axis=0))
+    there = np.flatnonzero(norms > 0)
+    scaled = columns[:, there] / norms[there]
+    values, vectors = np.linalg.eigh(scaled.T @ scaled)
+    none = vectors[:, values <= _SINGULAR * values[-1]]
+    mixed = [found.law.linear[there[i]].name for i in np.flatnonzero((np.abs(none) > 0.1).any(1))]
+    return {
+        name: f"the data cannot tell its term from {' and '.join(n for n in mixed if n != name)}'s"
+        for name in mixed
+    }
+
+
 def undetermined(found: Fit, problem: Problem) -> dict[str, str]:
     """Return the parameters that the data do not determine, each with a reason.
 
-    Fills ``found.standard_errors``.
+    Fills ``found.standard_errors``, which priors make smaller.
 
     Residuals count as at least as large as the Huber width: no law is more accurate than that, and
     a single smooth curve is often fitted better, by many values.
     """
     law = found.law
     reasons = law.doubts(found.values, problem.prepared)
-    spread = covariance(found, problem.prepared, priors=False, least=found.options.huber)
-    errors = np.sqrt(np.diag(spread))
-    found.standard_errors = {p.name: float(e) for p, e in zip(law.parameters, errors, strict=True)}
+    reasons |= _collinear(found, problem)
+    errors, known = (
+        np.sqrt(np.diag(covariance(found, problem.prepared, priors=p, least=found.options.huber)))
+        for p in (False, True)
+    )
+    found.standard_errors = {p.name: float(e) for p, e in zip(law.parameters, known, strict=True)}
     bounds = law.bounds()
     equal = [s.found for s in found.starts if s.objective <= found.objective * _SAME]
     for i, parameter in enumerate(law.parameters):
@@ -102,10 +121,12 @@ def undetermined(found: Fit, problem: Problem) -> dict[str, str]:
                     "equally well"
                 )
                 continue
-        relative = error if parameter.log else error / max(abs(value), 1e-12)
+        size = 1.0 if parameter.log else max(abs(value), 1e-12)
         if value == 0:
             reasons[parameter.name] = "at its bound of 0"
-        elif relative > 0.5:
+        elif error > 0.5 * size and known[i] <= 0.5 * size:
+            reasons[parameter.name] = "it follows from the prior of another one"
+        elif error > 0.5 * size:
             reasons[parameter.name] = (
                 f"standard error {readable(error)}"
                 if not parameter.log

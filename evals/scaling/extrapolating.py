@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ WIDE = (
     0.02  # half of an interval of log loss, beyond which it says nothing about schedules or sizes
 )
 BLIND = 10.0  # error of log loss, to first order, that means no information at all
+MOVED = 2.0  # times by which an unknown parameter moves a best size that it determines
 MATTERS = 1e-4  # change of log loss by a parameter's own size or standard error
 
 
@@ -47,16 +49,14 @@ def outside_of(found: Fit, curve: Curve) -> str:
 def unknown_parameters(found: Fit) -> dict[str, str]:
     """Return the parameters whose standard error is larger than themselves, with both.
 
-    One that the search knows by its logarithm is unknown where that is uncertain by more than 1;
-    one with a prior is known as well as that at least.
+    One that the search knows by its logarithm is unknown where that is uncertain by more than 1.
+    What priors tell counts.
     """
     unknown = {}
     for parameter in found.law.parameters:
         error = found.standard_errors.get(parameter.name)
         if error is None:
             continue
-        if parameter.prior and found.options.priors:
-            error = min(error, parameter.prior[1])
         value = found.values[parameter.name]
         if error <= (1.0 if parameter.log else abs(value)):
             continue
@@ -73,6 +73,32 @@ def refuse_unknown(found: Fit, needed: Sequence[str], answer: str, remedy: str) 
         if name in needed:
             raise UserError(
                 f"nothing determines {answer}: it depends on {name}, which is {shown}; {remedy}"
+            )
+
+
+def refuse_moved(found: Fit, best: Callable[[Fit], float], answer: str, remedy: str) -> None:
+    """Raise UserError where ``best``, a size, moves with a parameter that nothing determines.
+
+    That is by a factor of 2 or more within the parameter's own size.
+    """
+    unknown = unknown_parameters(found)
+    theta = len(found.theta)
+    for i, parameter in enumerate(found.law.parameters):
+        if parameter.name not in unknown:
+            continue
+        values = np.concatenate([found.theta, found.beta])
+        away = 1.0 if parameter.log else abs(values[i])
+        ends = values[i] + np.array([-away, away])
+        least, most = parameter.to_search(max(parameter.low, 1e-12)), parameter.high
+        ends = np.clip(ends, least, parameter.to_search(most) if most < np.inf else np.inf)
+        sizes = []
+        for values[i] in ends:
+            moved = replace(found, theta=values[:theta].copy(), beta=values[theta:].copy())
+            sizes.append(best(moved))
+        if sizes[0] > MOVED * sizes[1] or sizes[1] > MOVED * sizes[0]:
+            raise UserError(
+                f"nothing determines {answer}: it depends on {parameter.name}, which is "
+                f"{unknown[parameter.name]}; {remedy}"
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from evals.scaling.comparing import Comparison, budgets
 from evals.scaling.curves import Curve, Points
 from evals.scaling.fitting import Fit
 from evals.scaling.intervals import interval
+from evals.scaling.parameters import Array
 from evals.scaling.planning import Choice, SizeChoice
+from evals.scaling.point_intervals import point_interval
 from evals.scaling.size_laws import ChinchillaLaw, isoflop_profiles
 from pretrain.common.files import write_figure
 from pretrain.common.plots import plot_text
@@ -258,15 +260,18 @@ def draw_schedules(choices: Sequence[Choice], path: Path, most: int = 15) -> Pat
     return save(figure, path)
 
 
-def draw_sizes(found: Fit, choice: SizeChoice, path: Path) -> Path:
-    """Draw the predicted loss by model size for a budget."""
+def draw_sizes(found: Fit, choice: SizeChoice, path: Path, runs: Callable[[Array], Points]) -> Path:
+    """Draw the predicted loss by model size for a budget, of which ``runs`` of any sizes make use.
+
+    Intervals are of a run's loss.
+    """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     sizes = choice.parameters * np.logspace(-1, 1, 101)
-    points = Points(sizes, choice.flops / (6 * sizes), np.ones(101))
+    points = runs(sizes)
     axes.plot(sizes, found.predict(points), color="tab:blue")
     if found.samples is not None:
-        low, high = interval(found, points)
+        low, high = point_interval(found, points)
         axes.fill_between(sizes, low, high, color="tab:blue", alpha=0.2, linewidth=0)
     fitted = found.domain.get("parameters") or ()
     for i, end in enumerate(fitted):

@@ -22,6 +22,7 @@ HUBER = 1e-3
 # Logged losses of a run are not independent: where priors are weighed against them, this many count
 # as one.
 CORRELATED = 20
+COLLINEAR = 1e-11  # share of the largest eigenvalue below which columns are one another's sums
 LAST = 3  # logged losses that make up a curve's end
 
 
@@ -58,7 +59,7 @@ class Fit:
     parameter -> (low, high), once bootstrapped; samples: (number, parameters) of the bootstrap,
     theta and beta concatenated; undetermined: parameter -> reason; domain: ranges of the fitted
     data; weights: (n,) of all losses; standard_errors: parameter -> standard error, in the space of
-    the search, to first order and without priors; error: of the law itself, once bootstrapped.
+    the search, to first order, by data and priors; error: of the law itself, once bootstrapped.
     """
 
     law: Law
@@ -271,19 +272,22 @@ def weights_of(prepared: Sequence[Any]) -> Array:
 
 
 def _least_squares(columns: Array, target: Array, weights: Array) -> Array:
+    """Solve for non-negative coefficients; of collinear columns the smallest ones."""
     root = np.sqrt(weights)
     weighted, goal = columns * root[:, None], target * root
     scale = np.sqrt((weighted**2).sum(axis=0))
     scale[scale == 0] = 1.0
     weighted = weighted / scale
     gram, right = weighted.T @ weighted, weighted.T @ goal
-    try:
-        beta = np.linalg.solve(gram + 1e-14 * np.eye(len(gram)), right)
-    except np.linalg.LinAlgError:
-        beta = np.full(len(gram), -1.0)
-    if (beta < 0).any():
+    values, vectors = np.linalg.eigh(gram)
+    if values[0] > COLLINEAR * values[-1]:
+        beta = np.linalg.solve(gram, right)
+    else:
+        kept = vectors[:, values > COLLINEAR * values[-1]]
+        beta = kept @ ((kept.T @ right) / values[values > COLLINEAR * values[-1]])
+    if (beta < -COLLINEAR * np.abs(beta).max()).any():
         beta = nnls(weighted, goal)[0]
-    result: Array = beta / scale
+    result: Array = np.maximum(beta, 0.0) / scale
     return result
 
 

@@ -11,8 +11,9 @@ from scipy.optimize import minimize_scalar
 from evals.scaling.curves import Curve, Points, end_of_warmup
 from evals.scaling.extrapolating import beyond, outside_of, refuse_unknown
 from evals.scaling.fitting import Fit
-from evals.scaling.intervals import ends_around, interval
+from evals.scaling.intervals import ends_around
 from evals.scaling.parameters import Array
+from evals.scaling.point_intervals import point_interval
 from evals.scaling.schedules import schedule_lr
 from evals.scaling.size_laws import ChinchillaLaw
 from pretrain.common.errors import UserError
@@ -20,6 +21,8 @@ from pretrain.config import ScheduleConfig
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 END_RATIOS = (0.0, 0.1)
+MOST_TIMES = 10  # as long as the longest fitted run is a planned one of any size at most
+NEAR = 1.05  # of the best loss: sizes of more are the best of no bootstrap sample
 
 
 def planned_curve(
@@ -208,34 +211,55 @@ def best_size(found: Fit, flops: float) -> SizeChoice:
         return float(n[0]), float(d[0]), float(loss[0])
 
     n, d, loss = at(found.values)
-    ends: list[tuple[float, float] | None] = [None, None, None]
+    chosen, of_loss = None, None
     if found.samples is not None:
         names = [p.name for p in law.parameters]
         rows = []
         for row in found.samples:
             pairs = zip(names, law.parameters, row, strict=True)
             if (row[-2:] > 0).all():
-                rows.append(at({k: p.from_search(x) for k, p, x in pairs})[:2])
-        logs = np.log(np.array(rows).reshape(-1, 2))
-        best = Points(np.array([n]), np.array([d]), np.ones(1))
-        low, high = ends_around(np.log([n, d]), logs)
-        ends = [
-            *((float(a), float(b)) for a, b in zip(np.exp(low), np.exp(high), strict=True)),
-            pair_of(interval(found, best)),
-        ]
+                rows.append(at({k: p.from_search(x) for k, p, x in pairs})[0])
+        chosen = np.array(rows)
+        of_loss = pair_of(point_interval(found, Points(np.array([n]), np.array([d]), np.ones(1))))
     sizes = n * np.logspace(-2, 2, 801)
-    points = Points(sizes, flops / (6 * sizes), np.ones(801))
-    alike = sizes[found.predict(points) <= 1.005 * loss]
+    losses = found.predict(Points(sizes, flops / (6 * sizes), np.ones(801)))
+    return size_choice(
+        flops, n, loss, sizes, losses, chosen, of_loss, extrapolates=outside_of_points(found, n, d)
+    )
+
+
+def size_choice(
+    flops: float,
+    n: float,
+    loss: float,
+    sizes: Array,
+    losses: Array,
+    chosen: Array | None,
+    loss_interval: tuple[float, float] | None,
+    schedule: str = "",
+    extrapolates: str = "",
+) -> SizeChoice:
+    """Return the choice of ``n`` parameters with this loss, among ``sizes`` with ``losses``.
+
+    chosen: the best size of each bootstrap sample, or None.
+    """
+    of_n = of_tokens = None
+    if chosen is not None:
+        low, high = pair_of(ends_around(np.log([n]), np.log(chosen)[:, None]))
+        of_n = (float(np.exp(low)), float(np.exp(high)))
+        of_tokens = (flops / (6 * of_n[1]), flops / (6 * of_n[0]) if of_n[0] else np.inf)
+    alike = sizes[losses <= 1.005 * loss]
     return SizeChoice(
         flops,
         n,
-        d,
+        flops / (6 * n),
         loss,
-        ends[0],
-        ends[1],
-        ends[2],
+        of_n,
+        of_tokens,
+        loss_interval,
         (float(alike.min()), float(alike.max())),
-        extrapolates=outside_of_points(found, n, d),
+        schedule,
+        extrapolates,
     )
 
 
@@ -253,52 +277,57 @@ def best_size_and_schedule(
 ) -> SizeChoice:
     """Return the best size from a curve law with N.
 
-    Every size is trained for as many steps as the budget allows, with its best schedule. Raises
-    UserError for a law without N or too small a budget.
+    Every size is trained for as many steps as the budget allows, with the schedule that is best at
+    the best size. Raises UserError for a law without N, a budget too small for it, and one whose
+    best size would be trained for more than MOST_TIMES the steps of the longest fitted run.
     """
-    if found.domain.get("parameters") is None:
+    if not found.law.settings().get("sized"):
         raise UserError("the fitted law does not include N: fit several sizes with --sized")
-
+    refuse_unknown(
+        found, ("B", "beta"), "the best size", "fit runs of more sizes, of the largest range"
+    )
     low, high = found.domain["parameters"]
-    sizes = np.geomspace(low / 10, high * 100, 61)
-    steps = [int(flops / (6 * size * tokens_per_step)) for size in sizes]
-    enough = [i for i, count in enumerate(steps) if count >= 2 * warmup_steps + 10]
-    if not enough:
+    every = np.geomspace(low / 10, high * 100, 61)
+    least, most = 2 * warmup_steps + 10, MOST_TIMES * found.domain["steps"][1]
+    counts = [int(flops / (6 * size * tokens_per_step)) for size in every]
+    if counts[0] < least:
         raise UserError(
-            f"{flops:.3g} FLOPs do not suffice for {2 * warmup_steps + 10} steps of "
-            f"{tokens_per_step:g} tokens, even with {sizes[0]:.3g} parameters"
+            f"{flops:.3g} FLOPs do not suffice for {least} steps of {tokens_per_step:g} tokens, "
+            f"even with {every[0]:.3g} parameters"
         )
-    sizes, steps = sizes[enough], [steps[i] for i in enough]
-    choices, curves = [], []
-    for size, count in zip(sizes, steps, strict=True):
-        point = replace(found, samples=None)
-        first = best_schedules(point, count, [peak], warmup_steps, size)[0]
-        choices.append(first)
-        curves.append(planned_curve(first.schedule, peak, count, parameters=size))
-    losses = np.array([choice.loss for choice in choices])
-    best = int(np.argmin(losses))
-    n = float(sizes[best])
-    ends: list[tuple[float, float] | None] = [None, None, None]
-    if found.samples is not None:
-        samples = np.stack([found.predict_samples(curve)[:, -1] for curve in curves], axis=1)
-        logs = np.log(sizes)[samples.argmin(axis=1)]
-        of_n = pair_of(ends_around(np.log([n]), logs[:, None]))
-        total = flops / 6
-        ends = [
-            (float(np.exp(of_n[0])), float(np.exp(of_n[1]))),
-            (total / float(np.exp(of_n[1])), total / float(np.exp(of_n[0]))),
-            pair_of(ends_around(losses[[best]], samples[:, [best]])),
+    tried = [i for i, count in enumerate(counts) if least <= count <= most]
+    sizes, steps = every[tried], [counts[i] for i in tried]
+    point, best = replace(found, samples=None), len(tried) // 2
+    curves, losses, schedule = list[Curve](), np.zeros(0), ""
+    for _ in range(2 if tried else 0):  # the schedule at the middle size, then at the best one
+        first = best_schedules(point, steps[best], [peak], warmup_steps, sizes[best])[0]
+        schedule = first.name
+        curves = [
+            planned_curve(first.schedule, peak, count, parameters=size)
+            for size, count in zip(sizes, steps, strict=True)
         ]
-    alike = sizes[losses <= 1.005 * losses[best]]
-    return SizeChoice(
+        losses = np.array([found.predict(curve)[-1] for curve in curves])
+        best = int(np.argmin(losses))
+    if not tried or (best == 0 and tried[0] > 0):
+        raise UserError(
+            f"the best size for {flops:.3g} FLOPs would be trained for more than {most:,} steps of "
+            f"{tokens_per_step:g} tokens, {MOST_TIMES} x the longest fitted run; expected a "
+            "smaller budget, or more --tokens-per-step"
+        )
+    chosen, of_loss = None, None
+    if found.samples is not None:
+        near = np.flatnonzero(losses <= NEAR * losses[best])
+        samples = np.stack([found.predict_samples(curves[i])[:, -1] for i in near], axis=1)
+        chosen = sizes[near][samples.argmin(axis=1)]
+        of_loss = pair_of(ends_around(losses[[best]], samples[:, near == best]))
+    return size_choice(
         flops,
-        n,
-        flops / (6 * n),
+        float(sizes[best]),
         float(losses[best]),
-        ends[0],
-        ends[1],
-        ends[2],
-        (float(alike.min()), float(alike.max())),
-        choices[best].name,
-        choices[best].extrapolates,
+        sizes,
+        losses,
+        chosen,
+        of_loss,
+        schedule,
+        outside_of(found, curves[best]),
     )

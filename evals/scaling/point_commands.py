@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from evals.scaling.allocation import best_allocation
+from evals.scaling.allocation import along_budget, best_allocation
 from evals.scaling.arguments import columns_of, options_of, reading_of
 from evals.scaling.curves import Points, points_of
 from evals.scaling.fitting import Fit
@@ -224,13 +224,15 @@ def plan_points(given: argparse.Namespace, found: Fit, console: Console) -> int:
     show_size(size, console)
     if "unique_tokens" in more:
         console.print(f"{size.tokens / more['unique_tokens']:.2f} epochs")
-    from evals.scaling.allocation import draw_allocation
+    from evals.scaling.figures import draw_sizes
 
     return written(
         given.out,
         "plan",
         {"size": dataclasses.asdict(size)} | more,
-        lambda to: draw_allocation(found, size, to, **more),
+        lambda to: draw_sizes(
+            found, size, to, lambda sizes: along_budget(sizes, given.flops, **more)
+        ),
     )
 
 

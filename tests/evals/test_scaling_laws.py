@@ -27,10 +27,10 @@ from evals.scaling import (
     load_fit,
     size_law,
 )
-from evals.scaling.choosing import hold_out_schedules
-from evals.scaling.fitting import Problem
+from evals.scaling.choosing import HeldOut, _surely_better, hold_out_schedules
+from evals.scaling.fitting import Problem, _least_squares
 from evals.scaling.intervals import mape
-from evals.scaling.planning import planned_curve
+from evals.scaling.planning import best_size, planned_curve
 from evals.scaling.size_laws import frontier_exponents, isoflop_profiles
 from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
@@ -210,6 +210,43 @@ def test_schedules_held_out(curves):
     assert 0.03 < result.mean < 1
     with pytest.raises(UserError, match="2 different schedules: expected at least 3"):
         hold_out_schedules(lambda rest: curve_law("annealing", rest), chosen[:2])
+
+
+def test_few_held_out_schedules_are_sure_of_little():
+    """Three schedules at 100M favored a law that is worse on the six others."""
+
+    def held(law, ends, folds):
+        named = {str(i): end for i, end in enumerate(ends)}
+        return HeldOut(law, {}, named, folds)
+
+    folds = [["0"], ["1"], ["2"]]
+    first = held("intrinsic", (0.001, 0.417, -0.198), folds)
+    assert not _surely_better(held("annealing", (-0.015, 0.138, 0.081), folds), first)
+    assert _surely_better(
+        held("annealing", (0.0, 0.2, 0.0), folds), held("a", [0.2, 0.4, -0.3], folds)
+    )
+    # What is held out together errs together, so it counts once.
+    ends = (0.30, 0.31, 0.29, 0.10), (0.20, 0.21, 0.19, 0.11)
+    alike, apart = [["0", "1", "2"], ["3"]], [["0"], ["1"], ["2"], ["3"]]
+    assert not _surely_better(held("b", ends[1], alike), held("a", ends[0], alike))
+    assert _surely_better(held("b", ends[1], apart), held("a", ends[0], apart))
+
+
+def test_collinear_terms_are_named_and_solved_alike():
+    generator = np.random.default_rng(0)
+    x = generator.uniform(1, 2, 200)
+    for noise in (0.0, 1e-15, 1e-13):
+        twice = x * (1 + noise * generator.standard_normal(200))
+        columns = np.stack([np.ones(200), x, twice], axis=1)
+        assert _least_squares(columns, 1 + 2 * x, np.ones(200)) == pytest.approx(1, abs=1e-6)
+    n = np.geomspace(1e7, 1e10, 12)
+    loss = 1.8 + (482 + 2085 * 20**-0.35) * n**-0.35
+    points = Points(n, 20 * n, loss)
+    found = fit(size_law("chinchilla", points), [points], Options("log"))
+    assert found.undetermined["A"] == "the data cannot tell its term from B's"
+    assert {"alpha", "beta", "B"} <= found.undetermined.keys()
+    with pytest.raises(UserError, match="nothing determines the best size: it depends on"):
+        best_size(found, 1e20)
 
 
 @pytest.mark.parametrize("name", ["intrinsic", "chinchilla"])

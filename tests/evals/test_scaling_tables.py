@@ -34,9 +34,11 @@ from evals.scaling import (
 from evals.scaling.allocation import best_allocation
 from evals.scaling.commands import main
 from evals.scaling.downstream import sigmoid
+from evals.scaling.extrapolating import refuse_undetermined
 from evals.scaling.fitting import Problem
 from evals.scaling.intervals import mape
 from evals.scaling.outliers import rising
+from evals.scaling.planning import best_size_and_schedule
 from evals.scaling.point_intervals import point_interval
 from evals.scaling.repeated_data import worth_of
 from pretrain.common.errors import UserError
@@ -140,6 +142,10 @@ def test_scarce_data_asks_for_smaller_models_than_endless_data():
     assert endless.parameters == pytest.approx(
         scale * (1e22 / 6) ** (beta / (alpha + beta)), rel=0.02
     )
+    assert "x the largest fitted N; " in best_allocation(truth, 1e25, 1e15).extrapolates
+    truth.standard_errors = {"R_D": 0.1, "alpha": 9.0}
+    with pytest.raises(UserError, match="nothing determines the best size: it depends on alpha"):
+        best_allocation(truth, 1e22, 1e15)
 
 
 def test_more_experts_lower_the_loss_and_one_is_dense():
@@ -291,6 +297,15 @@ def test_a_third_size_lies_inside_the_interval_of_two():
     low, high = interval(found, third)
     expected = truth.predict(third)
     assert low[-1] < expected[-1] < high[-1]
+    assert found.undetermined["B"] == "it follows from the prior of another one"
+    refuse_undetermined(found, third, "third")  # the prior determines enough
+    choice = best_size_and_schedule(found, 1e17, 1e3, 1e-3, 100)
+    assert choice.parameters_interval[0] < choice.parameters < choice.parameters_interval[1]
+    with pytest.raises(UserError, match=r"more than 30,000 steps of 1 tokens, 10 x the longest"):
+        best_size_and_schedule(found, 1e17, 1, 1e-3, 100)
+    alone = fit(curve_law("intrinsic", noisy[:2]), noisy[:2])
+    with pytest.raises(UserError, match="does not include N"):
+        best_size_and_schedule(alone, 1e17, 1e3, 1e-3, 100)
     assert abs(found.predict(third)[-1] / expected[-1] - 1) < 0.02
 
 
