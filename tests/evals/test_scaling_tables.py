@@ -300,6 +300,7 @@ def test_a_third_size_lies_inside_the_interval_of_two():
     assert found.undetermined["B"] == "it follows from the prior of another one"
     refuse_undetermined(found, third, "third")  # the prior determines enough
     choice = best_size_and_schedule(found, 1e17, 1e3, 1e-3, 100)
+    assert choice.parameters_interval is not None
     assert choice.parameters_interval[0] < choice.parameters < choice.parameters_interval[1]
     with pytest.raises(UserError, match=r"more than 30,000 steps of 1 tokens, 10 x the longest"):
         best_size_and_schedule(found, 1e17, 1, 1e-3, 100)
