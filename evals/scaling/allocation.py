@@ -13,8 +13,8 @@ from evals.scaling.extrapolating import refuse_moved
 from evals.scaling.figures import save
 from evals.scaling.fitting import Fit
 from evals.scaling.parameters import Array
-from evals.scaling.planning import SizeChoice, outside_of_points, pair_of, size_choice
-from evals.scaling.point_intervals import point_interval
+from evals.scaling.planning import SizeChoice, pair_of, size_choice
+from evals.scaling.point_intervals import outside, point_interval
 
 STEPS = 1201  # sizes that are tried, in steps of 1 % or less
 DECADES = 2.5  # on each side of the middle of the fitted sizes and tokens
@@ -75,7 +75,7 @@ def best_allocation(
         losses,
         chosen,
         of_loss,
-        extrapolates=outside_of_points(found, float(sizes[best]), float(points.tokens[best])),
+        extrapolates=outside(found.domain, points.only([best]))[0],
     )
 
 

@@ -19,13 +19,14 @@ WIDE = (
     0.02  # half of an interval of log loss, beyond which it says nothing about schedules or sizes
 )
 BLIND = 10.0  # error of log loss, to first order, that means no information at all
+MARGIN = 1.02  # beyond the fitted range that is worth a note: the last step is often not logged
 MOVED = 2.0  # times by which an unknown parameter moves a best size that it determines
 MATTERS = 1e-4  # change of log loss by a parameter's own size or standard error
 
 
 def beyond(value: float, ends: Sequence[float] | None, what: str) -> str:
     """Return how many times a value is beyond the fitted range, or ""."""
-    if ends is None or 0.999 * ends[0] <= value <= 1.001 * ends[1]:
+    if ends is None or ends[0] / MARGIN <= value <= MARGIN * ends[1]:
         return ""
     if value > ends[1]:
         return f"{value / ends[1]:.3g} x the largest fitted {what}"
@@ -38,8 +39,8 @@ def outside_of(found: Fit, curve: Curve) -> str:
     if not domain.get("steps"):
         return ""
     reasons = []
-    if curve.step[-1] > 1.001 * domain["steps"][1]:
-        reasons.append(f"{curve.step[-1] / domain['steps'][1]:.1f} x the longest fitted run")
+    if curve.step[-1] > MARGIN * domain["steps"][1]:
+        reasons.append(f"{curve.step[-1] / domain['steps'][1]:.3g} x the longest fitted run")
     reasons.append(beyond(curve.peak, domain["peak_lr"], "peak"))
     if curve.parameters:
         reasons.append(beyond(curve.parameters, domain.get("parameters"), "N"))
@@ -57,6 +58,8 @@ def unknown_parameters(found: Fit) -> dict[str, str]:
         error = found.standard_errors.get(parameter.name)
         if error is None:
             continue
+        if parameter.prior and found.options.priors:  # fits were once saved without
+            error = min(error, parameter.prior[1])
         value = found.values[parameter.name]
         if error <= (1.0 if parameter.log else abs(value)):
             continue

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from evals.scaling.comparing import Comparison, budgets
 from evals.scaling.curves import Curve, Points
+from evals.scaling.extrapolating import MARGIN, outside_of
 from evals.scaling.fitting import Fit
 from evals.scaling.intervals import interval
 from evals.scaling.parameters import Array
@@ -203,12 +204,13 @@ def draw_prediction(found: Fit, curves: Sequence[Curve], seen: Sequence[bool], p
     many, colors = len(curves) > IN_AXES, colors_of(len(curves))
     for curve, has_loss, color in zip(curves, seen, colors, strict=True):
         predicted = found.predict(curve)
+        beyond = f" ({note})" if (note := outside_of(found, curve)) else ""
         top.plot(
             curve.step,
             predicted,
             color=color,
             linewidth=0.8 if many else 1.3,
-            label=plot_text(f"{curve.name}: ends at {predicted[-1]:.4f}", 60),
+            label=plot_text(f"{curve.name}: ends at {predicted[-1]:.4f}{beyond}", 100),
         )
         if found.samples is not None:
             low, high = interval(found, curve)
@@ -220,7 +222,7 @@ def draw_prediction(found: Fit, curves: Sequence[Curve], seen: Sequence[bool], p
         highest.append(predicted[len(predicted) // 20])
     steps = found.domain.get("steps")
     furthest = max(int(curve.step[-1]) for curve in curves)
-    if steps and furthest > 1.001 * steps[1]:
+    if steps and furthest > MARGIN * steps[1]:
         label = f"beyond the fitted steps, up to {furthest / steps[1]:.1f} x"
         top.axvspan(steps[1], furthest, color="gray", alpha=0.12, linewidth=0, label=label)
     kind = "95 % intervals" if found.samples is not None else "without intervals"
@@ -252,11 +254,15 @@ def draw_schedules(choices: Sequence[Choice], path: Path, most: int = 15) -> Pat
             linewidth=1,
             capsize=2,
         )
-    names = [f"{c.name} ({c.extrapolates})" if c.extrapolates else c.name for c in shown]
+    notes = {c.extrapolates for c in shown}
+    names = [f"{c.name} ({c.extrapolates})" if len(notes) > 1 else c.name for c in shown]
+    names = [name.removesuffix(" ()") for name in names]
+    if len(notes) == 1 and (note := notes.pop()):
+        axes.set_title(f"all extrapolate: {note}", fontsize=10)
     axes.set_yticks(range(len(shown)), [plot_text(name) for name in names], fontsize=8)
     around = choices[0].interval
     of_best = f"{best:.4f}" + (f" ({around[0]:.4f} to {around[1]:.4f})" if around else "")
-    axes.set(xlabel=f"predicted final loss above the best, {of_best} (thousandths of a nat)")
+    axes.set(xlabel=f"thousandths of a nat above the lowest predicted loss,\n{of_best}")
     return save(figure, path)
 
 
@@ -273,11 +279,10 @@ def draw_sizes(found: Fit, choice: SizeChoice, path: Path, runs: Callable[[Array
     if found.samples is not None:
         low, high = point_interval(found, points)
         axes.fill_between(sizes, low, high, color="tab:blue", alpha=0.2, linewidth=0)
-    fitted = found.domain.get("parameters") or ()
-    for i, end in enumerate(fitted):
-        if sizes[0] <= end <= sizes[-1]:
-            label = None if i else "ends of the fitted sizes"
-            axes.axvline(end, color="gray", linestyle=":", linewidth=1, label=label)
+    shown = [e for e in found.domain.get("parameters") or () if sizes[0] <= e <= sizes[-1]]
+    for i, end in enumerate(shown):
+        label = None if i else "ends of the fitted sizes"
+        axes.axvline(end, color="gray", linestyle=":", linewidth=1, label=label)
     axes.axvspan(*choice.alike, color="tab:green", alpha=0.15, label="within 0.5 % of the best")
     axes.plot(
         [choice.parameters],

@@ -134,7 +134,7 @@ def predict(
     )
     if found.samples is not None:
         frame["low"], frame["high"] = point_interval(found, runs)
-    frame["extrapolates"] = outside(found, runs)
+    frame["extrapolates"] = outside(found.domain, runs)
     return frame
 
 

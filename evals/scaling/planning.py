@@ -9,11 +9,11 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from evals.scaling.curves import Curve, Points, end_of_warmup
-from evals.scaling.extrapolating import beyond, outside_of, refuse_unknown
+from evals.scaling.extrapolating import outside_of, refuse_unknown
 from evals.scaling.fitting import Fit
 from evals.scaling.intervals import ends_around
 from evals.scaling.parameters import Array
-from evals.scaling.point_intervals import point_interval
+from evals.scaling.point_intervals import outside, point_interval
 from evals.scaling.schedules import schedule_lr
 from evals.scaling.size_laws import ChinchillaLaw
 from pretrain.common.errors import UserError
@@ -211,6 +211,7 @@ def best_size(found: Fit, flops: float) -> SizeChoice:
         return float(n[0]), float(d[0]), float(loss[0])
 
     n, d, loss = at(found.values)
+    point = Points(np.array([n]), np.array([d]), np.ones(1))
     chosen, of_loss = None, None
     if found.samples is not None:
         names = [p.name for p in law.parameters]
@@ -220,11 +221,11 @@ def best_size(found: Fit, flops: float) -> SizeChoice:
             if (row[-2:] > 0).all():
                 rows.append(at({k: p.from_search(x) for k, p, x in pairs})[0])
         chosen = np.array(rows)
-        of_loss = pair_of(point_interval(found, Points(np.array([n]), np.array([d]), np.ones(1))))
+        of_loss = pair_of(point_interval(found, point))
     sizes = n * np.logspace(-2, 2, 801)
     losses = found.predict(Points(sizes, flops / (6 * sizes), np.ones(801)))
     return size_choice(
-        flops, n, loss, sizes, losses, chosen, of_loss, extrapolates=outside_of_points(found, n, d)
+        flops, n, loss, sizes, losses, chosen, of_loss, extrapolates=outside(found.domain, point)[0]
     )
 
 
@@ -261,15 +262,6 @@ def size_choice(
         schedule,
         extrapolates,
     )
-
-
-def outside_of_points(found: Fit, parameters: float, tokens: float) -> str:
-    """Return in what respect a run is outside the fitted ones, or ""."""
-    reasons = [
-        beyond(parameters, found.domain.get("parameters"), "N"),
-        beyond(tokens, found.domain.get("tokens"), "D"),
-    ]
-    return "; ".join(reason for reason in reasons if reason)
 
 
 def best_size_and_schedule(

@@ -68,7 +68,7 @@ def fit_points(given: argparse.Namespace, points: Points, console: Console) -> i
     show_outliers(outliers, len(points.loss), console)
     saved["tests"] = [show_predictions(found, test, console, logged=True) for test in tests]
     profiles = isoflop_profiles(left)
-    if len(profiles) >= 2:
+    if sum(p["inside"] for p in profiles) >= 2:
         saved["isoflop"] = {"profiles": profiles, "exponents": frontier_exponents(profiles)}
         _show_profiles(saved["isoflop"], console)
     from evals.scaling.figures import draw_points
@@ -120,14 +120,16 @@ def show_predictions(
     found: Fit, points: Points, console: Console, *, logged: bool
 ) -> dict[str, Any]:
     """Print and return what a law predicts for runs, with 95 % intervals."""
-    predicted, far = found.predict(points), outside(found, points)
+    predicted, far = found.predict(points), outside(found.domain, points)
     ends: tuple[Any, Any] = (None, None)
     if found.samples is not None:
         ends = point_interval(found, points)
     columns = ["run", "parameters", "tokens", "predicted", "95 % interval", "logged", "error"]
     if not logged:
         columns = columns[:-2]
-    table = titled_table(f"{found.law.title}: {points.name}", *columns, "note", left=("note",))
+    if any(far):
+        columns.append("extrapolates")
+    table = titled_table(f"{found.law.title}: {points.name}", *columns, left=("extrapolates",))
     for i, name in enumerate(points.names):
         row = [name, readable(points.parameters[i], 4), readable(points.tokens[i], 4)]
         row.append(f"{predicted[i]:.4f}")
@@ -135,7 +137,7 @@ def show_predictions(
         if logged:
             error = 100 * (predicted[i] / points.loss[i] - 1)
             row += [f"{points.loss[i]:.4f}", f"{error:+.2f} %"]
-        table.add_row(*row, f"extrapolates: {far[i]}" if far[i] else "")
+        table.add_row(*row, *((far[i],) if any(far) else ()))
     show_table(table, console)
     saved: dict[str, Any] = {
         "name": points.name,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from evals.scaling.curves import Points
+from evals.scaling.extrapolating import beyond
 from evals.scaling.fitting import Fit
 from evals.scaling.intervals import interval
 from evals.scaling.parameters import Array
@@ -19,16 +21,19 @@ def point_interval(found: Fit, points: Any) -> tuple[Array, Array]:
     return interval(found, points, new_run=True)
 
 
-def outside(found: Fit, points: Points) -> list[str]:
-    """Return in what respect each point lies outside the fitted runs, or ""."""
+def outside(ranges: Mapping[str, Any], points: Points) -> list[str]:
+    """Return in what respect each point lies outside the fitted runs, or "".
+
+    ranges: the lowest and highest of their ``parameters`` and ``tokens``, as in a fit's domain.
+    """
     reasons = []
     for n, d in zip(points.parameters, points.tokens, strict=True):
-        found_here = []
-        for name, value in (("N", n), ("D", d)):
-            low, high = found.domain["parameters" if name == "N" else "tokens"]
-            if value > 1.001 * high:
-                found_here.append(f"{value / high:.3g} x the largest {name}")
-            elif value < 0.999 * low:
-                found_here.append(f"{value / low:.3g} x the smallest {name}")
-        reasons.append(", ".join(found_here))
+        here = (beyond(n, ranges["parameters"], "N"), beyond(d, ranges["tokens"], "D"))
+        reasons.append("; ".join(reason for reason in here if reason))
     return reasons
+
+
+def ranges_of(parameters: Array, tokens: Array) -> dict[str, Any]:
+    """Return the ranges that :func:`outside` takes."""
+    columns = {"parameters": parameters, "tokens": tokens}
+    return {what: [float(x.min()), float(x.max())] for what, x in columns.items()}

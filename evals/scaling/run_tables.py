@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from evals.scaling.curves import Points
+from evals.scaling.logs import TABLES, read_frame
 from evals.scaling.parameters import Array
 from pretrain.common.config_loader import nearest
 from pretrain.common.errors import UserError
@@ -32,16 +33,10 @@ class RunTable:
     """
 
     def __init__(self, path: Path, columns: dict[str, str] | None = None) -> None:
-        import pandas
-
         self.path, self.columns = path, columns or {}
-        if path.suffix not in (".csv", ".parquet"):
-            raise UserError(f"{path}: expected a table, a .csv or .parquet file")
-        try:
-            read = pandas.read_csv if path.suffix == ".csv" else pandas.read_parquet
-            self.frame: Any = read(path)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from None
+        if path.suffix not in TABLES:
+            raise UserError(f"{path}: expected a table, a .csv, .tsv or .parquet file")
+        self.frame: Any = read_frame(path)
 
     def name_of(self, what: str) -> str | None:
         """Return the name of the column that holds ``what``, or None."""

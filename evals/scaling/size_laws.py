@@ -181,7 +181,13 @@ def isoflop_profiles(points: Points, width: float = 0.1) -> list[dict[str, Any]]
 
     Runs belong to one budget if their FLOPs agree within ``width``. Returns the N, D and loss at
     each minimum (arXiv 2203.15556, approach 2); ``inside`` is false where it lies outside the runs.
+    Runs that repeat data or have experts have none: at one budget they differ in more than N.
     """
+    unique, total = points.unique_tokens, points.total_parameters
+    if unique is not None and (unique < 0.99 * points.tokens).any():
+        return []
+    if total is not None and (total > 1.01 * points.parameters).any():
+        return []
     flops = np.asarray(points.flops)
     order = np.argsort(flops)
     groups: list[list[int]] = []
@@ -219,11 +225,12 @@ def isoflop_profiles(points: Points, width: float = 0.1) -> list[dict[str, Any]]
 
 
 def frontier_exponents(profiles: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the exponents a, b of N ~ C^a and D ~ C^b over at least 2 profiles' minima."""
-    logs = np.log([p["flops"] for p in profiles])
+    """Return the exponents a, b of N ~ C^a and D ~ C^b over at least 2 minima within the runs."""
+    rows = [p for p in profiles if p["inside"]]
+    logs = np.log([p["flops"] for p in rows])
     return {
-        "N": float(np.polyfit(logs, np.log([p["parameters"] for p in profiles]), 1)[0]),
-        "D": float(np.polyfit(logs, np.log([p["tokens"] for p in profiles]), 1)[0]),
+        "N": float(np.polyfit(logs, np.log([p["parameters"] for p in rows]), 1)[0]),
+        "D": float(np.polyfit(logs, np.log([p["tokens"] for p in rows]), 1)[0]),
     }
 
 

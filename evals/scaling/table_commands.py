@@ -14,6 +14,7 @@ from rich.console import Console
 from evals.scaling.arguments import columns_of, out_option
 from evals.scaling.curves import Points
 from evals.scaling.downstream import Downstream, fit_downstream, sigmoid
+from evals.scaling.extrapolating import beyond
 from evals.scaling.figures import save
 from evals.scaling.fitting import fit
 from evals.scaling.hyperparameters import PowerFit, fit_powers, optima_of
@@ -21,7 +22,7 @@ from evals.scaling.intervals import bootstrap
 from evals.scaling.loss_to_loss import Pairs, loss_to_loss_law
 from evals.scaling.outputs import written
 from evals.scaling.parameters import Array
-from evals.scaling.point_intervals import point_interval
+from evals.scaling.point_intervals import outside, point_interval, ranges_of
 from evals.scaling.run_tables import RunTable, all_finite
 from evals.scaling.tables import show_fit
 from pretrain.common.errors import UserError
@@ -74,7 +75,7 @@ def hyperparameter_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _table_options(parser: argparse.ArgumentParser, samples: bool = True) -> None:
-    parser.add_argument("table", type=Path, help="a .csv or .parquet with a row per run")
+    parser.add_argument("table", type=Path, help="a .csv, .tsv or .parquet with a row per run")
     parser.add_argument("--columns", nargs="+", metavar="WHAT=NAME", default=[])
     if samples:
         parser.add_argument("--bootstrap", type=int, default=200, metavar="SAMPLES")
@@ -136,7 +137,8 @@ def downstream(given: argparse.Namespace) -> int:
             asked.append((other.points(loss), other.numbers(accuracy)))
         if planned is not None:
             asked.append((planned, None))
-        saved.append(law.to_json() | {"predicted": _show_scores(law, asked, console)})
+        ranges = ranges_of(*(x[fitted] for x in (points.parameters, points.tokens)))
+        saved.append(law.to_json() | {"predicted": _show_scores(law, asked, ranges, console)})
     return written(given.out, "downstream", {"tasks": saved}, lambda to: _draw_tasks(laws, to))
 
 
@@ -153,7 +155,10 @@ def _task(word: str) -> tuple[str, str, str]:
 
 
 def _show_scores(
-    law: Downstream, asked: list[tuple[Points, Array | None]], console: Console
+    law: Downstream,
+    asked: list[tuple[Points, Array | None]],
+    ranges: dict[str, Any],
+    console: Console,
 ) -> list[dict[str, Any]]:
     low, high, slope, middle = law.values
     console.print(
@@ -163,10 +168,13 @@ def _show_scores(
     found = list[dict[str, Any]]()
     if not asked:
         return found
-    columns = ("run", "parameters", "tokens", "loss", "accuracy", "95 % interval", "logged")
-    table = titled_table(law.task, *columns)
+    columns = ["run", "parameters", "tokens", "loss", "accuracy", "95 % interval", "logged"]
+    far = [outside(ranges, points) for points, _ in asked]
+    if any(map(any, far)):
+        columns.append("extrapolates")
+    table = titled_table(law.task, *columns, left=("extrapolates",))
     inside = count = 0
-    for points, scores in asked:
+    for (points, scores), beyond_fitted in zip(asked, far, strict=True):
         loss, accuracy = law.predict(points)
         below, above = law.interval(points)
         for i, name in enumerate(points.names):
@@ -179,6 +187,7 @@ def _show_scores(
                 f"{accuracy[i]:.4f}",
                 f"{below[i]:.4f} to {above[i]:.4f}",
                 "" if seen is None else f"{seen:.4f}",
+                *((beyond_fitted[i],) if "extrapolates" in columns else ()),
             )
             if seen is not None:
                 inside, count = inside + (below[i] <= seen <= above[i]), count + 1
@@ -189,6 +198,7 @@ def _show_scores(
                     "accuracy": float(accuracy[i]),
                     "interval_95": [float(below[i]), float(above[i])],
                     "logged": seen,
+                    "extrapolates": beyond_fitted[i],
                 }
             )
     show_table(table, console)
@@ -231,7 +241,7 @@ def loss_to_loss(given: argparse.Namespace) -> int:
     if len(asked):
         columns = (given.source, given.to, "95 % interval", "logged")
         shown = titled_table(f"{given.source} to {given.to}", "run", *columns)
-        at = Pairs(asked, np.ones(len(asked)))
+        at, ends = Pairs(asked, np.ones(len(asked))), [pairs.source.min(), pairs.source.max()]
         low, high = point_interval(found, at)
         for name, x, y, a, b, logged in zip(
             names, asked, found.predict(at), low, high, seen, strict=True
@@ -239,7 +249,11 @@ def loss_to_loss(given: argparse.Namespace) -> int:
             told = "" if logged is None else f"{logged:.4f}"
             shown.add_row(name, f"{x:.4f}", f"{y:.4f}", f"{a:.4f} to {b:.4f}", told)
             saved.append({"run": name, "from": float(x), "to": float(y), "interval": [a, b]})
+            saved[-1]["extrapolates"] = beyond(x, ends, given.source)
         show_table(shown, console)
+        for row in saved:
+            if row["extrapolates"]:
+                console.print(f"{row['run']} extrapolates: {row['extrapolates']}", style="yellow")
 
     def draw(path: Path) -> Path:
         figure = Figure(figsize=(7, 5), layout="constrained")
@@ -288,6 +302,10 @@ def hyperparameters(given: argparse.Namespace) -> int:
             shown.add_row(found.name, readable(best), f"{readable(low)} to {readable(high)}")
             saved[found.name] = {"best": best, "interval_95": [low, high]}
         show_table(shown, console)
+        (saved["extrapolates"],) = outside(ranges_of(optima.parameters, optima.tokens), planned)
+        if saved["extrapolates"]:
+            told = f"extrapolates from the fitted runs: {saved['extrapolates']}"
+            console.print(told, style="yellow")
 
     def draw(path: Path) -> Path:
         figure = Figure(figsize=(10, 4), layout="constrained")

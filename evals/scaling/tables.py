@@ -118,10 +118,12 @@ def show_choice(choice: LawChoice, console: Console) -> None:
 
 def show_schedules(choices: Sequence[Choice], steps: int, console: Console) -> None:
     """Print the best of the schedules, with intervals."""
+    notes = {choice.extrapolates for choice in choices[:15]}
+    several = ("note",) if len(notes) > 1 else ()
     table = titled_table(
         f"schedules of {steps:,} steps, best first",
-        *("schedule", "final loss (95 %)", "behind the best", "note"),
-        left=("note",),
+        *("schedule", "final loss (95 %)", "behind the best", *several),
+        left=several,
     )
     for choice in choices[:15]:
         apart = None if choice is choices[0] else choice.behind
@@ -129,9 +131,11 @@ def show_schedules(choices: Sequence[Choice], steps: int, console: Console) -> N
             choice.name,
             with_interval(choice.loss, choice.interval),
             with_interval(choice.loss - choices[0].loss, apart),
-            choice.extrapolates,
+            *((choice.extrapolates,) if several else ()),
         )
     show_table(table, console)
+    if not several and (note := choices[0].extrapolates):
+        console.print(f"all extrapolate from the fitted runs: {note}", style="yellow")
     if choices[0].interval is None:
         console.print("no intervals: the law was fitted with --bootstrap 0", style="yellow")
     else:

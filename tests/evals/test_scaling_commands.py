@@ -72,7 +72,7 @@ def test_predict_draws_runs_not_run_yet(fitted, tmp_path, capsys):
     assert saved[0]["low"][-1] < saved[0]["loss"][-1] < saved[0]["high"][-1]
     assert saved[0]["loss"][-1] < saved[1]["loss"][-1]
     assert is_picture(tmp_path / "prediction.png")
-    assert saved[0]["extrapolates"] == "2.0 x the longest fitted run"
+    assert saved[0]["extrapolates"] == "2.01 x the longest fitted run"
     assert saved[1]["extrapolates"] == ""
     assert "±" in capsys.readouterr().out
 

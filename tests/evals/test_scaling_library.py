@@ -57,7 +57,7 @@ def test_a_budget_and_a_point(fitted):
     assert row["low"] < row["predicted"] < row["high"]
     assert row["extrapolates"] == ""
     (far,) = predict(fitted, parameters=1e12, tokens=2e10).to_dict("records")
-    assert "x the largest N" in far["extrapolates"]
+    assert "x the largest fitted N" in far["extrapolates"]
     assert far["high"] - far["low"] > row["high"] - row["low"]
 
 

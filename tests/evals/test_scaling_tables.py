@@ -329,7 +329,7 @@ def test_tables_from_the_command_line(tmp_path, capsys):
     assert main(["predict", fit_json, "--parameters", "7e9", "--tokens", "1e14", *out]) == 0
     (asked,) = json.loads((tmp_path / "prediction.json").read_text())["points"]
     assert asked["low"][0] < asked["predicted"][0] < asked["high"][0]
-    assert "the largest D" in asked["outside"][0]
+    assert "the largest fitted D" in asked["outside"][0]
     assert main(["predict", fit_json, "--run", str(table), *out]) == 0
     assert main(["fit", str(table), "--keep-outliers", "--bootstrap", "0", *out]) == 0
     assert json.loads((tmp_path / "fit.json").read_text())["outliers"] == []
@@ -370,7 +370,10 @@ ONE_TASK = ["downstream", str(FINAL), "--tasks"]
         ([*ONE_TASK, "piqa_val_rc_5shot", "--chance", "1"], "--chance is 1.0, expected 0 or more"),
         ([*ONE_TASK, "piqa_val_rc_5shot", "--tokens", "1e9"], "--parameters is missing"),
         (["downstream", "nowhere.csv", "--tasks", "a"], "nowhere.csv: cannot be read as csv"),
-        (["downstream", __file__, "--tasks", "a"], "expected a table, a .csv or .parquet file"),
+        (
+            ["downstream", __file__, "--tasks", "a"],
+            "expected a table, a .csv, .tsv or .parquet file",
+        ),
         (["loss-to-loss", str(FINAL), "--from", "c4", "--to", "pile_ce"], "has no column 'c4'"),
         (
             ["loss-to-loss", str(FINAL), "--from", "c4_en_ce", "--to", "pile_ce", "--at", "-1"],
