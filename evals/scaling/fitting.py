@@ -374,7 +374,9 @@ def _domain(data: Sequence[Any]) -> dict[str, Any]:
             "curves": [c.name for c in curves],
         }
     points = data[0]
+    ratio = points.tokens / points.parameters
     return {
+        "tokens_per_parameter": [float(ratio.min()), float(ratio.max())],
         "parameters": [float(points.parameters.min()), float(points.parameters.max())],
         "tokens": [float(points.tokens.min()), float(points.tokens.max())],
         "flops": [float(points.flops.min()), float(points.flops.max())],

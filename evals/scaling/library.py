@@ -9,6 +9,7 @@ import numpy as np
 
 from evals.scaling.allocation import best_allocation
 from evals.scaling.curves import Curve, Points
+from evals.scaling.extrapolating import outside_of, refuse_undetermined
 from evals.scaling.fitting import Fit, Options
 from evals.scaling.fitting import fit as fit_law
 from evals.scaling.intervals import bootstrap, interval
@@ -16,7 +17,7 @@ from evals.scaling.laws import CURVE_LAWS, LAWS, curve_law
 from evals.scaling.outliers import fit_without_outliers
 from evals.scaling.parameters import Law
 from evals.scaling.planning import Choice, SizeChoice, best_schedules, best_size, planned_curve
-from evals.scaling.point_intervals import outside, point_interval
+from evals.scaling.point_intervals import outside, point_interval, refuse_unlike
 from evals.scaling.schedules import parse_schedule
 from evals.scaling.size_laws import (
     SIZE_LAWS,
@@ -95,7 +96,8 @@ def predict(
     A law of curves takes a :class:`Curve` or a ``schedule``, such as ``kind=wsd lr=3e-4
     steps=24000 warmup_steps=2000 decay_fraction=0.2``, and returns a row per step. A law of sizes
     takes :class:`Points` or ``parameters`` and ``tokens``, and returns a row per run. Raises
-    UserError for what the law cannot predict.
+    UserError for what the law cannot predict and where nothing determines the answer;
+    ``extrapolates`` tells in what respect a run is outside the fitted ones.
     """
     import pandas
 
@@ -105,9 +107,11 @@ def predict(
             runs = planned_curve(config, peak, steps, points=400, parameters=parameters)
         if not isinstance(runs, Curve):
             raise UserError(f"{found.law.title} predicts a Curve or a schedule, found neither")
+        refuse_undetermined(found, runs, runs.name)
         frame = pandas.DataFrame({"step": runs.step, "predicted": found.predict(runs)})
         if found.samples is not None:
             frame["low"], frame["high"] = interval(found, runs)
+        frame["extrapolates"] = outside_of(found, runs)
         return frame
     if runs is None and parameters is not None and tokens is not None:
         runs = Points(
@@ -124,6 +128,7 @@ def predict(
         raise UserError(f"{found.law.title} needs unique_tokens for a prediction")
     if isinstance(found.law, ExpertsLaw) and runs.total_parameters is None:
         raise UserError(f"{found.law.title} needs total_parameters for a prediction")
+    refuse_unlike(found, runs)
     frame = pandas.DataFrame(
         {
             "run": list(runs.names),

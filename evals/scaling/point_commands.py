@@ -20,7 +20,7 @@ from evals.scaling.fitting import Fit
 from evals.scaling.intervals import bootstrap
 from evals.scaling.outliers import Outlier, fit_without_outliers
 from evals.scaling.outputs import written
-from evals.scaling.point_intervals import outside, point_interval
+from evals.scaling.point_intervals import outside, point_interval, refuse_unlike
 from evals.scaling.readers import Reading, is_points_table, read_curves, read_points
 from evals.scaling.size_laws import (
     SIZE_LAWS,
@@ -120,6 +120,7 @@ def show_predictions(
     found: Fit, points: Points, console: Console, *, logged: bool
 ) -> dict[str, Any]:
     """Print and return what a law predicts for runs, with 95 % intervals."""
+    refuse_unlike(found, points)
     predicted, far = found.predict(points), outside(found.domain, points)
     ends: tuple[Any, Any] = (None, None)
     if found.samples is not None:

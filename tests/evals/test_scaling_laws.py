@@ -27,10 +27,11 @@ from evals.scaling import (
     load_fit,
     size_law,
 )
-from evals.scaling.choosing import HeldOut, _surely_better, hold_out_schedules
+from evals.scaling.choosing import HeldOut, _surely_better, choose_law, hold_out_schedules
 from evals.scaling.fitting import Problem, _least_squares
 from evals.scaling.intervals import mape
 from evals.scaling.planning import best_size, planned_curve
+from evals.scaling.point_intervals import refuse_unlike
 from evals.scaling.size_laws import frontier_exponents, isoflop_profiles
 from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
@@ -134,6 +135,16 @@ def test_the_lead_of_wsd_over_cosine(folder):
         for decay in ("wsd_20000_24000", "wsdld_20000_24000"):
             fitted = ("constant_24000", "cosine_24000", stage)
             assert 1 / 1.3 < lead(found, fitted, "intrinsic", decay) < 1.3
+
+
+@pytest.mark.slow
+def test_the_law_that_is_chosen_has_that_lead():
+    found = read(CURVES / "csv_100")
+    chosen = choose_law([found[n] for n in ("constant_24000", "cosine_24000", "wsdcon_18")])
+    assert chosen.law == "intrinsic"
+    assert "no other law is surely better" in chosen.why
+    ends = {r.law: r.end for r in chosen.held_out}
+    assert ends["annealing"] < ends["intrinsic"]  # by chance
 
 
 @pytest.mark.slow
@@ -247,6 +258,9 @@ def test_collinear_terms_are_named_and_solved_alike():
     assert {"alpha", "beta", "B"} <= found.undetermined.keys()
     with pytest.raises(UserError, match="nothing determines the best size: it depends on"):
         best_size(found, 1e20)
+    refuse_unlike(found, Points(np.array([1e9]), np.array([2e10]), np.ones(1)))
+    with pytest.raises(UserError, match=r"run 1: nothing determines its loss: .* .10 x"):
+        refuse_unlike(found, Points(np.array([1e8]), np.array([2e10]), np.ones(1)))
 
 
 @pytest.mark.parametrize("name", ["intrinsic", "chinchilla"])
