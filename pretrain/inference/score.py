@@ -20,6 +20,7 @@ from pretrain.data.sequences import Sequences
 from pretrain.inference.exiting import ExitingModel
 from pretrain.inference.generate import choose
 from pretrain.inference.prefix_tree import Node, prefix_tree
+from pretrain.model.counts import block_state_bytes
 from pretrain.model.language_model import LanguageModel
 from pretrain.model.spec import block_specs, passes, tokens_seen_ahead
 from pretrain.nn.mixers.base import State
@@ -205,9 +206,8 @@ class StateScorer(Scorer):
         """Return the bytes of one sequence's recurrent states, and keys and values of attention."""
         if length not in self._sizes:
             model = self.model
-            width = model.model_config.hidden_size
             halves = sum(
-                count * spec.mixer.state_bytes(spec.config, width, length)
+                count * block_state_bytes(model.model_config, spec, length)
                 for spec, count in self._specs
             )
             scale = model.context.dtype.itemsize / 2 / model.context.tensor_size

@@ -13,6 +13,7 @@ import torch
 from pretrain.common.dtypes import DTYPES
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.config.optimizer import WHOLE_MATRICES
+from pretrain.model.counts import block_state_bytes
 from pretrain.model.layout import ENDLESS
 from pretrain.model.spec import block_specs, passes
 from pretrain.optim import adamw
@@ -183,7 +184,7 @@ class Memory:
         borders = [cut % length for cut in range(size, row, size) if cut % length]
         total = 0.0
         for spec in block_specs(self.config.model):
-            count = partial(spec.mixer.state_bytes, spec.config, self.config.model.hidden_size)
+            count = partial(block_state_bytes, self.config.model, spec)
             if count(2 * ENDLESS) > count(ENDLESS):
                 total += width / 2 * (count(length) * (parallel.micro_batch_size + 3))
             else:
@@ -196,7 +197,7 @@ class Memory:
         if not self.config.train.carry_state:
             return 0.0
         states = sum(
-            times * spec.mixer.state_bytes(spec.config, model.hidden_size, ENDLESS)
+            times * block_state_bytes(model, spec, ENDLESS)
             for spec, times in zip(block_specs(model), passes(model), strict=True)
         )
         return rows * states / (parallel.tensor * parallel.pipeline)

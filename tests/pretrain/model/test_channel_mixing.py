@@ -9,9 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.common.config_loader import build_config
-from pretrain.config import ModelConfig
+from pretrain.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from pretrain.data.sequences import Sequences
 from pretrain.inference.generate import generate
+from pretrain.inference.score import StateScorer
 from pretrain.model.block_states import MLP_SHIFT
 from pretrain.model.build import build_model
 from pretrain.model.counts import count_model
@@ -19,6 +20,9 @@ from pretrain.nn.channel_mixing import ChannelMixing
 from pretrain.nn.mixers import LayerContext
 from pretrain.nn.parameters import fill_parameters
 from pretrain.parallel.context import ParallelContext
+from pretrain.planner.hardware import load_hardware
+from pretrain.planner.memory import Memory
+from pretrain.planner.software import Software
 from tests.helpers.channel_mixing import CHANNELS, with_output
 from tests.helpers.exported_models import exported
 from tests.helpers.relative_error import relative_error
@@ -148,6 +152,17 @@ def test_counts_are_those_of_the_model():
     assert counter.get_total_flops() == 40 * 2 * 2 * 24 * 48
     state = model.blocks[2].states.init_state(3)
     assert state[MLP_SHIFT].shape == (3, 1, 24)
+
+
+def test_plans_and_scores_count_its_state_too():
+    model = model_of(dtype=torch.bfloat16, pattern="rwkv7 gdn")
+    states = [block.states.init_state(3) for block in model.blocks]
+    held = sum(value.nbytes for state in states for value in state.values())
+    train = TrainConfig(steps=1, seq_len=40, carry_state=True)
+    run = RunConfig("test", config_of("rwkv7 gdn"), train=train)
+    memory = Memory(run, VOCAB, load_hardware("cpu"), Software())
+    assert memory.carried(ParallelConfig(), 3) == held
+    assert 3 * StateScorer(model, 9)._state_bytes(40) == held
 
 
 def test_an_export_generates_with_its_cache_what_the_model_does(tmp_path):
