@@ -183,8 +183,8 @@ def compare(
 def compare_frozen(groups: list[Any]) -> Errors:
     """Errors of the gradients behind two blocks that do not train, of an input without a gradient.
 
-    Both ways of looking beyond a segment are among them; two steps, for a message that nobody waits
-    for is found by the next one.
+    Both ways of looking beyond a segment are among them, scans by gathering and in a ring; two
+    steps of each, for a message that nobody waits for is found by the next one.
     """
     names = ("mlstm", "gdn", "mlstm", "gdn")
     blocks = [block_of(name, SMALL[name][0]) for name in names]
@@ -203,12 +203,13 @@ def compare_frozen(groups: list[Any]) -> Errors:
 
     errors: Errors = {}
     generator = torch.Generator().manual_seed(2)
-    for group, (layout, lengths), _ in itertools.product(groups, LAYOUTS.items(), range(2)):
+    rings = (False, False, True, True)
+    for group, (layout, lengths), ring in itertools.product(groups, LAYOUTS.items(), rings):
         x, weights = torch.randn(2, TOKENS, 1, 24, generator=generator, dtype=torch.float64)
         row, length = Sequences.from_lengths(lengths), TOKENS // group.size()
         own = slice(group.rank() * length, (group.rank() + 1) * length)
         expected = gradients(x, row, weights)
-        pieces = segment_of(row, group.rank(), group.size(), group, ring=True)
+        pieces = segment_of(row, group.rank(), group.size(), group, ring=ring)
         found = gradients(x[own], pieces, weights[own])
         for gradient in found:
             dist.all_reduce(gradient, group=group)
