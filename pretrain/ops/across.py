@@ -33,9 +33,9 @@ def crossing(sequences: Sequences) -> Segment | None:
 
 
 def scan(segment: Segment, transition: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the state that enters this segment, without a gradient, and transitions by rank.
+    """Return the state that enters this segment, and transitions for :func:`scan_back`.
 
-    The transitions are those of all ranks, of a ring this one's, as :func:`scan_back` wants them.
+    The transitions are those of all ranks, in a ring this rank's alone. Neither has a gradient.
 
     ``end`` ``[H, K, V]`` is the state after the last piece where it starts from zeros,
     ``transition`` ``[H, K, K]`` what multiplies a state that goes through the segment, or of decays

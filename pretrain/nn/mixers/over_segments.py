@@ -55,13 +55,13 @@ def _handed_on(
     segment: Segment,
     handover: Handover,
 ) -> tuple[Tensor, State]:
-    pieces, following = pieces_alone(sequences), segment.rank + 1
-    sends = following < segment.size and segment.continues[following]
-    if not sends and not segment.continues[segment.rank]:
+    """Run a mixer from the state of the segment before, and hand its own to the next one."""
+    pieces, receives, sends = pieces_alone(sequences), segment.crosses(-1), segment.crosses(+1)
+    if not sends and not receives:
         return run(x, sequences=pieces)
     empty = mixer.init_state(1)
     state: State | None = None
-    if segment.continues[segment.rank]:
+    if receives:
         state = handover.receive(segment, empty, _is_trained(mixer, x))
         if pieces.count > 1:
             state = mixer.join_states([state, mixer.init_state(pieces.count - 1)])

@@ -43,9 +43,10 @@ class CrossingChunks:
 
     @property
     def hands_on(self) -> bool:
-        """Whether the one piece here goes through to the next rank as the recurrence itself ends.
+        """Whether the state is received before the loop over chunks and sent on after it.
 
-        In a ring no map of the segment is wanted then.
+        In a ring that is so where one sequence goes through the whole segment, whose map then need
+        not be known.
         """
         return self.segment.ring and self.segment.through[self.segment.rank]
 
@@ -59,8 +60,8 @@ class CrossingChunks:
     ) -> Tensor:
         """Put the state that enters into ``state`` ``[N, H, K, V]``, of the layout's pieces.
 
-        ``w`` ``[n, H, C, K]``, ``values`` (U) and ``k_end`` are those of the n chunks. Returns the
-        transitions over all ranks' segments, for :meth:`leave`.
+        ``w`` ``[n, H, C, K]``, ``values`` (U) and ``k_end`` are those of the n chunks. Returns
+        ``transitions`` for :meth:`leave`.
         """
         if self.hands_on:
             received = from_neighbour(self.segment, +1, state[self.first_row])
@@ -89,7 +90,7 @@ class CrossingChunks:
         return transitions
 
     def entered(self, state: Tensor) -> None:
-        """Send on the final states, where nothing was known of them before."""
+        """Send the final state on, where :meth:`enter` has not sent a map's."""
         if self.hands_on:
             to_neighbour(self.segment, +1, state[self.last_row])
 
@@ -125,7 +126,7 @@ class CrossingChunks:
             d_state[self.last_row] += left
 
     def left(self, d_state: Tensor) -> None:
-        """Pass the gradient of the state that entered back; here nobody has one any more."""
+        """Send the gradient of the state that entered back, and set it to 0: the op has none."""
         if self.hands_on:
             to_neighbour(self.segment, -1, d_state[self.first_row])
         if self.enters:
