@@ -153,12 +153,12 @@ def test_processes_suit_the_batches_of_every_phase():
 
 
 @pytest.mark.slow
-def test_sharded_experts_with_a_bias_are_equal(tmp_path, corpus):
+def test_sharded_experts_with_a_bias_are_equal_where_processes_share_rows(tmp_path, corpus):
     run = Run(tmp_path, corpus, "experts")
     done = processes.run(
         *("pretrain", "verify", run.config, "--processes", 2),
         "model.moe={num_experts: 8, top_k: 2, intermediate_size: 16, bias_update_rate: 5e-4}",
-        *("parallel.expert=2", "train.precision=bf16"),
+        *("parallel.expert=2", "parallel.context=2", "train.precision=bf16"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "expert biases" in done.stdout
