@@ -16,6 +16,7 @@ from typing import Any
 
 from pretrain.common.argument_types import positive
 from pretrain.common.errors import EXIT_STOPPED, UserError, run_command
+from pretrain.common.quiet import quiet_process
 from pretrain.common.screen import show_table
 
 EXIT_FAILED = 1
@@ -24,6 +25,7 @@ COMMANDS = ("status", "cancel", "logs", "measure")
 
 def main(command: Sequence[str] | None = None) -> int:
     """Run ``command``, by default of ``sys.argv``, and return the exit status."""
+    quiet_process()
     command = sys.argv[1:] if command is None else command
     if command[:1] and command[0] == "decide":
         from launch.decisions.command import decide
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--processes",
         type=positive,
-        help="processes per run on this machine (default: tensor x pipeline, one model)",
+        help="processes per run on this machine (default: tensor x pipeline x context)",
     )
     parser.add_argument(
         "--nodes", type=positive, help="nodes of a Slurm job (default: the cluster's file)"
@@ -184,9 +186,11 @@ def _refuse_unless_forced(
     """Raise UserError with the first of the sentences about what does not fit, if there are any."""
     if not too_large or arguments.force:
         return
+    others = len(too_large) - 1
+    plural = "does 1 other member" if others == 1 else f"do {others} other members"
     raise UserError(
         f"{where}: {too_large[0]}; --force {does} it as it is"
-        + (f"; nor do {len(too_large) - 1} other members, see above" if len(too_large) > 1 else "")
+        + (f"; nor {plural}, see above" if others else "")
     )
 
 

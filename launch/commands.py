@@ -146,7 +146,7 @@ def measure(arguments: Sequence[str]) -> int:
     """Measure and save the tokens per second of each member of a grid on this machine."""
     parser = _parser("measure", "Train every member for some steps and save its tokens per second.")
     parser.add_argument("--steps", type=int, default=8, help="steps to time (8)")
-    parser.add_argument("--processes", type=int, help="per run (tensor x pipeline)")
+    parser.add_argument("--processes", type=int, help="per run (tensor x pipeline x context)")
     options = parser.parse_intermixed_args(arguments)
     if options.steps < 1:
         raise UserError(f"--steps is {options.steps}, expected at least 1")

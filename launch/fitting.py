@@ -14,6 +14,7 @@ from launch.planning import shape_of
 from pretrain.common.errors import UserError
 from pretrain.config import RunConfig
 from pretrain.model.counts import count_model
+from pretrain.parallel.cpu import importing_megatron
 from pretrain.planner.planned_run import planned_vocab_size
 from pretrain.training.free_memory import free_memory, free_on_gpus
 from pretrain.training.preflight import Room, most_state_bytes, state_that_fits
@@ -73,7 +74,7 @@ def what_does_not_fit(
         found.append(
             f"{' and '.join(names)} do not fit beside each other: their weights, gradients and "
             f"optimizer state take {together / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free on "
-            f"{'a GPU' if cuda else 'this machine'}; expected less than --at-once {at_once}"
+            f"{'a GPU' if cuda else 'this machine'}; expected a smaller --at-once than {at_once}"
         )
     return found
 
@@ -102,6 +103,7 @@ def _shapes(members: Sequence[Member], processes: int | None, cuda: bool) -> lis
 
 def _vocab_size(config: RunConfig) -> int | None:
     try:
-        return planned_vocab_size(config, config.name)
+        with importing_megatron():  # which reads the data's index
+            return planned_vocab_size(config, config.name)
     except UserError:
         return None

@@ -50,9 +50,11 @@ def processes_of(config: RunConfig, wanted: int | None = None) -> int:
     count = wanted or config.parallel.model_size
     available = _available()
     if count > available:
+        parallel = config.parallel
+        sizes = f"{parallel.tensor} x {parallel.pipeline} x {parallel.context}"
+        needed = "" if wanted else f" (parallel.tensor x pipeline x context = {sizes})"
         raise UserError(
-            f"{config.name} needs {count} processes (parallel.tensor x pipeline = "
-            f"{config.parallel.tensor} x {config.parallel.pipeline}), more than this machine's "
+            f"{config.name} needs {count} processes{needed}, more than this machine's "
             f"{available} {'GPUs' if _gpus() else 'cores'}; use fewer, or a cluster"
         )
     return count

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("config", help="of a run, or of a model (configs/models, or 7b/rat)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--hardware", default="h100", help="file, or a name of configs/hardware")
-    parser.add_argument("--devices", type=int, help="default: tensor x pipeline")
+    parser.add_argument("--devices", type=int, help="default: tensor x pipeline x context")
     parser.add_argument("--search", action="store_true", help="layouts that fit, fastest first")
     parser.add_argument("--top", type=int, default=10, help="how many of them to show (10)")
     parser.add_argument(

@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--processes",
         type=int,
-        help="of the layout (2 x tensor x pipeline, or half of that where the batch is too small)",
+        help="of the layout (2 x tensor x pipeline x context, or half for small batches)",
     )
     options = parser.parse_intermixed_args(arguments)
     if options.steps < 2 or options.steps % 2:

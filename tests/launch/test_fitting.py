@@ -135,3 +135,12 @@ def test_runs_whose_data_is_missing_say_so_themselves(grid, monkeypatch, planned
     free(monkeypatch, 1.0)
     members = load_grid(grid, ["data.path=nowhere"]).members
     assert what_does_not_fit(members) == [] and not planned
+
+
+def test_runs_of_more_processes_than_the_machine_has_are_refused(grid, monkeypatch):
+    monkeypatch.setattr("launch.local._available", lambda: 2)
+    members = load_grid(grid, ["parallel.context=4"]).members
+    with pytest.raises(UserError, match=r"needs 4 processes \(.* x context = 1 x 1 x 4\), more"):
+        what_does_not_fit(members)
+    with pytest.raises(UserError, match="needs 3 processes, more than this machine's 2"):
+        what_does_not_fit(members, processes=3)
