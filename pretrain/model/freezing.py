@@ -21,3 +21,11 @@ def check_matched(patterns: Iterable[str], matched: Collection[str]) -> None:
                 f"train.freeze or distill.freeze has '{pattern}', which matches no parameter; "
                 "expected names or patterns such as embedding, blocks.0, blocks.*.mlp"
             )
+
+
+def stage_without_learning(patterns: Iterable[str]) -> UserError:
+    """Return the error of a layout with a stage in which patterns leave nothing to learn."""
+    return UserError(
+        f"train.freeze and distill.freeze, {', '.join(patterns)}, leave a stage of the model "
+        "nothing to learn; expected fewer patterns, or a smaller parallel.pipeline"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ from pretrain.checkpoint.teacher import count_run, teacher_beside
 from pretrain.common.dtypes import DTYPES
 from pretrain.config import ModelConfig, ParallelConfig, RunConfig
 from pretrain.model.counts import ModelCounts, outputs
+from pretrain.model.freezing import stage_without_learning
 from pretrain.model.spec import block_specs
 from pretrain.model.stages import Stage, split_into_stages
 from pretrain.planner.cost import Cost
@@ -124,8 +126,9 @@ class Planner:
 
         The estimate's layout says how sequential cells are computed under context parallelism: the
         faster way where ``parallel`` leaves it open. Raises UserError for layers whose messages
-        are not known.
+        are not known, and for stages in which nothing learns.
         """
+        self.check_learning(parallel)
         if parallel.context > 1 and parallel.context_cells == "auto":
             return self._with_cells(parallel, devices, checkpointing)
         train = self.config.train
@@ -181,6 +184,15 @@ class Planner:
             for memory, local in zip(found, self.teacher._local_stages(parallel), strict=True):
                 memory["teacher"] = self.teacher._weights(parallel, local, taught)
         return found
+
+    def check_learning(self, parallel: ParallelConfig) -> None:
+        """Raise UserError where a stage of the layout has nothing to learn, as training does."""
+        if not self.config.frozen:
+            return
+        units = self.units(parallel, "none", simulate=False)
+        for stage in itertools.chain.from_iterable(self._local_stages(parallel)):
+            if not any(map(learning, self._held_tensors(parallel, [stage], units))):
+                raise stage_without_learning(self.config.frozen)
 
     def _weights(self, parallel: ParallelConfig, local: Sequence[Stage], units: Units) -> float:
         """Return the bytes of the weights that a process has."""

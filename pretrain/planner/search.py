@@ -146,6 +146,7 @@ def _try(planner: Planner, parallel: ParallelConfig, devices: int, checkpointing
         check_run_config(config, "")
         check_layout(config, devices, "")
         check_vocab_size(planner.vocab_size, planner.vocab_size, parallel.tensor, "")
+        planner.check_learning(parallel)
     except UserError as error:  # or its subclass ConfigError
         return Candidate(parallel, checkpointing, None, str(error).removeprefix(": "))
     estimate = planner.estimate(parallel, devices, checkpointing)

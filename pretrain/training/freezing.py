@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pretrain.common.errors import UserError
-from pretrain.model.freezing import check_matched, matches
+from pretrain.model.freezing import check_matched, matches, stage_without_learning
 from pretrain.model.language_model import LanguageModel
 from pretrain.parallel.processes import gather
 
@@ -29,7 +28,4 @@ def freeze(stages: Sequence[LanguageModel], patterns: Sequence[str]) -> None:
     matched = set().union(*(names for names, _ in everyone))
     check_matched(patterns, matched)
     if not all(learning for _, learning in everyone):
-        raise UserError(
-            f"train.freeze and distill.freeze, {', '.join(patterns)}, leave a stage of the model "
-            "nothing to learn; expected fewer patterns, or a smaller parallel.pipeline"
-        )
+        raise stage_without_learning(patterns)

@@ -231,6 +231,7 @@ def _layouts(planner: Planner, count: int) -> Iterator[tuple[int, ParallelConfig
                 check_run_config(config, "")
                 check_layout(config, devices, "")
                 check_vocab_size(planner.vocab_size, planner.vocab_size, layout.tensor, "")
+                planner.check_learning(config.parallel)
             except UserError:
                 continue
             yield devices, config.parallel

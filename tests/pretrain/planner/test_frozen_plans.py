@@ -13,6 +13,7 @@ from pretrain.planner.estimate import Planner
 from pretrain.planner.fake_group import planned_context
 from pretrain.planner.hardware import load_hardware
 from pretrain.planner.parts import model_parts
+from pretrain.planner.search import _try
 from tests.helpers.processes import ROOT
 
 VOCAB, FROZEN = 256, ["embedding", "blocks.0", "blocks.*.mlp"]
@@ -105,3 +106,13 @@ def test_blocks_of_which_a_part_is_frozen_are_a_kind_of_their_own():
 def test_patterns_that_match_nothing_or_all_are_refused(patterns, words):
     with pytest.raises(UserError, match=words):
         planner(*patterns).estimate(ParallelConfig(), 1)
+
+
+def test_a_stage_in_which_nothing_learns_is_refused_as_in_training():
+    planned, layout = planner("embedding", "blocks.[0-2]"), ParallelConfig(pipeline=2)
+    planned.config.data.path, planned.config.schedule.warmup_steps = "x", 0
+    with pytest.raises(UserError, match="leave a stage of the model nothing to learn; expected"):
+        planned.estimate(layout, 2)
+    tried = _try(planned, layout, 2, "none")
+    assert tried.estimate is None and "leave a stage of the model nothing to learn" in tried.why
+    assert _try(planned, ParallelConfig(micro_batch_size=1), 2, "none").why == ""
