@@ -9,7 +9,8 @@ import pytest
 
 from evals.scaling import AnnealingLaw, Curve, fit
 from evals.scaling.commands import main
-from evals.scaling.merges import decay_of
+from evals.scaling.fitting import load_fit
+from evals.scaling.merges import decay_of, predict_merge, read_merge
 from evals.scaling.schedules import schedule_lr
 from pretrain.common.errors import UserError
 from pretrain.config import ScheduleConfig
@@ -29,9 +30,9 @@ def curve(name, lr, every=5):
     return made
 
 
-def merged(folder, steps, weights, name="merge", **validation):
+def merged(folder, steps, weights, name="merge", phases=(), **validation):
     """The directory of a merge of the run ``folder/run``, at a constant rate."""
-    directory = run_directory(folder, [], name, schedule=TRUNK)
+    directory = run_directory(folder, [], name, schedule=TRUNK, phases=list(phases))
     noted = {
         "run": str(folder / "run"),
         "steps": list(steps),
@@ -84,6 +85,22 @@ def test_the_gain_is_that_of_the_decay(saved, tmp_path, capsys):
     assert row["interval"] is None
     shown = capsys.readouterr().out
     assert "2.6000" in shown and "2.5000" in shown and "0.1000 ± 0.0020" in shown
+
+
+def test_a_trunk_whose_batches_change_is_counted_in_steps_of_the_last(saved, tmp_path):
+    """67 steps of 256 tokens and 133 of 128 are 267 of 128, and the last 50 are as many."""
+    phases = [{"until": 0.5, "global_batch_tokens": 256}, {}]
+    run_directory(tmp_path, [], schedule=TRUNK, phases=phases)
+    steps = range(150, 201)
+    weights = weights_of("inverse-decay", steps, "linear", 0.0)
+    directory = merged(tmp_path, steps, weights, phases=phases)
+    row = predict_merge(load_fit(saved), "merge", read_merge(directory), directory)
+    warmup = 1e-3 * np.minimum(np.arange(1, 68) / 10, 1)
+    flat = np.append(np.repeat(warmup, 2), np.full(133, 1e-3))
+    decayed = flat.copy()
+    decayed[-50:] *= decay_shares(50, "linear", 0.0)
+    expected = curve("flat", flat, 1).loss[-1] - curve("decayed", decayed, 1).loss[-1]
+    assert row.gain == pytest.approx(expected, rel=1e-3) and expected > 0.1
 
 
 def test_bad_input_is_one_sentence(saved, tmp_path):
