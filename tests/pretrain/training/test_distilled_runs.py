@@ -185,7 +185,7 @@ def test_a_teacher_that_does_not_fit(run, teacher, tmp_path):
             settings(run, "gdn attn gdn", teacher=str(teacher)),
         ),
         ("freeze has 'blocks.9', which matches no", student(run, teacher, freeze=["blocks.9"])),
-        ("leave a stage of the model nothing to learn", student(run, teacher, freeze=["*"])),
+        ("leave the model nothing to learn", student(run, teacher, freeze=["*"])),
     ):
         with pytest.raises(UserError, match=wanted):
             Trainer(at(config, tmp_path / "run")).fit()
