@@ -16,8 +16,8 @@ token of a document is predicted once, from that document alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -44,8 +44,9 @@ from pretrain.data.tokenizer import Tokenizer
 class PreparedData:
     """The data of a run: its tokenizer, and per source its name, weight, and streams by split.
 
-    A source's name is ``NAME@HASH`` of its content: where the folder is does not matter, and what
-    is named twice is one source, with both weights.
+    A source's name is ``NAME@HASH`` of its folder's content: where the folder is does not matter,
+    and what is named twice is one source, with both weights. ``known`` has the names by contents: a
+    source that was prepared beside others elsewhere has the name of where it was found first.
     """
 
     tokenizer: Tokenizer
@@ -54,6 +55,7 @@ class PreparedData:
     train: list[TokenStream]
     valid: list[TokenStream]
     bigram_entropy: float
+    known: dict[tuple[str, ...], str] = field(default_factory=dict)
 
     @property
     def identity(self) -> list[str]:
@@ -74,8 +76,13 @@ class PreparedData:
         ]
 
 
-def open_data(config: DataConfig) -> PreparedData:
-    """Open everything that the settings name. Raises UserError where it does not fit together."""
+def open_data(
+    config: DataConfig, known: Mapping[tuple[str, ...], str] | None = None
+) -> PreparedData:
+    """Open everything that the settings name. Raises UserError where it does not fit together.
+
+    ``known``: the names of sources that the run has found before, see :class:`PreparedData`.
+    """
     directories = config.directories
     tokenizer: Tokenizer | None = None
     data: PreparedData | None = None
@@ -93,7 +100,7 @@ def open_data(config: DataConfig) -> PreparedData:
             )
         if tokenizer is None or data is None:
             tokenizer = found
-            data = PreparedData(found, [], [], [], [], 0.0)
+            data = PreparedData(found, [], [], [], [], 0.0, dict(known or {}))
         elif found.sha256 != tokenizer.sha256:
             raise UserError(
                 f"data.blend: {path} was made with another tokenizer ({found.sha256[:12]}...) than "
@@ -105,7 +112,9 @@ def open_data(config: DataConfig) -> PreparedData:
         for source in manifest.sources:
             if weights[source.name] == 0:
                 continue
-            name = f"{source.name}@{manifest.content_sha256[:16]}"
+            name = data.known.setdefault(
+                manifest.content_of(source.name), f"{source.name}@{manifest.content_sha256[:16]}"
+            )
             weight = share * weights[source.name] / total
             if name in data.sources:  # the same text again: one pass through it, not two at once
                 data.weights[data.sources.index(name)] += weight

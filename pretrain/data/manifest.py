@@ -97,6 +97,11 @@ class Manifest:
     shards: list[ShardEntry]
     warnings: list[str] = field(default_factory=list)
 
+    def content_of(self, source: str) -> tuple[str, ...]:
+        """Return the name of a source with the hashes of its shards, of whichever other sources."""
+        shards = [shard for shard in self.shards if shard.source == source]
+        return source, *(shard.sha256[part] for shard in shards for part in ("bin", "idx"))
+
     @classmethod
     def load(cls, directory: str | Path) -> Manifest:
         """Read the manifest of ``directory``. Raises UserError when it is missing or damaged."""

@@ -22,7 +22,7 @@ def open_phases(plan: RunPlan, config: DataConfig, data: PreparedData) -> list[P
         own = phase.config.data
         opened = next((d for c, d in known if c == own), None)
         if opened is None:
-            opened = open_data(own)
+            opened = open_data(own, known[-1][1].known)
             known.append((own, opened))
         if opened.tokenizer.sha256 != data.tokenizer.sha256:
             raise UserError(

@@ -19,10 +19,11 @@ from data_prep.config import DataPrepConfig
 from data_prep.prepare import prepare
 from pretrain.common.config_loader import build_config
 from pretrain.common.errors import UserError
-from pretrain.config import DataConfig, DataSource, TrainConfig
+from pretrain.config import DataConfig, DataSource, RunConfig, TrainConfig
 from pretrain.data.batches import TrainingBatches, open_data, pack_rows
 from pretrain.data.manifest import Manifest
 from pretrain.data.order import blend, permute
+from pretrain.training.phases import open_phases
 
 CONFIG = TrainConfig(steps=1, seq_len=16, global_batch_tokens=64)
 
@@ -170,13 +171,14 @@ def test_the_same_text_named_twice_is_gone_through_once(corpus, other_corpus, tm
     assert data.identity != open_data(DataConfig(blend=[named[0], others])).identity
 
 
-def two_sources(folder, tokenizer):
+def two_sources(folder, tokenizer, names=("one", "two")):
     """A prepared directory of the sources ``one`` and ``two``, with weights 1 and 3."""
-    for name in ("one", "two"):
+    for name in names:
         (folder / f"{name}.txt").write_text(f"{name} and some more words\n" * 200)
     sources = [
         {"name": name, "kind": "files", "paths": [str(folder / f"{name}.txt")], "weight": weight}
         for name, weight in (("one", 1.0), ("two", 3.0))
+        if name in names
     ]
     values = {
         "output": str(folder / "data"),
@@ -187,6 +189,30 @@ def two_sources(folder, tokenizer):
     }
     prepare(build_config(DataPrepConfig, values, "test"))
     return folder / "data"
+
+
+def test_a_source_prepared_beside_others_elsewhere_is_the_same_source(corpus, tmp_path):
+    """In one blend, and in a later phase of a run."""
+    both = two_sources(tmp_path, corpus)
+    (tmp_path / "apart").mkdir()
+    alone = two_sources(tmp_path / "apart", corpus, ["two"])
+    data = open_data(DataConfig(blend=[DataSource(str(both), 1.0), DataSource(str(alone), 1.0)]))
+    assert data.sources == open_data(DataConfig(str(both))).sources
+    assert data.weights == [0.25, 1.75]
+    config = build_config(
+        RunConfig,
+        {
+            "name": "x",
+            "model": {"hidden_size": 8, "pattern": "attn"},
+            "data": {"path": str(both)},
+            "train": {"tokens": 512, "seq_len": 8, "global_batch_tokens": 64},
+            "parallel": {"micro_batch_size": 1},
+            "phases": [{"until": 0.5}, {"data": {"path": str(alone)}}],
+        },
+        "x",
+    )
+    first, second = open_phases(config.plan, config.data, open_data(config.data))
+    assert second.sources == first.sources[1:] != open_data(DataConfig(str(alone))).sources
 
 
 def shares(config, count=400):

@@ -243,7 +243,7 @@ def test_phases_of_another_tokenizer_are_refused(run, monkeypatch):
     config = configured(run, [PhaseConfig(until=0.5), PhaseConfig(data=PhaseData(path="other"))])
     from pretrain.training import phases
 
-    def opened(settings):
+    def opened(settings, known):
         class Other:
             sha256 = "f" * 64
 
