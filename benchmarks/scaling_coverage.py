@@ -1,6 +1,6 @@
 """How often the 95 % intervals hold the final loss of real curves that were not fitted.
 
-``python benchmarks/scaling_coverage.py [FOLDER ...] [--law intrinsic] [--samples 40]``: fits a law
+``python benchmarks/scaling_coverage.py [FOLDER ...] [--laws intrinsic] [--samples 40]``: fits a law
 to every three of the folder's curves, and predicts the last logged loss of each of the others. Also
 prints the predicted lead of WSD over cosine against the measured one.
 """

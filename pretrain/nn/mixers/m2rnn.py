@@ -6,7 +6,7 @@ width, through W_o.
 
 The recurrent matrices start at the identity, as in the published language models, or Gaussian with
 variance 1 / V, as in the authors' module of the layer alone. The identity keeps and adds up; for
-state tracking the Gaussian start is much better (benchmarks/results/synthetic_cpu.md).
+state tracking the Gaussian start is much better (benchmarks/results/synthetic_suite_cpu.md).
 """
 
 from __future__ import annotations
