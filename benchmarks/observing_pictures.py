@@ -40,10 +40,10 @@ def main() -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         print("no Chromium is installed: the pictures of pages are left out")
-        pages = {}
-    for name, page in pages.items():
-        for suffix, window in WINDOWS.items():
-            photograph(browser, page, window, folder / f"observing-{name}{suffix}.png")
+    else:
+        for name, page in pages.items():
+            for suffix, window in WINDOWS.items():
+                photograph(browser, page, window, folder / f"observing-{name}{suffix}.png")
     for path in sorted(folder.glob("observing-*.png")):
         print(f"{path}  {path.stat().st_size / 1000:.0f} kB")
 

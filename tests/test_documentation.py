@@ -157,6 +157,8 @@ def check_picture(made, shown):
     """It was made, is as wide as the page shows it, and is not empty."""
     with Image.open(made) as picture, Image.open(shown) as expected:
         assert picture.width == expected.width, made.name
-        counts = sorted(n for n, _ in picture.convert("RGB").getcolors(1 << 24))
+        colors = picture.convert("RGB").getcolors(1 << 24)
+        assert colors is not None, made.name
+        counts = sorted(n for n, _ in colors)
         assert sum(counts[:-1]) > 0.02 * picture.width * picture.height, made.name
     assert shown.stat().st_size < 100_000, shown.name
