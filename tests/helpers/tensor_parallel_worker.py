@@ -90,7 +90,7 @@ def cases():
     return found
 
 
-def train(config, sequence_parallel=False, checkpointing="none"):
+def train(config, sequence_parallel=False, checkpointing="none", steps=STEPS):
     """(loss, gradient norm) of a few steps."""
     model = build_model(
         config,
@@ -100,7 +100,7 @@ def train(config, sequence_parallel=False, checkpointing="none"):
         activation_checkpointing=checkpointing,
     )
     engine, results = Engine(model, OPTIMIZER), []
-    for step in range(STEPS):
+    for step in range(steps):
         engine.begin_step(0, step)
         results.append(engine.train_step(batches(step), 1e-3))
     return [(r.loss, r.grad_norm) for r in results]

@@ -13,7 +13,14 @@ from pretrain.common.config_loader import ConfigError
 from pretrain.model.layout import check_tensor_parallel
 from tests.helpers import tensor_parallel_worker
 from tests.helpers.processes import run_on
-from tests.helpers.tensor_parallel_worker import ACROSS, RECOMPUTED, cases, settings, train
+from tests.helpers.tensor_parallel_worker import (
+    ACROSS,
+    LAYOUTS,
+    RECOMPUTED,
+    cases,
+    settings,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -40,7 +47,8 @@ def test_two_processes_equal_one(name, two_processes):
 @pytest.mark.parametrize("name", ACROSS)
 def test_checkpoints_load_under_another_layout(name, two_processes):
     """Tensor-parallel, then data-parallel, then tensor-parallel again, as if on one process."""
-    assert np.allclose(two_processes[f"{name}-across"], train(cases()[name]), rtol=1e-5)
+    expected = train(cases()[name], steps=len(LAYOUTS))
+    assert np.allclose(two_processes[f"{name}-across"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
