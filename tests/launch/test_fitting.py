@@ -122,6 +122,10 @@ def test_processes_share_a_machine_but_not_a_gpu(grid, monkeypatch):
     largest = max(state_of(grid, pattern) for pattern in PATTERNS)
     free(monkeypatch, 1.5 * largest)
     assert len(what_does_not_fit(members, processes=2)) >= 2
+    free(monkeypatch, 2.5 * largest)  # room for two processes, which are one run
+    assert what_does_not_fit(members, processes=2) == []
+    (sentence,) = what_does_not_fit(members, processes=2, at_once=2)
+    assert "do not fit beside each other" in sentence
     monkeypatch.setattr(fitting, "free_on_gpus", lambda: 1.5 * largest)
     monkeypatch.setattr(fitting.torch.cuda, "is_available", lambda: True)
     assert what_does_not_fit(members, processes=2) == []
