@@ -1,4 +1,4 @@
-"""Which members of a grid this machine cannot hold, found before any of them starts."""
+"""Find the members of a grid that this machine cannot hold, before any of them starts."""
 
 from __future__ import annotations
 

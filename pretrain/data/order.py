@@ -176,7 +176,7 @@ class Order:
 
 
 class Free(ABC):
-    """What is left of a source in an epoch, in the order of ``key``.
+    """Order what is left of a source in an epoch, by ``key``.
 
     Attributes:
         count: How many windows are ordered.

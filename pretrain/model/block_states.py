@@ -1,4 +1,4 @@
-"""What a block carries from token to token, and who knows how to handle it.
+"""Handle what a block carries from token to token.
 
 That is its mixer's state. RWKV's channel mixing has one of its own, the last input, which stands
 beside it under a name of its own: whoever keeps states (generation, carried rows, segments, trees

@@ -97,7 +97,7 @@ def receive(segment: Segment, by: int, kinds: Sequence[Kind], device: torch.devi
 
 
 class Kept:
-    """What a layer's forward pass has received, for when it runs again.
+    """Keep what a layer's forward pass has received, for when it runs again.
 
     A checkpointed block runs again in the backward pass, when its neighbours have moved on: it gets
     what it has received once more, and sends nothing.

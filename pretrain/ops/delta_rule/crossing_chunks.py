@@ -43,9 +43,9 @@ class CrossingChunks:
 
     @property
     def hands_on(self) -> bool:
-        """Whether the state is received before the loop over chunks and sent on after it.
+        """Tell whether the state is received before the loop over chunks and sent on after it.
 
-        In a ring that is so where one sequence goes through the whole segment, whose map then need
+        In a ring it is where one sequence goes through the whole segment, whose map then need
         not be known.
         """
         return self.segment.ring and self.segment.through[self.segment.rank]
