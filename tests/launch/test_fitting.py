@@ -11,30 +11,15 @@ from launch.__main__ import main
 from launch.expansion import load_grid
 from launch.fitting import what_does_not_fit
 from pretrain.common.errors import UserError
+from tests.helpers.small_grid import GRID, SETTINGS
 
 PATTERNS = ("gdn", "attn")
-GRID = """
-name: grid
-directory: {folder}/runs
-model:
-  hidden_size: 16
-  pattern: gdn
-  mixers: {{gdn: {{num_heads: 1, head_dim: 8}}, attn: {{num_heads: 2}}}}
-data: {{path: {data}}}
-schedule: {{warmup_steps: 1}}
-train: {{steps: 4, seq_len: 32, global_batch_tokens: 64}}
-parallel: {{micro_batch_size: 2}}
-validation: {{every: 0, tokens: 32}}
-grid:
-  model.pattern: [gdn, attn]
-  seed: [0, 1]
-"""
 
 
 @pytest.fixture
 def grid(tmp_path, corpus):
     path = tmp_path / "grid.yaml"
-    path.write_text(GRID.format(folder=tmp_path, data=corpus))
+    path.write_text(SETTINGS.format(folder=tmp_path, data=corpus) + GRID)
     return path
 
 

@@ -13,28 +13,13 @@ import pytest
 from launch.__main__ import main
 from pretrain.common.errors import UserError
 from tests.helpers.processes import ENVIRONMENT, ROOT
+from tests.helpers.small_grid import GRID, SETTINGS
 
 pytestmark = pytest.mark.slow
-GRID = "grid:\n  model.pattern: [gdn, attn]\n  seed: [0, 1]\n"
-CONFIG = """
-name: grid
-directory: {folder}/runs
-model:
-  hidden_size: 16
-  pattern: gdn
-  mixers: {{gdn: {{num_heads: 1, head_dim: 8}}, attn: {{num_heads: 2}}}}
-data: {{path: {data}}}
-schedule: {{warmup_steps: 1}}
-train: {{steps: 4, seq_len: 32, global_batch_tokens: 64}}
-parallel: {{micro_batch_size: 2}}
-validation: {{every: 0, tokens: 32}}
-checkpoint: {{every: 2}}
-logging: {{every: 1}}
-sample: {{tokens: 0}}
-grid:
-  model.pattern: [gdn, attn]
-  seed: [0, 1]
-"""
+CONFIG = f"""{SETTINGS}checkpoint: {{{{every: 2}}}}
+logging: {{{{every: 1}}}}
+sample: {{{{tokens: 0}}}}
+{GRID}"""
 
 
 @pytest.fixture
