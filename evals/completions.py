@@ -184,7 +184,8 @@ class HuggingFaceCompletion(Completion):
             except Exception as error:  # shown by whoever reads
                 stream.finish(error)
 
-        threading.Thread(target=run, daemon=True).start()
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
         try:
             for token in stream:
                 if token in stop_ids:
@@ -192,6 +193,7 @@ class HuggingFaceCompletion(Completion):
                 yield token
         finally:
             stream.cancelled = True
+            thread.join()  # one inside torch while the interpreter ends would abort the process
 
 
 class _Tokens:
