@@ -36,6 +36,13 @@ def _selection(config):
     return config.option.markexpr.replace(" ", "-") or "all"
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Of the slow tests alone, leave out files that mark none: to import all takes a while."""
+    if config.option.markexpr != "slow" or not collection_path.match("test_*.py"):
+        return None
+    return True if "mark.slow" not in collection_path.read_text(encoding="utf-8") else None
+
+
 def pytest_collection_modifyitems(config, items):
     """Files that took longest the last time first, so that no worker ends long after the others;
     those that have never been run by ``SECONDS``, and with slow tests first."""

@@ -42,6 +42,20 @@ _USED_BY_NO_LAYOUT = {
 
 
 @contextlib.contextmanager
+def uncompiled_functions() -> Iterator[None]:
+    """Leave functions as they are that are defined with ``torch.compile`` in this scope.
+
+    To name it imports the compiler, which takes longer than what it is named for.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda found: found)  # type: ignore
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
+@contextlib.contextmanager
 def importing_megatron() -> Iterator[None]:
     """Import megatron-core without what it needs on a GPU alone, or not for us.
 
@@ -56,16 +70,13 @@ def importing_megatron() -> Iterator[None]:
         if torch.cuda.is_available():
             yield
             return
-        compiler = torch.compile
-        torch.compile = lambda function=None, **_: function or (lambda found: found)  # type: ignore
         hidden = [name for name in _NOT_ON_A_CPU if name not in sys.modules]
         modules: dict[str, Any] = dict.fromkeys(hidden)  # None: "no such module"
         sys.modules.update(modules)
         try:
-            with deferred_imports(["megatron"], _USED_BY_NO_LAYOUT):
+            with uncompiled_functions(), deferred_imports(["megatron"], _USED_BY_NO_LAYOUT):
                 yield
         finally:
-            torch.compile = compiler
             for name in hidden:
                 del sys.modules[name]
 

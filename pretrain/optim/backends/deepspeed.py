@@ -29,7 +29,7 @@ from pretrain.optim.backends.deepspeed_state import DeepSpeedState
 from pretrain.optim.backends.offload_folder import make_offload_folder
 from pretrain.optim.gradient_norm import global_norm
 from pretrain.optim.optimizer import lr_multiple
-from pretrain.parallel.cpu import device_scope, importing_megatron
+from pretrain.parallel.cpu import device_scope, importing_megatron, uncompiled_functions
 from pretrain.parallel.megatron import prepare
 from pretrain.parallel.pipeline import no_sums, run_schedule, weighted_losses
 from pretrain.parallel.processes import local_device, name_local_rank
@@ -70,6 +70,9 @@ def _import_deepspeed() -> Any:
             ) from None
         # As an attribute of deepspeed.comm the name means torch itself.
         backend: Any = importlib.import_module("deepspeed.comm.torch")
+        # It asks of every optimizer whether it is this one, which none of ours is.
+        with uncompiled_functions():
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     name_local_rank()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
