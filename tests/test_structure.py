@@ -31,3 +31,9 @@ def test_no_reader_runs_what_a_file_names():
         if unsafe.search(line)
     ]
     assert not found
+
+
+def test_slow_tests_are_marked_as_such_in_their_own_files():
+    """Of ``-m slow`` tests/conftest.py leaves out files without the mark."""
+    others = [p for p in TESTS.rglob("*.py") if not p.name.startswith("test_")]
+    assert [p.name for p in others if "mark.slow" in p.read_text()] == ["conftest.py"]

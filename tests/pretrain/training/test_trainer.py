@@ -301,7 +301,7 @@ print([module for module in heavy if module in sys.modules])
     assert run_interpreter("-c", code) == (0, "[]\n")
 
 
-def test_megatron_is_imported_without_what_a_cpu_has_no_use_for():
+def test_megatron_and_deepspeed_are_imported_without_what_a_cpu_has_no_use_for():
     code = """
 import sys
 from pretrain.parallel.cpu import importing_megatron
@@ -310,9 +310,14 @@ with importing_megatron():
 heavy = ("torch._dynamo", "triton", "torch.utils.tensorboard")
 print([module for module in heavy if module in sys.modules])
 import torch.utils.tensorboard
+from pretrain.optim.backends.deepspeed import _import_deepspeed
+_import_deepspeed()
+import deepspeed.runtime.zero.muon.muon_optimizer
+print("torch._inductor.compile_fx" in sys.modules)
 """
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     pytest.importorskip("tensorboard")
+    pytest.importorskip("deepspeed")
     environment = {**ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
-    assert run_interpreter("-c", code, environment=environment) == (0, "[]\n")
+    assert run_interpreter("-c", code, environment=environment) == (0, "[]\nFalse\n")
