@@ -139,7 +139,7 @@ def _open(source: str, gguf_file: str | None) -> _Source:
         config,
         original.config.vocab_size,
         family.longest_text(original.config),
-        lambda model: to_ours(family, model, family.renamed_weights(original.state_dict())),
+        lambda model: to_ours(family, model, family.renamed_weights(original.state_dict(), config)),
         text,
     )
 
@@ -151,7 +151,7 @@ def _open_fla(source: str, family: FlaFamily, described: dict[str, Any]) -> _Sou
 
     def fill(model: LanguageModel) -> None:
         with ExitStack() as stack:
-            to_ours(family, model, family.renamed_weights(_Weights(source, stack)))
+            to_ours(family, model, family.renamed_weights(_Weights(source, stack), config))
 
     text = read_tokenizer(source, generation_settings(source), {"trust_remote_code": False})
     return _Source(config, theirs.vocab_size, theirs.max_position_embeddings, fill, text)

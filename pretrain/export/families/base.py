@@ -123,8 +123,10 @@ class Family(ABC):
     def weights(self, config: ModelConfig) -> Iterable[Weight]:
         """Yield every weight of a model."""
 
-    def renamed_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return their weights where some have two names, by the one that :meth:`weights` has."""
+    def renamed_weights(
+        self, weights: Mapping[str, Tensor], config: ModelConfig
+    ) -> Mapping[str, Tensor]:
+        """Return their weights by the names of :meth:`weights`, where files may have others too."""
         return weights
 
     def filed(self, name: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:

@@ -218,7 +218,9 @@ class _LinearAttention(FlaFamily):
         }
 
     @override
-    def renamed_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def renamed_weights(
+        self, weights: Mapping[str, Tensor], config: ModelConfig
+    ) -> Mapping[str, Tensor]:
         # The norm has a name of its own where it is fused with the gate.
         return {n.replace(".g_norm_swish_gate.", ".g_norm."): x for n, x in weights.items()}
 
@@ -275,7 +277,45 @@ class RetNet(_LinearAttention):
     renamed: ClassVar[dict[str, str]] = {"g_norm.weight": "norm"}
 
 
-class HGRN2(FlaFamily):
+class _LowerBounded(FlaFamily):
+    """Layers whose forget gates have lower bounds, in a table of all of them."""
+
+    @override
+    def weights(self, config: ModelConfig) -> Iterator[Weight]:
+        yield from super().weights(config)
+        yield same("model.lower_bounds", f"tables.{self.mixer}.lower_bounds.weight")
+
+
+class HGRN(_LowerBounded):
+    """HGRN with lower bounds that its layers share."""
+
+    model_type = "hgrn"
+    architecture = "HGRNForCausalLM"
+    mixer = "hgrn"
+    defaults: ClassVar[dict[str, Any]] = {
+        "expand_ratio": 1,
+        "use_short_conv": False,
+        "conv_size": 4,
+        "use_lower_bound": True,
+        "elementwise_affine": True,
+    }
+    plain = _projections("i", "f", "g", "o")
+    renamed: ClassVar[dict[str, str]] = {"g_norm.weight": "norm"}
+    convolved = "if"
+
+    @override
+    def mixer_of(self, theirs: Any) -> dict[str, Any]:
+        # Their table has rows for attention too.
+        expect(theirs, use_lower_bound=True, elementwise_affine=True, attn=None)
+        return {
+            "expand": float(theirs.expand_ratio),
+            "conv_size": _conv_size(theirs),
+            "lower_bound": "shared",
+            "norm_eps": theirs.norm_eps,
+        }
+
+
+class HGRN2(_LowerBounded):
     """HGRN2 with lower bounds that its layers share."""
 
     model_type = "hgrn2"
@@ -301,11 +341,6 @@ class HGRN2(FlaFamily):
             "lower_bound": "shared",
             "norm_eps": 1e-5,  # whatever the config says
         }
-
-    @override
-    def weights(self, config: ModelConfig) -> Iterator[Weight]:
-        yield from super().weights(config)
-        yield same("model.lower_bounds", "tables.hgrn2.lower_bounds.weight")
 
 
 class KimiDeltaAttention(FlaFamily):

@@ -47,6 +47,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "RetNet": {"num_heads": 2, "tie_word_embeddings": True, "fuse_norm": False},
     "HGRN2": {"expand_ratio": 16, "num_heads": 2},
     "KDA": {"num_heads": 2, "head_dim": 16},
+    "HGRN": {"expand_ratio": 2, "use_short_conv": True},
+    "RWKV7": {"head_dim": 16},
     # With two kinds of attention.
     "GatedDeltaNet, hybrid": {
         "num_heads": 2,
