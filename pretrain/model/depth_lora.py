@@ -18,6 +18,7 @@ from pretrain.nn.linear import (
     ReplicatedLinear,
     RowParallelLinear,
     head_shared,
+    plain_linear,
 )
 from pretrain.nn.mixers.base import Mixer
 from pretrain.nn.parameters import (
@@ -81,11 +82,11 @@ class DepthLoRA(ReadsSharedInput):
         y = self.inner(x)
         a, b = self.lora_a[self.depth], self.lora_b[self.depth]
         if isinstance(self.inner, RowParallelLinear):
-            low = self.inner.reduced(nn.functional.linear(x, a))
-            return y + nn.functional.linear(low, b)
+            low = self.inner.reduced(plain_linear(x, a))
+            return y + plain_linear(low, b)
         shared = project(x, a, id(self))
-        low = nn.functional.linear(x, self._shared(a)) if shared is None else shared
-        return y + nn.functional.linear(low, b if self._column else self._shared(b))
+        low = plain_linear(x, self._shared(a)) if shared is None else shared
+        return y + plain_linear(low, b if self._column else self._shared(b))
 
     def _shared(self, parameter: Tensor) -> Tensor:
         return head_shared(parameter, self._context)

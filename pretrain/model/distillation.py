@@ -2,8 +2,9 @@
 
 Both streams go through the stages of a pipeline in one message. In the steps of alignment it is the
 teacher's alone: each block with a new mixer gets the teacher's input of that block, and its loss is
-the squared distance of the outputs as a multiple of the mean square of the teacher's, summed over
-blocks; losses by token go on in the place of the student's stream.
+each token's squared distance of the outputs as a multiple of the teacher's square, summed over
+blocks; losses by token go on in the place of the student's stream. As a token's loss depends on no
+other token's, it is the same in every micro-batch and layout.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class Distillation:
             total = before[..., :2].to(_wide(before)).sum(-1)
         with torch.no_grad():
             x = teacher.embed(tokens, handed)
-        squares, distances = [], []
+        distances = []
         for index in model.stage.blocks:
             with torch.no_grad():
                 y, _ = run_block(
@@ -193,12 +194,11 @@ class Distillation:
                 )
             if index in self.new:
                 wide = _wide(y)
-                distances.append((mine.to(wide) - y.to(wide)).square().sum(-1))
-                squares.append(y.to(wide).square().sum(-1).mean())
+                square = y.to(wide).square().sum(-1).clamp_min(torch.finfo(wide).tiny)
+                distances.append((mine.to(wide) - y.to(wide)).square().sum(-1) / square)
             x = y
         if distances:
-            means = self._mean_over_tokens(torch.stack(squares))
-            found = (torch.stack(distances) / means[:, None, None]).sum(0)
+            found = torch.stack(distances).sum(0)
             total = found if total is None else total + found
         total = torch.zeros(x.shape[:2], device=x.device) if total is None else total
         waiting = [p for p in model.parameters() if p.requires_grad] if self.touches else []
@@ -215,16 +215,6 @@ class Distillation:
             total = gather_sequence(total, model.context.group, reduce_gradient=False)
         self._count("align", mask, align_loss=total.t())
         return self.recipe.align_weight * total.t()
-
-    def _mean_over_tokens(self, means: Tensor) -> Tensor:
-        """Return means over all tokens of rows of which this process may have some."""
-        context = self.model.context
-        groups = [context.group if context.sequence_parallel else None, context.context_group]
-        for group in groups:
-            if group is not None:
-                dist.all_reduce(means, group=group)
-                means = means / group.size()
-        return means.clamp_min(torch.finfo(means.dtype).tiny)
 
     # Metrics
 

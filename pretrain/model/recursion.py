@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pretrain.common.errors import UserError
 from pretrain.config import RecursionConfig
 from pretrain.nn.global_batch import Piece, sequences_of
+from pretrain.nn.linear import plain_linear
 from pretrain.nn.maximal_update import Role
 from pretrain.nn.parameters import (
     Initializer,
@@ -215,7 +216,7 @@ class Recursion(nn.Module):
         """
         stays = state
         if self.config.adapter:
-            stays = nn.functional.linear(torch.cat([state, x], -1), self.adapter)
+            stays = plain_linear(torch.cat([state, x], -1), self.adapter)
         if self.config.step_signal != "none":
             stays = stays + self._signal(index, stays)
         return stays if positions is None else stays + positions.to(stays)

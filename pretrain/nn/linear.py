@@ -91,7 +91,9 @@ class ReplicatedLinear(ReadsSharedInput):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., d_in]`` from :func:`column_input` to ``[..., d_out]``."""
         shared = project(x, self.weight, id(self))
-        return F.linear(x, head_shared(self.weight, self._context)) if shared is None else shared
+        if shared is not None:
+            return shared
+        return plain_linear(x, head_shared(self.weight, self._context))
 
 
 class RowParallelLinear(nn.Module):
@@ -147,7 +149,16 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def _multiply(x: Tensor, weight: Tensor, how: Float8 | None) -> Tensor:
-    return F.linear(x, weight) if how is None else float8_linear(x, weight, how)
+    return plain_linear(x, weight) if how is None else float8_linear(x, weight, how)
+
+
+def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x W^T`` by one product of matrices.
+
+    Without gradients matmul would take a transposed x ``[T, B, d]`` as T matrices, which is slower
+    and rounds otherwise: a teacher would differ from a student of the same weights.
+    """
+    return F.linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
 
 def column_linear(
