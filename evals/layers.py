@@ -1,9 +1,10 @@
 """``python -m evals layers RUN --convert MIXER``: which attention layers matter most.
 
 Each attention layer alone becomes the mixer, as ``initialize.convert`` begins it, before anything
-is trained. What that costs is the Kullback-Leibler divergence of the next token's distribution from
-the whole model's, on validation text, and what is lost of a task whose answers are generated. They
-rank layers differently (docs/convert.md). Those that cost most are the ones to keep.
+is trained; or with ``--aligned RUN`` the one that alignment has trained in its place. What that
+costs is the Kullback-Leibler divergence of the next token's distribution from the whole model's, on
+validation text, and what is lost of a task whose answers are generated. They rank layers
+differently (docs/convert.md). Those that cost most are the ones to keep.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 
         check_tasks([given.recall])
     loaded = load_model(given.run)
+    aligned = None if given.aligned is None else load_model(given.aligned)
     check_folder(loaded.evals_directory, "the folder for results")
     result = rank_layers(
         loaded,
@@ -66,9 +68,11 @@ def main(arguments: Sequence[str]) -> int:
         limit=given.limit,
         max_length=given.max_length,
         keep=given.keep,
+        aligned=aligned,
     )
     digest = hashlib.sha256(repr(sorted(vars(given).items())).encode()).hexdigest()[:8]
-    name = file_name(f"layers-{given.convert}-{loaded.checkpoint.name}-{digest}")
+    (mixer,) = result["convert"]
+    name = file_name(f"layers-{mixer}-{loaded.checkpoint.name}-{digest}")
     path = loaded.evals_directory / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
@@ -78,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def rank_layers(
     loaded: LoadedModel,
-    mixer: str,
+    mixer: str | None,
     settings: dict[str, Any] | None = None,
     *,
     start: Start = "qkvo",
@@ -90,6 +94,7 @@ def rank_layers(
     limit: int = 100,
     max_length: int | None = None,
     keep: int | None = None,
+    aligned: LoadedModel | None = None,
 ) -> dict[str, Any]:
     """Return what converting each attention layer alone to ``mixer`` costs, the dearest first.
 
@@ -97,22 +102,31 @@ def rank_layers(
     nats per token of about ``tokens`` tokens of validation text that ``seed`` draws, and
     ``recall``, the loss of the score of task ``recall`` over ``limit`` documents, in requests of
     ``max_length`` tokens at most (the training length); the first one ranks. ``keep`` is how many
-    layers shall stay attention (a quarter). Raises UserError where nothing can be converted.
+    layers shall stay attention (a quarter). ``aligned`` is a model whose new mixers alignment with
+    this one has trained, which then take the layers' places; ``mixer``, ``settings`` and ``start``
+    are not looked at. Raises UserError where nothing can be converted.
     """
-    _check_mixer(mixer, start)
+    if aligned is None:
+        assert mixer is not None
+        _check_mixer(mixer, start)
     specs, where = block_specs(loaded.model.model_config), str(loaded.checkpoint)
     attention = {registry()[name] for name in ATTENTION}
     layers = [i for i, spec in enumerate(specs) if spec.mixer in attention]
     if not layers:
         pattern = loaded.model.model_config.pattern
         raise UserError(f"{where} is '{pattern}', which has no attention to convert")
+    if aligned is not None:
+        layers, mixer = aligned_layers(loaded, aligned, layers)
     if keep is not None and keep > len(layers):
         raise UserError(f"--keep is {keep}, but {where} has {len(layers)} attention layers")
     windows = _windows(loaded, data, tokens, seed) if "kl" in metrics else []
     before = _recall(loaded, recall, limit, max_length) if "recall" in metrics else (0.0, 0.0)
     rows = []
     for layer in layers:
-        model = convert_layer(loaded, layer, mixer, settings or {}, start)
+        if aligned is None:
+            model = convert_layer(loaded, layer, str(mixer), settings or {}, start)
+        else:
+            model = take_layer(loaded, layer, aligned)
         row: dict[str, Any] = {"layer": layer}
         if "kl" in metrics:
             row["kl"], row["kl_stderr"] = divergence(loaded, model, windows)
@@ -127,8 +141,9 @@ def rank_layers(
     count = -(-len(layers) // 4) if keep is None else keep
     return {
         "task": "layers",
-        "convert": {mixer: start},
+        "convert": {mixer: start if aligned is None else "aligned"},
         "settings": settings or {},
+        "aligned": None if aligned is None else str(aligned.checkpoint),
         "metrics": list(metrics),
         "layers": rows,
         "keep": sorted(order[:count]),
@@ -163,11 +178,18 @@ def convert_layer(
 ) -> LanguageModel:
     """Return the model with one attention layer converted, in evaluation mode."""
     source = loaded.model.model_config
-    names = [spec.name for spec in block_specs(source)]
-    names[layer] = _NAME
     given = {"kind": mixer, **settings}
     if start == "qkvo":
         given = converted_settings(_NAME, given, _one_layer(source, layer), "--convert")
+    return _with_layer(loaded, layer, given, start)
+
+
+def _with_layer(
+    loaded: LoadedModel, layer: int, given: dict[str, Any], start: Start
+) -> LanguageModel:
+    source = loaded.model.model_config
+    names = [spec.name for spec in block_specs(source)]
+    names[layer] = _NAME
     mixers = {**source.mixers, _NAME: given}
     config = dataclasses.replace(source, pattern=written_pattern(names), mixers=mixers)
     check_model(config, "--convert")
@@ -175,6 +197,50 @@ def convert_layer(
     how = InitializeConfig(str(loaded.checkpoint), convert={_NAME: start})
     fill_from(model, loaded.model, how, str(loaded.checkpoint))
     return model.eval()
+
+
+def aligned_layers(
+    loaded: LoadedModel, aligned: LoadedModel, attention: Sequence[int]
+) -> tuple[list[int], str]:
+    """Return the attention layers that are another mixer in the aligned model, and that mixer.
+
+    Raises UserError where the two models cannot be compared, or more than one mixer is new.
+    """
+    ours, theirs = (x.model.model_config for x in (loaded, aligned))
+    specs, others = block_specs(ours), block_specs(theirs)
+    where = f"--aligned is {aligned.checkpoint}"
+    sizes = [(m.hidden_size, len(s), m.recursion) for m, s in ((ours, specs), (theirs, others))]
+    if sizes[0] != sizes[1] or ours.recursion is not None:
+        raise UserError(
+            f"{where}, of {sizes[1][1]} blocks {sizes[1][0]} wide, expected a model without "
+            f"a loop, aligned with {loaded.checkpoint}, of {sizes[0][1]} blocks {sizes[0][0]} wide"
+        )
+    layers = [i for i in attention if specs[i].identity != others[i].identity]
+    found = {others[i].name for i in layers}
+    if len(found) != 1:
+        raise UserError(
+            f"{where}, '{theirs.pattern}', where {len(found)} mixers are in the place of attention "
+            f"of '{ours.pattern}', expected one"
+        )
+    name, spec = found.pop(), others[layers[0]]
+    if spec.mixer.first_values(spec.config, ours.hidden_size) or spec.mixer.shared_tables(
+        spec.config, ours.hidden_size
+    ):
+        raise UserError(f"{where}, whose {name} layers share values; one alone cannot be taken")
+    return layers, name
+
+
+@torch.no_grad()
+def take_layer(loaded: LoadedModel, layer: int, aligned: LoadedModel) -> LanguageModel:
+    """Return the model with an aligned mixer in the place of one layer, in evaluation mode."""
+    theirs = aligned.model.model_config
+    name = block_specs(theirs)[layer].name
+    settings = theirs.mixers.get(name) or {}
+    model = _with_layer(loaded, layer, {"kind": name, **settings}, "none")
+    own = dict(aligned.model.blocks[layer].mixer.named_parameters())
+    for parameter_name, parameter in model.blocks[layer].mixer.named_parameters():
+        parameter.copy_(own[parameter_name])
+    return model
 
 
 def _one_layer(source: ModelConfig, layer: int) -> ModelConfig:
@@ -247,7 +313,7 @@ def _show(result: dict[str, Any], path: Path) -> None:
         recall = result["recall"]
         titles["recall"] += f" ({recall['task']}, {recall['score']:.4f} before)"
     table = titled_table(
-        f"one attention layer made {mixer}",
+        f"one attention layer made {mixer}" + ", aligned" * (result["aligned"] is not None),
         *("layer", *(titles[name] for name in result["metrics"])),
     )
     for row in result["layers"]:
@@ -272,12 +338,19 @@ def _setting(text: str) -> tuple[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals layers",
-        description="Convert each attention layer alone, untrained, and rank them by what it "
-        "costs. Scores of generated answers and of likelihood rank differently: look at both.",
+        description="Convert each attention layer alone, untrained or aligned, and rank them by "
+        "what it costs. Scores of generated answers and of likelihood rank differently: look at "
+        "both.",
     )
     parser.add_argument("run", help="a run directory, or one of its checkpoints/step-N")
     parser.add_argument("settings", nargs="*", help="of the mixer, such as window=128")
-    parser.add_argument("--convert", required=True, help="the mixer, such as gdn")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--convert", help="the mixer, such as gdn, untrained")
+    how.add_argument(
+        "--aligned",
+        help="a run that learned from this one by alignment (distill.align_steps), whose mixers to "
+        "take, one at a time",
+    )
     parser.add_argument("--start", choices=("qkvo", "none"), default="qkvo")
     parser.add_argument(
         "--metric",

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from evals.layers import _windows, convert_layer, divergence, main, rank_layers
+from evals.layers import _windows, convert_layer, divergence, main, rank_layers, take_layer
 from pretrain.common.errors import UserError
 from pretrain.config import load_run_config
+from pretrain.model.spec import block_specs
 from pretrain.parallel.processes import stop_processes
 from pretrain.training.trainer import Trainer
 from tests.helpers.loaded_model import loaded
@@ -57,6 +58,29 @@ def test_a_layer_that_does_nothing_is_the_first_to_go(corpus):
     assert result["keep_by_count"]["2"] == [0, 3] and result["keep_by_count"]["0"] == []
     wide = rank_layers(found, "swa", {"window": 16}, tokens=200, keep=2)
     assert all(row["kl"] < 1e-12 for row in wide["layers"])  # the window is the training length
+
+
+@torch.no_grad()
+def test_aligned_layers_take_their_places_one_at_a_time(corpus):
+    found, aligned = source(corpus), source(corpus, "gdn attn gdn")
+    model = take_layer(found, 2, aligned)
+    assert [spec.name for spec in block_specs(model.model_config)][:2] == ["attn", "attn"]
+    for name, parameter in model.named_parameters():
+        origin = aligned if name.startswith("blocks.2.mixer.") else found
+        assert torch.equal(parameter, origin.model.get_parameter(name).to(parameter.dtype)), name
+    result = rank_layers(found, None, tokens=200, aligned=aligned)
+    costs = {row["layer"]: row["kl"] for row in result["layers"]}
+    windows = _windows(found, None, 200, 0)
+    assert set(costs) == {0, 2} and costs[2] == divergence(found, model, windows)[0] > 0
+    assert result["convert"] == {"gdn": "aligned"}
+    for pattern, message in (
+        ("gdn gdn", "of 2 blocks .* wide, expected a model without a loop, aligned with x, of 3"),
+        ("3*attn", "where 0 mixers are in the place of attention of '3[*]attn', expected one"),
+        ("gdn kda attn", "where 2 mixers are"),
+        ("3*rwkv7", "whose rwkv7 layers share values; one alone cannot be taken"),
+    ):
+        with pytest.raises(UserError, match=message):
+            rank_layers(found, None, aligned=source(corpus, pattern))
 
 
 def test_wrong_questions_are_refused(corpus):
