@@ -1,6 +1,6 @@
 """Time the wavefront sampler of recurrent depth against plain decoding, measured in turn.
 
-``OMP_NUM_THREADS=2 python benchmarks/wavefront_cpu.py [RUN] [--tokens 64] [--rounds 3]`` prints the
+``OMP_NUM_THREADS=1 python benchmarks/wavefront_cpu.py [RUN] [--tokens 64] [--rounds 3]`` prints the
 tokens per second of both, their ratio, passes and calls of the loop per token, and how many tokens
 are plain decoding's, for several windows. Without a run the model is a random one whose loop
 settles: what a trained one does depends on its training.
@@ -63,13 +63,13 @@ def random_model() -> LanguageModel:
 
 
 def timed(rounds: int, *makers: Callable[[], list[int]]) -> list[tuple[float, list[int]]]:
-    """Return the least seconds of each in ``rounds`` turns, and its ids."""
+    """Return the least CPU seconds of each in ``rounds`` turns, and its ids."""
     best, ids = [float("inf")] * len(makers), [list[int]() for _ in makers]
     for _ in range(rounds):
         for i, make in enumerate(makers):
-            begun = time.perf_counter()
+            begun = time.process_time()
             ids[i] = make()
-            best[i] = min(best[i], time.perf_counter() - begun)
+            best[i] = min(best[i], time.process_time() - begun)
     return list(zip(best, ids, strict=True))
 
 
@@ -109,7 +109,7 @@ def main() -> None:
         (seconds, ids), (ours, found) = timed(given.rounds, plain, parallel)
         equal = sum(a == b for a, b in zip(ids, found, strict=True))
         print(
-            f"{name:30} {given.tokens / ours:7.1f} tok/s, plain {given.tokens / seconds:7.1f}: "
+            f"{name:30} {given.tokens / ours:7.1f} tokens per CPU second, plain {given.tokens / seconds:7.1f}: "
             f"{seconds / ours:5.2f}x; {equal} tokens equal; {report.describe()}",
             flush=True,
         )

@@ -330,7 +330,9 @@ def test_grids_that_come_with_the_project(path):
     elif path.stem == "loss-curves-tiny":  # for fits, after no paper
         assert {m.config.schedule.kind for m in found.members} == {"cosine", "wsd", "two_stage"}
     elif path.stem == "convert-tiny":  # what to take of a teacher, after no paper
-        assert {m.config.train.num_steps for m in found.members} == {120}
+        assert {m.config.train.num_steps for m in found.members} == {40, 120}
+        teachers = {m.config.distill and m.config.distill.teacher for m in found.members}
+        assert teachers == {None, "runs/convert-teacher"}
     elif path.stem.endswith("-tiny"):
         steps = sum(m.config.train.num_steps for m in found.members)
         assert steps <= 500, "minutes on a CPU"
