@@ -1,8 +1,8 @@
-"""Time self-speculation against greedy decoding: drafts of a loop's first passes, checked by all.
+"""Time self-speculation against greedy decoding: drafts of a loop's first passes, then checked.
 
-``OMP_NUM_THREADS=1 python benchmarks/self_speculation_cpu.py`` prints tokens per CPU second of both,
-turn by turn, their ratio and the share of drafts that were right. The models are random, and the
-size of what their loop adds is chosen so that early passes are right more or less often.
+``OMP_NUM_THREADS=1 python benchmarks/self_speculation_cpu.py`` prints tokens per CPU second of
+both, turn by turn, their ratio and the share of drafts that were right. The models are random, and
+the size of what their loop adds is chosen so that early passes are right more or less often.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def main() -> None:
                 a, b = (sorted(times)[given.rounds // 2] for times in (plain, drafted))
                 print(
                     f"{name:11} loop x {scale:<4} --speculate {how}: "
-                    f"{given.tokens / a:7.1f} -> {given.tokens / b:7.1f} tokens per CPU second, {a / b:.2f} x, "
+                    f"{given.tokens / a:7.1f} -> {given.tokens / b:7.1f} "
+                    f"tokens per CPU second, {a / b:.2f} x, "
                     f"{same}; {drafts}",
                     flush=True,
                 )

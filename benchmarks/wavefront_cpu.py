@@ -1,9 +1,9 @@
-"""Time the wavefront sampler of recurrent depth against plain decoding, measured in turn.
+"""Time the wavefront sampler of recurrent depth, and exits, against plain decoding, in turn.
 
 ``OMP_NUM_THREADS=1 python benchmarks/wavefront_cpu.py [RUN] [--tokens 64] [--rounds 3]`` prints the
-tokens per second of both, their ratio, passes and calls of the loop per token, and how many tokens
-are plain decoding's, for several windows. Without a run the model is a random one whose loop
-settles: what a trained one does depends on its training.
+tokens per CPU second of both, their ratio, passes and calls of the loop per token, and how many
+tokens are plain decoding's, for several windows and exits of tokens. Without a run the model is a
+random one whose loop settles: what a trained one does depends on its training.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 
 from pretrain.common.config_loader import build_config
 from pretrain.config import ModelConfig
+from pretrain.inference.exiting import ExitingModel
+from pretrain.inference.exits import ExitRule
 from pretrain.inference.generate import generate
 from pretrain.inference.load import load_model
 from pretrain.inference.wavefront import Draw, WavefrontReport, wavefront_ids
@@ -37,6 +39,7 @@ CASES = {
     "window 128, inner 4, noise": Wavefront(),
     "published, window 8, inner 4": Wavefront(wavefront=8, inner=4, published=True, **SHARED),
 }
+EXITS = ("latent:0.03", "kl:1e-3", "argmax:5")
 
 
 def random_model() -> LanguageModel:
@@ -109,8 +112,26 @@ def main() -> None:
         (seconds, ids), (ours, found) = timed(given.rounds, plain, parallel)
         equal = sum(a == b for a, b in zip(ids, found, strict=True))
         print(
-            f"{name:30} {given.tokens / ours:7.1f} tokens per CPU second, plain {given.tokens / seconds:7.1f}: "
-            f"{seconds / ours:5.2f}x; {equal} tokens equal; {report.describe()}",
+            f"{name:30} {given.tokens / ours:7.1f} tokens per CPU second, plain "
+            f"{given.tokens / seconds:7.1f}: {seconds / ours:5.2f}x; {equal} tokens equal; "
+            f"{report.describe()}",
+            flush=True,
+        )
+    for rule in EXITS:
+        leaving = ExitingModel(model, ExitRule.parse(rule), vocab)
+
+        def exiting(leaving: ExitingModel = leaving) -> list[int]:
+            written = generate(
+                leaving, prompt, max_tokens=given.tokens, temperature=0, seed=0, vocab_size=vocab
+            )
+            return list(written)
+
+        (seconds, ids), (ours, found) = timed(given.rounds, plain, exiting)
+        equal = sum(a == b for a, b in zip(ids, found, strict=True))
+        print(
+            f"{'exit ' + rule:30} {given.tokens / ours:7.1f} tokens per CPU second, plain "
+            f"{given.tokens / seconds:7.1f}: {seconds / ours:5.2f}x; {equal} tokens equal; "
+            f"{leaving.summary()['mean_passes']:.2f} passes per token",
             flush=True,
         )
     stop_processes()

@@ -30,8 +30,8 @@ class DistillConfig(Config):
     learn alone, each block from the teacher's input and output of it; 0: none. Where a phase names
     ``distill.align``, phases decide."""
     align_weight: float = setting(1.0, above=0)
-    """Factor of the loss of those steps, of a token ``|y - teacher's y|^2 / |teacher's y|^2``, summed
-    over blocks."""
+    """Factor of the loss of those steps, of a token ``|y - teacher's y|^2 / |teacher's y|^2``,
+    summed over blocks."""
     freeze: list[str] = field(default_factory=list)
     """Parameters that do not learn, beside those of ``train.freeze``."""
     cache: str | None = None
