@@ -237,9 +237,10 @@ def take_layer(loaded: LoadedModel, layer: int, aligned: LoadedModel) -> Languag
     name = block_specs(theirs)[layer].name
     settings = theirs.mixers.get(name) or {}
     model = _with_layer(loaded, layer, {"kind": name, **settings}, "none")
-    own = dict(aligned.model.blocks[layer].mixer.named_parameters())
-    for parameter_name, parameter in model.blocks[layer].mixer.named_parameters():
-        parameter.copy_(own[parameter_name])
+    own = dict(aligned.model.named_parameters())
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.startswith(f"blocks.{layer}.mixer."):
+            parameter.copy_(own[parameter_name])
     return model
 
 

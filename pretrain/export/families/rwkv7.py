@@ -108,9 +108,11 @@ class RWKV7(FlaFamily):
     ) -> Mapping[str, Tensor]:
         changed: dict[str, Tensor] = {}
         if f"{_FIRST_NORM}.weight" in weights:
-            norm = [weights[f"{_FIRST_NORM}.{name}"].float() for name in ("weight", "bias")]
+            weight, bias = (weights[f"{_FIRST_NORM}.{name}"].float() for name in ("weight", "bias"))
             rows = weights[_EMBEDDING].float()
-            changed[_EMBEDDING] = layer_norm(rows, rows.shape[-1:], *norm, eps=config.norm_eps)
+            changed[_EMBEDDING] = layer_norm(
+                rows, rows.shape[-1:], weight, bias, eps=config.norm_eps
+            )
         for name in filter(_is_stacked, weights):
             layer = name.removesuffix("x_x")
             for letter, row in zip(_MIXED, weights[name], strict=True):
