@@ -158,7 +158,8 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
     Without gradients matmul would take a transposed x ``[T, B, d]`` as T matrices, which is slower
     and rounds otherwise: a teacher would differ from a student of the same weights.
     """
-    return F.linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    rows = F.linear(x.reshape(-1, x.shape[-1]), weight)
+    return rows.view(*x.shape[:-1], weight.shape[0])
 
 
 def column_linear(
