@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from evals.scaling.decide import Campaign, Prior, Rule, Run, Target
-from launch.decisions.log import LOG, PLAN, line_of, read_log
+from evals.scaling.decide import Run
+from evals.scaling.decide.record import (
+    LOG,
+    campaign_of,
+    hash_of,
+    planned_runs,
+    read_log,
+    read_plan,
+    runs_left,
+    runs_of_row,
+    trunks_of,
+)
+from launch.decisions.log import line_of
+from launch.decisions.plan import label_of
 from pretrain.common.errors import UserError
 from pretrain.run_directory import RunDirectory
 
@@ -19,27 +30,15 @@ def check(directory: Path) -> str:
 
     Raises UserError, naming the first line that differs.
     """
-    path = directory / PLAN
-    if not path.exists():
-        raise UserError(f"{directory} has no {PLAN}, expected the directory of a decision")
-    content = json.loads(path.read_bytes())
-    digest = content.pop("hash", None)
-    text = json.dumps(content, sort_keys=True)
-    found = hashlib.sha256(text.encode()).hexdigest()[:16]
-    if found != digest:
-        raise UserError(f"{path} has the hash {digest} and the content of {found}: it was changed")
+    content, digest = read_plan(directory)
     rows = read_log(directory, digest)
-    runs = [
-        Run(arm, size, tokens, seed, cost=cost) for arm, size, tokens, seed, cost in content["runs"]
-    ]
+    runs, trunks = planned_runs(content), trunks_of(content)
     before, verdict = "", "no verdict yet"
     for number, row in enumerate(rows, 1):
-        done = _done(row, runs)
+        done = runs_of_row(row, runs, trunks)
         for run in done:
             _compare_value(directory, content, run, number)
-        possible = [run for run in runs if _key(run) not in {_key(r) for r in done}]
-        campaign = _campaign(content)
-        step = campaign.step(done, possible)
+        step = campaign_of(content).step(done, runs_left(runs, done, trunks))
         line, before_this = line_of(step, done, digest, before), json.dumps(row)
         if line != before_this:
             differs = [key for key, value in json.loads(line).items() if row.get(key) != value]
@@ -47,36 +46,15 @@ def check(directory: Path) -> str:
                 f"{directory / LOG}, line {number} is not what its runs give: "
                 f"{', '.join(differs) or 'its keys'} differ"
             )
-        before = hashlib.sha256(line.encode()).hexdigest()[:16]
+        before = hash_of(line)
         if step.taken is None:
             verdict = f"it ended: {step.reason}"
     return f"{len(rows)} lines are what their runs give; {verdict}"
 
 
-def _campaign(content: dict[str, Any]) -> Campaign:
-    prior = dict(content["prior"])
-    prior["medians"], prior["spreads"] = tuple(prior["medians"]), tuple(prior["spreads"])
-    targets = {arm: Target(**target) for arm, target in content["targets"].items()}
-    nats = content["decide"]["prior"] == "loss"
-    return Campaign(targets, Prior(**prior), Rule(**content["rule"]), nats=nats)
-
-
-def _done(row: dict[str, Any], runs: list[Run]) -> list[Run]:
-    prices = {_key(run): run.cost for run in runs}
-    found = []
-    for arm, size, tokens, seed, value in row["runs"]:
-        run = Run(arm, size, tokens, seed, math.nan if value is None else value)
-        found.append(Run(arm, size, tokens, seed, run.value, prices[_key(run)]))
-    return found
-
-
-def _key(run: Run) -> tuple[Any, ...]:
-    return run.arm, run.cell, run.seed
-
-
 def _compare_value(directory: Path, content: dict[str, Any], run: Run, number: int) -> None:
     """Compare a value with the run's own, where its directory is still there."""
-    folder = directory / f"{run.arm}-{run.parameters / 1e6:.3g}M-seed{run.seed}"
+    folder = directory / label_of(run, several=len(content["decide"].get("lengths", [1.0])) > 1)
     if not folder.is_dir() or not math.isfinite(run.value):
         return
     metric = content["decide"]["metric"]

@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from evals.scaling.decide import Campaign, Run, Step
+from evals.scaling.decide.figure import PICTURE, draw
+from evals.scaling.decide.record import VERDICT, read_log, runs_of_row
+from evals.scaling.decide.trunks import key_of
 from launch.commands import console_of
 from launch.decisions.checking import check
-from launch.decisions.figure import PICTURE, draw
-from launch.decisions.log import (
-    VERDICT,
-    append,
-    as_logged,
-    last_hash,
-    line_of,
-    read_log,
-    write_plan,
-)
+from launch.decisions.lock import hold
+from launch.decisions.log import append, as_logged, last_hash, line_of, write_plan
 from launch.decisions.plan import Plan, load_plan
 from launch.decisions.pricing import show_prices
 from launch.decisions.running import asked, execute
@@ -67,7 +62,8 @@ def decide(arguments: Sequence[str]) -> int:
         return _ask(plan, options.ask, show)
     if options.next:
         return _next(plan, show)
-    return _Decision(plan, options, show).run()
+    with hold(plan.directory):
+        return _Decision(plan, options, show).run()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,12 +113,12 @@ class _Decision:
             return self._again(done)
         while True:
             if taken:
-                found = execute(plan, taken, self.options, self.show)
+                found = execute(plan, taken, done, self.options, self.show)
                 if found is None:
                     draw(plan.directory, rows, None, self.total)
                     return EXIT_STOPPED
-                done += as_logged(found)
-            step = campaign.step(done, _possible(plan, done))
+                done += as_logged([plan.trunks.priced(run, done) for run in found])
+            step = campaign.step(done, plan.left(done))
             line = line_of(step, done, plan.digest, last_hash(rows))
             append(plan.directory, line, rows)
             rows = read_log(plan.directory, plan.digest)
@@ -130,10 +126,11 @@ class _Decision:
             if step.taken is None:
                 draw(plan.directory, rows, step.posterior, self.total)
                 return self._end(step, done)
-            taken = list(step.taken.runs)
+            known = {key_of(run): run for run in plan.runs}  # at the price of all of them
+            taken = [known[key_of(run)] for run in step.taken.runs]
 
     def _again(self, done: list[Run]) -> int:
-        return self._end(self.plan.campaign().step(done, _possible(self.plan, done)), done)
+        return self._end(self.plan.campaign().step(done, self.plan.left(done)), done)
 
     def _end(self, step: Step, done: list[Run]) -> int:
         words = _verdict(self.plan, step, done)
@@ -153,32 +150,24 @@ def _verdict(plan: Plan, step: Step, done: Sequence[Run]) -> str:
     return verdict_words(step, plan.targets, plan.settings.confidence, done, slope)
 
 
-def _possible(plan: Plan, done: Sequence[Run]) -> list[Run]:
-    made = {(run.arm, run.cell, run.seed) for run in done}
-    return [run for run in plan.runs if (run.arm, run.cell, run.seed) not in made]
-
-
 def _resumed(
     plan: Plan, rows: Sequence[dict[str, Any]]
 ) -> tuple[Campaign, list[Run], list[Run] | None]:
     """Return the decision, the runs that its last line knows, and those it asked for."""
     if not rows:
         return plan.campaign(), [], []
-    known = {(run.arm, run.parameters, run.tokens, run.seed): run for run in plan.runs}
-    done = []
-    for *key, value in rows[-1]["runs"]:
-        run = known[tuple(key)]
-        value = math.nan if value is None else value
-        done.append(Run(run.arm, run.parameters, run.tokens, run.seed, value, run.cost))
+    known = {key_of(run): run for run in plan.runs}
     taken = rows[-1]["taken"]
-    return plan.campaign(), done, None if taken is None else [known[tuple(key)] for key in taken]
+    if taken is not None:
+        taken = [known[arm, (size, tokens), seed] for arm, size, tokens, seed in taken]
+    return plan.campaign(), runs_of_row(rows[-1], plan.runs, plan.trunks), taken
 
 
 def _next(plan: Plan, show: Any) -> int:
     rows = read_log(plan.directory, plan.digest)
     _, done, taken = _resumed(plan, rows)
     total = sum(target.cost for target in plan.targets.values())
-    step = plan.campaign().step(done, _possible(plan, done))
+    step = plan.campaign().step(done, plan.left(done))
     show(step_words(len(rows), step, total))
     if taken is None:
         show(_verdict(plan, step, done))
@@ -208,7 +197,7 @@ def _status(plan: Plan, show: Any) -> int:
 def _ask(plan: Plan, words: Sequence[str], show: Any) -> int:
     done = asked(plan, words, show)
     total = sum(target.cost for target in plan.targets.values())
-    step = plan.campaign().step(done, _possible(plan, done))
+    step = plan.campaign().step(done, plan.left(done))
     show(step_words(len(done), step, total))
     if step.taken is None:
         show(_verdict(plan, step, done))

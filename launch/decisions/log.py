@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,49 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from evals.scaling.decide import Run, Step
+from evals.scaling.decide.record import LOG, PLAN, hash_of
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 
-LOG, PLAN, VERDICT = "log.jsonl", "plan.json", "verdict.json"
 _DIGITS = 9
-
-
-def read_log(directory: Path, digest: str | None = None) -> list[dict[str, Any]]:
-    """Read the complete lines of a log, and check their chain; a torn last line is cut off.
-
-    Raises UserError, naming the first line that was changed, or that another plan wrote.
-    """
-    path = directory / LOG
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    before, found = "", []
-    for number, line in enumerate(whole.decode().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise UserError(
-                f"{path}, line {number} is no JSON, expected a line as it was written"
-            ) from None
-        if row.get("before") != before:
-            raise UserError(
-                f"{path}, line {number} does not follow from the line before it: one of them was "
-                "changed"
-            )
-        if digest is not None and row.get("plan") != digest:
-            raise UserError(
-                f"{path}, line {number} has the plan {row.get('plan')}, expected {digest}: the "
-                "file or the project changed since; choose another name"
-            )
-        before = hash_of(line)
-        found.append(row)
-    return found
-
-
-def hash_of(line: str) -> str:
-    """Return the hash of a line."""
-    return hashlib.sha256(line.encode()).hexdigest()[:16]
 
 
 def line_of(step: Step, done: Sequence[Run], digest: str, before: str) -> str:

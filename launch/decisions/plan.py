@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,8 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from evals.scaling.decide import PRIORS, Campaign, Rule, Run, Target
+from evals.scaling.decide import LOSS, PRIORS, Campaign, Prior, Rule, Run, Target
+from evals.scaling.decide.record import hash_of_plan, runs_left
 from evals.scaling.decide.runs import Cell
+from evals.scaling.decide.trunks import Trunks
+from launch.decisions.branching import decays_of
+from launch.decisions.history import learned
 from launch.decisions.settings import DecideConfig
 from launch.grid import Member
 from launch.matching import counts_of, match_members
@@ -24,6 +27,12 @@ from pretrain.model.spec import check_model
 
 _LIKE = 0.2  # share by which arms of one size may differ in parameters
 _CORPUS = ("data.", "train.data")
+
+
+def label_of(run: Run, *, several: bool) -> str:
+    """Return the name of a run's folder; ``several``: whether sizes have several lengths."""
+    length = f"-{run.tokens:.0f}-tokens" if several else ""
+    return f"{run.arm}-{run.parameters / 1e6:.3g}M{length}-seed{run.seed}"
 
 
 @dataclass
@@ -42,6 +51,8 @@ class Plan:
     members: dict[tuple[str, Cell, int], Member]
     left_out: dict[str, str] = field(default_factory=dict)
     counted: dict[str, dict[str, float]] = field(default_factory=dict)  # of the target, by arm
+    trunks: Trunks = field(default_factory=Trunks)
+    prior: Prior = LOSS
 
     @property
     def rule(self) -> Rule:
@@ -52,10 +63,11 @@ class Plan:
     def campaign(self) -> Campaign:
         """Return the decision, with nothing run."""
         nats = self.settings.prior == "loss"
-        prior = PRIORS[self.settings.prior]
-        return Campaign(
-            self.targets, prior.for_data() if self.by_data else prior, self.rule, nats=nats
-        )
+        return Campaign(self.targets, self.prior, self.rule, nats=nats)
+
+    def left(self, done: Sequence[Run]) -> list[Run]:
+        """Return the runs that could be made next, at the price of what would be new in them."""
+        return runs_left(self.runs, done, self.trunks)
 
     @property
     def by_data(self) -> bool:
@@ -63,23 +75,33 @@ class Plan:
         return any(key.startswith(_CORPUS) for arm in self.settings.arms.values() for key in arm)
 
     def content(self) -> dict[str, Any]:
-        """Return what is written before the first run, and hashed."""
-        return {
-            "decide": asdict(self.settings),
+        """Return what is written before the first run, and hashed.
+
+        Settings that came later are left out where they say nothing, so that the plans of older
+        decisions are still theirs.
+        """
+        settings = asdict(self.settings)
+        for name, nothing in (("lengths", [1.0]), ("history", [])):
+            if settings[name] == nothing:
+                del settings[name]
+        content = {
+            "decide": settings,
             "rule": asdict(self.rule),
-            "prior": asdict(self.campaign().prior),
+            "prior": asdict(self.prior),
             "targets": {arm: asdict(target) for arm, target in self.targets.items()},
             "runs": [
                 [run.arm, run.parameters, run.tokens, run.seed, run.cost] for run in self.runs
             ],
             "left_out": self.left_out,
         }
+        if self.trunks.decays:
+            content["decays"] = [[a, *cell, at] for (a, cell), at in self.trunks.decays.items()]
+        return content
 
     @property
     def digest(self) -> str:
         """Return the hash of the content."""
-        text = json.dumps(self.content(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hash_of_plan(self.content())
 
 
 def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
@@ -94,6 +116,10 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     name = str(values.get("name"))
     directory = Path(values.get("directory") or Path("runs") / name)
     plan = Plan(name, Path(path), directory, settings, {}, [], {})
+    prior = PRIORS[settings.prior]
+    plan.prior = learned(
+        prior.for_data() if plan.by_data else prior, settings.history, directory, where
+    )
     loader = _Loader(path, overrides, written, plan, where)
     loader.fill()
     check_affordable(plan, where)
@@ -165,19 +191,32 @@ class _Loader:
             cost = self._cost(arm, sizes[-1], target[1], noted=True)
             plan.targets[arm] = Target(*target, cost)
             for size, parameters in zip(settings.sizes, nominal[:-1], strict=True):
-                for seed in range(settings.seeds):
-                    config = self._config(arm, size, each * parameters, seed)
-                    tokens = float(config.plan.tokens)
-                    label = f"{arm}-{parameters / 1e6:.3g}M-seed{seed}"
-                    config.name, config.directory = (
-                        f"{plan.name}-{label}",
-                        str(plan.directory / label),
+                self._lengths(arm, size, parameters, each * parameters)
+        _check_lengths(plan, self.where)
+
+    def _lengths(self, arm: str, size: Mapping[str, Any], parameters: float, whole: float) -> None:
+        """Add the runs of an arm and a size, of every length and seed."""
+        plan, settings = self.plan, self.settings
+        shares = sorted(settings.lengths)
+        configs = [self._config(arm, size, share * whole, 0) for share in shares]
+        several = len(configs) > 1
+        decays = decays_of(configs) if several else []
+        for i, first in enumerate(configs):
+            tokens = float(first.plan.tokens)
+            price = self._price(first, tokens)  # seeds cost the same
+            for seed in range(settings.seeds):
+                run = Run(arm, parameters, tokens, seed, cost=price)
+                config = first if seed == 0 else self._config(arm, size, shares[i] * whole, seed)
+                label = label_of(run, several=several)
+                config.name = f"{plan.name}-{label}"
+                config.directory = str(plan.directory / label)
+                if decays:
+                    plan.trunks.decays[arm, run.cell] = decays[i]
+                    config.checkpoint.keep = sorted(
+                        {*config.checkpoint.keep, *(int(at) for at in decays[: i + 1])}
                     )
-                    if seed == 0:  # seeds cost the same
-                        price = self._price(config, tokens)
-                    run = Run(arm, parameters, tokens, seed, cost=price)
-                    plan.runs.append(run)
-                    plan.members[arm, run.cell, seed] = Member(label, {}, config)
+                plan.runs.append(run)
+                plan.members[arm, run.cell, seed] = Member(label, {}, config)
 
     def _check_sizes(self, models: dict[str, list[RunConfig]], nominal: list[float]) -> None:
         for arm, configs in models.items():
@@ -257,33 +296,54 @@ class _Loader:
         return float(found["device_hours"])
 
 
+def _check_lengths(plan: Plan, where: str) -> None:
+    """Raise ConfigError for lengths that would not be used, or are the same after rounding."""
+    for arm, target in plan.targets.items():
+        own = [run for run in plan.runs if run.arm == arm and run.seed == 0]
+        least = plan.rule.tokens_per_parameter * target.tokens / target.parameters
+        for run in own:
+            if run.tokens / run.parameters < least * (1 - 1e-9):
+                raise ConfigError(
+                    f"{where}: runs of {run.tokens:,.0f} tokens at {run.parameters:,.0f} "
+                    f"parameters have {run.tokens / run.parameters:.3g} tokens per parameter, and "
+                    f"those under half the target's, {least:.3g}, are not used; expected greater "
+                    "lengths, or tokens_per_parameter"
+                )
+        if len({run.cell for run in own}) < len(own):
+            raise ConfigError(
+                f"{where}.lengths: two are the same number of whole steps, expected others"
+            )
+
+
 def check_affordable(plan: Plan, where: str) -> None:
     """Raise ConfigError where nothing could be decided, whatever the runs say."""
     total = sum(target.cost for target in plan.targets.values())
     rule, budget = plan.rule, plan.settings.budget * total
-    by_size: dict[float, float] = {}
+    by_cell: dict[Cell, float] = {}
     for run in plan.runs:
         if run.seed == 0:
-            by_size[run.parameters] = by_size.get(run.parameters, 0.0) + run.cost
-    sizes = sorted(by_size)
-    first = by_size[sizes[0]] + by_size[sizes[1]]
+            by_cell[run.cell] = by_cell.get(run.cell, 0.0) + run.cost
+    sizes = sorted({size for size, _ in by_cell})
+    start = [min(cell for cell in by_cell if cell[0] == size) for size in sizes[:2]]
+    first = sum(by_cell[cell] for cell in start)
     if first > budget:
         raise ConfigError(
             f"{where}.budget is {plan.settings.budget:g} of the target runs, but the two smallest "
             f"sizes of all arms cost {first / total:.3g}; expected more, or smaller sizes"
         )
-    affordable = [size for size in sizes if size in sizes[:2] or first + by_size[size] <= budget]
+    affordable = [cell for cell, cost in by_cell.items() if cell in start or first + cost <= budget]
     target = next(iter(plan.targets.values()))
-    largest = max(run.compute for run in plan.runs if run.parameters == affordable[-1])
+    largest = max(run.compute for run in plan.runs if run.cell in affordable)
     if largest < rule.reach * target.compute:
         raise ConfigError(
             f"{where}: the largest size within the budget has {largest / target.compute:.3g} of "
             f"the target's compute, and nothing is said below {rule.reach:.3g}; expected a larger "
             "size, a larger budget or a nearer target"
         )
-    if affordable[-1] < rule.span * sizes[0]:
+    span = max(size for size, _ in affordable) / sizes[0]
+    if span < rule.span:
         raise ConfigError(
-            f"{where}.sizes: those within the budget span {affordable[-1] / sizes[0]:.3g}, and "
+            f"{where}.sizes: those within the budget span {span:.3g}, and "
             f"nothing is said below span, {rule.span:g}; expected smaller or larger sizes"
         )
     least = min(run.compute for run in plan.runs)

@@ -52,6 +52,22 @@ def show_prices(plan: Plan, console: Console, show: Callable[[str], None]) -> No
     show_table(table, console)
     members = [m for (_, _, seed), m in plan.members.items() if seed == 0]
     print_plans(console, members, settings.hardware, 1)
+    if plan.trunks.decays:
+        show(
+            "Each length is priced as a whole run here; after another one of its arm, size and "
+            "seed it is a branch, and costs what is new in it."
+        )
+    elif len(settings.lengths) > 1:
+        show(
+            "Each length is a run of its own: only with schedule.kind: wsd, and without phases, "
+            "do lengths share their beginning."
+        )
+    if settings.history:
+        names = ("level", "slope", "wander", "noise")
+        listed = ", ".join(
+            f"{n} {m:.3g}" for n, m in zip(names, plan.prior.medians, strict=True)
+        )
+        show(f"Expected after {', '.join(settings.history)}: {listed}.")
     runs = _affordable(plan, settings.budget * total)
     spent = sum(run.cost for run in runs)
     worth = math.exp(_least_difference(plan, runs))
@@ -64,10 +80,11 @@ def show_prices(plan: Plan, console: Console, show: Callable[[str], None]) -> No
 
 
 def _affordable(plan: Plan, budget: float) -> list[Run]:
-    """Return one seed of every size, smallest first, as long as the budget lasts."""
+    """Return one seed of every size and its longest length, as long as the budget lasts."""
     found: list[Run] = []
-    for size in sorted({run.parameters for run in plan.runs}):
-        runs = [run for run in plan.runs if run.parameters == size and run.seed == 0]
+    longest = {run.parameters: run.cell for run in sorted(plan.runs)}
+    for cell in sorted(longest.values()):
+        runs = [run for run in plan.runs if run.cell == cell and run.seed == 0]
         if sum(run.cost for run in [*found, *runs]) > budget * (1 + 1e-9):
             break
         found += runs

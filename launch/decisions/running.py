@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from evals.scaling.decide import Run
+from evals.scaling.decide.trunks import key_of
 from launch.commands import states_of
+from launch.decisions.branching import as_branch
 from launch.decisions.plan import Plan
 from launch.grid import Grid, Member
 from launch.local import run_queue
@@ -23,18 +25,27 @@ from pretrain.run_directory import CONFIG_FILE, RunDirectory
 Show = Callable[[str], None]
 
 
-def members_of(plan: Plan, runs: Sequence[Run]) -> list[Member]:
-    """Return the members that runs stand for."""
-    return [plan.members[run.arm, run.cell, run.seed] for run in runs]
+def members_of(plan: Plan, runs: Sequence[Run], done: Sequence[Run]) -> list[Member]:
+    """Return the members that runs stand for, as branches where earlier ones have their beginning."""
+    found = []
+    for run in runs:
+        member = plan.members[key_of(run)]
+        trunk, tokens = plan.trunks.beginning(run, done)
+        if trunk is not None:
+            member = as_branch(member, plan.members[key_of(trunk)], tokens)
+        found.append(member)
+    return found
 
 
-def execute(plan: Plan, runs: Sequence[Run], options: Any, show: Show) -> list[Run] | None:
-    """Make the runs that are not made yet, and return them with their values.
+def execute(
+    plan: Plan, runs: Sequence[Run], done: Sequence[Run], options: Any, show: Show
+) -> list[Run] | None:
+    """Make the runs that come after those done, if they are not made yet, and return their values.
 
     None where they have not ended: they were stopped, or are in Slurm's queue. A failed run has no
     value, and is not started again without ``--retry-failed``.
     """
-    members = members_of(plan, runs)
+    members = members_of(plan, runs, done)
     grid = Grid(plan.name, plan.path, plan.directory, members)
     states = states_of(grid)
     again = {DONE, QUEUED, RUNNING} | (set() if options.retry_failed else {FAILED})
@@ -89,7 +100,7 @@ def asked(plan: Plan, words: Sequence[str], show: Show) -> list[Run]:
     Raises UserError where none has.
     """
     found: dict[tuple[str, Any, int], Run] = {}
-    prices = {(run.arm, run.cell, run.seed): run for run in plan.runs}
+    prices = {key_of(run): run for run in plan.runs}
     for path in expand_paths(words):
         folders = [path] if (path / CONFIG_FILE).exists() else sorted(path.iterdir())
         for folder in (f for f in folders if (f / CONFIG_FILE).exists()):
@@ -101,7 +112,10 @@ def asked(plan: Plan, words: Sequence[str], show: Show) -> list[Run]:
             found.setdefault(key, replace(prices[key], value=value))
     if not found:
         raise UserError(f"--ask: no run of {', '.join(words)} is one of the plan's, expected some")
-    return list(found.values())
+    done: list[Run] = []
+    for run in sorted(found.values()):
+        done.append(plan.trunks.priced(run, done))
+    return done
 
 
 def _match(plan: Plan, folder: Path) -> tuple[str, Any, int] | None:
@@ -111,6 +125,11 @@ def _match(plan: Plan, folder: Path) -> tuple[str, Any, int] | None:
         if config.plan.tokens != saved.plan.tokens:
             continue
         config.directory = str(folder)
+        if saved.branch is not None and saved.branch.decay == "planned":
+            trunk = Path(saved.branch.run)  # of another length of the same arm, size and seed
+            whole = _match(plan, trunk) if (trunk / CONFIG_FILE).exists() else None
+            if whole is not None and (whole[0], whole[1][0], whole[2]) == (key[0], key[1][0], key[2]):
+                config.branch = saved.branch
         try:
             check_same_settings(Member(member.name, {}, config))
         except UserError:

@@ -45,6 +45,13 @@ class DecideConfig(Config):
     """Seeds of each size that may be run."""
     tokens_per_parameter: float | None = setting(None, above=0.0)
     """Tokens of a run for each parameter; null: the target's."""
+    lengths: list[float] = setting(factory=lambda: [1.0], above=0.0, maximum=1.0)
+    """Lengths of each size that may be run, as shares of these tokens. With ``schedule.kind: wsd``
+    they are branches: the second one goes on from where the first begins to decay, and costs what
+    is new in it."""
+    history: list[str] = setting(factory=list)
+    """Folders of decisions that have ended, of the same kind of metric: how large differences,
+    trends and noise were there is what is expected here."""
     tuned: bool = False
     """Whether each arm's learning rate was tuned at each size; else they are transferred, with
     ``model.mup_base_hidden_size``."""

@@ -11,7 +11,7 @@ import pytest
 from launch.__main__ import main
 from launch.decisions import command
 from launch.decisions.checking import check
-from launch.decisions.log import LOG, PLAN, VERDICT
+from evals.scaling.decide.record import LOG, PLAN, VERDICT
 from launch.decisions.plan import load_plan
 from pretrain.common.errors import EXIT_STOPPED, UserError
 
@@ -58,7 +58,7 @@ def changed(file, *pairs):
     return file
 
 
-def answers(plan, runs, options, show):
+def answers(plan, runs, done, options, show):
     """What runs would have given: attention a little better everywhere, seeds apart."""
     return [
         replace(
@@ -131,12 +131,12 @@ def test_stopped_anywhere_and_started_again_it_writes_the_same_log(file, tmp_pat
 
 
 def test_a_failed_run_is_no_loss_and_a_second_one_ends_it(file, tmp_path, monkeypatch):
-    def one(plan, runs, options, show):
+    def one(plan, runs, done, options, show):
         return [
             replace(run, value=math.nan)
             if (run.arm, run.seed) == ("linear", 0) and run.parameters in broken
             else run
-            for run in answers(plan, runs, options, show)
+            for run in answers(plan, runs, done, options, show)
         ]
 
     sizes = sorted({run.parameters for run in load_plan(file).runs})
