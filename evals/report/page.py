@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from evals.report.blocks import draw_blocks
 from evals.report.curves import MOST_POINTS, make_curves
+from evals.report.decisions import decision_sections
 from evals.report.figures import draw_losses, draw_speeds
 from evals.report.groups import grouped
 from evals.report.pictures import Pictures
@@ -58,6 +59,7 @@ def make_report(
         draw_losses(groups, over, out / f"loss-by-{over}.png")
     draw_speeds(groups, out / "speed.png")
     pictures = Pictures()
+    decisions, undecided = decision_sections(paths, out, pictures)
     scaling = _scaling(paths, out, pictures) if fits else []
     maps = _maps_of_blocks([run for group in groups for run in group.runs], out, pictures)
     environment = Environment(
@@ -65,6 +67,7 @@ def make_report(
     )
     html = environment.get_template("report.html.j2").render(
         title=title or _title(paths),
+        decisions=decisions,
         curves=make_curves(groups),
         most_points=MOST_POINTS,
         borders=any(run.borders for run in runs),
@@ -75,7 +78,7 @@ def make_report(
         shared=shared(groups),
         css=Markup(_read("report.css")),
         script=Markup(_read("report.js")),
-        notes=[*matches_of(paths), *notes],
+        notes=[*matches_of(paths), *notes, *undecided],
         counts=f"{_count(len(runs), 'run')}, {_count(len(groups), 'setting')}",
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
