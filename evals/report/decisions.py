@@ -103,9 +103,7 @@ def _posterior(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     return campaign_of(content).step(done, []).posterior
 
 
-def _step(
-    number: int, row: Mapping[str, Any], arms: Sequence[str], total: float
-) -> dict[str, Any]:
+def _step(number: int, row: Mapping[str, Any], arms: Sequence[str], total: float) -> dict[str, Any]:
     best = row.get("best", {})
     return {
         "number": number,
@@ -130,6 +128,7 @@ def _why(row: Mapping[str, Any]) -> str:
     if row["taken"] is None:
         ends = {
             "budget": "no further run is within the budget",
+            "all made": "every run that the decision may make was made",
             "futile": "no affordable run can be expected to change it",
             "unstable": "fewer than two arms are stable",
             "verdict": "it is sure enough",

@@ -1,4 +1,4 @@
-"""What decisions that have ended say of how large differences, trends and noise are to be expected."""
+"""What decisions that have ended say of the differences, trends and noise to be expected."""
 
 from __future__ import annotations
 

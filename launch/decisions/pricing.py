@@ -64,9 +64,7 @@ def show_prices(plan: Plan, console: Console, show: Callable[[str], None]) -> No
         )
     if settings.history:
         names = ("level", "slope", "wander", "noise")
-        listed = ", ".join(
-            f"{n} {m:.3g}" for n, m in zip(names, plan.prior.medians, strict=True)
-        )
+        listed = ", ".join(f"{n} {m:.3g}" for n, m in zip(names, plan.prior.medians, strict=True))
         show(f"Expected after {', '.join(settings.history)}: {listed}.")
     runs = _affordable(plan, settings.budget * total)
     spent = sum(run.cost for run in runs)

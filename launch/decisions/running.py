@@ -26,7 +26,7 @@ Show = Callable[[str], None]
 
 
 def members_of(plan: Plan, runs: Sequence[Run], done: Sequence[Run]) -> list[Member]:
-    """Return the members that runs stand for, as branches where earlier ones have their beginning."""
+    """Return the members that runs stand for; branches where others have their beginning."""
     found = []
     for run in runs:
         member = plan.members[key_of(run)]
@@ -128,7 +128,11 @@ def _match(plan: Plan, folder: Path) -> tuple[str, Any, int] | None:
         if saved.branch is not None and saved.branch.decay == "planned":
             trunk = Path(saved.branch.run)  # of another length of the same arm, size and seed
             whole = _match(plan, trunk) if (trunk / CONFIG_FILE).exists() else None
-            if whole is not None and (whole[0], whole[1][0], whole[2]) == (key[0], key[1][0], key[2]):
+            if whole is not None and (whole[0], whole[1][0], whole[2]) == (
+                key[0],
+                key[1][0],
+                key[2],
+            ):
                 config.branch = saved.branch
         try:
             check_same_settings(Member(member.name, {}, config))

@@ -11,6 +11,7 @@ from pretrain.common.screen import readable
 
 _ENDS = {
     "budget": "no further run is within the budget",
+    "all made": "every run that the decision may make was made",
     "futile": "no affordable run can be expected to change it",
     "unstable": "fewer than two arms are stable",
     "verdict": "",
@@ -81,10 +82,11 @@ def verdict_words(
         return " ".join(part for part in (found, spent, kept, *notes) if part)
     chances = step.posterior.best() if step.posterior is not None else {}
     listed = ", ".join(f"{arm} {p:.2f}" for arm, p in sorted(chances.items(), key=lambda x: -x[1]))
+    within = "" if step.reason == "all made" else "within the budget "
     believed = f" P(best): {listed}." if listed else ""
     return " ".join(
         [
-            f"It cannot be told within the budget which is better at {at}: "
+            f"It cannot be told {within}which is better at {at}: "
             f"{_ENDS[step.reason]}.{believed}",
             spent,
             *notes,

@@ -8,38 +8,14 @@ from dataclasses import replace
 
 import pytest
 
+from evals.scaling.decide.record import LOG, PLAN, VERDICT
 from launch.__main__ import main
 from launch.decisions import command
 from launch.decisions.checking import check
-from evals.scaling.decide.record import LOG, PLAN, VERDICT
+from launch.decisions.lock import hold
 from launch.decisions.plan import load_plan
 from pretrain.common.errors import EXIT_STOPPED, UserError
-
-CONFIG = """
-name: decision
-directory: {folder}/runs
-model:
-  mup_base_hidden_size: 32
-  hidden_size: 16
-  pattern: gdn
-  mixers: {{gdn: {{num_heads: 1, head_dim: 8}}, attn: {{num_heads: 2}}}}
-data: {{path: {data}}}
-schedule: {{warmup_steps: 1}}
-train: {{seq_len: 32, global_batch_tokens: 64}}
-parallel: {{micro_batch_size: 2}}
-validation: {{every: 0, tokens: 32}}
-checkpoint: {{every: 1000}}
-logging: {{every: 1}}
-sample: {{tokens: 0}}
-decide:
-  arms: {{linear: {{model.pattern: gdn}}, attention: {{model.pattern: attn}}}}
-  match: parameters
-  sizes: [{{model.hidden_size: 16}}, {{model.hidden_size: 24}}, {{model.hidden_size: 48}}]
-  target: {{settings: {{model.hidden_size: 80}}, tokens: 40000}}
-  seeds: 2
-  budget: 0.5
-  span: 6
-"""
+from tests.helpers.decisions import CONFIG, answers, changed
 
 
 @pytest.fixture
@@ -47,26 +23,6 @@ def file(tmp_path):
     path = tmp_path / "decide.yaml"
     path.write_text(CONFIG.format(folder=tmp_path, data=tmp_path / "data"))
     return path
-
-
-def changed(file, *pairs):
-    text = file.read_text()
-    for before, after in pairs:
-        assert before in text, before
-        text = text.replace(before, after)
-    file.write_text(text)
-    return file
-
-
-def answers(plan, runs, done, options, show):
-    """What runs would have given: attention a little better everywhere, seeds apart."""
-    return [
-        replace(
-            run,
-            value=2 + 10 * run.parameters**-0.3 + 0.02 * (run.arm == "linear") + 1e-3 * run.seed,
-        )
-        for run in runs
-    ]
 
 
 def test_a_decision_ends_and_every_line_of_its_log_is_what_its_runs_give(
@@ -236,21 +192,12 @@ def test_a_table_is_played_and_what_it_lacks_is_said(tmp_path, capsys):
         main(["decide", "--replay", str(table), "--target", "1e9:2e10"])
 
 
-@pytest.mark.slow
-def test_real_runs_are_started_used_again_and_checked(tmp_path, corpus, capsys):
-    path = tmp_path / "decide.yaml"
-    path.write_text(CONFIG.format(folder=tmp_path, data=corpus))
-    changed(
-        path,
-        ("{model.hidden_size: 24}, {model.hidden_size: 48}]", "{model.hidden_size: 48}]"),
-        ("seeds: 2", "seeds: 1"),
-    )
-    assert main(["decide", str(path), "--at-once", "2"]) == 0
-    folder = tmp_path / "runs"
-    assert len(list(folder.glob("*-seed0"))) == 4
-    assert "are what their runs give" in check(folder)
-    changed(path, ("name: decision", "name: again"), ("/runs", "/elsewhere"))
-    capsys.readouterr()
-    assert main(["decide", str(path), "--ask", str(folder)]) == 0
-    assert "P(best)" in capsys.readouterr().out
-    assert not (tmp_path / "elsewhere").exists()
+def test_one_launcher_holds_the_folder_and_the_system_lets_it_go(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "execute", answers)
+    with (
+        hold(tmp_path / "runs"),
+        pytest.raises(UserError, match=r"another process is deciding in .*runs: wait for it"),
+    ):
+        main(["decide", str(file)])
+    assert not (tmp_path / "runs" / PLAN).exists()
+    assert main(["decide", str(file)]) == 0  # its file is still there, and nobody holds it

@@ -17,9 +17,7 @@ _APART = 1.12  # between arms' intervals at the target, which would hide each ot
 Row = Mapping[str, Any]
 
 
-def draw(
-    directory: Path, rows: Sequence[Row], posterior: Posterior | None, total: float
-) -> None:
+def draw(directory: Path, rows: Sequence[Row], posterior: Posterior | None, total: float) -> None:
     """Write the picture of all steps so far."""
     from matplotlib.figure import Figure
 

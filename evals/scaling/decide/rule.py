@@ -61,7 +61,8 @@ class Verdict:
 class Step:
     """What is believed after the runs so far, and what comes next.
 
-    ``taken`` is None at the end, and ``reason`` then one of verdict, budget, futile, unstable.
+    ``taken`` is None at the end, and ``reason`` then one of verdict, budget, futile, all made,
+    unstable.
     """
 
     posterior: Posterior | None
@@ -275,7 +276,7 @@ class Campaign:
         ]
         verdicts = list(self.verdicts.values())
         if not candidates or not hopeful:
-            reason = "futile" if candidates else "budget"
+            reason = "futile" if candidates else "budget" if possible else "all made"
             return Step(posterior, verdicts, left, spent, None, reason, unstable=unstable)
         wanted = {arm for pair in hopeful for arm in pair}
         left = [arm for arm in left if arm in wanted]
