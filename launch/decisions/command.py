@@ -19,7 +19,7 @@ from launch.decisions.plan import Plan, load_plan
 from launch.decisions.pricing import show_prices
 from launch.decisions.running import asked, execute
 from launch.decisions.tables import replay
-from launch.decisions.words import step_words, verdict_words
+from launch.decisions.words import COUNTED, step_words, verdict_words
 from pretrain.common.errors import EXIT_STOPPED, UserError
 from pretrain.common.files import write_json
 
@@ -146,7 +146,8 @@ def _verdict(plan: Plan, step: Step, done: Sequence[Run]) -> str:
     slope = None
     if step.posterior is not None:
         slope = step.posterior.observations.slope((target.parameters, target.tokens))
-    return verdict_words(step, plan.targets, plan.settings.confidence, done, slope)
+    counted = COUNTED[plan.settings.cost]
+    return verdict_words(step, plan.targets, plan.settings.confidence, done, slope, counted)
 
 
 def _resumed(

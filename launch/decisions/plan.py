@@ -27,6 +27,7 @@ from pretrain.model.spec import check_model
 
 _LIKE = 0.2  # share by which arms of one size may differ in parameters
 _CORPUS = ("data.", "train.data")
+_VALIDATED = ("validation.", "train.seq_len")  # validation is in windows of seq_len
 
 
 def label_of(run: Run, *, several: bool) -> str:
@@ -150,6 +151,12 @@ def _check(settings: DecideConfig, where: str) -> None:
             raise ConfigError(
                 f"{where}.arms.{name} sets {corpus[0]} and the metric is a loss: each corpus, or "
                 "tokenizer, is best at its own text; expected a task's metric, with prior: task"
+            )
+        validated = sorted(key for key in arm if key.startswith(_VALIDATED))
+        if validated and settings.prior == "loss":
+            raise ConfigError(
+                f"{where}.arms.{name} sets {validated[0]} and the metric is a loss: losses on other "
+                "windows of text are not compared; expected it for all arms alike, outside decide"
             )
 
 

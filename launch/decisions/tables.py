@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 from evals.scaling.decide import PRIORS, Campaign, Rule, Run, Target
 from evals.scaling.decide.replay import steps
-from launch.decisions.words import step_words, verdict_words
+from launch.decisions.words import COUNTED, step_words, verdict_words
 from pretrain.common.config_loader import nearest
 from pretrain.common.errors import UserError
 
@@ -43,22 +43,22 @@ def replay(options: argparse.Namespace, show: Callable[[str], None]) -> int:
             f"{options.replay} has no run below the target {options.target}: it is below the "
             "largest run, or names no size of the table"
         )
-    costs = {run.cost / run.compute for run in table}
-    unit = 1.0 if len(costs) > 1 else costs.pop()
-    target = replace(target, cost=target.compute * unit)
+    targets = {arm: replace(target, cost=_price(arm, target, runs)) for arm in arms}
     prior = PRIORS[options.prior]
     campaign = Campaign(
-        dict.fromkeys(arms, target),
+        targets,
         prior.for_data() if options.data_arms else prior,
         Rule(confidence=options.confidence, budget=options.budget, span=options.span),
         nats=options.prior == "loss",
     )
-    total = target.cost * len(arms)
+    total = sum(one.cost for one in targets.values())
     for number, played in enumerate(steps(campaign, table)):
         step, done = played
         show(step_words(number, step, total))
     slope = step.posterior.observations.slope(at) if step.posterior is not None else None
-    show(verdict_words(step, campaign.targets, options.confidence, done, slope))
+    by_size = all(run.cost == run.compute for run in table)
+    counted = COUNTED["6nd"] if by_size else "the FLOPs of the table"
+    show(verdict_words(step, campaign.targets, options.confidence, done, slope, counted))
     truth = {
         arm: fmean([r.value for r in runs if r.arm == arm and r.cell == at])
         for arm in arms
@@ -68,6 +68,19 @@ def replay(options: argparse.Namespace, show: Callable[[str], None]) -> int:
         listed = ", ".join(f"{a} {v:.4f}" for a, v in sorted(truth.items(), key=lambda x: x[1]))
         show(f"the table's runs at the target: {listed}")
     return 0
+
+
+def _price(arm: str, target: Target, runs: Sequence[Run]) -> float:
+    """Return the cost of an arm's target, counted as that of its runs is.
+
+    Where the table has no run there, it is extrapolated with 6ND from the largest one of the arm.
+    """
+    own = [run for run in runs if run.arm == arm]
+    there = [run.cost for run in own if run.cell == (target.parameters, target.tokens)]
+    if there:
+        return fmean(there)
+    largest = max(own, key=lambda run: run.compute)
+    return target.compute * largest.cost / largest.compute
 
 
 def parse_target(text: str | None) -> Target:

@@ -9,6 +9,11 @@ from evals.scaling.decide import Run, Step, Target, Verdict
 from evals.scaling.decide.accidents import spread_grows
 from pretrain.common.screen import readable
 
+COUNTED = {
+    "flops": "FLOPs with attention",
+    "6nd": "6 x parameters x tokens",
+    "hours": "planned device-hours",
+}
 _ENDS = {
     "budget": "no further run is within the budget",
     "all made": "every run that the decision may make was made",
@@ -57,10 +62,15 @@ def verdict_words(
     confidence: float,
     done: Sequence[Run],
     slope: float | None,
+    counted: str,
 ) -> str:
-    """Return the paragraph at the end: a verdict, or that it cannot be told and why."""
+    """Return the paragraph at the end: a verdict, or that it cannot be told and why.
+
+    ``counted`` is what costs are, as they can change the verdict.
+    """
     total = sum(target.cost for target in targets.values())
-    spent = f"Spent {step.spent / total:.1%} of the {len(targets)} target runs."
+    share = f"{step.spent / total:.1%}"
+    spent = f"Spent {share} of the {len(targets)} target runs, counted in {counted}."
     target = next(iter(targets.values()))
     at = f"{readable(target.parameters)} parameters and {readable(target.tokens)} tokens"
     notes = [
@@ -86,8 +96,7 @@ def verdict_words(
     believed = f" P(best): {listed}." if listed else ""
     return " ".join(
         [
-            f"It cannot be told {within}which is better at {at}: "
-            f"{_ENDS[step.reason]}.{believed}",
+            f"It cannot be told {within}which is better at {at}: {_ENDS[step.reason]}.{believed}",
             spent,
             *notes,
         ]

@@ -114,6 +114,11 @@ def test_a_failed_run_is_no_loss_and_a_second_one_ends_it(file, tmp_path, monkey
     [
         ("  mup_base_hidden_size: 32\n", "", "is neither tuned nor transferred"),
         ("{model.pattern: attn}", "{data.path: other}", "sets data.path and the metric is a loss"),
+        (
+            "{model.pattern: attn}",
+            "{model.pattern: attn, validation.tokens: 64}",
+            "losses on other windows of text are not compared",
+        ),
         (", attention: {model.pattern: attn}", "", "arms has 1, expected two or more"),
         ("model.pattern: attn", "model.pattern: gdn", "two arms with the same settings"),
         ("model.pattern: attn", "model.hidden_size: 8", "which sizes set too"),
@@ -185,6 +190,21 @@ def test_a_table_is_played_and_what_it_lacks_is_said(tmp_path, capsys):
             main(["decide", "--replay", str(table), *words])
         assert said in str(error.value)
     lines = table.read_text().splitlines()
+    # FLOPs that are no multiple of 6ND: the target is priced in them too.
+    sizes = [float(line.split(",")[1]) for line in lines[1:]]
+    flops = [
+        60 * size**1.9 * (1 + line[0].count("a"))
+        for size, line in zip(sizes, lines[1:], strict=True)
+    ]
+    rows = [f"{line},{cost}" for line, cost in zip(lines[1:], flops, strict=True)]
+    table.write_text("\n".join([lines[0] + ",flops", *rows]))
+    capsys.readouterr()
+    main(["decide", "--replay", str(table), "--target", "1e9:2e10", "--budget", "1"])
+    shown = capsys.readouterr().out
+    first = sum(cost for size, cost in zip(sizes, flops, strict=True) if size <= 60e6)
+    total = sum(cost for size, cost in zip(sizes, flops, strict=True) if size == 1e9)
+    assert f"cost {first / total:.1%} of the targets" in shown
+    assert "counted in the FLOPs of the table" in shown
     table.write_text(
         "\n".join([lines[0] + ",flops", lines[1] + ",1e18", *(x + "," for x in lines[2:])])
     )

@@ -22,10 +22,10 @@ class Trunks:
     decays: Mapping[tuple[str, Cell], float] = field(default_factory=dict)
 
     def beginning(self, run: Run, done: Sequence[Run]) -> tuple[Run | None, float]:
-        """Return the run of ``done``, in the order they were made, that a run begins from, and
-        after how many tokens; None and 0 where it begins anew.
+        """Return the run that another one begins from, and after how many tokens.
 
-        Of several that share as much, it is the earliest. A run without a value is no trunk.
+        None and 0 where it begins anew. ``done`` are in the order in which they were made; of
+        several that share as much, it is the earliest. A run without a value is no trunk.
         """
         stable = self.decays.get((run.arm, run.cell))
         if stable is None:
