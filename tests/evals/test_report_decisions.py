@@ -25,6 +25,7 @@ TARGET = Target(1e9, 2e10)
 def decision(tmp_path_factory):
     """A decision that ended, with one of its runs."""
     folder = tmp_path_factory.mktemp("decision") / "which"
+    folder.mkdir()
     possible = [
         Run(arm, size, 20 * size, 0, 2 + 10 * size**-0.3 + 0.05 * (arm == "hybrid"))
         for arm in ARMS

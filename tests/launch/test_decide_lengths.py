@@ -140,7 +140,8 @@ def test_real_runs_are_branches_priced_in_hours_used_again_and_checked(tmp_path,
     made = [RunDirectory(run) for run in sorted(folder.glob("*-seed0"))]
     branches = [run for run in made if run.read_config().branch is not None]
     assert branches
-    assert all(RunDirectory(run.read_config().branch.run) in made for run in branches)
+    folders = {str(run.path) for run in made}
+    assert all(run.read_config().branch.run in folders for run in branches)
     assert "are what their runs give" in check(folder)
     changed(path, ("name: decision", "name: again"), ("/runs", "/elsewhere"))
     capsys.readouterr()
