@@ -155,8 +155,8 @@ def _check(settings: DecideConfig, where: str) -> None:
         validated = sorted(key for key in arm if key.startswith(_VALIDATED))
         if validated and settings.prior == "loss":
             raise ConfigError(
-                f"{where}.arms.{name} sets {validated[0]} and the metric is a loss: losses on other "
-                "windows of text are not compared; expected it for all arms alike, outside decide"
+                f"{where}.arms.{name} sets {validated[0]} and the metric is a loss: losses on "
+                "other windows of text are not compared; expected it for all arms alike, outside decide"
             )
 
 
