@@ -156,7 +156,7 @@ def _check(settings: DecideConfig, where: str) -> None:
         if validated and settings.prior == "loss":
             raise ConfigError(
                 f"{where}.arms.{name} sets {validated[0]} and the metric is a loss: losses on "
-                "other windows of text are not compared; expected it for all arms alike, outside decide"
+                "other windows of text are not compared; expected it for all arms, outside decide"
             )
 
 
