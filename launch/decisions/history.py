@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from evals.scaling.decide import Prior
+from evals.scaling.decide.curve import Array
 from evals.scaling.decide.record import (
     campaign_of,
     is_decision,
@@ -58,7 +59,13 @@ def learned(prior: Prior, folders: Sequence[str], own: Path, where: str) -> Prio
         spread = np.sqrt(posterior.weights @ (logs - mean) ** 2)
         prior = replace(
             prior,
-            medians=tuple(float(f"{x:.6g}") for x in np.exp(mean)),
-            spreads=tuple(float(f"{max(x, _LEAST_SPREAD):.6g}") for x in spread),
+            medians=_four(np.exp(mean)),
+            spreads=_four(np.maximum(spread, _LEAST_SPREAD)),
         )
     return prior
+
+
+def _four(values: Array) -> tuple[float, float, float, float]:
+    """Return four values as the plan has them."""
+    level, slope, wander, noise = (float(f"{value:.6g}") for value in values)
+    return level, slope, wander, noise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from evals.scaling.decide.runs import Cell, Run
@@ -19,7 +19,7 @@ class Trunks:
     a checkpoint of the first. Where nothing is known of a cell, its runs share nothing.
     """
 
-    decays: Mapping[tuple[str, Cell], float] = field(default_factory=dict)
+    decays: dict[tuple[str, Cell], float] = field(default_factory=dict)
 
     def beginning(self, run: Run, done: Sequence[Run]) -> tuple[Run | None, float]:
         """Return the run that another one begins from, and after how many tokens.
