@@ -73,8 +73,10 @@ def test_branches_are_of_a_run_that_keeps_their_beginning(file):
     done = answers(plan, [short], [], None, print)
     (member,) = members_of(plan, [long], done)
     trunk = plan.members[short.arm, short.cell, 0].config
-    assert member.config.branch.run == str(trunk.run_directory)
-    assert member.config.branch.tokens in trunk.checkpoint.keep
+    branch = member.config.branch
+    assert branch is not None
+    assert branch.run == str(trunk.run_directory)
+    assert branch.tokens is not None and branch.tokens in trunk.checkpoint.keep
     steps = member.config.first_step
     assert steps == trunk.plan.num_steps * 3 // 4
     rates = [[c.plan.learning_rate(step) for step in range(steps)] for c in (trunk, member.config)]
@@ -138,10 +140,10 @@ def test_real_runs_are_branches_priced_in_hours_used_again_and_checked(tmp_path,
     assert main(["decide", str(path), "--at-once", "2"]) == 0
     folder = tmp_path / "runs"
     made = [RunDirectory(run) for run in sorted(folder.glob("*-seed0"))]
-    branches = [run for run in made if run.read_config().branch is not None]
+    branches = [branch for run in made if (branch := run.read_config().branch) is not None]
     assert branches
     folders = {str(run.path) for run in made}
-    assert all(run.read_config().branch.run in folders for run in branches)
+    assert all(branch.run in folders for branch in branches)
     assert "are what their runs give" in check(folder)
     changed(path, ("name: decision", "name: again"), ("/runs", "/elsewhere"))
     capsys.readouterr()
