@@ -19,6 +19,7 @@ from launch.decisions.plan import Plan, load_plan
 from launch.decisions.pricing import show_prices
 from launch.decisions.running import asked, execute
 from launch.decisions.tables import replay
+from launch.decisions.targets import check_by_targets
 from launch.decisions.words import COUNTED, step_words, verdict_words
 from pretrain.common.errors import EXIT_STOPPED, UserError
 from pretrain.common.files import write_json
@@ -27,11 +28,11 @@ from pretrain.common.files import write_json
 def decide(arguments: Sequence[str]) -> int:
     """Decide between arms, or show, check or replay a decision."""
     words = list(arguments)
-    shown = words[:1] == ["status"]
-    options = _parser().parse_intermixed_args(words[1:] if shown else words)
+    what = words.pop(0) if words[:1] in (["status"], ["targets"]) else None
+    options = _parser().parse_intermixed_args(words)
     if not 0.5 < options.confidence < 1:
         raise UserError(f"--confidence is {options.confidence}, expected between 0.5 and 1")
-    for name in ("at_once", "processes"):
+    for name in ("at_once", "processes", "seeds"):
         found = getattr(options, name)
         if found is not None and found < 1:
             raise UserError(f"--{name.replace('_', '-')} is {found}, expected 1 or more")
@@ -55,8 +56,11 @@ def decide(arguments: Sequence[str]) -> int:
     if options.dry_run:
         show_prices(plan, console, show)
         return 0
-    if shown:
+    if what == "status":
         return _status(plan, show)
+    if what == "targets":
+        with hold(plan.directory):
+            return check_by_targets(plan, options, show)
     if options.ask:
         return _ask(plan, options.ask, show)
     if options.next:
@@ -69,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launch decide",
         description="Say which of several arms is better at a target, for how sure, by the fewest "
-        "runs; or that it cannot be told. 'status CONFIG' shows how far it is.",
+        "runs; or that it cannot be told. 'status CONFIG' shows how far it is; 'targets CONFIG' "
+        "then trains the arms at the target, and says whether the verdict was right.",
         epilog="Exit status: 0 it ended, 2 bad input, 75 runs were stopped or submitted (run the "
         "same command again to go on).",
     )
@@ -81,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="recompute a decision's directory")
     parser.add_argument("--cluster", help="submit the runs to Slurm, a file of configs/clusters")
     parser.add_argument("--at-once", type=int, help="runs at a time")
+    parser.add_argument("--seeds", type=int, default=1, help="of targets: runs of each arm (1)")
     parser.add_argument("--processes", type=int, help="processes of each run")
     parser.add_argument("--retry-failed", action="store_true", help="start failed runs again")
     parser.add_argument("--replay", metavar="TABLE", help="play a CSV file of finished runs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -54,6 +55,7 @@ class Plan:
     counted: dict[str, dict[str, float]] = field(default_factory=dict)  # of the target, by arm
     trunks: Trunks = field(default_factory=Trunks)
     prior: Prior = LOSS
+    target_configs: dict[str, RunConfig] = field(default_factory=dict)  # of the first seed, by arm
 
     @property
     def rule(self) -> Rule:
@@ -74,6 +76,12 @@ class Plan:
     def by_data(self) -> bool:
         """Return whether the arms are corpora."""
         return any(key.startswith(_CORPUS) for arm in self.settings.arms.values() for key in arm)
+
+    def target_config(self, arm: str, seed: int) -> RunConfig:
+        """Return the settings of an arm's run at the target."""
+        config = copy.deepcopy(self.target_configs[arm])
+        config.seed = seed
+        return config
 
     def content(self) -> dict[str, Any]:
         """Return what is written before the first run, and hashed.
@@ -197,6 +205,7 @@ class _Loader:
         for arm in models:
             cost = self._cost(arm, sizes[-1], target[1], noted=True)
             plan.targets[arm] = Target(*target, cost)
+            plan.target_configs[arm] = models[arm][-1]
             for size, parameters in zip(settings.sizes, nominal[:-1], strict=True):
                 self._lengths(arm, size, parameters, each * parameters)
         _check_lengths(plan, self.where)

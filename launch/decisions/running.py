@@ -16,7 +16,14 @@ from launch.decisions.branching import as_branch
 from launch.decisions.plan import Plan
 from launch.grid import Grid, Member
 from launch.local import run_queue
-from launch.members import DONE, FAILED, QUEUED, RUNNING, check_same_settings
+from launch.members import (
+    DONE,
+    FAILED,
+    QUEUED,
+    RUNNING,
+    MemberState,
+    check_same_settings,
+)
 from launch.slurm import submit
 from pretrain.common.errors import UserError
 from pretrain.run_arguments import expand_paths
@@ -46,7 +53,26 @@ def execute(
     value, and is not started again without ``--retry-failed``.
     """
     members = members_of(plan, runs, done)
-    grid = Grid(plan.name, plan.path, plan.directory, members)
+    states = make(plan, members, options, show)
+    if states is None:
+        return None
+    found = []
+    for run, member in zip(runs, members, strict=True):
+        state = states[member.name]
+        if state.state == FAILED:
+            show(f"{member.name} failed: {state.reason}; the decision goes on without this size")
+        elif state.state != DONE:
+            show(f"{member.name} is {state.state}; the same command goes on")
+            return None
+        found.append(replace(run, value=value_of(member.config.run_directory, plan, state.state)))
+    return found
+
+
+def make(
+    plan: Plan, members: Sequence[Member], options: Any, show: Show
+) -> dict[str, MemberState] | None:
+    """Make the runs of members that are not made yet; return how all are, None if submitted."""
+    grid = Grid(plan.name, plan.path, plan.directory, list(members))
     states = states_of(grid)
     again = {DONE, QUEUED, RUNNING} | (set() if options.retry_failed else {FAILED})
     wanted = [member for member in members if states[member.name].state not in again]
@@ -65,17 +91,7 @@ def execute(
             processes=options.processes,
             show=lambda member, what: show(f"{member.name}: {what}"),
         )
-    states = states_of(grid)
-    found = []
-    for run, member in zip(runs, members, strict=True):
-        state = states[member.name]
-        if state.state == FAILED:
-            show(f"{member.name} failed: {state.reason}; the decision goes on without this size")
-        elif state.state != DONE:
-            show(f"{member.name} is {state.state}; the same command goes on")
-            return None
-        found.append(replace(run, value=value_of(member.config.run_directory, plan, state.state)))
-    return found
+    return states_of(grid)
 
 
 def value_of(folder: Path, plan: Plan, state: str) -> float:
