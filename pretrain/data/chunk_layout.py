@@ -27,6 +27,7 @@ class ChunkLayout:
         token_slot: ``[T]`` int64, position of each token in the flattened chunks.
         padded: Whether any chunk has padding.
         in_order: Whether the chunks are the tokens in their original order, without padding.
+        equal: N where all sequences have the same number of chunks and there is no padding, else 0.
     """
 
     token_index: Tensor
@@ -35,6 +36,7 @@ class ChunkLayout:
     token_slot: Tensor
     padded: bool
     in_order: bool
+    equal: int
 
 
 def chunk_layout(sequences: Sequences, chunk_size: int) -> ChunkLayout:
@@ -68,4 +70,5 @@ def chunk_layout(sequences: Sequences, chunk_size: int) -> ChunkLayout:
         token_slot=slot[:total].to(device),
         padded=index.numel() != total,
         in_order=index.numel() == total and len(lengths) == 1,
+        equal=len(lengths) if index.numel() == total and len(set(lengths)) == 1 else 0,
     )

@@ -8,14 +8,15 @@ import torch
 
 from pretrain.ops.attention.dispatch import fast_attention, flash_attention_name
 from pretrain.ops.cross_entropy.linear_cross_entropy import has_liger
-from pretrain.ops.shared.arguments import triton_fits
+from pretrain.ops.shared.arguments import has_numba, triton_fits
 from pretrain.ops.shared.flash_linear_attention import fla_fits
 
 
 def describe_backends(dtype: torch.dtype = torch.bfloat16) -> str:
     """Describe in one line what runs the ops for ``dtype`` on this process's device."""
     if not torch.cuda.is_available():
-        return "kernels: plain torch, on the CPU"
+        loops = f"; M2RNN compiled by {_version('numba')}" if has_numba() else ""
+        return f"kernels: plain torch, on the CPU{loops}"
     x = torch.empty(1, 128, dtype=dtype, device="cuda")
     attention = fast_attention(x)
     named = {"varlen": "torch's varlen (sdpa for rows of one length)", "sdpa": "torch's sdpa"}

@@ -100,7 +100,7 @@ class M2RNN(Mixer):
         "M2RNN",
         "H_t = f_t H_{t-1} + (1 - f_t) tanh(H_{t-1} W + k_t^T v_t);  y_t = q_t H_t",
         "H K V",
-        "sequential, a checkpoint of the state every few tokens; a kernel on GPUs",
+        "sequential, a checkpoint of the state every few tokens; kernels on GPUs and CPUs",
         "arXiv 2603.14360",
     )
 

@@ -20,9 +20,11 @@ from pretrain.ops.m2rnn.definition import recurrent_m2rnn
 from pretrain.ops.over_heads import Ends, over_heads
 from pretrain.ops.shared.arguments import (
     check_heads,
+    check_numba,
     check_shapes,
     check_triton,
     choose_backend,
+    numba_fits,
     resolve_sequences,
     resolve_state,
     triton_fits,
@@ -30,7 +32,7 @@ from pretrain.ops.shared.arguments import (
 from pretrain.ops.shared.autocast import without_autocast
 from pretrain.ops.shared.checkpointed_recurrence import checkpointed_recurrence
 
-BACKENDS = ("auto", "recurrent", "checkpointed", "triton")
+BACKENDS = ("auto", "recurrent", "checkpointed", "compiled", "triton")
 
 
 @without_autocast
@@ -60,17 +62,18 @@ def m2rnn(
 
     backend: ``recurrent`` is the definition, a plain loop through autograd; ``checkpointed`` the
     same loop with an explicit backward pass, which keeps only the state of every
-    ``checkpoint_every``-th step; ``triton`` the same in one kernel each way, q, k, v of one
-    dtype, ``checkpoint_every`` a multiple of 4 (64 by default). ``auto`` takes ``triton`` on CUDA
-    for V of at most 512 (float32: 256) and ``checkpointed`` elsewhere; on chip is W of up to 128
-    (float32: 64).
+    ``checkpoint_every``-th step; ``compiled`` the same in loops that numba compiles for the CPU;
+    ``triton`` the same in one kernel each way, q, k, v of one dtype, ``checkpoint_every`` a
+    multiple of 4 (64 by default). ``auto`` takes ``triton`` on CUDA for V of at most 512 (float32:
+    256), ``compiled`` on CPUs where numba is installed and ``checkpointed`` elsewhere; on chip is W
+    of up to 128 (float32: 64).
 
     Returns y ``[B, T, H, V]`` in v's dtype and the final state, float32 or wider.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
     widest = 1024 // v.element_size()  # of wider heads products by all of the card are faster
     on_chip = triton_fits(v, 100 * 1024) and v.shape[-1] <= widest
-    fast = "triton" if on_chip else "checkpointed"
+    fast = "triton" if on_chip else "compiled" if numba_fits(v) else "checkpointed"
     backend = choose_backend("m2rnn", backend, BACKENDS, "recurrent", fast)
     check_heads("m2rnn", q, v)
     check_heads("m2rnn", k, v, "k")
@@ -144,6 +147,15 @@ def m2rnn(
     weight = weight.to(dtype)
     if backend == "recurrent":
         output, state = recurrent_m2rnn(rows, weight, initial_state, sequences, state_grad_clip)
+    elif backend == "compiled":
+        check_numba("m2rnn", v)
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise ValueError(f"m2rnn: checkpoint_every is {checkpoint_every}, expected at least 1")
+        from pretrain.ops.m2rnn.compiled import compiled_m2rnn
+
+        output, state = compiled_m2rnn(
+            rows, weight, initial_state, sequences, state_grad_clip, checkpoint_every
+        )
     else:
         output, (transposed,) = checkpointed_recurrence(
             CheckpointedM2RNN(state_grad_clip),

@@ -82,6 +82,27 @@ def check_triton(op: str, x: Tensor) -> None:
         )
 
 
+def numba_fits(x: Tensor) -> bool:
+    """Return whether ``auto`` may take loops compiled by numba for ``x``: on a CPU, with values."""
+    return x.device.type == "cpu" and has_numba()
+
+
+@functools.cache
+def has_numba() -> bool:
+    """Return whether numba is installed, which compiles loops for CPUs."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def check_numba(op: str, x: Tensor) -> None:
+    """Raise ValueError where no loop compiled by numba can run on ``x``."""
+    if not has_numba():
+        raise ValueError(f"{op}: backend 'compiled' needs the package numba: pip install numba")
+    if x.device.type != "cpu":
+        raise ValueError(
+            f"{op}: backend 'compiled' needs tensors on the CPU, found one on '{x.device.type}'"
+        )
+
+
 def check_shapes(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:
     """Raise ValueError naming the first tensor that has not its expected shape."""
     for name, (tensor, shape) in expected.items():

@@ -33,11 +33,10 @@ class ScalarDecay:
 
     def __init__(self, log_decay: Tensor, substeps: int):
         token = bounded(log_decay).cumsum(-1)
-        step = token.repeat_interleave(substeps, -1)
-        size = step.shape[-1]
-        later = torch.ones(size, size, dtype=torch.bool, device=step.device).triu(1)
+        step = token if substeps == 1 else token.repeat_interleave(substeps, -1)
         difference = step[..., :, None] - step[..., None, :]
-        self._pairs = difference.masked_fill_(later, -torch.inf).exp_()  # [n, H, C, C], j <= i
+        # Zeros and not -inf above the diagonal, of which exp takes a CPU twice as long.
+        self._pairs = difference.tril_().exp_().tril_()  # [n, H, C, C], j <= i
         self._read_pairs = self._pairs[..., substeps - 1 :: substeps, :]  # [n, H, Cq, C]
         self.to_query = token.exp()[..., None]
         self.to_step = step.exp()[..., None]

@@ -28,8 +28,24 @@ def _gather(x: Tensor, layout: ChunkLayout) -> Tensor:
     return x.index_select(0, layout.token_index.flatten()).unflatten(0, layout.token_index.shape)
 
 
+def _chunks(x: Tensor, layout: ChunkLayout, head_axis: int) -> Tensor:
+    """Cut as :func:`to_chunks` does."""
+    if not _equal(layout):
+        return _gather(x, layout).movedim(head_axis, 1).contiguous()
+    size = layout.token_index.shape[1]
+    by_step = x.unflatten(0, (layout.equal, len(layout.steps), size)).transpose(0, 1)
+    return by_step.movedim(head_axis + 1, 2).flatten(0, 1).contiguous()
+
+
+def _equal(layout: ChunkLayout) -> bool:
+    """Return whether the cut only exchanges axes, which takes one copy instead of two."""
+    return layout.equal > 1 and len(layout.steps) > 1
+
+
 def _tokens(x: Tensor, layout: ChunkLayout) -> Tensor:
     """Gather ``[chunks, tokens per chunk, ...]`` back to ``[T, ...]``."""
+    if _equal(layout):
+        return x.unflatten(0, (-1, layout.equal)).transpose(0, 1).flatten(0, 2)
     flat = x.flatten(0, 1)
     return flat if layout.in_order else flat.index_select(0, layout.token_slot)
 
@@ -40,7 +56,7 @@ class _ToChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: ChunkLayout, head_axis: int) -> Tensor:
         ctx.layout, ctx.head_axis = layout, head_axis
-        return _gather(x, layout).movedim(head_axis, 1).contiguous()
+        return _chunks(x, layout, head_axis)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -59,7 +75,7 @@ class _FromChunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None]:
-        return _gather(d_output, ctx.layout).transpose(1, 2).contiguous(), None
+        return _chunks(d_output, ctx.layout, 2), None
 
 
 def from_chunks(chunks: Tensor, layout: ChunkLayout) -> Tensor:

@@ -94,10 +94,12 @@ def short_convolution(
         y = recomputed(fla_short_convolution, x, weight, bias, activation, past, packed)
         return y, _last_inputs(x, initial_state, packed) if final_state else None
     together = None if as_rows or num_sequences == 1 else sequences
-    found: tuple[Tensor, Tensor | None] = recomputed(
+    if together is not None and x.device.type == "cpu" and len(set(sequences.lengths)) == 1:
+        x, together = x.view(num_sequences, -1, dim), None  # as rows they need no gathers
+    y, state = recomputed(
         _taps, x, weight, bias, activation, initial_state, together, final_state, dilation
     )
-    return found
+    return y.view(batch_size, length, dim), state
 
 
 def _taps(

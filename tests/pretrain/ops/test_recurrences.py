@@ -1,4 +1,4 @@
-"""m2rnn and the classical cells: checkpointed backward against autograd, and against torch.nn."""
+"""m2rnn and the classical cells: backward by hand against autograd, and against torch.nn."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def random(*shape, scale=1.0):
     return (scale * torch.randn(shape, dtype=torch.float64)).requires_grad_()
 
 
-def compare(run, wanted):
-    """run(backend) gives output and final states; both forms, all gradients."""
+def compare(run, wanted, fast=("checkpointed",)):
+    """run(backend) gives output and final states; all forms, all gradients."""
     results = []
-    for backend in ("recurrent", "checkpointed"):
+    for backend in ("recurrent", *fast):
         output, states = run(backend)
         generator = torch.Generator().manual_seed(1)
         loss = torch.zeros((), dtype=torch.float64)
@@ -32,11 +32,12 @@ def compare(run, wanted):
             loss = loss + (tensor.masked_fill(tensor.isinf(), 0) * weights).sum()
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
         results.append([output, *states, *gradients])
-    for expected, found in zip(*results, strict=True):
-        assert relative_error(found, expected) < 1e-10
+    for result in results[1:]:
+        for expected, found in zip(results[0], result, strict=True):
+            assert relative_error(found, expected) < 1e-10
 
 
-@given(lengths_of, st.integers(1, 3), st.sampled_from([1, 2, 4]), clips, blocks)
+@given(lengths_of, st.sampled_from([1, 3, 4, 6]), st.sampled_from([1, 2, 4]), clips, blocks)
 def test_m2rnn_backward(lengths, value_dim, shared, clip, block):
     total = sum(lengths)
     q, k = random(1, total, shared, 5), random(1, total, 1, 5)
@@ -60,18 +61,56 @@ def test_m2rnn_backward(lengths, value_dim, shared, clip, block):
         )
         return output, (final,)
 
-    compare(run, [q, k, v, weight, forget, state])
+    compare(run, [q, k, v, weight, forget, state], ("checkpointed", "compiled"))
 
 
+def test_compiled_m2rnn_is_the_same_by_any_number_of_threads():
+    """Sums that several threads add to are cut by heads and sequences, whoever runs them."""
+    q, k, v = (torch.randn(1, 120, heads, 8) for heads in (2, 1, 4))
+    inputs = [t.requires_grad_() for t in (q, k, v, torch.randn(4, 8, 8), torch.rand(1, 120, 4))]
+    results, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            y, state = m2rnn(*inputs, cu_seqlens=torch.tensor([0, 50, 120]), backend="compiled")
+            results.append([y, state, *torch.autograd.grad(y.square().sum(), inputs)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+def test_compiled_tanh():
+    """Within five roundings of float32 everywhere; NaN and infinities go through."""
+    size = torch.cat([torch.logspace(-30, 1, 4000), torch.linspace(0, 10, 4001)])
+    values = torch.cat([size, -size, torch.tensor([torch.inf, -torch.inf])])
+    # By a weight of zeros and a forget gate of 0, the state is tanh(k v).
+    v, k = values.view(1, -1, 1, 1), torch.ones(1, len(values), 1, 1)
+    q, weight, forget = torch.ones_like(v), torch.zeros(1, 1, 1), torch.zeros(1, len(values), 1)
+    found, _ = m2rnn(q, k, v, weight, forget, backend="compiled")
+    expected = values.double().tanh()
+    unit = torch.exp2(expected.abs().clamp(min=1e-38).log2().floor() - 23)
+    assert ((found.flatten() - expected).abs() / unit).max() < 5
+    nan, _ = m2rnn(q[:, :1], k[:, :1] * torch.nan, v[:, :1], weight, forget[:, :1])
+    assert nan.isnan().all()
+
+
+def test_auto_is_compiled_on_a_cpu():
+    q, k, v = (torch.randn(1, 20, 1, 8) for _ in range(3))
+    weight, forget = torch.randn(1, 8, 8), torch.rand(1, 20, 1)
+    found = {b: m2rnn(q, k, v, weight, forget, backend=b)[0] for b in ("auto", "compiled")}
+    assert torch.equal(found["auto"], found["compiled"])
+
+
+@pytest.mark.parametrize("backend", ["checkpointed", "compiled"])
 @pytest.mark.parametrize("size", [0.03, 1.0])
-def test_m2rnn_in_float32(size):
+def test_m2rnn_in_float32(size, backend):
     """tanh by the sigmoid costs small states few of their digits."""
     q, k, v = (size * torch.randn(1, 64, heads, 8) for heads in (1, 1, 4))
     weight, forget = torch.eye(8).expand(4, 8, 8), torch.rand(1, 64, 4)
     inputs = [t.requires_grad_() for t in (q, k, v, weight.clone(), forget)]
     results = []
-    for backend, dtype in (("recurrent", torch.float64), ("checkpointed", torch.float32)):
-        y, state = m2rnn(*(t.to(dtype) for t in inputs), backend=backend)
+    for form, dtype in (("recurrent", torch.float64), (backend, torch.float32)):
+        y, state = m2rnn(*(t.to(dtype) for t in inputs), backend=form)
         found = y, state, *torch.autograd.grad(y.sum() + state.sum(), inputs)
         results.append([t.double() for t in found])
     for expected, found in zip(*results, strict=True):
@@ -114,7 +153,7 @@ def test_m2rnn_definition():
         z = torch.tanh(state @ weight[0] + torch.outer(k[0, t, 0], v[0, t, 0]))
         state = forget[0, t, 0] * state + (1 - forget[0, t, 0]) * z
         expected.append(q[0, t, 0] @ state)
-    for backend in ("recurrent", "checkpointed"):
+    for backend in ("recurrent", "checkpointed", "compiled"):
         output, final = m2rnn(q, k, v, weight, forget, backend=backend)
         assert relative_error(output[0, :, 0], torch.stack(expected)) < 1e-14
         assert relative_error(final[0, 0], state) < 1e-14
