@@ -15,13 +15,18 @@ follow from the products q*dq and k*dk. G is only ever used through differences 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.data.sequences import Sequences
-from pretrain.ops.delta_rule.crossing_chunks import CrossingChunks, crossing_chunks
+from pretrain.ops.delta_rule.crossing_chunks import (
+    CrossingChunks,
+    at_once,
+    crossing_chunks,
+)
 from pretrain.ops.shared.chunk_decay import chunk_decay, chunk_tokens
 from pretrain.ops.shared.chunking import from_chunks, to_chunks
 
@@ -90,17 +95,22 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         k_end = decay.to_end * k
 
         state = initial_state.clone()
-        passing = []
-        if crossing is not None:
-            passing = [crossing.enter(decay, w, written, k_end, state)]
         states = k.new_empty(k.shape[0], *state.shape[1:])
-        for first, count in steps:
-            chunk = slice(first, first + count)
-            states[chunk] = state[:count]
-            written[chunk] -= w[chunk] @ states[chunk]
-            state[:count] *= decay.over_chunk[chunk]
-            state[:count] += k_end[chunk].mT @ written[chunk]
-        if crossing is not None:
+
+        def go(loop: Iterable[tuple[slice, slice]]) -> None:
+            for chunk, row in loop:
+                states[chunk] = state[row]
+                written[chunk] -= w[chunk] @ states[chunk]
+                state[row] *= decay.over_chunk[chunk]
+                state[row] += k_end[chunk].mT @ written[chunk]
+
+        passing = []
+        if crossing is None:
+            go(at_once(steps))
+        else:
+            go(crossing.before_entering)
+            passing = [crossing.enter(decay, w, written, k_end, state)]
+            go(crossing.from_what_entered)
             crossing.entered(state)
         pairs = decay.pairs(q, k)
         output = (decay.to_query * q) @ states + pairs @ written
@@ -121,17 +131,21 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         d_written = pairs.mT @ d_output
         d_read = (decay.to_query * q).mT @ d_output
         d_state = d_state.clone()
-        if crossing is not None:
-            crossing.leave(decay, w, k_end, d_read, d_written, d_state, *passing)
         d_next = torch.empty_like(states)  # gradient of the state at each chunk's end
-        for first, count in reversed(ctx.steps):
-            chunk = slice(first, first + count)
-            d_next[chunk] = d_state[:count]
-            d_written[chunk] += k_end[chunk] @ d_next[chunk]
-            d_state[:count] *= decay.over_chunk[chunk]
-            d_state[:count] += d_read[chunk] - w[chunk].mT @ d_written[chunk]
 
-        if crossing is not None:
+        def go_back(loop: Sequence[tuple[slice, slice]]) -> None:
+            for chunk, row in reversed(loop):
+                d_next[chunk] = d_state[row]
+                d_written[chunk] += k_end[chunk] @ d_next[chunk]
+                d_state[row] *= decay.over_chunk[chunk]
+                d_state[row] += d_read[chunk] - w[chunk].mT @ d_written[chunk]
+
+        if crossing is None:
+            go_back(at_once(ctx.steps))
+        else:
+            go_back(crossing.not_handed_on)
+            crossing.leave(decay, w, k_end, d_read, d_written, d_state, *passing)
+            go_back(crossing.handed_on)
             crossing.left(d_state)
 
         x = t.mT @ d_written

@@ -1,9 +1,11 @@
 """The chunked delta rule over a row that is divided over ranks, its UT transform used twice.
 
-What a segment makes of the state that enters it is ``S -> E + M S``. E and M follow chunk by chunk
-from the W and U of the chunked form (chunked.py), which do not depend on any state, so that only
-the loop over chunk-start states runs twice, as does the one over their gradients. M is needed where
-a sequence goes through the whole segment.
+What a segment makes of the state that enters it is ``S -> E + M S``. M is 0 where a sequence begins
+in the segment: what it hands on is then what the loop over chunk-start states finds, which for the
+piece that enters runs after the exchange, and in the backward pass for the one that is handed on.
+Where one sequence goes through the whole segment, E and M follow chunk by chunk from the W and U of
+the chunked form (chunked.py), which do not depend on any state, so that only that loop runs twice,
+as does the one over gradients.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from pretrain.ops.across import crossing, from_neighbour, scan, scan_back, to_ne
 from pretrain.ops.shared.chunk_decay import ScalarDecay, VectorDecay
 
 
+Loop = list[tuple[slice, slice]]  # in the order of time, chunks and the rows of their states
+
+
 @dataclass
 class CrossingChunks:
     """Where the pieces at a segment's borders lie among its chunks.
@@ -26,6 +31,7 @@ class CrossingChunks:
         segment: The segment.
         first: Indices of the first piece's chunks, in the order of time.
         last: Those of the last piece's.
+        steps: Where the chunks of each step of time begin, and how many there are.
         first_row: Index of the first piece's state, in the layout's order.
         last_row: That of the last piece's.
     """
@@ -33,6 +39,7 @@ class CrossingChunks:
     segment: Segment
     first: list[int]
     last: list[int]
+    steps: list[tuple[int, int]]
     first_row: int
     last_row: int
 
@@ -40,6 +47,37 @@ class CrossingChunks:
     def enters(self) -> bool:
         """Whether the first piece goes on from the segment before."""
         return self.segment.crosses(-1)
+
+    @property
+    def goes_through(self) -> bool:
+        """Whether what is handed on depends on what enters: one sequence has all the tokens."""
+        return self.segment.through[self.segment.rank] and self.segment.crosses(+1)
+
+    @property
+    def before_entering(self) -> Loop:
+        """Return the loop that does not depend on what enters, of all pieces but one."""
+        return self._without(self.first_row) if self.enters else at_once(self.steps)
+
+    @property
+    def from_what_entered(self) -> Loop:
+        """Return the loop of the piece that enters, if one does."""
+        return _of_piece(self.first, self.first_row) if self.enters else []
+
+    @property
+    def not_handed_on(self) -> Loop:
+        """Return the loop whose gradients do not depend on later segments, of all pieces but one."""
+        return self._without(self.last_row) if self.segment.crosses(+1) else at_once(self.steps)
+
+    @property
+    def handed_on(self) -> Loop:
+        """Return the loop of the piece that goes on in the next segment, if one does."""
+        return _of_piece(self.last, self.last_row) if self.segment.crosses(+1) else []
+
+    def _without(self, row: int) -> Loop:
+        found = []
+        for start, count in self.steps:
+            found += [(0, start, min(row, count)), (row + 1, start, count)]
+        return [(slice(at + a, at + b), slice(a, b)) for a, at, b in found if a < b]
 
     @property
     def hands_on(self) -> bool:
@@ -60,6 +98,7 @@ class CrossingChunks:
     ) -> Tensor:
         """Put the state that enters into ``state`` ``[N, H, K, V]``, of the layout's pieces.
 
+        Those that do not depend on it have their final states there.
         ``w`` ``[n, H, C, K]``, ``values`` (U) and ``k_end`` are those of the n chunks. Returns
         ``transitions`` for :meth:`leave`.
         """
@@ -71,19 +110,15 @@ class CrossingChunks:
         key_dim = state.shape[-2]
         end = torch.zeros_like(state[0])
         transition = end.new_zeros(len(end), key_dim, key_dim)
-        if self.segment.crosses(+1):
-            if self.segment.through[self.segment.rank]:
-                # From the end: a chunk's part of E is a product with what it writes, not a loop.
-                transition = transition + torch.eye(key_dim, dtype=end.dtype, device=end.device)
-                for chunk in reversed(self.last):
-                    write = transition @ k_end[chunk].mT
-                    end += write @ values[chunk]
-                    transition = decay.over_chunk[chunk].mT * transition - write @ w[chunk]
-            else:
-                end = state[self.last_row]
-                for chunk in self.last:
-                    written = values[chunk] - w[chunk] @ end
-                    end = decay.over_chunk[chunk] * end + k_end[chunk].mT @ written
+        if self.goes_through:
+            # From the end: a chunk's part of E is a product with what it writes, not a loop.
+            transition = transition + torch.eye(key_dim, dtype=end.dtype, device=end.device)
+            for chunk in reversed(self.last):
+                write = transition @ k_end[chunk].mT
+                end += write @ values[chunk]
+                transition = decay.over_chunk[chunk].mT * transition - write @ w[chunk]
+        elif self.segment.crosses(+1):
+            end = state[self.last_row]
         entering, transitions = scan(self.segment, transition, end)
         if self.enters:
             state[self.first_row] = entering
@@ -106,6 +141,7 @@ class CrossingChunks:
     ) -> None:
         """Add to the gradient of the final states ``d_state`` what later segments pass back.
 
+        That of pieces that are not handed on is of their initial states by now.
         ``d_read`` ``[n, H, K, V]`` and ``d_written`` ``[n, H, C, V]`` are what outputs pass to
         their chunk's start and to what is written in it.
         """
@@ -117,6 +153,7 @@ class CrossingChunks:
         entered = torch.zeros_like(d_state[0])
         if self.enters:
             entered = d_state[self.first_row]
+        if self.goes_through:
             for chunk in reversed(self.first):
                 d_new = d_written[chunk] + k_end[chunk] @ entered
                 entered = decay.over_chunk[chunk] * entered + d_read[chunk]
@@ -145,4 +182,13 @@ def crossing_chunks(sequences: Sequences, chunk_size: int) -> CrossingChunks | N
     order = layout.order.tolist()
     rows = order.index(0), order.index(len(order) - 1)
     first, last = ([start + row for start, count in layout.steps if row < count] for row in rows)
-    return CrossingChunks(segment, first, last, *rows)
+    return CrossingChunks(segment, first, last, layout.steps, *rows)
+
+
+def at_once(steps: list[tuple[int, int]]) -> Loop:
+    """Return the loop over the chunks of all pieces side by side."""
+    return [(slice(start, start + count), slice(count)) for start, count in steps]
+
+
+def _of_piece(chunks: list[int], row: int) -> Loop:
+    return [(slice(chunk, chunk + 1), slice(row, row + 1)) for chunk in chunks]
