@@ -101,11 +101,14 @@ def main() -> None:
             print(f"{name:<40}{alone:>9.3f}{segment:>9.3f}{segment / alone:>7.2f}")
     if "products" in parts:
         print("\nproducts: FLOPs of matrix products on a segment in the middle, by those alone")
-        print(f"{'op':<40}{'gather':>8}{'ring':>7}")
+        print(f"{'op':<40}{'gather':>8}{'ring':>7}   gather, at an end of the document")
         for name in _cases():
             if name != WHOLE_ROW:
                 ratios = [products_ratio(name, ring=ring) for ring in (False, True)]
-                print(f"{name:<40}{ratios[0]:>8.2f}{ratios[1]:>7.2f}")
+                print(f"{name:<40}{ratios[0]:>8.2f}{ratios[1]:>7.2f}", end="")
+                delta = name.startswith("delta")
+                ends = [products_ratio(name, ring=False, rank=rank) for rank in (0, 2) if delta]
+                print("".join(f"{ratio:>7.2f}" for ratio in ends))
     if "bytes" in found:
         print(
             f"\nbytes: a layer of width {WIDTH} on {FEW} tokens of each of 4 ranks, float32; "
@@ -263,16 +266,16 @@ def _cpu_seconds(op: Op, tensors: list[Tensor], sequences: Sequences) -> float:
     return time.process_time() - begun
 
 
-def products_ratio(name: str, *, ring: bool, tokens: int = TOKENS) -> float:
-    """Return the FLOPs of an op's products on the second of three segments, by those alone."""
+def products_ratio(name: str, *, ring: bool, tokens: int = TOKENS, rank: int = 1) -> float:
+    """Return the FLOPs of an op's products on one of a row's three segments, by those alone."""
     op, make = _cases(tokens)[name]
-    group = fake_group(1, 3, CONTEXT)
+    group = fake_group(rank, 3, CONTEXT)
     row = Sequences.from_lengths([3 * tokens])
     counts = []
     with planned_chain(group):
         for sequences in (
             Sequences.from_lengths([tokens]),
-            segment_of(row, 1, 3, group, ring=ring),
+            segment_of(row, rank, 3, group, ring=ring),
         ):
             torch.manual_seed(0)
             tensors = [x.requires_grad_() for x in make()]

@@ -165,6 +165,55 @@ def check_heads(lengths, group, rank, size):
     return worst
 
 
+def check_constants(lengths, group, rank, size):
+    """Compare gradients where one rank's message has none, and another's does not use its own.
+
+    A rank that did not enter the exchange's backward pass would leave the others waiting.
+    """
+    row, worst = Sequences.from_lengths(lengths), 0.0
+    pieces, length = segment_of(row, rank, size, group), row.num_tokens // size
+    here, constant, unused = slice(rank * length, (rank + 1) * length), 0, size - 1
+    generator = torch.Generator().manual_seed(6)
+    shape = (row.num_tokens, 2, 3)
+    x, weight = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    fixed = torch.zeros(row.num_tokens, dtype=torch.bool)
+    fixed[length // 2 : (constant + 1) * length] = True  # of the end of a segment
+
+    def part(rows):
+        return torch.where(fixed[here, None, None], rows.detach(), rows)
+
+    def sums(tensors, states, sequences, heads):
+        parts = tensors[0].split(sequences.lengths, 1)
+        return torch.cat([part.cumsum(1) for part in parts], 1), []
+
+    # Of sums over heads, whose other operand is a constant on one rank.
+    rows = x[here].clone().requires_grad_()
+    total, _ = over_heads(pieces, sums, [part(rows)[None]], 2)
+    loss = rows.sum() * 0 + ((total[0] * weight[here]).sum() if rank != unused else 0 * total.sum())
+    (found,) = torch.autograd.grad(loss, rows)
+    whole = x.clone().requires_grad_()
+    total, _ = sums([torch.where(fixed[:, None, None], x, whole)[None]], [], row, None)
+    used = slice(0, unused * length)
+    (expected,) = torch.autograd.grad((total[0] * weight)[used].sum(), whole)
+    worst = max(worst, float((found - expected[here]).abs().max()))
+
+    # Of the rows before a segment, by their number, as one segment's weights have it.
+    count = length // 4
+    rows = x[here].clone().requires_grad_()
+    before, same = halo(pieces, part(rows), count)
+    used_here = (before * weight[here][: len(before)]).sum() if rank != unused else 0
+    (found,) = torch.autograd.grad(used_here + 2 * same.sum(), rows)
+    expected = torch.full_like(x, 2.0)
+    for other in range(1, size - 1):
+        border = other * length
+        reach = min(count, pieces.segment.continues[other] * length)
+        starts = [s for s in itertools.accumulate([0, *lengths]) if s <= border]
+        reach = min(reach, border - max(starts))
+        expected[border - reach : border] += weight[border : border + reach]
+    expected[fixed] = 0
+    return max(worst, float((found - expected[here]).abs().max()))
+
+
 def check_long_sums(group, rank, size, total=131_072):
     """Return the error of float32 states after many tokens with decays near 1, by float64's."""
     generator = torch.Generator().manual_seed(5)

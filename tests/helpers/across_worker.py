@@ -19,6 +19,7 @@ from pretrain.data.sequences import Sequences, segment_of
 from pretrain.ops.chain import open_chain
 from tests.helpers.across_cases import CASES
 from tests.helpers.across_checks import (
+    check_constants,
     check_halo,
     check_heads,
     check_long_sums,
@@ -35,6 +36,10 @@ LAYOUTS = {
     "short": [3, 6, 38, 2, 1, 45, 2, 46, 49],
     "long tail": [5, 187],
 }
+
+
+# Sequences without tokens, at borders and beside each other, and segments that have no start.
+EMPTY = [0, 48, 0, 0, 100, 0, 44, 0]
 
 
 def random_lengths(seed):
@@ -181,8 +186,10 @@ def main():
     for size, place in places.items():
         if wanted == ["long"]:
             largest("long sums", size, [check_long_sums(*place)])
-        for check in () if wanted else (check_halo, check_scan, check_heads):
-            errors = [check(lengths, *place) for lengths in here(size, LAYOUTS.values())]
+        checks = check_halo, check_scan, check_heads, check_constants
+        for check in checks if wanted in ([], ["checks"]) else ():
+            layouts = here(size, [*LAYOUTS.values(), EMPTY, EMPTY])  # of two pairs each has one
+            errors = [check(lengths, *place) for lengths in layouts]
             largest(check.__name__, size, errors)
     if own == 0:
         print(json.dumps(found))

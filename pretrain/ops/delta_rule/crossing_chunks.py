@@ -19,7 +19,6 @@ from pretrain.data.sequences import Segment, Sequences
 from pretrain.ops.across import crossing, from_neighbour, scan, scan_back, to_neighbour
 from pretrain.ops.shared.chunk_decay import ScalarDecay, VectorDecay
 
-
 Loop = list[tuple[slice, slice]]  # in the order of time, chunks and the rows of their states
 
 
@@ -65,7 +64,7 @@ class CrossingChunks:
 
     @property
     def not_handed_on(self) -> Loop:
-        """Return the loop whose gradients do not depend on later segments, of all pieces but one."""
+        """Return the loop whose gradients later segments add nothing to, of all pieces but one."""
         return self._without(self.last_row) if self.segment.crosses(+1) else at_once(self.steps)
 
     @property

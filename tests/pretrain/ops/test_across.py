@@ -53,7 +53,7 @@ def test_states_that_go_from_rank_to_rank_are_those_that_are_gathered(found, nam
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("check", ["halo", "scan", "heads"])
+@pytest.mark.parametrize("check", ["halo", "scan", "heads", "constants"])
 def test_exchanges_alone(found, check, size):
     assert found[f"check_{check} on {size}"] < 1e-10
 

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pretrain.checkpoint.state import load_weights
 from pretrain.config import ParallelConfig
+from pretrain.run_directory import find_checkpoint
+from pretrain.training.verify import largest_difference
 from tests.helpers import context_worker
 from tests.helpers.context_worker import ACROSS, CASES, STEPS
 from tests.helpers.processes import run_on
@@ -17,6 +20,7 @@ from tests.helpers.processes import run_on
 pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.slow]
 
 MUON, FLOAT32 = 2e-4, 1e-5  # relative; Muon orthogonalises in bf16
+WEIGHTS = 2e-5  # relative, as verify compares them: Adam makes tiny gradients' rounding large
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def four_processes(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("context")
     run_on(4, context_worker.__name__, folder)
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return found
+    return {**found, "folder": folder}
 
 
 @cache
@@ -51,3 +55,16 @@ def test_checkpoints_load_under_every_other_layout(model, four_processes):
     expected = [context_worker.step_of(engine, step) for step in range(len(ACROSS[model]))]
     found = four_processes[f"across-{model}"]
     assert np.allclose(found, expected, rtol=MUON if model == "muon" else FLOAT32)
+
+
+def test_weights_after_a_step_under_each_layout_are_those_of_one_process(four_processes):
+    engine = context_worker.make("hybrid", ParallelConfig(zero_stage=0))
+    for step in range(len(ACROSS["hybrid"])):
+        context_worker.step_of(engine, step)
+    trained = context_worker.make("hybrid", ParallelConfig(zero_stage=0), seed=1)
+    load_weights(find_checkpoint(four_processes["folder"] / "hybrid"), trained.parts[0])
+    found, expected = (
+        {name: p.detach() for name, p in made.parts[0].named_parameters()}
+        for made in (trained, engine)
+    )
+    assert largest_difference(expected, found, 1e-3 * len(ACROSS["hybrid"])) < WEIGHTS
