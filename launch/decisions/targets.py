@@ -1,4 +1,4 @@
-"""``launch decide targets``: train what was decided about, and say whether the verdict was right."""
+"""``launch decide targets``: train the arms at the target, and check the verdict with them."""
 
 from __future__ import annotations
 
@@ -71,34 +71,27 @@ def compare(plan: Plan, step: Step, values: dict[str, list[float]]) -> dict[str,
     other, by the slope of the curve that was fitted before.
     """
     means = {arm: fmean(found) for arm, found in values.items()}
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     if step.posterior is not None:
         seen = step.posterior.observations
         target = next(iter(plan.targets.values()))
         slope = seen.slope((target.parameters, target.tokens))
         for a, b in combinations([arm for arm in means if arm in seen.arms], 2):
             low, middle, high = (step.posterior.quantile(a, b, q) for q in (0.025, 0.5, 0.975))
-            pairs.append(
-                {
-                    "arms": [a, b],
-                    "believed": [math.exp(u) for u in (low, middle, high)],
-                    "found": math.exp((means[b] - means[a]) / slope),
-                }
-            )
-    verdicts = [
-        {"kind": v.kind, "arms": list(v.pair), "probability": v.probability}
-        for v in step.verdicts
-        if set(v.pair) <= set(means)
-    ]
-    for verdict in verdicts:
-        first, second = verdict["arms"]
-        if verdict["kind"] == "better":
-            verdict["held"] = means[first] < means[second]
-    believed = step.posterior.best() if step.posterior is not None else {}
+            found = math.exp((means[b] - means[a]) / slope)
+            believed = [math.exp(u) for u in (low, middle, high)]
+            pairs.append({"arms": [a, b], "believed": believed, "found": found})
+    verdicts: list[dict[str, Any]] = []
+    for v in step.verdicts:
+        if set(v.pair) <= set(means):
+            said = {"kind": v.kind, "arms": list(v.pair), "probability": v.probability}
+            if v.kind == "better":
+                said["held"] = means[v.pair[0]] < means[v.pair[1]]
+            verdicts.append(said)
     return {
         "values": values,
         "best": min(means, key=means.__getitem__) if means else None,
-        "believed_best": believed,
+        "believed_best": step.posterior.best() if step.posterior is not None else {},
         "verdicts": verdicts,
         "pairs": pairs,
     }

@@ -206,6 +206,7 @@ def check_constants(lengths, group, rank, size):
     expected = torch.full_like(x, 2.0)
     for other in range(1, size - 1):
         border = other * length
+        assert pieces.segment is not None
         reach = min(count, pieces.segment.continues[other] * length)
         starts = [s for s in itertools.accumulate([0, *lengths]) if s <= border]
         reach = min(reach, border - max(starts))
