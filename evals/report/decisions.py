@@ -13,6 +13,7 @@ from evals.report.pictures import Pictures
 from evals.scaling.decide import Posterior
 from evals.scaling.decide.figure import draw_beliefs, draw_differences
 from evals.scaling.decide.record import (
+    TARGETS,
     VERDICT,
     campaign_of,
     is_decision,
@@ -75,6 +76,7 @@ def _section(folder: Path, out: Path, pictures: Pictures, number: int) -> dict[s
     return {
         "name": folder.resolve().name,
         "said": _said(folder, rows),
+        "targets": _targets(folder, digest),
         "question": f"Which of {', '.join(content['targets'])} is best at "
         f"{readable(target['parameters'])} parameters and {readable(target['tokens'])} tokens, by "
         f"{settings['metric']}, at confidence {settings['confidence']:g}, for at most "
@@ -92,6 +94,15 @@ def _said(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
         return str(json.loads((folder / VERDICT).read_bytes())["said"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"It has not ended: {len(rows)} steps so far."
+
+
+def _targets(folder: Path, digest: str) -> list[str]:
+    """Return what the target runs say of the verdict, line by line, where they were made."""
+    try:
+        content = json.loads((folder / TARGETS).read_bytes())
+        return [str(line) for line in content["said"]] if content["plan"] == digest else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _posterior(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Posterior | None:

@@ -9,15 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from evals.scaling.decide import Step
-from evals.scaling.decide.record import VERDICT, read_log, runs_of_row
+from evals.scaling.decide.record import TARGETS, VERDICT, read_log, runs_of_row
 from launch.decisions.plan import Plan
 from launch.decisions.running import Show, make, value_of
 from launch.grid import Member
 from launch.members import DONE, FAILED
 from pretrain.common.errors import EXIT_STOPPED, UserError
 from pretrain.common.files import write_json
-
-TARGETS = "targets.json"
 
 
 def check_by_targets(plan: Plan, options: Any, show: Show) -> int:
@@ -44,8 +42,10 @@ def check_by_targets(plan: Plan, options: Any, show: Show) -> int:
     done = runs_of_row(rows[-1], plan.runs, plan.trunks)
     content = compare(plan, plan.campaign().step(done, plan.left(done)), values)
     said = json.loads((plan.directory / VERDICT).read_bytes())["said"]
-    write_json(plan.directory / TARGETS, {"plan": plan.digest, "verdict": said, **content})
-    for line in words(content):
+    lines = words(content)
+    found = {"plan": plan.digest, "verdict": said, "said": lines, **content}
+    write_json(plan.directory / TARGETS, found)
+    for line in lines:
         show(line)
     show(f"written to {plan.directory / TARGETS}")
     return 0
@@ -105,8 +105,9 @@ def words(content: dict[str, Any]) -> list[str]:
     for arm in order:
         chance = content["believed_best"].get(arm)
         each = ", ".join(f"{value:.4f}" for value in values[arm])
-        was = "" if chance is None else f"  P(best) was {chance:.2f}"
-        lines.append(f"{arm}: {fmean(values[arm]):.4f}  ({each}){was}")
+        seeds = f", of {each}" if len(values[arm]) > 1 else ""
+        was = "" if chance is None else f"; P(best) was {chance:.2f}"
+        lines.append(f"{arm}: {fmean(values[arm]):.4f}{seeds}{was}")
     for verdict in content["verdicts"]:
         first, second = verdict["arms"]
         if "held" in verdict:

@@ -11,7 +11,7 @@ import pytest
 
 from evals.report.page import main
 from evals.scaling.decide import LOSS, Campaign, Rule, Run, Target
-from evals.scaling.decide.record import LOG, PLAN, VERDICT, hash_of, hash_of_plan
+from evals.scaling.decide.record import LOG, PLAN, TARGETS, VERDICT, hash_of, hash_of_plan
 from launch.decisions.log import line_of
 from tests.helpers.browser import needs_chromium, seen_in_a_browser
 from tests.helpers.report_runs import rows
@@ -61,6 +61,8 @@ def decision(tmp_path_factory):
     assert step.reason == "verdict"
     (folder / LOG).write_text("".join(f"{line}\n" for line in lines))
     (folder / VERDICT).write_text(json.dumps({"said": "plain is better, P = 0.97."}))
+    found = {"plan": digest, "said": ["plain: 2.0100", "the verdict held"]}
+    (folder / TARGETS).write_text(json.dumps(found))
     return folder
 
 
@@ -72,6 +74,8 @@ def test_the_page_says_what_was_decided_and_how(decision, tmp_path):
     for words in (
         "Decision: which",
         "plain is better, P = 0.97.",
+        "The target runs, made afterwards:",
+        "the verdict held",
         "odd was left out: no such layer",
         "at confidence 0.95, for at most 30% of the target runs",
         "P(<i>plain</i> best)",

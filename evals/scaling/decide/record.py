@@ -16,7 +16,7 @@ from evals.scaling.decide.runs import Run, Target
 from evals.scaling.decide.trunks import Trunks, key_of
 from pretrain.common.errors import UserError
 
-LOG, PLAN, VERDICT = "log.jsonl", "plan.json", "verdict.json"
+LOG, PLAN, VERDICT, TARGETS = "log.jsonl", "plan.json", "verdict.json", "targets.json"
 
 
 def hash_of(text: str) -> str:
