@@ -194,7 +194,7 @@ class Distillation:
                 )
             if index in self.new:
                 wide = _wide(y)
-                square = y.to(wide).square().sum(-1).clamp_min(torch.finfo(wide).tiny)
+                square = y.to(wide).square().sum(-1).clamp_min(torch.finfo(wide).eps ** 2)
                 distances.append((mine.to(wide) - y.to(wide)).square().sum(-1) / square)
             x = y
         if distances:

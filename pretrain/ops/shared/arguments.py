@@ -16,6 +16,8 @@ from torch import Tensor
 from pretrain.data.sequences import Sequences, check_fits, given_sequences
 from pretrain.ops.shared.planning import device_type
 
+# In an exported model's source it is not.
+_IN_A_FILE = "__file__" in globals()
 _definitions_only: ContextVar[bool] = ContextVar("_definitions_only", default=False)
 
 
@@ -83,8 +85,12 @@ def check_triton(op: str, x: Tensor) -> None:
 
 
 def numba_fits(x: Tensor) -> bool:
-    """Return whether ``auto`` may take loops compiled by numba for ``x``: on a CPU, with values."""
-    return x.device.type == "cpu" and has_numba()
+    """Return whether ``auto`` may take loops compiled by numba for ``x``: on a CPU, with values.
+
+    In an exported model it may not: code that lies in no file is compiled anew by every process.
+    """
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    return plain and x.device.type == "cpu" and _IN_A_FILE and has_numba()
 
 
 @functools.cache

@@ -11,7 +11,9 @@ from typing import Any
 import numba
 from numba.core.compiler import Compiler
 
-# Sums may be reordered and multiplied into additions; NaN and infinities stay what they are.
+# Code on the disk is taken for as long as the file of the function is the same: whoever changes
+# these, or the flags below, changes those files too. Sums may be reordered and multiplied into
+# additions; NaN and infinities stay what they are.
 _FLOATS = {"contract", "reassoc", "nsz"}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -44,5 +45,14 @@ def run_in_threads(task: Callable[[int], None], count: int) -> None:
 
 @functools.cache
 def _pool(count: int, process: int) -> ThreadPoolExecutor:
-    """Return threads of this process: those of its parent do not run in a fork."""
-    return ThreadPoolExecutor(count, "parts-of-ops", torch.set_num_threads, (1,))
+    """Return threads of this process: those of its parent do not run in a fork.
+
+    All have started when it returns: each sets the number of torch's threads, and so that of
+    threads which start later.
+    """
+    pool = ThreadPoolExecutor(count, "parts-of-ops", torch.set_num_threads, (1,))
+    barrier = threading.Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(barrier.wait)
+    barrier.wait()
+    return pool
