@@ -25,8 +25,6 @@ def check_carried(config: RunConfig, where: str) -> None:
     for name, value, expected, why in (
         ("train.batch_warmup_steps", train.batch_warmup_steps, 0, "the same rows in every step"),
         ("train.segment_tokens", train.segment_tokens, None, "rows computed as a whole"),
-        ("parallel.context", parallel.context, 1, "a row's end where its beginning is"),
-        ("parallel.zero_backend", parallel.zero_backend, "megatron", "the backend that saves them"),
         ("model.recursion.sampling", sampling, "fixed", "a state for every pass"),
         ("model.recursion.position_offsets", offsets, 0, "positions that go on"),
         ("model.recursion.exit_weight", exits, 0, "a coda that is passed once"),

@@ -244,7 +244,14 @@ class _Halo(torch.autograd.Function):
 def swap(
     segment: Segment, sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[Tensor]]:
-    """Send tensors to every rank, and return what each has sent here.
+    """Send tensors to every rank of a segment's group; see :func:`swap_in`."""
+    return swap_in(segment.group, sent, shapes)
+
+
+def swap_in(
+    group: Any, sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Sequence[int]]]
+) -> list[list[Tensor]]:
+    """Send tensors to every rank of a group, and return what each has sent here.
 
     ``sent[j]`` goes to rank j; ``shapes[j]`` are those of what comes from it, in the same dtypes.
     All goes in one message of bytes, so that they may differ.
@@ -266,7 +273,7 @@ def swap(
         torch.cat(messages),
         [sum(row) for row in sizes],
         [len(x) for x in messages],
-        group=segment.group,
+        group=group,
     )
     parts = iter(found.split(list(itertools.chain.from_iterable(sizes))))
     return [

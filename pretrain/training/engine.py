@@ -108,6 +108,8 @@ class Engine:
         for states in self._carried():
             states.expect(batches)
         sums = self.backend.forward_backward(batches)
+        for states in self._carried():
+            states.finish()
         self.local_sum = sums[0].clone()
         sum_over_replicas(sums)
         masked = float(sums[2] / sums[3].clamp_min(1)) if len(sums) > 2 else None

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint.state import load_checkpoint
@@ -19,6 +20,7 @@ from pretrain.config import ParallelConfig, RunConfig
 from pretrain.data.batches import pack_rows
 from pretrain.model.build import build_stages
 from pretrain.model.carried import CarriedStates
+from pretrain.optim.backends.deepspeed import shard_parameters
 from pretrain.parallel.processes import data_parallel_rank_and_size, stop_processes
 from pretrain.run_directory import find_checkpoint
 from pretrain.training.engine import Engine
@@ -26,6 +28,10 @@ from tests.helpers.parallel_worker import OPTIMIZER, settings, start
 from tests.helpers.recursion_kinds import KINDS
 from tests.helpers.small_model import VOCAB
 from tests.helpers.small_training import STATE
+
+def deepspeed(stage, **layout):
+    return ParallelConfig(zero_backend="deepspeed", zero_stage=stage, **layout)
+
 
 ROWS, LENGTH, STEPS, EOD = 4, 24, 3, 7
 MODELS = {
@@ -44,6 +50,14 @@ LAYOUTS = {
     "tp2-sequence": ParallelConfig(micro_batch_size=1, tensor=2, sequence=True),
     "pp2": ParallelConfig(micro_batch_size=2, pipeline=2),
     "pp2-vpp2": ParallelConfig(micro_batch_size=1, pipeline=2, virtual_pipeline=2),
+    "cp2": ParallelConfig(micro_batch_size=1, context=2),
+    "cp2-rows": ParallelConfig(micro_batch_size=4, context=2),
+    "cp2-ring": ParallelConfig(micro_batch_size=1, context=2, context_scans="ring"),
+    "cp2-heads": ParallelConfig(micro_batch_size=1, context=2, context_cells="heads"),
+    "deepspeed-dp2-zero0": deepspeed(0, micro_batch_size=1),
+    "deepspeed-pp2-zero1": deepspeed(1, micro_batch_size=2, pipeline=2),
+    "deepspeed-dp2-zero2": deepspeed(2, micro_batch_size=1),
+    "deepspeed-dp2-zero3": deepspeed(3, micro_batch_size=1),
 }
 ALONE = ParallelConfig(micro_batch_size=2, zero_stage=0)
 NOISE = {"dp2": 0.3, "dp2-zero0": 0.3, "pp2": 0.3}
@@ -67,7 +81,7 @@ def batches(step, parallel):
     return [pack_rows(part, EOD, [step > 0] * count) for part in parts]
 
 
-def make(model, parallel, noise, seed=0):
+def make(model, parallel, noise, seed=0, dtype=torch.float32):
     stages = build_stages(
         MODELS[model],
         VOCAB,
@@ -75,6 +89,9 @@ def make(model, parallel, noise, seed=0):
         seq_len=LENGTH,
         sequence_parallel=parallel.sequence,
         activation_checkpointing="block" if model == "block" else "none",
+        dtype=dtype,
+        context_cells=parallel.context_cells or "chain",
+        filled=shard_parameters if parallel.zero_stage == 3 else None,
     )
     _, size = data_parallel_rank_and_size()
     count = parallel.micro_batch_size

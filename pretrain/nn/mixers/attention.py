@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
 from pretrain.data.sequences import (
+    pieces_alone,
     Sequences,
     select_packed,
 )
@@ -34,6 +35,7 @@ from pretrain.nn.parameters import constant, replicated_parameter, sharded_param
 from pretrain.ops import apply_rotary, attention, rotary_embedding, rotary_of
 from pretrain.ops.elementwise.gating import sigmoid_gate
 from pretrain.ops.elementwise.rms_norm import rms_norm
+from pretrain.ops.across import crossing, halo
 from pretrain.parallel.segments import keys_so_far, together
 
 
@@ -165,7 +167,11 @@ class Attention(Mixer):
                 cos, sin = rotary_embedding(sequences.positions + seen, dim, theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         k, v, sequences_k = k[0], v[0], sequences
+        seen = sequences.sizes_so_far if state is None else sequences.sizes_so_far + state["seen"]
         if state is not None:
+            if crossing(sequences) is not None:
+                k, v, state = self._from_before(k, v, sequences, state)
+                sequences = pieces_alone(sequences)
             k, v, sequences_k = _append(state, k, v, sequences)
         if gate is not None and self.watch is not None:
             self.note(output=gate.detach().sigmoid())
@@ -175,11 +181,35 @@ class Attention(Mixer):
             y = sigmoid_gate(y, gate)
         if not states_wanted():
             return self.o_proj(y), {}
-        seen = sequences.sizes_so_far if state is None else sequences.sizes + state["seen"]
-        if sequences.segment is not None:
+        if sequences.segment is not None and state is None:
             k, v, sequences_k = keys_so_far(k, v, sequences, self.config.window)
             y, k, v = together(y, k, v)
         return self.o_proj(y), {**self._visible(k, v, sequences_k), "seen": seen}
+
+    def _from_before(
+        self, k: Tensor, v: Tensor, sequences: Sequences, state: State
+    ) -> tuple[Tensor, Tensor, State]:
+        """Return the keys and values of a segment, and its state with those of segments before.
+
+        They are the first piece's last ones, of tokens in this row and of rows before it, which
+        the rank has where the row begins. ``state["seen"]`` of that piece counts the latter.
+        """
+        segment, history = sequences.segment, self.state_window - 1
+        assert segment is not None
+        lengths = state["lengths"].tolist()
+        rows, own = torch.cat([k, v], -1), torch.cat([state["k"], state["v"]], -1)
+        start = own[len(own) - lengths[-1] :][-history:] if history else own[:0]
+        start = torch.cat([start.new_zeros(history - len(start), *start.shape[1:]), start])
+        before, rows = halo(sequences, rows, history, start)
+        k, v = rows.chunk(2, -1)
+        if not segment.continues[segment.rank]:
+            return k, v, state
+        count = min(history, segment.seen + int(state["seen"][0]))
+        own = torch.cat([before[len(before) - count :], own])
+        old_k, old_v = own.chunk(2, -1)
+        counts = state["lengths"].clone()
+        counts[0] = count
+        return k, v, {**state, "k": old_k, "v": old_v, "lengths": counts}
 
     def _add_whole_norms(self) -> None:
         for name, count in (("q", self.num_heads), ("k", self.num_kv_heads)):

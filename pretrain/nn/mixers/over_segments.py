@@ -32,19 +32,18 @@ def mix(
 
     A mixer whose ops know segments gets them as they are. Any other goes on from the state of the
     segment before and hands its own to the next one, one after another; layers take turns, so that
-    a rank is in one layer while the rank before is in the next. ``first``: what the first block of
-    a kind hands on, for the mixers that know of it.
+    a rank is in one layer while the rank before is in the next. ``state``: what the pieces that
+    begin here go on from, of which that of a piece that began before only counts tokens before the
+    row. ``first``: what the first block of a kind hands on, for the mixers that know of it.
     """
     run = mixer if first is None else partial(mixer, first=first)
     segment = None if sequences is None else sequences.segment
     if sequences is None or segment is None or segment.group is None:
         return run(x, sequences=sequences, state=state)
-    if state is not None:
-        raise ValueError("a segment of a row takes its state from the segment before, found one")
     with handover.kept.running():
         if beyond_segments(mixer):
-            return run(x, sequences=sequences)
-        return _handed_on(run, mixer, x, sequences, segment, handover)
+            return run(x, sequences=sequences, state=state)
+        return _handed_on(run, mixer, x, sequences, segment, state, handover)
 
 
 def _handed_on(
@@ -53,18 +52,23 @@ def _handed_on(
     x: Tensor,
     sequences: Sequences,
     segment: Segment,
+    state: State | None,
     handover: Handover,
 ) -> tuple[Tensor, State]:
     """Run a mixer from the state of the segment before, and hand its own to the next one."""
     pieces, receives, sends = pieces_alone(sequences), segment.crosses(-1), segment.crosses(+1)
     if not sends and not receives:
-        return run(x, sequences=pieces)
+        return run(x, sequences=pieces, state=state)
     empty = mixer.init_state(1)
-    state: State | None = None
     if receives:
-        state = handover.receive(segment, empty, _is_trained(mixer, x))
-        if pieces.count > 1:
-            state = mixer.join_states([state, mixer.init_state(pieces.count - 1)])
+        entering = handover.receive(segment, empty, _is_trained(mixer, x))
+        if pieces.count == 1:
+            state = entering
+        elif state is None:
+            state = mixer.join_states([entering, mixer.init_state(pieces.count - 1)])
+        else:
+            others = mixer.select_state(state, torch.arange(1, pieces.count, device=x.device))
+            state = mixer.join_states([entering, others])
     with states_if(sends or states_wanted()):
         y, new = run(x, sequences=pieces, state=state)
     if sends:

@@ -152,17 +152,16 @@ def convolution_states(
     mixer: Mixer, parallel: ParallelContext, batch_size: int, names: str | list[str]
 ) -> State:
     """Return the empty histories of the convolutions."""
-    return {
-        f"{name}_conv": torch.zeros(
-            batch_size,
-            getattr(mixer, f"{name}_conv").shape[1] - 1,
-            getattr(mixer, f"{name}_conv").shape[0],
-            dtype=parallel.dtype,
-            device=parallel.device,
-        )
-        for name in names
-        if getattr(mixer, f"{name}_conv", None) is not None
-    }
+    found = {}
+    for name in names:
+        weight = getattr(mixer, f"{name}_conv", None)
+        if weight is not None:
+            # Of a parameter that ZeRO-3 has sharded DeepSpeed keeps the shape.
+            channels, width = getattr(weight, "ds_shape", weight.shape)
+            found[f"{name}_conv"] = torch.zeros(
+                batch_size, width - 1, channels, dtype=parallel.dtype, device=parallel.device
+            )
+    return found
 
 
 def borders(sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:

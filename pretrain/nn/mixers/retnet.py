@@ -81,7 +81,7 @@ class RetNet(LinearFamilyMixer):
             positions = positions + torch.repeat_interleave(state["seen"], lengths).view(
                 positions.shape
             )
-            new_state["seen"] = lengths + state["seen"]
+            new_state["seen"] = new_state["seen"] + state["seen"]
         if self.config.rope_theta is not None:
             cos, sin = rotary_embedding(positions, self.key_dim, self.config.rope_theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
