@@ -89,9 +89,7 @@ class CarriedStates:
         self._micro_batches, self._rows, self._noise = micro_batches, rows, noise
         self._context = context = model.context
         size, rank = context.context_size, context.context_rank
-        # By row of a micro-batch, the ranks on which it begins and ends.
-        self._homes = [row * size // rows for row in range(rows)]
-        self._ends = [((row + 1) * size - 1) // rows for row in range(rows)]
+        self._homes, self._ends = homes_and_ends(rows, size)
         self._local = [row for row in range(rows) if self._homes[row] == rank]
         ended = [row for row in range(rows) if self._ends[row] == rank]
         self._stay = [row for row in ended if self._homes[row] == rank]
@@ -292,6 +290,16 @@ def _initial(owner: StateOwner, mixer: str, rows: int) -> State:
                 "windowed_states that name it (docs/add-a-layer.md)"
             )
     return state
+
+
+def homes_and_ends(rows: int, size: int) -> tuple[list[int], list[int]]:
+    """Return on which of ``size`` context-parallel ranks each row of a micro-batch begins and ends.
+
+    A rank has the states of the rows that begin on it, and during a step also of those that end.
+    """
+    homes = [row * size // rows for row in range(rows)]
+    ends = [((row + 1) * size - 1) // rows for row in range(rows)]
+    return homes, ends
 
 
 class _Pieces:

@@ -13,6 +13,7 @@ import torch
 from pretrain.common.dtypes import DTYPES
 from pretrain.config import ParallelConfig, RunConfig
 from pretrain.config.optimizer import WHOLE_MATRICES
+from pretrain.model.carried import homes_and_ends
 from pretrain.model.counts import block_state_bytes
 from pretrain.model.layout import ENDLESS
 from pretrain.model.spec import block_specs, passes
@@ -192,7 +193,10 @@ class Memory:
         return total / parallel.tensor
 
     def carried(self, parallel: ParallelConfig, rows: int) -> float:
-        """Return the bytes of states that a process's rows carry from step to step, if they do."""
+        """Return the bytes of states that a process's rows carry from step to step, if they do.
+
+        With context parallelism of the rank that has most: of rows that begin or end there.
+        """
         model = self.config.model
         if not self.config.train.carry_state:
             return 0.0
@@ -200,6 +204,10 @@ class Memory:
             times * block_state_bytes(model, spec, ENDLESS)
             for spec, times in zip(block_specs(model), passes(model), strict=True)
         )
+        together = parallel.micro_batch_size
+        borders = zip(*homes_and_ends(together, parallel.context), strict=True)
+        held = Counter(rank for pair in borders for rank in {*pair})
+        rows = rows * max(held.values()) // together
         return rows * states / (parallel.tensor * parallel.pipeline)
 
     def _fills_late(self, parallel: ParallelConfig) -> bool:

@@ -21,13 +21,19 @@ from pretrain.data.batches import pack_rows
 from pretrain.model.build import build_stages
 from pretrain.model.carried import CarriedStates
 from pretrain.optim.backends.deepspeed import shard_parameters
-from pretrain.parallel.processes import data_parallel_rank_and_size, stop_processes
+from pretrain.parallel.pipeline import local_part
+from pretrain.parallel.processes import (
+    context_group,
+    data_parallel_rank_and_size,
+    stop_processes,
+)
 from pretrain.run_directory import find_checkpoint
 from pretrain.training.engine import Engine
 from tests.helpers.parallel_worker import OPTIMIZER, settings, start
 from tests.helpers.recursion_kinds import KINDS
 from tests.helpers.small_model import VOCAB
 from tests.helpers.small_training import STATE
+
 
 def deepspeed(stage, **layout):
     return ParallelConfig(zero_backend="deepspeed", zero_stage=stage, **layout)
@@ -41,6 +47,7 @@ MODELS = {
         "gdn swa", moe={"num_experts": 4, "top_k": 2, "intermediate_size": 16, "balance_weight": 0}
     ),
     "loop": settings("gru gdn swa", recursion=KINDS["lora"]),
+    "shift": settings("retnet gru hgrn swa", mlp={"kind": "rwkv", "ratio": 2}),
 }
 LAYOUTS = {
     "dp2": ParallelConfig(micro_batch_size=1),
@@ -52,23 +59,30 @@ LAYOUTS = {
     "pp2-vpp2": ParallelConfig(micro_batch_size=1, pipeline=2, virtual_pipeline=2),
     "cp2": ParallelConfig(micro_batch_size=1, context=2),
     "cp2-rows": ParallelConfig(micro_batch_size=4, context=2),
-    "cp2-ring": ParallelConfig(micro_batch_size=1, context=2, context_scans="ring"),
-    "cp2-heads": ParallelConfig(micro_batch_size=1, context=2, context_cells="heads"),
+    "cp2-heads": ParallelConfig(
+        micro_batch_size=1, context=2, context_cells="heads", context_scans="ring"
+    ),
     "deepspeed-dp2-zero0": deepspeed(0, micro_batch_size=1),
     "deepspeed-pp2-zero1": deepspeed(1, micro_batch_size=2, pipeline=2),
     "deepspeed-dp2-zero2": deepspeed(2, micro_batch_size=1),
     "deepspeed-dp2-zero3": deepspeed(3, micro_batch_size=1),
 }
 ALONE = ParallelConfig(micro_batch_size=2, zero_stage=0)
-NOISE = {"dp2": 0.3, "dp2-zero0": 0.3, "pp2": 0.3}
+NOISE = dict.fromkeys(
+    ("dp2", "dp2-zero0", "pp2", "cp2", "cp2-rows", "deepspeed-pp2-zero1", "deepspeed-dp2-zero3"),
+    0.3,
+)
 CASES = [
     *(("hybrid", layout) for layout in LAYOUTS if layout != "ep2"),
     *(("experts", layout) for layout in ("dp2", "ep2")),
-    *(("block", layout) for layout in ("dp2", "tp2", "pp2")),
-    *(("loop", layout) for layout in ("dp2", "tp2-sequence", "pp2")),
+    *(("block", layout) for layout in ("dp2", "tp2", "pp2", "cp2")),
+    *(("loop", layout) for layout in ("dp2", "tp2-sequence", "pp2", "cp2")),
 ]
+# Of segments, in float64, gradients too.
+EXACT = [("hybrid", "cp2"), ("shift", "cp2"), ("shift", "cp2-heads"), ("loop", "cp2")]
+RESUMED = ("tp2", "cp2", "deepspeed-dp2-zero2", "deepspeed-dp2-zero3")  # after every step
 # One step under each, from the checkpoint of the one before, the last on one process.
-ACROSS = ["dp2", "pp2", "dp2-zero0", "pp2-vpp2"]
+ACROSS = ["dp2", "cp2", "pp2", "deepspeed-dp2-zero2", "dp2-zero0", "cp2-rows", "pp2-vpp2"]
 
 
 def batches(step, parallel):
@@ -81,7 +95,7 @@ def batches(step, parallel):
     return [pack_rows(part, EOD, [step > 0] * count) for part in parts]
 
 
-def make(model, parallel, noise, seed=0, dtype=torch.float32):
+def build(model, parallel, noise, seed=0, dtype=torch.float32):
     stages = build_stages(
         MODELS[model],
         VOCAB,
@@ -90,14 +104,44 @@ def make(model, parallel, noise, seed=0, dtype=torch.float32):
         sequence_parallel=parallel.sequence,
         activation_checkpointing="block" if model == "block" else "none",
         dtype=dtype,
-        context_cells=parallel.context_cells or "chain",
+        context_cells="heads" if parallel.context_cells == "heads" else "chain",
         filled=shard_parameters if parallel.zero_stage == 3 else None,
     )
     _, size = data_parallel_rank_and_size()
     count = parallel.micro_batch_size
     for stage in stages:
         stage.carried = CarriedStates(stage, ROWS // count // size, count, noise)
-    return Engine(stages, OPTIMIZER, parallel)
+    return stages
+
+
+def make(model, parallel, noise, seed=0):
+    return Engine(build(model, parallel, noise, seed), OPTIMIZER, parallel)
+
+
+def gradients(model, parallel):
+    """The summed loss and its gradients in float64, ``[STEPS, 1 + parameters]``."""
+    (whole,) = build(model, parallel, 0.3, dtype=torch.float64)
+    if whole.recursion is not None:
+        whole.recursion.in_step = True
+    found = []
+    for step in range(STEPS):
+        whole.begin_step(0, step)
+        whole.zero_grad()
+        parts = batches(step, parallel)
+        whole.carried.expect(parts)
+        loss = torch.zeros((), dtype=torch.float64)
+        for part in map(local_part, parts):
+            losses = whole(part.tokens, part.targets, **part.seen)
+            total = (losses * part.loss_mask).sum()
+            total.backward()
+            loss += total.detach()
+        whole.carried.finish()
+        learning = [p.grad.flatten() for p in whole.parameters() if p.grad is not None]
+        found.append(torch.cat([loss[None], *learning]))
+    result = torch.stack(found)
+    if (group := context_group()) is not None:
+        dist.all_reduce(result, group=group)
+    return result
 
 
 def step_of(engine, step, parallel):
@@ -127,18 +171,20 @@ def resume(folder, step, parallel, noise=0.3):
 
 
 def main(folder):
-    found = {}
+    found, exact = {}, {}
     for layout, parallel in LAYOUTS.items():
         start(parallel)
         for model, used in CASES:
             if used == layout:
                 found[f"{model}-{layout}"] = train(model, parallel, NOISE.get(layout, 0.0))
-    start(LAYOUTS["tp2"])
-    found["resumed-tp2"] = []
-    for step in range(STEPS):
-        engine, result = resume(folder / "tp2", step, LAYOUTS["tp2"], noise=0.0)
-        found["resumed-tp2"].append(result)
-        save(engine, step, folder / "tp2")
+        for model, used in EXACT:
+            if used == layout:
+                exact[f"{model}-{layout}"] = gradients(model, parallel)
+        for step in range(STEPS if layout in RESUMED else 0):
+            noise = NOISE.get(layout, 0.0)
+            engine, result = resume(folder / layout, step, parallel, noise)
+            found.setdefault(f"resumed-{layout}", []).append(result)
+            save(engine, step, folder / layout)
     across = []
     for step, layout in enumerate(ACROSS):
         start(LAYOUTS[layout])
@@ -146,6 +192,7 @@ def main(folder):
         across.append(result)
         save(engine, step, folder)
     if dist.get_rank() == 0:
+        torch.save(exact, folder / "exact.pt")
         (folder / "found.json").write_text(json.dumps({**found, "across": across}))
     stop_processes()
 

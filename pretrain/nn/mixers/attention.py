@@ -11,11 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pretrain.common.config_loader import Derived, setting
-from pretrain.data.sequences import (
-    pieces_alone,
-    Sequences,
-    select_packed,
-)
+from pretrain.data.sequences import Sequences, pieces_alone, select_packed
 from pretrain.nn.linear import column_input, column_linear, group_linear, head_shared, row_linear
 from pretrain.nn.maximal_update import Role
 from pretrain.nn.mixers.base import (
@@ -33,9 +29,9 @@ from pretrain.nn.mixers.sizes import attention_heads
 from pretrain.nn.norm import sharded_rms_norm
 from pretrain.nn.parameters import constant, replicated_parameter, sharded_parameter
 from pretrain.ops import apply_rotary, attention, rotary_embedding, rotary_of
+from pretrain.ops.across import crossing, halo
 from pretrain.ops.elementwise.gating import sigmoid_gate
 from pretrain.ops.elementwise.rms_norm import rms_norm
-from pretrain.ops.across import crossing, halo
 from pretrain.parallel.segments import keys_so_far, together
 
 
@@ -166,8 +162,8 @@ class Attention(Mixer):
                 seen = torch.repeat_interleave(state["seen"], sequences.sizes)
                 cos, sin = rotary_embedding(sequences.positions + seen, dim, theta)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        counted = sequences
         k, v, sequences_k = k[0], v[0], sequences
-        seen = sequences.sizes_so_far if state is None else sequences.sizes_so_far + state["seen"]
         if state is not None:
             if crossing(sequences) is not None:
                 k, v, state = self._from_before(k, v, sequences, state)
@@ -181,6 +177,7 @@ class Attention(Mixer):
             y = sigmoid_gate(y, gate)
         if not states_wanted():
             return self.o_proj(y), {}
+        seen = counted.sizes_so_far if state is None else counted.sizes_so_far + state["seen"]
         if sequences.segment is not None and state is None:
             k, v, sequences_k = keys_so_far(k, v, sequences, self.config.window)
             y, k, v = together(y, k, v)

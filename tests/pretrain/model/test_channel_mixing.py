@@ -162,6 +162,10 @@ def test_plans_and_scores_count_its_state_too():
     run = RunConfig("test", config_of("rwkv7 gdn"), train=train)
     memory = Memory(run, VOCAB, load_hardware("cpu"), Software())
     assert memory.carried(ParallelConfig(), 3) == held
+    # A row's state is where it begins, and until the end of a step where it ends.
+    assert memory.carried(ParallelConfig(context=2, micro_batch_size=1), 3) == held
+    assert memory.carried(ParallelConfig(context=2, micro_batch_size=2), 6) == held
+    assert memory.carried(ParallelConfig(context=2, micro_batch_size=3), 3) == held * 2 / 3
     assert 3 * StateScorer(model, 9)._state_bytes(40) == held
 
 

@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
 from tests.helpers import carried_worker
 from tests.helpers.processes import run_on
@@ -37,8 +38,16 @@ def test_two_processes_equal_one(model, layout, two_processes):
     assert np.allclose(two_processes[f"{model}-{layout}"], expected, rtol=1e-5)
 
 
-def test_tensor_parallel_processes_resume(two_processes):
-    assert np.allclose(two_processes["resumed-tp2"], train("hybrid", 0.0), rtol=1e-5)
+@pytest.mark.parametrize(("model", "layout"), carried_worker.EXACT)
+def test_segments_have_the_gradients_of_whole_rows(model, layout, folder):
+    found = torch.load(folder / "exact.pt")[f"{model}-{layout}"]
+    expected = carried_worker.gradients(model, carried_worker.ALONE)
+    assert (found - expected).abs().max() <= 1e-10 * expected[:, 1:].abs().max()
+
+
+@pytest.mark.parametrize("layout", carried_worker.RESUMED)
+def test_runs_resume_bit_for_bit(layout, two_processes):
+    assert two_processes[f"resumed-{layout}"] == two_processes[f"hybrid-{layout}"]
 
 
 def test_states_cross_from_layout_to_layout(folder, two_processes):

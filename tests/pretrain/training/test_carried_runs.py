@@ -234,8 +234,6 @@ def test_a_rollback_over_the_border_of_a_phase_deals_rows_anew(tmp_path, corpus,
     ("overrides", "message"),
     [
         (["train.segment_tokens=16"], "train.segment_tokens 16, expected null: .* as a whole"),
-        (["parallel.context=2"], "parallel.context 2, expected 1: carried states need a row's"),
-        (["parallel.zero_backend=deepspeed"], "parallel.zero_backend deepspeed, expected megatron"),
         (
             ["train.batch_warmup_steps=2", "train.batch_warmup_start=64"],
             "train.batch_warmup_steps 2, expected 0: carried states need the same rows",
