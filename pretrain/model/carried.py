@@ -150,9 +150,9 @@ class CarriedStates:
                 joined = layer.owner.join_states([kept, joined])
             states.append(layer.owner.select_state(joined, chosen))
         if crossing(sequences) is not None:
-            row = pieces.entered_row
-            goes_on = row is not None and self._continues[number][row]
-            self._count_before(states, number, row if goes_on else None)
+            entered = pieces.entered_row
+            goes_on = entered is not None and self._continues[number][entered]
+            self._count_before(states, number, entered if goes_on else None)
         return states
 
     @torch.no_grad()
@@ -209,7 +209,7 @@ class CarriedStates:
         """
         rank, size = data_parallel_rank_and_size()
         shards, shard = self._context.tensor_size, self._context.tensor_rank
-        found = {}
+        found: dict[str, tuple[Shape, list[tuple[Shape, Tensor]]]] = {}
         if not self._local:
             return found
         first = self._local[0]
