@@ -193,6 +193,11 @@ class Attention(Mixer):
         """
         segment, history = sequences.segment, self.state_window - 1
         assert segment is not None
+        if self.config.window is None:
+            raise ValueError(
+                "attention without a window takes the keys of a row's segments from that row "
+                "alone, found a state; expected none, or a window"
+            )
         lengths = state["lengths"].tolist()
         rows, own = torch.cat([k, v], -1), torch.cat([state["k"], state["v"]], -1)
         start = own[len(own) - lengths[-1] :][-history:] if history else own[:0]

@@ -156,9 +156,9 @@ def test_where_no_sequence_goes_on_nothing_is_sent(name):
     assert torch.allclose(found, whole[24:], rtol=1e-12)
 
 
-def test_a_segment_takes_no_state_from_elsewhere():
-    block = segment_worker.block_of("gdn", SMALL["gdn"][0])
+def test_a_segment_of_full_attention_takes_no_keys_from_another_row():
+    block = segment_worker.block_of("attn", SMALL["attn"][0])
     x = torch.zeros(24, 1, 24, dtype=torch.float64)
     pieces = segment_of(Sequences.from_lengths([48]), 1, 2, object())
-    with pytest.raises(ValueError, match="from the segment before, found one"):
+    with pytest.raises(ValueError, match=r"without a window .* found a state"):
         block(x, sequences=pieces, state=block.mixer.init_state(1))
