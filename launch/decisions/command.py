@@ -88,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--at-once", type=int, help="runs at a time")
     parser.add_argument("--seeds", type=int, default=1, help="of targets: runs of each arm (1)")
     parser.add_argument("--processes", type=int, help="processes of each run")
-    parser.add_argument("--retry-failed", action="store_true", help="start failed runs again")
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="start failed runs of this round, or of targets, again",
+    )
     parser.add_argument("--replay", metavar="TABLE", help="play a CSV file of finished runs")
     parser.add_argument("--target", help="of a replay: PARAMETERS:TOKENS")
     parser.add_argument("--arms", help="of a replay: some arms, with ; between them")

@@ -29,7 +29,11 @@ def learned(prior: Prior, folders: Sequence[str], own: Path, where: str) -> Prio
 
     Raises ConfigError for one that has not ended, has another kind of metric or is ``own``.
     """
+    known: set[Path] = set()
     for folder in map(Path, folders):
+        if folder.resolve() in known:
+            raise ConfigError(f"{where}.history names {folder} twice, expected it once")
+        known.add(folder.resolve())
         if not is_decision(folder):
             raise ConfigError(f"{where}.history: {folder} is no folder of a decision, expected one")
         if folder.resolve() == own.resolve():

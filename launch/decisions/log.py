@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.scaling.decide import Run, Step
-from evals.scaling.decide.record import LOG, PLAN, hash_of
+from evals.scaling.decide.record import LOG, PLAN, hash_of, read_plan
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 
@@ -74,7 +74,7 @@ def write_plan(directory: Path, content: Mapping[str, Any], digest: str) -> None
     """Write the plan before the first run; raise UserError where another one stands."""
     path = directory / PLAN
     if path.exists():
-        found = json.loads(path.read_bytes()).get("hash")
+        _, found = read_plan(directory)
         if found != digest:
             raise UserError(
                 f"{path} has the plan {found}, expected {digest}: the file or the project changed "

@@ -23,6 +23,7 @@ from launch.members import (
     RUNNING,
     MemberState,
     check_same_settings,
+    member_state,
 )
 from launch.slurm import submit
 from pretrain.common.errors import UserError
@@ -124,7 +125,13 @@ def asked(plan: Plan, words: Sequence[str], show: Show) -> list[Run]:
             if key is None:
                 show(f"{folder}: no arm, size and seed of the plan has its settings; left out")
                 continue
-            value = value_of(folder, plan, DONE)
+            config = copy.deepcopy(plan.members[key].config)
+            config.directory = str(folder)
+            state = member_state(Member(folder.name, {}, config)).state
+            if state not in (DONE, FAILED):
+                show(f"{folder}: it is {state}, expected a finished run; left out")
+                continue
+            value = value_of(folder, plan, state)
             found.setdefault(key, replace(prices[key], value=value))
     if not found:
         raise UserError(f"--ask: no run of {', '.join(words)} is one of the plan's, expected some")

@@ -26,6 +26,13 @@ def check_by_targets(plan: Plan, options: Any, show: Show) -> int:
             f"{plan.directory} has no verdict that target runs could check, expected a decision "
             "that has ended: run the command without 'targets' first"
         )
+    try:
+        said = json.loads((plan.directory / VERDICT).read_bytes())["said"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"{plan.directory / VERDICT} is missing or damaged, expected the verdict: run the "
+            "command without 'targets' again, which writes it"
+        ) from None
     members = target_members(plan, options.seeds)
     states = make(plan, list(members.values()), options, show)
     values: dict[str, list[float]] = {}
@@ -41,7 +48,6 @@ def check_by_targets(plan: Plan, options: Any, show: Show) -> int:
             show(f"{member.name} has no value: it failed or diverged")
     done = runs_of_row(rows[-1], plan.runs, plan.trunks)
     content = compare(plan, plan.campaign().step(done, plan.left(done)), values)
-    said = json.loads((plan.directory / VERDICT).read_bytes())["said"]
     lines = words(content)
     found = {"plan": plan.digest, "verdict": said, "said": lines, **content}
     write_json(plan.directory / TARGETS, found)
@@ -83,11 +89,10 @@ def compare(plan: Plan, step: Step, values: dict[str, list[float]]) -> dict[str,
             pairs.append({"arms": [a, b], "believed": believed, "found": found})
     verdicts: list[dict[str, Any]] = []
     for v in step.verdicts:
-        if set(v.pair) <= set(means):
-            said = {"kind": v.kind, "arms": list(v.pair), "probability": v.probability}
-            if v.kind == "better":
-                said["held"] = means[v.pair[0]] < means[v.pair[1]]
-            verdicts.append(said)
+        said: dict[str, Any] = {"kind": v.kind, "arms": list(v.pair), "probability": v.probability}
+        if v.kind == "better" and set(v.pair) <= set(means):
+            said["held"] = means[v.pair[0]] < means[v.pair[1]]
+        verdicts.append(said)
     return {
         "values": values,
         "best": min(means, key=means.__getitem__) if means else None,
@@ -115,6 +120,11 @@ def words(content: dict[str, Any]) -> list[str]:
             lines.append(
                 f"the verdict {what}: {first} better than {second}, P = "
                 f"{verdict['probability']:.2f}"
+            )
+        elif verdict["kind"] == "better":
+            lines.append(
+                f"the verdict, {first} better than {second}, cannot be checked: one of them has no "
+                "value at the target"
             )
         else:
             lines.append(f"the verdict was that {first} and {second} do not differ")

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from evals.scaling.decide.record import TARGETS, VERDICT
 from launch.__main__ import main
 from launch.decisions import command, targets
 from launch.decisions.plan import load_plan
@@ -58,7 +59,7 @@ def test_target_runs_say_whether_the_verdict_was_right(file, tmp_path, monkeypat
     assert [member.config.seed for member in made] == [0, 0, 1, 1]
     counts = {int(member.config.plan.tokens) for member in made}
     assert counts == {40000}
-    found = json.loads((tmp_path / "runs" / targets.TARGETS).read_text())
+    found = json.loads((tmp_path / "runs" / TARGETS).read_text())
     assert found["best"] == ("attention" if held else "linear")
     (pair,) = found["pairs"]
     low, middle, high = pair["believed"]
@@ -70,7 +71,19 @@ def test_a_target_run_that_failed_has_no_part(file, monkeypatch, capsys):
     ended(monkeypatch, {}, FAILED)
     main(["decide", str(file)])
     assert main(["decide", "targets", str(file)]) == 0
-    assert "linear-target-seed0 has no value: it failed or diverged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "linear-target-seed0 has no value: it failed or diverged" in said
+    assert "the verdict, attention better than linear, cannot be checked" in said
+    assert "cannot be told" not in said
+
+
+def test_a_verdict_that_was_not_written_is_asked_for(file, tmp_path, monkeypatch):
+    made = ended(monkeypatch, {}, FAILED)
+    main(["decide", str(file)])
+    (tmp_path / "runs" / VERDICT).unlink()
+    with pytest.raises(UserError, match=r"verdict.json is missing or damaged"):
+        main(["decide", "targets", str(file)])
+    assert not made
 
 
 def test_a_pair_is_compared_in_units_of_compute(file, monkeypatch):

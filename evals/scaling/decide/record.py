@@ -65,9 +65,11 @@ def read_log(directory: Path, digest: str | None = None) -> list[dict[str, Any]]
         try:
             row = json.loads(line)
         except ValueError:
+            row = None
+        if not isinstance(row, dict):
             raise UserError(
-                f"{path}, line {number} is no JSON, expected a line as it was written"
-            ) from None
+                f"{path}, line {number} is no JSON object, expected a line as it was written"
+            )
         if row.get("before") != before:
             raise UserError(
                 f"{path}, line {number} does not follow from the line before it: one of them was "

@@ -104,7 +104,9 @@ class Campaign:
         every = [*done, *possible]
         broken = diverged(done, nats=self.nats)
         sound = [run for run in done if run not in broken]
-        unstable = [a for a in self.targets if sum(r.arm == a for r in broken) >= _UNSTABLE]
+        # Two lengths of one run, which may have diverged before they parted, are one.
+        apart = {(run.arm, run.parameters, run.seed) for run in broken}
+        unstable = [a for a in self.targets if sum(arm == a for arm, *_ in apart) >= _UNSTABLE]
         failed = {(run.arm, run.cell) for run in broken}
         arms = [arm for arm in self.targets if arm not in unstable]
         open_ = [
