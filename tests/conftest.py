@@ -37,7 +37,7 @@ def _selection(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Of the slow tests alone, leave out files that mark none: to import all takes a while."""
+    """Leave out files without slow tests where those alone are run: to import all takes a while."""
     if config.option.markexpr != "slow" or not collection_path.match("test_*.py"):
         return None
     return True if "mark.slow" not in collection_path.read_text(encoding="utf-8") else None

@@ -34,6 +34,6 @@ def test_no_reader_runs_what_a_file_names():
 
 
 def test_slow_tests_are_marked_as_such_in_their_own_files():
-    """Of ``-m slow`` tests/conftest.py leaves out files without the mark."""
+    """Check that helpers have no mark: of ``-m slow`` tests/conftest.py leaves out such files."""
     others = [p for p in TESTS.rglob("*.py") if not p.name.startswith("test_")]
     assert [p.name for p in others if "mark.slow" in p.read_text()] == ["conftest.py"]

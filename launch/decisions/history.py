@@ -1,4 +1,4 @@
-"""What decisions that have ended say of the differences, trends and noise to be expected."""
+"""Learn from decisions that have ended what differences, trends and noise to expect."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def changed(file, *pairs):
 
 
 def answers(plan, runs, done, options, show):
-    """What runs would have given: attention a little better everywhere, seeds apart."""
+    """Return what runs would have given: attention a little better everywhere, seeds apart."""
     return [
         replace(
             run,

@@ -49,7 +49,7 @@ class CrossingChunks:
 
     @property
     def goes_through(self) -> bool:
-        """Whether what is handed on depends on what enters: one sequence has all the tokens."""
+        """Say whether what is handed on depends on what enters: one sequence has all the tokens."""
         return self.segment.through[self.segment.rank] and self.segment.crosses(+1)
 
     @property

@@ -25,7 +25,7 @@ ROWS = 4  # that the loops take at a time: V is filled up with zeros to a multip
 
 
 class _Work(NamedTuple):
-    """What a pass is cut into.
+    """Hold what a pass is cut into.
 
     Attributes:
         heads: First and last + 1 of each part.
