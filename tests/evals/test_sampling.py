@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
-from evals.completions import OwnCompletion, Sampling
+from evals.completions import HuggingFaceCompletion, OwnCompletion, Sampling
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.inference.generate import choose, generate
 from pretrain.inference.load import LoadedModel
@@ -162,6 +163,26 @@ def command(name, source, *words, stdin=b""):
 
 
 GREEDY = ("--max-tokens", "8", "--temperature", "0")
+
+
+def test_a_model_of_transformers_has_stopped_when_its_text_is_left():
+    """A thread still inside torch aborts the process where the interpreter ends."""
+    ended = []
+
+    def generate(tokens, streamer, stopping_criteria, **_):
+        streamer.put(tokens[0])
+        while not stopping_criteria[0]():
+            streamer.put(torch.tensor([5]))
+            time.sleep(0.01)
+        time.sleep(0.2)
+        ended.append(True)
+
+    text = SimpleNamespace(stop_ids=frozenset())
+    model = SimpleNamespace(text=text, model=SimpleNamespace(device="cpu", generate=generate))
+    ids = cast(Any, HuggingFaceCompletion(cast(Any, model), [1], Sampling(max_tokens=8)).ids())
+    assert next(ids) == 5
+    ids.close()
+    assert ended
 
 
 @pytest.mark.slow

@@ -31,11 +31,10 @@ class Trunks:
         if stable is None:
             return None, 0.0
         found: tuple[Run | None, float] = None, 0.0
-        began: dict[Key, float] = {}
         for i, other in enumerate(done):
             if (other.arm, other.parameters, other.seed) != (run.arm, run.parameters, run.seed):
                 continue
-            start = began[key_of(other)] = self.beginning(other, done[:i])[1]
+            start = self.beginning(other, done[:i])[1]
             shared = min(stable, self.decays.get((other.arm, other.cell), 0.0))
             # A branch holds no checkpoints of what its own trunk has trained.
             if math.isfinite(other.value) and shared > max(start, found[1]):
